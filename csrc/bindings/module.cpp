@@ -1,0 +1,184 @@
+// The Python module `dflash_kernels._C`: build facts, the instruction set, recorded steps. The ops themselves are
+// registered with torch by the other files of this folder when the library is loaded.
+#include <Python.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "bindings/host.h"
+#include "cpu/parallel.h"
+
+#if DFLASH_X86 && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace dflash {
+
+void parallel_for_raw(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
+
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+namespace {
+
+constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
+
+// The kernel enables the AMX tile registers for a process only on request.
+bool request_amx() {
+#if DFLASH_X86 && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+Isa detect() {
+#if DFLASH_X86
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")))
+    return Isa::generic;
+  unsigned a, b, c, d;
+  __get_cpuid(1, &a, &b, &c, &d);
+  const bool f16c = c & (1u << 29);
+  if (!f16c) return Isa::generic;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+    return Isa::avx2;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  if (!(a & (1u << 5))) return Isa::avx512;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  const bool amx = (d & (1u << 22)) && (d & (1u << 24));  // amx-bf16, amx-tile
+  return amx && request_amx() ? Isa::amx : Isa::avx512_bf16;
+#else
+  return Isa::generic;
+#endif
+}
+
+Isa best_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+bool parse_isa(const char* name, Isa* isa) {
+  for (int i = 0; i < 5; ++i)
+    if (std::strcmp(name, kIsaNames[i]) == 0) {
+      *isa = static_cast<Isa>(i);
+      return true;
+    }
+  return false;
+}
+
+Isa& isa_slot() {
+  static Isa isa = best_isa();
+  return isa;
+}
+
+thread_local Recorder* t_recorder = nullptr;
+
+// ---- Python functions ----------------------------------------------------------------------------------------------
+
+PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kIsaNames[static_cast<int>(active_isa())]); }
+
+PyObject* py_isas(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (int i = 0; list && i <= static_cast<int>(best_isa()); ++i) {
+    PyObject* name = PyUnicode_FromString(kIsaNames[i]);
+    if (!name || PyList_Append(list, name) < 0) {
+      Py_XDECREF(name);
+      Py_DECREF(list);
+      return nullptr;
+    }
+    Py_DECREF(name);
+  }
+  return list;
+}
+
+PyObject* py_set_isa(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  Isa isa;
+  if (!parse_isa(name, &isa) || isa > best_isa()) {
+    PyErr_Format(PyExc_ValueError, "instruction set must be one that this CPU has (up to %s); got %s",
+                 kIsaNames[static_cast<int>(best_isa())], name);
+    return nullptr;
+  }
+  isa_slot() = isa;
+  Py_RETURN_NONE;
+}
+
+PyObject* py_build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s}", "compiler", __VERSION__, "torch_abi", "2.10", "nvcc", DFLASH_NVCC);
+}
+
+constexpr const char* kCapsule = "dflash_kernels.Recorder";
+
+Recorder* unwrap(PyObject* capsule) { return static_cast<Recorder*>(PyCapsule_GetPointer(capsule, kCapsule)); }
+
+PyObject* py_record_begin(PyObject*, PyObject*) {
+  if (t_recorder) {
+    PyErr_SetString(PyExc_RuntimeError, "a step is already being recorded on this thread");
+    return nullptr;
+  }
+  t_recorder = new Recorder();
+  return PyCapsule_New(t_recorder, kCapsule, [](PyObject* c) { delete unwrap(c); });
+}
+
+PyObject* py_record_end(PyObject*, PyObject*) {
+  t_recorder = nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* py_replay(PyObject*, PyObject* capsule) {
+  const Recorder* recorder = unwrap(capsule);
+  if (!recorder) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  recorder->replay();
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+PyObject* py_record_size(PyObject*, PyObject* capsule) {
+  const Recorder* recorder = unwrap(capsule);
+  return recorder ? PyLong_FromSize_t(recorder->size()) : nullptr;
+}
+
+PyMethodDef kMethods[] = {
+    {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set in use"},
+    {"isas", py_isas, METH_NOARGS, "isas() -> list[str]: the sets this CPU has, lowest first"},
+    {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): use this instruction set from now on"},
+    {"build_info", py_build_info, METH_NOARGS, "build_info() -> dict[str, str]"},
+    {"record_begin", py_record_begin, METH_NOARGS, "record_begin() -> recording"},
+    {"record_end", py_record_end, METH_NOARGS, "record_end()"},
+    {"record_size", py_record_size, METH_O, "record_size(recording) -> int"},
+    {"replay", py_replay, METH_O, "replay(recording)"},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+Isa active_isa() { return isa_slot(); }
+Recorder* Recorder::active() { return t_recorder; }
+
+}  // namespace dflash
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  if (const char* forced = std::getenv("DFLASH_ISA")) {
+    dflash::Isa isa;
+    if (!dflash::parse_isa(forced, &isa) || isa > dflash::best_isa()) {
+      PyErr_Format(PyExc_ImportError, "DFLASH_ISA must be one of the sets this CPU has (up to %s); got %s",
+                   dflash::kIsaNames[static_cast<int>(dflash::best_isa())], forced);
+      return nullptr;
+    }
+    dflash::isa_slot() = isa;
+  }
+  return PyModule_Create(&dflash::kModule);
+}

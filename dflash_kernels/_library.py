@@ -1,0 +1,58 @@
+"""The `dflash` operator namespace: schemas, fakes, and which backend answers.
+
+Each op is defined once, in "out" form (it returns nothing and writes into tensors that the caller gives), so that
+nothing is allocated behind a CUDA graph's back. The float32 reference is registered for every device; the C++ library
+registers CPU kernels over it when it is loaded. A device that ends up on the reference warns once and says why.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+_lib = torch.library.Library("dflash", "DEF")
+_warned: set[str] = set()
+
+try:
+    from . import _C as native
+except ImportError as error:
+    native = None
+    why_not_native = str(error)
+else:
+    why_not_native = ""
+
+NAMES: list[str] = []
+
+
+def _nothing(*_args, **_kwargs) -> None:
+    return None
+
+
+def _warn_reference(device: str) -> None:
+    if device in _warned:
+        return
+    _warned.add(device)
+    what = {
+        "cpu": f"the C++ kernels are not built ({why_not_native}); install g++ and reinstall dflash-kernels",
+        "cuda": "no GPU kernels are built in this version",
+    }.get(device, f"there are no kernels for device {device!r}")
+    warnings.warn(f"dflash_kernels runs its float32 reference, which is correct and slow: {what}.", stacklevel=4)
+
+
+def define(schema: str, reference: Callable) -> Callable:
+    """Defines op `schema` with `reference` as its answer where nothing faster is built; returns the callable op.
+
+    schema: in torch's schema language, without namespace, returning (). The reference has the same arguments, in order.
+    """
+    name = schema.split("(", 1)[0]
+    _lib.define(schema)
+
+    def fallback(*args, **kwargs):
+        first = next(a for a in args if isinstance(a, torch.Tensor))
+        _warn_reference(first.device.type)
+        return reference(*args, **kwargs)
+
+    _lib.impl(name, fallback, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dflash::{name}", _nothing, lib=_lib)
+    NAMES.append(name)
+    return getattr(torch.ops.dflash, name).default

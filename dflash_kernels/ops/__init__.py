@@ -1,0 +1,3 @@
+"""Public ops, one file per noun: contract, checks, schema, and the bytes and operations that a call must cost."""
+
+from . import norm as norm

@@ -1,0 +1,70 @@
+"""Checks shared by the ops. Each raises with the op's name, what was expected, and what was got."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def values_checked() -> bool:
+    """True when DFLASH_CHECK=1: ops also check values (page ids, positions), which reads the device."""
+    return os.environ.get("DFLASH_CHECK") == "1"
+
+
+def describe(t: object) -> str:
+    if not isinstance(t, torch.Tensor):
+        return type(t).__name__
+    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+
+
+def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Sequence[torch.dtype], shape: str,
+           sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
+    """Checks type, dtype, rank and sizes of one tensor. `shape` is its notation for the message, such as '(B, Q)';
+    a size of None is free."""
+    dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name} must be {names} {shape}; got {describe(t)}")
+    if t.dim() != len(sizes) or any(want is not None and want != got for want, got in zip(sizes, t.shape, strict=True)):
+        want = ", ".join("*" if s is None else str(s) for s in sizes)
+        raise ValueError(f"{op}: {name} must have shape {shape} = ({want}); got {describe(t)}")
+    if device is not None and t.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}; got {t.device}")
+    return t
+
+
+def dense_last(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
+    """The last dimension must be contiguous; the others may have any strides."""
+    if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(f"{op}: {name} must be contiguous in its last dimension; got strides {t.stride()}")
+    return t
+
+
+def contiguous(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
+    if not t.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous; got strides {t.stride()}")
+    return t
+
+
+def as_rows(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
+    """A (..., N) tensor as (rows, N) without a copy."""
+    dense_last(op, name, t)
+    if t.dim() == 2:
+        return t
+    try:
+        return t.view(-1, t.shape[-1]) if t.numel() else t.new_empty((0, t.shape[-1]))
+    except RuntimeError:
+        raise ValueError(f"{op}: {name} must flatten to rows without a copy; got {describe(t)} "
+                         f"with strides {t.stride()}") from None
+
+
+def output(op: str, name: str, t: torch.Tensor | None, like: torch.Tensor, shape: Sequence[int],
+           dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The caller's output tensor, checked, or a fresh one."""
+    dtype = like.dtype if dtype is None else dtype
+    if t is None:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    tensor(op, name, t, dtype, str(tuple(shape)), shape, like.device)
+    return dense_last(op, name, t)

@@ -1,0 +1,7 @@
+"""Every op in plain torch: the specification, and what runs where no kernel is built.
+
+Arithmetic is float32 inside; given float64 tensors it is float64 throughout, which is how tests obtain the truth that
+float32 results are measured against.
+"""
+
+from . import norm as norm

@@ -1,0 +1,65 @@
+"""Small records that the ops take."""
+
+from dataclasses import dataclass
+
+import torch
+
+_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """One layer's paged K/V cache.
+
+    k, v (num_pages, P, Hkv, D): any strides with a contiguous last dimension, so that vLLM's NHD and HND layouts
+    (also interleaved per layer) and SGLang's slot pools (P = 1) are views, not copies. Token slot s lives at page
+    s // P, row s % P. float32, bfloat16 or float16; fp8 raises NotImplementedError.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __post_init__(self):
+        for name, t in (("k", self.k), ("v", self.v)):
+            if not isinstance(t, torch.Tensor):
+                raise TypeError(f"PagedKV: {name} must be a tensor; got {type(t).__name__}")
+            if t.dtype not in _CACHE_DTYPES:
+                error = NotImplementedError if "float8" in str(t.dtype) else TypeError
+                raise error(f"PagedKV: {name} must be float32, bfloat16 or float16; got {t.dtype}")
+            if t.dim() != 4:
+                raise ValueError(f"PagedKV: {name} must have shape (num_pages, P, Hkv, D); got {tuple(t.shape)}")
+            if t.shape[3] > 1 and t.stride(3) != 1:
+                raise ValueError(f"PagedKV: {name} must be contiguous in its last dimension; got strides {t.stride()}")
+        if self.k.shape != self.v.shape or self.k.dtype != self.v.dtype or self.k.device != self.v.device:
+            raise ValueError(f"PagedKV: k and v must agree in shape, dtype and device; got {self.k.dtype} "
+                             f"{tuple(self.k.shape)} on {self.k.device} and {self.v.dtype} {tuple(self.v.shape)} "
+                             f"on {self.v.device}")
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A linear layer's (N, K) weight, laid out once for streaming by `linear` and `lm_head_argmax`; see pack_weight."""
+
+    data: torch.Tensor
+    out_features: int
+    in_features: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype

@@ -1,0 +1,117 @@
+"""Builds `dflash_kernels._C`, one abi3 library against torch's stable ABI.
+
+Every file in csrc/cpu is compiled once per instruction set and the library picks one at run time; everything in
+csrc/bindings is compiled once. Environment: CXX (compiler), DFLASH_NO_CUDA=1 (skip CUDA sources even where nvcc is
+found), DFLASH_NO_CPP=1 (install the Python and Triton parts alone), DFLASH_SANITIZE=address,undefined.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent
+TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest torch the library loads under
+PY_LIMITED_API = "0x030a0000"  # 3.10
+
+X86 = {
+    "generic": "",
+    "avx2": "-mavx2 -mfma -mf16c -mbmi2",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mbmi2",
+}
+X86_BF16 = {
+    "avx512_bf16": X86["avx512"] + " -mavx512bf16",
+    "amx": X86["avx512"] + " -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+# Nouns whose arithmetic has its own code for bf16 dot products; the others use the avx512 objects there.
+BF16_NOUNS = {"linear"}
+
+
+def instruction_sets(noun: str) -> dict[str, str]:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"generic": ""}
+    return X86 | X86_BF16 if noun in BF16_NOUNS else X86
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("DFLASH_NO_CUDA") == "1":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(str(Path(home, "bin", "nvcc"))) if home else shutil.which("nvcc")
+
+
+class NinjaBuildExt(build_ext):
+    """Writes one build.ninja for the extension and runs it."""
+
+    def build_extension(self, ext):
+        compiler = os.environ.get("CXX", "g++")
+        if os.environ.get("DFLASH_NO_CPP") == "1":
+            return self._skip("DFLASH_NO_CPP=1 is set")
+        if shutil.which(shlex.split(compiler)[-1]) is None:
+            return self._skip(f"no C++ compiler found ({compiler}); install g++ and reinstall to get the CPU kernels")
+        try:
+            import torch
+        except ImportError:
+            return self._skip("torch is not importable at build time; install torch first and use --no-build-isolation")
+        build = (ROOT / self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._write_ninja(build, target, compiler, Path(torch.__file__).parent)
+        ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run([ninja, "-C", str(build), *(["-j", jobs] if jobs else [])], check=True)
+
+    def _skip(self, reason):
+        print(f"dflash-kernels: building without C++ kernels: {reason}. The reference backend is used instead; "
+              "it is correct and slow.", file=sys.stderr)
+
+    def _write_ninja(self, build, target, compiler, torch_dir):
+        sanitize = os.environ.get("DFLASH_SANITIZE")
+        san = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+        # -ffp-contract=off: a row's bits must not depend on which multiply-adds the compiler chose to fuse.
+        common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-maybe-uninitialized -I{ROOT / 'csrc'}{san}"
+        nvcc = "found" if find_nvcc() else "not found"
+        host = (f"{common} -DDFLASH_NVCC='\"{nvcc}\"' -DPy_LIMITED_API={PY_LIMITED_API} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} "
+                f"-Wno-unused-parameter -isystem {torch_dir / 'include'} -isystem {sysconfig.get_paths()['include']}")
+        lines = [
+            "ninja_required_version = 1.5",
+            f"rule cxx\n  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+            "\n  description = $out",
+            f"rule link\n  command = {compiler} -shared{san} $in -o $out -L{torch_dir / 'lib'} -ltorch_cpu -ltorch"
+            "\n  description = $out",
+        ]
+        objects = []
+
+        def compile_one(source: Path, obj: str, flags: str):
+            objects.append(obj)
+            lines.append(f"build {obj}: cxx {source}\n  flags = {flags}")
+
+        for source in sorted((ROOT / "csrc/bindings").glob("*.cpp")):
+            compile_one(source, f"bindings.{source.stem}.o", host)
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            for name, flags in instruction_sets(source.stem).items():
+                compile_one(source, f"cpu.{source.stem}.{name}.o", f"{common} -DDFLASH_ISA={name} {flags}")
+        lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
+        (build / "build.ninja").write_text("\n".join(lines))
+
+
+class Abi3Wheel(bdist_wheel):
+    def finalize_options(self):
+        self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+sources = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.cpp"))]
+setup(
+    ext_modules=[Extension("dflash_kernels._C", sources=sources, py_limited_api=True, optional=True)],
+    cmdclass={"build_ext": NinjaBuildExt, "bdist_wheel": Abi3Wheel},
+)
