@@ -4,4 +4,6 @@ Arithmetic is float32 inside; given float64 tensors it is float64 throughout, wh
 float32 results are measured against.
 """
 
+from . import block as block
 from . import norm as norm
+from . import verify as verify
