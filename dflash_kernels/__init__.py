@@ -1,5 +1,6 @@
 """Kernels for DFlash speculative decoding. Importing this prints nothing and touches no GPU."""
 
+from .graph import StepGraph
 from .ops.head import lm_head_argmax
 from .ops.linear import linear, pack_weight
 from .ops.norm import add_rms_norm, rms_norm
@@ -8,6 +9,7 @@ from .types import PackedWeight, PagedKV
 __all__ = [
     "PackedWeight",
     "PagedKV",
+    "StepGraph",
     "add_rms_norm",
     "linear",
     "lm_head_argmax",
