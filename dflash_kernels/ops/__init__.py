@@ -1,3 +1,4 @@
 """Public ops, one file per noun: contract, checks, schema, and the bytes and operations that a call must cost."""
 
+from . import attention as attention
 from . import norm as norm

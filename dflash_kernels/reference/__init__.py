@@ -4,4 +4,5 @@ Arithmetic is float32 inside; given float64 tensors it is float64 throughout, wh
 float32 results are measured against.
 """
 
+from . import attention as attention
 from . import norm as norm
