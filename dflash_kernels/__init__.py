@@ -1,6 +1,7 @@
 """Kernels for DFlash speculative decoding. Importing this prints nothing and touches no GPU."""
 
 from .graph import StepGraph
+from .ops.attention import block_attention
 from .ops.head import lm_head_argmax
 from .ops.linear import linear, pack_weight
 from .ops.norm import add_rms_norm, rms_norm
@@ -11,6 +12,7 @@ __all__ = [
     "PagedKV",
     "StepGraph",
     "add_rms_norm",
+    "block_attention",
     "linear",
     "lm_head_argmax",
     "pack_weight",
