@@ -4,4 +4,7 @@ Arithmetic is float32 inside; given float64 tensors it is float64 throughout, wh
 float32 results are measured against.
 """
 
+from . import activation as activation
+from . import context as context
 from . import norm as norm
+from . import rope as rope
