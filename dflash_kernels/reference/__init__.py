@@ -4,4 +4,6 @@ Arithmetic is float32 inside; given float64 tensors it is float64 throughout, wh
 float32 results are measured against.
 """
 
+from . import head as head
+from . import linear as linear
 from . import norm as norm
