@@ -1,0 +1,1 @@
+"""The DFlash decoding loop, thin, on top of dflash_kernels' public ops."""
