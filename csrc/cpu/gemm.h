@@ -11,8 +11,8 @@
 
 #include <cstdlib>
 
+#include "cpu/gemm_micro.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace dflash {
 
@@ -30,11 +30,9 @@ struct GemmParams {
 namespace dflash::DFLASH_ISA {
 namespace {
 
-constexpr int kBlock = 16;    // outputs per packed block
 constexpr int kStreams = 4;   // blocks walked at once
 constexpr int kTileRows = 16;
 constexpr int kPanelRows = 64;
-constexpr int64_t kPrefetchBytes = 2048;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded_k(int64_t K) { return ceil_div(K, 32) * 32; }
@@ -76,183 +74,37 @@ inline void pack_block(const T* w, int64_t stride, int64_t n0, int64_t N, int64_
     for (int j = 0; j < kBlock; ++j) to[k * kBlock + j] = n0 + j < N ? w[(n0 + j) * stride + k] : T{};
 }
 
-#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
-#define DFLASH_BF16_DOT 1
-#else
-#define DFLASH_BF16_DOT 0
-#endif
-
-// ---- micro-kernels: C[r][s][16] for R rows and S blocks --------------------------------------------------------------
-
-// x in float32, one row every `ldx`; w[s] packed.
-template <class T, int R, int S>
-inline void micro(const float* x, int64_t ldx, const T* const* w, int64_t K, float* c) {
-  constexpr int V = kBlock / Vec::W;
-  Vec acc[R][S][V];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) acc[r][s][v] = set1(0.0f);
-  for (int64_t k = 0; k < K; ++k)
-    for (int s = 0; s < S; ++s) {
-#if DFLASH_VEC
-      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
-#endif
-      for (int v = 0; v < V; ++v) {
-        const Vec b = load(w[s] + k * kBlock + v * Vec::W);
-        for (int r = 0; r < R; ++r) acc[r][s][v] = fma(set1(x[r * ldx + k]), b, acc[r][s][v]);
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) store(c + (r * S + s) * kBlock + v * Vec::W, acc[r][s][v]);
-}
-
-#if !DFLASH_BF16_DOT
-// W pairs (lo, hi) of bf16 as two vectors.
-inline void load_pairs(const bf16* p, Vec& lo, Vec& hi) {
-#if DFLASH_VEC == 512
-  const __m512i u = _mm512_loadu_si512(p);
-  lo.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
-  hi.v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000))));
-#elif DFLASH_VEC == 256
-  const __m256i u = _mm256_loadu_si256((const __m256i*)p);
-  lo.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
-  hi.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(int(0xffff0000))));
-#else
-  for (int i = 0; i < Vec::W; ++i) lo.v[i] = to_float(p[2 * i]), hi.v[i] = to_float(p[2 * i + 1]);
-#endif
-}
-
-template <int R, int S>
-inline void micro_pairs(const float* x, int64_t ldx, const bf16* const* w, int64_t K, float* c) {
-  constexpr int V = kBlock / Vec::W;
-  Vec acc[R][S][V];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) acc[r][s][v] = set1(0.0f);
-  for (int64_t k = 0; k < K; k += 2)
-    for (int s = 0; s < S; ++s) {
-#if DFLASH_VEC
-      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
-#endif
-      for (int v = 0; v < V; ++v) {
-        Vec lo, hi;
-        load_pairs(w[s] + k * kBlock + 2 * v * Vec::W, lo, hi);
-        for (int r = 0; r < R; ++r) {
-          acc[r][s][v] = fma(set1(x[r * ldx + k]), lo, acc[r][s][v]);
-          acc[r][s][v] = fma(set1(x[r * ldx + k + 1]), hi, acc[r][s][v]);
-        }
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) store(c + (r * S + s) * kBlock + v * Vec::W, acc[r][s][v]);
-}
-#elif !defined(__AMX_BF16__)
-// One vdpbf16ps per row, block and pair of k; x stays bf16.
-template <int R, int S>
-inline void micro_dot(const bf16* x, int64_t ldx, const bf16* const* w, int64_t K, float* c) {
-  __m512 acc[R][S];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) acc[r][s] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += 2)
-    for (int s = 0; s < S; ++s) {
-      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
-      const __m512bh b = (__m512bh)_mm512_loadu_si512(w[s] + k * kBlock);
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, x + r * ldx + k, 4);
-        acc[r][s] = _mm512_dpbf16_ps(acc[r][s], (__m512bh)_mm512_set1_epi32(pair), b);
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) _mm512_storeu_ps(c + (r * S + s) * kBlock, acc[r][s]);
-}
-#else
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0-3 accumulate, 4 holds x, 5-7 take turns with the weight. R rows of x and of each accumulator.
-inline void configure_tiles(int R) {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) {
-    config.row_bytes[t] = 64;
-    config.rows[t] = t <= 4 ? R : 16;
-  }
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
-
-template <int S>
-inline void micro_tiles(const bf16* x, int64_t ldx, const bf16* const* w, int64_t K, float* c) {
-  _tile_zero(0);
-  if (S > 1) _tile_zero(1);
-  if (S > 2) { _tile_zero(2); _tile_zero(3); }
-  for (int64_t k = 0; k < K; k += 32) {
-    for (int s = 0; s < S; ++s)
-      for (int line = 0; line < 16; ++line)
-        _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
-    _tile_loadd(4, x + k, ldx * 2);
-    _tile_loadd(5, w[0] + k * kBlock, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if (S > 1) {
-      _tile_loadd(6, w[1] + k * kBlock, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if (S > 2) {
-      _tile_loadd(7, w[2] + k * kBlock, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, w[3] + k * kBlock, 64);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-  }
-  _tile_stored(0, c, S * kBlock * 4);
-  if (S > 1) _tile_stored(1, c + kBlock, S * kBlock * 4);
-  if (S > 2) {
-    _tile_stored(2, c + 2 * kBlock, S * kBlock * 4);
-    _tile_stored(3, c + 3 * kBlock, S * kBlock * 4);
-  }
-}
-#endif
-
 // ---- rows of x, as the micro-kernels want them -----------------------------------------------------------------------
 
+// float32, zero past K
 template <class T>
-struct Operand {  // f32 and f16 everywhere, bf16 without dot products: float32, zero past K
+inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+  *ld = padded_k(K);
+  float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < *ld; k += Vec::W) store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
+  return to;
+}
+
+template <class T>
+struct Operand {
   using X = float;
   static int64_t depth(int64_t K) { return K; }
-  static const float* prepare(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
-    *ld = padded_k(K);
-    float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < *ld; k += Vec::W) store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
-    return to;
-  }
-  template <int S>
-  static void tile(const float* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c) {
-    constexpr int kGroup = Vec::W == 16 ? 24 / (S < 3 ? 3 : S) : (S >= 4 ? 1 : 2);
-    int r = 0;
-    for (; r + kGroup <= rows; r += kGroup) group<kGroup, S>(x + r * ld, ld, w, K, c + r * S * kBlock);
-    for (; r < rows; ++r) group<1, S>(x + r * ld, ld, w, K, c + r * S * kBlock);
+  static const X* prepare(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+    return widen(x, stride, rows, K, ld, scratch);
   }
   template <int R, int S>
-  static void group(const float* x, int64_t ld, const T* const* w, int64_t K, float* c) {
-    micro<T, R, S>(x, ld, w, K, c);
+  static void group(const X* x, int64_t ld, const T* const* w, int64_t K, float* c, int64_t ldc) {
+    micro<T, R, S>(x, ld, w, K, c, ldc);
   }
 };
 
 template <>
 struct Operand<bf16> {
+  static int64_t depth(int64_t K) { return padded_k(K); }
 #if DFLASH_BF16_DOT
   using X = bf16;
-#else
-  using X = float;
-#endif
-  static int64_t depth(int64_t K) { return padded_k(K); }
   static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
-#if DFLASH_BF16_DOT
     if (K % 32 == 0) {
       *ld = stride;
       return x;
@@ -264,35 +116,58 @@ struct Operand<bf16> {
       std::memset(to + r * *ld + K, 0, (*ld - K) * sizeof(bf16));
     }
     return to;
+  }
 #else
-    *ld = padded_k(K);
-    float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < *ld; k += Vec::W) store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
-    return to;
+  using X = float;
+  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+    return widen(x, stride, rows, K, ld, scratch);
+  }
 #endif
-  }
-  template <int S>
-  static void tile(const X* x, int64_t ld, int rows, const bf16* const* w, int64_t K, float* c) {
-#if defined(__AMX_BF16__)
-    (void)rows;
-    micro_tiles<S>(x, ld, w, K, c);
-#else
-    constexpr int kGroup = DFLASH_BF16_DOT || Vec::W == 16 ? 24 / (S < 3 ? 3 : S) : (S >= 4 ? 1 : 2);
-    int r = 0;
-    for (; r + kGroup <= rows; r += kGroup) group<kGroup, S>(x + r * ld, ld, w, K, c + r * S * kBlock);
-    for (; r < rows; ++r) group<1, S>(x + r * ld, ld, w, K, c + r * S * kBlock);
-  }
+#if !defined(__AMX_BF16__)
   template <int R, int S>
-  static void group(const X* x, int64_t ld, const bf16* const* w, int64_t K, float* c) {
+  static void group(const X* x, int64_t ld, const bf16* const* w, int64_t K, float* c, int64_t ldc) {
 #if DFLASH_BF16_DOT
-    micro_dot<R, S>(x, ld, w, K, c);
+    micro_dot<R, S>(x, ld, w, K, c, ldc);
 #else
-    micro_pairs<R, S>(x, ld, w, K, c);
-#endif
+    micro_pairs<R, S>(x, ld, w, K, c, ldc);
 #endif
   }
+#endif
 };
+
+// `rows` <= MAX rows in one register group.
+template <class T, int S, int MAX>
+inline void one_group(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c,
+                      int64_t ldc) {
+  if (rows == MAX) return Operand<T>::template group<MAX, S>(x, ld, w, K, c, ldc);
+  if constexpr (MAX > 1) one_group<T, S, MAX - 1>(x, ld, rows, w, K, c, ldc);
+}
+
+// Up to 16 rows, in register groups of about equal size.
+template <class T, int S, int MAX>
+inline void row_groups(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c,
+                       int64_t ldc) {
+  for (int groups = int(ceil_div(rows, MAX)), r = 0; groups > 0; --groups) {
+    const int m = int(ceil_div(rows - r, groups));
+    one_group<T, S, MAX>(x + r * ld, ld, m, w, K, c + r * ldc, ldc);
+    r += m;
+  }
+}
+
+template <class T, int S>
+inline void tile(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c) {
+#if defined(__AMX_BF16__)
+  if constexpr (kTiles<T>) return micro_tiles<S>(x, ld, w, K, c);
+  else
+#endif
+  if constexpr (Vec::W == 16) {
+    row_groups<T, S, 6>(x, ld, rows, w, K, c, S * kBlock);  // at most 24 of 32 registers accumulate
+  } else if (rows == 1) {
+    one_group<T, S, 1>(x, ld, 1, w, K, c, S * kBlock);  // 8 of 16
+  } else {
+    for (int s = 0; s < S; ++s) row_groups<T, 1, 4>(x, ld, rows, w + s, K, c + s * kBlock, S * kBlock);
+  }
+}
 
 // ---- the walk over blocks --------------------------------------------------------------------------------------------
 
@@ -316,9 +191,9 @@ inline void group_of_blocks(const GemmParams& p, const typename Operand<T>::X* x
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int m = int(rows - r < kTileRows ? rows - r : kTileRows);
 #if defined(__AMX_BF16__)
-    if (sizeof(T) == 2 && (r == 0 || m != kTileRows)) configure_tiles(m);
+    if (kTiles<T> && (r == 0 || m != kTileRows)) configure_tiles(m);
 #endif
-    Operand<T>::template tile<S>(x + r * ld, ld, m, w, Operand<T>::depth(p.K), c);
+    tile<T, S>(x + r * ld, ld, m, w, Operand<T>::depth(p.K), c);
     for (int s = 0; s < S; ++s) epilogue(c + s * kBlock, S * kBlock, r0 + r, m, blocks[s] * kBlock);
   }
 }
@@ -345,7 +220,7 @@ inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogu
     if (b < end) group_of_blocks<T, 1>(p, x, ld, r0, rows, &b, pack_scratch, epilogue);
   }
 #if defined(__AMX_BF16__)
-  if (sizeof(T) == 2) _tile_release();
+  if (kTiles<T>) _tile_release();
 #endif
 }
 

@@ -44,6 +44,7 @@ class DraftConfig:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    draft_vocab_size: int
     block_size: int
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
@@ -146,7 +147,7 @@ def read_draft_config(config: Mapping) -> DraftConfig:
     read = DraftConfig(
         hidden_size=hidden, num_heads=heads, num_kv_heads=f.whole("num_key_value_heads", heads), head_dim=head_dim,
         intermediate_size=f.whole("intermediate_size"),
-        vocab_size=f.whole("draft_vocab_size", f.whole("vocab_size")),
+        vocab_size=f.whole("vocab_size"), draft_vocab_size=f.whole("draft_vocab_size", f.get("vocab_size")),
         block_size=f.whole("block_size"), mask_token_id=_mask_token(f), target_layer_ids=_taps(f, layers),
         masks=_masks(f, layers), rope=read_rope(rope, head_dim, _WHAT), rms_norm_eps=f.number("rms_norm_eps", 1e-6),
         attention_bias=bool(f.flag("attention_bias")), mlp_bias=bool(f.flag("mlp_bias")),
