@@ -72,14 +72,14 @@ class Drafter:
         for name, flag in (("embed_tokens", c.own_embedding), ("lm_head", c.own_head)):
             there = f"{name}.weight" in tensors
             if flag is not None and flag != there:
-                raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there as the config says; "
-                                 f"got {'it' if there else 'nothing'}")
+                raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there, as the "
+                                 f"config says; got {'it' if there else 'nothing'}")
         self.embedding, self.head, self.ids_of_draft = target.embedding, target.head, None
         if "embed_tokens.weight" in tensors:
             self.embedding = tensors.take("embed_tokens.weight", c.vocab_size, c.hidden_size).contiguous()
         elif target.hidden_size != c.hidden_size:
-            raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is not "
-                             f"the target's {target.hidden_size}; got nothing")
+            raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is "
+                             f"not the target's {target.hidden_size}; got nothing")
         if c.input_embedding_scale != 1.0:
             self.embedding = self.embedding * c.input_embedding_scale
         rows = target.vocab_size
@@ -94,8 +94,8 @@ class Drafter:
                                  f"got ids from {int(ids.min())} to {int(ids.max())}")
             self.ids_of_draft = ids
         elif c.draft_vocab_size != c.vocab_size:
-            raise ValueError(f"{_WHAT}: tensor d2t must be there with shape ({c.draft_vocab_size},), as draft_vocab_size "
-                             f"is not vocab_size = {c.vocab_size}; got nothing")
+            raise ValueError(f"{_WHAT}: tensor d2t must be there with shape ({c.draft_vocab_size},), as "
+                             f"draft_vocab_size is not vocab_size = {c.vocab_size}; got nothing")
         # A head padded beyond the target's vocabulary must not draft an id that the target does not have.
         self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
 
@@ -128,14 +128,14 @@ class ContextPass:
 
     def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
             commit_lens: torch.Tensor) -> None:
-        """features (B * Q, F * H), positions, slots (B, Q) -> K/V of every layer, in the pages of the rows i < commit_lens
-        of each request. The others are rejected drafts or padding."""
+        """features (B * Q, F * H), positions, slots (B, Q) -> K/V of every layer, in the pages of the rows
+        i < commit_lens of each request. The others are rejected drafts or padding."""
         d, c = self.drafter, self.drafter.config
         linear(features, d.fc, out=self.projected)
         rms_norm(self.projected, d.hidden_norm, c.rms_norm_eps, out=self.context)
         linear(self.context, d.context_kv, d.context_bias, out=self.kv)
-        write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms, cos_sin=d.cos_sin,
-                         eps=c.rms_norm_eps, interleaved=c.rope.interleaved, commit_lens=commit_lens)
+        write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms,
+                         cos_sin=d.cos_sin, eps=c.rms_norm_eps, interleaved=c.rope.interleaved, commit_lens=commit_lens)
 
 
 class DraftPass:
@@ -192,9 +192,10 @@ def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
     shapes = {"fc.weight": (h, len(c.target_layer_ids) * c.target_hidden_size), "hidden_norm.weight": (h,),
               "norm.weight": (h,)}
     layer = {
-        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
-        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "self_attn.q_norm": (c.head_dim,),
-        "self_attn.k_norm": (c.head_dim,), "input_layernorm": (h,), "post_attention_layernorm": (h,)}
+        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q), "self_attn.q_norm": (c.head_dim,), "self_attn.k_norm": (c.head_dim,),
+        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "input_layernorm": (h,),
+        "post_attention_layernorm": (h,)}
     for n, mask in enumerate(c.masks):
         for name, size in layer.items():
             shapes[f"layers.{n}.{name}.weight"] = size

@@ -6,44 +6,13 @@ Plain decoding is the same loop with no drafter.
 """
 
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator
 
 from .draft import Drafter
 from .kv import OutOfPages, PagePool
+from .requests import Event, Live, Request, check_request
 from .step import Prefill, Step
 from .targets import Target
-
-
-@dataclass(frozen=True)
-class Request:
-    id: Hashable
-    prompt: Sequence[int]
-    max_new_tokens: int
-    stop_tokens: Collection[int] = ()
-
-
-@dataclass(frozen=True)
-class Event:
-    """tokens: new ones, in order, a stop token included. finish: None while it goes on, else stop, length, cancelled or
-    error. acceptance_lengths: with finish, the tokens that each step committed (prefill's one apart)."""
-
-    id: Hashable
-    tokens: list[int]
-    finish: str | None = None
-    acceptance_lengths: tuple[int, ...] = ()
-    error: str | None = None
-
-
-@dataclass(eq=False)
-class _Live:
-    request: Request
-    limit: int
-    pages: list[int] = field(default_factory=list)
-    context: int = 0
-    anchor: int = -1
-    emitted: int = 0
-    acceptance: list[int] = field(default_factory=list)
 
 
 class Decoder:
@@ -69,22 +38,9 @@ class Decoder:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it can never run; nothing is allocated then."""
-        n, room, vocab = len(request.prompt), self.max_context, self.target.vocab_size
-        bad = next((t for t in request.prompt if type(t) is not int or not 0 <= t < vocab), None)
-        limit = min(request.max_new_tokens, room - n)
-        for wrong, what in (
-            (n == 0, "prompt must have at least 1 token; got 0"),
-            (bad is not None, f"prompt must hold token ids in [0, {vocab}); got {bad!r}"),
-            (n >= room, f"prompt must be shorter than the context of {room} tokens; got {n}"),
-            (request.max_new_tokens < 1, f"max_new_tokens must be at least 1; got {request.max_new_tokens}"),
-            (self.pool.pages_for(n + limit) > self.pool.num_pages,
-             f"prompt and answer must fit in {self.pool.num_pages} pages of {self.pool.page_size}; got {n} + {limit} tokens"),
-            (any(live.request.id == request.id for live in (*self._waiting, *self._active)),
-             "id must be new; got that of a request that still runs"),
-        ):
-            if wrong:
-                raise ValueError(f"request {request.id!r}: {what}")
-        self._waiting.append(_Live(request, limit))
+        if any(live.request.id == request.id for live in (*self._waiting, *self._active)):
+            raise ValueError(f"request {request.id!r}: id must be new; got that of a request that still runs")
+        self._waiting.append(Live(request, check_request(request, self.target.vocab_size, self.max_context, self.pool)))
 
     def cancel(self, request_id: Hashable) -> None:
         """The request leaves before the next step."""
@@ -124,7 +80,7 @@ class Decoder:
         for live in (*self._waiting, *self._active):
             self._leave(live, [], "cancelled")
 
-    def _start(self, live: _Live) -> Event:
+    def _start(self, live: Live) -> Event:
         prompt, pool = live.request.prompt, self.pool
         live.pages = pool.allocate(len(prompt) + live.limit)
         self._active.append(self._waiting.popleft())
@@ -157,13 +113,13 @@ class Decoder:
             events.append(self._emit(live, tokens[:kept]))
         return events
 
-    def _emit(self, live: _Live, tokens: list[int]) -> Event:
+    def _emit(self, live: Live, tokens: list[int]) -> Event:
         live.emitted += len(tokens)
         if tokens[-1] in live.request.stop_tokens:
             return self._leave(live, tokens, "stop")
         return self._leave(live, tokens, "length") if live.emitted >= live.limit else Event(live.request.id, tokens)
 
-    def _leave(self, live: _Live, tokens: list[int], why: str) -> Event:
+    def _leave(self, live: Live, tokens: list[int], why: str) -> Event:
         (self._active if live in self._active else self._waiting).remove(live)
         self.pool.free(live.pages)
         return Event(live.request.id, tokens, why, tuple(live.acceptance))

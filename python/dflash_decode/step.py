@@ -6,7 +6,7 @@ import torch
 
 from dflash_kernels import PagedKV, PreparedBlock, Verified, prepare_block, verify_greedy
 
-from .draft import ContextPass, DraftPass, Drafter
+from .draft import ContextPass, Drafter, DraftPass
 from .kv import NO_PAGE
 from .targets import Target
 
@@ -49,7 +49,8 @@ class Step:
     def fill(self, requests: Sequence[tuple[int, int, int]]) -> None:
         """(anchor, context length, block length) of each request, first to last; the rest of the batch is empty."""
         padded = [*requests, *[(0, 0, 0)] * (self.batch - len(requests))]
-        for into, values in zip((self.anchors, self.context_lens, self.block_lens), zip(*padded, strict=True), strict=True):
+        columns = zip(*padded, strict=True)
+        for into, values in zip((self.anchors, self.context_lens, self.block_lens), columns, strict=True):
             into.copy_(torch.tensor(values, dtype=into.dtype))
 
     def run(self) -> Verified:
@@ -75,13 +76,15 @@ class Prefill:
         self.target, self.rows, self.page_size, device = target, rows, page_size, target.device
         self.context = ContextPass(drafter, 1, rows, draft_kv) if drafter else None
         self.forward = target.make_pass(1, rows, target_kv, drafter.taps if drafter else ())
-        ids, positions, slots, self.tokens = (torch.zeros((1, rows), dtype=torch.int64, device=device) for _ in range(4))
+        whole = {"dtype": torch.int64, "device": device}
+        ids, positions, slots, self.tokens = (torch.zeros((1, rows), **whole) for _ in range(4))
         self.block = PreparedBlock(ids=ids, positions=positions, slots=slots, rows=None)
-        self.next_id = torch.zeros(1, dtype=torch.int64, device=device)
+        self.next_id = torch.zeros(1, **whole)
         self.value = torch.zeros(1, dtype=torch.float32, device=device)
 
     def run(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> int:
-        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (1, max_pages). Returns the next token."""
+        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (1, max_pages). Returns the next
+        token, which means something after the prompt's last chunk."""
         device, n = self.target.device, len(tokens)
         self.tokens[0, :n].copy_(torch.tensor(tokens, dtype=torch.int64))
         lens, live = (torch.tensor([value], dtype=torch.int32, device=device) for value in (done, n))
