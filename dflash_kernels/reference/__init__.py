@@ -5,6 +5,11 @@ float32 results are measured against.
 """
 
 from . import activation as activation
+from . import attention as attention
+from . import block as block
 from . import context as context
+from . import head as head
+from . import linear as linear
 from . import norm as norm
 from . import rope as rope
+from . import verify as verify

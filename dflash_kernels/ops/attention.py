@@ -1,0 +1,161 @@
+"""Attention of a block of Q queries over paged context K/V and the block's own K/V, read where the projection left it.
+
+Request b has context_lens[b] = c committed tokens. Query i of the block stands at position c + i. Keys are
+
+    context key j, context_starts[b] <= j < c:  cache row page_table[b, j // P] * P + j % P, at position j
+    block key j,   0 <= j < block_lens[b]:      k[b, j], v[b, j], at position c + j (never written to the cache here)
+
+and query i sees key position kp, with qp = c + i, where qp - left <= kp <= qp + right (-1: unlimited) and, if causal,
+kp <= qp. With s = scale * q.k, s <- softcap * tanh(s / softcap) if softcap > 0:
+
+    out = sum_visible exp(s) v / (exp(sink) + sum_visible exp(s)),    zeros where no key is visible
+
+Scores, weights and sums are float32, with one rounding at the end. A row's bits depend on its own query, position and
+visible keys alone: not on B, Q, its neighbours, threads, page size, or whether a key lies in the cache or in the block.
+"""
+
+import math
+
+import torch
+
+from .. import reference
+from .._library import define
+from ..types import PagedKV
+from . import _checks as check
+
+
+def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: PagedKV | None,
+                    page_table: torch.Tensor | None, context_lens: torch.Tensor, *,
+                    block_lens: torch.Tensor | None = None, context_starts: torch.Tensor | None = None,
+                    scale: float | None = None, causal: bool = False, window: tuple[int, int] = (-1, -1),
+                    sinks: torch.Tensor | None = None, softcap: float = 0.0,
+                    out: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of a block's queries over the request's paged context and the block itself; equation above.
+
+    q (B, Q, Hq, D): float32, bfloat16 or float16; last dimension contiguous, others at any stride (a view of qkv rows).
+    k, v (B, Q, Hkv, D): like q; Hkv divides Hq, and query head h reads key head h // (Hq // Hkv).
+    cache: PagedKV of q's dtype with Hkv heads of D; None: no context keys.
+    page_table (B, max_pages): int32, page ids in position order, last dimension contiguous. None only with cache=None.
+        Entries outside a request's visible context are never read.
+    context_lens (B,): int32, committed tokens of each request; also the position of its first query.
+    block_lens (B,): int32, valid rows of each block; None: Q. Rows past it are invisible and not written.
+    context_starts (B,): int32, first context position that holds data; None: 0.
+    scale: multiplies q.k; None: 1 / sqrt(D).
+    causal: key positions after the query's are invisible. Off by default: a draft block is bidirectional.
+    window: (left, right) distances, in tokens, both inclusive; -1 is unlimited. A checkpoint's sliding_window w counts
+        the token itself: left = w - 1.
+    sinks (Hq,): float32 or q's dtype, logit of an extra key with no value.
+    softcap: 0 for none.
+    out (B, Q, Hq, D): written; last dimension contiguous, may not overlap k, v or the cache. Allocated when None.
+
+    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout, device or option. With DFLASH_CHECK=1 also
+    for lengths or page ids out of range; without it a visible key on a page that does not exist counts as NaN. Mutates
+    out alone. Graph-safe. Source: DFlash (arXiv 2602.06036, section 4); online softmax (arXiv 1805.02867);
+    reference/attention.py.
+    """
+    op = "block_attention"
+    if not isinstance(q, torch.Tensor) or q.dtype not in check.FLOATS:
+        raise TypeError(f"{op}: q must be float32, bfloat16 or float16 (B, Q, Hq, D); got {check.describe(q)}")
+    if q.dim() != 4 or 0 in q.shape[2:]:
+        raise ValueError(f"{op}: q must have shape (B, Q, Hq, D), Hq and D > 0; got {check.describe(q)}")
+    batch, width, _, head_dim = q.shape
+    check.dense_last(op, "q", q)
+    kv_heads = _check_keys(op, q, k, v)
+    _check_cache(op, q, kv_heads, cache, page_table)
+    for name, t in (("context_lens", context_lens), ("block_lens", block_lens), ("context_starts", context_starts)):
+        if t is not None or name == "context_lens":
+            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", (batch,), q.device))
+    left, right = _check_options(op, q, window, sinks, softcap)
+    if check.values_checked():
+        _check_values(op, width, cache, page_table, context_lens, block_lens, context_starts)
+    out = check.output(op, "out", out, q, q.shape)
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    k_cache, v_cache = (None, None) if cache is None else (cache.k, cache.v)
+    _block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale, bool(causal),
+                     left, right, sinks, float(softcap), out)
+    return out
+
+
+def _check_keys(op, q, k, v):
+    batch, width, heads, head_dim = q.shape
+    kv_heads = k.shape[2] if isinstance(k, torch.Tensor) and k.dim() == 4 else None
+    for name, t in (("k", k), ("v", v)):
+        check.tensor(op, name, t, q.dtype, "(B, Q, Hkv, D)", (batch, width, kv_heads, head_dim), q.device)
+        check.dense_last(op, name, t)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{op}: Hkv must divide Hq = {heads}; got Hkv = {kv_heads}")
+    return kv_heads
+
+
+def _check_cache(op, q, kv_heads, cache, page_table):
+    if cache is None:
+        if page_table is not None:
+            raise ValueError(f"{op}: page_table must be None when cache is None; got {check.describe(page_table)}")
+        return
+    if not isinstance(cache, PagedKV):
+        raise TypeError(f"{op}: cache must be a PagedKV or None; got {type(cache).__name__}")
+    sizes = (None, None, kv_heads, q.shape[3])
+    check.tensor(op, "cache.k", cache.k, q.dtype, "(num_pages, P, Hkv, D)", sizes, q.device)
+    if cache.page_size == 0:
+        raise ValueError(f"{op}: cache must have a page size P > 0; got {check.describe(cache.k)}")
+    check.tensor(op, "page_table", page_table, torch.int32, "(B, max_pages)", (q.shape[0], None), q.device)
+    check.dense_last(op, "page_table", page_table)
+
+
+def _check_options(op, q, window, sinks, softcap):
+    if sinks is not None:
+        check.tensor(op, "sinks", sinks, {torch.float32, q.dtype}, "(Hq,)", (q.shape[2],), q.device)
+        check.contiguous(op, "sinks", sinks)
+    try:
+        left, right = (int(x) for x in window)
+    except (TypeError, ValueError):
+        raise ValueError(f"{op}: window must be (left, right); got {window!r}") from None
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: window must be (left, right) with each >= -1; got {window!r}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be finite and >= 0; got {softcap!r}")
+    return left, right
+
+
+def _check_values(op, width, cache, page_table, context_lens, block_lens, context_starts):
+    """Reads the device. A context longer than the page table can hold is an error here, not a truncated answer."""
+    contexts = context_lens.tolist()
+    starts = [0] * len(contexts) if context_starts is None else context_starts.tolist()
+    for b, n in enumerate([] if block_lens is None else block_lens.tolist()):
+        if not 0 <= n <= width:
+            raise ValueError(f"{op}: block_lens must be in [0, Q = {width}]; got {n} for request {b}")
+    for b, (start, context) in enumerate(zip(starts, contexts, strict=True)):
+        if context < 0 or not 0 <= start <= context:
+            raise ValueError(f"{op}: 0 <= context_starts <= context_lens must hold; got {start} and {context} "
+                             f"for request {b}")
+        if cache is None or start == context:
+            continue
+        page = cache.page_size
+        if context > page_table.shape[1] * page:
+            raise ValueError(f"{op}: context_lens must fit page_table's {page_table.shape[1]} pages of {page}; "
+                             f"got {context} for request {b}")
+        used = page_table[b, start // page:(context + page - 1) // page]
+        if ((used < 0) | (used >= cache.num_pages)).any():
+            raise ValueError(f"{op}: page_table must hold ids in [0, num_pages = {cache.num_pages}); "
+                             f"got {used.tolist()} for request {b}")
+
+
+_block_attention = define(
+    "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, Tensor? page_table, "
+    "Tensor context_lens, Tensor? block_lens, Tensor? context_starts, float scale, bool causal, int left, int right, "
+    "Tensor? sinks, float softcap, Tensor(a!) out) -> ()",
+    reference.attention.block_attention,
+)
+
+
+def bytes(context: int, width: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of one request that must move: visible context K/V once, block K/V once, queries in and rows out.
+
+    context: context tokens that some query sees (at most left + Q - 1 with a window).
+    """
+    return itemsize * head_dim * (2 * kv_heads * (context + width) + 2 * heads * width)
+
+
+def flops(pairs: int, heads: int, head_dim: int) -> int:
+    """pairs: visible (query, key) pairs of one request; a multiply and an add each for q.k and for p.v."""
+    return 4 * pairs * heads * head_dim
