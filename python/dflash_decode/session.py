@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .draft import Drafter
-from .loop import Decoder, Request
+from .loop import Decoder
+from .requests import Request
 from .targets.native import NativeTarget
 from .tokenizer import Tokenizer, load_tokenizer
 from .weights import Checkpoint, CheckpointError, load_checkpoint
