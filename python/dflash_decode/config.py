@@ -7,18 +7,21 @@ from .rope import Rope, read_rope
 
 _WHAT = "draft config"
 # Fields that change no arithmetic of a draft pass.
-_HARMLESS = frozenset("""
-    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout
-    auto_map bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype eos_token_id
-    finetuning_task id2label initializer_range is_decoder is_encoder_decoder label2id max_window_layers model_type
-    num_anchors output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict sep_token_id
-    speculators_version t2d task_specific_params tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class
-    torch_dtype torchscript transformers_version use_bfloat16 use_cache verifier_name_or_path
-""".split())
-_ROPE = frozenset("rope_theta rope_parameters rope_scaling partial_rotary_factor rotary_dim rope_interleaved "
-                  "is_neox_style".split())
+_HARMLESS = frozenset([
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
+    "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "max_window_layers", "model_type", "num_anchors", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "sep_token_id",
+    "speculators_version", "t2d", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder",
+    "tie_word_embeddings", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
+    "use_cache", "verifier_name_or_path",
+])
+_ROPE = frozenset(["rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor", "rotary_dim",
+                   "rope_interleaved", "is_neox_style"])
 _LATER = {
-    "conv_kernel_size": "DFlash2", "conv_group_size": "DFlash2", "selector_rank": "DFlash2", "selector_top_k": "DFlash2",
+    "conv_kernel_size": "DFlash2", "conv_group_size": "DFlash2", "selector_rank": "DFlash2",
+    "selector_top_k": "DFlash2",
     "markov_rank": "DSpark", "markov_head_type": "DSpark", "emb_dim": "Domino", "gru_hidden_dim": "Domino",
     "pure_draft_prefix_len": "Domino", "shift_label": "Domino", "quantization_config": "quantised drafters",
     "sample_from_anchor": "a drafter that predicts from its anchor row", "lilicorr_enabled": "LiLiCorr",
@@ -44,6 +47,7 @@ class DraftConfig:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    draft_vocab_size: int
     block_size: int
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
@@ -146,7 +150,7 @@ def read_draft_config(config: Mapping) -> DraftConfig:
     read = DraftConfig(
         hidden_size=hidden, num_heads=heads, num_kv_heads=f.whole("num_key_value_heads", heads), head_dim=head_dim,
         intermediate_size=f.whole("intermediate_size"),
-        vocab_size=f.whole("draft_vocab_size", f.whole("vocab_size")),
+        vocab_size=f.whole("vocab_size"), draft_vocab_size=f.whole("draft_vocab_size", f.get("vocab_size")),
         block_size=f.whole("block_size"), mask_token_id=_mask_token(f), target_layer_ids=_taps(f, layers),
         masks=_masks(f, layers), rope=read_rope(rope, head_dim, _WHAT), rms_norm_eps=f.number("rms_norm_eps", 1e-6),
         attention_bias=bool(f.flag("attention_bias")), mlp_bias=bool(f.flag("mlp_bias")),
@@ -201,9 +205,9 @@ def _taps(f, layers):
 def _masks(f, layers):
     """One LayerMask for each layer.
 
-    Causality: top-level is_causal, then dflash_config.causal, then the layer's type (sliding: causal). The window counts
-    the current token, so `left` is one less; without causality it reaches as far to the right. use_swa puts a window on
-    every layer and leaves each layer's type, and so its causality, as declared.
+    Causality: top-level is_causal, then dflash_config.causal, then the layer's type (sliding: causal). The window
+    counts the current token, so `left` is one less; without causality it reaches as far to the right. use_swa puts a
+    window on every layer and leaves each layer's type, and so its causality, as declared.
     """
     types, window = f.get("layer_types"), f.get("sliding_window")
     asked, swa = f.flag("use_sliding_window"), f.flag("use_swa")
@@ -226,13 +230,12 @@ def _masks(f, layers):
         if type(window) is not int or window < 1:
             raise ValueError(f"{_WHAT}: {name} must be an integer of at least 1 where layers slide; got {window!r}")
     f.seen.add("swa_window_size")
-    stated = next((flag for flag in (f.top.get("is_causal"), f.flag("is_causal"), f.flag("causal")) if flag is not None),
-                  None)
+    stated = [flag for flag in (f.top.get("is_causal"), f.flag("is_causal"), f.flag("causal")) if flag is not None]
     every, sliding_only = f.flag("attention_sink_bias"), f.flag("add_swa_attention_sink_bias")
     masks = []
     for kind in types:
         slides = kind == "sliding_attention"
-        causal = slides if stated is None else bool(stated)
+        causal = bool(stated[0]) if stated else slides
         windowed = slides or bool(swa)
         left = window - 1 if windowed else -1
         masks.append(LayerMask(causal, (left, -1 if causal else left), bool(every) or bool(sliding_only and windowed)))

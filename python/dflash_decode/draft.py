@@ -15,6 +15,7 @@ from dflash_kernels import (
     linear,
     lm_head_argmax,
     pack_weight,
+    prepare_block,
     rms_norm,
     write_context_kv,
 )
@@ -34,6 +35,8 @@ class Drafter:
     The embedding and the head are the target's where the checkpoint has none. Raises ValueError for a tensor that is
     missing, unexpected or of another shape, and where the drafter does not fit the target.
     """
+
+    graph_safe = True
 
     def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target):
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
@@ -71,16 +74,19 @@ class Drafter:
         for name, flag in (("embed_tokens", c.own_embedding), ("lm_head", c.own_head)):
             there = f"{name}.weight" in tensors
             if flag is not None and flag != there:
-                raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there as the config says; "
-                                 f"got {'it' if there else 'nothing'}")
+                raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there, as the "
+                                 f"config says; got {'it' if there else 'nothing'}")
         self.embedding, self.head, self.ids_of_draft = target.embedding, target.head, None
         if "embed_tokens.weight" in tensors:
-            self.embedding = tensors.take("embed_tokens.weight", target.vocab_size, c.hidden_size).contiguous()
+            self.embedding = tensors.take("embed_tokens.weight", c.vocab_size, c.hidden_size).contiguous()
+        elif target.hidden_size != c.hidden_size:
+            raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is "
+                             f"not the target's {target.hidden_size}; got nothing")
         if c.input_embedding_scale != 1.0:
             self.embedding = self.embedding * c.input_embedding_scale
         rows = target.vocab_size
         if "lm_head.weight" in tensors:
-            rows = c.vocab_size
+            rows = c.draft_vocab_size
             self.head = pack_weight(tensors.take("lm_head.weight", rows, c.hidden_size))
         tensors.drop("t2d")  # the same map, as a mask over the target's ids
         if "d2t" in tensors:
@@ -89,13 +95,17 @@ class Drafter:
                 raise ValueError(f"{_WHAT}: d2t must be offsets to ids below {target.vocab_size}; "
                                  f"got ids from {int(ids.min())} to {int(ids.max())}")
             self.ids_of_draft = ids
-        elif rows < target.vocab_size and rows == c.vocab_size and "lm_head.weight" in tensors:
-            raise ValueError(f"{_WHAT}: tensor d2t must be there")
+        elif c.draft_vocab_size != c.vocab_size:
+            raise ValueError(f"{_WHAT}: tensor d2t must be there with shape ({c.draft_vocab_size},), as "
+                             f"draft_vocab_size is not vocab_size = {c.vocab_size}; got nothing")
         # A head padded beyond the target's vocabulary must not draft an id that the target does not have.
         self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
 
-    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV]) -> "DraftPass":
-        return DraftPass(self, batch, width, caches)
+    def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int) -> "DraftPass":
+        return DraftPass(self, batch, width, caches, page_size)
+
+    def make_context(self, batch: int, width: int, caches: Sequence[PagedKV]) -> "ContextPass":
+        return ContextPass(self, batch, width, caches)
 
     @classmethod
     def random(cls, target: Target, num_layers: int = 3, block_size: int = 8, seed: int = 0) -> "Drafter":
@@ -115,56 +125,67 @@ class Drafter:
         return cls(read, tensors, target)
 
 
-class DraftPass:
-    """One drafter's work for B requests and blocks of Q, with memory of its own that never moves.
-
-    block: what `draft` starts from; ids (B, Q): what it ends with, the anchors in column 0.
-    """
+class ContextPass:
+    """Writes what the target has committed into the drafter's pages: T = B * Q rows at once, with memory of its own."""
 
     def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV]):
-        self.drafter, self.caches = drafter, caches
-        c, rows = drafter.config, batch * width
-        floats, whole = {"dtype": drafter.dtype, "device": drafter.device}, {"dtype": torch.int64, "device": drafter.device}
-        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm, drafter.cos_sin, c.rope.interleaved,
-                                 batch, width, caches)
-        self.projected, self.context = (torch.zeros((rows, c.hidden_size), **floats) for _ in range(2))
-        self.kv = torch.zeros((rows, drafter.context_kv.out_features), **floats)
-        fields = {name: torch.zeros((batch, width), **whole) for name in ("ids", "positions", "slots")}
-        self.block = PreparedBlock(**fields, rows=self.layers.x.view(batch, width, -1))
-        self.ids = torch.zeros((batch, width), **whole)
-        # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
-        at = torch.arange(rows, device=drafter.device).view(batch, width)
-        self.masked_rows = at[:, 1:].reshape(-1)
-        self.masked = torch.zeros((batch * (width - 1), c.hidden_size), **floats)
-        self.draft_ids, self.known = torch.zeros(batch * (width - 1), **whole), torch.zeros(rows, **whole)
-        self.values = torch.zeros(batch * (width - 1), dtype=torch.float32, device=drafter.device)
-        # known = [every anchor, then every draft]; shuffle puts it in block order.
-        drafts = batch + torch.arange(batch * (width - 1), device=drafter.device).view(batch, width - 1)
-        self.shuffle = torch.cat((torch.arange(batch, device=drafter.device)[:, None], drafts), dim=1)
-        self.anchors, self.drafts = self.known[:batch], self.known[batch:]
+        self.drafter, self.caches, rows = drafter, caches, batch * width
+        like = {"dtype": drafter.dtype, "device": drafter.device}
+        self.projected, self.context = (torch.zeros((rows, drafter.config.hidden_size), **like) for _ in range(2))
+        self.kv = torch.zeros((rows, drafter.context_kv.out_features), **like)
 
-    def write_context(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
-                      commit_lens: torch.Tensor) -> None:
-        """features (B * Q, F * H), positions, slots (B, Q) -> K/V of every layer, in the pages of the rows i < commit_lens
-        of each request. The others are rejected drafts or padding."""
+    def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+            commit_lens: torch.Tensor) -> None:
+        """features (B * Q, F * H), positions, slots (B, Q) -> K/V of every layer, in the pages of the rows
+        i < commit_lens of each request. The others are rejected drafts or padding."""
         d, c = self.drafter, self.drafter.config
         linear(features, d.fc, out=self.projected)
         rms_norm(self.projected, d.hidden_norm, c.rms_norm_eps, out=self.context)
         linear(self.context, d.context_kv, d.context_bias, out=self.kv)
-        write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms, cos_sin=d.cos_sin,
-                         eps=c.rms_norm_eps, interleaved=c.rope.interleaved, commit_lens=commit_lens)
+        write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms,
+                         cos_sin=d.cos_sin, eps=c.rms_norm_eps, interleaved=c.rope.interleaved, commit_lens=commit_lens)
 
-    def draft(self, page_table: torch.Tensor, context_lens: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
-        """self.anchors (B,) and self.block.rows, embedded, -> self.ids."""
+
+class DraftPass:
+    """Drafts blocks of Q tokens for B requests, with memory of its own that never moves.
+
+    anchors (B,) int64: put each request's last token here. After run(): ids (B, Q), the anchors in column 0, and
+    block.positions and block.slots (B, Q).
+    """
+
+    def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int):
+        self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
+        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm, drafter.cos_sin, c.rope.interleaved,
+                                 batch, width, caches)
+        rows, guesses, device = batch * width, batch * (width - 1), drafter.device
+
+        def ids(*shape):
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.block = PreparedBlock(ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width),
+                                   rows=self.layers.x.view(batch, width, -1))
+        # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
+        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].reshape(-1)
+        self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
+        self.values = torch.zeros(guesses, dtype=torch.float32, device=device)
+        # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
+        self.known, self.draft_ids, self.ids = ids(rows), ids(guesses), ids(batch, width)
+        self.anchors, self.guesses = self.known[:batch], self.known[batch:]
+        place = torch.arange(rows, device=device)
+        self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
+
+    def run(self, context_lens: torch.Tensor, page_table: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
         d, c = self.drafter, self.drafter.config
+        prepare_block(self.anchors, context_lens, self.width, c.mask_token_id, page_table=page_table,
+                      page_size=self.page_size, block_lens=block_lens, embedding=d.embedding, out=self.block)
         hidden = self.layers.run(self.block.positions.view(-1), None, page_table, context_lens, block_lens)
         embed_tokens(self.masked_rows, hidden, out=self.masked)
         lm_head_argmax(self.masked, d.head, num_valid=d.num_valid, scale=c.output_multiplier,
                        softcap=c.final_logit_softcapping, out_values=self.values,
-                       out_ids=self.drafts if d.ids_of_draft is None else self.draft_ids)
+                       out_ids=self.guesses if d.ids_of_draft is None else self.draft_ids)
         if d.ids_of_draft is not None:
-            _gather(d.ids_of_draft, self.draft_ids, self.drafts)
-        _gather(self.known, self.shuffle, self.ids)
+            _gather(d.ids_of_draft, self.draft_ids, self.guesses)
+        _gather(self.known, self.block_order, self.ids)
         return self.ids
 
 
@@ -179,9 +200,10 @@ def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
     shapes = {"fc.weight": (h, len(c.target_layer_ids) * c.target_hidden_size), "hidden_norm.weight": (h,),
               "norm.weight": (h,)}
     layer = {
-        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
-        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "self_attn.q_norm": (c.head_dim,),
-        "self_attn.k_norm": (c.head_dim,), "input_layernorm": (h,), "post_attention_layernorm": (h,)}
+        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q), "self_attn.q_norm": (c.head_dim,), "self_attn.k_norm": (c.head_dim,),
+        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "input_layernorm": (h,),
+        "post_attention_layernorm": (h,)}
     for n, mask in enumerate(c.masks):
         for name, size in layer.items():
             shapes[f"layers.{n}.{name}.weight"] = size

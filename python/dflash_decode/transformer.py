@@ -182,7 +182,8 @@ class LayersPass:
         qk_norm_rope(self.qkv, positions, self.cos_sin, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
                      head_dim=g.head_dim, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=g.eps,
                      interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
-        q, k, v = self.qkv.view(*self.shape, -1, g.head_dim).split((g.num_heads, g.num_kv_heads, g.num_kv_heads), dim=2)
+        heads, keys = self.qkv.view(*self.shape, -1, g.head_dim), g.num_heads + g.num_kv_heads
+        q, k, v = heads[:, :, :g.num_heads], heads[:, :, g.num_heads:keys], heads[:, :, keys:]
         block_attention(q, k, v, cache, page_table, context_lens, block_lens=block_lens, causal=layer.mask.causal,
                         window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*self.shape, -1, g.head_dim))
         linear(self.mixed, layer.o, layer.o_bias, out=self.added)

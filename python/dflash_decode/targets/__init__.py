@@ -40,4 +40,4 @@ class Target(Protocol):
         """caches: one for each layer, of shape self.cache. taps: layers whose output is collected."""
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
-        """rows (R, H) from a pass -> the most likely next tokens, ids (R,) int64, and their logits, values (R,) float32."""
+        """rows (R, H) from a pass -> the most likely next tokens, ids (R,) int64, and their logits, values (R,)."""

@@ -63,8 +63,8 @@ class NativeTarget:
         self._cos_sin = self._rope.table(self.max_context, self.device)
 
     def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "NativePass":
-        layers = LayersPass(self.geometry, self._layers, self._norm, self._cos_sin, self._rope.interleaved, batch, width,
-                            caches, taps=taps)
+        layers = LayersPass(self.geometry, self._layers, self._norm, self._cos_sin, self._rope.interleaved, batch,
+                            width, caches, taps=taps)
         return NativePass(self.embedding, layers)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
