@@ -6,6 +6,7 @@ Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for
 import json
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,8 @@ app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=Fa
                   help="DFlash speculative decoding with kernels of its own.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
 app.add_typer(bench_app, name="bench")
+
+INTERRUPTED = 130
 
 # Heavy modules are imported inside the commands: --help and usage errors answer at once.
 
@@ -163,9 +166,10 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        code = code if isinstance(code, int) else 0
+        return fail("interrupted", code) if code == INTERRUPTED else code  # some versions of typer catch Ctrl-C
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", 130)
+        return fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of the output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -198,6 +202,7 @@ def fail(message: str, code: int) -> int:
 
 
 def main() -> None:
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     sys.exit(run(sys.argv[1:]))
 
 
