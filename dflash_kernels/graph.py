@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ._library import native
 
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand",
-          "narrow", "split", "unbind", "as_strided", "alias", "detach", "empty", "empty_like", "new_empty",
+          "narrow", "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "empty", "empty_like", "new_empty",
           "empty_strided", "new_empty_strided"}
 
 

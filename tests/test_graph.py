@@ -54,3 +54,9 @@ def test_captures_do_not_nest():
     a, b = dk.StepGraph(), dk.StepGraph()
     with a.capture(), pytest.raises(RuntimeError, match="already being recorded"), b.capture():
         pass
+
+
+def test_stream_read_reads_every_byte(isa):
+    from dflash_kernels._library import native
+    words = torch.arange(1 << 16, dtype=torch.int64)
+    assert native.stream_read(words.data_ptr(), words.numel() * 8) == int(words.sum())

@@ -24,15 +24,14 @@ Best first_in(const T* x, int64_t begin, int64_t end) {
   return best;
 }
 
-// Argmax of x[begin, end): whole blocks are only reduced to their maximum and whether they hold a NaN, and the one
-// block that wins is searched for its first index.
+// Whole blocks are only reduced to their maximum and whether they hold a NaN, and the one block that wins is searched
+// for its first index.
 template <class T>
-Best argmax(const T* x, int64_t begin, int64_t end) {
+int64_t argmax(const T* x, int64_t n) {
   constexpr int64_t kBlock = 32 * Vec::W;
-  Best best{to_float(x[begin]), begin};
-  if (is_nan(best.value)) return best;
-  int64_t winner = -1, i = begin;
-  for (; i + kBlock <= end; i += kBlock) {
+  Best best{to_float(x[0]), 0};
+  int64_t winner = -1, i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
     Vec top0 = set1(-INFINITY), top1 = top0, nan = set1(0.0f);
     for (int64_t j = i; j < i + kBlock; j += 2 * Vec::W) {
       const Vec a = load(x + j), b = load(x + j + Vec::W);
@@ -40,43 +39,30 @@ Best argmax(const T* x, int64_t begin, int64_t end) {
       top0 = vmax(a, top0);
       top1 = vmax(b, top1);
     }
-    float lanes[Vec::W];
-    store(lanes, vmax(top0, top1));
-    float top = lanes[0];
-    for (int l = 1; l < Vec::W; ++l) top = lanes[l] > top ? lanes[l] : top;
     if (reduce_add(nan) > 0.0f) {
       const Best found = first_in(x, i, i + kBlock);
-      if (is_nan(found.value)) return found;
-      top = found.value;
+      if (is_nan(found.value)) return found.index;
     }
-    if (top > best.value) {
-      best.value = top;
-      winner = i;
-    }
+    float lanes[Vec::W];
+    store(lanes, vmax(top0, top1));
+    for (int l = 0; l < Vec::W; ++l)
+      if (lanes[l] > best.value) {
+        best.value = lanes[l];
+        winner = i;
+      }
   }
   if (winner >= 0) best = first_in(x, winner, winner + kBlock);
-  return i < end ? better(best, first_in(x, i, end)) : best;
+  return i < n ? better(best, first_in(x, i, n)).index : best.index;
 }
 
-// One row over all threads; the parts are combined in order, so their number changes nothing.
-template <class T>
-Best argmax_in_parts(const T* x, int64_t n) {
-  constexpr int64_t kParts = 64;
-  Best parts[kParts];
-  const int64_t wanted = 1 + n / 16384, count = wanted < kParts ? wanted : kParts, size = (n + count - 1) / count;
-  const int64_t used = (n + size - 1) / size;
-  parallel_for(used, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) parts[c] = argmax(x, c * size, c + 1 < used ? (c + 1) * size : n);
-  });
-  Best best = parts[0];
-  for (int64_t c = 1; c < used; ++c) best = better(best, parts[c]);
-  return best;
+inline int64_t width_of(const VerifyGreedyParams& p, int64_t b) {
+  return p.block_lens && p.block_lens[b] < p.block ? p.block_lens[b] : p.block;
 }
 
-// target(b, i) is asked only up to the first mismatch: later rows of logits are never read.
+// target(b, i) is asked only up to the first mismatch, in order.
 template <class Target>
 void verify_request(const VerifyGreedyParams& p, int64_t b, const Target& target) {
-  const int64_t width = p.block_lens && p.block_lens[b] < p.block ? p.block_lens[b] : p.block;
+  const int64_t width = width_of(p, b);
   const int64_t* draft = p.draft_ids + b * p.draft_stride;
   int64_t* tokens = p.tokens + b * p.tokens_stride;
   int64_t commit = 0, last = -1;
@@ -93,21 +79,33 @@ void verify_request(const VerifyGreedyParams& p, int64_t b, const Target& target
 }
 
 template <class T>
+int64_t argmax_row(const VerifyGreedyParams& p, int64_t b, int64_t i) {
+  return argmax(static_cast<const T*>(p.logits) + b * p.logits_outer_stride + i * p.logits_stride, p.vocab);
+}
+
+// Enough requests share out the threads. Otherwise a request's rows do, one row a thread at a time, so that the rows
+// that no one needs (after the first mismatch) are mostly not read; `tokens` holds the answers meanwhile.
+template <class T>
 void run_logits(const VerifyGreedyParams& p) {
-  const T* logits = static_cast<const T*>(p.logits);
-  if (p.requests < num_threads()) {
-    for (int64_t b = 0; b < p.requests; ++b)
-      verify_request(p, b, [&](int64_t r, int64_t i) {
-        return argmax_in_parts(logits + r * p.logits_outer_stride + i * p.logits_stride, p.vocab).index;
-      });
+  const int64_t threads = num_threads();
+  if (p.requests >= threads) {
+    parallel_for(p.requests, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        verify_request(p, b, [&](int64_t r, int64_t i) { return argmax_row<T>(p, r, i); });
+    });
     return;
   }
-  parallel_for(p.requests, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      verify_request(p, b, [&](int64_t r, int64_t i) {
-        return argmax(logits + r * p.logits_outer_stride + i * p.logits_stride, 0, p.vocab).index;
-      });
-  });
+  for (int64_t b = 0; b < p.requests; ++b)
+    verify_request(p, b, [&](int64_t r, int64_t i) {
+      int64_t* tokens = p.tokens + r * p.tokens_stride;
+      if (i % threads == 0) {
+        const int64_t left = width_of(p, r) - i;
+        parallel_for(left < threads ? left : threads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t j = i + begin; j < i + end; ++j) tokens[j] = argmax_row<T>(p, r, j);
+        });
+      }
+      return tokens[i];
+    });
 }
 
 }  // namespace

@@ -99,10 +99,11 @@ def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
 
 def _check_written_positions(op, positions, slots, cos_sin, commit_lens, cache):
     """Rows that write nothing may hold any position."""
-    written = ((slots >= 0) & (slots < cache.num_pages * cache.page_size)).view(-1, positions.shape[0]).any(0)
+    written = (slots >= 0) & (slots < cache.num_pages * cache.page_size)
+    written = written.any(0) if slots.dim() == 2 else written
     if commit_lens is not None and commit_lens.shape[0]:
         block = torch.arange(positions.shape[0] // commit_lens.shape[0], device=positions.device)
-        written &= (block < commit_lens[:, None]).flatten()
+        written = written & (block < commit_lens[:, None]).flatten()
     check_positions(op, positions.where(written, 0), cos_sin)
 
 

@@ -1,1 +1,1 @@
-"""The DFlash decoding loop, thin, on top of dflash_kernels' public ops."""
+"""DFlash speculative decoding, as a thin loop over the public ops of dflash_kernels."""

@@ -36,6 +36,8 @@ class Drafter:
     missing, unexpected or of another shape, and where the drafter does not fit the target.
     """
 
+    graph_safe = True
+
     def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target):
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
@@ -98,6 +100,12 @@ class Drafter:
                              f"draft_vocab_size is not vocab_size = {c.vocab_size}; got nothing")
         # A head padded beyond the target's vocabulary must not draft an id that the target does not have.
         self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
+
+    def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int) -> "DraftPass":
+        return DraftPass(self, batch, width, caches, page_size)
+
+    def make_context(self, batch: int, width: int, caches: Sequence[PagedKV]) -> "ContextPass":
+        return ContextPass(self, batch, width, caches)
 
     @classmethod
     def random(cls, target: Target, num_layers: int = 3, block_size: int = 8, seed: int = 0) -> "Drafter":

@@ -105,7 +105,7 @@ class Decoder:
         if self._seated != (step, active):
             step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active])
             self._seated = (step, active)
-        verified, events = step.run(), []
+        verified, events = step(), []
         for live, count, tokens in zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), strict=False):
             kept = next((i + 1 for i in range(count) if tokens[i] in live.request.stop_tokens), count)
             live.context, live.anchor = live.context + kept, tokens[kept - 1]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dflash_kernels import PagedKV, PreparedBlock, Verified, prepare_block, verify_greedy
+from dflash_kernels import PagedKV, PreparedBlock, StepGraph, Verified, prepare_block, verify_greedy
 
-from .draft import ContextPass, Drafter, DraftPass
+from .draft import Drafter
 from .kv import NO_PAGE
 from .targets import Target
 
@@ -16,7 +16,7 @@ class Step:
 
     Inputs, to be filled in place: anchors (B,) int64, the last token of each request, not yet in the target's cache;
     context_lens (B,) int32, tokens before it; block_lens (B,) int32, how many of the block's tokens count (0: no
-    request); page_table (B, max_pages) int32. After run(): verified, and the drafter's pages hold what was committed.
+    request); page_table (B, max_pages) int32. After a call: verified, and the drafter's pages hold what was committed.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
@@ -27,8 +27,11 @@ class Step:
         def ids(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.draft = DraftPass(drafter, batch, width, draft_kv, page_size) if drafter else None
-        self.context = ContextPass(drafter, batch, width, draft_kv) if drafter else None
+        recordable = target.graph_safe and (drafter is None or drafter.graph_safe) and device.type == "cpu"
+        self.graph = StepGraph() if recordable and StepGraph.available() else None
+        self.recorded = False
+        self.draft = drafter.make_draft(batch, width, draft_kv, page_size) if drafter else None
+        self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
         self.verify = target.make_pass(batch, width, target_kv, drafter.taps if drafter else ())
         self.block = self.draft.block if drafter else PreparedBlock(
             ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width), rows=None)
@@ -53,6 +56,18 @@ class Step:
         for into, values in zip((self.anchors, self.context_lens, self.block_lens), columns, strict=True):
             into.copy_(torch.tensor(values, dtype=into.dtype))
 
+    def __call__(self) -> Verified:
+        """run(), recorded the first time and replayed from then on where that is possible."""
+        if self.graph is None:
+            return self.run()
+        if self.recorded:
+            self.graph.replay()
+            return self.verified
+        with self.graph.capture():
+            self.run()
+        self.recorded = True
+        return self.verified
+
     def run(self) -> Verified:
         block, where = self.block, (self.page_table, self.context_lens, self.block_lens)
         if self.draft:
@@ -74,7 +89,7 @@ class Prefill:
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
                  draft_kv: Sequence[PagedKV], rows: int, page_size: int):
         self.target, self.rows, self.page_size, device = target, rows, page_size, target.device
-        self.context = ContextPass(drafter, 1, rows, draft_kv) if drafter else None
+        self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
         self.forward = target.make_pass(1, rows, target_kv, drafter.taps if drafter else ())
         whole = {"dtype": torch.int64, "device": device}
         ids, positions, slots, self.tokens = (torch.zeros((1, rows), **whole) for _ in range(4))
