@@ -94,9 +94,11 @@ def generate(
     try:
         run = session.run([ids], max_new_tokens=max_new_tokens, on_tokens=show)
         pieces.append(stream.flush())
+        if not as_json:
+            report.write(pieces[-1])
     finally:
         if not as_json and any(pieces):
-            report.write((pieces[-1] if "run" in locals() else "") + "\n")  # the error or the shell starts a line
+            report.write("\n")  # what follows, an error or the shell's prompt, starts a line
     plain = None
     if compare:
         with report.status("decoding plainly, to compare"):
@@ -187,9 +189,9 @@ def describe(error: Exception) -> str:
     text = written() if written else str(error)
     if not text and written:
         return ""  # a command group without a command has printed its help
-    if isinstance(error, ImportError):
-        text += "; pip install 'dflash-kernels[decode]'"
-    elif not isinstance(error, (ValueError, TypeError, NotImplementedError, UsageError)) and not written:
+    if isinstance(error, ModuleNotFoundError):
+        text += "; to get it: pip install 'dflash-kernels[decode]'"
+    elif not isinstance(error, (ValueError, TypeError, NotImplementedError, ImportError, UsageError)) and not written:
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     return " ".join(text.split()) or type(error).__name__
 
