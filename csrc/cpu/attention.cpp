@@ -13,16 +13,6 @@ namespace dflash::DFLASH_ISA {
 namespace {
 
 template <class T>
-constexpr bool kHasTiles = false;
-#if DFLASH_ATTENTION_AMX
-template <>
-constexpr bool kHasTiles<bf16> = true;
-#else
-inline void open_tiles() {}
-inline void close_tiles() {}
-#endif
-
-template <class T>
 class Attention {
  public:
   explicit Attention(const AttentionParams& params)
@@ -38,16 +28,21 @@ class Attention {
   }
 
   void load_queries(const Task& t, const Scratch& w) const {
+    const T* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = static_cast<const T*>(w.zeros);
     for (int r = 0; r < t.count; ++r) {
       const int64_t row = t.row0 + r;
-      const T* q = static_cast<const T*>(p.q) + t.request.b * p.q_stride[0] + row / group * p.q_stride[1] +
-                   (t.h * group + row % group) * p.q_stride[2];
-      for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(q + d, D - d));
+      rows[r] = static_cast<const T*>(p.q) + t.request.b * p.q_stride[0] + row / group * p.q_stride[1] +
+                (t.h * group + row % group) * p.q_stride[2];
     }
 #if DFLASH_ATTENTION_AMX
-    for (int r = 0; tiles && r < t.count; r += 16)
-      pack_queries(w.q + r * stride, stride, t.count - r, D, w.packed_q + r * D);
+    if constexpr (kHasTiles<T>) {
+      for (int r = 0; tiles && r < t.count; r += 16) pack_queries(rows + r, D, w.packed_q + r * D);
+      if (tiles) return;
+    }
 #endif
+    for (int r = 0; r < t.count; ++r)
+      for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(rows[r] + d, D - d));
   }
 
   // Softmax over span number `span` alone, for all rows of the task. Rows that see nothing of it get sum 0, max -inf.
@@ -67,15 +62,15 @@ class Attention {
     if (begin >= end) return;
     const T *keys[kSpan], *values[kSpan];
     find_rows(t, base, begin, end, w, keys, values);
-    for (int tile = begin & -kTile; tile < end; tile += kTile) {
-      if (tiles) score_tile_amx(t, tile, keys, w);
-      else score_tile(t, tile, begin, end, lo, hi, keys, w);
-    }
+#if DFLASH_ATTENTION_AMX
+    if constexpr (kHasTiles<T>)
+      if (tiles) return span_amx(p, t.count, begin, end, lo, hi, keys, values, w, out);
+#endif
+    for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, w);
     for (int r = 0; r < t.count; ++r) {
       for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
       if (lo[r] < hi[r]) softmax(w.s + r * kSpan, lo[r], hi[r], out.max + r, out.sum + r);
     }
-    if (tiles) return weigh_span_amx(t, begin, end, lo, hi, values, w, out);
     for (int tile = begin & -kTile; tile < end; tile += kTile) weigh_tile(t, tile, begin, end, lo, hi, values, w, out);
   }
 
@@ -167,46 +162,6 @@ class Attention {
         case 2: scores<2>(q, stride, k, vectors, D, p.scale, p.softcap, s); break;
         default: scores<1>(q, stride, k, vectors, D, p.scale, p.softcap, s);
       }
-    }
-  }
-
-  void score_tile_amx(const Task& t, int tile, const T* const* keys, const Scratch& w) const {
-#if DFLASH_ATTENTION_AMX
-    bf16* rows = reinterpret_cast<bf16*>(w.keys);
-    for (int j = 0; j < kTile; ++j)
-      for (int d = 0; d < D; d += 32)
-        _mm512_storeu_si512(rows + j * D + d, _mm512_loadu_si512(keys[tile + j] + d));
-    for (int r = 0; r < t.count; r += 16)
-      scores_amx(rows, w.packed_q + r * D, t.count - r, D, p.scale, p.softcap, w.s + r * kSpan + tile);
-#else
-    (void)t, (void)tile, (void)keys, (void)w;
-#endif
-  }
-
-  void weigh_span_amx(const Task& t, int begin, int end, const int* lo, const int* hi, const T* const* values,
-                      const Scratch& w, const State& out) const {
-    if constexpr (kHasTiles<T>) {
-#if DFLASH_ATTENTION_AMX
-      const bool two = t.count > 16;
-      bool all_see_all = true;
-      std::memset(w.weights, 0, size_t(two ? 32 : 16) * kSpan * sizeof(bf16));
-      for (int r = 0; r < t.count; ++r) {
-        all_see_all &= lo[r] == begin && hi[r] == end;
-        for (int j = lo[r] & -W; j < hi[r] && lo[r] < hi[r]; j += W)
-          store(w.weights + r * kSpan + j, load(w.s + r * kSpan + j));
-      }
-      if (!pack_values(values, begin, end, D, w.packed_v) || all_see_all)
-        return weigh_amx(w.weights, w.packed_v, begin, end, two, D, stride, out.acc);
-      float* one = w.values;
-      for (int r = 0; r < t.count; ++r) {
-        if (lo[r] >= hi[r]) continue;
-        pack_values(values, lo[r], hi[r], D, w.packed_v);
-        weigh_amx(w.weights, w.packed_v, lo[r], hi[r], two, D, stride, one);
-        std::memcpy(out.acc + r * stride, one + r * stride, size_t(D) * sizeof(float));
-      }
-#endif
-    } else {
-      (void)t, (void)begin, (void)end, (void)lo, (void)hi, (void)values, (void)w, (void)out;
     }
   }
 

@@ -6,7 +6,7 @@
 // finite are reported, and the caller then gives each row a copy in which the keys that it does not see are zero.
 #pragma once
 
-#include "cpu/attention_tile.h"
+#include "cpu/attention_work.h"
 
 #if defined(__AMX_BF16__)
 #define DFLASH_ATTENTION_AMX 1
@@ -14,9 +14,18 @@
 #define DFLASH_ATTENTION_AMX 0
 #endif
 
-#if DFLASH_ATTENTION_AMX
 namespace dflash::DFLASH_ISA {
 namespace {
+
+template <class T>
+constexpr bool kHasTiles = false;
+
+#if !DFLASH_ATTENTION_AMX
+inline void open_tiles() {}
+inline void close_tiles() {}
+#else
+template <>
+constexpr bool kHasTiles<bf16> = true;
 
 constexpr int kGroup = 32;  // keys of one multiplication by values
 
@@ -35,11 +44,14 @@ inline void open_tiles() {
 }
 inline void close_tiles() { _tile_release(); }
 
-// q[row][d] float32 -> pairs[d / 2][row][2] bf16 of 16 rows, rows past `rows` zero.
-inline void pack_queries(const float* q, int64_t stride, int rows, int D, bf16* pairs) {
-  for (int d = 0; d < D; ++d)
-    for (int r = 0; r < 16; ++r)
-      pairs[(d / 2 * 16 + r) * 2 + d % 2] = r < rows ? from_float<bf16>(q[r * stride + d]) : bf16{0};
+// 16 rows of D -> pairs[d / 2][row][2].
+inline void pack_queries(const bf16* const* rows, int D, bf16* pairs) {
+  for (int d = 0; d < D; d += 32) {
+    Vec x[16];
+    for (int i = 0; i < 16; ++i) x[i] = load(reinterpret_cast<const float*>(rows[i] + d));
+    transpose(x);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(pairs + (d / 2 + i) * 32, x[i].v);
+  }
 }
 
 // s[r][key] for kTile keys, rows of 16: keys (kTile, D) times packed queries.
@@ -139,6 +151,38 @@ inline void weigh_amx(const bf16* weights, const bf16* pairs, int begin, int end
   }
 }
 
+// One span for `count` rows: row r sees keys [lo[r], hi[r]), and [begin, end) is what they see together.
+inline void span_amx(const AttentionParams& p, int count, int begin, int end, const int* lo, const int* hi,
+                     const bf16* const* keys, const bf16* const* values, const Scratch& w, const State& out) {
+  const int D = int(p.head_dim);
+  const int64_t stride = padded(D);
+  bf16* rows = reinterpret_cast<bf16*>(w.keys);
+  for (int tile = begin & -kTile; tile < end; tile += kTile) {
+    for (int j = 0; j < kTile; ++j)
+      for (int d = 0; d < D; d += 32)
+        _mm512_storeu_si512(rows + j * D + d, _mm512_loadu_si512(keys[tile + j] + d));
+    for (int r = 0; r < count; r += 16)
+      scores_amx(rows, w.packed_q + r * D, count - r, D, p.scale, p.softcap, w.s + r * kSpan + tile);
+  }
+  const bool two = count > 16;
+  bool all_see_all = true;
+  std::memset(w.weights, 0, size_t(two ? 32 : 16) * kSpan * sizeof(bf16));
+  for (int r = 0; r < count; ++r) {
+    all_see_all &= lo[r] == begin && hi[r] == end;
+    if (lo[r] >= hi[r]) continue;
+    softmax(w.s + r * kSpan, lo[r], hi[r], out.max + r, out.sum + r);
+    for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSpan + j, load(w.s + r * kSpan + j));
+  }
+  if (!pack_values(values, begin, end, D, w.packed_v) || all_see_all)
+    return weigh_amx(w.weights, w.packed_v, begin, end, two, D, stride, out.acc);
+  for (int r = 0; r < count; ++r) {
+    if (lo[r] >= hi[r]) continue;
+    pack_values(values, lo[r], hi[r], D, w.packed_v);
+    weigh_amx(w.weights, w.packed_v, lo[r], hi[r], two, D, stride, w.values);
+    std::memcpy(out.acc + r * stride, w.values + r * stride, size_t(D) * sizeof(float));
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace dflash::DFLASH_ISA
-#endif
