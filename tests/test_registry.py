@@ -170,7 +170,7 @@ PYTHON_LIMITED_API = {
     "PyErr_SetString", "PyErr_Occurred", "PyErr_NoMemory", "PyEval_RestoreThread", "PyEval_SaveThread",
     "PyExc_ImportError", "PyExc_RuntimeError", "PyExc_TypeError", "PyExc_ValueError", "PyList_Append", "PyList_New",
     "PyList_SetItem", "PyLong_AsLong", "PyLong_AsLongLong", "PyLong_FromLong", "PyLong_FromLongLong",
-    "PyLong_FromSize_t PyLong_FromUnsignedLongLong", "PyModule_Create2", "PyTuple_New", "PyTuple_SetItem", "PyUnicode_FromString",
+    "PyLong_FromSize_t", "PyLong_FromUnsignedLongLong", "PyModule_Create2", "PyTuple_New", "PyTuple_SetItem", "PyUnicode_FromString",
     "Py_BuildValue", "Py_DecRef", "Py_IncRef", "_Py_Dealloc", "_Py_NoneStruct", "_Py_TrueStruct", "_Py_FalseStruct",
 }
 # The C shims of torch's stable ABI; anything of at::, c10:: or torch:: changes from one torch to the next.
