@@ -63,3 +63,35 @@ class PackedWeight:
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
+
+
+@dataclass(frozen=True)
+class PreparedBlock:
+    """What prepare_block writes: the inputs of one draft (or target) pass over B blocks of Q tokens.
+
+    ids (B, Q) int64: [anchor, MASK, MASK, ...]. positions (B, Q) int64: absolute. slots (B, Q) int64: where each
+    token's K and V belong in the paged cache, -1 for nowhere; None without a page table. rows (B, Q, H): embedded ids;
+    None without an embedding table.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verify_greedy writes: how much of each of B drafted blocks the target agrees with.
+
+    accept_lens (B,) int32: drafted tokens accepted, 0 ... Q - 1. commit_lens (B,) int32: tokens emitted, accepted ones
+    and the bonus; 0 for a padded request. tokens (B, Q) int64: the emitted tokens, then -1. bonus (B,) int64: the
+    target's own last token, the next block's anchor; -1 for a padded request. new_lens (B,) int32: context lengths
+    after this step.
+    """
+
+    accept_lens: torch.Tensor
+    commit_lens: torch.Tensor
+    tokens: torch.Tensor
+    bonus: torch.Tensor
+    new_lens: torch.Tensor

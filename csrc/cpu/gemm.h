@@ -1,0 +1,232 @@
+// The weight-streaming product behind `linear` and `lm_head_argmax`: out = x W^T for few rows of x.
+//
+// Floor: the weight's bytes over the read bandwidth. W is packed so that 16 outputs form a block whose bytes lie in
+// the order they are used ([N/16][K/2][16][2] for bf16, so that one 64-byte line holds a pair of k for 16 outputs and
+// 16 lines are one AMX tile; [N/16][K][16] for f32 and f16). Each thread walks four blocks at once, a quarter of its
+// range apart: four long streams use more of the memory than one does.
+//
+// Every output is one accumulator that runs over k in order, so its bits depend on its row of x and its row of W
+// alone: not on how many rows there are, how they are grouped into registers or tiles, or on the number of threads.
+#pragma once
+
+#include <cstdlib>
+
+#include "cpu/gemm_micro.h"
+#include "cpu/parallel.h"
+
+namespace dflash {
+
+struct GemmParams {
+  ConstRows x;
+  int64_t rows, K, N;
+  const void* weight;      // packed, or row-major (N, K) with rows weight_stride apart
+  int64_t weight_stride;   // 0 when packed
+  const void* bias;        // (N,) or null
+  Dtype dtype;
+};
+
+}  // namespace dflash
+
+namespace dflash::DFLASH_ISA {
+namespace {
+
+constexpr int kStreams = 4;   // blocks walked at once
+constexpr int kTileRows = 16;
+constexpr int kPanelRows = 64;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t padded_k(int64_t K) { return ceil_div(K, 32) * 32; }
+
+// Memory that a thread keeps between calls.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  void* get(size_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      memory_ = std::aligned_alloc(4096, size_);
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Packed elements of one block.
+template <class T> inline int64_t block_elements(int64_t K) { return kBlock * K; }
+template <> inline int64_t block_elements<bf16>(int64_t K) { return kBlock * padded_k(K); }
+
+// Packs rows [n0, n0 + 16) of a row-major weight as pack_weight does.
+inline void pack_block(const bf16* w, int64_t stride, int64_t n0, int64_t N, int64_t K, bf16* to) {
+  for (int64_t kp = 0; kp < padded_k(K) / 2; ++kp)
+    for (int j = 0; j < kBlock; ++j)
+      for (int h = 0; h < 2; ++h) {
+        const int64_t k = 2 * kp + h, n = n0 + j;
+        to[(kp * kBlock + j) * 2 + h] = n < N && k < K ? w[n * stride + k] : bf16{0};
+      }
+}
+template <class T>
+inline void pack_block(const T* w, int64_t stride, int64_t n0, int64_t N, int64_t K, T* to) {
+  for (int64_t k = 0; k < K; ++k)
+    for (int j = 0; j < kBlock; ++j) to[k * kBlock + j] = n0 + j < N ? w[(n0 + j) * stride + k] : T{};
+}
+
+// ---- rows of x, as the micro-kernels want them -----------------------------------------------------------------------
+
+// float32, zero past K
+template <class T>
+inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+  *ld = padded_k(K);
+  float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < *ld; k += Vec::W) store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
+  return to;
+}
+
+template <class T>
+struct Operand {
+  using X = float;
+  static int64_t depth(int64_t K) { return K; }
+  static const X* prepare(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+    return widen(x, stride, rows, K, ld, scratch);
+  }
+  template <int R, int S>
+  static void group(const X* x, int64_t ld, const T* const* w, int64_t K, float* c, int64_t ldc) {
+    micro<T, R, S>(x, ld, w, K, c, ldc);
+  }
+};
+
+template <>
+struct Operand<bf16> {
+  static int64_t depth(int64_t K) { return padded_k(K); }
+#if DFLASH_BF16_DOT
+  using X = bf16;
+  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+    if (K % 32 == 0) {
+      *ld = stride;
+      return x;
+    }
+    *ld = padded_k(K);
+    bf16* to = static_cast<bf16*>(scratch.get(size_t(rows) * *ld * sizeof(bf16)));
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(to + r * *ld, x + r * stride, K * sizeof(bf16));
+      std::memset(to + r * *ld + K, 0, (*ld - K) * sizeof(bf16));
+    }
+    return to;
+  }
+#else
+  using X = float;
+  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+    return widen(x, stride, rows, K, ld, scratch);
+  }
+#endif
+#if !defined(__AMX_BF16__)
+  template <int R, int S>
+  static void group(const X* x, int64_t ld, const bf16* const* w, int64_t K, float* c, int64_t ldc) {
+#if DFLASH_BF16_DOT
+    micro_dot<R, S>(x, ld, w, K, c, ldc);
+#else
+    micro_pairs<R, S>(x, ld, w, K, c, ldc);
+#endif
+  }
+#endif
+};
+
+// `rows` <= MAX rows in one register group.
+template <class T, int S, int MAX>
+inline void one_group(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c,
+                      int64_t ldc) {
+  if (rows == MAX) return Operand<T>::template group<MAX, S>(x, ld, w, K, c, ldc);
+  if constexpr (MAX > 1) one_group<T, S, MAX - 1>(x, ld, rows, w, K, c, ldc);
+}
+
+// Up to 16 rows, in register groups of about equal size.
+template <class T, int S, int MAX>
+inline void row_groups(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c,
+                       int64_t ldc) {
+  for (int groups = int(ceil_div(rows, MAX)), r = 0; groups > 0; --groups) {
+    const int m = int(ceil_div(rows - r, groups));
+    one_group<T, S, MAX>(x + r * ld, ld, m, w, K, c + r * ldc, ldc);
+    r += m;
+  }
+}
+
+template <class T, int S>
+inline void tile(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c) {
+#if defined(__AMX_BF16__)
+  if constexpr (kTiles<T>) return micro_tiles<S>(x, ld, w, K, c);
+  else
+#endif
+  if constexpr (Vec::W == 16) {
+    row_groups<T, S, 6>(x, ld, rows, w, K, c, S * kBlock);  // at most 24 of 32 registers accumulate
+  } else if (rows == 1) {
+    one_group<T, S, 1>(x, ld, 1, w, K, c, S * kBlock);  // 8 of 16
+  } else {
+    for (int s = 0; s < S; ++s) row_groups<T, 1, 4>(x, ld, rows, w + s, K, c + s * kBlock, S * kBlock);
+  }
+}
+
+// ---- the walk over blocks --------------------------------------------------------------------------------------------
+
+// Calls epilogue(c, ldc, r0, rows, n0, s) for every tile: c holds float32 sums, row r of the tile at c + r * ldc, for
+// output rows r0 ... r0 + rows and outputs n0 ... n0 + 16.
+template <class T, int S, class Epilogue>
+inline void group_of_blocks(const GemmParams& p, const typename Operand<T>::X* x, int64_t ld, int64_t r0, int64_t rows,
+                            const int64_t* blocks, Scratch& packing, Epilogue& epilogue) {
+  const T* w[S];
+  const int64_t size = block_elements<T>(p.K);
+  if (p.weight_stride == 0) {
+    for (int s = 0; s < S; ++s) w[s] = static_cast<const T*>(p.weight) + blocks[s] * size;
+  } else {
+    T* to = static_cast<T*>(packing.get(S * size * sizeof(T) + kPrefetchBytes));
+    for (int s = 0; s < S; ++s) {
+      pack_block(static_cast<const T*>(p.weight), p.weight_stride, blocks[s] * kBlock, p.N, p.K, to + s * size);
+      w[s] = to + s * size;
+    }
+  }
+  alignas(64) float c[kTileRows * S * kBlock];
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    const int m = int(rows - r < kTileRows ? rows - r : kTileRows);
+#if defined(__AMX_BF16__)
+    if (kTiles<T> && (r == 0 || m != kTileRows)) configure_tiles(m);
+#endif
+    tile<T, S>(x + r * ld, ld, m, w, Operand<T>::depth(p.K), c);
+    for (int s = 0; s < S; ++s) epilogue(c + s * kBlock, S * kBlock, r0 + r, m, blocks[s] * kBlock);
+  }
+}
+
+// Blocks [begin, end) of the weight for all rows, on the calling thread.
+template <class T, class Epilogue>
+inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
+  static thread_local Scratch rows_scratch, pack_scratch;
+  for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
+    const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
+    int64_t ld;
+    const auto* x =
+        Operand<T>::prepare(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride, rows, p.K, &ld, rows_scratch);
+    const int64_t quarter = (end - begin) / kStreams;
+    for (int64_t i = 0; i < quarter; ++i) {
+      const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i, begin + 3 * quarter + i};
+      group_of_blocks<T, kStreams>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
+    }
+    int64_t b = begin + quarter * kStreams;
+    for (; b + 2 <= end; b += 2) {
+      const int64_t blocks[2] = {b, b + 1};
+      group_of_blocks<T, 2>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
+    }
+    if (b < end) group_of_blocks<T, 1>(p, x, ld, r0, rows, &b, pack_scratch, epilogue);
+  }
+#if defined(__AMX_BF16__)
+  if (kTiles<T>) _tile_release();
+#endif
+}
+
+inline int64_t gemm_block_count(const GemmParams& p) { return ceil_div(p.N, kBlock); }
+// Fewer blocks than this are not worth waking a thread for: about 32 KB of weight.
+inline int64_t gemm_grain(const GemmParams& p) { return 1 + 1024 / (p.K + 1); }
+
+}  // namespace
+}  // namespace dflash::DFLASH_ISA

@@ -1,0 +1,160 @@
+// The innermost loops of gemm.h: sums of a few rows of x against a few packed blocks of 16 outputs, one flavour per
+// instruction set. Each keeps one accumulator per (row, output) and runs over k in order.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace dflash::DFLASH_ISA {
+namespace {
+
+constexpr int kBlock = 16;    // outputs per packed block
+constexpr int64_t kPrefetchBytes = 1024;
+
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#define DFLASH_BF16_DOT 1
+#else
+#define DFLASH_BF16_DOT 0
+#endif
+
+template <class T> constexpr bool kTiles = false;
+#if defined(__AMX_BF16__)
+template <> constexpr bool kTiles<bf16> = true;
+#endif
+
+// Each leaves its sums at c[r * ldc + s * 16 + j].
+
+// x in float32, one row every `ldx`; w[s] packed.
+template <class T, int R, int S>
+inline void micro(const float* x, int64_t ldx, const T* const* w, int64_t K, float* c, int64_t ldc) {
+  constexpr int V = kBlock / Vec::W;
+  Vec acc[R][S][V];
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s)
+      for (int v = 0; v < V; ++v) acc[r][s][v] = set1(0.0f);
+  for (int64_t k = 0; k < K; ++k)
+    for (int s = 0; s < S; ++s) {
+#if DFLASH_VEC
+      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
+#endif
+      for (int v = 0; v < V; ++v) {
+        const Vec b = load(w[s] + k * kBlock + v * Vec::W);
+        for (int r = 0; r < R; ++r) acc[r][s][v] = fma(set1(x[r * ldx + k]), b, acc[r][s][v]);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s)
+      for (int v = 0; v < V; ++v) store(c + r * ldc + s * kBlock + v * Vec::W, acc[r][s][v]);
+}
+
+#if !DFLASH_BF16_DOT
+// W pairs (lo, hi) of bf16 as two vectors.
+inline void load_pairs(const bf16* p, Vec& lo, Vec& hi) {
+#if DFLASH_VEC == 512
+  const __m512i u = _mm512_loadu_si512(p);
+  lo.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+  hi.v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000))));
+#elif DFLASH_VEC == 256
+  const __m256i u = _mm256_loadu_si256((const __m256i*)p);
+  lo.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+  hi.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(int(0xffff0000))));
+#else
+  for (int i = 0; i < Vec::W; ++i) lo.v[i] = to_float(p[2 * i]), hi.v[i] = to_float(p[2 * i + 1]);
+#endif
+}
+
+template <int R, int S>
+inline void micro_pairs(const float* x, int64_t ldx, const bf16* const* w, int64_t K, float* c, int64_t ldc) {
+  constexpr int V = kBlock / Vec::W;
+  Vec acc[R][S][V];
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s)
+      for (int v = 0; v < V; ++v) acc[r][s][v] = set1(0.0f);
+  for (int64_t k = 0; k < K; k += 2)
+    for (int s = 0; s < S; ++s) {
+#if DFLASH_VEC
+      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
+#endif
+      for (int v = 0; v < V; ++v) {
+        Vec lo, hi;
+        load_pairs(w[s] + k * kBlock + 2 * v * Vec::W, lo, hi);
+        for (int r = 0; r < R; ++r) {
+          acc[r][s][v] = fma(set1(x[r * ldx + k]), lo, acc[r][s][v]);
+          acc[r][s][v] = fma(set1(x[r * ldx + k + 1]), hi, acc[r][s][v]);
+        }
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s)
+      for (int v = 0; v < V; ++v) store(c + r * ldc + s * kBlock + v * Vec::W, acc[r][s][v]);
+}
+#elif !defined(__AMX_BF16__)
+// One vdpbf16ps per row, block and pair of k; x stays bf16.
+template <int R, int S>
+inline void micro_dot(const bf16* x, int64_t ldx, const bf16* const* w, int64_t K, float* c, int64_t ldc) {
+  __m512 acc[R][S];
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s) acc[r][s] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 2)
+    for (int s = 0; s < S; ++s) {
+      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
+      const __m512bh b = (__m512bh)_mm512_loadu_si512(w[s] + k * kBlock);
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x + r * ldx + k, 4);
+        acc[r][s] = _mm512_dpbf16_ps(acc[r][s], (__m512bh)_mm512_set1_epi32(pair), b);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s) _mm512_storeu_ps(c + r * ldc + s * kBlock, acc[r][s]);
+}
+#else
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0-3 accumulate, 4 holds x, 5-7 take turns with the weight. R rows of x and of each accumulator.
+inline void configure_tiles(int R) {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.row_bytes[t] = 64;
+    config.rows[t] = t <= 4 ? R : 16;
+  }
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+
+template <int S>
+inline void micro_tiles(const bf16* x, int64_t ldx, const bf16* const* w, int64_t K, float* c) {
+  _tile_zero(0);
+  if (S > 1) _tile_zero(1);
+  if (S > 2) { _tile_zero(2); _tile_zero(3); }
+  for (int64_t k = 0; k < K; k += 32) {
+    for (int s = 0; s < S; ++s)
+      for (int line = 0; line < 16; ++line)
+        _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
+    _tile_loadd(4, x + k, ldx * 2);
+    _tile_loadd(5, w[0] + k * kBlock, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (S > 1) {
+      _tile_loadd(6, w[1] + k * kBlock, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if (S > 2) {
+      _tile_loadd(7, w[2] + k * kBlock, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, w[3] + k * kBlock, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, c, S * kBlock * 4);
+  if (S > 1) _tile_stored(1, c + kBlock, S * kBlock * 4);
+  if (S > 2) {
+    _tile_stored(2, c + 2 * kBlock, S * kBlock * 4);
+    _tile_stored(3, c + 3 * kBlock, S * kBlock * 4);
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace dflash::DFLASH_ISA

@@ -1,0 +1,112 @@
+#include "cpu/head.h"
+
+#include "cpu/gemm.h"
+
+namespace dflash::DFLASH_ISA {
+namespace {
+
+constexpr int64_t kNoId = INT64_MAX;
+
+// torch.argmax's order: NaN above everything, then the larger value, then the lower index.
+inline bool better(float v, int64_t i, float best, int64_t best_i) {
+  if (is_nan(best)) return is_nan(v) && i < best_i;
+  return is_nan(v) || v > best || (v == best && i < best_i);
+}
+
+inline bool any_not_less(Vec v, float best) {
+#if DFLASH_VEC == 512
+  return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(best), _CMP_NLT_UQ) != 0;
+#elif DFLASH_VEC == 256
+  return _mm256_movemask_ps(_mm256_cmp_ps(v.v, _mm256_set1_ps(best), _CMP_NLT_UQ)) != 0;
+#else
+  for (int i = 0; i < Vec::W; ++i)
+    if (!(v.v[i] < best)) return true;
+  return false;
+#endif
+}
+
+template <class T>
+inline Vec rounded(Vec v) {
+  T t[Vec::W];
+  store(t, v);
+  return load(t);
+}
+template <>
+inline Vec rounded<float>(Vec v) { return v; }
+
+template <class T>
+inline Vec finish_logits(const LmHeadArgmaxParams& p, Vec y, int64_t n, int m) {
+  if (p.bias) y = y + load_n(static_cast<const T*>(p.bias) + n, m);
+  if (p.scale != 1.0f) y = y * set1(p.scale);
+  if (p.softcap > 0.0f) y = vtanh(y / set1(p.softcap)) * set1(p.softcap);
+  return rounded<T>(y);
+}
+
+// The winners of rows [r0, r0 + rows) among the blocks that one thread sees, merged into p.ids and p.values under a lock.
+template <class T>
+struct ArgmaxEpilogue {
+  const LmHeadArgmaxParams& p;
+  int* lock;
+  int64_t first = -1;
+  int count = 0;
+  float best[kPanelRows];
+  int64_t best_i[kPanelRows];
+
+  void operator()(const float* c, int64_t ldc, int64_t r0, int rows, int64_t n0) {
+    const int64_t panel = r0 / kPanelRows * kPanelRows;
+    if (panel != first) start(panel);
+    for (int r = 0; r < rows; ++r) {
+      const int at = int(r0 - panel) + r;
+      if (at >= count) count = at + 1;
+      for (int v = 0; v < kBlock && n0 + v < p.num_valid; v += Vec::W) {
+        const int m = int(p.num_valid - n0 - v < Vec::W ? p.num_valid - n0 - v : Vec::W);
+        const Vec y = finish_logits<T>(p, load(c + r * ldc + v), n0 + v, m);
+        if (!any_not_less(y, best[at])) continue;
+        float lane[Vec::W];
+        store(lane, y);
+        for (int i = 0; i < m; ++i)
+          if (better(lane[i], n0 + v + i, best[at], best_i[at])) best[at] = lane[i], best_i[at] = n0 + v + i;
+      }
+    }
+  }
+  void start(int64_t panel) {
+    merge();
+    first = panel;
+    count = 0;
+    for (int r = 0; r < kPanelRows; ++r) best[r] = -INFINITY, best_i[r] = kNoId;
+  }
+  void merge() {
+    if (first < 0) return;
+    while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE)) {}
+    for (int r = 0; r < count; ++r)
+      if (better(best[r], best_i[r], p.values[first + r], p.ids[first + r]))
+        p.values[first + r] = best[r], p.ids[first + r] = best_i[r];
+    __atomic_store_n(lock, 0, __ATOMIC_RELEASE);
+  }
+};
+
+template <class T>
+void run(const LmHeadArgmaxParams& p) {
+  const GemmParams g{p.x, p.rows, p.K, p.N, p.weight, p.weight_stride, p.bias, p.dtype};
+  for (int64_t r = 0; r < p.rows; ++r) p.values[r] = -INFINITY, p.ids[r] = kNoId;
+  int lock = 0;
+  const int64_t blocks = ceil_div(p.num_valid, kBlock);
+  parallel_for(blocks, gemm_grain(g), [&](int64_t begin, int64_t end) {
+    ArgmaxEpilogue<T> epilogue{p, &lock, -1, 0, {}, {}};
+    gemm_blocks<T>(g, begin, end, epilogue);
+    epilogue.merge();
+  });
+  for (int64_t r = 0; r < p.rows; ++r) p.ids[r] += p.id_offset;
+}
+
+}  // namespace
+
+void lm_head_argmax(const LmHeadArgmaxParams& p) {
+  switch (p.dtype) {
+    case Dtype::f32: return run<float>(p);
+    case Dtype::bf16: return run<bf16>(p);
+    case Dtype::f16: return run<f16>(p);
+  }
+}
+
+}  // namespace dflash::DFLASH_ISA

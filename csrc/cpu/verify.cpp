@@ -1,0 +1,128 @@
+#include "cpu/verify.h"
+
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+
+namespace dflash::DFLASH_ISA {
+namespace {
+
+struct Best {
+  float value;
+  int64_t index;
+};
+
+// b, of higher indices than a, wins only by being greater, or by being the first NaN.
+inline Best better(Best a, Best b) {
+  if (is_nan(a.value)) return a;
+  return is_nan(b.value) || b.value > a.value ? b : a;
+}
+
+template <class T>
+Best first_in(const T* x, int64_t begin, int64_t end) {
+  Best best{to_float(x[begin]), begin};
+  for (int64_t i = begin + 1; i < end; ++i) best = better(best, {to_float(x[i]), i});
+  return best;
+}
+
+// Whole blocks are only reduced to their maximum and whether they hold a NaN, and the one block that wins is searched
+// for its first index.
+template <class T>
+int64_t argmax(const T* x, int64_t n) {
+  constexpr int64_t kBlock = 32 * Vec::W;
+  Best best{to_float(x[0]), 0};
+  int64_t winner = -1, i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    Vec top0 = set1(-INFINITY), top1 = top0, nan = set1(0.0f);
+    for (int64_t j = i; j < i + kBlock; j += 2 * Vec::W) {
+      const Vec a = load(x + j), b = load(x + j + Vec::W);
+      nan = select_nan(a + b, set1(1.0f), nan);  // also inf - inf, which the search below sorts out
+      top0 = vmax(a, top0);
+      top1 = vmax(b, top1);
+    }
+    if (reduce_add(nan) > 0.0f) {
+      const Best found = first_in(x, i, i + kBlock);
+      if (is_nan(found.value)) return found.index;
+    }
+    float lanes[Vec::W];
+    store(lanes, vmax(top0, top1));
+    for (int l = 0; l < Vec::W; ++l)
+      if (lanes[l] > best.value) {
+        best.value = lanes[l];
+        winner = i;
+      }
+  }
+  if (winner >= 0) best = first_in(x, winner, winner + kBlock);
+  return i < n ? better(best, first_in(x, i, n)).index : best.index;
+}
+
+inline int64_t width_of(const VerifyGreedyParams& p, int64_t b) {
+  return p.block_lens && p.block_lens[b] < p.block ? p.block_lens[b] : p.block;
+}
+
+// target(b, i) is asked only up to the first mismatch, in order.
+template <class Target>
+void verify_request(const VerifyGreedyParams& p, int64_t b, const Target& target) {
+  const int64_t width = width_of(p, b);
+  const int64_t* draft = p.draft_ids + b * p.draft_stride;
+  int64_t* tokens = p.tokens + b * p.tokens_stride;
+  int64_t commit = 0, last = -1;
+  while (commit < width) {
+    last = target(b, commit);
+    tokens[commit++] = last;
+    if (commit == width || draft[commit] != last) break;
+  }
+  for (int64_t i = commit; i < p.block; ++i) tokens[i] = -1;
+  p.accept_lens[b] = int32_t(commit > 0 ? commit - 1 : 0);
+  p.commit_lens[b] = int32_t(commit);
+  p.bonus[b] = last;
+  p.new_lens[b] = p.context_lens[b] + int32_t(commit);
+}
+
+template <class T>
+int64_t argmax_row(const VerifyGreedyParams& p, int64_t b, int64_t i) {
+  return argmax(static_cast<const T*>(p.logits) + b * p.logits_outer_stride + i * p.logits_stride, p.vocab);
+}
+
+// Enough requests share out the threads. Otherwise a request's rows do, one row a thread at a time, so that the rows
+// that no one needs (after the first mismatch) are mostly not read; `tokens` holds the answers meanwhile.
+template <class T>
+void run_logits(const VerifyGreedyParams& p) {
+  const int64_t threads = num_threads();
+  if (p.requests >= threads) {
+    parallel_for(p.requests, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        verify_request(p, b, [&](int64_t r, int64_t i) { return argmax_row<T>(p, r, i); });
+    });
+    return;
+  }
+  for (int64_t b = 0; b < p.requests; ++b)
+    verify_request(p, b, [&](int64_t r, int64_t i) {
+      int64_t* tokens = p.tokens + r * p.tokens_stride;
+      if (i % threads == 0) {
+        const int64_t left = width_of(p, r) - i;
+        parallel_for(left < threads ? left : threads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t j = i + begin; j < i + end; ++j) tokens[j] = argmax_row<T>(p, r, j);
+        });
+      }
+      return tokens[i];
+    });
+}
+
+}  // namespace
+
+void verify_greedy(const VerifyGreedyParams& p) {
+  if (p.target_ids) {
+    parallel_for(p.requests, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        verify_request(p, b, [&](int64_t r, int64_t i) { return p.target_ids[r * p.target_stride + i]; });
+    });
+    return;
+  }
+  switch (p.dtype) {
+    case Dtype::f32: return run_logits<float>(p);
+    case Dtype::bf16: return run_logits<bf16>(p);
+    case Dtype::f16: return run_logits<f16>(p);
+  }
+}
+
+}  // namespace dflash::DFLASH_ISA

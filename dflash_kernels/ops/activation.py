@@ -1,0 +1,43 @@
+"""The gated activation of a SwiGLU MLP.
+
+    silu_and_mul(x) = silu(x[..., :I]) * x[..., I:],   silu(g) = g / (1 + exp(-g))
+
+Float32 inside, one rounding when the result is stored. A row's bits depend on that row alone.
+"""
+
+import torch
+
+from .. import reference
+from .._library import define
+from . import _checks as check
+
+
+def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(x[..., :I]) * x[..., I:], for the packed output of a gate-and-up projection.
+
+    x (..., 2I): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
+    out (..., I): written; may be x[..., :I] itself. Allocated when None.
+
+    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
+    Source: Shazeer 2020, arXiv 2002.05202, section 2; reference/activation.py.
+    """
+    op = "silu_and_mul"
+    if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float16 (..., 2I); got {check.describe(x)}")
+    if x.dim() < 1 or x.shape[-1] % 2:
+        raise ValueError(f"{op}: x must have shape (..., 2I); got {check.describe(x)}")
+    out = check.output(op, "out", out, x, (*x.shape[:-1], x.shape[-1] // 2))
+    _silu_and_mul(check.as_rows(op, "x", x), check.as_rows(op, "out", out))
+    return out
+
+
+_silu_and_mul = define("silu_and_mul(Tensor x, Tensor(a!) out) -> ()", reference.activation.silu_and_mul)
+
+
+def bytes(rows: int, width: int, itemsize: int) -> int:
+    """Bytes that must move for rows of I = width outputs: both halves read, the result written."""
+    return itemsize * 3 * rows * width
+
+
+def flops(rows: int, width: int) -> int:
+    return rows * width * 5

@@ -1,0 +1,158 @@
+"""The block that a draft pass starts from, for B requests in one launch.
+
+    ids[b]       = [anchor[b], MASK, MASK, ...]
+    positions[b] = context_lens[b] + (0, 1, 2, ...)
+    slots[b, i]  = page_table[b, p // P] * P + p % P   with p = positions[b, i]
+    rows[b, i]   = embedding[ids[b, i]]
+
+A token past its request's length, or whose page the request does not own, has slot -1: nothing is ever written into
+a page that belongs to someone else. Everything here is integers and copies, so results are exact.
+"""
+
+import torch
+
+from .. import reference
+from .._library import define
+from ..types import PreparedBlock
+from . import _checks as check
+
+
+def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_size: int, mask_token_id: int, *,
+                  page_table: torch.Tensor | None = None, page_size: int | None = None,
+                  block_lens: torch.Tensor | None = None, embedding: torch.Tensor | None = None,
+                  out: PreparedBlock | None = None) -> PreparedBlock:
+    """Ids, absolute positions, cache slots and embedded rows of each request's block [anchor, MASK, MASK, ...].
+
+    anchor_ids (B,): int64, any stride: the last committed token of each request.
+    context_lens (B,): int32, contiguous: tokens before the anchor, which is the anchor's position.
+    block_size: Q, at least 1; it may be less than the checkpoint's.
+    mask_token_id: the id that fills the block; it must be in the embedding table when there is one.
+    page_table (B, max_pages): int32, rows at any stride: the page of tokens [j * P, (j + 1) * P) of a request. Entries
+        that no live token needs are not read; a negative entry is a page that the request does not own.
+    page_size: P, tokens a page; with page_table only.
+    block_lens (B,): int32, contiguous: live tokens of each block; None means Q. Past it ids are MASK, positions 0,
+        slots -1 and rows zero.
+    embedding (V, H): float32, bfloat16 or float16, rows at any stride. An id outside [0, V) gives a zero row.
+    out: a PreparedBlock to write into (a graph's fixed addresses), with slots if and only if page_table is given and
+        rows if and only if embedding is. Allocated when None. Nothing else is mutated.
+
+    Returns out: PreparedBlock(ids (B, Q) int64, positions (B, Q) int64, slots (B, Q) int64 or None,
+    rows (B, Q, H) or None). Raises TypeError for a dtype, ValueError for a shape, layout, device or number. Graph-safe.
+    Source: DFlash, arXiv 2602.06036, section 4; reference/block.py.
+    """
+    op = "prepare_block"
+    q, mask_token_id, page_size = _check_inputs(op, anchor_ids, context_lens, block_size, mask_token_id, page_table,
+                                                page_size, block_lens, embedding)
+    out = _check_out(op, anchor_ids, q, page_table, embedding, out)
+    if check.values_checked():
+        _check_values(op, anchor_ids, context_lens, q, block_lens, embedding)
+    _prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding,
+                   out.ids, out.positions, out.slots, out.rows)
+    return out
+
+
+def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """out[...] = table[ids[...]], and a zero row for an id outside [0, V).
+
+    ids (...): int64, last dimension contiguous, rows at any one stride.
+    table (V, H): float32, bfloat16 or float16, last dimension contiguous, rows at any stride.
+    out (..., H): dtype of table; written. Last dimension contiguous; must not overlap table. Allocated when None.
+
+    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
+    Source: reference/block.py.
+    """
+    op = "embed_tokens"
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
+        raise TypeError(f"{op}: ids must be int64 (...); got {check.describe(ids)}")
+    check.dense_last(op, "table", check.tensor(op, "table", table, check.FLOATS, "(V, H)", (None, None), ids.device))
+    out = check.output(op, "out", out, table, (*ids.shape, table.shape[1]))
+    ids_rows = check.as_rows(op, "ids", ids if ids.dim() else ids[None])
+    _embed_tokens(ids_rows, table, _as_matrix_of_rows(op, out, ids_rows.shape))
+    return out
+
+
+def _check_inputs(op, anchor_ids, context_lens, block_size, mask_token_id, page_table, page_size, block_lens,
+                  embedding):
+    check.tensor(op, "anchor_ids", anchor_ids, torch.int64, "(B,)", (None,))
+    b, device = anchor_ids.shape[0], anchor_ids.device
+    for name, t in (("context_lens", context_lens), ("block_lens", block_lens)):
+        if t is not None or name == "context_lens":
+            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", (b,), device))
+    q = check.integer(op, "block_size", block_size, 1)
+    mask_token_id = check.integer(op, "mask_token_id", mask_token_id, 0)
+    if (page_table is None) != (page_size is None):
+        raise ValueError(f"{op}: page_table and page_size must be given together; got "
+                         f"{check.describe(page_table)} and {page_size}")
+    if page_table is not None:
+        check.dense_last(op, "page_table", check.tensor(op, "page_table", page_table, torch.int32, "(B, max_pages)",
+                                                        (b, None), device))
+        page_size = check.integer(op, "page_size", page_size, 1)
+    if embedding is not None:
+        check.dense_last(op, "embedding", check.tensor(op, "embedding", embedding, check.FLOATS, "(V, H)",
+                                                       (None, None), device))
+        if mask_token_id >= embedding.shape[0]:
+            raise ValueError(f"{op}: mask_token_id must be a row of embedding, below {embedding.shape[0]}; "
+                             f"got {mask_token_id}")
+    return q, mask_token_id, 1 if page_size is None else page_size
+
+
+def _check_out(op, anchor_ids, q, page_table, embedding, out):
+    if out is not None and not isinstance(out, PreparedBlock):
+        raise TypeError(f"{op}: out must be a PreparedBlock; got {check.describe(out)}")
+    shape = (anchor_ids.shape[0], q)
+    needed = {"ids": True, "positions": True, "slots": page_table is not None, "rows": embedding is not None}
+    made = {}
+    for name, wanted in needed.items():
+        given = None if out is None else getattr(out, name)
+        if out is not None and (given is not None) != wanted:
+            source = {"slots": "; page_table decides", "rows": "; embedding decides"}.get(name, "")
+            raise ValueError(f"{op}: out.{name} must be {'a tensor' if wanted else 'None'}{source}; "
+                             f"got {check.describe(given)}")
+        if wanted and name == "rows":
+            made[name] = check.output(op, "out.rows", given, embedding, (*shape, embedding.shape[1]))
+        elif wanted:
+            made[name] = check.output(op, f"out.{name}", given, anchor_ids, shape, torch.int64)
+    return PreparedBlock(**made) if out is None else out
+
+
+def _check_values(op, anchor_ids, context_lens, q, block_lens, embedding):
+    if anchor_ids.device.type == "meta":
+        return
+    live = None if block_lens is None else block_lens > 0
+    if bool((context_lens < 0).any()):
+        raise ValueError(f"{op}: context_lens must be at least 0; got {int(context_lens.min())}")
+    if block_lens is not None and bool(((block_lens < 0) | (block_lens > q)).any()):
+        raise ValueError(f"{op}: block_lens must be in [0, {q}]; got {block_lens.tolist()}")
+    if embedding is not None:
+        anchors = anchor_ids if live is None else anchor_ids[live]
+        if bool(((anchors < 0) | (anchors >= embedding.shape[0])).any()):
+            raise ValueError(f"{op}: anchor_ids must be in [0, {embedding.shape[0]}); got {anchors.tolist()}")
+
+
+def _as_matrix_of_rows(op, out, shape):
+    """out (..., H) as (R, n, H) for ids (R, n)."""
+    if out.dim() == 3 and out.shape[:2] == shape:
+        return out
+    try:
+        return out.view(*shape, out.shape[-1]) if out.numel() else out.new_empty((*shape, out.shape[-1]))
+    except RuntimeError:
+        raise ValueError(f"{op}: out must flatten to rows without a copy; got {check.describe(out)} with strides "
+                         f"{out.stride()}") from None
+
+
+_prepare_block = define(
+    "prepare_block(Tensor anchor_ids, Tensor context_lens, int mask_token_id, Tensor? page_table, int page_size,"
+    " Tensor? block_lens, Tensor? embedding, Tensor(a!) ids, Tensor(b!) positions, Tensor(c!)? slots,"
+    " Tensor(d!)? rows) -> ()",
+    reference.block.prepare_block,
+)
+_embed_tokens = define("embed_tokens(Tensor ids, Tensor table, Tensor(a!) out) -> ()", reference.block.embed_tokens)
+
+
+def bytes(requests: int, block: int, *, hidden: int = 0, itemsize: int = 0, slots: bool = True) -> int:
+    """Bytes that must move: anchors and lengths in; ids, positions, slots and embedded rows out; table rows in."""
+    return requests * (12 + block * (24 if slots else 16)) + 2 * requests * block * hidden * itemsize
+
+
+def flops(requests: int, block: int) -> int:
+    return 0

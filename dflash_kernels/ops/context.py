@@ -1,0 +1,127 @@
+"""Context K/V: what every draft layer sees of the target, written to all layers' caches in one launch.
+
+For token t and layer l, from one row [K_0 | V_0 | K_1 | V_1 | ...] of the all-layer K/V projection:
+
+    k_caches[l][slot] = rope(rms_norm(K_l, k_weights[l]), positions[t])          per head, as in ops/rope.py
+    v_caches[l][slot] = v_scale * V_l
+
+K has the bits that qk_norm_rope gives the same row, so that a key is the same whether it comes from the cache or from
+the block. A bias of the projection is the GEMM's to add, before this op.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import reference
+from .._library import define
+from ..types import PagedKV
+from . import _checks as check
+from .rope import check_cache, check_positions, check_rotation, check_rounding
+
+MAX_LAYERS = 64  # kMaxLayers in csrc/cpu/context.h
+
+
+def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, caches: Sequence[PagedKV], *,
+                     k_weights: torch.Tensor | None = None, cos_sin: torch.Tensor | None, eps: float = 1e-6,
+                     interleaved: bool = False, commit_lens: torch.Tensor | None = None, v_scale: float = 1.0,
+                     rounding: str = "each") -> None:
+    """Norms, rotates and scatters the context K/V rows of all L draft layers.
+
+    kv (T, L * 2 * Hkv * D): float32, bfloat16 or float16, per layer K then V, last dimension contiguous, rows at any
+        one stride.
+    positions (T,): int64, contiguous, absolute token positions. A row whose position is outside the table writes
+        nothing (DFLASH_CHECK=1: ValueError).
+    slots (T,) or (L, T): int64, last dimension contiguous, page * P + row, for all layers or for each. Below 0 or at
+        num_pages * P and above, that row of that layer writes nothing. Two rows of a layer must not name one slot.
+    caches: L <= 64 PagedKV of dtype of kv, equal in shape and strides. Written at the given slots only.
+    k_weights (L, D): dtype of kv, contiguous; None: K is not normed.
+    cos_sin (max_pos, R): float32 or dtype of kv, contiguous, [cos (R/2) | sin (R/2)], R <= D <= 1024; None: no
+        rotation (NoPE).
+    eps: added to the mean of squares.
+    interleaved: RoPE pairs of neighbours instead of halves.
+    commit_lens (B,): int32, contiguous; the T = B * Q rows are grouped by request, and row i of request b is written
+        only if i < commit_lens[b]. None: all rows.
+    v_scale: factor of V (a checkpoint's attention_value_scale), rounded once; at 1 the bits are copied.
+    rounding: "each" rounds to the model dtype between K norm and RoPE (vLLM, Hugging Face), "end" does not (SGLang).
+
+    Returns None. Raises TypeError for a dtype, ValueError for a shape, layout, device or rounding, NotImplementedError
+    for more layers or a larger D. Graph-safe.
+    Source: DFlash, arXiv 2602.06036, section 4 (KV injection); reference/context.py.
+    """
+    op = "write_context_kv"
+    if not isinstance(kv, torch.Tensor) or kv.dtype not in check.FLOATS:
+        raise TypeError(f"{op}: kv must be float32, bfloat16 or float16 (T, L * 2 * Hkv * D); "
+                        f"got {check.describe(kv)}")
+    caches = list(caches)
+    num_layers, first = len(caches), _check_caches(op, caches, kv)
+    width = num_layers * 2 * first.num_kv_heads * first.head_dim
+    check.dense_last(op, "kv", check.tensor(op, "kv", kv, kv.dtype, "(T, L * 2 * Hkv * D)", (None, width)))
+    tokens = kv.shape[0]
+    check_rotation(op, positions, cos_sin, kv, tokens, first.head_dim)
+    per_layer = isinstance(slots, torch.Tensor) and slots.dim() == 2
+    check.dense_last(op, "slots", check.tensor(
+        op, "slots", slots, torch.int64, "(L, T)" if per_layer else "(T,)",
+        (num_layers, tokens) if per_layer else (tokens,), kv.device))
+    if k_weights is not None:
+        check.contiguous(op, "k_weights", check.tensor(op, "k_weights", k_weights, kv.dtype, "(L, D)",
+                                                       (num_layers, first.head_dim), kv.device))
+    if commit_lens is not None:
+        check.contiguous(op, "commit_lens",
+                         check.tensor(op, "commit_lens", commit_lens, torch.int32, "(B,)", (None,), kv.device))
+        if tokens % commit_lens.shape[0] if commit_lens.shape[0] else tokens:
+            raise ValueError(f"{op}: commit_lens must have a length B that divides T = {tokens}; "
+                             f"got {check.describe(commit_lens)}")
+    each = check_rounding(op, rounding)
+    if check.values_checked():
+        _check_written_positions(op, positions, slots, cos_sin, commit_lens, first)
+    _write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches], k_weights, cos_sin,
+                      commit_lens, float(eps), float(v_scale), bool(interleaved), each)
+
+
+def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
+    if not caches:
+        raise ValueError(f"{op}: caches must be L >= 1 PagedKV; got none")
+    if len(caches) > MAX_LAYERS:
+        raise NotImplementedError(f"{op}: caches must be at most {MAX_LAYERS} layers; got {len(caches)}")
+    first = caches[0]
+    for layer, cache in enumerate(caches):
+        name = f"caches[{layer}]"
+        check_cache(op, name, cache, kv, None, None)
+        if cache.k.shape != first.k.shape:
+            raise ValueError(f"{op}: {name} must have the shape of caches[0], {tuple(first.k.shape)}; "
+                             f"got {tuple(cache.k.shape)}")
+        if cache.k.stride() != first.k.stride() or cache.v.stride() != first.v.stride():
+            raise ValueError(f"{op}: {name} must have the strides of caches[0], k {first.k.stride()} and "
+                             f"v {first.v.stride()}; got {cache.k.stride()} and {cache.v.stride()}")
+    return first
+
+
+def _check_written_positions(op, positions, slots, cos_sin, commit_lens, cache):
+    """Rows that write nothing may hold any position."""
+    written = (slots >= 0) & (slots < cache.num_pages * cache.page_size)
+    written = written.any(0) if slots.dim() == 2 else written
+    if commit_lens is not None and commit_lens.shape[0]:
+        block = torch.arange(positions.shape[0] // commit_lens.shape[0], device=positions.device)
+        written = written & (block < commit_lens[:, None]).flatten()
+    check_positions(op, positions.where(written, 0), cos_sin)
+
+
+_write_context_kv = define(
+    "write_context_kv(Tensor kv, Tensor positions, Tensor slots, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
+    "Tensor? k_weights, Tensor? cos_sin, Tensor? commit_lens, float eps, float v_scale, bool interleaved, "
+    "bool round_each) -> ()",
+    reference.context.write_context_kv,
+)
+
+
+def bytes(tokens: int, layers: int, num_kv_heads: int, head_dim: int, rotary_dim: int, itemsize: int, *,
+          table_itemsize: int = 4, normed: bool = True) -> int:
+    """Bytes that must move for `tokens` written rows: K and V read and written, a table row and a slot a token, and the
+    norm weights once."""
+    row = 4 * layers * num_kv_heads * head_dim * itemsize + rotary_dim * table_itemsize + 16
+    return tokens * row + (layers * head_dim * itemsize if normed else 0)
+
+
+def flops(tokens: int, layers: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> int:
+    return tokens * layers * num_kv_heads * (4 * head_dim + 3 * rotary_dim)

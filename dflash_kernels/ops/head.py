@@ -1,0 +1,63 @@
+"""The language-model head fused with argmax: no logits in memory.
+
+    logit(r, v) = round(cap * tanh(scale * (x W^T + bias) / cap)),   ids[r] = argmax over v < num_valid
+
+The logit is rounded to the model dtype before it is compared, as it is when an engine stores logits, so the answer is
+`linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything.
+"""
+
+import torch
+
+from .. import reference
+from .._library import define
+from ..types import PackedWeight
+from . import _checks as check
+from .linear import weight_of
+
+
+def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias: torch.Tensor | None = None,
+                   num_valid: int | None = None, scale: float = 1.0, softcap: float = 0.0, id_offset: int = 0,
+                   out_ids: torch.Tensor | None = None, out_values: torch.Tensor | None = None,
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely token of each row, and its logit.
+
+    x (..., H): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
+    weight: a PackedWeight of the (V, H) head, or the (V, H) tensor itself (slower). dtype of x.
+    bias (V,): dtype of x, or None.
+    num_valid: rows of the head from this one on are padding and never win. Default V.
+    scale, softcap: logit <- cap * tanh(scale * logit / cap); softcap 0 means none. Multiplier first, then the cap.
+    id_offset: added to the ids: the first row's id of a vocabulary shard.
+    out_ids (...): int64, contiguous. out_values (...): float32, contiguous. Allocated when None.
+
+    Returns (ids, values). Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
+    Source: reference/head.py; the tie rule is torch.argmax's.
+    """
+    op = "lm_head_argmax"
+    data, n = weight_of(op, x, weight, bias)
+    num_valid = n if num_valid is None else num_valid
+    if not 1 <= num_valid <= n:
+        raise ValueError(f"{op}: num_valid must be between 1 and {n}; got {num_valid}")
+    if softcap < 0:
+        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+    ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, x.shape[:-1], torch.int64))
+    values = check.contiguous(
+        op, "out_values", check.output(op, "out_values", out_values, x, x.shape[:-1], torch.float32))
+    _lm_head_argmax(check.as_rows(op, "x", x), data, bias, n, num_valid, float(scale), float(softcap), id_offset,
+                    ids.view(-1), values.view(-1))
+    return ids, values
+
+
+_lm_head_argmax = define(
+    "lm_head_argmax(Tensor x, Tensor weight, Tensor? bias, int out_features, int num_valid, float scale, float softcap,"
+    " int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
+    reference.head.lm_head_argmax,
+)
+
+
+def bytes(rows: int, vocab: int, hidden: int, itemsize: int) -> int:
+    """Bytes that must move: the weight once, the rows, and one id and value a row."""
+    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows
+
+
+def flops(rows: int, vocab: int, hidden: int) -> int:
+    return 2 * rows * vocab * hidden

@@ -1,0 +1,113 @@
+"""Greedy verification: the longest prefix of the draft that the target would have written itself.
+
+The target's answer after block token i is target_ids[b, i]; the draft said draft_ids[b, i + 1]. With
+
+    accept = max n such that draft_ids[b, i] == target_ids[b, i - 1] for all 1 <= i <= n
+
+the step emits target_ids[b, 0 ... accept]: the accepted tokens and one that is the target's own, the bonus. From
+logits, target_ids = argmax(logits), the first index winning ties and NaN winning over everything, as in torch.argmax.
+Integers and comparisons only, so results are exact.
+"""
+
+import torch
+
+from .. import reference
+from .._library import define
+from ..types import Verified
+from . import _checks as check
+
+
+def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, context_lens: torch.Tensor, *,
+                  logits: torch.Tensor | None = None, block_lens: torch.Tensor | None = None,
+                  out: Verified | None = None) -> Verified:
+    """Accepted lengths, emitted tokens, bonus tokens and new context lengths of B drafted blocks.
+
+    draft_ids (B, Q): int64, rows at any stride: the block that the target ran over; column 0 is the anchor.
+    target_ids (B, Q): int64, rows at any stride: the target's next token after each of them; None with logits.
+    context_lens (B,): int32, contiguous: tokens before the anchor.
+    logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
+        vocabulary is a view). Their argmax stands for target_ids, in the same launch. A row after the first mismatch
+        need not be read.
+    block_lens (B,): int32, contiguous: live tokens of each block; None means Q. A request of length 0 is padding: it
+        commits nothing.
+    out: a Verified to write into (a graph's fixed addresses). Allocated when None. new_lens may be context_lens itself
+        and tokens may be target_ids; nothing else may overlap.
+
+    Returns out: Verified(accept_lens (B,) int32, commit_lens (B,) int32, tokens (B, Q) int64, bonus (B,) int64,
+    new_lens (B,) int32). Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
+    Source: DFlash, arXiv 2602.06036, section 4; Leviathan et al. 2023, arXiv 2211.17192, at temperature 0;
+    reference/verify.py.
+    """
+    op = "verify_greedy"
+    _check_inputs(op, draft_ids, target_ids, context_lens, logits, block_lens)
+    out = _check_out(op, draft_ids, out)
+    if check.values_checked():
+        _check_values(op, draft_ids, context_lens, block_lens)
+    _verify_greedy(draft_ids, target_ids, logits, context_lens, block_lens, out.accept_lens, out.commit_lens,
+                   out.tokens, out.bonus, out.new_lens)
+    return out
+
+
+def _check_inputs(op, draft_ids, target_ids, context_lens, logits, block_lens):
+    check.dense_last(op, "draft_ids", check.tensor(op, "draft_ids", draft_ids, torch.int64, "(B, Q)", (None, None)))
+    (b, q), device = draft_ids.shape, draft_ids.device
+    if q < 1:
+        raise ValueError(f"{op}: draft_ids must have Q >= 1, the anchor's column; got {check.describe(draft_ids)}")
+    if (target_ids is None) == (logits is None):
+        raise ValueError(f"{op}: target_ids or logits must be given, and not both; got {check.describe(target_ids)} "
+                         f"and {check.describe(logits)}")
+    if target_ids is not None:
+        check.dense_last(op, "target_ids",
+                         check.tensor(op, "target_ids", target_ids, torch.int64, "(B, Q)", (b, q), device))
+    else:
+        check.dense_last(op, "logits",
+                         check.tensor(op, "logits", logits, check.FLOATS, "(B, Q, V)", (b, q, None), device))
+        if logits.shape[2] < 1:
+            raise ValueError(f"{op}: logits must have V >= 1; got {check.describe(logits)}")
+    for name, t in (("context_lens", context_lens), ("block_lens", block_lens)):
+        if t is not None or name == "context_lens":
+            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", (b,), device))
+
+
+_FIELDS = (("accept_lens", torch.int32, False), ("commit_lens", torch.int32, False), ("tokens", torch.int64, True),
+           ("bonus", torch.int64, False), ("new_lens", torch.int32, False))
+
+
+def _check_out(op, draft_ids, out):
+    if out is not None and not isinstance(out, Verified):
+        raise TypeError(f"{op}: out must be a Verified; got {check.describe(out)}")
+    made = {}
+    for name, dtype, per_token in _FIELDS:
+        shape = tuple(draft_ids.shape) if per_token else (draft_ids.shape[0],)
+        given = None if out is None else getattr(out, name)
+        if out is not None and given is None:
+            raise TypeError(f"{op}: out.{name} must be {str(dtype).removeprefix('torch.')}; got NoneType")
+        made[name] = check.output(op, f"out.{name}", given, draft_ids, shape, dtype)
+    return Verified(**made) if out is None else out
+
+
+def _check_values(op, draft_ids, context_lens, block_lens):
+    if draft_ids.device.type == "meta":
+        return
+    q = draft_ids.shape[1]
+    if bool((context_lens < 0).any()):
+        raise ValueError(f"{op}: context_lens must be at least 0; got {int(context_lens.min())}")
+    if block_lens is not None and bool(((block_lens < 0) | (block_lens > q)).any()):
+        raise ValueError(f"{op}: block_lens must be in [0, {q}]; got {block_lens.tolist()}")
+
+
+_verify_greedy = define(
+    "verify_greedy(Tensor draft_ids, Tensor? target_ids, Tensor? logits, Tensor context_lens, Tensor? block_lens,"
+    " Tensor(a!) accept_lens, Tensor(b!) commit_lens, Tensor(c!) tokens, Tensor(d!) bonus, Tensor(e!) new_lens) -> ()",
+    reference.verify.verify_greedy,
+)
+
+
+def bytes(requests: int, block: int, *, vocab: int = 0, itemsize: int = 0) -> int:
+    """Bytes that must move: drafted and emitted ids, lengths in and out, and target ids or, with vocab, the logits."""
+    target = vocab * itemsize if vocab else 8
+    return requests * (block * (16 + target) + 24)
+
+
+def flops(requests: int, block: int, *, vocab: int = 0) -> int:
+    return requests * block * max(vocab, 1)

@@ -1,0 +1,63 @@
+"""Timing on a CPU: interleaved, with the machine's own limit measured in the same run."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .._library import native
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for one call: median, 20th and 80th percentile of `runs` calls."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30, warmup: int = 3) -> dict[str, Timing]:
+    """Times each function(i) for i in range(runs), one call of each in turn, so that a noisy neighbour hits all alike.
+
+    Each is given the run's number, to rotate its inputs by.
+    """
+    for i in range(warmup):
+        for function in functions.values():
+            function(i)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(runs):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function(i)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: _summary(values) for name, values in seconds.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    pick = lambda q: ordered[min(int(q * len(ordered)), len(ordered) - 1)]  # noqa: E731
+    return Timing(statistics.median(ordered), pick(0.2), pick(0.8), len(ordered))
+
+
+class ReadBandwidth:
+    """Reads a buffer that no cache holds, with all of torch's threads, several streams each and prefetching.
+
+    As a function for `interleaved`; gbps(timing) is the figure, in 1e9 bytes a second.
+    """
+
+    def __init__(self, megabytes: int = 256):
+        self._buffer = torch.ones(megabytes << 18, dtype=torch.int32)
+        self.bytes = self._buffer.numel() * 4
+
+    def __call__(self, _run: int = 0) -> None:
+        if native is None:
+            self._buffer.view(torch.int64).sum()
+        else:
+            native.stream_read(self._buffer.data_ptr(), self.bytes)
+
+    def gbps(self, timing: Timing) -> float:
+        return self.bytes / timing.median / 1e9

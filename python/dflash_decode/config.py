@@ -1,0 +1,242 @@
+"""config.json of a DFlash drafter: every field of version 1, and an error that names whatever else it finds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .rope import Rope, read_rope
+
+_WHAT = "draft config"
+# Fields that change no arithmetic of a draft pass.
+_HARMLESS = frozenset([
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
+    "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "max_window_layers", "model_type", "num_anchors", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "sep_token_id",
+    "speculators_version", "t2d", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder",
+    "tie_word_embeddings", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
+    "use_cache", "verifier_name_or_path",
+])
+_ROPE = frozenset(["rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor", "rotary_dim",
+                   "rope_interleaved", "is_neox_style"])
+_LATER = {
+    "conv_kernel_size": "DFlash2", "conv_group_size": "DFlash2", "selector_rank": "DFlash2",
+    "selector_top_k": "DFlash2",
+    "markov_rank": "DSpark", "markov_head_type": "DSpark", "emb_dim": "Domino", "gru_hidden_dim": "Domino",
+    "pure_draft_prefix_len": "Domino", "shift_label": "Domino", "quantization_config": "quantised drafters",
+    "sample_from_anchor": "a drafter that predicts from its anchor row", "lilicorr_enabled": "LiLiCorr",
+}
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """Which keys a layer's queries see. window = (left, right) as in block_attention; sinks: it has learned logits."""
+
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A drafter's geometry and rules. Lengths are in tokens; target_layer_ids name layers whose OUTPUT is tapped."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    masks: tuple[LayerMask, ...]
+    rope: Rope
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    num_target_layers: int | None = None
+    target_hidden_size: int | None = None
+    max_position_embeddings: int | None = None
+    value_scale: float = 1.0
+    input_embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float = 0.0
+    own_embedding: bool | None = None
+    own_head: bool | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.masks)
+
+
+class _Fields:
+    """Looks fields up in dflash_config, then at the top level, and knows afterwards which nobody asked for."""
+
+    def __init__(self, config: Mapping):
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{_WHAT}: must be a JSON object; got {type(config).__name__}")
+        nested = config.get("dflash_config")
+        if nested is not None and not isinstance(nested, Mapping):
+            raise ValueError(f"{_WHAT}: dflash_config must be a JSON object; got {type(nested).__name__}")
+        self.top, self.nested = config, nested or {}
+        self.seen = {"dflash_config"}
+
+    def get(self, name, default=None):
+        self.seen.add(name)
+        for place in (self.nested, self.top):
+            if place.get(name) is not None:
+                return place[name]
+        return default
+
+    def whole(self, name, default=None, minimum=1):
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{_WHAT}: {name} must be an integer of at least {minimum}; "
+                             f"got {'nothing' if value is None else repr(value)}")
+        return value
+
+    def number(self, name, default):
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{_WHAT}: {name} must be a number; got {value!r}")
+        return float(value)
+
+    def flag(self, name, default=None):
+        value = self.get(name, default)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{_WHAT}: {name} must be true or false; got {value!r}")
+        return value
+
+    def refuse_unread(self):
+        for place, prefix in ((self.nested, "dflash_config."), (self.top, "")):
+            for name, value in place.items():
+                if value is None or name in self.seen or (not prefix and name in _HARMLESS):
+                    continue
+                lilicorr = "lilicorr_enabled" if name.startswith("lilicorr_") else name
+                if lilicorr in _LATER and (value is False or place.get("lilicorr_enabled") is False):
+                    continue
+                why = f", which belongs to {_LATER[lilicorr]}," if lilicorr in _LATER else ""
+                raise NotImplementedError(f"{_WHAT}: {prefix}{name}{why} is not supported; got {value!r}")
+
+
+def spread_target_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+    """The taps of a checkpoint that names none: the authors' rule (build_target_layer_ids), over 1 ... N - 3."""
+    if num_draft_layers == 1:
+        return (num_target_layers // 2,)
+    span = num_target_layers - 4
+    return tuple(round(1 + i * span / (num_draft_layers - 1)) for i in range(num_draft_layers))
+
+
+def read_draft_config(config: Mapping) -> DraftConfig:
+    """A DraftConfig from config.json.
+
+    Raises ValueError for a missing or wrong field, NotImplementedError for one that is not supported yet or not known.
+    """
+    f = _Fields(config)
+    if any("DFlash2" in name for name in config.get("architectures") or ()):
+        raise NotImplementedError(f"{_WHAT}: architectures {config['architectures']} is not supported: "
+                                  "DFlash2 has layers that this version lacks")
+    for name, allowed in (("hidden_act", "silu"), ("projector_type", "dflash")):
+        if f.get(name, allowed) != allowed:
+            raise NotImplementedError(f"{_WHAT}: {name} must be {allowed!r}; got {f.get(name)!r}")
+    hidden, heads, layers = f.whole("hidden_size"), f.whole("num_attention_heads"), f.whole("num_hidden_layers")
+    head_dim = f.whole("head_dim", hidden // heads)
+    softcap = f.number("final_logit_softcapping", 0.0)
+    f.seen |= _ROPE
+    rope = {name: f.get(name) for name in _ROPE} | {"max_position_embeddings": f.get("max_position_embeddings")}
+    own_heads = [flag for flag in (f.flag("has_own_lm_head"), f.flag("has_lm_head")) if flag is not None]
+    read = DraftConfig(
+        hidden_size=hidden, num_heads=heads, num_kv_heads=f.whole("num_key_value_heads", heads), head_dim=head_dim,
+        intermediate_size=f.whole("intermediate_size"),
+        vocab_size=f.whole("vocab_size"), draft_vocab_size=f.whole("draft_vocab_size", f.get("vocab_size")),
+        block_size=f.whole("block_size"), mask_token_id=_mask_token(f), target_layer_ids=_taps(f, layers),
+        masks=_masks(f, layers), rope=read_rope(rope, head_dim, _WHAT), rms_norm_eps=f.number("rms_norm_eps", 1e-6),
+        attention_bias=bool(f.flag("attention_bias")), mlp_bias=bool(f.flag("mlp_bias")),
+        num_target_layers=f.get("num_target_layers"), target_hidden_size=f.whole("target_hidden_size", hidden),
+        max_position_embeddings=f.get("max_position_embeddings"), value_scale=f.number("attention_value_scale", 1.0),
+        input_embedding_scale=f.number("input_embedding_scale", 1.0),
+        output_multiplier=f.number("output_multiplier", 1.0), final_logit_softcapping=max(softcap, 0.0),
+        own_embedding=f.flag("has_embed_tokens"), own_head=any(own_heads) if own_heads else None,
+    )
+    if heads % read.num_kv_heads:
+        raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
+                         f"got {heads} and {read.num_kv_heads}")
+    f.refuse_unread()
+    return read
+
+
+def _mask_token(f):
+    text = f.get("mask_token")
+    if f.get("mask_token_id") is None and text is not None:
+        raise ValueError(f"{_WHAT}: mask_token_id must be given beside mask_token, as the text {text!r} alone needs "
+                         "the target's tokenizer; got nothing")
+    return f.whole("mask_token_id", minimum=0)
+
+
+def _taps(f, layers):
+    """target_layer_ids; or those of the speculators format, which count from 1; or the authors' rule."""
+    total = f.get("num_target_layers")
+    if total is not None:
+        f.whole("num_target_layers")
+    ids, after = f.get("target_layer_ids"), f.get("aux_hidden_state_layer_ids")
+    for name, value in (("target_layer_ids", ids), ("aux_hidden_state_layer_ids", after)):
+        if value is not None and not (isinstance(value, (list, tuple)) and value
+                                      and all(type(i) is int for i in value)):
+            raise ValueError(f"{_WHAT}: {name} must be a list of layer numbers; got {value!r}")
+    if after is not None:
+        shifted = [i - 1 for i in after]
+        if ids is not None and list(ids) != shifted:
+            raise ValueError(f"{_WHAT}: aux_hidden_state_layer_ids must be target_layer_ids + 1; got {after} and {ids}")
+        ids = shifted
+    if ids is None:
+        if total is None:
+            raise ValueError(f"{_WHAT}: target_layer_ids must be given (or num_target_layers, from which the authors' "
+                             "rule spreads them); got nothing")
+        ids = spread_target_layers(total, layers)
+    top = float("inf") if total is None else total
+    if len(set(ids)) != len(ids) or not all(0 <= i < top for i in ids):
+        raise ValueError(f"{_WHAT}: target_layer_ids must be distinct and between 0 and num_target_layers - 1 = "
+                         f"{'?' if total is None else total - 1}; got {list(ids)}")
+    return tuple(ids)
+
+
+def _masks(f, layers):
+    """One LayerMask for each layer.
+
+    Causality: top-level is_causal, then dflash_config.causal, then the layer's type (sliding: causal). The window
+    counts the current token, so `left` is one less; without causality it reaches as far to the right. use_swa puts a
+    window on every layer and leaves each layer's type, and so its causality, as declared.
+    """
+    types, window = f.get("layer_types"), f.get("sliding_window")
+    asked, swa = f.flag("use_sliding_window"), f.flag("use_swa")
+    first = f.get("max_window_layers", 0)
+    if types is None:
+        slides = bool(asked) and window is not None
+        types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(layers)]
+    if not isinstance(types, (list, tuple)) or len(types) != layers:
+        raise ValueError(f"{_WHAT}: layer_types must list {layers} layers; got {types!r}")
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise NotImplementedError(f"{_WHAT}: layer_types must be sliding_attention or full_attention; "
+                                  f"got {sorted(unknown, key=str)[0]!r}")
+    if "sliding_attention" in types and asked is False:
+        raise ValueError(f"{_WHAT}: use_sliding_window must not be false where layer_types has sliding_attention; "
+                         "got false")
+    window = f.get("swa_window_size", window) if swa else window
+    if swa or "sliding_attention" in types:
+        name = "swa_window_size (or sliding_window)" if swa else "sliding_window"
+        if type(window) is not int or window < 1:
+            raise ValueError(f"{_WHAT}: {name} must be an integer of at least 1 where layers slide; got {window!r}")
+    f.seen.add("swa_window_size")
+    stated = [flag for flag in (f.top.get("is_causal"), f.flag("is_causal"), f.flag("causal")) if flag is not None]
+    every, sliding_only = f.flag("attention_sink_bias"), f.flag("add_swa_attention_sink_bias")
+    masks = []
+    for kind in types:
+        slides = kind == "sliding_attention"
+        causal = bool(stated[0]) if stated else slides
+        windowed = slides or bool(swa)
+        left = window - 1 if windowed else -1
+        masks.append(LayerMask(causal, (left, -1 if causal else left), bool(every) or bool(sliding_only and windowed)))
+    return tuple(masks)

@@ -1,0 +1,228 @@
+"""A DFlash drafter out of our ops: L layers that fill a block in one bidirectional pass.
+
+    context:  c = norm(fc(features of the target));  K, V of every layer = one linear of c;  norm, RoPE, pages
+    draft:    [anchor, MASK, ...] -> layers, each attending to its context pages and to the block itself -> argmax
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dflash_kernels import (
+    PagedKV,
+    PreparedBlock,
+    embed_tokens,
+    linear,
+    lm_head_argmax,
+    pack_weight,
+    prepare_block,
+    rms_norm,
+    write_context_kv,
+)
+
+from .config import DraftConfig, read_draft_config
+from .kv import CacheShape
+from .targets import Target
+from .transformer import Geometry, LayersPass, Tensors, take_layer
+
+_WHAT = "draft checkpoint"
+
+
+class Drafter:
+    """config: a DraftConfig or a config.json as a dict. tensors: by the names of z-lab's checkpoints (`layers.N. ...`,
+    `fc`, `hidden_norm`, `norm`, and if it has its own: `embed_tokens`, `lm_head`, `d2t`), with or without `model.`.
+
+    The embedding and the head are the target's where the checkpoint has none. Raises ValueError for a tensor that is
+    missing, unexpected or of another shape, and where the drafter does not fit the target.
+    """
+
+    graph_safe = True
+
+    def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target):
+        self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
+        self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
+        _check_fits(c, target)
+        self.geometry = g = Geometry(
+            hidden=c.hidden_size, intermediate=c.intermediate_size, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
+            mlp_bias=c.mlp_bias, value_scale=c.value_scale)
+        self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+        plain = {name.removeprefix("model."): t for name, t in tensors.items()}
+        taker = Tensors(plain, self.dtype, self.device, _WHAT)
+        self.fc = pack_weight(taker.take("fc.weight", c.hidden_size, len(c.target_layer_ids) * c.target_hidden_size))
+        self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
+        self.norm = taker.take("norm.weight", c.hidden_size)
+        self.layers, context = [], []
+        for i, mask in enumerate(c.masks):
+            layer, parts = take_layer(taker, f"layers.{i}.", g, mask)
+            self.layers.append(layer)
+            context.append(parts)
+        self.context_kv = pack_weight(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
+        self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
+        self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
+        self._take_vocabulary(taker, target)
+        taker.finish()
+        self.cos_sin = c.rope.table(target.max_context, self.device)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.config.target_layer_ids
+
+    def _take_vocabulary(self, tensors, target):
+        """Embedding, head and the map from draft to target ids: the checkpoint's own or the target's."""
+        c = self.config
+        for name, flag in (("embed_tokens", c.own_embedding), ("lm_head", c.own_head)):
+            there = f"{name}.weight" in tensors
+            if flag is not None and flag != there:
+                raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there, as the "
+                                 f"config says; got {'it' if there else 'nothing'}")
+        self.embedding, self.head, self.ids_of_draft = target.embedding, target.head, None
+        if "embed_tokens.weight" in tensors:
+            self.embedding = tensors.take("embed_tokens.weight", c.vocab_size, c.hidden_size).contiguous()
+        elif target.hidden_size != c.hidden_size:
+            raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is "
+                             f"not the target's {target.hidden_size}; got nothing")
+        if c.input_embedding_scale != 1.0:
+            self.embedding = self.embedding * c.input_embedding_scale
+        rows = target.vocab_size
+        if "lm_head.weight" in tensors:
+            rows = c.draft_vocab_size
+            self.head = pack_weight(tensors.take("lm_head.weight", rows, c.hidden_size))
+        tensors.drop("t2d")  # the same map, as a mask over the target's ids
+        if "d2t" in tensors:
+            ids = torch.arange(rows, device=self.device) + tensors.take("d2t", rows).long()
+            if not bool(((ids >= 0) & (ids < target.vocab_size)).all()):
+                raise ValueError(f"{_WHAT}: d2t must be offsets to ids below {target.vocab_size}; "
+                                 f"got ids from {int(ids.min())} to {int(ids.max())}")
+            self.ids_of_draft = ids
+        elif c.draft_vocab_size != c.vocab_size:
+            raise ValueError(f"{_WHAT}: tensor d2t must be there with shape ({c.draft_vocab_size},), as "
+                             f"draft_vocab_size is not vocab_size = {c.vocab_size}; got nothing")
+        # A head padded beyond the target's vocabulary must not draft an id that the target does not have.
+        self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
+
+    def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int) -> "DraftPass":
+        return DraftPass(self, batch, width, caches, page_size)
+
+    def make_context(self, batch: int, width: int, caches: Sequence[PagedKV]) -> "ContextPass":
+        return ContextPass(self, batch, width, caches)
+
+    @classmethod
+    def random(cls, target: Target, num_layers: int = 3, block_size: int = 8, seed: int = 0) -> "Drafter":
+        """A drafter of random weights in the target's geometry: its guesses are worthless, its work is real."""
+        shape, n = target.cache, target.num_layers
+        heads = max(target.hidden_size // shape.head_dim // shape.kv_heads, 1) * shape.kv_heads
+        config = {
+            "hidden_size": target.hidden_size, "intermediate_size": 8 * (target.hidden_size // 3),
+            "num_hidden_layers": num_layers, "num_attention_heads": heads, "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim, "vocab_size": target.vocab_size, "block_size": block_size, "mask_token_id": 0,
+            "num_target_layers": n, "target_layer_ids": sorted({i * (n - 1) // max(num_layers - 1, 1)
+                                                                for i in range(num_layers)}),
+        }
+        read, generator = read_draft_config(config), torch.Generator().manual_seed(seed)
+        tensors = {name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 0.02
+                   for name, size in tensor_shapes(read).items()}
+        return cls(read, tensors, target)
+
+
+class ContextPass:
+    """Writes what the target has committed into the drafter's pages: T = B * Q rows at once, with memory of its own."""
+
+    def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV]):
+        self.drafter, self.caches, rows = drafter, caches, batch * width
+        like = {"dtype": drafter.dtype, "device": drafter.device}
+        self.projected, self.context = (torch.zeros((rows, drafter.config.hidden_size), **like) for _ in range(2))
+        self.kv = torch.zeros((rows, drafter.context_kv.out_features), **like)
+
+    def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+            commit_lens: torch.Tensor) -> None:
+        """features (B * Q, F * H), positions, slots (B, Q) -> K/V of every layer, in the pages of the rows
+        i < commit_lens of each request. The others are rejected drafts or padding."""
+        d, c = self.drafter, self.drafter.config
+        linear(features, d.fc, out=self.projected)
+        rms_norm(self.projected, d.hidden_norm, c.rms_norm_eps, out=self.context)
+        linear(self.context, d.context_kv, d.context_bias, out=self.kv)
+        write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms,
+                         cos_sin=d.cos_sin, eps=c.rms_norm_eps, interleaved=c.rope.interleaved, commit_lens=commit_lens)
+
+
+class DraftPass:
+    """Drafts blocks of Q tokens for B requests, with memory of its own that never moves.
+
+    anchors (B,) int64: put each request's last token here. After run(): ids (B, Q), the anchors in column 0, and
+    block.positions and block.slots (B, Q).
+    """
+
+    def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int):
+        self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
+        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm, drafter.cos_sin, c.rope.interleaved,
+                                 batch, width, caches)
+        rows, guesses, device = batch * width, batch * (width - 1), drafter.device
+
+        def ids(*shape):
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.block = PreparedBlock(ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width),
+                                   rows=self.layers.x.view(batch, width, -1))
+        # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
+        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].reshape(-1)
+        self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
+        self.values = torch.zeros(guesses, dtype=torch.float32, device=device)
+        # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
+        self.known, self.draft_ids, self.ids = ids(rows), ids(guesses), ids(batch, width)
+        self.anchors, self.guesses = self.known[:batch], self.known[batch:]
+        place = torch.arange(rows, device=device)
+        self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
+
+    def run(self, context_lens: torch.Tensor, page_table: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
+        d, c = self.drafter, self.drafter.config
+        prepare_block(self.anchors, context_lens, self.width, c.mask_token_id, page_table=page_table,
+                      page_size=self.page_size, block_lens=block_lens, embedding=d.embedding, out=self.block)
+        hidden = self.layers.run(self.block.positions.view(-1), None, page_table, context_lens, block_lens)
+        embed_tokens(self.masked_rows, hidden, out=self.masked)
+        lm_head_argmax(self.masked, d.head, num_valid=d.num_valid, scale=c.output_multiplier,
+                       softcap=c.final_logit_softcapping, out_values=self.values,
+                       out_ids=self.guesses if d.ids_of_draft is None else self.draft_ids)
+        if d.ids_of_draft is not None:
+            _gather(d.ids_of_draft, self.draft_ids, self.guesses)
+        _gather(self.known, self.block_order, self.ids)
+        return self.ids
+
+
+def _gather(table, index, out):
+    """out = table[index] for int64 tables. embed_tokens copies rows bit by bit, so an id may travel as two floats."""
+    embed_tokens(index, table.view(torch.float32).view(-1, 2), out=out.view(torch.float32).view(*index.shape, 2))
+
+
+def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint without an embedding or head of its own."""
+    q, kv, h, i = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    shapes = {"fc.weight": (h, len(c.target_layer_ids) * c.target_hidden_size), "hidden_norm.weight": (h,),
+              "norm.weight": (h,)}
+    layer = {
+        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q), "self_attn.q_norm": (c.head_dim,), "self_attn.k_norm": (c.head_dim,),
+        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "input_layernorm": (h,),
+        "post_attention_layernorm": (h,)}
+    for n, mask in enumerate(c.masks):
+        for name, size in layer.items():
+            shapes[f"layers.{n}.{name}.weight"] = size
+            biased = c.mlp_bias if name.startswith("mlp") else c.attention_bias and name.endswith("proj")
+            if biased:
+                shapes[f"layers.{n}.{name}.bias"] = size[:1]
+        if mask.sinks:
+            shapes[f"layers.{n}.self_attn.attention_sink_bias"] = (c.num_heads,)
+    return shapes
+
+
+def _check_fits(c: DraftConfig, target: Target) -> None:
+    for name, got, want in (("num_target_layers", c.num_target_layers, target.num_layers),
+                            ("target_hidden_size", c.target_hidden_size, target.hidden_size)):
+        if got is not None and got != want:
+            raise ValueError(f"draft config: {name} must be the target's, {want}; got {got}")
+    if max(c.target_layer_ids) >= target.num_layers:
+        raise ValueError(f"draft config: target_layer_ids must be below the target's {target.num_layers} layers; "
+                         f"got {list(c.target_layer_ids)}")
+    if c.mask_token_id >= target.vocab_size:
+        raise ValueError(f"draft config: mask_token_id must be below the target's vocabulary of {target.vocab_size}; "
+                         f"got {c.mask_token_id}")

@@ -1,0 +1,125 @@
+"""DFlash decoding of a ragged batch, greedy and lossless.
+
+Each request is a context, whose K/V are in its pages, and an anchor, its last token. A step drafts a block after every
+anchor, lets the target check it, and commits what the target would have written itself plus one token of its own.
+Plain decoding is the same loop with no drafter.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+
+from .draft import Drafter
+from .kv import OutOfPages, PagePool
+from .requests import Event, Live, Request, check_request
+from .step import Prefill, Step
+from .targets import Target
+
+
+class Decoder:
+    """block_size: Q, at most the drafter's own. max_batch: requests decoded together. num_pages: default room for
+    max_batch requests of max_context tokens. Pages are taken when a request starts, for all that it may write."""
+
+    def __init__(self, target: Target, drafter: Drafter | None = None, *, block_size: int | None = None,
+                 max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 16,
+                 prefill_rows: int = 256):
+        self.width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
+        if drafter and not 1 <= self.width <= drafter.block_size:
+            raise ValueError(f"Decoder: block_size must be between 1 and the drafter's {drafter.block_size}; "
+                             f"got {block_size}")
+        self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
+        self.max_context = min(target.max_context, max_context or target.max_context)
+        pages = -(-self.max_context // page_size)
+        self.pool = PagePool(max_batch * pages if num_pages is None else num_pages, page_size)
+        self.max_pages, self.prefill_rows = min(pages, self.pool.num_pages), prefill_rows
+        self.kv = [model.cache.allocate(self.pool.num_pages, page_size) if model else ()
+                   for model in (target, self.drafter)]
+        self._waiting, self._active, self._left = deque(), [], []
+        self._steps, self._prefills, self._seated = {}, {}, None
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises ValueError if it can never run; nothing is allocated then."""
+        if any(live.request.id == request.id for live in (*self._waiting, *self._active)):
+            raise ValueError(f"request {request.id!r}: id must be new; got that of a request that still runs")
+        self._waiting.append(Live(request, check_request(request, self.target.vocab_size, self.max_context, self.pool)))
+
+    def cancel(self, request_id: Hashable) -> None:
+        """The request leaves before the next step."""
+        for live in [live for live in (*self._waiting, *self._active) if live.request.id == request_id]:
+            self._left.append(self._leave(live, [], "cancelled"))
+
+    def step(self) -> list[Event]:
+        """Starts whatever fits, then decodes one block for everyone."""
+        events, self._left = self._left, []
+        while self._waiting and len(self._active) < self.max_batch:
+            try:
+                events.append(self._start(self._waiting[0]))
+            except OutOfPages:
+                break
+        return events + self._decode() if self._active else events
+
+    def stream(self, requests: Iterable[Request | None]) -> Iterator[Event]:
+        """Pulls requests as there is room (None: no news yet) and yields events until all are done. Closing it frees
+        every page. A request that cannot run gives an error event and disturbs nobody."""
+        source, more = iter(requests), True
+        try:
+            while more or self._waiting or self._active or self._left:
+                while more and len(self._waiting) + len(self._active) < self.max_batch:
+                    request = next(source, self)
+                    more = request is not self
+                    if not more or request is None:
+                        break
+                    try:
+                        self.submit(request)
+                    except (TypeError, ValueError) as error:
+                        yield Event(request.id, [], "error", error=str(error))
+                yield from self.step()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for live in (*self._waiting, *self._active):
+            self._leave(live, [], "cancelled")
+
+    def _start(self, live: Live) -> Event:
+        prompt, pool = live.request.prompt, self.pool
+        live.pages = pool.allocate(len(prompt) + live.limit)
+        self._active.append(self._waiting.popleft())
+        table = pool.table_row(live.pages, self.max_pages)[None].to(self.target.device)
+        while live.context < len(prompt):
+            left = len(prompt) - live.context
+            rows = min(self.prefill_rows, 1 << max(left - 1, 15).bit_length())
+            if rows not in self._prefills:
+                self._prefills[rows] = Prefill(self.target, self.drafter, *self.kv, rows, pool.page_size)
+            chunk = list(prompt[live.context:live.context + rows])
+            live.anchor = self._prefills[rows].run(chunk, live.context, table)
+            live.context += len(chunk)
+        return self._emit(live, [live.anchor])
+
+    def _decode(self) -> list[Event]:
+        batch, active = 1 << (len(self._active) - 1).bit_length(), list(self._active)
+        if batch not in self._steps:
+            self._steps[batch] = Step(self.target, self.drafter, *self.kv, batch, self.width, self.pool.page_size,
+                                      self.max_pages)
+        step = self._steps[batch]
+        step.fill([(r.anchor, r.context, min(self.width, r.limit - r.emitted)) for r in active])
+        if self._seated != (step, active):
+            step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active])
+            self._seated = (step, active)
+        verified, events = step(), []
+        for live, count, tokens in zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), strict=False):
+            kept = next((i + 1 for i in range(count) if tokens[i] in live.request.stop_tokens), count)
+            live.context, live.anchor = live.context + kept, tokens[kept - 1]
+            live.acceptance.append(kept)
+            events.append(self._emit(live, tokens[:kept]))
+        return events
+
+    def _emit(self, live: Live, tokens: list[int]) -> Event:
+        live.emitted += len(tokens)
+        if tokens[-1] in live.request.stop_tokens:
+            return self._leave(live, tokens, "stop")
+        return self._leave(live, tokens, "length") if live.emitted >= live.limit else Event(live.request.id, tokens)
+
+    def _leave(self, live: Live, tokens: list[int], why: str) -> Event:
+        (self._active if live in self._active else self._waiting).remove(live)
+        self.pool.free(live.pages)
+        return Event(live.request.id, tokens, why, tuple(live.acceptance))

@@ -1,0 +1,125 @@
+"""Dense Llama- and Qwen-family targets on our ops and pages."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dflash_kernels import PagedKV, embed_tokens, lm_head_argmax, pack_weight
+
+from ..config import LayerMask
+from ..kv import CacheShape
+from ..rope import read_rope
+from ..transformer import Geometry, LayersPass, Tensors, take_layer
+
+_WHAT = "target config"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Fields that some model of these families has, and the values at which they change nothing.
+_NEUTRAL = {
+    "hidden_act": ("silu",), "rope_interleaved": (False,), "is_neox_style": (True,), "partial_rotary_factor": (1.0,),
+    "attn_logit_softcapping": (0.0,), "final_logit_softcapping": (0.0,), "logit_scale": (1.0,), "clip_qkv": (),
+    "num_experts": (0,), "num_local_experts": (0,), "quantization_config": (), "attention_multiplier": (),
+    "embedding_multiplier": (1.0,), "residual_multiplier": (1.0,), "logits_scaling": (1.0,), "no_rope_layers": ([],),
+}
+
+
+class NativeTarget:
+    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; with or without per-head norms and biases.
+
+    config: a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3. tensors: by Hugging Face names.
+    dtype: that of the embedding when None. max_context: longest prompt plus answer, at most the model's own.
+    Raises ValueError for a missing or wrong field or tensor, NotImplementedError for a field that would change the
+    arithmetic into something that is not built.
+    """
+
+    graph_safe = True
+
+    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
+                 device: torch.device | str = "cpu", max_context: int | None = None):
+        g, layers = _geometry(config)
+        self.num_layers, self.hidden_size, self.vocab_size = layers, g.hidden, _whole(config, "vocab_size")
+        self.max_context = _whole(config, "max_position_embeddings")
+        if max_context is not None:
+            if not 1 <= max_context <= self.max_context:
+                raise ValueError(f"{_WHAT}: max_context must be between 1 and max_position_embeddings = "
+                                 f"{self.max_context}; got {max_context}")
+            self.max_context = max_context
+        name = "model.embed_tokens.weight"
+        if dtype is None and name in tensors:
+            dtype = tensors[name].dtype
+        self.dtype, self.device, self.geometry = dtype, torch.device(device), g
+        self.cache = CacheShape(layers, g.num_kv_heads, g.head_dim, dtype, self.device)
+        taker = Tensors(tensors, dtype, self.device, "target checkpoint")
+        taker.drop("rotary_emb.inv_freq")
+        self.embedding = taker.take(name, self.vocab_size, g.hidden).contiguous()
+        if config.get("tie_word_embeddings"):
+            taker.drop("lm_head.weight")
+            self.head = pack_weight(self.embedding)
+        else:
+            self.head = pack_weight(taker.take("lm_head.weight", self.vocab_size, g.hidden))
+        self._layers = [take_layer(taker, f"model.layers.{i}.", g, LayerMask(causal=True))[0] for i in range(layers)]
+        self._norm = taker.take("model.norm.weight", g.hidden)
+        taker.finish()
+        self._rope = read_rope(config, g.head_dim, _WHAT)
+        self._cos_sin = self._rope.table(self.max_context, self.device)
+
+    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "NativePass":
+        layers = LayersPass(self.geometry, self._layers, self._norm, self._cos_sin, self._rope.interleaved, batch,
+                            width, caches, taps=taps)
+        return NativePass(self.embedding, layers)
+
+    def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
+        lm_head_argmax(rows, self.head, out_ids=ids, out_values=values)
+
+
+class NativePass:
+    def __init__(self, embedding, layers):
+        self.embedding, self.layers = embedding, layers
+
+    def run(self, ids, positions, slots, page_table, context_lens, block_lens):
+        embed_tokens(ids.view(-1), self.embedding, out=self.layers.x)
+        rows = self.layers.run(positions.view(-1), slots.view(-1), page_table, context_lens, block_lens)
+        return rows, self.layers.features
+
+
+def _geometry(config: Mapping) -> tuple[Geometry, int]:
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise NotImplementedError(f"{_WHAT}: model_type must be one of {', '.join(FAMILIES)}; got {family!r}")
+    for name, neutral in _NEUTRAL.items():
+        value = config.get(name)
+        if value is not None and value not in neutral:
+            raise NotImplementedError(f"{_WHAT}: {name} = {value!r} changes the model into one that is not supported")
+    layers = _whole(config, "num_hidden_layers")
+    _refuse_windows(config, family, layers)
+    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+    kv_heads = _whole(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
+                         f"got {heads} and {kv_heads}")
+    bias = bool(config.get("attention_bias")) and family in ("llama", "qwen3")
+    return Geometry(
+        hidden=hidden, intermediate=_whole(config, "intermediate_size"), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=_whole(config, "head_dim", hidden // heads), eps=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
+        qk_norm=family == "qwen3",
+    ), layers
+
+
+def _refuse_windows(config, family, layers):
+    """Sliding windows of these families are used by few checkpoints, and none of those is supported."""
+    types = config.get("layer_types")
+    if types is not None and set(types) != {"full_attention"}:
+        raise NotImplementedError(f"{_WHAT}: layer_types must all be full_attention; got {types}")
+    slides = config.get("use_sliding_window", False) if family.startswith("qwen") else family == "mistral"
+    if types is None and slides and config.get("sliding_window") is not None \
+            and layers > (config.get("max_window_layers", 28) if family.startswith("qwen") else 0):
+        raise NotImplementedError(f"{_WHAT}: sliding_window = {config['sliding_window']} is not supported in targets")
+
+
+def _whole(config, name, default=None):
+    value = config.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{_WHAT}: {name} must be an integer of at least 1; "
+                         f"got {'nothing' if value is None else repr(value)}")
+    return value

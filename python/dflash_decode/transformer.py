@@ -1,0 +1,189 @@
+"""The decoder layers that a Llama- or Qwen3-like target and a DFlash drafter share, out of our ops.
+
+    h = norm(x);  x += o(attention(qk_norm_rope(qkv(h))));  h = norm(x);  x += down(silu(gate(h)) * up(h))
+
+with each addition fused into the norm that follows it. All memory of a pass over B requests of Q tokens is allocated
+when the pass is made, so that a graph can capture it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dflash_kernels import (
+    PackedWeight,
+    PagedKV,
+    add_rms_norm,
+    block_attention,
+    linear,
+    pack_weight,
+    qk_norm_rope,
+    rms_norm,
+    silu_and_mul,
+)
+
+from .config import LayerMask
+
+
+class Tensors:
+    """A checkpoint's tensors, taken one by one with their shapes checked; what nobody took is an error."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device, what: str):
+        self._tensors, self._dtype, self._device, self._what = tensors, dtype, device, what
+        self._left = set(tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        if name not in self._left:
+            raise ValueError(f"{self._what}: tensor {name} must be there with shape {shape}; got nothing")
+        self._left.remove(name)
+        t = self._tensors[name]
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{self._what}: tensor {name} must have shape {shape}; got {tuple(t.shape)}")
+        return t.to(self._device, self._dtype) if t.is_floating_point() else t.to(self._device)
+
+    def drop(self, *endings: str) -> None:
+        """Forgets tensors that carry nothing new."""
+        self._left = {name for name in self._left if not name.endswith(endings)}
+
+    def finish(self) -> None:
+        if self._left:
+            raise ValueError(f"{self._what}: tensor {sorted(self._left)[0]} must not be there (its config has no place "
+                             f"for it); got {len(self._left)} such tensors")
+
+
+@dataclass(frozen=True)
+class Layer:
+    input_norm: torch.Tensor
+    qkv: PackedWeight
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: PackedWeight
+    o_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    gate_up: PackedWeight
+    gate_up_bias: torch.Tensor | None
+    down: PackedWeight
+    down_bias: torch.Tensor | None
+    mask: LayerMask
+    sinks: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """value_scale multiplies V; it is folded into the weight, so that V is the same wherever it is computed."""
+
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = True
+    value_scale: float = 1.0
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask) -> tuple[Layer, list[torch.Tensor | None]]:
+    """One layer's weights, packed; and [k weight, v weight, k bias, v bias] as they are used, unpacked."""
+    kv = g.num_kv_heads * g.head_dim
+
+    def projection(name, n, k, bias):
+        weight = tensors.take(f"{prefix}{name}.weight", n, k)
+        return weight, tensors.take(f"{prefix}{name}.bias", n) if bias else None
+
+    q, q_bias = projection("self_attn.q_proj", g.num_heads * g.head_dim, g.hidden, g.qkv_bias)
+    k, k_bias = projection("self_attn.k_proj", kv, g.hidden, g.qkv_bias)
+    v, v_bias = projection("self_attn.v_proj", kv, g.hidden, g.qkv_bias)
+    if g.value_scale != 1.0:
+        v, v_bias = (None if t is None else (t.float() * g.value_scale).to(t.dtype) for t in (v, v_bias))
+    o, o_bias = projection("self_attn.o_proj", g.hidden, g.num_heads * g.head_dim, g.o_bias)
+    gate, gate_bias = projection("mlp.gate_proj", g.intermediate, g.hidden, g.mlp_bias)
+    up, up_bias = projection("mlp.up_proj", g.intermediate, g.hidden, g.mlp_bias)
+    down, down_bias = projection("mlp.down_proj", g.hidden, g.intermediate, g.mlp_bias)
+    head_norms = [tensors.take(f"{prefix}self_attn.{n}.weight", g.head_dim) if g.qk_norm else None
+                  for n in ("q_norm", "k_norm")]
+    layer = Layer(
+        input_norm=tensors.take(f"{prefix}input_layernorm.weight", g.hidden),
+        qkv=pack_weight(torch.cat((q, k, v))), qkv_bias=_cat(q_bias, k_bias, v_bias),
+        q_norm=head_norms[0], k_norm=head_norms[1], o=pack_weight(o), o_bias=o_bias,
+        post_norm=tensors.take(f"{prefix}post_attention_layernorm.weight", g.hidden),
+        gate_up=pack_weight(torch.cat((gate, up))), gate_up_bias=_cat(gate_bias, up_bias),
+        down=pack_weight(down), down_bias=down_bias, mask=mask,
+        sinks=tensors.take(f"{prefix}self_attn.attention_sink_bias", g.num_heads) if mask.sinks else None,
+    )
+    return layer, [k, v, k_bias, v_bias]
+
+
+def _cat(*parts):
+    return None if parts[0] is None else torch.cat(parts)
+
+
+class LayersPass:
+    """A pass of some layers over B blocks of Q tokens, T = B * Q rows, with its own memory.
+
+    x (T, H): put the embedded tokens here; run() uses it up.
+    features (T, F * H): after run(), the outputs of the tapped layers side by side, in the order of `taps`; the last
+    layer's output is taken after the final norm, as transformers' hidden_states[-1] is.
+    """
+
+    def __init__(self, g: Geometry, layers: Sequence[Layer], final_norm: torch.Tensor, cos_sin: torch.Tensor,
+                 interleaved: bool, batch: int, width: int, caches: Sequence[PagedKV], *, taps: Sequence[int] = ()):
+        self.g, self.layers, self.final_norm, self.cos_sin = g, layers, final_norm, cos_sin
+        self.interleaved, self.shape, self.caches = interleaved, (batch, width), caches
+        rows, like = batch * width, {"dtype": final_norm.dtype, "device": final_norm.device}
+
+        def buffer(columns):
+            return torch.zeros((rows, columns), **like)
+
+        self.x, self.normed, self.added = buffer(g.hidden), buffer(g.hidden), buffer(g.hidden)
+        self.qkv, self.mixed = buffer(g.qkv_width), buffer(g.num_heads * g.head_dim)
+        self.gate_up, self.act = buffer(2 * g.intermediate), buffer(g.intermediate)
+        self.features = buffer(len(taps) * g.hidden)
+        self.taps = {layer: self.features[:, i * g.hidden:(i + 1) * g.hidden] for i, layer in enumerate(taps)}
+
+    def run(self, positions: torch.Tensor, slots: torch.Tensor | None, page_table: torch.Tensor,
+            context_lens: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
+        """Returns the rows (T, H) after the final norm. slots: where this block's K/V go; None writes none."""
+        x, stream = self.x, self.x
+        for index, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
+            if index == 0:
+                rms_norm(x, layer.input_norm, self.g.eps, out=self.normed)
+            else:
+                stream = self._add(stream, layer.input_norm, self.taps.get(index - 1, x))
+            self._attend(layer, cache, positions, slots, page_table, context_lens, block_lens)
+            stream = self._add(stream, layer.post_norm, x)
+            linear(self.normed, layer.gate_up, layer.gate_up_bias, out=self.gate_up)
+            silu_and_mul(self.gate_up, out=self.act)
+            linear(self.act, layer.down, layer.down_bias, out=self.added)
+        last = self.taps.get(len(self.layers) - 1, self.normed)
+        add_rms_norm(self.added, stream, self.final_norm, self.g.eps, out=last)
+        return last
+
+    def _add(self, stream, weight, into):
+        """normed = norm(stream + added); the sum goes to `into`, which may be a tap: no copy is made for features."""
+        add_rms_norm(self.added, stream, weight, self.g.eps, out=self.normed,
+                     residual_out=None if into is stream else into)
+        return into
+
+    def _attend(self, layer, cache, positions, slots, page_table, context_lens, block_lens):
+        g = self.g
+        linear(self.normed, layer.qkv, layer.qkv_bias, out=self.qkv)
+        qk_norm_rope(self.qkv, positions, self.cos_sin, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
+                     head_dim=g.head_dim, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=g.eps,
+                     interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
+        heads, keys = self.qkv.view(*self.shape, -1, g.head_dim), g.num_heads + g.num_kv_heads
+        q, k, v = heads[:, :, :g.num_heads], heads[:, :, g.num_heads:keys], heads[:, :, keys:]
+        block_attention(q, k, v, cache, page_table, context_lens, block_lens=block_lens, causal=layer.mask.causal,
+                        window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*self.shape, -1, g.head_dim))
+        linear(self.mixed, layer.o, layer.o_bias, out=self.added)

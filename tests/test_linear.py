@@ -1,0 +1,148 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dflash_kernels as dk
+from dflash_kernels import reference
+from dflash_kernels.testing import assert_within_budget, doubles, same_bits
+
+SHAPES = [(1, 1, 1), (1, 16, 32), (3, 17, 33), (8, 100, 64), (16, 64, 96), (17, 130, 40), (70, 48, 33), (0, 32, 32)]
+
+
+def problem(dtype, rows, n, k, bias=True):
+    x, w = torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+    return x, w, torch.randn(n).to(dtype) if bias else None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_linear_matches_reference(isa, dtype, shape, packed):
+    x, w, b = problem(dtype, *shape)
+    want = torch.empty(shape[0], shape[1], dtype=torch.float64)
+    reference.linear.linear(*doubles(x, w, b), shape[1], want)
+    got = dk.linear(x, dk.pack_weight(w) if packed else w, b)
+    assert_within_budget(got, want, F.linear(x, w, b) if shape[0] else None, ulps=2)
+
+
+def test_packing_is_lossless(dtype):
+    w = torch.randn(45, 70).to(dtype)
+    assert same_bits(reference.linear.unpack(dk.pack_weight(w).data, 45, 70), w)
+
+
+@pytest.mark.parametrize("n,k", [(96, 64), (80, 45)])
+def test_a_row_has_the_same_bits_whatever_stands_beside_it(isa, dtype, n, k):
+    x, w, b = problem(dtype, 70, n, k)
+    packed = dk.pack_weight(w)
+    whole = dk.linear(x, packed, b)
+    for start, width in [(0, 1), (69, 1), (13, 3), (8, 8), (31, 16), (5, 33)]:
+        assert same_bits(dk.linear(x[start:start + width], packed, b), whole[start:start + width])
+    assert same_bits(dk.linear(x, w, b), whole), "packed and plain weights must agree bit for bit"
+    shuffled = torch.randperm(70)
+    assert same_bits(dk.linear(x[shuffled], packed, b), whole[shuffled])
+
+
+def test_bits_do_not_depend_on_threads(isa, dtype):
+    x, w, _ = problem(dtype, 5, 600, 256)
+    packed, before = dk.pack_weight(w), torch.get_num_threads()
+    got = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        got.append(dk.linear(x, packed))
+    torch.set_num_threads(before)
+    assert same_bits(got[0], got[1]) and same_bits(got[0], got[2])
+
+
+def test_strided_rows_and_untouched_neighbours(isa, dtype):
+    x, w, b = problem(dtype, 6, 40, 64)
+    wide_x = torch.full((6, 200), float("nan")).to(dtype)
+    wide_x[:, 70:134] = x
+    out = torch.full((6, 100), 7.0).to(dtype)
+    dk.linear(wide_x[:, 70:134], dk.pack_weight(w), b, out=out[:, 30:70])
+    assert same_bits(out[:, 30:70].contiguous(), dk.linear(x, w, b))
+    assert (out[:, :30] == 7).all() and (out[:, 70:] == 7).all()
+
+
+def test_nan_stays_in_its_row(isa, dtype):
+    x, w, _ = problem(dtype, 4, 32, 64)
+    clean = dk.linear(x, w)
+    x[2, 5] = float("nan")
+    got = dk.linear(x, dk.pack_weight(w))
+    assert got[2].isnan().all() and same_bits(got[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 65])
+@pytest.mark.parametrize("vocab", [16, 1000])
+def test_lm_head_argmax_equals_argmax_of_linear(isa, dtype, rows, vocab):
+    x, w, b = problem(dtype, rows, vocab, 64)
+    for bias in (None, b):
+        logits = dk.linear(x, w, bias)
+        ids, values = dk.lm_head_argmax(x, dk.pack_weight(w), bias=bias)
+        assert torch.equal(ids, logits.argmax(-1))
+        assert torch.equal(values, logits.max(-1).values.float())
+
+
+def test_p33_ties_go_to_the_first_index_and_nan_wins(isa, dtype):
+    x = torch.zeros(3, 32, dtype=dtype)
+    x[1, 0] = 1
+    w = torch.zeros(200, 32, dtype=dtype)
+    w[[40, 90, 199], 0] = 2
+    assert dk.lm_head_argmax(x, w)[0].tolist() == [0, 40, 0]
+    w[120, 1] = float("nan")
+    w[77, 1] = float("nan")
+    ids, values = dk.lm_head_argmax(x, w)
+    assert ids.tolist() == [77, 77, 77] and values.isnan().all()
+
+
+def test_all_minus_infinity_gives_index_zero(isa):
+    x, w = torch.ones(2, 32), torch.full((100, 32), float("-inf"))
+    ids, values = dk.lm_head_argmax(x, w)
+    assert ids.tolist() == [0, 0] and values.isneginf().all()
+
+
+def test_p32_padded_vocabulary_tail_never_wins(isa, dtype):
+    x, w, _ = problem(dtype, 4, 100, 32)
+    w[83:] = 100 * x[0]
+    ids, _ = dk.lm_head_argmax(x, w, num_valid=83)
+    assert (ids < 83).all() and torch.equal(ids, dk.linear(x, w)[:, :83].argmax(-1))
+
+
+def test_p36_multiplier_comes_before_the_soft_cap(isa, dtype):
+    x, w, _ = problem(dtype, 5, 300, 64)
+    want_ids, want = torch.empty(5, dtype=torch.int64), torch.empty(5, dtype=torch.float64)
+    reference.head.lm_head_argmax(*doubles(x, w), None, 300, 300, -3.0, 5.0, 0, want_ids, want)
+    ids, values = dk.lm_head_argmax(x, w, scale=-3.0, softcap=5.0)
+    assert torch.allclose(values.double(), want, rtol=2 ** -7 if dtype == torch.bfloat16 else 2e-3, atol=0)
+    if dtype == torch.float32:
+        assert torch.equal(ids, want_ids)
+
+
+def test_shards_with_an_offset_agree_with_the_whole(isa, dtype):
+    x, w, _ = problem(dtype, 6, 128, 64)
+    ids, values = dk.lm_head_argmax(x, w)
+    parts = [dk.lm_head_argmax(x, w[i:i + 32], id_offset=i) for i in range(0, 128, 32)]
+    best = torch.stack([v for _, v in parts]).argmax(0)
+    assert torch.equal(torch.stack([i for i, _ in parts]).gather(0, best[None])[0], ids)
+    assert torch.equal(torch.stack([v for _, v in parts]).max(0).values, values)
+
+
+def test_opcheck():
+    x, w, b = problem(torch.float32, 3, 40, 32)
+    torch.library.opcheck(torch.ops.dflash.linear.default, (x, w, b, 40, torch.empty(3, 40)))
+    out = (torch.empty(3, dtype=torch.int64), torch.empty(3))
+    torch.library.opcheck(torch.ops.dflash.lm_head_argmax.default, (x, w, b, 40, 40, 1.0, 0.0, 0, *out))
+
+
+def test_bad_input_names_what_was_expected_and_got():
+    x, w, b = problem(torch.float32, 2, 48, 32)
+    with pytest.raises(TypeError, match=r"linear: weight must be float32 \(N, K\); got bfloat16 \(48, 32\)"):
+        dk.linear(x, w.bfloat16())
+    with pytest.raises(TypeError, match="linear: weight must be torch.float32, as x is; got packed torch.bfloat16"):
+        dk.linear(x, dk.pack_weight(w.bfloat16()))
+    with pytest.raises(ValueError, match=r"linear: x must have 32 = weight's K columns; got float32 \(2, 31\)"):
+        dk.linear(x[:, :31], dk.pack_weight(w))
+    with pytest.raises(ValueError, match=r"linear: bias must have shape \(N,\) = \(48\)"):
+        dk.linear(x, w, b[:4])
+    with pytest.raises(ValueError, match="num_valid must be between 1 and 48; got 49"):
+        dk.lm_head_argmax(x, w, num_valid=49)
+    with pytest.raises(TypeError, match="out_ids must be int64"):
+        dk.lm_head_argmax(x, w, out_ids=torch.empty(2, dtype=torch.int32))
