@@ -1,6 +1,6 @@
-// Attention in spans of kSpan ABSOLUTE positions. A span is one exact softmax over its visible keys; spans are merged in
-// order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any thread may
-// do any span: with few rows in flight the context is split over threads, and no bit moves.
+// Attention in spans of kSpan ABSOLUTE positions. A span is one exact softmax over its visible keys; spans are merged
+// in order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any thread
+// may do any span: with few rows in flight the context is split over threads, and no bit moves.
 //
 // The keys that a row sees are one interval of positions. Nothing outside it is multiplied by zero: it is skipped, so
 // that NaN in a neighbour's key, or in a page that nobody sees, reaches no row.
@@ -127,8 +127,9 @@ class Attention {
       const int64_t index = (base + j) / p.page_size, first = index * p.page_size;
       const int64_t page = index < p.max_pages ? p.page_table[request.b * p.page_table_stride + index] : -1;
       const bool exists = page >= 0 && page < p.num_pages;
-      const T* k = static_cast<const T*>(p.k_cache) + (exists ? page * p.k_cache_stride[0] : 0) + t.h * p.k_cache_stride[2];
-      const T* v = static_cast<const T*>(p.v_cache) + (exists ? page * p.v_cache_stride[0] : 0) + t.h * p.v_cache_stride[2];
+      const T *k = static_cast<const T*>(p.k_cache) + t.h * p.k_cache_stride[2];
+      const T *v = static_cast<const T*>(p.v_cache) + t.h * p.v_cache_stride[2];
+      if (exists) k += page * p.k_cache_stride[0], v += page * p.v_cache_stride[0];
       for (; j < end && base + j < request.context && base + j < first + p.page_size; ++j) {
         const int64_t row = base + j - first;
         keys[j] = exists ? k + row * p.k_cache_stride[1] : nans;
@@ -184,7 +185,8 @@ class Attention {
       const float* weights = w.s + r * kSpan + tile;
       float* acc = out.acc + r * stride;
       for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSpan, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo, acc + i * stride);
+        weigh<1>(weights + i * kSpan, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
+                 acc + i * stride);
       switch (n) {
         case 4: weigh<4>(weights, w.values, stride, all_lo, all_hi, acc); break;
         case 3: weigh<3>(weights, w.values, stride, all_lo, all_hi, acc); break;
@@ -192,7 +194,8 @@ class Attention {
         default: weigh<1>(weights, w.values, stride, all_lo, all_hi, acc);
       }
       for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSpan, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i], acc + i * stride);
+        weigh<1>(weights + i * kSpan, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
+                 acc + i * stride);
     }
   }
 

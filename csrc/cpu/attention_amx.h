@@ -117,7 +117,8 @@ inline bool pack_values(const bf16* const* rows, int begin, int end, int D, bf16
   }
   for (int j = (end + 1) & -2; j < ((end + kGroup - 1) & -kGroup); j += 2)
     for (int d = 0; d < D; d += 16)
-      _mm512_storeu_si512(pairs + ((j / kGroup * (D / 16) + d / 16) * 16 + j % kGroup / 2) * 32, _mm512_setzero_si512());
+      _mm512_storeu_si512(pairs + ((j / kGroup * (D / 16) + d / 16) * 16 + j % kGroup / 2) * 32,
+                          _mm512_setzero_si512());
   return bad != 0;
 }
 

@@ -1,7 +1,7 @@
 // The inner loops of block_attention: keys transposed to float32, scores, softmax, weighted sum of values.
 //
-// Whatever the blocking over rows and keys, a score is the same chains of multiply-adds over D, and an output element one
-// chain over visible keys in order of position. Blocking changes which chains run side by side, never a chain.
+// Whatever the blocking over rows and keys, a score is the same chains of multiply-adds over D, and an output element
+// one chain over visible keys in order of position. Blocking changes which chains run side by side, never a chain.
 #pragma once
 
 #include "cpu/vec.h"

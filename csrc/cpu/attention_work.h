@@ -50,7 +50,8 @@ struct Scratch {
   void *zeros, *nans;
   bf16 *packed_q, *weights, *packed_v;
   static int64_t floats(int64_t stride) {
-    return kRows * (3 * stride + kSpan + 4) + (2 * kTile + 2) * stride + (kRows * (stride + kSpan) + kSpan * stride) / 2;
+    return kRows * (3 * stride + kSpan + 4) + (2 * kTile + 2) * stride +
+           (kRows * (stride + kSpan) + kSpan * stride) / 2;
   }
   Scratch(float* base, int64_t stride) {
     const auto take = [&](int64_t n) { return (base += n) - n; };
