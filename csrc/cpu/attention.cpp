@@ -1,6 +1,6 @@
 // Attention in spans of kSpan ABSOLUTE positions. A span is one exact softmax over its visible keys; spans are merged
-// in order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any thread
-// may do any span: with few rows in flight the context is split over threads, and no bit moves.
+// in order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any
+// thread may do any span: with few rows in flight the context is split over threads, and no bit moves.
 //
 // The keys that a row sees are one interval of positions. Nothing outside it is multiplied by zero: it is skipped, so
 // that NaN in a neighbour's key, or in a page that nobody sees, reaches no row.
