@@ -60,6 +60,19 @@ class PackedWeight:
     out_features: int
     in_features: int
 
+    def __post_init__(self):
+        n, k = self.out_features, self.in_features
+        for name, size in (("out_features", n), ("in_features", k)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"PackedWeight: {name} must be a positive int; got {size!r}")
+        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in _CACHE_DTYPES:
+            raise TypeError(f"PackedWeight: data must be a float32, bfloat16 or float16 tensor; got {self.data!r}")
+        blocks = (n + 15) // 16
+        shape = (blocks, (k + 31) // 32 * 16, 16, 2) if self.data.dtype == torch.bfloat16 else (blocks, k, 16)
+        if self.data.shape != shape or not self.data.is_contiguous():
+            raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
+                             f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
+
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype

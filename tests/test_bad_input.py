@@ -113,6 +113,7 @@ def call(sample, name, change, mode=None):
     arguments[name] = change(arguments[name])
     before = [raw(t) for t in whole_memory(arguments)]
     error = result = None
+    torch.use_deterministic_algorithms(True)  # fills what is allocated: rows that an op leaves alone compare equal
     try:
         if mode is None:
             result = sample.function(**arguments)
@@ -121,6 +122,8 @@ def call(sample, name, change, mode=None):
                 result = sample.function(**arguments)
     except (TypeError, ValueError, NotImplementedError) as e:
         error = e
+    finally:
+        torch.use_deterministic_algorithms(False)
     return arguments, before, result, error
 
 
@@ -167,7 +170,7 @@ def check(label, name, what, change):
 def test_one_wrong_argument_gives_a_right_answer_or_a_clear_error(label):
     names = list(SAMPLES[label].arguments())
 
-    @settings(max_examples=EXAMPLES or 120, deadline=None, database=None, derandomize=not EXAMPLES,
+    @settings(max_examples=EXAMPLES or 80, deadline=None, database=None, derandomize=not EXAMPLES,
               suppress_health_check=list(HealthCheck))
     @given(st.data())
     def try_one(data):

@@ -5,8 +5,12 @@
 namespace dflash {
 namespace {
 
-// A packed weight has more than two dimensions; a plain one is (N, K).
-int64_t plain_stride(const Tensor& weight) { return weight.dim() == 2 ? weight.stride(0) : 0; }
+// A packed weight has more than two dimensions; a plain one is (N, K). A single row's stride may be anything, also the 0
+// that means "packed" to the kernel.
+int64_t plain_stride(const Tensor& weight) {
+  if (weight.dim() != 2) return 0;
+  return weight.size(0) == 1 ? weight.size(1) : weight.stride(0);
+}
 
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
             const Tensor& out) {

@@ -23,7 +23,7 @@ struct Request {
     context = p.context_lens[b] > 0 ? p.context_lens[b] : 0;
     rows = p.block_lens ? clamp(p.block_lens[b], 0, p.width) : p.width;
     start = p.context_starts ? clamp(p.context_starts[b], 0, context) : 0;
-    if (!p.k_cache) start = context;
+    if (p.page_size == 0) start = context;  // no cache; a cache of no pages still has a page size
   }
   // Visible positions of query i: [first(i), last(i)).
   int64_t first(const AttentionParams& p, int64_t i) const {

@@ -39,9 +39,23 @@ def integer(op: str, name: str, value: object, minimum: int) -> int:
     """Checks one whole number that the host knows."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int; got {describe(value)}")
-    if value < minimum:
-        raise ValueError(f"{op}: {name} must be at least {minimum}; got {value}")
+    if not minimum <= value < 2**63:
+        raise ValueError(f"{op}: {name} must be an int of 64 bits, at least {minimum}; got {value}")
     return value
+
+
+def number(op: str, name: str, value: object) -> float:
+    """Checks one real number that the host knows."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number; got {describe(value)}")
+    return float(value)
+
+
+def apart(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
+    """What is written must not be an expanded view, whose elements share memory."""
+    if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} must not be an expanded view; got {describe(t)} with strides {t.stride()}")
+    return t
 
 
 def dense_last(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
@@ -76,4 +90,4 @@ def output(op: str, name: str, t: torch.Tensor | None, like: torch.Tensor, shape
     if t is None:
         return torch.empty(tuple(shape), dtype=dtype, device=like.device)
     tensor(op, name, t, dtype, str(tuple(shape)), shape, like.device)
-    return dense_last(op, name, t)
+    return apart(op, name, dense_last(op, name, t))

@@ -66,14 +66,15 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     for name, t in (("context_lens", context_lens), ("block_lens", block_lens), ("context_starts", context_starts)):
         if t is not None or name == "context_lens":
             check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", (batch,), q.device))
+    softcap = check.number(op, "softcap", softcap)
     left, right = _check_options(op, q, window, sinks, softcap)
     if check.values_checked():
         _check_values(op, width, cache, page_table, context_lens, block_lens, context_starts)
     out = check.output(op, "out", out, q, q.shape)
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    scale = 1 / math.sqrt(head_dim) if scale is None else check.number(op, "scale", scale)
     k_cache, v_cache = (None, None) if cache is None else (cache.k, cache.v)
     _block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale,
-                     bool(causal), left, right, sinks, float(softcap), out)
+                     bool(causal), left, right, sinks, softcap, out)
     return out
 
 
@@ -107,12 +108,9 @@ def _check_options(op, q, window, sinks, softcap):
     if sinks is not None:
         check.tensor(op, "sinks", sinks, {torch.float32, q.dtype}, "(Hq,)", (q.shape[2],), q.device)
         check.contiguous(op, "sinks", sinks)
-    try:
-        left, right = (int(x) for x in window)
-    except (TypeError, ValueError):
-        raise ValueError(f"{op}: window must be (left, right); got {window!r}") from None
-    if left < -1 or right < -1:
-        raise ValueError(f"{op}: window must be (left, right) with each >= -1; got {window!r}")
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"{op}: window must be (left, right); got {window!r}")
+    left, right = (check.integer(op, "window", x, -1) for x in window)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"{op}: softcap must be finite and >= 0; got {softcap!r}")
     return left, right

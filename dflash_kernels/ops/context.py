@@ -53,7 +53,9 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     if not isinstance(kv, torch.Tensor) or kv.dtype not in check.FLOATS:
         raise TypeError(f"{op}: kv must be float32, bfloat16 or float16 (T, L * 2 * Hkv * D); "
                         f"got {check.describe(kv)}")
-    caches = list(caches)
+    if not isinstance(caches, (list, tuple)):
+        raise TypeError(f"{op}: caches must be a list of PagedKV; got {check.describe(caches)}")
+    eps, v_scale = check.number(op, "eps", eps), check.number(op, "v_scale", v_scale)
     num_layers, first = len(caches), _check_caches(op, caches, kv)
     width = num_layers * 2 * first.num_kv_heads * first.head_dim
     check.dense_last(op, "kv", check.tensor(op, "kv", kv, kv.dtype, "(T, L * 2 * Hkv * D)", (None, width)))
@@ -76,7 +78,7 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     if check.values_checked():
         _check_written_positions(op, positions, slots, cos_sin, commit_lens, first)
     _write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches], k_weights, cos_sin,
-                      commit_lens, float(eps), float(v_scale), bool(interleaved), each)
+                      commit_lens, eps, v_scale, bool(interleaved), each)
 
 
 def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:

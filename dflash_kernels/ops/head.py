@@ -34,15 +34,17 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     """
     op = "lm_head_argmax"
     data, n = weight_of(op, x, weight, bias)
-    num_valid = n if num_valid is None else num_valid
-    if not 1 <= num_valid <= n:
+    num_valid = n if num_valid is None else check.integer(op, "num_valid", num_valid, 1)
+    id_offset = check.integer(op, "id_offset", id_offset, 0)
+    scale, softcap = check.number(op, "scale", scale), check.number(op, "softcap", softcap)
+    if num_valid > n:
         raise ValueError(f"{op}: num_valid must be between 1 and {n}; got {num_valid}")
-    if softcap < 0:
+    if not softcap >= 0:
         raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
     ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, x.shape[:-1], torch.int64))
     values = check.contiguous(
         op, "out_values", check.output(op, "out_values", out_values, x, x.shape[:-1], torch.float32))
-    _lm_head_argmax(check.as_rows(op, "x", x), data, bias, n, num_valid, float(scale), float(softcap), id_offset,
+    _lm_head_argmax(check.as_rows(op, "x", x), data, bias, n, num_valid, scale, softcap, id_offset,
                     ids.view(-1), values.view(-1))
     return ids, values
 

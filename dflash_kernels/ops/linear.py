@@ -69,6 +69,8 @@ def weight_of(op: str, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
         data = check.tensor(op, "weight", weight, x.dtype, "(N, K)", (None, x.shape[-1]), x.device)
         check.dense_last(op, "weight", data)
         n = data.shape[0]
+        if n > 1 and data.stride(0) == 0:
+            raise ValueError(f"{op}: weight must not be an expanded view; got strides {data.stride()}")
         if data.numel() == 0:
             raise ValueError(f"{op}: weight must not be empty; got {check.describe(data)}")
     if bias is not None:

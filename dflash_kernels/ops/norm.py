@@ -28,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
     """
     op = "rms_norm"
     out, rows, out_rows = _rows(op, x, weight, out)
-    _rms_norm(rows, weight, float(eps), out_rows)
+    _rms_norm(rows, weight, check.number(op, "eps", eps), out_rows)
     return out
 
 
@@ -50,10 +50,12 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     """
     op = "add_rms_norm"
     out, rows, out_rows = _rows(op, x, weight, out)
-    for name, t in (("residual", residual), ("residual_out", residual_out)):
-        if t is not None:
-            check.tensor(op, name, t, x.dtype, "(..., H)", tuple(x.shape), x.device)
-    _add_rms_norm(rows, check.as_rows(op, "residual", residual), weight, float(eps), out_rows,
+    check.tensor(op, "residual", residual, x.dtype, "(..., H)", tuple(x.shape), x.device)
+    if residual_out is None:
+        check.apart(op, "residual", residual)
+    else:
+        check.output(op, "residual_out", residual_out, x, x.shape)
+    _add_rms_norm(rows, check.as_rows(op, "residual", residual), weight, check.number(op, "eps", eps), out_rows,
                   None if residual_out is None else check.as_rows(op, "residual_out", residual_out))
     return out, residual if residual_out is None else residual_out
 

@@ -49,9 +49,10 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     if not isinstance(qkv, torch.Tensor) or qkv.dtype not in check.FLOATS:
         raise TypeError(f"{op}: qkv must be float32, bfloat16 or float16 (T, (Hq + 2 Hkv) * D); "
                         f"got {check.describe(qkv)}")
-    if min(num_heads, num_kv_heads) < 0 or head_dim < 1:
-        raise ValueError(f"{op}: num_heads, num_kv_heads and head_dim must be >= 0, >= 0 and >= 1; "
-                         f"got {num_heads}, {num_kv_heads}, {head_dim}")
+    for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        check.integer(op, name, heads, 0)
+    check.integer(op, "head_dim", head_dim, 1)
+    eps = check.number(op, "eps", eps)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     check.dense_last(op, "qkv", check.tensor(op, "qkv", qkv, qkv.dtype, "(T, (Hq + 2 Hkv) * D)", (None, width)))
     tokens = qkv.shape[0]
@@ -71,7 +72,7 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     if check.values_checked():
         check_positions(op, positions, cos_sin)
     _qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, None if cache is None else cache.k,
-                  None if cache is None else cache.v, slots, num_heads, num_kv_heads, head_dim, float(eps),
+                  None if cache is None else cache.v, slots, num_heads, num_kv_heads, head_dim, eps,
                   bool(interleaved), each)
     return qkv
 
@@ -86,8 +87,8 @@ def check_rotation(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | Non
         return
     check.tensor(op, "cos_sin", cos_sin, {torch.float32, rows.dtype}, "(max_pos, R)", (None, None), rows.device)
     check.contiguous(op, "cos_sin", cos_sin)
-    if cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
-        raise ValueError(f"{op}: cos_sin must have shape (max_pos, R) with R even and <= head_dim = {head_dim}; "
+    if cos_sin.shape[0] == 0 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
+        raise ValueError(f"{op}: cos_sin must have shape (max_pos, R) with max_pos > 0, R even and <= {head_dim}; "
                          f"got {check.describe(cos_sin)}")
 
 
@@ -97,10 +98,12 @@ def check_cache(op: str, name: str, cache: PagedKV, rows: torch.Tensor, num_kv_h
         raise TypeError(f"{op}: {name} must be a PagedKV; got {check.describe(cache)}")
     check.tensor(op, f"{name}.k", cache.k, rows.dtype, "(num_pages, P, Hkv, D)", (None, None, num_kv_heads, head_dim),
                  rows.device)
+    check.apart(op, f"{name}.k", cache.k)
+    check.apart(op, f"{name}.v", cache.v)
 
 
 def check_rounding(op: str, rounding: str) -> bool:
-    if rounding not in ("each", "end"):
+    if not isinstance(rounding, str) or rounding not in ("each", "end"):
         raise ValueError(f"{op}: rounding must be 'each' or 'end'; got {rounding!r}")
     return rounding == "each"
 
