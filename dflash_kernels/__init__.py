@@ -1,6 +1,7 @@
 """Kernels for DFlash speculative decoding. Importing this prints nothing and touches no GPU."""
 
 from .graph import StepGraph
+from .info import build_info
 from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
@@ -20,6 +21,7 @@ __all__ = [
     "Verified",
     "add_rms_norm",
     "block_attention",
+    "build_info",
     "embed_tokens",
     "linear",
     "lm_head_argmax",

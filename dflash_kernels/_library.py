@@ -2,9 +2,12 @@
 
 Each op is defined once, in "out" form (it returns nothing and writes into tensors that the caller gives), so that
 nothing is allocated behind a CUDA graph's back. The float32 reference is registered for every device; the C++ library
-registers CPU kernels over it when it is loaded. A device that ends up on the reference warns once and says why.
+registers CPU kernels over it when it is loaded. A device that ends up on the reference warns once and says why; a
+library that is there but does not load (a bad DFLASH_ISA, another torch's ABI) is an error, not a slow fallback.
 """
 
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 
@@ -13,15 +16,19 @@ import torch
 _lib = torch.library.Library("dflash", "DEF")
 _warned: set[str] = set()
 
-try:
-    from . import _C as native
-except ImportError as error:
-    native = None
-    why_not_native = str(error)
-else:
-    why_not_native = ""
 
+def _load_native():
+    if importlib.util.find_spec("._C", __package__) is None:
+        return None
+    try:
+        return importlib.import_module("._C", __package__)
+    except ImportError as error:
+        raise ImportError(f"dflash_kernels: the C++ library is built but does not load: {error}") from error
+
+
+native = _load_native()
 NAMES: list[str] = []
+REFERENCES: dict[str, Callable] = {}
 
 
 def _nothing(*_args, **_kwargs) -> None:
@@ -33,7 +40,7 @@ def _warn_reference(device: str) -> None:
         return
     _warned.add(device)
     what = {
-        "cpu": f"the C++ kernels are not built ({why_not_native}); install g++ and reinstall dflash-kernels",
+        "cpu": "the C++ kernels are not built (dflash_kernels._C is missing); install g++ and reinstall dflash-kernels",
         "cuda": "no GPU kernels are built in this version",
     }.get(device, f"there are no kernels for device {device!r}")
     warnings.warn(f"dflash_kernels runs its float32 reference, which is correct and slow: {what}.", stacklevel=4)
@@ -55,4 +62,5 @@ def define(schema: str, reference: Callable) -> Callable:
     _lib.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dflash::{name}", _nothing, lib=_lib)
     NAMES.append(name)
+    REFERENCES[name] = reference
     return getattr(torch.ops.dflash, name).default

@@ -48,9 +48,9 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     softcap: 0 for none.
     out (B, Q, Hq, D): written; last dimension contiguous, may not overlap k, v or the cache. Allocated when None.
 
-    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout, device or option. With DFLASH_CHECK=1 also
-    for lengths or page ids out of range; without it a visible key on a page that does not exist counts as NaN. Mutates
-    out alone. Graph-safe. Source: DFlash (arXiv 2602.06036, section 4); online softmax (arXiv 1805.02867);
+    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout, device or option. With DFLASH_CHECK=1
+    also for lengths or page ids out of range; without it a visible key on a page that does not exist counts as NaN.
+    Mutates out alone. Graph-safe. Source: DFlash (arXiv 2602.06036, section 4); online softmax (arXiv 1805.02867);
     reference/attention.py.
     """
     op = "block_attention"
@@ -71,8 +71,8 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     out = check.output(op, "out", out, q, q.shape)
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     k_cache, v_cache = (None, None) if cache is None else (cache.k, cache.v)
-    _block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale, bool(causal),
-                     left, right, sinks, float(softcap), out)
+    _block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale,
+                     bool(causal), left, right, sinks, float(softcap), out)
     return out
 
 

@@ -131,10 +131,10 @@ def _check_values(op, anchor_ids, context_lens, q, block_lens, embedding):
 
 def _as_matrix_of_rows(op, out, shape):
     """out (..., H) as (R, n, H) for ids (R, n)."""
-    if out.dim() == 3:
+    if out.dim() == 3 and out.shape[:2] == shape:
         return out
     try:
-        return out.view(*shape, out.shape[-1])
+        return out.view(*shape, out.shape[-1]) if out.numel() else out.new_empty((*shape, out.shape[-1]))
     except RuntimeError:
         raise ValueError(f"{op}: out must flatten to rows without a copy; got {check.describe(out)} with strides "
                          f"{out.stride()}") from None

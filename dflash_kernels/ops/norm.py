@@ -14,7 +14,8 @@ from .._library import define
 from . import _checks as check
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
+             out: torch.Tensor | None = None) -> torch.Tensor:
     """Root-mean-square norm over the last dimension.
 
     x (..., H): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
@@ -39,6 +40,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     x (..., H): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
     residual (..., H): like x. Overwritten with h unless residual_out is given.
     weight (H,): dtype of x, contiguous.
+    eps: added to the mean of squares.
     out (..., H): the normed rows; may be x itself. Allocated when None.
     residual_out (..., H): takes h in place of `residual`, which then stays as it was. With it a layer's output lands
         where a drafter's target features are collected, with no copy.

@@ -26,6 +26,8 @@ class CheckpointError(ValueError):
 class CheckpointNotFound(CheckpointError):
     """There is nothing at the given path or behind the given name."""
 
+    exit_code = 2  # of the command line: the path was written wrongly
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -1,0 +1,359 @@
+// Attention in spans of kSpan ABSOLUTE positions. A span is one exact softmax over its visible keys; spans are merged in
+// order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any thread may
+// do any span: with few rows in flight the context is split over threads, and no bit moves.
+//
+// The keys that a row sees are one interval of positions. Nothing outside it is multiplied by zero: it is skipped, so
+// that NaN in a neighbour's key, or in a page that nobody sees, reaches no row.
+#include "cpu/attention.h"
+
+#include <cstdlib>
+
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+
+namespace dflash::DFLASH_ISA {
+namespace {
+
+constexpr int kRows = 32;  // query rows of one key head that share converted keys and values
+
+inline int64_t clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t padded(int64_t n) { return (n + 15) & ~int64_t{15}; }
+
+// One request's lengths, clamped to what exists.
+struct Request {
+  int64_t b, start, context, rows;
+  Request(const AttentionParams& p, int64_t request) : b(request) {
+    context = p.context_lens[b] > 0 ? p.context_lens[b] : 0;
+    rows = p.block_lens ? clamp(p.block_lens[b], 0, p.width) : p.width;
+    start = p.context_starts ? clamp(p.context_starts[b], 0, context) : 0;
+    if (!p.k_cache) start = context;
+  }
+  // Visible positions of query i: [first(i), last(i)).
+  int64_t first(const AttentionParams& p, int64_t i) const {
+    return p.left >= 0 && context + i - p.left > start ? context + i - p.left : start;
+  }
+  int64_t last(const AttentionParams& p, int64_t i) const {
+    int64_t end = context + rows;
+    if (p.right >= 0 && context + i + p.right + 1 < end) end = context + i + p.right + 1;
+    if (p.causal && context + i + 1 < end) end = context + i + 1;
+    return end;
+  }
+};
+
+// Rows [row0, row0 + count) of key head h's group, query-major: row = query * group + member.
+struct Task {
+  Request request;
+  int64_t h, row0;
+  int count;
+};
+
+struct Scratch {
+  float *q, *s, *partial, *total, *keys, *values;
+  void *zeros, *nans;
+  static int64_t floats(int64_t stride) { return kRows * (3 * stride + kSpan + 4) + kTile * 2 * stride + 2 * stride; }
+  Scratch(float* base, int64_t stride) {
+    const auto take = [&](int64_t n) { return (base += n) - n; };
+    q = take(kRows * stride);
+    partial = take(kRows * (stride + 2));
+    total = take(kRows * (stride + 2));
+    s = take(kRows * kSpan);
+    keys = take(kTile * stride);
+    values = take(kTile * stride);
+    zeros = take(stride);
+    nans = take(stride);
+  }
+};
+
+// The unnormalised result of some keys for `count` rows: max[count], sum[count], acc[count][stride].
+struct State {
+  float *max, *sum, *acc;
+  State(float* base, int64_t stride) : max(base), sum(base + kRows), acc(base + 2 * kRows) { (void)stride; }
+  static int64_t floats(int64_t stride) { return kRows * (stride + 2); }
+};
+
+template <class T>
+class Attention {
+ public:
+  explicit Attention(const AttentionParams& params)
+      : p(params), D(int(params.head_dim)), stride(padded(params.head_dim)), group(params.heads / params.kv_heads) {}
+
+  void prepare(const Scratch& w) const {
+    for (int d = 0; d < D; ++d) {
+      static_cast<T*>(w.zeros)[d] = from_float<T>(0.0f);
+      static_cast<T*>(w.nans)[d] = from_float<T>(NAN);
+    }
+    for (int64_t i = 0; i < kTile * stride; ++i) w.values[i] = 0.0f;  // the padding past D stays zero
+  }
+
+  void load_queries(const Task& t, const Scratch& w) const {
+    for (int r = 0; r < t.count; ++r) {
+      const int64_t row = t.row0 + r;
+      const T* q = static_cast<const T*>(p.q) + t.request.b * p.q_stride[0] + row / group * p.q_stride[1] +
+                   (t.h * group + row % group) * p.q_stride[2];
+      for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(q + d, D - d));
+    }
+  }
+
+  // Softmax over span number `span` alone, for all rows of the task. Rows that see nothing of it get sum 0, max -inf.
+  void span(const Task& t, int64_t number, const Scratch& w, const State& out) const {
+    const int64_t base = number * kSpan;
+    int lo[kRows], hi[kRows], begin = kSpan, end = 0;
+    for (int r = 0; r < t.count; ++r) {
+      const int64_t i = (t.row0 + r) / group;
+      lo[r] = int(clamp(t.request.first(p, i) - base, 0, kSpan));
+      hi[r] = int(clamp(t.request.last(p, i) - base, 0, kSpan));
+      out.max[r] = -INFINITY;
+      out.sum[r] = 0.0f;
+      if (lo[r] >= hi[r]) continue;
+      begin = lo[r] < begin ? lo[r] : begin;
+      end = hi[r] > end ? hi[r] : end;
+    }
+    if (begin >= end) return;
+    const T *keys[kSpan], *values[kSpan];
+    find_rows(t, base, begin, end, w, keys, values);
+    for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, w);
+    for (int r = 0; r < t.count; ++r) {
+      for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
+      if (lo[r] < hi[r]) softmax(w.s + r * kSpan, lo[r], hi[r], out.max + r, out.sum + r);
+    }
+    for (int tile = begin & -kTile; tile < end; tile += kTile) weigh_tile(t, tile, begin, end, lo, hi, values, w, out);
+  }
+
+  void start(const Task& t, const State& total) const {
+    for (int r = 0; r < t.count; ++r) {
+      const int64_t head = t.h * group + (t.row0 + r) % group;
+      total.max[r] = -INFINITY;
+      if (p.sinks) total.max[r] = p.sink_dtype == Dtype::f32 ? static_cast<const float*>(p.sinks)[head]
+                                                             : to_float(static_cast<const T*>(p.sinks)[head]);
+      total.sum[r] = total.max[r] == -INFINITY ? 0.0f : 1.0f;
+      for (int64_t d = 0; d < stride; ++d) total.acc[r * stride + d] = 0.0f;
+    }
+  }
+
+  void merge(const Task& t, const State& total, const State& part) const {
+    for (int r = 0; r < t.count; ++r) {
+      if (part.sum[r] == 0.0f) continue;
+      const float m = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
+      const Vec a = total.max[r] == -INFINITY ? set1(0.0f) : vexp(set1(total.max[r] - m));
+      const Vec b = vexp(set1(part.max[r] - m));
+      float* to = total.acc + r * stride;
+      for (int64_t d = 0; d < stride; d += W) store(to + d, fma(load(part.acc + r * stride + d), b, load(to + d) * a));
+      total.sum[r] = reduce_first(fma(set1(part.sum[r]), b, set1(total.sum[r]) * a));
+      total.max[r] = m;
+    }
+  }
+
+  void finish(const Task& t, const State& total) const {
+    for (int r = 0; r < t.count; ++r) {
+      const int64_t row = t.row0 + r;
+      T* out = static_cast<T*>(p.out) + t.request.b * p.out_stride[0] + row / group * p.out_stride[1] +
+               (t.h * group + row % group) * p.out_stride[2];
+      const Vec sum = set1(total.sum[r] == 0.0f ? 1.0f : total.sum[r]);
+      for (int d = 0; d < D; d += W) store_n(out + d, load(total.acc + r * stride + d) / sum, D - d);
+    }
+  }
+
+ private:
+  static float reduce_first(Vec x) {
+    float lane[W];
+    store(lane, x);
+    return lane[0];
+  }
+
+  // Where the K and V rows of positions base + [begin, end) are; the rest of the tiles points at zeros.
+  void find_rows(const Task& t, int64_t base, int begin, int end, const Scratch& w, const T** keys,
+                 const T** values) const {
+    const Request& request = t.request;
+    const T *zeros = static_cast<const T*>(w.zeros), *nans = static_cast<const T*>(w.nans);
+    for (int j = begin & -kTile; j < begin; ++j) keys[j] = zeros;
+    for (int j = end; j < ((end + kTile - 1) & -kTile); ++j) keys[j] = zeros;
+    int j = begin;
+    while (j < end && base + j < request.context) {
+      const int64_t index = (base + j) / p.page_size, first = index * p.page_size;
+      const int64_t page = index < p.max_pages ? p.page_table[request.b * p.page_table_stride + index] : -1;
+      const bool exists = page >= 0 && page < p.num_pages;
+      const T* k = static_cast<const T*>(p.k_cache) + (exists ? page * p.k_cache_stride[0] : 0) + t.h * p.k_cache_stride[2];
+      const T* v = static_cast<const T*>(p.v_cache) + (exists ? page * p.v_cache_stride[0] : 0) + t.h * p.v_cache_stride[2];
+      for (; j < end && base + j < request.context && base + j < first + p.page_size; ++j) {
+        const int64_t row = base + j - first;
+        keys[j] = exists ? k + row * p.k_cache_stride[1] : nans;
+        values[j] = exists ? v + row * p.v_cache_stride[1] : nans;
+      }
+    }
+    const T* k = static_cast<const T*>(p.k) + request.b * p.k_stride[0] + t.h * p.k_stride[2];
+    const T* v = static_cast<const T*>(p.v) + request.b * p.v_stride[0] + t.h * p.v_stride[2];
+    for (; j < end; ++j) {
+      keys[j] = k + (base + j - request.context) * p.k_stride[1];
+      values[j] = v + (base + j - request.context) * p.v_stride[1];
+    }
+  }
+
+  void score_tile(const Task& t, int tile, int begin, int end, const int* lo, const int* hi, const T* const* keys,
+                  const Scratch& w) const {
+    const int from = begin > tile ? (begin - tile) & -W : 0;
+    const int to = end < tile + kTile ? (end - tile + W - 1) & -W : kTile;
+    for (int j = from; j < to; j += W) load_keys<T>(keys + tile + j, D, w.keys + j);
+    for (int r = 0; r < t.count; r += 4) {
+      const int n = t.count - r < 4 ? t.count - r : 4;
+      bool seen = false;
+      for (int i = r; i < r + n; ++i) seen |= lo[i] < tile + kTile && hi[i] > tile;
+      if (!seen) continue;
+      const float *q = w.q + r * stride, *k = w.keys + from;
+      float* s = w.s + r * kSpan + tile + from;
+      const int vectors = (to - from) / W;
+      switch (n) {
+        case 4: scores<4>(q, stride, k, vectors, D, p.scale, p.softcap, s); break;
+        case 3: scores<3>(q, stride, k, vectors, D, p.scale, p.softcap, s); break;
+        case 2: scores<2>(q, stride, k, vectors, D, p.scale, p.softcap, s); break;
+        default: scores<1>(q, stride, k, vectors, D, p.scale, p.softcap, s);
+      }
+    }
+  }
+
+  void weigh_tile(const Task& t, int tile, int begin, int end, const int* lo, const int* hi, const T* const* values,
+                  const Scratch& w, const State& out) const {
+    const int from = begin > tile ? begin : tile, to = end < tile + kTile ? end : tile + kTile;
+    for (int j = from; j < to; ++j)
+      for (int d = 0; d < D; d += W) store(w.values + (j - tile) * stride + d, load_n(values[j] + d, D - d));
+    for (int r = 0; r < t.count; r += 4) {
+      const int n = t.count - r < 4 ? t.count - r : 4;
+      int all_lo = 0, all_hi = kTile, row_lo[4], row_hi[4];
+      for (int i = 0; i < n; ++i) {
+        row_lo[i] = int(clamp(lo[r + i] - tile, 0, kTile));
+        row_hi[i] = int(clamp(hi[r + i] - tile, 0, kTile));
+        all_lo = row_lo[i] > all_lo ? row_lo[i] : all_lo;
+        all_hi = row_hi[i] < all_hi ? row_hi[i] : all_hi;
+      }
+      // Keys that only some of the rows see come before and after those that all see; each row keeps its order.
+      if (all_hi <= all_lo) all_lo = all_hi = kTile;
+      const float* weights = w.s + r * kSpan + tile;
+      float* acc = out.acc + r * stride;
+      for (int i = 0; i < n; ++i)
+        weigh<1>(weights + i * kSpan, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo, acc + i * stride);
+      switch (n) {
+        case 4: weigh<4>(weights, w.values, stride, all_lo, all_hi, acc); break;
+        case 3: weigh<3>(weights, w.values, stride, all_lo, all_hi, acc); break;
+        case 2: weigh<2>(weights, w.values, stride, all_lo, all_hi, acc); break;
+        default: weigh<1>(weights, w.values, stride, all_lo, all_hi, acc);
+      }
+      for (int i = 0; i < n; ++i)
+        weigh<1>(weights + i * kSpan, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i], acc + i * stride);
+    }
+  }
+
+  const AttentionParams& p;
+  const int D;
+  const int64_t stride, group;
+};
+
+// Scratch memory of the calling thread, kept between calls so that a step allocates nothing once it has run.
+struct Workspace {
+  float* data = nullptr;
+  int64_t size = 0;
+  float* get(int64_t n) {
+    if (n > size) {
+      std::free(data);
+      data = static_cast<float*>(std::aligned_alloc(64, size_t((n * 4 + 63) & ~int64_t{63})));
+      size = data ? n : 0;
+    }
+    return data;
+  }
+  ~Workspace() { std::free(data); }
+};
+thread_local Workspace t_workspace;
+
+// How the call is cut into items, and what they share.
+struct Plan {
+  int64_t chunk, chunks, tasks, first_span, spans, items;
+  int threads;
+  bool split;
+};
+
+constexpr int64_t kMaxPartials = int64_t{32} << 20;  // floats: 128 MiB; beyond it tasks alone are spread over threads
+
+Plan make_plan(const AttentionParams& p, int64_t stride) {
+  const int64_t rows = p.width * (p.heads / p.kv_heads);
+  int64_t first = INT64_MAX, last = 0, work = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Request request(p, b);
+    if (request.rows == 0) continue;
+    const int64_t lo = request.first(p, 0), hi = request.last(p, request.rows - 1);
+    if (lo >= hi) continue;
+    first = lo / kSpan < first ? lo / kSpan : first;
+    last = div_up(hi, kSpan) > last ? div_up(hi, kSpan) : last;
+    work += (request.rows * p.heads + 4 * p.kv_heads) * (hi - lo) * stride;
+  }
+  Plan plan{};
+  plan.chunks = div_up(rows, kRows);
+  plan.chunk = (div_up(rows, plan.chunks) + 3) & -4;
+  plan.tasks = p.batch * p.kv_heads * plan.chunks;
+  plan.first_span = first < last ? first : 0;
+  plan.spans = first < last ? last - first : 0;
+  constexpr int64_t kWorthAThread = 100000;  // multiply-adds: about the cost of waking one
+  plan.threads = int(clamp(work / kWorthAThread, 1, num_threads()));
+  plan.split = plan.threads > 1 && plan.spans > 1 && plan.tasks < 4 * plan.threads &&
+               plan.tasks * plan.spans * State::floats(stride) <= kMaxPartials;
+  plan.items = plan.split ? plan.tasks * plan.spans : plan.tasks;
+  plan.threads = int(clamp(plan.threads, 1, plan.items));
+  return plan;
+}
+
+template <class T>
+void run(const AttentionParams& p) {
+  const Attention<T> attention(p);
+  const int64_t stride = padded(p.head_dim), group = p.heads / p.kv_heads;
+  if (p.batch == 0 || p.width == 0) return;
+  const Plan plan = make_plan(p, stride);
+  const int64_t scratch = padded(Scratch::floats(stride)), partial = State::floats(stride);
+  float* memory = t_workspace.get(plan.threads * scratch + (plan.split ? plan.items * partial + plan.tasks : 0));
+  float* partials = memory + plan.threads * scratch;
+  int32_t* done = reinterpret_cast<int32_t*>(partials + plan.items * partial);
+  if (plan.split) std::memset(done, 0, size_t(plan.tasks) * 4);
+  int64_t next_item = 0, next_scratch = 0;
+  parallel_for(plan.threads, 1, [&](int64_t, int64_t) {
+    const Scratch w(memory + __atomic_fetch_add(&next_scratch, 1, __ATOMIC_RELAXED) * scratch, stride);
+    attention.prepare(w);
+    for (;;) {
+      // The last chunks go first: under a causal mask they are the longest.
+      const int64_t item = plan.items - 1 - __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
+      if (item < 0) return;
+      const int64_t index = plan.split ? item / plan.spans : item;
+      const int64_t pair = index % (p.batch * p.kv_heads), row0 = index / (p.batch * p.kv_heads) * plan.chunk;
+      Task t{Request(p, pair / p.kv_heads), pair % p.kv_heads, row0, 0};
+      t.count = int(clamp(t.request.rows * group - row0, 0, plan.chunk));
+      if (t.count == 0) continue;
+      const State total(w.total, stride);
+      attention.load_queries(t, w);
+      if (plan.split) {
+        float* first = partials + index * plan.spans * partial;
+        attention.span(t, plan.first_span + item % plan.spans, w, State(first + item % plan.spans * partial, stride));
+        if (__atomic_add_fetch(&done[index], 1, __ATOMIC_ACQ_REL) < plan.spans) continue;
+        attention.start(t, total);
+        for (int64_t s = 0; s < plan.spans; ++s) attention.merge(t, total, State(first + s * partial, stride));
+      } else {
+        attention.start(t, total);
+        const int64_t i0 = row0 / group, i1 = (row0 + t.count - 1) / group;
+        const int64_t lo = t.request.first(p, i0) / kSpan, hi = div_up(t.request.last(p, i1), kSpan);
+        for (int64_t s = lo; s < hi; ++s) {
+          const State part(w.partial, stride);
+          attention.span(t, s, w, part);
+          attention.merge(t, total, part);
+        }
+      }
+      attention.finish(t, total);
+    }
+  });
+}
+
+}  // namespace
+
+void block_attention(const AttentionParams& p) {
+  switch (p.dtype) {
+    case Dtype::f32: return run<float>(p);
+    case Dtype::bf16: return run<bf16>(p);
+    case Dtype::f16: return run<f16>(p);
+  }
+}
+
+}  // namespace dflash::DFLASH_ISA

@@ -1,0 +1,36 @@
+"""What this installation is made of."""
+
+import platform
+import sys
+
+import torch
+
+from . import _library
+
+
+def build_info() -> dict[str, object]:
+    """Facts for a bug report or a benchmark's header.
+
+    Returns version, python, torch, platform, ops (names), cpu_kernels (True when the C++ library is loaded),
+    cpu_kernels_missing (why it is not; "" when it is), isa (the instruction set in use), isas (those this CPU has,
+    lowest first), compiler, nvcc (found or not when it was built), cuda (True when torch sees a GPU), threads.
+    """
+    from . import __version__
+
+    native = _library.native
+    built = native.build_info() if native else {}
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{sys.platform} {platform.machine()}",
+        "ops": sorted(_library.NAMES),
+        "cpu_kernels": native is not None,
+        "cpu_kernels_missing": _library.why_not_native,
+        "isa": native.isa() if native else "reference",
+        "isas": native.isas() if native else [],
+        "compiler": built.get("compiler", ""),
+        "nvcc": built.get("nvcc", ""),
+        "cuda": torch.cuda.is_available(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,152 @@
+"""`dflash-kernels bench decode`: many prompts with a drafter and without, in one process."""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dflash_kernels import build_info
+
+from .session import Session, first_difference
+from .weights import CheckpointError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    task: str
+    id: str
+    text: str
+
+
+def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
+    """The first user message of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: expected a file of JSON lines; got {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(prompts) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            turns = row["turns"]
+            if not turns or not all(isinstance(turn, str) for turn in turns):
+                raise ValueError("no text")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise CheckpointError(f'{file}:{number}: expected {{"task": ..., "id": ..., "turns": [text, ...]}}; '
+                                  f"got {line[:60]!r}") from None
+        prompts.append(Prompt(str(row.get("task", file.stem)), str(row.get("id", number)), turns[0]))
+    if not prompts:
+        raise CheckpointError(f"{file}: expected at least one prompt; got none")
+    return prompts
+
+
+def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_new_tokens: int,
+                 on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
+    """Figures for each task and for all together. Both ways of decoding run task by task, one after the other."""
+    tasks: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        tasks.setdefault(prompt.task, []).append(prompt)
+    found, differences = {}, []
+    for task, rows in tasks.items():
+        ids = [session.prompt_ids(row.text) for row in rows]
+        options = {"max_new_tokens": max_new_tokens, "concurrency": concurrency}
+        on_task(task, "plain")
+        plain = session.run(ids, speculative=False, **options)
+        on_task(task, "with the drafter")
+        ours = session.run(ids, **options)
+        different = 0
+        for row, a, b in zip(rows, ours.answers, plain.answers, strict=True):
+            at = first_difference(a, b)
+            if at is not None:
+                different += 1
+                differences.append({"id": row.id, "token": at, "got": a.tokens[at:at + 1],
+                                    "plain": b.tokens[at:at + 1]})
+        found[task] = _Sums(ours.tokens, ours.seconds, plain.tokens, plain.seconds, ours.steps, len(rows), different)
+    whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
+    return whole.figures(session.block_size) | {
+        "tasks": {task: sums.figures(session.block_size) for task, sums in found.items()},
+        "differences": differences,
+    }
+
+
+@dataclass
+class _Sums:
+    tokens: int
+    seconds: float
+    plain_tokens: int
+    plain_seconds: float
+    steps: list[int]
+    requests: int
+    different: int
+
+    def parts(self) -> tuple:
+        return tuple(vars(self).values())
+
+    def figures(self, width: int) -> dict:
+        rate, plain = self.tokens / self.seconds, self.plain_tokens / self.plain_seconds
+        return {
+            "requests": self.requests, "tokens": self.tokens,
+            "acceptance_length": round(sum(self.steps) / len(self.steps), 4) if self.steps else 1.0,
+            "acceptance_histogram": [self.steps.count(n) for n in range(1, width + 1)],
+            "tokens_per_s": round(rate, 2), "plain_tokens_per_s": round(plain, 2), "speedup": round(rate / plain, 4),
+            "identical_to_plain": self.different == 0, "different_requests": self.different,
+        }
+
+
+def header(session: Session, **options) -> dict:
+    """Where and with what the figures were taken."""
+    info = build_info()
+    return {
+        "kind": "decode", "model": session.model, "draft": session.draft, "block_size": session.block_size,
+        "dtype": str(session.target.dtype).removeprefix("torch."), **options,
+        "cpu": cpu_model(), "threads": torch.get_num_threads(), "isa": info["isa"],
+        "versions": {"dflash-kernels": info["version"], "torch": info["torch"], "python": info["python"]},
+        "platform": info["platform"], "commit": commit(),
+    }
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The short commit of the checkout that this file is in; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Writes the file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(value, out, indent=1)
+            out.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,205 @@
+"""The command `dflash-kernels`: info, generate, bench decode.
+
+Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for everything else.
+"""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="DFlash speculative decoding with kernels of its own.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
+app.add_typer(bench_app, name="bench")
+
+# Heavy modules are imported inside the commands: --help and usage errors answer at once.
+
+
+class UsageError(Exception):
+    """A command that was written wrongly."""
+
+    exit_code = 2
+
+
+class DType(str, Enum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
+Draft = Annotated[str, typer.Option(help="A drafter's directory; 'random': random weights; 'none': plain decoding.")]
+BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
+    """Versions, what is built, which instruction set runs, what is missing and how to get it."""
+    from . import report
+
+    found = report.facts()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        report.print_info(found)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What the user says; '-' reads it from standard input.")],
+    model: Model = "smollm2",
+    draft: Draft = "none",
+    block_size: BlockSize = None,
+    max_new_tokens: MaxNewTokens = 256,
+    dtype: Dtype = DType.bfloat16,
+    threads: Threads = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly, and compare.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Answer one prompt, streamed, and say how fast."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise UsageError("--prompt must not be empty")
+    if draft == "none" and block_size is not None:
+        raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
+    set_threads(threads)
+    from . import report
+    from .bench import header
+    from .session import Session
+
+    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, status=report.status)
+    report.start_text(session)
+    ids = session.prompt_ids(text)
+    stream, pieces = session.tokenizer.stream(), []
+
+    def show(_index, tokens):
+        pieces.append(stream.push(tokens))
+        if not as_json:
+            report.write(pieces[-1])
+
+    try:
+        run = session.run([ids], max_new_tokens=max_new_tokens, on_tokens=show)
+        pieces.append(stream.flush())
+    finally:
+        if not as_json and any(pieces):
+            report.write((pieces[-1] if "run" in locals() else "") + "\n")  # the error or the shell starts a line
+    plain = None
+    if compare:
+        with report.status("decoding plainly, to compare"):
+            plain = session.run([ids], max_new_tokens=max_new_tokens, speculative=False)
+    if as_json:
+        value = report.answer_json(session, run, plain, "".join(pieces))
+        print(json.dumps(header(session, prompt=text, max_new_tokens=max_new_tokens) | {"kind": "generate"} | value,
+                         indent=1, ensure_ascii=False))
+    else:
+        report.print_answer(session, run, plain)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    prompts: Annotated[Path, typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}.')],
+    model: Model = "smollm2",
+    draft: Draft = "random",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
+    max_new_tokens: MaxNewTokens = 256,
+    block_size: BlockSize = None,
+    dtype: Dtype = DType.bfloat16,
+    threads: Threads = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Decode prompts with the drafter and plainly, in one process: speed, acceptance, and whether the text is the same.
+
+    The first turn of each row is the prompt."""
+    if draft == "none":
+        raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
+    if not prompts.is_file():
+        raise UsageError(f"--prompts must be a file; got {str(prompts)!r}, which "
+                         f"{'is a directory' if prompts.is_dir() else 'does not exist'}")
+    if json_out is not None and not os.access(json_out.absolute().parent, os.W_OK):
+        raise UsageError(f"--json must be a file in a directory that can be written; got {str(json_out)!r}")
+    set_threads(threads)
+    from . import bench, report
+    from .session import Session
+
+    rows = bench.read_prompts(prompts, limit)
+    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, status=report.status)
+    report.start_text(session)
+    with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
+        def on_task(task, what):
+            if shown:
+                shown.update(f"[dim]{task}, {what} ...[/dim]")
+
+        result = bench.bench_decode(session, rows, concurrency=concurrency, max_new_tokens=max_new_tokens,
+                                    on_task=on_task)
+    report.print_bench(result)
+    if json_out is not None:
+        header = bench.header(session, concurrency=concurrency, max_new_tokens=max_new_tokens, prompts=prompts.name,
+                              limit=limit)
+        bench.write_json(json_out, header | result)
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of the command; an error is one line on standard error."""
+    debug = "--debug" in arguments
+    try:
+        code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of the output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except typer.Exit as done:
+        return done.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        # Our usage errors and those of the command line library carry the exit code that they mean.
+        return fail(describe(error), 2 if getattr(error, "exit_code", 1) == 2 else 1)
+
+
+def describe(error: Exception) -> str:
+    written = getattr(error, "format_message", None)
+    text = written() if written else str(error)
+    if not text and written:
+        return ""  # a command group without a command has printed its help
+    if isinstance(error, ImportError):
+        text += "; pip install 'dflash-kernels[decode]'"
+    elif not isinstance(error, (ValueError, TypeError, NotImplementedError, UsageError)) and not written:
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    if message:
+        print(f"dflash-kernels: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

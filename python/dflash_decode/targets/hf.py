@@ -1,0 +1,125 @@
+"""Any Hugging Face causal language model as a target, with our paged attention inside it.
+
+Transformers looks its attention function up by name. We register one under a name of our own that keeps K and V in our
+pages and calls `block_attention`; the rest of the model stays as it is. Its matrix products are the library's, which
+may choose another kernel for another number of rows, so in bfloat16 speculative and plain text can part at a near tie:
+`dflash_decode.lossless` says where, and by how little.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from dflash_kernels import PagedKV, block_attention, lm_head_argmax, pack_weight
+
+from ..kv import CacheShape
+
+IMPLEMENTATION = "paged_block_attention"  # a name with "flash" in it would be taken for a FlashAttention
+_NOT_OURS = ("position_bias", "head_mask", "relative_position_bias")
+_current = threading.local()
+
+
+class HFTarget:
+    """model: a transformers PreTrainedModel for causal language modelling, on any device, in eval mode.
+
+    Its attention implementation is switched to ours for good. Raises NotImplementedError for a model whose layers do
+    not all attend through transformers' attention interface (linear attention, MLA with unequal head dims), ValueError
+    for one without an output head.
+    """
+
+    graph_safe = False
+
+    def __init__(self, model, *, max_context: int | None = None):
+        config = model.config.get_text_config()
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"HFTarget: model must have an output head; got {type(model).__name__}")
+        longest = getattr(config, "max_position_embeddings", max_context)
+        if not model._can_set_attn_implementation() or longest is None:
+            raise NotImplementedError(f"HFTarget: {type(model).__name__} does not take its attention from transformers' "
+                                      "attention interface")
+        _register()
+        model.set_attn_implementation(IMPLEMENTATION)
+        self.model, self.base = model.eval(), model.base_model
+        self.embedding = model.get_input_embeddings().weight.detach()
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.num_layers = config.num_hidden_layers
+        self.max_context = min(max_context or longest, longest)
+        self.head, self._bias = pack_weight(head.weight.detach()), head.bias if head.bias is None else head.bias.detach()
+        self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.cache = CacheShape(self.num_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim,
+                                self.dtype, self.device)
+
+    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "HFPass":
+        return HFPass(self, caches, taps)
+
+    def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
+        lm_head_argmax(rows, self.head, bias=self._bias, softcap=self._softcap, out_ids=ids, out_values=values)
+
+
+class HFPass:
+    """One forward call of the model. Tap f is transformers' hidden_states[taps[f] + 1]."""
+
+    def __init__(self, target: HFTarget, caches: Sequence[PagedKV], taps: Sequence[int]):
+        self.target, self.caches, self.taps = target, caches, tuple(taps)
+
+    @torch.inference_mode()
+    def run(self, ids, positions, slots, page_table, context_lens, block_lens):
+        self.slots, self.where = slots, (page_table, context_lens, block_lens)
+        self.seen: set[int] = set()
+        _current.value = self
+        try:
+            output = self.target.base(input_ids=ids, position_ids=positions, use_cache=False,
+                                      output_hidden_states=bool(self.taps))
+        finally:
+            _current.value = None
+        if len(self.seen) != self.target.num_layers:
+            raise NotImplementedError(f"HFTarget: all {self.target.num_layers} layers must attend through transformers' "
+                                      f"attention interface; {len(self.seen)} did")
+        rows = output.last_hidden_state.reshape(-1, self.target.hidden_size)
+        if not self.taps:
+            return rows, rows[:, :0]
+        return rows, torch.cat([output.hidden_states[t + 1] for t in self.taps], -1).view(rows.shape[0], -1)
+
+    def attend(self, layer, q, k, v, *, scaling, window, sinks, softcap, causal):
+        """q, k, v (B, heads, Q, D), after RoPE -> (B, Q, Hq, D); K and V of rows with a slot go to their pages."""
+        self.seen.add(layer)
+        cache = self.caches[layer]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        block_attention(q, k, v, cache, *self.where[:2], block_lens=self.where[2], scale=scaling, causal=causal,
+                        window=window, sinks=sinks, softcap=softcap, out=out)
+        kept = self.slots >= 0
+        page, row = self.slots[kept] // cache.page_size, self.slots[kept] % cache.page_size
+        cache.k[page, row], cache.v[page, row] = k[kept], v[kept]
+        return out
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+               s_aux=None, is_causal=None, **kwargs):
+    now = getattr(_current, "value", None)
+    if now is None:
+        raise RuntimeError("this model's attention belongs to dflash_decode.targets.hf.HFTarget; run it through that, or "
+                           "call model.set_attn_implementation('sdpa') to have it back")
+    for name in _NOT_OURS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"HFTarget: attention with {name} is not supported")
+    if value.shape[-1] != query.shape[-1]:
+        raise NotImplementedError(f"HFTarget: keys and values must have the same head dim; got {query.shape[-1]} and "
+                                  f"{value.shape[-1]}")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    window = (-1, -1) if sliding_window is None else (int(sliding_window) - 1, -1)
+    return now.attend(module.layer_idx, query, key, value, scaling=scaling, window=window, sinks=s_aux,
+                      softcap=float(softcap or 0.0), causal=bool(is_causal)), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    # What is visible follows from lengths and pages; no mask is built.
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, **_kwargs: None)

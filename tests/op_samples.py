@@ -1,0 +1,137 @@
+"""One small valid call of every public op, for the tests that go through all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dflash_kernels as dk
+from dflash_kernels import _library
+from dflash_kernels.types import PackedWeight, PagedKV, PreparedBlock, Verified
+
+CANARY = 77
+
+
+@dataclass(frozen=True)
+class Sample:
+    function: Callable
+    arguments: Callable[[], dict]  # fresh tensors, by keyword
+    written: tuple[str, ...]  # arguments that the op writes
+
+
+def boxed(*shape, dtype=torch.float32):
+    """An output inside a larger tensor of canaries."""
+    return torch.full([n + 4 for n in shape], CANARY, dtype=dtype)[tuple(slice(2, 2 + n) for n in shape)]
+
+
+def filled(*shape, dtype=torch.float32):
+    t = boxed(*shape, dtype=dtype)
+    return t.copy_(torch.randn(shape))
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def ids(*shape, high=10):
+    return torch.randint(0, high, shape)
+
+
+def pages(num_pages=4, page=4, heads=1, dim=8):
+    k, v = filled(num_pages, page, heads, dim), filled(num_pages, page, heads, dim)
+    return PagedKV(k, v)
+
+
+def tables(max_pages=2):
+    return torch.arange(2 * max_pages, dtype=torch.int32).view(2, max_pages)
+
+
+def verified(b, q):
+    ints = [boxed(b, dtype=torch.int32) for _ in range(3)]
+    return Verified(ints[0], ints[1], boxed(b, q, dtype=torch.int64), boxed(b, dtype=torch.int64), ints[2])
+
+
+def prepared(b, q, h):
+    return PreparedBlock(*(boxed(b, q, dtype=torch.int64) for _ in range(3)), boxed(b, q, h))
+
+
+DRAFT, TARGET = [[1, 2, 3], [1, 2, 3]], [[2, 3, 4], [2, 9, 4]]
+
+SAMPLES = {
+    "rms_norm": Sample(dk.rms_norm, lambda: {
+        "x": torch.randn(3, 16), "weight": torch.randn(16), "eps": 1e-5, "out": boxed(3, 16)}, ("out",)),
+    "add_rms_norm": Sample(dk.add_rms_norm, lambda: {
+        "x": torch.randn(3, 16), "residual": filled(3, 16), "weight": torch.randn(16), "eps": 1e-5,
+        "out": boxed(3, 16), "residual_out": boxed(3, 16)}, ("residual", "out", "residual_out")),
+    "silu_and_mul": Sample(dk.silu_and_mul, lambda: {"x": torch.randn(3, 16), "out": boxed(3, 8)}, ("out",)),
+    "qk_norm_rope": Sample(dk.qk_norm_rope, lambda: {
+        "qkv": filled(3, 40), "positions": torch.tensor([0, 5, 6]), "cos_sin": torch.randn(12, 8), "num_heads": 3,
+        "num_kv_heads": 1, "head_dim": 8, "q_weight": torch.randn(8), "k_weight": torch.randn(8), "eps": 1e-5,
+        "interleaved": True, "cache": pages(), "slots": torch.tensor([3, -1, 9]), "rounding": "each"},
+        ("qkv", "cache")),
+    "write_context_kv": Sample(dk.write_context_kv, lambda: {
+        "kv": torch.randn(4, 32), "positions": torch.tensor([0, 1, 5, 6]), "slots": torch.tensor([0, 1, 9, 15]),
+        "caches": [pages(), pages()], "k_weights": torch.randn(2, 8), "cos_sin": torch.randn(12, 4), "eps": 1e-5,
+        "interleaved": False, "commit_lens": int32(2, 1), "v_scale": 0.5, "rounding": "end"}, ("caches",)),
+    "block_attention": Sample(dk.block_attention, lambda: {
+        "q": torch.randn(2, 3, 2, 8), "k": torch.randn(2, 3, 1, 8), "v": torch.randn(2, 3, 1, 8), "cache": pages(),
+        "page_table": tables(), "context_lens": int32(5, 2), "block_lens": int32(3, 2), "context_starts": int32(1, 0),
+        "scale": 0.3, "causal": True, "window": (4, -1), "sinks": torch.randn(2), "softcap": 5.0,
+        "out": boxed(2, 3, 2, 8)}, ("out",)),
+    "linear": Sample(dk.linear, lambda: {
+        "x": torch.randn(3, 16), "weight": torch.randn(20, 16), "bias": torch.randn(20), "out": boxed(3, 20)}, ("out",)),
+    "linear_packed": Sample(dk.linear, lambda: {
+        "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(20, 16)), "bias": torch.randn(20),
+        "out": boxed(3, 20)}, ("out",)),
+    "pack_weight": Sample(dk.pack_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
+    "lm_head_argmax": Sample(dk.lm_head_argmax, lambda: {
+        "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "bias": torch.randn(40),
+        "num_valid": 30, "scale": 0.5, "softcap": 3.0, "id_offset": 100, "out_ids": boxed(3, dtype=torch.int64),
+        "out_values": boxed(3)}, ("out_ids", "out_values")),
+    "prepare_block": Sample(dk.prepare_block, lambda: {
+        "anchor_ids": ids(2), "context_lens": int32(5, 2), "block_size": 3, "mask_token_id": 9, "page_table": tables(),
+        "page_size": 4, "block_lens": int32(3, 2), "embedding": torch.randn(10, 6), "out": prepared(2, 3, 6)},
+        ("out",)),
+    "embed_tokens": Sample(dk.embed_tokens, lambda: {
+        "ids": ids(2, 3), "table": torch.randn(10, 6), "out": boxed(2, 3, 6)}, ("out",)),
+    "verify_greedy": Sample(dk.verify_greedy, lambda: {
+        "draft_ids": torch.tensor(DRAFT), "target_ids": torch.tensor(TARGET), "context_lens": int32(5, 2),
+        "logits": None, "block_lens": int32(3, 2), "out": verified(2, 3)}, ("out",)),
+    "verify_greedy_logits": Sample(dk.verify_greedy, lambda: {
+        "draft_ids": torch.tensor(DRAFT), "target_ids": None, "context_lens": int32(5, 2),
+        "logits": torch.randn(2, 3, 10), "block_lens": int32(3, 2), "out": verified(2, 3)}, ("out",)),
+}
+
+
+def tensors_in(value) -> list[torch.Tensor]:
+    """The tensors of one argument or result, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_in(v)]
+    if isinstance(value, (PagedKV, PreparedBlock, Verified, PackedWeight)):
+        return [t for v in vars(value).values() for t in tensors_in(v)]
+    return []
+
+
+class RawCalls(TorchDispatchMode):
+    """Notes the calls into the dflash namespace that a public function makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dflash":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class OnReference(TorchDispatchMode):
+    """Answers every dflash op with its reference."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dflash":
+            return _library.REFERENCES[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,107 @@
+"""Any transformers model through our pages: speculative text equals plain text, and plain text is transformers' own."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from decode_models import COMMON, VOCAB, plain_text, randomise  # noqa: E402
+
+from dflash_decode.draft import Drafter  # noqa: E402
+from dflash_decode.lossless import first_difference  # noqa: E402
+from dflash_decode.loop import Decoder  # noqa: E402
+from dflash_decode.requests import Request  # noqa: E402
+from dflash_decode.targets.hf import HFTarget  # noqa: E402
+
+KINDS = {
+    "llama": ("Llama", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "minimax_m2": ("MiniMaxM2", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16,
+                                 "intermediate_size": 48}),
+    "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}),
+    "gpt_oss": ("GptOss", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+}
+
+
+def make(kind, dtype=torch.float32):
+    name, changes = KINDS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    randomise(model)
+    return model.to(dtype)
+
+
+def texts(decoder, prompts, n):
+    out = {i: [] for i in range(len(prompts))}
+    for event in decoder.stream(Request(i, p, n) for i, p in enumerate(prompts)):
+        assert event.error is None, event.error
+        out[event.id] += event.tokens
+    return [out[i] for i in range(len(prompts))]
+
+
+PROMPTS = [[5, 9, 33], list(range(1, 40)), [7] * 17]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_speculative_equals_plain_equals_transformers_in_float32(kind):
+    model = make(kind)
+    want = [plain_text(model, p, 20) for p in PROMPTS]
+    target = HFTarget(model)
+    drafter = Drafter.random(target, num_layers=2, block_size=5)
+    plain = texts(Decoder(target, max_batch=2, max_context=128), PROMPTS, 20)
+    assert plain == want
+    for batch in (1, 3):
+        assert texts(Decoder(target, drafter, max_batch=batch, max_context=128), PROMPTS, 20) == plain
+
+
+def test_taps_are_transformers_hidden_states():
+    model = make("qwen3")
+    ids = torch.randint(0, VOCAB, (1, 12))
+    with torch.no_grad():
+        want = model(ids, output_hidden_states=True).hidden_states
+    target = HFTarget(model)
+    caches = target.cache.allocate(4, 16)
+    position = torch.arange(12)[None]
+    table, none, whole = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [0], [12]))
+    _, features = target.make_pass(1, 12, caches, (3, 0, 2)).run(ids, position, position, table, none, whole)
+    for i, layer in enumerate((3, 0, 2)):
+        torch.testing.assert_close(features.view(12, 3, -1)[:, i], want[layer + 1][0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_difference_is_reported_with_its_margin():
+    target = HFTarget(make("llama"))
+    plain = texts(Decoder(target, max_batch=1, max_context=128), PROMPTS[:1], 12)[0]
+    assert first_difference(target, PROMPTS[0], plain, plain) is None
+    other = [*plain[:7], (plain[7] + 1) % VOCAB, *plain[8:]]
+    found = first_difference(target, PROMPTS[0], plain, other)
+    assert (found.index, found.plain, found.speculative) == (7, plain[7], other[7]) and found.margin > 0
+    assert "token 7: plain" in str(found)
+    assert first_difference(target, PROMPTS[0], plain, plain[:5]).margin is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "minimax_m2"])
+def test_in_bfloat16_any_difference_is_a_near_tie(kind, record_property):
+    target = HFTarget(make(kind, torch.bfloat16))
+    drafter = Drafter.random(target, num_layers=2, block_size=8)
+    plain = texts(Decoder(target, max_batch=1, max_context=128), PROMPTS, 40)
+    spec = texts(Decoder(target, drafter, max_batch=1, max_context=128), PROMPTS, 40)
+    for i, prompt in enumerate(PROMPTS):
+        found = first_difference(target, prompt, plain[i], spec[i])
+        record_property(f"difference_{kind}_{i}", str(found))
+        assert found is None or abs(found.margin) < 0.25, str(found)
+
+
+def test_the_model_refuses_to_run_outside_the_target():
+    model = make("llama")
+    HFTarget(model)
+    with pytest.raises(RuntimeError, match="run it through that, or"):
+        model(torch.tensor([[1, 2]]))
+    model.set_attn_implementation("sdpa")
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, VOCAB)
+
+
+def test_a_model_without_attention_is_refused():
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB)
+    with pytest.raises((NotImplementedError, ValueError), match="HFTarget|attention"):
+        HFTarget(transformers.MambaForCausalLM(config))
