@@ -165,7 +165,7 @@ class DraftPass:
         self.block = PreparedBlock(ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width),
                                    rows=self.layers.x.view(batch, width, -1))
         # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
-        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].reshape(-1)
+        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].flatten().contiguous()
         self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
         self.values = torch.zeros(guesses, dtype=torch.float32, device=device)
         # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
