@@ -297,5 +297,5 @@ def test_a_drafter_for_another_target_is_refused():
     with pytest.raises(ValueError, match="target_hidden_size must be the target's, 64; got 32"):
         Drafter({**config, "target_hidden_size": 32}, tensors, target)
     nested = {**config["dflash_config"], "mask_token_id": VOCAB}
-    with pytest.raises(ValueError, match=f"mask_token_id must be below the target's vocabulary of {VOCAB}; got {VOCAB}"):
+    with pytest.raises(ValueError, match=f"mask_token_id must be below the target's vocabulary of {VOCAB}; got"):
         Drafter({**config, "dflash_config": nested}, tensors, target)
