@@ -11,9 +11,9 @@ from . import _library
 def build_info() -> dict[str, object]:
     """Facts for a bug report or a benchmark's header.
 
-    Returns version, python, torch, platform, ops (names), cpu_kernels (True when the C++ library is loaded),
-    cpu_kernels_missing (why it is not; "" when it is), isa (the instruction set in use), isas (those this CPU has,
-    lowest first), compiler, nvcc (found or not when it was built), cuda (True when torch sees a GPU), threads.
+    Returns version, python, torch, platform, ops (names), cpu_kernels (True when the C++ library is built), isa (the
+    instruction set in use), isas (those this CPU has, lowest first), compiler, nvcc ("found" or "not found" when it was
+    built), cuda (True when torch sees a GPU), threads.
     """
     from . import __version__
 
@@ -26,7 +26,6 @@ def build_info() -> dict[str, object]:
         "platform": f"{sys.platform} {platform.machine()}",
         "ops": sorted(_library.NAMES),
         "cpu_kernels": native is not None,
-        "cpu_kernels_missing": _library.why_not_native,
         "isa": native.isa() if native else "reference",
         "isas": native.isas() if native else [],
         "compiler": built.get("compiler", ""),

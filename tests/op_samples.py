@@ -80,7 +80,8 @@ SAMPLES = {
         "scale": 0.3, "causal": True, "window": (4, -1), "sinks": torch.randn(2), "softcap": 5.0,
         "out": boxed(2, 3, 2, 8)}, ("out",)),
     "linear": Sample(dk.linear, lambda: {
-        "x": torch.randn(3, 16), "weight": torch.randn(20, 16), "bias": torch.randn(20), "out": boxed(3, 20)}, ("out",)),
+        "x": torch.randn(3, 16), "weight": torch.randn(20, 16), "bias": torch.randn(20),
+        "out": boxed(3, 20)}, ("out",)),
     "linear_packed": Sample(dk.linear, lambda: {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(20, 16)), "bias": torch.randn(20),
         "out": boxed(3, 20)}, ("out",)),

@@ -6,6 +6,7 @@ Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for
 import json
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,8 @@ app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=Fa
                   help="DFlash speculative decoding with kernels of its own.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
 app.add_typer(bench_app, name="bench")
+
+INTERRUPTED = 130
 
 # Heavy modules are imported inside the commands: --help and usage errors answer at once.
 
@@ -91,9 +94,11 @@ def generate(
     try:
         run = session.run([ids], max_new_tokens=max_new_tokens, on_tokens=show)
         pieces.append(stream.flush())
+        if not as_json:
+            report.write(pieces[-1])
     finally:
         if not as_json and any(pieces):
-            report.write((pieces[-1] if "run" in locals() else "") + "\n")  # the error or the shell starts a line
+            report.write("\n")  # what follows, an error or the shell's prompt, starts a line
     plain = None
     if compare:
         with report.status("decoding plainly, to compare"):
@@ -163,9 +168,10 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        code = code if isinstance(code, int) else 0
+        return fail("interrupted", code) if code == INTERRUPTED else code  # some versions of typer catch Ctrl-C
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", 130)
+        return fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of the output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -183,9 +189,9 @@ def describe(error: Exception) -> str:
     text = written() if written else str(error)
     if not text and written:
         return ""  # a command group without a command has printed its help
-    if isinstance(error, ImportError):
-        text += "; pip install 'dflash-kernels[decode]'"
-    elif not isinstance(error, (ValueError, TypeError, NotImplementedError, UsageError)) and not written:
+    if isinstance(error, ModuleNotFoundError):
+        text += "; to get it: pip install 'dflash-kernels[decode]'"
+    elif not isinstance(error, (ValueError, TypeError, NotImplementedError, ImportError, UsageError)) and not written:
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     return " ".join(text.split()) or type(error).__name__
 
@@ -198,6 +204,7 @@ def fail(message: str, code: int) -> int:
 
 
 def main() -> None:
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     sys.exit(run(sys.argv[1:]))
 
 

