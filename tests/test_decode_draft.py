@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dflash_decode.config import read_draft_config
-from dflash_decode.draft import Drafter, tensor_shapes
+from dflash_decode.draft import Drafter, refuse_side_files, tensor_shapes
 from dflash_decode.kv import NO_PAGE, PagePool
 from dflash_kernels.testing import assert_within_budget, same_bits
 
@@ -299,3 +299,10 @@ def test_a_drafter_for_another_target_is_refused():
     nested = {**config["dflash_config"], "mask_token_id": VOCAB}
     with pytest.raises(ValueError, match=f"mask_token_id must be below the target's vocabulary of {VOCAB}; got"):
         Drafter({**config, "dflash_config": nested}, tensors, target)
+
+
+def test_p37_a_pickled_mask_embedding_is_refused_and_not_ignored(tmp_path):
+    refuse_side_files(tmp_path)
+    (tmp_path / "mask_embedding.pt").touch()
+    with pytest.raises(NotImplementedError, match="mask_embedding.pt, .* safetensors only; store it as row"):
+        refuse_side_files(tmp_path)
