@@ -23,7 +23,8 @@ def test_every_field_is_read():
         "attention_value_scale": 0.707, "input_embedding_scale": 8.0, "output_multiplier": 0.5,
         "final_logit_softcapping": 30.0, "attention_sink_bias": True, "projector_type": "dflash",
     }, attention_bias=True, partial_rotary_factor=0.5, max_position_embeddings=4096, target_hidden_size=64,
-        draft_vocab_size=50, has_own_lm_head=True, has_embed_tokens=False, transformers_version="4.57", dtype="bfloat16"))
+        draft_vocab_size=50, has_own_lm_head=True, has_embed_tokens=False, transformers_version="4.57",
+        dtype="bfloat16"))
     assert (c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim) == (64, 2, 4, 2, 16)
     assert (c.block_size, c.mask_token_id, c.target_layer_ids, c.num_target_layers) == (8, 99, (1, 9), 12)
     assert (c.value_scale, c.input_embedding_scale, c.output_multiplier) == (0.707, 8.0, 0.5)

@@ -1,82 +1,23 @@
-// Attention in spans of kSpan ABSOLUTE positions. A span is one exact softmax over its visible keys; spans are merged in
-// order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any thread may
-// do any span: with few rows in flight the context is split over threads, and no bit moves.
+// Attention in spans of kSpan ABSOLUTE positions. A span is one exact softmax over its visible keys; spans are merged
+// in order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any
+// thread may do any span: with few rows in flight the context is split over threads, and no bit moves.
 //
 // The keys that a row sees are one interval of positions. Nothing outside it is multiplied by zero: it is skipped, so
 // that NaN in a neighbour's key, or in a page that nobody sees, reaches no row.
 #include "cpu/attention.h"
 
-#include <cstdlib>
-
-#include "cpu/attention_tile.h"
-#include "cpu/parallel.h"
+#include "cpu/attention_amx.h"
+#include "cpu/attention_work.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
-
-constexpr int kRows = 32;  // query rows of one key head that share converted keys and values
-
-inline int64_t clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t padded(int64_t n) { return (n + 15) & ~int64_t{15}; }
-
-// One request's lengths, clamped to what exists.
-struct Request {
-  int64_t b, start, context, rows;
-  Request(const AttentionParams& p, int64_t request) : b(request) {
-    context = p.context_lens[b] > 0 ? p.context_lens[b] : 0;
-    rows = p.block_lens ? clamp(p.block_lens[b], 0, p.width) : p.width;
-    start = p.context_starts ? clamp(p.context_starts[b], 0, context) : 0;
-    if (p.page_size == 0) start = context;  // no cache; a cache of no pages still has a page size
-  }
-  // Visible positions of query i: [first(i), last(i)).
-  int64_t first(const AttentionParams& p, int64_t i) const {
-    return p.left >= 0 && context + i - p.left > start ? context + i - p.left : start;
-  }
-  int64_t last(const AttentionParams& p, int64_t i) const {
-    int64_t end = context + rows;
-    if (p.right >= 0 && context + i + p.right + 1 < end) end = context + i + p.right + 1;
-    if (p.causal && context + i + 1 < end) end = context + i + 1;
-    return end;
-  }
-};
-
-// Rows [row0, row0 + count) of key head h's group, query-major: row = query * group + member.
-struct Task {
-  Request request;
-  int64_t h, row0;
-  int count;
-};
-
-struct Scratch {
-  float *q, *s, *partial, *total, *keys, *values;
-  void *zeros, *nans;
-  static int64_t floats(int64_t stride) { return kRows * (3 * stride + kSpan + 4) + kTile * 2 * stride + 2 * stride; }
-  Scratch(float* base, int64_t stride) {
-    const auto take = [&](int64_t n) { return (base += n) - n; };
-    q = take(kRows * stride);
-    partial = take(kRows * (stride + 2));
-    total = take(kRows * (stride + 2));
-    s = take(kRows * kSpan);
-    keys = take(kTile * stride);
-    values = take(kTile * stride);
-    zeros = take(stride);
-    nans = take(stride);
-  }
-};
-
-// The unnormalised result of some keys for `count` rows: max[count], sum[count], acc[count][stride].
-struct State {
-  float *max, *sum, *acc;
-  State(float* base, int64_t stride) : max(base), sum(base + kRows), acc(base + 2 * kRows) { (void)stride; }
-  static int64_t floats(int64_t stride) { return kRows * (stride + 2); }
-};
 
 template <class T>
 class Attention {
  public:
   explicit Attention(const AttentionParams& params)
-      : p(params), D(int(params.head_dim)), stride(padded(params.head_dim)), group(params.heads / params.kv_heads) {}
+      : p(params), D(int(params.head_dim)), stride(padded(params.head_dim)), group(params.heads / params.kv_heads),
+        tiles(kHasTiles<T> && params.head_dim % 32 == 0) {}
 
   void prepare(const Scratch& w) const {
     for (int d = 0; d < D; ++d) {
@@ -87,12 +28,21 @@ class Attention {
   }
 
   void load_queries(const Task& t, const Scratch& w) const {
+    const T* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = static_cast<const T*>(w.zeros);
     for (int r = 0; r < t.count; ++r) {
       const int64_t row = t.row0 + r;
-      const T* q = static_cast<const T*>(p.q) + t.request.b * p.q_stride[0] + row / group * p.q_stride[1] +
-                   (t.h * group + row % group) * p.q_stride[2];
-      for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(q + d, D - d));
+      rows[r] = static_cast<const T*>(p.q) + t.request.b * p.q_stride[0] + row / group * p.q_stride[1] +
+                (t.h * group + row % group) * p.q_stride[2];
     }
+#if DFLASH_ATTENTION_AMX
+    if constexpr (kHasTiles<T>) {
+      for (int r = 0; tiles && r < t.count; r += 16) pack_queries(rows + r, D, w.packed_q + r * D);
+      if (tiles) return;
+    }
+#endif
+    for (int r = 0; r < t.count; ++r)
+      for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(rows[r] + d, D - d));
   }
 
   // Softmax over span number `span` alone, for all rows of the task. Rows that see nothing of it get sum 0, max -inf.
@@ -112,6 +62,10 @@ class Attention {
     if (begin >= end) return;
     const T *keys[kSpan], *values[kSpan];
     find_rows(t, base, begin, end, w, keys, values);
+#if DFLASH_ATTENTION_AMX
+    if constexpr (kHasTiles<T>)
+      if (tiles) return span_amx(p, t.count, begin, end, lo, hi, keys, values, w, out);
+#endif
     for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, w);
     for (int r = 0; r < t.count; ++r) {
       for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
@@ -173,8 +127,9 @@ class Attention {
       const int64_t index = (base + j) / p.page_size, first = index * p.page_size;
       const int64_t page = index < p.max_pages ? p.page_table[request.b * p.page_table_stride + index] : -1;
       const bool exists = page >= 0 && page < p.num_pages;
-      const T* k = static_cast<const T*>(p.k_cache) + (exists ? page * p.k_cache_stride[0] : 0) + t.h * p.k_cache_stride[2];
-      const T* v = static_cast<const T*>(p.v_cache) + (exists ? page * p.v_cache_stride[0] : 0) + t.h * p.v_cache_stride[2];
+      const T *k = static_cast<const T*>(p.k_cache) + t.h * p.k_cache_stride[2];
+      const T *v = static_cast<const T*>(p.v_cache) + t.h * p.v_cache_stride[2];
+      if (exists) k += page * p.k_cache_stride[0], v += page * p.v_cache_stride[0];
       for (; j < end && base + j < request.context && base + j < first + p.page_size; ++j) {
         const int64_t row = base + j - first;
         keys[j] = exists ? k + row * p.k_cache_stride[1] : nans;
@@ -230,7 +185,8 @@ class Attention {
       const float* weights = w.s + r * kSpan + tile;
       float* acc = out.acc + r * stride;
       for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSpan, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo, acc + i * stride);
+        weigh<1>(weights + i * kSpan, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
+                 acc + i * stride);
       switch (n) {
         case 4: weigh<4>(weights, w.values, stride, all_lo, all_hi, acc); break;
         case 3: weigh<3>(weights, w.values, stride, all_lo, all_hi, acc); break;
@@ -238,66 +194,18 @@ class Attention {
         default: weigh<1>(weights, w.values, stride, all_lo, all_hi, acc);
       }
       for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSpan, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i], acc + i * stride);
+        weigh<1>(weights + i * kSpan, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
+                 acc + i * stride);
     }
   }
 
   const AttentionParams& p;
   const int D;
   const int64_t stride, group;
+
+ public:
+  const bool tiles;  // this call runs on AMX
 };
-
-// Scratch memory of the calling thread, kept between calls so that a step allocates nothing once it has run.
-struct Workspace {
-  float* data = nullptr;
-  int64_t size = 0;
-  float* get(int64_t n) {
-    if (n > size) {
-      std::free(data);
-      data = static_cast<float*>(std::aligned_alloc(64, size_t((n * 4 + 63) & ~int64_t{63})));
-      size = data ? n : 0;
-    }
-    return data;
-  }
-  ~Workspace() { std::free(data); }
-};
-thread_local Workspace t_workspace;
-
-// How the call is cut into items, and what they share.
-struct Plan {
-  int64_t chunk, chunks, tasks, first_span, spans, items;
-  int threads;
-  bool split;
-};
-
-constexpr int64_t kMaxPartials = int64_t{32} << 20;  // floats: 128 MiB; beyond it tasks alone are spread over threads
-
-Plan make_plan(const AttentionParams& p, int64_t stride) {
-  const int64_t rows = p.width * (p.heads / p.kv_heads);
-  int64_t first = INT64_MAX, last = 0, work = 0;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const Request request(p, b);
-    if (request.rows == 0) continue;
-    const int64_t lo = request.first(p, 0), hi = request.last(p, request.rows - 1);
-    if (lo >= hi) continue;
-    first = lo / kSpan < first ? lo / kSpan : first;
-    last = div_up(hi, kSpan) > last ? div_up(hi, kSpan) : last;
-    work += (request.rows * p.heads + 4 * p.kv_heads) * (hi - lo) * stride;
-  }
-  Plan plan{};
-  plan.chunks = div_up(rows, kRows);
-  plan.chunk = (div_up(rows, plan.chunks) + 3) & -4;
-  plan.tasks = p.batch * p.kv_heads * plan.chunks;
-  plan.first_span = first < last ? first : 0;
-  plan.spans = first < last ? last - first : 0;
-  constexpr int64_t kWorthAThread = 100000;  // multiply-adds: about the cost of waking one
-  plan.threads = int(clamp(work / kWorthAThread, 1, num_threads()));
-  plan.split = plan.threads > 1 && plan.spans > 1 && plan.tasks < 4 * plan.threads &&
-               plan.tasks * plan.spans * State::floats(stride) <= kMaxPartials;
-  plan.items = plan.split ? plan.tasks * plan.spans : plan.tasks;
-  plan.threads = int(clamp(plan.threads, 1, plan.items));
-  return plan;
-}
 
 template <class T>
 void run(const AttentionParams& p) {
@@ -314,10 +222,11 @@ void run(const AttentionParams& p) {
   parallel_for(plan.threads, 1, [&](int64_t, int64_t) {
     const Scratch w(memory + __atomic_fetch_add(&next_scratch, 1, __ATOMIC_RELAXED) * scratch, stride);
     attention.prepare(w);
+    if (attention.tiles) open_tiles();
     for (;;) {
       // The last chunks go first: under a causal mask they are the longest.
       const int64_t item = plan.items - 1 - __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
-      if (item < 0) return;
+      if (item < 0) break;
       const int64_t index = plan.split ? item / plan.spans : item;
       const int64_t pair = index % (p.batch * p.kv_heads), row0 = index / (p.batch * p.kv_heads) * plan.chunk;
       Task t{Request(p, pair / p.kv_heads), pair % p.kv_heads, row0, 0};
@@ -343,6 +252,7 @@ void run(const AttentionParams& p) {
       }
       attention.finish(t, total);
     }
+    if (attention.tiles) close_tiles();
   });
 }
 

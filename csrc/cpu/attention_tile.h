@@ -1,7 +1,7 @@
 // The inner loops of block_attention: keys transposed to float32, scores, softmax, weighted sum of values.
 //
-// Whatever the blocking over rows and keys, a score is one chain of multiply-adds over D, and an output element one chain
-// over visible keys in order of position. Blocking changes which chains run side by side, never a chain.
+// Whatever the blocking over rows and keys, a score is the same chains of multiply-adds over D, and an output element
+// one chain over visible keys in order of position. Blocking changes which chains run side by side, never a chain.
 #pragma once
 
 #include "cpu/vec.h"
@@ -10,6 +10,7 @@ namespace dflash::DFLASH_ISA {
 namespace {
 
 constexpr int kSpan = 256;  // positions per softmax; spans start at multiples of kSpan
+constexpr int kChain = 64;  // dimensions per chain of multiply-adds: longer ones round visibly worse in float32
 constexpr int kTile = 64;   // keys converted at a time: small enough for the first-level cache
 constexpr int W = Vec::W;
 
@@ -115,23 +116,28 @@ inline void load_keys<bf16>(const bf16* const* rows, int D, float* kt) {
 
 template <int R, int N>
 inline void scores(const float* q, int64_t q_stride, const float* kt, int D, float scale, float softcap, float* s) {
-  Vec acc[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) acc[r][n] = set1(0.0f);
-  for (int d = 0; d < D; ++d) {
-    Vec key[N];
-    for (int n = 0; n < N; ++n) key[n] = load(kt + d * kTile + n * W);
-    for (int r = 0; r < R; ++r) {
-      const Vec x = set1(q[r * q_stride + d]);
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+  for (int begin = 0; begin < D; begin += kChain) {
+    const int end = begin + kChain < D ? begin + kChain : D;
+    Vec acc[R][N];
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) acc[r][n] = set1(0.0f);
+    for (int d = begin; d < end; ++d) {
+      Vec key[N];
+      for (int n = 0; n < N; ++n) key[n] = load(kt + d * kTile + n * W);
+      for (int r = 0; r < R; ++r) {
+        const Vec x = set1(q[r * q_stride + d]);
+        for (int n = 0; n < N; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+      }
     }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) {
+        float* to = s + r * kSpan + n * W;
+        Vec x = begin ? load(to) + acc[r][n] : acc[r][n];
+        if (end == D) x = x * set1(scale);
+        if (end == D && softcap > 0) x = vtanh(x / set1(softcap)) * set1(softcap);
+        store(to, x);
+      }
   }
-  for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) {
-      Vec x = acc[r][n] * set1(scale);
-      if (softcap > 0) x = vtanh(x / set1(softcap)) * set1(softcap);
-      store(s + r * kSpan + n * W, x);
-    }
 }
 
 template <int R>

@@ -10,8 +10,9 @@ kp <= qp. With s = scale * q.k, s <- softcap * tanh(s / softcap) if softcap > 0:
 
     out = sum_visible exp(s) v / (exp(sink) + sum_visible exp(s)),    zeros where no key is visible
 
-Scores, weights and sums are float32, with one rounding at the end. A row's bits depend on its own query, position and
-visible keys alone: not on B, Q, its neighbours, threads, page size, or whether a key lies in the cache or in the block.
+Scores, weights and sums are float32, with one rounding at the end (where bfloat16 runs on AMX tiles, a weight is also
+rounded to bfloat16 before it meets its value). A row's bits depend on its own query, position and visible keys alone:
+not on B, Q, its neighbours, threads, page size, or whether a key lies in the cache or in the block.
 """
 
 import math

@@ -4,7 +4,9 @@
     draft:    [anchor, MASK, ...] -> layers, each attending to its context pages and to the block itself -> argmax
 """
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -165,7 +167,7 @@ class DraftPass:
         self.block = PreparedBlock(ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width),
                                    rows=self.layers.x.view(batch, width, -1))
         # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
-        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].reshape(-1)
+        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].flatten().contiguous()
         self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
         self.values = torch.zeros(guesses, dtype=torch.float32, device=device)
         # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
@@ -187,6 +189,15 @@ class DraftPass:
             _gather(d.ids_of_draft, self.draft_ids, self.guesses)
         _gather(self.known, self.block_order, self.ids)
         return self.ids
+
+
+def refuse_side_files(folder: str | os.PathLike) -> None:
+    """Raises NotImplementedError where a checkpoint's directory has weights beside its safetensors that would count."""
+    name = "mask_embedding.pt"
+    if (Path(folder) / name).is_file():
+        raise NotImplementedError(
+            f"{_WHAT}: {name}, which replaces the mask token's embedding, is a pickle and weights are read from "
+            "safetensors only; store it as row mask_token_id of embed_tokens.weight")
 
 
 def _gather(table, index, out):

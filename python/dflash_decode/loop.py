@@ -26,8 +26,13 @@ class Decoder:
         if drafter and not 1 <= self.width <= drafter.block_size:
             raise ValueError(f"Decoder: block_size must be between 1 and the drafter's {drafter.block_size}; "
                              f"got {block_size}")
+        sizes = {"max_batch": max_batch, "prefill_rows": prefill_rows, "page_size": page_size,
+                 "max_context": target.max_context if max_context is None else max_context}
+        for name, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Decoder: {name} must be an integer of at least 1; got {value!r}")
         self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
-        self.max_context = min(target.max_context, max_context or target.max_context)
+        self.max_context = min(target.max_context, sizes["max_context"])
         pages = -(-self.max_context // page_size)
         self.pool = PagePool(max_batch * pages if num_pages is None else num_pages, page_size)
         self.max_pages, self.prefill_rows = min(pages, self.pool.num_pages), prefill_rows
@@ -77,8 +82,10 @@ class Decoder:
             self.close()
 
     def close(self) -> None:
+        """Every request leaves; every page is free again."""
         for live in (*self._waiting, *self._active):
             self._leave(live, [], "cancelled")
+        self._left = []
 
     def _start(self, live: Live) -> Event:
         prompt, pool = live.request.prompt, self.pool

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .draft import Drafter
+from .draft import Drafter, refuse_side_files
 from .loop import Decoder
 from .requests import Request
 from .targets.native import NativeTarget
@@ -138,6 +138,7 @@ def _target(found: Checkpoint, dtype: torch.dtype) -> NativeTarget:
 
 def _drafter(found: Checkpoint, target: NativeTarget) -> Drafter:
     try:
+        refuse_side_files(found.source)
         return Drafter(found.config, found.tensors, target)
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error

@@ -1,0 +1,50 @@
+"""linear and lm_head_argmax for the few rows of decoding, against torch's library GEMM."""
+
+import torch
+import torch.nn.functional as F
+from cases import COPIES, Case
+
+import dflash_kernels as dk
+from dflash_kernels.ops import head as head_op
+from dflash_kernels.ops import linear as linear_op
+
+SHAPES = {"smollm2 head": (49152, 576), "smollm2 gate_up": (3072, 576), "smollm2 down": (576, 1536),
+          "qwen3-8b o": (4096, 4096)}
+ROWS = (1, 4, 8, 16)
+
+
+def cases():
+    for name, (n, k) in SHAPES.items():
+        # A small layer's copies would fit a cache: make as many as 192 MB holds.
+        copies = max(COPIES, (192 << 20) // (n * k * 2))
+        plain = [(torch.randn(n, k) / k**0.5).bfloat16() for _ in range(copies)]
+        packed = [dk.pack_weight(w) for w in plain]
+        for rows in ROWS:
+            yield linear_case(name, rows, plain, packed)
+            if name.endswith("head"):
+                yield head_case(name, rows, plain, packed)
+
+
+def linear_case(name, rows, plain, packed):
+    n, k = plain[0].shape
+    x, out = torch.randn(rows, k).bfloat16(), torch.empty(rows, n, dtype=torch.bfloat16)
+
+    def check():
+        torch.testing.assert_close(dk.linear(x, packed[0]), F.linear(x, plain[0]), rtol=2e-2, atol=2e-2)
+
+    return Case("linear", f"{name} {n}x{k}, {rows} rows", lambda i: dk.linear(x, packed[i % len(packed)], out=out),
+                linear_op.bytes(rows, n, k, 2), linear_op.flops(rows, n, k),
+                {"torch": lambda i: F.linear(x, plain[i % len(plain)])}, check)
+
+
+def head_case(name, rows, plain, packed):
+    n, k = plain[0].shape
+    x, ids, values = torch.randn(rows, k).bfloat16(), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+
+    def check():
+        assert torch.equal(dk.lm_head_argmax(x, packed[0])[0], dk.linear(x, packed[0]).argmax(-1))
+
+    return Case("lm_head_argmax", f"{name} {n}x{k}, {rows} rows",
+                lambda i: dk.lm_head_argmax(x, packed[i % len(packed)], out_ids=ids, out_values=values),
+                head_op.bytes(rows, n, k, 2), head_op.flops(rows, n, k),
+                {"torch": lambda i: F.linear(x, plain[i % len(plain)]).argmax(-1)}, check)

@@ -1,0 +1,56 @@
+"""Whole steps of SmolLM2-135M in bfloat16: a plain step, a verify pass, a DFlash step, and the draft's parts.
+
+Each is a recorded step, replayed on the same memory. The floor of a pass is its weights' bytes over the read bandwidth.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from cases import Case
+
+import dflash_kernels as dk
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+from dflash_decode.draft import Drafter  # noqa: E402
+from dflash_decode.kv import PagePool  # noqa: E402
+from dflash_decode.step import Step  # noqa: E402
+from dflash_decode.targets.native import NativeTarget  # noqa: E402
+from dflash_decode.weights import load_checkpoint  # noqa: E402
+
+BLOCK, CONTEXT, PAGE = 8, 256, 16
+
+
+def weight_bytes(*records) -> int:
+    """Bytes of every packed weight in some layers or a drafter."""
+    return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dk.PackedWeight))
+
+
+def recorded(step, context):
+    pool = PagePool(64, PAGE)
+    step.seat([pool.table_row(pool.allocate(context + step.width), step.page_table.shape[1])])
+    step.fill([(1, context, step.width)])
+    graph = dk.StepGraph()
+    with graph.capture():
+        step.run()
+    return graph
+
+
+def cases():
+    checkpoint = load_checkpoint("smollm2")
+    target = NativeTarget(checkpoint.config, checkpoint.tensors, max_context=2048)
+    drafter = Drafter.random(target, num_layers=3, block_size=BLOCK)
+    layers, head = weight_bytes(*target._layers), target.head.data.nbytes
+    draft = weight_bytes(drafter, *drafter.layers)  # with the head, which the drafter reads again
+    caches = [m.cache.allocate(64, PAGE) for m in (target, drafter)]
+    for k in (t for kv in caches for cache in kv for t in (cache.k, cache.v)):
+        k.normal_()
+    plain = recorded(Step(target, None, caches[0], (), 1, 1, PAGE, 64), CONTEXT)
+    verify = recorded(Step(target, None, caches[0], (), 1, BLOCK, PAGE, 64), CONTEXT)
+    dflash = recorded(Step(target, drafter, *caches, 1, BLOCK, PAGE, 64), CONTEXT)
+    base = {"plain step": lambda i: plain.replay()}
+    yield Case("plain step", f"context {CONTEXT}", lambda i: plain.replay(), layers + head)
+    yield Case("verify pass", f"context {CONTEXT}, {BLOCK} rows", lambda i: verify.replay(), layers + head, peers=base)
+    yield Case("DFlash step", f"context {CONTEXT}, 3 draft layers, block {BLOCK}", lambda i: dflash.replay(),
+               layers + head + draft, peers=base)

@@ -1,0 +1,74 @@
+"""What a benchmark is made of: cases, checked before they are timed, and rows that say how far from the limit we are."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import dflash_kernels
+from dflash_kernels.testing.timing import ReadBandwidth, interleaved
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIES = 3  # inputs rotate over this many copies, so that a cache does not keep them
+
+
+@dataclass(frozen=True)
+class Case:
+    """run(i) and each peer(i) do the same work on copy i % COPIES of the inputs; check() raises where they disagree."""
+
+    op: str
+    case: str
+    run: Callable[[int], object]
+    bytes: int
+    flops: int = 0
+    peers: dict[str, Callable[[int], object]] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
+
+
+def header() -> dict:
+    info = dflash_kernels.build_info()
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    return {"device": cpu_name(), "cores": os.cpu_count(), "commit": commit.strip(),
+            **{k: info[k] for k in ("version", "torch", "python", "platform", "isa", "threads", "compiler")}}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def measure(cases: Iterable[Case], runs: int = 40) -> list[dict]:
+    """One row a case; the read bandwidth is measured between the calls of the case itself."""
+    rows, limit = [], ReadBandwidth()
+    for case in cases:
+        case.check()
+        timed = interleaved({"us": case.run, "limit": limit, **case.peers}, runs=runs)
+        ours, gbps = timed["us"], limit.gbps(timed["limit"])
+        row = {"op": case.op, "case": case.case, "us": ours.median * 1e6, "p20": ours.p20 * 1e6, "p80": ours.p80 * 1e6,
+               "gbps": case.bytes / ours.median / 1e9, "read_gbps": gbps,
+               "pct_of_limit": case.bytes / ours.median / 1e7 / gbps, "tflops": case.flops / ours.median / 1e12,
+               "peers": {name: timed[name].median * 1e6 for name in case.peers}}
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
+def line(row: dict) -> str:
+    peers = " ".join(f"{us / row['us']:.2f}x {name}" for name, us in row["peers"].items())
+    return (f"{row['op']:<16} {row['case']:<34} {row['us']:9.1f} us [{row['p20']:.1f}-{row['p80']:.1f}] "
+            f"{row['gbps']:7.1f} GB/s {row['pct_of_limit']:5.0f} % of read {row['tflops']:7.3f} TFLOP/s  {peers}")
+
+
+def write_json(path: Path, rows: list[dict], **more) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"header": header(), "rows": rows, **more}, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,132 @@
+// How a call of block_attention is cut into tasks, and the memory that they work in.
+#pragma once
+
+#include <cstdlib>
+
+#include "cpu/attention.h"
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+
+namespace dflash::DFLASH_ISA {
+namespace {
+
+constexpr int kRows = 32;  // query rows of one key head that share converted keys and values
+
+inline int64_t clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t padded(int64_t n) { return (n + 15) & ~int64_t{15}; }
+
+// One request's lengths, clamped to what exists.
+struct Request {
+  int64_t b, start, context, rows;
+  Request(const AttentionParams& p, int64_t request) : b(request) {
+    context = p.context_lens[b] > 0 ? p.context_lens[b] : 0;
+    rows = p.block_lens ? clamp(p.block_lens[b], 0, p.width) : p.width;
+    start = p.context_starts ? clamp(p.context_starts[b], 0, context) : 0;
+    if (p.page_size == 0) start = context;  // no cache; a cache of no pages still has a page size
+  }
+  // Visible positions of query i: [first(i), last(i)).
+  int64_t first(const AttentionParams& p, int64_t i) const {
+    return p.left >= 0 && context + i - p.left > start ? context + i - p.left : start;
+  }
+  int64_t last(const AttentionParams& p, int64_t i) const {
+    int64_t end = context + rows;
+    if (p.right >= 0 && context + i + p.right + 1 < end) end = context + i + p.right + 1;
+    if (p.causal && context + i + 1 < end) end = context + i + 1;
+    return end;
+  }
+};
+
+// Rows [row0, row0 + count) of key head h's group, query-major: row = query * group + member.
+struct Task {
+  Request request;
+  int64_t h, row0;
+  int count;
+};
+
+// One thread's buffers. The last three are AMX's.
+struct Scratch {
+  float *q, *s, *partial, *total, *keys, *values;
+  void *zeros, *nans;
+  bf16 *packed_q, *weights, *packed_v;
+  static int64_t floats(int64_t stride) {
+    return kRows * (3 * stride + kSpan + 4) + (2 * kTile + 2) * stride +
+           (kRows * (stride + kSpan) + kSpan * stride) / 2;
+  }
+  Scratch(float* base, int64_t stride) {
+    const auto take = [&](int64_t n) { return (base += n) - n; };
+    q = take(kRows * stride);
+    partial = take(kRows * (stride + 2));
+    total = take(kRows * (stride + 2));
+    s = take(kRows * kSpan);
+    keys = take(kTile * stride);
+    values = take(kTile * stride);
+    zeros = take(stride);
+    nans = take(stride);
+    packed_q = reinterpret_cast<bf16*>(take(kRows * stride / 2));
+    weights = reinterpret_cast<bf16*>(take(kRows * kSpan / 2));
+    packed_v = reinterpret_cast<bf16*>(take(kSpan * stride / 2));
+  }
+};
+
+// The unnormalised result of some keys for `count` rows: max[count], sum[count], acc[count][stride].
+struct State {
+  float *max, *sum, *acc;
+  State(float* base, int64_t stride) : max(base), sum(base + kRows), acc(base + 2 * kRows) { (void)stride; }
+  static int64_t floats(int64_t stride) { return kRows * (stride + 2); }
+};
+
+// Scratch memory of the calling thread, kept between calls so that a step allocates nothing once it has run.
+struct Workspace {
+  float* data = nullptr;
+  int64_t size = 0;
+  float* get(int64_t n) {
+    if (n > size) {
+      std::free(data);
+      data = static_cast<float*>(std::aligned_alloc(64, size_t((n * 4 + 63) & ~int64_t{63})));
+      size = data ? n : 0;
+    }
+    return data;
+  }
+  ~Workspace() { std::free(data); }
+};
+thread_local Workspace t_workspace;
+
+// How the call is cut into items, and what they share.
+struct Plan {
+  int64_t chunk, chunks, tasks, first_span, spans, items;
+  int threads;
+  bool split;
+};
+
+constexpr int64_t kMaxPartials = int64_t{32} << 20;  // floats: 128 MiB; beyond it tasks alone are spread over threads
+
+Plan make_plan(const AttentionParams& p, int64_t stride) {
+  const int64_t rows = p.width * (p.heads / p.kv_heads);
+  int64_t first = INT64_MAX, last = 0, work = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Request request(p, b);
+    if (request.rows == 0) continue;
+    const int64_t lo = request.first(p, 0), hi = request.last(p, request.rows - 1);
+    if (lo >= hi) continue;
+    first = lo / kSpan < first ? lo / kSpan : first;
+    last = div_up(hi, kSpan) > last ? div_up(hi, kSpan) : last;
+    work += (request.rows * p.heads + 4 * p.kv_heads) * (hi - lo) * stride;
+  }
+  Plan plan{};
+  plan.chunks = div_up(rows, kRows);
+  plan.chunk = (div_up(rows, plan.chunks) + 3) & -4;
+  plan.tasks = p.batch * p.kv_heads * plan.chunks;
+  plan.first_span = first < last ? first : 0;
+  plan.spans = first < last ? last - first : 0;
+  constexpr int64_t kWorthAThread = 100000;  // multiply-adds: about the cost of waking one
+  plan.threads = int(clamp(work / kWorthAThread, 1, num_threads()));
+  plan.split = plan.threads > 1 && plan.spans > 1 && plan.tasks < 4 * plan.threads &&
+               plan.tasks * plan.spans * State::floats(stride) <= kMaxPartials;
+  plan.items = plan.split ? plan.tasks * plan.spans : plan.tasks;
+  plan.threads = int(clamp(plan.threads, 1, plan.items));
+  return plan;
+}
+
+}  // namespace
+}  // namespace dflash::DFLASH_ISA

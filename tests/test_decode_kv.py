@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from dflash_decode.kv import NO_PAGE, CacheShape, OutOfPages, PagePool
+
+
+def test_pages_are_given_once_and_come_back():
+    pool = PagePool(5, 4)
+    one, two = pool.allocate(9), pool.allocate(8)
+    assert len(one) == 3 and len(two) == 2 and sorted(one + two) == [0, 1, 2, 3, 4] and pool.free_pages == 0
+    with pytest.raises(OutOfPages, match="1 tokens need 1 pages of 4; 0 of 5 are free"):
+        pool.allocate(1)
+    assert pool.allocate(0) == []
+    pool.free(one)
+    assert pool.free_pages == 3 and sorted(pool.allocate(12)) == sorted(one)
+
+
+def test_all_or_none():
+    pool = PagePool(5, 4)
+    with pytest.raises(OutOfPages, match="21 tokens need 6 pages of 4; 5 of 5 are free"):
+        pool.allocate(21)
+    assert pool.free_pages == 5
+
+
+def test_a_page_cannot_be_freed_twice():
+    pool = PagePool(2, 1)
+    pages = pool.allocate(1)
+    pool.free(pages)
+    with pytest.raises(ValueError, match="must be allocated to be freed"):
+        pool.free(pages)
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_page_boundaries(tokens, pages):
+    assert len(PagePool(8, 16).allocate(tokens)) == pages
+
+
+def test_table_rows_hold_no_page_beyond_their_own():
+    row = PagePool.table_row([7, 2], 4)
+    assert row.tolist() == [7, 2, NO_PAGE, NO_PAGE] and row.dtype == torch.int32
+    assert PagePool.table_row([], 2).tolist() == [NO_PAGE] * 2
+
+
+def test_caches_have_one_shape_and_stride_and_heads_are_stretches():
+    caches = CacheShape(3, 2, 16, torch.bfloat16).allocate(5, 4)
+    assert len(caches) == 3 and {(c.k.shape, c.v.stride()) for c in caches} == {((5, 4, 2, 16), (128, 16, 64, 1))}
+    caches[1].k.fill_(1)
+    caches[0].k.fill_(0)
+    assert bool((caches[1].k == 1).all())
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.0, None])
+def test_bad_sizes(bad):
+    with pytest.raises(ValueError, match="num_pages must be an integer of at least 1"):
+        PagePool(bad)
+    with pytest.raises(ValueError, match="page_size must be an integer of at least 1"):
+        PagePool(4, bad)

