@@ -2,10 +2,11 @@
 
     python tests/sanitize.py [pytest arguments]        or: make sanitize ARGS="..."
 
-The package is copied to build/sanitize and built there with DFLASH_SANITIZE=address,undefined, so the library that other
-commands load stays as it is, and the next run compiles only what changed. Python itself is not sanitized, hence the sanitizers' run-time libraries are
-preloaded, and leaks are not counted (the interpreter's own would drown ours). The first finding ends the run, with its
-report. Without arguments the tests of every csrc/cpu/<noun>.cpp and the input fuzz are run.
+The package is copied to build/sanitize and built there with DFLASH_SANITIZE=address,undefined, so the library that
+other commands load stays as it is, and the next run compiles only what changed. Python itself is not sanitized, hence
+the sanitizers' run-time libraries are preloaded, and leaks are not counted (the interpreter's own would drown ours).
+The first finding ends the run, with its report. Without arguments the tests of every csrc/cpu/<noun>.cpp and the input
+fuzz are run; the first build takes some minutes.
 """
 
 import os
@@ -52,7 +53,8 @@ def main(arguments: list[str]) -> int:
     libraries = run_time_libraries()
     copy()
     environment = os.environ | {"DFLASH_SANITIZE": "address,undefined", "PYTHONPATH": str(FOLDER)}
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=FOLDER, env=environment, check=True)
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=FOLDER, env=environment, check=True)
     if not list((FOLDER / "dflash_kernels").glob("_C*.so")):
         sys.exit("sanitize: the library was not built")
     environment |= {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
