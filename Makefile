@@ -16,7 +16,6 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
-SANITIZED := build/sanitize
 
 .PHONY: demo test build bench docs lint sanitize clean
 .DELETE_ON_ERROR:
@@ -39,20 +38,8 @@ docs: build
 lint: $(STAMPS)/dev
 	$(VENV)/bin/ruff check .
 
-# In a copy, so that the library that other commands load stays as it is. The preloaded libraries are what a sanitized
-# module needs inside a Python that is not sanitized.
-sanitize: build $(STAMPS)/dev
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r setup.py pyproject.toml csrc dflash_kernels python tests $(SANITIZED)/
-	rm -f $(SANITIZED)/dflash_kernels/*.so
-	cd $(SANITIZED) && DFLASH_SANITIZE=address,undefined $(CURDIR)/$(PY) setup.py -q build_ext --inplace
-	cd $(SANITIZED) && libs=$$(for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done | xargs) && \
-	  LD_PRELOAD="$$libs" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  $(CURDIR)/$(PY) -m pytest -p no:cacheprovider \
-	  $(or $(ARGS),$(OP_TESTS:%=tests/test_%.py))
-
-# The tests of the C++ kernels: every csrc/cpu/<noun>.cpp has a tests/test_<noun>.py.
-OP_TESTS := $(filter $(patsubst csrc/cpu/%.cpp,%,$(wildcard csrc/cpu/*.cpp)),$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
+sanitize: $(STAMPS)/dev
+	$(PY) tests/sanitize.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info dflash_kernels/*.so $(STAMPS)/build

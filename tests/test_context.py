@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from dflash_kernels import StepGraph, qk_norm_rope, reference, write_context_kv
+from dflash_kernels import StepGraph, pack_weight, qk_norm_rope, reference, write_context_kv
 from dflash_kernels.ops import context
 from dflash_kernels.testing import LAYOUTS, assert_within_budget, cache_views, doubles, same_bits
 from dflash_kernels.testing.cache import poisoned_storage, rotary_table
-from dflash_kernels.types import PackedWeight, PagedKV
+from dflash_kernels.types import PagedKV
 
 NUM_PAGES, MAX_POS = 6, 64
 
@@ -142,7 +142,7 @@ def test_p14_v_scale_multiplies_v_alone_and_one_copies_bits(isa, dtype):
 def test_p15_quantised_or_mixed_dtypes_are_refused():
     case = Case(torch.bfloat16)
     for kv in (case.kv.to(torch.int8), case.kv.view(torch.uint8), case.kv.to(torch.float8_e4m3fn), case.kv.double(),
-               PackedWeight(case.kv, 8, 1152)):
+               pack_weight(case.kv)):
         with pytest.raises(TypeError, match="write_context_kv: kv must be float32, bfloat16 or float16"):
             case.run(kv=kv)
     with pytest.raises(TypeError, match=r"caches\[0\].k must be float16"):

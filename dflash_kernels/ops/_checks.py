@@ -39,8 +39,9 @@ def integer(op: str, name: str, value: object, minimum: int) -> int:
     """Checks one whole number that the host knows."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int; got {describe(value)}")
-    if not minimum <= value < 2**63:
-        raise ValueError(f"{op}: {name} must be an int of 64 bits, at least {minimum}; got {value}")
+    if value < minimum or value >= 2**63:
+        bound = f"at least {minimum}" if value < minimum else "below 2**63"
+        raise ValueError(f"{op}: {name} must be {bound}; got {value}")
     return value
 
 
