@@ -24,7 +24,7 @@ demo: build $(STAMPS)/model
 	$(VENV)/bin/dflash-kernels generate --model smollm2 --draft random --prompt "$(PROMPT)" --compare
 
 test: build $(STAMPS)/dev $(STAMPS)/model
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 build: $(STAMPS)/build
 

@@ -27,6 +27,7 @@ def _load_native():
 
 
 native = _load_native()
+capturing = 0  # StepGraphs that are being captured: a reference called then would be missing from the replay
 NAMES: list[str] = []
 REFERENCES: dict[str, Callable] = {}
 
@@ -55,6 +56,8 @@ def define(schema: str, reference: Callable) -> Callable:
     _lib.define(schema)
 
     def fallback(*args, **kwargs):
+        if capturing:
+            raise RuntimeError(f"StepGraph: {name} has no kernel here to capture; only its reference would run")
         first = next(a for a in args if isinstance(a, torch.Tensor))
         _warn_reference(first.device.type)
         return reference(*args, **kwargs)

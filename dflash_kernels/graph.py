@@ -12,11 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _library
 from ._library import native
 
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand",
-          "narrow", "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "empty", "empty_like", "new_empty",
-          "empty_strided", "new_empty_strided"}
+          "narrow", "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "empty", "empty_like",
+          "new_empty", "empty_strided", "new_empty_strided"}
 
 
 class _OnlyOurOps(TorchDispatchMode):
@@ -52,10 +53,12 @@ class StepGraph:
         if native is None:
             raise RuntimeError("StepGraph: the C++ library is not built; call the step directly")
         recording = native.record_begin()
+        _library.capturing += 1
         try:
             with _OnlyOurOps():
                 yield
         finally:
+            _library.capturing -= 1
             native.record_end()
         self._recording = recording
 

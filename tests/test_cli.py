@@ -119,6 +119,23 @@ def test_generate_plain(call, models):
     assert code == 0 and err == "" and "acceptance" not in out and "drafter" not in out
 
 
+def test_a_model_that_runs_on_transformers(call, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tiny.write_target(tmp_path / "m")
+    config = transformers.MiniMaxM2Config(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=tiny.VOCAB, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2,
+        bos_token_id=None, eos_token_id=tiny.VOCAB - 1, pad_token_id=None)
+    transformers.MiniMaxM2ForCausalLM(config).save_pretrained(folder)
+    arguments = ["generate", "--model", folder, "--draft", "random", "--prompt", "hi", "--dtype", "float32",
+                 "--max-new-tokens", 6, "--compare"]
+    code, out, err = call(*arguments)
+    assert code == 0 and "layers are transformers'" in err and "identical to plain decoding: yes" in out
+    (folder / "config.json").write_text('{"model_type": "klingon"}')
+    code, _, err = call(*arguments)
+    assert code == 1 and "klingon" in err and one_line(err)
+
+
 def test_random_drafter_says_so(call, models):
     code, out, err = call("generate", "--model", models["model"], "--draft", "random", "--prompt", "hi",
                           "--block-size", 3, "--max-new-tokens", 5, "--compare")
@@ -224,7 +241,7 @@ def test_written_whole_or_not_at_all(tmp_path):
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT", "--block-size", "5"], 1,
      "--block-size must be at most the drafter's 4; got 5"),
     (["generate", "--prompt", "x" * 200, "--model", "MODEL"], 1, "shorter than the model's context of 128 tokens"),
-    (["generate", "--prompt", "x", "--model", "DRAFT"], 1, "model_type must be one of"),
+    (["generate", "--prompt", "x", "--model", "DRAFT"], 1, "target config: model_type must be one of"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "MODEL"], 1, "config"),
     (["bench", "decode"], 2, "Missing option '--prompts'"),
     (["bench", "decode", "--prompts", "no/such"], 2, "--prompts must be a file; got 'no/such', which does not exist"),

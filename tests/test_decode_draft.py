@@ -240,6 +240,31 @@ def test_context_written_three_positions_off_changes_the_draft():
     assert not torch.equal(*ids) and (right - wrong).abs().max() > 0.1
 
 
+def test_p17_rows_that_were_not_committed_leave_no_trace():
+    _, _, _, drafter = make({}, torch.bfloat16)
+    served = Served(drafter, [9, 0, 4])
+    context = drafter.make_context(3, 5, served.kv)
+    features, counts = torch.randn(15, len(TAPS) * HIDDEN).bfloat16(), torch.tensor([2, 0, 5], dtype=torch.int32)
+    positions = torch.arange(5).expand(3, 5).contiguous()
+    slots = served.tables.long().gather(1, positions // PAGE) * PAGE + positions % PAGE
+    context.run(features, positions, slots, counts)
+    written = torch.zeros(64 * PAGE, dtype=torch.bool)
+    written[torch.cat([slots[b, :n] for b, n in enumerate(counts.tolist())])] = True
+    for cache in served.kv:
+        for side in (cache.k, cache.v):
+            assert torch.equal(~side.reshape(64 * PAGE, -1).isnan().any(1), written)
+
+
+def test_p36_the_multiplier_comes_first_and_then_the_cap():
+    """Where the cap flattens logits to one value, the first index wins; without either field another would."""
+    config, tensors, model, drafter = make({"output_multiplier": 500.0, "final_logit_softcapping": 2.0}, torch.float32)
+    hidden, ids = Served(drafter, LENGTHS).commit_all().draft(ANCHORS)
+    with torch.no_grad():
+        logits = dflash_model(config, tensors, torch.float32).compute_logits(hidden[:, 1:], model.lm_head)
+    assert (logits == 2.0).sum(-1).min() > 5
+    assert torch.equal(ids[:, 1:], logits.argmax(-1))
+
+
 def test_p12_the_block_starts_with_its_anchor():
     _, _, _, drafter = make({}, torch.float32)
     drafts = [Served(drafter, [5]).commit_all().draft([anchor])[1] for anchor in (3, 60)]

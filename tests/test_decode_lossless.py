@@ -231,7 +231,7 @@ def test_p19_a_page_used_before_carries_nothing_over():
 def cached(decoder, live):
     """The K/V of a request's context in every layer of both models, in token order."""
     slots = torch.tensor([live.pages[t // 4] * 4 + t % 4 for t in range(live.context)])
-    return [side.flatten(0, 1)[slots] if side.is_contiguous() else side.reshape(-1, *side.shape[2:])[slots]
+    return [side.reshape(-1, *side.shape[2:])[slots]
             for caches in decoder.kv for cache in caches for side in (cache.k, cache.v)]
 
 
@@ -255,6 +255,8 @@ def test_p17_p19_caches_after_ragged_steps_are_those_of_one_prefill(fault, monke
         monkeypatch.setattr(oracle, "make_context", off_by_one)
     decoder = Decoder(target, oracle, max_context=80, page_size=4, prefill_rows=16, max_batch=8)
     oracle.decoder = decoder
+    for cache in decoder.kv[1]:
+        cache.k.fill_(float("nan"))
     for request in requests():
         decoder.submit(request)
     for _ in range(4):
@@ -262,6 +264,9 @@ def test_p17_p19_caches_after_ragged_steps_are_those_of_one_prefill(fault, monke
     assert len(decoder._active) >= 4
     differs = False
     for live in list(decoder._active):
+        spare = torch.tensor([live.pages[t // 4] * 4 + t % 4 for t in range(live.context, 4 * len(live.pages))])
+        for cache in decoder.kv[1] if not fault else ():
+            assert cache.k.reshape(-1, *cache.k.shape[2:])[spare].isnan().all()
         text = [*live.request.prompt, *texts[live.request.id]][:live.context]
         once = Decoder(target, oracle, max_context=80, page_size=4, prefill_rows=64, max_batch=1)
         monkeypatch.setattr(once, "drafter", Drafter.random(target, num_layers=2, block_size=6))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import dflash_kernels as dk
+from dflash_kernels import _library
 from dflash_kernels.testing import same_bits
 
 pytestmark = pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
@@ -57,6 +58,14 @@ def test_captures_do_not_nest():
 
 
 def test_stream_read_reads_every_byte(isa):
-    from dflash_kernels._library import native
     words = torch.arange(1 << 16, dtype=torch.int64)
-    assert native.stream_read(words.data_ptr(), words.numel() * 8) == int(words.sum())
+    assert _library.native.stream_read(words.data_ptr(), words.numel() * 8) == int(words.sum())
+
+
+def test_an_op_without_a_kernel_cannot_be_captured(monkeypatch):
+    for name in ("NAMES", "REFERENCES"):
+        monkeypatch.setattr(_library, name, type(getattr(_library, name))())
+    op = _library.define("only_a_reference(Tensor x, Tensor(a!) out) -> ()", lambda x, out: out.copy_(x))
+    with (pytest.raises(RuntimeError, match="only_a_reference has no kernel here to capture"),
+          dk.StepGraph().capture()):
+        op(torch.ones(2), torch.empty(2))

@@ -108,7 +108,7 @@ def generate(
         print(json.dumps(header(session, prompt=text, max_new_tokens=max_new_tokens) | {"kind": "generate"} | value,
                          indent=1, ensure_ascii=False))
     else:
-        report.print_answer(session, run, plain)
+        report.print_answer(session, ids, run, plain)
 
 
 @bench_app.command("decode")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dflash_kernels import build_info
 
+from . import lossless
 from .bench import cpu_model
 from .session import RANDOM, Run, Session, first_difference
 from .weights import KNOWN
@@ -83,6 +84,9 @@ def notice(text: str) -> None:
 
 
 def start_text(session: Session) -> None:
+    if not session.target.graph_safe:
+        notice("this model's layers are transformers', whose products may differ in their last bits with the number of "
+               "rows: a near tie can part the text from plain decoding's")
     if session.draft == RANDOM:
         notice(RANDOM_NOTICE)
 
@@ -109,7 +113,7 @@ def answer_json(session: Session, run: Run, plain: Run | None, text: str) -> dic
     return value
 
 
-def print_answer(session: Session, run: Run, plain: Run | None) -> None:
+def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | None) -> None:
     """The figures under a streamed answer."""
     answer = run.answers[0]
     out.print()
@@ -126,14 +130,14 @@ def print_answer(session: Session, run: Run, plain: Run | None) -> None:
     if plain:
         line("plain tokens/s", f"{plain.tokens_per_s:.1f}")
         line("ratio", f"{run.tokens_per_s / plain.tokens_per_s:.2f}")
-        line("identical to plain decoding", _identical(session, answer, plain.answers[0]))
+        line("identical to plain decoding", _identical(session, prompt, answer, plain.answers[0]))
 
 
 def line(name: str, value: str) -> None:
     out.print(f"[bold]{name}:[/bold] {value}", markup=True)
 
 
-def _identical(session, answer, plain) -> str:
+def _identical(session, prompt, answer, plain) -> str:
     at = first_difference(answer, plain)
     if at is None:
         return "[green]yes[/green]"
@@ -143,7 +147,9 @@ def _identical(session, answer, plain) -> str:
             return "the end"
         return f"{tokens[at]} {session.tokenizer.decode([tokens[at]], skip_special_tokens=False)!r}".replace("[", "\\[")
 
-    return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, plain has {show(plain.tokens)}"
+    found = lossless.first_difference(session.target, prompt, plain.tokens, answer.tokens)
+    margin = f" (logit margin {found.margin:.3g})" if found and found.margin is not None else ""
+    return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, plain has {show(plain.tokens)}{margin}"
 
 
 def print_bench(result: dict) -> None:

@@ -4,15 +4,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from .draft import Drafter, refuse_side_files
 from .loop import Decoder
 from .requests import Request
-from .targets.native import NativeTarget
+from .targets import Target
+from .targets.native import FAMILIES, NativeTarget
 from .tokenizer import Tokenizer, load_tokenizer
-from .weights import Checkpoint, CheckpointError, load_checkpoint
+from .weights import Checkpoint, CheckpointError, brief, find_model, load_checkpoint, read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANDOM, NONE = "random", "none"
@@ -60,7 +62,7 @@ class Run:
 class Session:
     model: str
     draft: str
-    target: NativeTarget
+    target: Target
     tokenizer: Tokenizer
     drafter: Drafter | None
     block_size: int
@@ -71,7 +73,7 @@ class Session:
         """status(text) is entered while the part that it names is loaded. Raises CheckpointError for what cannot be
         read, ValueError for what does not fit together."""
         with status(f"loading {model}"):
-            target = _target(load_checkpoint(model, DTYPES[dtype]), DTYPES[dtype])
+            target = _target(model, DTYPES[dtype])
             tokenizer = load_tokenizer(model)
         drafter = None
         if draft == RANDOM:
@@ -129,14 +131,36 @@ class Session:
                 raise ValueError(f"prompt {event.id + 1}: {event.error}")
 
 
-def _target(found: Checkpoint, dtype: torch.dtype) -> NativeTarget:
+def _target(model: str, dtype: torch.dtype) -> Target:
+    """Our own layers where the model is of a family that they serve, transformers' where they do not."""
+    where = find_model(model)
+    if where.is_dir() and read_json(where / "config.json").get("model_type") not in (None, *FAMILIES):
+        return _hf_target(where, dtype)
+    found = load_checkpoint(model, dtype)
     try:
         return NativeTarget(found.config, found.tensors, dtype=dtype)
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error
 
 
-def _drafter(found: Checkpoint, target: NativeTarget) -> Drafter:
+def _hf_target(folder: Path, dtype: torch.dtype) -> Target:
+    try:
+        import transformers
+    except ImportError:
+        kind = read_json(folder / "config.json")["model_type"]
+        raise CheckpointError(f"{folder}: model_type {kind!r} needs transformers: "
+                              "pip install 'dflash-kernels[hf]'") from None
+    from .targets.hf import HFTarget
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return HFTarget(transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True))
+    except (ValueError, NotImplementedError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {brief(error)}") from error
+
+
+def _drafter(found: Checkpoint, target: Target) -> Drafter:
     try:
         refuse_side_files(found.source)
         return Drafter(found.config, found.tensors, target)
