@@ -79,8 +79,8 @@ class NinjaBuildExt(build_ext):
         san = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
         # -ffp-contract=off: a row's bits must not depend on which multiply-adds the compiler chose to fuse.
         # -O1 where sanitized: with -O3 the checks inside inlined tiles take the compiler minutes a file.
-        common = (f"{'-O1' if sanitize else '-O3'} -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall "
-                  f"-Wextra -Wno-maybe-uninitialized -I{ROOT / 'csrc'}{san}")
+        common = (f"{'-O1' if sanitize else '-O3'} -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
+                  f" -Wno-uninitialized -Wno-maybe-uninitialized -I{ROOT / 'csrc'}{san}")
         nvcc = "found" if find_nvcc() else "not found"
         host = (f"{common} -DDFLASH_NVCC='\"{nvcc}\"' -DPy_LIMITED_API={PY_LIMITED_API} "
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -Wno-unused-parameter "

@@ -6,7 +6,6 @@ Each is a recorded step, replayed on the same memory. The floor of a pass is its
 import sys
 from pathlib import Path
 
-import torch
 from cases import Case
 
 import dflash_kernels as dk

@@ -1,4 +1,4 @@
-"""What a benchmark is made of: cases, checked before they are timed, and rows that say how far from the limit we are."""
+"""What a benchmark is made of: cases, checked before they are timed, and rows that tell how far the limit is."""
 
 import json
 import os
@@ -7,8 +7,6 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 import dflash_kernels
 from dflash_kernels.testing.timing import ReadBandwidth, interleaved

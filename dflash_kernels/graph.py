@@ -9,7 +9,6 @@ tokens are read from tensors when the step runs, so they are changed in place be
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _library

@@ -8,8 +8,8 @@ transformers = pytest.importorskip("transformers")
 from decode_models import COMMON, VOCAB, plain_text, randomise  # noqa: E402
 
 from dflash_decode.draft import Drafter  # noqa: E402
-from dflash_decode.lossless import first_difference  # noqa: E402
 from dflash_decode.loop import Decoder  # noqa: E402
+from dflash_decode.lossless import first_difference  # noqa: E402
 from dflash_decode.requests import Request  # noqa: E402
 from dflash_decode.targets.hf import HFTarget  # noqa: E402
 
@@ -95,7 +95,7 @@ def test_in_bfloat16_any_difference_is_a_near_tie(kind, record_property):
 def test_the_model_refuses_to_run_outside_the_target():
     model = make("llama")
     HFTarget(model)
-    with pytest.raises(RuntimeError, match="run it through that, or"):
+    with pytest.raises(RuntimeError, match="run it through that"):
         model(torch.tensor([[1, 2]]))
     model.set_attn_implementation("sdpa")
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, VOCAB)

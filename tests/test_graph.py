@@ -66,6 +66,7 @@ def test_an_op_without_a_kernel_cannot_be_captured(monkeypatch):
     for name in ("NAMES", "REFERENCES"):
         monkeypatch.setattr(_library, name, type(getattr(_library, name))())
     op = _library.define("only_a_reference(Tensor x, Tensor(a!) out) -> ()", lambda x, out: out.copy_(x))
+    x, out = torch.ones(2), torch.empty(2)
     with (pytest.raises(RuntimeError, match="only_a_reference has no kernel here to capture"),
           dk.StepGraph().capture()):
-        op(torch.ones(2), torch.empty(2))
+        op(x, out)

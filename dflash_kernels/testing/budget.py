@@ -27,8 +27,8 @@ def assert_within_budget(actual: torch.Tensor, reference: torch.Tensor, peer: to
                          factor: float = 2.0, ulps: float = 1.0, name: str = "") -> None:
     """|actual - reference| <= factor * max|peer - reference| + ulps * ulp(reference), element by element.
 
-    reference: float32 or float64, same shape. peer: the same expression in torch at actual's dtype, or None for ulps alone.
-    NaN and infinities must stand at the same places. The first bad coordinate is in the message.
+    reference: float32 or float64, same shape. peer: the same expression in torch at actual's dtype, or None for ulps
+    alone. NaN and infinities must stand at the same places. The first bad coordinate is in the message.
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(reference.shape)}"
     got, want = actual.double(), reference.double()

@@ -20,7 +20,8 @@ class Timing:
     runs: int
 
 
-def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30, warmup: int = 3) -> dict[str, Timing]:
+def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30,
+                warmup: int = 3) -> dict[str, Timing]:
     """Times each function(i) for i in range(runs), one call of each in turn, so that a noisy neighbour hits all alike.
 
     Each is given the run's number, to rotate its inputs by.

@@ -37,8 +37,8 @@ class HFTarget:
             raise ValueError(f"HFTarget: model must have an output head; got {type(model).__name__}")
         longest = getattr(config, "max_position_embeddings", max_context)
         if not model._can_set_attn_implementation() or longest is None:
-            raise NotImplementedError(f"HFTarget: {type(model).__name__} does not take its attention from transformers' "
-                                      "attention interface")
+            raise NotImplementedError(f"HFTarget: {type(model).__name__} does not take its attention from "
+                                      "transformers' attention interface")
         _register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.base = model.eval(), model.base_model
@@ -47,7 +47,8 @@ class HFTarget:
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.num_layers = config.num_hidden_layers
         self.max_context = min(max_context or longest, longest)
-        self.head, self._bias = pack_weight(head.weight.detach()), head.bias if head.bias is None else head.bias.detach()
+        self.head = pack_weight(head.weight.detach())
+        self._bias = None if head.bias is None else head.bias.detach()
         self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -78,8 +79,8 @@ class HFPass:
         finally:
             _current.value = None
         if len(self.seen) != self.target.num_layers:
-            raise NotImplementedError(f"HFTarget: all {self.target.num_layers} layers must attend through transformers' "
-                                      f"attention interface; {len(self.seen)} did")
+            raise NotImplementedError(f"HFTarget: all {self.target.num_layers} layers must attend through "
+                                      f"transformers' attention interface; {len(self.seen)} did")
         rows = output.last_hidden_state.reshape(-1, self.target.hidden_size)
         if not self.taps:
             return rows, rows[:, :0]
@@ -103,8 +104,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
                s_aux=None, is_causal=None, **kwargs):
     now = getattr(_current, "value", None)
     if now is None:
-        raise RuntimeError("this model's attention belongs to dflash_decode.targets.hf.HFTarget; run it through that, or "
-                           "call model.set_attn_implementation('sdpa') to have it back")
+        raise RuntimeError("this model's attention belongs to dflash_decode.targets.hf.HFTarget; run it through "
+                           "that, or call model.set_attn_implementation('sdpa') to have it back")
     for name in _NOT_OURS:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"HFTarget: attention with {name} is not supported")
