@@ -335,7 +335,7 @@ def test_interrupt_in_a_bench_writes_nothing(call, models, tmp_path, monkeypatch
 
 
 def test_interrupt_of_the_process(models, tmp_path):
-    rows = prompts_file(tmp_path, *(f"t{i}" for i in range(50)))
+    rows = prompts_file(tmp_path, *(f"t{i}" for i in range(5000)))
     process = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--prompts", str(rows),
                                 "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", "100",
                                 "--json", str(tmp_path / "x.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
