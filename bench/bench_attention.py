@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from cases import COPIES, Case
+from cases import Case, copies_of
 
 import dflash_kernels as dk
 from dflash_kernels.ops import attention as op
@@ -23,7 +23,8 @@ def case(name, heads, kv_heads, dim, context, width):
     lens = torch.tensor([context], dtype=torch.int32)
     table = torch.randperm(pages).to(torch.int32)[None]
     inputs, peers = [], []
-    for _ in range(COPIES):
+    copies = copies_of(op.bytes(context, width, heads, kv_heads, dim, 2))
+    for _ in range(copies):
         qkv = torch.randn(1, width, heads + 2 * kv_heads, dim).bfloat16()
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
         stored = [torch.randn(pages, kv_heads, PAGE, dim).bfloat16().transpose(1, 2) for _ in range(2)]
@@ -35,16 +36,16 @@ def case(name, heads, kv_heads, dim, context, width):
     out = torch.empty(1, width, heads, dim, dtype=torch.bfloat16)
 
     def run(i):
-        q, k, v, cache = inputs[i % COPIES]
+        q, k, v, cache = inputs[i]
         return dk.block_attention(q, k, v, cache, table, lens, causal=True, out=out)
 
     def sdpa(i):
-        return F.scaled_dot_product_attention(*peers[i % COPIES], attn_mask=mask, enable_gqa=True)
+        return F.scaled_dot_product_attention(*peers[i], attn_mask=mask, enable_gqa=True)
 
     def check():
         torch.testing.assert_close(run(0), sdpa(0).transpose(1, 2), rtol=2e-2, atol=2e-2)
 
     pairs = sum(context + i + 1 for i in range(width))
     return Case("block_attention", f"{name} context {context}, Q {width}", run,
-                op.bytes(context, width, heads, kv_heads, dim, 2), op.flops(pairs, heads, dim),
+                op.bytes(context, width, heads, kv_heads, dim, 2), copies, op.flops(pairs, heads, dim),
                 {"torch SDPA, gathered": sdpa}, check)

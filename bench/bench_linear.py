@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from cases import COPIES, Case
+from cases import Case, copies_of
 
 import dflash_kernels as dk
 from dflash_kernels.ops import head as head_op
@@ -15,9 +15,7 @@ ROWS = (1, 4, 8, 16)
 
 def cases():
     for name, (n, k) in SHAPES.items():
-        # A small layer's copies would fit a cache: make as many as 192 MB holds.
-        copies = max(COPIES, (192 << 20) // (n * k * 2))
-        plain = [(torch.randn(n, k) / k**0.5).bfloat16() for _ in range(copies)]
+        plain = [(torch.randn(n, k) / k**0.5).bfloat16() for _ in range(copies_of(n * k * 2))]
         packed = [dk.pack_weight(w) for w in plain]
         for rows in ROWS:
             yield linear_case(name, rows, plain, packed)
@@ -32,9 +30,9 @@ def linear_case(name, rows, plain, packed):
     def check():
         torch.testing.assert_close(dk.linear(x, packed[0]), F.linear(x, plain[0]), rtol=2e-2, atol=2e-2)
 
-    return Case("linear", f"{name} {n}x{k}, {rows} rows", lambda i: dk.linear(x, packed[i % len(packed)], out=out),
-                linear_op.bytes(rows, n, k, 2), linear_op.flops(rows, n, k),
-                {"torch": lambda i: F.linear(x, plain[i % len(plain)])}, check)
+    return Case("linear", f"{name} {n}x{k}, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
+                linear_op.bytes(rows, n, k, 2), len(packed), linear_op.flops(rows, n, k),
+                {"torch": lambda i: F.linear(x, plain[i])}, check)
 
 
 def head_case(name, rows, plain, packed):
@@ -45,6 +43,6 @@ def head_case(name, rows, plain, packed):
         assert torch.equal(dk.lm_head_argmax(x, packed[0])[0], dk.linear(x, packed[0]).argmax(-1))
 
     return Case("lm_head_argmax", f"{name} {n}x{k}, {rows} rows",
-                lambda i: dk.lm_head_argmax(x, packed[i % len(packed)], out_ids=ids, out_values=values),
-                head_op.bytes(rows, n, k, 2), head_op.flops(rows, n, k),
-                {"torch": lambda i: F.linear(x, plain[i % len(plain)]).argmax(-1)}, check)
+                lambda i: dk.lm_head_argmax(x, packed[i], out_ids=ids, out_values=values),
+                head_op.bytes(rows, n, k, 2), len(packed), head_op.flops(rows, n, k),
+                {"torch": lambda i: F.linear(x, plain[i]).argmax(-1)}, check)
