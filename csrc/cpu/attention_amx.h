@@ -54,8 +54,27 @@ inline void pack_queries(const bf16* const* rows, int D, bf16* pairs) {
   }
 }
 
-// s[r][key] for kTile keys, rows of 16: keys (kTile, D) times packed queries.
-inline void scores_amx(const bf16* keys, const bf16* queries, int rows, int D, float scale, float softcap, float* s) {
+// Sixteen keys as a tile wants them: rows a fixed distance apart.
+struct KeyRows {
+  const bf16* first;
+  int64_t bytes;  // from one to the next
+};
+
+// The keys in place where a page holds all sixteen in order, else a copy in `to` (16, D).
+inline KeyRows sixteen_keys(const bf16* const* keys, int D, bf16* to) {
+  const int64_t step = reinterpret_cast<const char*>(keys[1]) - reinterpret_cast<const char*>(keys[0]);
+  bool in_place = step != 0;
+  for (int j = 1; j < 16; ++j)
+    in_place &= reinterpret_cast<const char*>(keys[j]) == reinterpret_cast<const char*>(keys[0]) + j * step;
+  if (in_place) return {keys[0], step};
+  for (int j = 0; j < 16; ++j)
+    for (int d = 0; d < D; d += 32) _mm512_storeu_si512(to + j * D + d, _mm512_loadu_si512(keys[j] + d));
+  return {to, D * 2};
+}
+
+// s[r][key] for kTile keys, rows of 16: keys times packed queries.
+inline void scores_amx(const KeyRows* keys, const bf16* queries, int rows, int D, float scale, float softcap,
+                       float* s) {
   alignas(64) float c[kTile][16];
   memory_is_read(keys);
   _tile_zero(0);
@@ -64,13 +83,13 @@ inline void scores_amx(const bf16* keys, const bf16* queries, int rows, int D, f
   _tile_zero(3);
   for (int d = 0; d < D; d += 32) {
     _tile_loadd(7, queries + d * 16, 64);
-    _tile_loadd(4, keys + d, D * 2);
+    _tile_loadd(4, keys[0].first + d, keys[0].bytes);
     _tile_dpbf16ps(0, 4, 7);
-    _tile_loadd(5, keys + 16 * D + d, D * 2);
+    _tile_loadd(5, keys[1].first + d, keys[1].bytes);
     _tile_dpbf16ps(1, 5, 7);
-    _tile_loadd(6, keys + 32 * D + d, D * 2);
+    _tile_loadd(6, keys[2].first + d, keys[2].bytes);
     _tile_dpbf16ps(2, 6, 7);
-    _tile_loadd(4, keys + 48 * D + d, D * 2);
+    _tile_loadd(4, keys[3].first + d, keys[3].bytes);
     _tile_dpbf16ps(3, 4, 7);
   }
   _tile_stored(0, c[0], 64);
@@ -152,18 +171,28 @@ inline void weigh_amx(const bf16* weights, const bf16* pairs, int begin, int end
   }
 }
 
+inline void prefetch_row(const bf16* row, int D) {
+  for (int d = 0; d < D; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
+}
+
 // One span for `count` rows: row r sees keys [lo[r], hi[r]), and [begin, end) is what they see together.
 inline void span_amx(const AttentionParams& p, int count, int begin, int end, const int* lo, const int* hi,
                      const bf16* const* keys, const bf16* const* values, const Scratch& w, const State& out) {
   const int D = int(p.head_dim);
   const int64_t stride = padded(D);
   bf16* rows = reinterpret_cast<bf16*>(w.keys);
+  // Pages are too short for the hardware to see a stream in them: the next tile's keys and this one's values are asked
+  // for while this one's keys are multiplied.
+  for (int j = begin; j < end && j < (begin & -kTile) + kTile; ++j) prefetch_row(keys[j], D);
   for (int tile = begin & -kTile; tile < end; tile += kTile) {
-    for (int j = 0; j < kTile; ++j)
-      for (int d = 0; d < D; d += 32)
-        _mm512_storeu_si512(rows + j * D + d, _mm512_loadu_si512(keys[tile + j] + d));
+    for (int j = tile; j < tile + kTile; ++j) {
+      if (j + kTile < end) prefetch_row(keys[j + kTile], D);
+      if (j >= begin && j < end) prefetch_row(values[j], D);
+    }
+    KeyRows sixteens[kTile / 16];
+    for (int i = 0; i < kTile / 16; ++i) sixteens[i] = sixteen_keys(keys + tile + 16 * i, D, rows + 16 * i * D);
     for (int r = 0; r < count; r += 16)
-      scores_amx(rows, w.packed_q + r * D, count - r, D, p.scale, p.softcap, w.s + r * kSpan + tile);
+      scores_amx(sixteens, w.packed_q + r * D, count - r, D, p.scale, p.softcap, w.s + r * kSpan + tile);
   }
   const bool two = count > 16;
   bool all_see_all = true;
