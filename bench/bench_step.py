@@ -49,7 +49,8 @@ def cases():
     verify = recorded(Step(target, None, caches[0], (), 1, BLOCK, PAGE, 64), CONTEXT)
     dflash = recorded(Step(target, drafter, *caches, 1, BLOCK, PAGE, 64), CONTEXT)
     base = {"plain step": lambda i: plain.replay()}
-    yield Case("plain step", f"context {CONTEXT}", lambda i: plain.replay(), layers + head)
-    yield Case("verify pass", f"context {CONTEXT}, {BLOCK} rows", lambda i: verify.replay(), layers + head, peers=base)
-    yield Case("DFlash step", f"context {CONTEXT}, 3 draft layers, block {BLOCK}", lambda i: dflash.replay(),
-               layers + head + draft, peers=base)
+    yield Case("plain step", f"SmolLM2, context {CONTEXT}", lambda i: plain.replay(), layers + head, headline=True)
+    yield Case("verify pass", f"SmolLM2, context {CONTEXT}, {BLOCK} rows", lambda i: verify.replay(), layers + head,
+               peers=base, headline=True)
+    yield Case("DFlash step", f"SmolLM2, context {CONTEXT}, 3 draft layers, block {BLOCK}", lambda i: dflash.replay(),
+               layers + head + draft, peers=base, headline=True)

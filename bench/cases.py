@@ -37,6 +37,7 @@ class Case:
     flops: int = 0
     peers: dict[str, Callable[[int], object]] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
+    headline: bool = False  # shown in the README
 
 
 def header() -> dict:
@@ -65,7 +66,7 @@ def measure(cases: Iterable[Case], runs: int = 40) -> list[dict]:
         median, p20, p80 = (t / case.copies for t in (timed["us"].median, timed["us"].p20, timed["us"].p80))
         row = {"op": case.op, "case": case.case, "us": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6,
                "gbps": case.bytes / median / 1e9, "read_gbps": gbps, "pct_of_limit": case.bytes / median / 1e7 / gbps,
-               "tflops": case.flops / median / 1e12,
+               "tflops": case.flops / median / 1e12, "headline": case.headline,
                "peers": {name: timed[name].median / case.copies * 1e6 for name in peers}}
         rows.append(row)
         print(line(row), flush=True)

@@ -20,12 +20,32 @@ def decode_results(folder: Path) -> list[dict]:
     return [r for r in found if isinstance(r, dict) and r.get("kind") == "decode"]
 
 
+def kernel_table(folder: Path) -> list[str]:
+    """The headline rows of bench/run.py's results, one table a machine."""
+    lines, files = [], sorted(folder.rglob("*.json"))
+    for machine in sorted({f.parent for f in files}):
+        results = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.parent == machine]
+        rows = [row for r in results if "rows" in r for row in r["rows"] if row.get("headline")]
+        if not rows:
+            continue
+        h = next(r["header"] for r in results if "rows" in r)
+        lines += [f"{h['device']}, {h['threads']} threads, {h['isa']}, torch {h['torch']}, bfloat16. The limit is the "
+                  "read bandwidth, measured between the calls of the same run.", "",
+                  "| op | case | µs, median | GB/s | of the limit | against |", "|---|---|---|---|---|---|"]
+        for row in rows:
+            peers = ", ".join(f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
+            lines.append(f"| `{row['op']}` | {row['case']} | {row['us']:.0f} | {row['gbps']:.1f} | "
+                         f"{row['pct_of_limit']:.0f} % | {peers} |")
+        lines.append("")
+    return lines
+
+
 def results_block(folder: Path) -> str:
-    rows = decode_results(folder)
+    rows, kernels = decode_results(folder), kernel_table(folder)
     if not rows:
-        return f"{BEGIN}\n{EMPTY}\n{END}"
-    lines = ["| model | drafter | block | requests at once | acceptance length | tokens/s | plain tokens/s | ratio | "
-             "same text | machine |", "|---|---|---|---|---|---|---|---|---|---|"]
+        return "\n".join([BEGIN, *(kernels or [EMPTY]), END])
+    lines = [*kernels, "| model | drafter | block | requests at once | acceptance length | tokens/s | plain tokens/s | "
+             "ratio | same text | machine |", "|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         drafter = "random weights" if r["draft"] == "random" else Path(r["draft"]).name
         same = "yes" if r["identical_to_plain"] else f"{r['different_requests']} of {r['requests']} differ"

@@ -179,6 +179,12 @@ def test_embed_tokens_strided(isa, dtype):
     assert not embed_tokens(ids, table[:0]).any()
 
 
+def test_embed_tokens_looks_ids_up_by_ids(isa):
+    d2t = torch.arange(30) * 1_000_003 - 7
+    ids = torch.tensor([[3, 29], [-1, 30]])
+    assert embed_tokens(ids, d2t[:, None]).tolist() == [[[3_000_002], [29_000_080]], [[0], [0]]]
+
+
 @pytest.mark.skipif(native is None, reason="recorded steps need the C++ library")
 def test_p20_a_recorded_block_follows_lengths_and_tables_that_change(isa, dtype):
     anchors, lens, table = batch(8, 4, max_pages=20)

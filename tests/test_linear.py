@@ -29,6 +29,16 @@ def test_packing_is_lossless(dtype):
     assert same_bits(reference.linear.unpack(dk.pack_weight(w).data, 45, 70), w)
 
 
+def test_packed_weights_share_memory_without_overlap():
+    weights = [torch.randn(n, 64) for n in (16, 40, 300_000, 16, 100)]
+    packed = [dk.pack_weight(w) for w in weights]
+    spans = sorted((p.data.data_ptr(), p.data.data_ptr() + p.data.nbytes) for p in packed)
+    assert all(a_end <= b for (_, a_end), (b, _) in zip(spans, spans[1:], strict=False))
+    assert all(start % 64 == 0 for start, _ in spans)
+    for p, w in zip(packed, weights, strict=True):
+        assert same_bits(reference.linear.unpack(p.data, *w.shape), w)
+
+
 @pytest.mark.parametrize("n,k", [(96, 64), (80, 45)])
 def test_a_row_has_the_same_bits_whatever_stands_beside_it(isa, dtype, n, k):
     x, w, b = problem(dtype, 70, n, k)

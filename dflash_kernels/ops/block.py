@@ -55,7 +55,8 @@ def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | 
     """out[...] = table[ids[...]], and a zero row for an id outside [0, V).
 
     ids (...): int64, last dimension contiguous, rows at any one stride.
-    table (V, H): float32, bfloat16 or float16, last dimension contiguous, rows at any stride.
+    table (V, H): float32, bfloat16, float16, or int64 (ids looked up by ids), last dimension contiguous, rows at any
+        stride.
     out (..., H): dtype of table; written. Last dimension contiguous; must not overlap table. Allocated when None.
 
     Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
@@ -64,7 +65,8 @@ def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | 
     op = "embed_tokens"
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"{op}: ids must be int64 (...); got {check.describe(ids)}")
-    check.dense_last(op, "table", check.tensor(op, "table", table, check.FLOATS, "(V, H)", (None, None), ids.device))
+    check.dense_last(op, "table", check.tensor(op, "table", table, (*check.FLOATS, torch.int64), "(V, H)",
+                                                (None, None), ids.device))
     out = check.output(op, "out", out, table, (*ids.shape, table.shape[1]))
     ids_rows = check.as_rows(op, "ids", ids if ids.dim() else ids[None])
     _embed_tokens(ids_rows, table, _as_matrix_of_rows(op, out, ids_rows.shape))

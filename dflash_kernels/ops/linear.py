@@ -11,6 +11,7 @@ import torch
 
 from .. import reference
 from .._library import define
+from .._memory import place
 from ..types import PackedWeight
 from . import _checks as check
 
@@ -20,14 +21,15 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
 
     weight (N, K): float32, bfloat16 or float16, any strides.
 
-    Returns a PackedWeight with as many bytes (N rounded up to 16, K to 32 for bfloat16); the original can be freed.
+    Returns a PackedWeight with as many bytes (N rounded up to 16, K to 32 for bfloat16), on a CPU in huge pages that
+    weights share; the original can be freed.
     Raises TypeError for a dtype, ValueError for a shape. Allocates: call it outside graphs.
     Graph-safe: no. Source: reference/linear.py, `pack`.
     """
     check.tensor("pack_weight", "weight", weight, check.FLOATS, "(N, K)", (None, None))
     if weight.numel() == 0:
         raise ValueError(f"pack_weight: weight must not be empty; got {check.describe(weight)}")
-    return PackedWeight(reference.linear.pack(weight), *weight.shape)
+    return PackedWeight(place(reference.linear.pack(weight)), *weight.shape)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None, *,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .._library import native
+from .._memory import place
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ def _summary(values: list[float]) -> Timing:
 
 
 class ReadBandwidth:
-    """Reads a buffer that no cache holds, with all of torch's threads, several streams each and prefetching.
+    """Reads a buffer that no cache holds, in huge pages, with all of torch's threads, several streams each.
 
     As a function for `interleaved`; gbps(timing) is the figure, in 1e9 bytes a second.
     """
 
     def __init__(self, megabytes: int = 256):
-        self._buffer = torch.ones(megabytes << 18, dtype=torch.int32)
+        self._buffer = place(torch.ones(megabytes << 18, dtype=torch.int32))
         self.bytes = self._buffer.numel() * 4
 
     def __call__(self, _run: int = 0) -> None:

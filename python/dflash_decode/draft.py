@@ -201,8 +201,8 @@ def refuse_side_files(folder: str | os.PathLike) -> None:
 
 
 def _gather(table, index, out):
-    """out = table[index] for int64 tables. embed_tokens copies rows bit by bit, so an id may travel as two floats."""
-    embed_tokens(index, table.view(torch.float32).view(-1, 2), out=out.view(torch.float32).view(*index.shape, 2))
+    """out = table[index] for ids."""
+    embed_tokens(index, table[:, None], out=out[..., None])
 
 
 def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
