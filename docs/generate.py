@@ -31,9 +31,11 @@ def kernel_table(folder: Path) -> list[str]:
         h = next(r["header"] for r in results if "rows" in r)
         lines += [f"{h['device']}, {h['threads']} threads, {h['isa']}, torch {h['torch']}, bfloat16. The limit is the "
                   "read bandwidth, measured between the calls of the same run.", "",
-                  "| op | case | µs, median | GB/s | of the limit | against |", "|---|---|---|---|---|---|"]
+                  "| op | case | µs, median | GB/s | of the limit | speed against |", "|---|---|---|---|---|---|"]
         for row in rows:
-            peers = ", ".join(f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
+            # A step is compared with the plain step that it contains, an op with another's way of doing it.
+            peers = ", ".join(f"takes {row['us'] / us:.2f} plain steps" if name == "plain step" else
+                              f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
             lines.append(f"| `{row['op']}` | {row['case']} | {row['us']:.0f} | {row['gbps']:.1f} | "
                          f"{row['pct_of_limit']:.0f} % | {peers} |")
         lines.append("")

@@ -39,7 +39,7 @@ def requests():
     turns = [json.loads(line)["turns"][0] for task in TASKS
              for line in (DATA / f"{task}.jsonl").read_text().splitlines()[:2]]
     prompts = [encode(f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")[:160] for turn in turns]
-    return [Request(i, prompt, 13 + i, {2}) for i, prompt in enumerate(prompts)]
+    return [Request(i, prompt, 45 + i, {2}) for i, prompt in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
