@@ -12,37 +12,29 @@ int64_t plain_stride(const Tensor& weight) {
   return weight.size(0) == 1 ? weight.size(1) : weight.stride(0);
 }
 
+GemmParams gemm_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
+  return {{x.data_ptr(), x.stride(0)}, x.size(0),
+          x.size(1),                   out_features,
+          weight.data_ptr(),           plain_stride(weight),
+          bias ? bias->data_ptr() : nullptr, dtype_of(x, "x")};
+}
+
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
             const Tensor& out) {
-  const LinearParams p{{x.data_ptr(), x.stride(0)},
-                       x.size(0),
-                       x.size(1),
-                       out_features,
-                       weight.data_ptr(),
-                       plain_stride(weight),
-                       bias ? bias->data_ptr() : nullptr,
-                       {out.data_ptr(), out.stride(0)},
-                       dtype_of(x, "linear: x")};
+  const LinearParams p{gemm_of(x, weight, bias, out_features), {out.data_ptr(), out.stride(0)}};
   launch(linear_kernels, p, {x, weight, bias, out});
 }
 
 void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
                     int64_t num_valid, double scale, double softcap, int64_t id_offset, const Tensor& out_ids,
                     const Tensor& out_values) {
-  const LmHeadArgmaxParams p{{x.data_ptr(), x.stride(0)},
-                             x.size(0),
-                             x.size(1),
-                             out_features,
-                             weight.data_ptr(),
-                             plain_stride(weight),
-                             bias ? bias->data_ptr() : nullptr,
+  const LmHeadArgmaxParams p{gemm_of(x, weight, bias, out_features),
                              num_valid,
                              float(scale),
                              float(softcap),
                              id_offset,
                              data<int64_t>(out_ids),
-                             data<float>(out_values),
-                             dtype_of(x, "lm_head_argmax: x")};
+                             data<float>(out_values)};
   launch(lm_head_argmax_kernels, p, {x, weight, bias, out_ids, out_values});
 }
 

@@ -12,20 +12,8 @@
 #include <cstdlib>
 
 #include "cpu/gemm_micro.h"
+#include "cpu/gemm_params.h"
 #include "cpu/parallel.h"
-
-namespace dflash {
-
-struct GemmParams {
-  ConstRows x;
-  int64_t rows, K, N;
-  const void* weight;      // packed, or row-major (N, K) with rows weight_stride apart
-  int64_t weight_stride;   // 0 when packed
-  const void* bias;        // (N,) or null
-  Dtype dtype;
-};
-
-}  // namespace dflash
 
 namespace dflash::DFLASH_ISA {
 namespace {

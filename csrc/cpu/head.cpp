@@ -26,17 +26,8 @@ inline bool any_not_less(Vec v, float best) {
 }
 
 template <class T>
-inline Vec rounded(Vec v) {
-  T t[Vec::W];
-  store(t, v);
-  return load(t);
-}
-template <>
-inline Vec rounded<float>(Vec v) { return v; }
-
-template <class T>
 inline Vec finish_logits(const LmHeadArgmaxParams& p, Vec y, int64_t n, int m) {
-  if (p.bias) y = y + load_n(static_cast<const T*>(p.bias) + n, m);
+  if (p.gemm.bias) y = y + load_n(static_cast<const T*>(p.gemm.bias) + n, m);
   if (p.scale != 1.0f) y = y * set1(p.scale);
   if (p.softcap > 0.0f) y = vtanh(y / set1(p.softcap)) * set1(p.softcap);
   return rounded<T>(y);
@@ -87,8 +78,8 @@ struct ArgmaxEpilogue {
 
 template <class T>
 void run(const LmHeadArgmaxParams& p) {
-  const GemmParams g{p.x, p.rows, p.K, p.N, p.weight, p.weight_stride, p.bias, p.dtype};
-  for (int64_t r = 0; r < p.rows; ++r) p.values[r] = -INFINITY, p.ids[r] = kNoId;
+  const GemmParams& g = p.gemm;
+  for (int64_t r = 0; r < g.rows; ++r) p.values[r] = -INFINITY, p.ids[r] = kNoId;
   int lock = 0;
   const int64_t blocks = ceil_div(p.num_valid, kBlock);
   parallel_for(blocks, gemm_grain(g), [&](int64_t begin, int64_t end) {
@@ -96,13 +87,13 @@ void run(const LmHeadArgmaxParams& p) {
     gemm_blocks<T>(g, begin, end, epilogue);
     epilogue.merge();
   });
-  for (int64_t r = 0; r < p.rows; ++r) p.ids[r] += p.id_offset;
+  for (int64_t r = 0; r < g.rows; ++r) p.ids[r] += p.id_offset;
 }
 
 }  // namespace
 
 void lm_head_argmax(const LmHeadArgmaxParams& p) {
-  switch (p.dtype) {
+  switch (p.gemm.dtype) {
     case Dtype::f32: return run<float>(p);
     case Dtype::bf16: return run<bf16>(p);
     case Dtype::f16: return run<f16>(p);

@@ -41,15 +41,6 @@ inline const float* table_row(const RotaryTable& table, int64_t position, float*
   return buffer;
 }
 
-template <class T>
-inline Vec rounded(Vec x) {
-  T r[Vec::W];
-  store(r, x);
-  return load(r);
-}
-template <>
-inline Vec rounded<float>(Vec x) { return x; }
-
 // h (dim floats) = norm of x, or x itself without a weight.
 template <class T>
 inline void norm_head(const T* x, const T* weight, float* h, int64_t dim, float eps, bool round_each) {

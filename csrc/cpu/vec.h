@@ -230,6 +230,16 @@ inline float reduce_add(Vec x) {
   return l[0];
 }
 
+// x as it would be read back after being stored as T.
+template <class T>
+inline Vec rounded(Vec x) {
+  T r[Vec::W];
+  store(r, x);
+  return load(r);
+}
+template <>
+inline Vec rounded<float>(Vec x) { return x; }
+
 // exp(x): Cephes' degree-5 polynomial after Cody-Waite reduction; about 1 ulp. exp(-inf) and anything that would be
 // subnormal is exactly 0, exp of a large x is inf, NaN stays NaN.
 inline Vec vexp(Vec x) {

@@ -13,7 +13,8 @@ import torch
 
 from dflash_kernels import build_info
 
-from .session import Session, first_difference
+from .lossless import first_difference
+from .session import Session
 from .weights import CheckpointError
 
 
@@ -65,12 +66,12 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
         on_task(task, "with the drafter")
         ours = session.run(ids, **options)
         different = 0
-        for row, a, b in zip(rows, ours.answers, plain.answers, strict=True):
-            at = first_difference(a, b)
-            if at is not None:
+        for row, prompt, a, b in zip(rows, ids, ours.answers, plain.answers, strict=True):
+            found_at = first_difference(session.target, prompt, b.tokens, a.tokens)
+            if found_at is not None:
                 different += 1
-                differences.append({"id": row.id, "token": at, "got": a.tokens[at:at + 1],
-                                    "plain": b.tokens[at:at + 1]})
+                differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
+                                    "plain": found_at.plain, "margin": found_at.margin})
         found[task] = _Sums(ours.tokens, ours.seconds, plain.tokens, plain.seconds, ours.steps, len(rows), different)
     whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
     return whole.figures(session.block_size) | {

@@ -27,14 +27,20 @@ class Difference:
         return f"token {self.index}: plain {self.plain}, speculative {self.speculative} ({margin})"
 
 
+def first_index(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The index of the first token in which two texts differ, or None."""
+    shortest = min(len(one), len(other))
+    at = next((i for i in range(shortest) if one[i] != other[i]), shortest)
+    return None if at == len(one) == len(other) else at
+
+
 def first_difference(target: Target, prompt: Sequence[int], plain: Sequence[int],
                      speculative: Sequence[int]) -> Difference | None:
     """None when the two answers to `prompt` are equal, else where they part and the target's margin there."""
-    if list(plain) == list(speculative):
+    index = first_index(plain, speculative)
+    if index is None:
         return None
-    shortest = min(len(plain), len(speculative))
-    index = next((i for i in range(shortest) if plain[i] != speculative[i]), shortest)
-    if index == shortest:
+    if index == min(len(plain), len(speculative)):
         token = lambda text: text[index] if index < len(text) else None  # noqa: E731
         return Difference(index, token(plain), token(speculative), None)
     logits = _next_logits(target, [*prompt, *plain[:index]])

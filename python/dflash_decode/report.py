@@ -13,7 +13,7 @@ from dflash_kernels import build_info
 
 from . import lossless
 from .bench import cpu_model
-from .session import RANDOM, Run, Session, first_difference
+from .session import RANDOM, Run, Session
 from .weights import KNOWN
 
 out = Console(highlight=False, soft_wrap=True)
@@ -106,7 +106,7 @@ def answer_json(session: Session, run: Run, plain: Run | None, text: str) -> dic
         "acceptance_histogram": run.histogram(session.block_size),
     }
     if plain:
-        at = first_difference(answer, plain.answers[0])
+        at = lossless.first_index(answer.tokens, plain.answers[0].tokens)
         value |= {"plain_tokens_per_s": round(plain.tokens_per_s, 2),
                   "speedup": round(run.tokens_per_s / plain.tokens_per_s, 4),
                   "identical_to_plain": at is None, "first_difference": at}
@@ -138,7 +138,7 @@ def line(name: str, value: str) -> None:
 
 
 def _identical(session, prompt, answer, plain) -> str:
-    at = first_difference(answer, plain)
+    at = lossless.first_index(answer.tokens, plain.tokens)
     if at is None:
         return "[green]yes[/green]"
 

@@ -166,11 +166,3 @@ def _drafter(found: Checkpoint, target: Target) -> Drafter:
         return Drafter(found.config, found.tensors, target)
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error
-
-
-def first_difference(answer: Answer, plain: Answer) -> int | None:
-    """The index of the first token in which two answers differ, or None."""
-    for i, (a, b) in enumerate(zip(answer.tokens, plain.tokens, strict=False)):
-        if a != b:
-            return i
-    return None if len(answer.tokens) == len(plain.tokens) else min(len(answer.tokens), len(plain.tokens))

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "cpu/types.h"
+
+namespace dflash {
+
+// The product x W^T of `rows` rows, and the bias that the epilogue adds.
+struct GemmParams {
+  ConstRows x;
+  int64_t rows, K, N;
+  const void* weight;     // packed, or row-major (N, K) with rows weight_stride apart
+  int64_t weight_stride;  // 0 when packed
+  const void* bias;       // (N,) or null
+  Dtype dtype;
+};
+
+}  // namespace dflash
