@@ -127,9 +127,11 @@ class Attention {
       const int64_t index = (base + j) / p.page_size, first = index * p.page_size;
       const int64_t page = index < p.max_pages ? p.page_table[request.b * p.page_table_stride + index] : -1;
       const bool exists = page >= 0 && page < p.num_pages;
-      const T *k = static_cast<const T*>(p.k_cache) + t.h * p.k_cache_stride[2];
-      const T *v = static_cast<const T*>(p.v_cache) + t.h * p.v_cache_stride[2];
-      if (exists) k += page * p.k_cache_stride[0], v += page * p.v_cache_stride[0];
+      const T *k = static_cast<const T*>(p.k_cache), *v = static_cast<const T*>(p.v_cache);
+      if (exists) {
+        k += page * p.k_cache_stride[0] + t.h * p.k_cache_stride[2];
+        v += page * p.v_cache_stride[0] + t.h * p.v_cache_stride[2];
+      }
       for (; j < end && base + j < request.context && base + j < first + p.page_size; ++j) {
         const int64_t row = base + j - first;
         keys[j] = exists ? k + row * p.k_cache_stride[1] : nans;

@@ -62,11 +62,12 @@ struct KeyRows {
 
 // The keys in place where a page holds all sixteen in order, else a copy in `to` (16, D).
 inline KeyRows sixteen_keys(const bf16* const* keys, int D, bf16* to) {
-  const int64_t step = reinterpret_cast<const char*>(keys[1]) - reinterpret_cast<const char*>(keys[0]);
+  // As numbers: rows may lie in different allocations.
+  const auto address = [&](int j) { return reinterpret_cast<uintptr_t>(keys[j]); };
+  const uintptr_t step = address(1) - address(0);
   bool in_place = step != 0;
-  for (int j = 1; j < 16; ++j)
-    in_place &= reinterpret_cast<const char*>(keys[j]) == reinterpret_cast<const char*>(keys[0]) + j * step;
-  if (in_place) return {keys[0], step};
+  for (int j = 1; j < 16; ++j) in_place &= address(j) - address(0) == j * step;
+  if (in_place) return {keys[0], static_cast<int64_t>(step)};
   for (int j = 0; j < 16; ++j)
     for (int d = 0; d < D; d += 32) _mm512_storeu_si512(to + j * D + d, _mm512_loadu_si512(keys[j] + d));
   return {to, D * 2};

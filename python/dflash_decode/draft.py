@@ -78,7 +78,8 @@ class Drafter:
             if flag is not None and flag != there:
                 raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there, as the "
                                  f"config says; got {'it' if there else 'nothing'}")
-        self.embedding, self.head, self.ids_of_draft = target.embedding, target.head, None
+        self.embedding, self.ids_of_draft = target.embedding, None
+        self.head, self.head_bias = target.head, target.head_bias
         if "embed_tokens.weight" in tensors:
             self.embedding = tensors.take("embed_tokens.weight", c.vocab_size, c.hidden_size).contiguous()
         elif target.hidden_size != c.hidden_size:
@@ -89,7 +90,7 @@ class Drafter:
         rows = target.vocab_size
         if "lm_head.weight" in tensors:
             rows = c.draft_vocab_size
-            self.head = pack_weight(tensors.take("lm_head.weight", rows, c.hidden_size))
+            self.head, self.head_bias = pack_weight(tensors.take("lm_head.weight", rows, c.hidden_size)), None
         tensors.drop("t2d")  # the same map, as a mask over the target's ids
         if "d2t" in tensors:
             ids = torch.arange(rows, device=self.device) + tensors.take("d2t", rows).long()
@@ -182,7 +183,7 @@ class DraftPass:
                       page_size=self.page_size, block_lens=block_lens, embedding=d.embedding, out=self.block)
         hidden = self.layers.run(self.block.positions.view(-1), None, page_table, context_lens, block_lens)
         embed_tokens(self.masked_rows, hidden, out=self.masked)
-        lm_head_argmax(self.masked, d.head, num_valid=d.num_valid, scale=c.output_multiplier,
+        lm_head_argmax(self.masked, d.head, bias=d.head_bias, num_valid=d.num_valid, scale=c.output_multiplier,
                        softcap=c.final_logit_softcapping, out_values=self.values,
                        out_ids=self.guesses if d.ids_of_draft is None else self.draft_ids)
         if d.ids_of_draft is not None:

@@ -34,6 +34,7 @@ class Target(Protocol):
     cache: CacheShape
     embedding: torch.Tensor  # (V, H), for drafters without their own
     head: torch.Tensor | PackedWeight  # (V, H), likewise
+    head_bias: torch.Tensor | None  # (V,)
     graph_safe: bool  # a pass runs dflash ops alone, so a graph can capture it
 
     def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> TargetPass:

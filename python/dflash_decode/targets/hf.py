@@ -48,7 +48,7 @@ class HFTarget:
         self.num_layers = config.num_hidden_layers
         self.max_context = min(max_context or longest, longest)
         self.head = pack_weight(head.weight.detach())
-        self._bias = None if head.bias is None else head.bias.detach()
+        self.head_bias = None if head.bias is None else head.bias.detach()
         self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -59,7 +59,7 @@ class HFTarget:
         return HFPass(self, caches, taps)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
-        lm_head_argmax(rows, self.head, bias=self._bias, softcap=self._softcap, out_ids=ids, out_values=values)
+        lm_head_argmax(rows, self.head, bias=self.head_bias, softcap=self._softcap, out_ids=ids, out_values=values)
 
 
 class HFPass:

@@ -32,6 +32,7 @@ class NativeTarget:
     """
 
     graph_safe = True
+    head_bias = None
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
                  device: torch.device | str = "cpu", max_context: int | None = None):
