@@ -22,15 +22,18 @@ COPIED = ("setup.py", "pyproject.toml", "csrc", "dflash_kernels", "python", "tes
 
 
 def copy() -> None:
-    """Modification times are kept, as ninja goes by them."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    """Only files that differ are written, so that ninja compiles what changed since the copy's last build."""
+    sources = [p for name in COPIED for p in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])
+               if p.is_file() and p.suffix not in (".so", ".pyc")]
+    wanted = {FOLDER / p.relative_to(ROOT): p for p in sources}
     for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.rmtree(FOLDER / name, ignore_errors=True)
-            shutil.copytree(source, FOLDER / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        elif source.exists():
-            shutil.copy2(source, FOLDER)
+        for old in (FOLDER / name).rglob("*") if (FOLDER / name).is_dir() else ():
+            if old.is_file() and old not in wanted and old.suffix not in (".so", ".pyc"):
+                old.unlink()
+    for target, source in wanted.items():
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
 
 
 def run_time_libraries() -> str:

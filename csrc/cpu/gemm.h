@@ -159,7 +159,7 @@ inline void tile(const typename Operand<T>::X* x, int64_t ld, int rows, const T*
 
 // ---- the walk over blocks --------------------------------------------------------------------------------------------
 
-// Calls epilogue(c, ldc, r0, rows, n0, s) for every tile: c holds float32 sums, row r of the tile at c + r * ldc, for
+// Calls epilogue(c, ldc, r0, rows, n0) for every tile: c holds float32 sums, row r of the tile at c + r * ldc, for
 // output rows r0 ... r0 + rows and outputs n0 ... n0 + 16.
 template <class T, int S, class Epilogue>
 inline void group_of_blocks(const GemmParams& p, const typename Operand<T>::X* x, int64_t ld, int64_t r0, int64_t rows,
