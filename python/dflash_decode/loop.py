@@ -20,7 +20,7 @@ class Decoder:
     max_batch requests of max_context tokens. Pages are taken when a request starts, for all that it may write."""
 
     def __init__(self, target: Target, drafter: Drafter | None = None, *, block_size: int | None = None,
-                 max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 16,
+                 max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 64,
                  prefill_rows: int = 256):
         self.width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter and not 1 <= self.width <= drafter.block_size:
