@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -70,3 +72,51 @@ def test_an_op_without_a_kernel_cannot_be_captured(monkeypatch):
     with (pytest.raises(RuntimeError, match="only_a_reference has no kernel here to capture"),
           dk.StepGraph().capture()):
         op(x, out)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_replay_has_the_same_bits_whatever_the_number_of_threads(threads):
+    x, w = torch.randn(3, 256).bfloat16(), torch.ones(256, dtype=torch.bfloat16)
+    weights = [dk.pack_weight((torch.randn(256, 256) / 16).bfloat16()) for _ in range(40)]
+    graph, before = dk.StepGraph(), torch.get_num_threads()
+    with graph.capture():
+        h = x
+        for packed in weights:
+            h = dk.rms_norm(dk.linear(h, packed), w)
+    want = h.clone()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(50):
+            h.fill_(float("nan"))
+            graph.replay()
+            assert same_bits(h, want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_replays_of_two_python_threads_do_not_mix():
+    def chain(seed):
+        torch.manual_seed(seed)
+        x, packed = torch.randn(4, 128), [dk.pack_weight(torch.randn(128, 128) / 11) for _ in range(20)]
+        graph = dk.StepGraph()
+        with graph.capture():
+            h = x
+            for weight in packed:
+                h = dk.linear(h, weight)
+        return graph, h, h.clone()
+
+    chains, wrong = [chain(seed) for seed in range(2)], []
+
+    def work(graph, h, want):
+        for _ in range(100):
+            h.fill_(float("nan"))
+            graph.replay()
+            if not same_bits(h, want):
+                wrong.append(h.clone())
+
+    threads = [threading.Thread(target=work, args=c) for c in chains]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "bindings/host.h"
+#include "bindings/team.h"
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
 
@@ -22,10 +23,14 @@
 namespace dflash {
 
 void parallel_for_raw(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (Team* team = Team::current()) return team->run(begin, end, grain, body, context);
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
-int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+int num_threads() {
+  const Team* team = Team::current();
+  return team ? team->threads() : static_cast<int>(torch::stable::get_num_threads());
+}
 
 namespace {
 
@@ -84,6 +89,20 @@ Isa& isa_slot() {
 
 thread_local Recorder* t_recorder = nullptr;
 
+// The thread that gets the first index leads and runs the launches; the others, as many as torch grants, follow.
+void replay_in_a_team(const Recorder& recorder) {
+  const int threads = num_threads();
+  if (threads <= 1 || Team::current()) return recorder.replay();
+  Team team(threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    if (begin != 0) return team.follow();
+    Team::current() = &team;
+    recorder.replay();
+    Team::current() = nullptr;
+    team.end();
+  });
+}
+
 // ---- Python functions ----------------------------------------------------------------------------------------------
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kIsaNames[static_cast<int>(active_isa())]); }
@@ -141,7 +160,7 @@ PyObject* py_replay(PyObject*, PyObject* capsule) {
   const Recorder* recorder = unwrap(capsule);
   if (!recorder) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  recorder->replay();
+  replay_in_a_team(*recorder);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
