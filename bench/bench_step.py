@@ -1,24 +1,18 @@
-"""Whole steps of SmolLM2-135M in bfloat16: a plain step, a verify pass, a DFlash step, and the draft's parts.
+"""Whole steps of SmolLM2-135M in bfloat16: a plain step, a verify pass, a DFlash step.
 
 Each is a recorded step, replayed on the same memory. The floor of a pass is its weights' bytes over the read bandwidth.
 """
 
-import sys
-from pathlib import Path
-
 from cases import Case
 
 import dflash_kernels as dk
+from dflash_decode.draft import Drafter
+from dflash_decode.kv import PagePool
+from dflash_decode.step import Step
+from dflash_decode.targets.native import NativeTarget
+from dflash_decode.weights import load_checkpoint
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
-
-from dflash_decode.draft import Drafter  # noqa: E402
-from dflash_decode.kv import PagePool  # noqa: E402
-from dflash_decode.step import Step  # noqa: E402
-from dflash_decode.targets.native import NativeTarget  # noqa: E402
-from dflash_decode.weights import load_checkpoint  # noqa: E402
-
-BLOCK, CONTEXT, PAGE = 8, 256, 16
+BLOCK, CONTEXT, PAGE = 8, 256, 64
 
 
 def weight_bytes(*records) -> int:

@@ -1,18 +1,14 @@
 """What a benchmark is made of: cases, checked before they are timed, and rows that tell how far the limit is."""
 
-import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import dflash_kernels
+from dflash_decode.bench import commit, cpu_model
 from dflash_kernels import StepGraph
 from dflash_kernels.testing.timing import ReadBandwidth, interleaved
 
-ROOT = Path(__file__).resolve().parent.parent
 FOOTPRINT = 192 << 20  # bytes that the copies of a case's inputs take together, so that no cache keeps them
 
 
@@ -42,17 +38,8 @@ class Case:
 
 def header() -> dict:
     info = dflash_kernels.build_info()
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    return {"device": cpu_name(), "cores": os.cpu_count(), "commit": commit.strip(),
+    return {"device": cpu_model(), "cores": os.cpu_count(), "commit": commit(),
             **{k: info[k] for k in ("version", "torch", "python", "platform", "isa", "threads", "compiler")}}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def measure(cases: Iterable[Case], runs: int = 40) -> list[dict]:
@@ -94,10 +81,3 @@ def line(row: dict) -> str:
     peers = " ".join(f"{us / row['us']:.2f}x {name}" for name, us in row["peers"].items())
     return (f"{row['op']:<16} {row['case']:<34} {row['us']:9.1f} us [{row['p20']:.1f}-{row['p80']:.1f}] "
             f"{row['gbps']:7.1f} GB/s {row['pct_of_limit']:5.0f} % of read {row['tflops']:7.3f} TFLOP/s  {peers}")
-
-
-def write_json(path: Path, rows: list[dict], **more) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"header": header(), "rows": rows, **more}, indent=1) + "\n")
-    partial.replace(path)

@@ -6,8 +6,11 @@
 import argparse
 import importlib
 import re
+from pathlib import Path
 
-from cases import ROOT, cpu_name, header, measure, write_json
+from cases import header, measure
+
+from dflash_decode.bench import cpu_model, write_json
 
 NAMES = ("linear", "attention", "step")
 
@@ -18,12 +21,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    folder = ROOT / "bench" / "results" / re.sub(r"[^A-Za-z0-9]+", "-", cpu_name()).strip("-").lower()
+    folder = Path(__file__).parent / "results" / re.sub(r"[^A-Za-z0-9]+", "-", cpu_model()).strip("-").lower()
     print(" | ".join(f"{k} {v}" for k, v in header().items()))
     for name in options.names or NAMES:
         rows = measure(importlib.import_module(f"bench_{name}").cases(), options.runs)
         if not options.no_write:
-            write_json(folder / f"{name}.json", rows, command=f"python bench/run.py {name} --runs {options.runs}")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"{name}.json", {"header": header(), "rows": rows,
+                                                 "command": f"python bench/run.py {name} --runs {options.runs}"})
 
 
 if __name__ == "__main__":

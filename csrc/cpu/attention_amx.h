@@ -6,6 +6,7 @@
 // finite are reported, and the caller then gives each row a copy in which the keys that it does not see are zero.
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/attention_work.h"
 
 #if defined(__AMX_BF16__)
@@ -29,19 +30,10 @@ constexpr bool kHasTiles<bf16> = true;
 
 constexpr int kGroup = 32;  // keys of one multiplication by values
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 // The tile intrinsics do not tell the compiler that they read memory.
 inline void memory_is_read(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-inline void open_tiles() {
-  const TileConfig config;
-  memory_is_read(&config);
-  _tile_loadconfig(&config);
-}
+inline void open_tiles() { configure_tiles(16); }
 inline void close_tiles() { _tile_release(); }
 
 // 16 rows of D -> pairs[d / 2][row][2].

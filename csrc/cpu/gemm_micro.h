@@ -2,6 +2,7 @@
 // instruction set. Each keeps one accumulator per (row, output) and runs over k in order.
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/vec.h"
 
 namespace dflash::DFLASH_ISA {
@@ -110,22 +111,6 @@ inline void micro_dot(const bf16* x, int64_t ldx, const bf16* const* w, int64_t 
     for (int s = 0; s < S; ++s) _mm512_storeu_ps(c + r * ldc + s * kBlock, acc[r][s]);
 }
 #else
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0-3 accumulate, 4 holds x, 5-7 take turns with the weight. R rows of x and of each accumulator.
-inline void configure_tiles(int R) {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) {
-    config.row_bytes[t] = 64;
-    config.rows[t] = t <= 4 ? R : 16;
-  }
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
-
 template <int S>
 inline void micro_tiles(const bf16* x, int64_t ldx, const bf16* const* w, int64_t K, float* c) {
   _tile_zero(0);
