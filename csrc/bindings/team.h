@@ -28,7 +28,7 @@ class Team {
   explicit Team(int threads) : threads_(threads) {}
   int threads() const { return threads_; }
 
-  // Runs body over [begin, end) in chunks of at least `grain`; called by the leader.
+  // Runs body over [begin, end) in chunks of at least `grain`; called by the leader, never from inside a body.
   void run(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
     int64_t chunks = (end - begin + grain - 1) / grain;
     if (chunks > threads_) chunks = threads_;

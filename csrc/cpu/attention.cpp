@@ -216,7 +216,8 @@ void run(const AttentionParams& p) {
   if (p.batch == 0 || p.width == 0) return;
   const Plan plan = make_plan(p, stride);
   const int64_t scratch = padded(Scratch::floats(stride)), partial = State::floats(stride);
-  float* memory = t_workspace.get(plan.threads * scratch + (plan.split ? plan.items * partial + plan.tasks : 0));
+  const int64_t floats = plan.threads * scratch + (plan.split ? plan.items * partial + plan.tasks : 0);
+  float* memory = static_cast<float*>(t_workspace.get(size_t(floats) * sizeof(float)));
   float* partials = memory + plan.threads * scratch;
   int32_t* done = reinterpret_cast<int32_t*>(partials + plan.items * partial);
   if (plan.split) std::memset(done, 0, size_t(plan.tasks) * 4);
@@ -245,7 +246,7 @@ void run(const AttentionParams& p) {
       } else {
         attention.start(t, total);
         const int64_t i0 = row0 / group, i1 = (row0 + t.count - 1) / group;
-        const int64_t lo = t.request.first(p, i0) / kSpan, hi = div_up(t.request.last(p, i1), kSpan);
+        const int64_t lo = t.request.first(p, i0) / kSpan, hi = ceil_div(t.request.last(p, i1), kSpan);
         for (int64_t s = lo; s < hi; ++s) {
           const State part(w.partial, stride);
           attention.span(t, s, w, part);

@@ -1,10 +1,9 @@
 // How a call of block_attention is cut into tasks, and the memory that they work in.
 #pragma once
 
-#include <cstdlib>
-
 #include "cpu/attention.h"
 #include "cpu/attention_tile.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
@@ -13,7 +12,6 @@ namespace {
 constexpr int kRows = 32;  // query rows of one key head that share converted keys and values
 
 inline int64_t clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t n) { return (n + 15) & ~int64_t{15}; }
 
 // One request's lengths, clamped to what exists.
@@ -76,21 +74,7 @@ struct State {
   static int64_t floats(int64_t stride) { return kRows * (stride + 2); }
 };
 
-// Scratch memory of the calling thread, kept between calls so that a step allocates nothing once it has run.
-struct Workspace {
-  float* data = nullptr;
-  int64_t size = 0;
-  float* get(int64_t n) {
-    if (n > size) {
-      std::free(data);
-      data = static_cast<float*>(std::aligned_alloc(64, size_t((n * 4 + 63) & ~int64_t{63})));
-      size = data ? n : 0;
-    }
-    return data;
-  }
-  ~Workspace() { std::free(data); }
-};
-thread_local Workspace t_workspace;
+thread_local ThreadMemory t_workspace;
 
 // How the call is cut into items, and what they share.
 struct Plan {
@@ -110,12 +94,12 @@ Plan make_plan(const AttentionParams& p, int64_t stride) {
     const int64_t lo = request.first(p, 0), hi = request.last(p, request.rows - 1);
     if (lo >= hi) continue;
     first = lo / kSpan < first ? lo / kSpan : first;
-    last = div_up(hi, kSpan) > last ? div_up(hi, kSpan) : last;
+    last = ceil_div(hi, kSpan) > last ? ceil_div(hi, kSpan) : last;
     work += (request.rows * p.heads + 4 * p.kv_heads) * (hi - lo) * stride;
   }
   Plan plan{};
-  plan.chunks = div_up(rows, kRows);
-  plan.chunk = (div_up(rows, plan.chunks) + 3) & -4;
+  plan.chunks = ceil_div(rows, kRows);
+  plan.chunk = (ceil_div(rows, plan.chunks) + 3) & -4;
   plan.tasks = p.batch * p.kv_heads * plan.chunks;
   plan.first_span = first < last ? first : 0;
   plan.spans = first < last ? last - first : 0;

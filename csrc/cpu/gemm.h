@@ -9,10 +9,9 @@
 // alone: not on how many rows there are, how they are grouped into registers or tiles, or on the number of threads.
 #pragma once
 
-#include <cstdlib>
-
 #include "cpu/gemm_micro.h"
 #include "cpu/gemm_params.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
@@ -22,26 +21,7 @@ constexpr int kStreams = 4;   // blocks walked at once
 constexpr int kTileRows = 16;
 constexpr int kPanelRows = 64;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded_k(int64_t K) { return ceil_div(K, 32) * 32; }
-
-// Memory that a thread keeps between calls.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  void* get(size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = std::aligned_alloc(4096, size_);
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t size_ = 0;
-};
 
 // Packed elements of one block.
 template <class T> inline int64_t block_elements(int64_t K) { return kBlock * K; }
@@ -66,7 +46,7 @@ inline void pack_block(const T* w, int64_t stride, int64_t n0, int64_t N, int64_
 
 // float32, zero past K
 template <class T>
-inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
   *ld = padded_k(K);
   float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
   for (int64_t r = 0; r < rows; ++r)
@@ -78,7 +58,7 @@ template <class T>
 struct Operand {
   using X = float;
   static int64_t depth(int64_t K) { return K; }
-  static const X* prepare(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+  static const X* prepare(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
     return widen(x, stride, rows, K, ld, scratch);
   }
   template <int R, int S>
@@ -92,7 +72,7 @@ struct Operand<bf16> {
   static int64_t depth(int64_t K) { return padded_k(K); }
 #if DFLASH_BF16_DOT
   using X = bf16;
-  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
     if (K % 32 == 0) {
       *ld = stride;
       return x;
@@ -107,7 +87,7 @@ struct Operand<bf16> {
   }
 #else
   using X = float;
-  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, Scratch& scratch) {
+  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
     return widen(x, stride, rows, K, ld, scratch);
   }
 #endif
@@ -163,7 +143,7 @@ inline void tile(const typename Operand<T>::X* x, int64_t ld, int rows, const T*
 // output rows r0 ... r0 + rows and outputs n0 ... n0 + 16.
 template <class T, int S, class Epilogue>
 inline void group_of_blocks(const GemmParams& p, const typename Operand<T>::X* x, int64_t ld, int64_t r0, int64_t rows,
-                            const int64_t* blocks, Scratch& packing, Epilogue& epilogue) {
+                            const int64_t* blocks, ThreadMemory& packing, Epilogue& epilogue) {
   const T* w[S];
   const int64_t size = block_elements<T>(p.K);
   if (p.weight_stride == 0) {
@@ -189,7 +169,7 @@ inline void group_of_blocks(const GemmParams& p, const typename Operand<T>::X* x
 // Blocks [begin, end) of the weight for all rows, on the calling thread.
 template <class T, class Epilogue>
 inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
-  static thread_local Scratch rows_scratch, pack_scratch;
+  static thread_local ThreadMemory rows_scratch, pack_scratch;
   for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
     const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
     int64_t ld;

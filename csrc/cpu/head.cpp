@@ -1,17 +1,12 @@
 #include "cpu/head.h"
 
+#include "cpu/argmax.h"
 #include "cpu/gemm.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
 
 constexpr int64_t kNoId = INT64_MAX;
-
-// torch.argmax's order: NaN above everything, then the larger value, then the lower index.
-inline bool better(float v, int64_t i, float best, int64_t best_i) {
-  if (is_nan(best)) return is_nan(v) && i < best_i;
-  return is_nan(v) || v > best || (v == best && i < best_i);
-}
 
 inline bool any_not_less(Vec v, float best) {
 #if DFLASH_VEC == 512
@@ -40,8 +35,7 @@ struct ArgmaxEpilogue {
   int* lock;
   int64_t first = -1;
   int count = 0;
-  float best[kPanelRows];
-  int64_t best_i[kPanelRows];
+  Best best[kPanelRows];
 
   void operator()(const float* c, int64_t ldc, int64_t r0, int rows, int64_t n0) {
     const int64_t panel = r0 / kPanelRows * kPanelRows;
@@ -52,11 +46,11 @@ struct ArgmaxEpilogue {
       for (int v = 0; v < kBlock && n0 + v < p.num_valid; v += Vec::W) {
         const int m = int(p.num_valid - n0 - v < Vec::W ? p.num_valid - n0 - v : Vec::W);
         const Vec y = finish_logits<T>(p, load(c + r * ldc + v), n0 + v, m);
-        if (!any_not_less(y, best[at])) continue;
+        if (!any_not_less(y, best[at].value)) continue;
         float lane[Vec::W];
         store(lane, y);
         for (int i = 0; i < m; ++i)
-          if (better(lane[i], n0 + v + i, best[at], best_i[at])) best[at] = lane[i], best_i[at] = n0 + v + i;
+          if (const Best found{lane[i], n0 + v + i}; wins(found, best[at])) best[at] = found;
       }
     }
   }
@@ -64,14 +58,14 @@ struct ArgmaxEpilogue {
     merge();
     first = panel;
     count = 0;
-    for (int r = 0; r < kPanelRows; ++r) best[r] = -INFINITY, best_i[r] = kNoId;
+    for (int r = 0; r < kPanelRows; ++r) best[r] = {-INFINITY, kNoId};
   }
   void merge() {
     if (first < 0) return;
     while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE)) {}
     for (int r = 0; r < count; ++r)
-      if (better(best[r], best_i[r], p.values[first + r], p.ids[first + r]))
-        p.values[first + r] = best[r], p.ids[first + r] = best_i[r];
+      if (wins(best[r], {p.values[first + r], p.ids[first + r]}))
+        p.values[first + r] = best[r].value, p.ids[first + r] = best[r].index;
     __atomic_store_n(lock, 0, __ATOMIC_RELEASE);
   }
 };
@@ -83,7 +77,7 @@ void run(const LmHeadArgmaxParams& p) {
   int lock = 0;
   const int64_t blocks = ceil_div(p.num_valid, kBlock);
   parallel_for(blocks, gemm_grain(g), [&](int64_t begin, int64_t end) {
-    ArgmaxEpilogue<T> epilogue{p, &lock, -1, 0, {}, {}};
+    ArgmaxEpilogue<T> epilogue{p, &lock, -1, 0, {}};
     gemm_blocks<T>(g, begin, end, epilogue);
     epilogue.merge();
   });

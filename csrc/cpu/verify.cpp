@@ -1,26 +1,16 @@
 #include "cpu/verify.h"
 
+#include "cpu/argmax.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
 
-struct Best {
-  float value;
-  int64_t index;
-};
-
-// b, of higher indices than a, wins only by being greater, or by being the first NaN.
-inline Best better(Best a, Best b) {
-  if (is_nan(a.value)) return a;
-  return is_nan(b.value) || b.value > a.value ? b : a;
-}
-
 template <class T>
 Best first_in(const T* x, int64_t begin, int64_t end) {
   Best best{to_float(x[begin]), begin};
-  for (int64_t i = begin + 1; i < end; ++i) best = better(best, {to_float(x[i]), i});
+  for (int64_t i = begin + 1; i < end; ++i)
+    if (const Best found{to_float(x[i]), i}; wins(found, best)) best = found;
   return best;
 }
 
@@ -52,7 +42,9 @@ int64_t argmax(const T* x, int64_t n) {
       }
   }
   if (winner >= 0) best = first_in(x, winner, winner + kBlock);
-  return i < n ? better(best, first_in(x, i, n)).index : best.index;
+  if (i == n) return best.index;
+  const Best tail = first_in(x, i, n);
+  return wins(tail, best) ? tail.index : best.index;
 }
 
 inline int64_t width_of(const VerifyGreedyParams& p, int64_t b) {
