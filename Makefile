@@ -5,6 +5,7 @@
 #   make test      the tests            make build     the extension
 #   make lint      ruff                 make bench     benchmarks into bench/results
 #   make docs      tables and op pages  make sanitize  the CPU kernels' tests under ASan and UBSan
+#   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make clean     removes what was built (not .venv)
 #
 # PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
@@ -17,11 +18,11 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench docs lint sanitize clean
+.PHONY: demo test build bench evaluate docs lint sanitize clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
-	$(VENV)/bin/dflash-kernels generate --model smollm2 --draft random --prompt "$(PROMPT)" --compare
+	$(VENV)/bin/dflash-kernels generate --model smollm2 --prompt "$(PROMPT)" --compare
 
 test: build $(STAMPS)/dev $(STAMPS)/model
 	$(PY) -m pytest $(ARGS)
@@ -30,6 +31,10 @@ build: $(STAMPS)/build
 
 bench: build $(STAMPS)/dev $(STAMPS)/model
 	$(PY) bench/run.py $(ARGS)
+	$(PY) docs/generate.py
+
+evaluate: build $(STAMPS)/model
+	$(PY) bench/evaluate.py $(PROMPTS) $(ARGS)
 	$(PY) docs/generate.py
 
 docs: build

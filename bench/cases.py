@@ -1,8 +1,10 @@
 """What a benchmark is made of: cases, checked before they are timed, and rows that tell how far the limit is."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import dflash_kernels
 from dflash_decode.bench import commit, cpu_model
@@ -10,6 +12,11 @@ from dflash_kernels import StepGraph
 from dflash_kernels.testing.timing import ReadBandwidth, interleaved
 
 FOOTPRINT = 192 << 20  # bytes that the copies of a case's inputs take together, so that no cache keeps them
+
+
+def results_folder() -> Path:
+    """Where this machine's results are kept."""
+    return Path(__file__).parent / "results" / re.sub(r"[^A-Za-z0-9]+", "-", cpu_model()).strip("-").lower()
 
 
 def copies_of(nbytes: int) -> int:

@@ -5,12 +5,10 @@
 
 import argparse
 import importlib
-import re
-from pathlib import Path
 
-from cases import header, measure
+from cases import header, measure, results_folder
 
-from dflash_decode.bench import cpu_model, write_json
+from dflash_decode.bench import write_json
 
 NAMES = ("linear", "attention", "step")
 
@@ -21,7 +19,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    folder = Path(__file__).parent / "results" / re.sub(r"[^A-Za-z0-9]+", "-", cpu_model()).strip("-").lower()
+    folder = results_folder()
     print(" | ".join(f"{k} {v}" for k, v in header().items()))
     for name in options.names or NAMES:
         rows = measure(importlib.import_module(f"bench_{name}").cases(), options.runs)

@@ -77,6 +77,12 @@ class PackedWeight:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """The rows `index` (n,) int64 of the weight, unpacked: (n, K). Not graph-safe."""
+        if self.data.dim() == 2:
+            return self.data[index]
+        return self.data[index // 16, :, index % 16].flatten(1)[:, :self.in_features]
+
 
 @dataclass(frozen=True)
 class PreparedBlock:

@@ -11,6 +11,8 @@ import dflash_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# Acceptance lengths of MiniMax-M2.7's DFlash drafter, block 8, greedy, as its model card has them.
+CARD = {"math500": 3.561, "gsm8k": 3.481, "humaneval": 3.610, "mt_bench": 3.550}
 EMPTY = "No results yet: `make bench` measures and fills this in."
 
 
@@ -42,19 +44,53 @@ def kernel_table(folder: Path) -> list[str]:
     return lines
 
 
+def machine(r: dict) -> str:
+    return f"{r['cpu']}, {r['threads']} threads, {r['isa']}"
+
+
+def decode_table(results: list[dict]) -> list[str]:
+    """A row for each task of each result, beside the acceptance length on the card of MiniMax-M2.7's drafter."""
+    lines = []
+    for r in results:
+        drafter = "random weights" if r["draft"] == "random" else r["draft"]
+        lines += [f"{r['model']} with {drafter}, {r['dtype']}, block {r['block_size']}, greedy, at most "
+                  f"{r['max_new_tokens']} new tokens, {r['concurrency']} at once, "
+                  f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.", "",
+                  "| task | prompts | acceptance length | MiniMax-M2.7's card | tokens/s | plain tokens/s | ratio | "
+                  "same text |", "|---|---|---|---|---|---|---|---|"]
+        for task, t in [*r["tasks"].items(), ("all", r)]:
+            same = "yes" if t["identical_to_plain"] else f"{t['different_requests']} differ"
+            lines.append(f"| {task} | {t['requests']} | {t['acceptance_length']:.2f} | {CARD.get(task, '')} | "
+                         f"{t['tokens_per_s']:.1f} | {t['plain_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
+        lines.append("")
+    return lines
+
+
+def position_table(r: dict) -> list[str]:
+    """How often the draft at a position of the block was accepted, given that all before it were."""
+    width = r["block_size"]
+    lines = ["| task | " + " | ".join(map(str, range(1, width))) + " |", "|---" * width + "|"]
+    for task, t in [*r["tasks"].items(), ("all", r)]:
+        counts = t["acceptance_histogram"]
+        reached = [sum(counts[k:]) for k in range(width)]  # steps that committed more than k tokens
+        shares = [f"{reached[k] / reached[k - 1]:.2f}" if reached[k - 1] else "" for k in range(1, width)]
+        lines.append(f"| {task} | " + " | ".join(shares) + " |")
+    return lines
+
+
 def results_block(folder: Path) -> str:
-    rows, kernels = decode_results(folder), kernel_table(folder)
-    if not rows:
-        return "\n".join([BEGIN, *(kernels or [EMPTY]), END])
-    lines = [*kernels, "| model | drafter | block | requests at once | acceptance length | tokens/s | plain tokens/s | "
-             "ratio | same text | machine |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for r in rows:
-        drafter = "random weights" if r["draft"] == "random" else Path(r["draft"]).name
-        same = "yes" if r["identical_to_plain"] else f"{r['different_requests']} of {r['requests']} differ"
-        lines.append(f"| {r['model']}, {r['dtype']} | {drafter} | {r['block_size']} | {r['concurrency']} | "
-                     f"{r['acceptance_length']:.2f} | {r['tokens_per_s']:.1f} | {r['plain_tokens_per_s']:.1f} | "
-                     f"{r['speedup']:.2f} | {same} | {r['cpu']}, {r['threads']} threads, {r['isa']} |")
-    return "\n".join([BEGIN, *lines, END])
+    lines = [*kernel_table(folder), *decode_table(decode_results(folder))]
+    return "\n".join([BEGIN, *(lines or [EMPTY]), END])
+
+
+def card_block(folder: Path, drafter: str) -> str:
+    """The model card's figures: those of the drafter alone."""
+    found = [r for r in decode_results(folder) if r["draft"] == drafter]
+    lines = decode_table(found)
+    if found:
+        lines += ["By position in the block: how often a draft was accepted, given that all before it were "
+                  f"({found[0]['concurrency']} at once).", "", *position_table(found[0])]
+    return "\n".join([BEGIN, *(lines or [EMPTY]), END])
 
 
 def with_results(readme: str, block: str) -> str:
@@ -72,11 +108,19 @@ def ops_page() -> str:
     return "\n".join(parts)
 
 
+def pages() -> dict[Path, str]:
+    """Everything that is made, as it should be."""
+    results = ROOT / "bench" / "results"
+    made = {ROOT / "README.md": results_block(results)}
+    for card in (ROOT / "python" / "dflash_decode" / "drafters").glob("*/README.md"):
+        made[card] = card_block(results, card.parent.name)
+    return {page: with_results(page.read_text(encoding="utf-8"), block) for page, block in made.items()} | {
+        ROOT / "docs" / "ops.md": ops_page()}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_results(readme.read_text(encoding="utf-8"), results_block(ROOT / "bench" / "results")),
-                      encoding="utf-8")
-    (ROOT / "docs" / "ops.md").write_text(ops_page(), encoding="utf-8")
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dflash_decode.config import read_draft_config
-from dflash_decode.draft import Drafter, refuse_side_files, tensor_shapes
+from dflash_decode.draft import Drafter, read_vocabulary, refuse_side_files, tensor_shapes
 from dflash_decode.kv import NO_PAGE, PagePool
+from dflash_decode.weights import CheckpointError
 from dflash_kernels.testing import assert_within_budget, same_bits
 
 pytest.importorskip("transformers")
@@ -287,6 +288,36 @@ def test_p35_d2t_is_an_offset_and_padded_ids_never_win():
     del tensors["d2t"]
     with pytest.raises(ValueError, match="tensor d2t must be there with shape"):
         Drafter(config, tensors, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draft_vocabulary_is_those_rows_of_the_targets_head(dtype):
+    config = draft_config({})
+    _, target = make_target("llama", dtype=dtype)
+    tensors, kept = random_tensors(config, dtype), torch.randperm(VOCAB)[:37].sort().values
+    hidden, whole = Served(Drafter(config, tensors, target), [9, 2]).commit_all().draft([1, 2])
+    _, ids = Served(Drafter(config, tensors, target, kept), [9, 2]).commit_all().draft([1, 2])
+    logits = hidden[:, 1:].float() @ target.head.rows(torch.arange(VOCAB)).float().T
+    best, want = logits[..., kept].topk(2).values, kept[logits[..., kept].argmax(-1)]
+    clear = best[..., 0] - best[..., 1] > 1e-2
+    assert clear.any() and torch.equal(ids[:, 1:][clear], want[clear]) and not torch.equal(ids, whole)
+    assert torch.isin(ids[:, 1:], kept).all() and ids[:, 0].tolist() == [1, 2]
+    for wrong in (torch.tensor([VOCAB]), torch.tensor([-1, 3]), torch.tensor([[1]]), torch.tensor([], dtype=torch.int64)):
+        with pytest.raises(ValueError, match="draft vocabulary must be ids"):
+            Drafter(config, tensors, target, wrong)
+    with pytest.raises(ValueError, match="must come with the target's head"):
+        Drafter(config, tensors | {"lm_head.weight": torch.randn(VOCAB, HIDDEN).to(dtype)}, target, kept)
+
+
+def test_a_draft_vocabulary_is_read_beside_the_weights(tmp_path):
+    assert read_vocabulary(tmp_path) is None
+    file = tmp_path / "draft_vocabulary.json"
+    file.write_text('{"token_ids": [5, 2, 9]}')
+    assert read_vocabulary(tmp_path).tolist() == [2, 5, 9]
+    for bad in ('{"token_ids": []}', '{"token_ids": [1, 1]}', '{"token_ids": [1.5]}', '{"ids": [1]}', "[1]", "{"):
+        file.write_text(bad)
+        with pytest.raises(CheckpointError, match="draft_vocabulary.json"):
+            read_vocabulary(tmp_path)
 
 
 def test_p34_a_head_padded_beyond_the_target_drafts_known_ids_only():

@@ -48,6 +48,23 @@ def plain(target, requests):
     return run(target, None, requests, max_batch=1, page_size=16)
 
 
+@pytest.fixture(scope="module")
+def shipped(target):
+    from dflash_decode.draft import read_vocabulary
+    from dflash_decode.weights import drafter_of, load_checkpoint
+
+    found = load_checkpoint(drafter_of("smollm2"))
+    return Drafter(found.config, found.tensors, target, read_vocabulary(found.source))
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_the_trained_drafter_is_lossless_and_worth_its_time(target, shipped, requests, plain, concurrency):
+    got = run(target, shipped, requests, max_batch=concurrency, page_size=16)
+    assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+    lengths = [n for *_, acceptance in got.values() for n in acceptance]
+    assert sum(lengths) / len(lengths) > 1.4
+
+
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_speculative_text_is_plain_text(target, requests, plain, concurrency):
     texts = {key: value[0] for key, value in plain.items()}

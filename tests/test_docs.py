@@ -133,26 +133,26 @@ def test_the_two_commands_are_on_the_first_screen():
     assert any(line.startswith("make demo") for line in top) and any(line.startswith("make test") for line in top)
 
 
-def test_results_block_is_made_from_the_results():
-    made = generator()
-    readme = text("README.md")
-    fresh = made.with_results(readme, made.results_block(ROOT / "bench" / "results"))
-    assert fresh == readme, "README.md's table is not that of bench/results: run `make docs`"
-
-
-def test_ops_page_is_up_to_date():
-    assert text("docs/ops.md") == generator().ops_page(), "docs/ops.md is out of date: run `make docs`"
+def test_what_is_made_from_data_is_up_to_date():
+    for page, fresh in generator().pages().items():
+        assert page.read_text(encoding="utf-8") == fresh, f"{page.relative_to(ROOT)} is out of date: run `make docs`"
 
 
 def test_results_block_of_planted_results(tmp_path):
     made = generator()
-    row = {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 8, "concurrency": 2,
-           "acceptance_length": 1.25, "tokens_per_s": 12.34, "plain_tokens_per_s": 6.17, "speedup": 2.0, "requests": 9,
-           "identical_to_plain": False, "different_requests": 3, "cpu": "c", "threads": 2, "isa": "avx2"}
+    task = {"acceptance_length": 1.25, "tokens_per_s": 12.34, "plain_tokens_per_s": 6.17, "speedup": 2.0, "requests": 9,
+            "acceptance_histogram": [6, 2, 4, 0], "identical_to_plain": False, "different_requests": 3}
+    row = task | {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 4,
+                  "limit": None, "concurrency": 2, "max_new_tokens": 5, "cpu": "c", "threads": 2, "isa": "avx2",
+                  "tasks": {"gsm8k": task}}
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / "a.json").write_text(json.dumps(row))
+    (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
     (tmp_path / "other.json").write_text('{"kind": "op"}')
     block = made.results_block(tmp_path)
-    assert "| m, bfloat16 | random weights | 8 | 2 | 1.25 | 12.3 | 6.2 | 2.00 | 3 of 9 differ | " in block
-    assert block.count("\n") == 4
+    assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, 2 at once" in block
+    assert block.count("| gsm8k | 9 | 1.25 | 3.481 | 12.3 | 6.2 | 2.00 | 3 differ |") == 2
     assert made.with_results(f"x\n{made.BEGIN}\nold\n{made.END}\ny", block) == f"x\n{block}\ny"
+    card = made.card_block(tmp_path, "d")
+    # 12 steps: 6 committed one token, so half of the first drafts were accepted, then 4 of 6, then none of 4
+    assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card

@@ -29,6 +29,13 @@ def test_packing_is_lossless(dtype):
     assert same_bits(reference.linear.unpack(dk.pack_weight(w).data, 45, 70), w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_a_packed_weight(dtype):
+    w = torch.randn(45, 70).to(dtype)
+    index = torch.tensor([44, 0, 15, 16, 16, 31])
+    assert same_bits(dk.pack_weight(w).rows(index), w[index])
+
+
 def test_packed_weights_share_memory_without_overlap():
     weights = [torch.randn(n, 64) for n in (16, 40, 300_000, 16, 100)]
     packed = [dk.pack_weight(w) for w in weights]

@@ -108,7 +108,7 @@ def header(session: Session, **options) -> dict:
     """Where and with what the figures were taken."""
     info = build_info()
     return {
-        "kind": "decode", "model": session.model, "draft": session.draft, "block_size": session.block_size,
+        "kind": "decode", "model": session.model, "draft": Path(session.draft).name, "block_size": session.block_size,
         "dtype": str(session.target.dtype).removeprefix("torch."), **options,
         "cpu": cpu_model(), "threads": torch.get_num_threads(), "isa": info["isa"],
         "versions": {"dflash-kernels": info["version"], "torch": info["torch"], "python": info["python"]},

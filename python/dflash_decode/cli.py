@@ -37,7 +37,8 @@ class DType(str, Enum):
 
 
 Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
-Draft = Annotated[str, typer.Option(help="A drafter's directory; 'random': random weights; 'none': plain decoding.")]
+Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
+                                         "model, or none; 'random': random weights; 'none': plain decoding.")]
 BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]
@@ -61,7 +62,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 def generate(
     prompt: Annotated[str, typer.Option(help="What the user says; '-' reads it from standard input.")],
     model: Model = "smollm2",
-    draft: Draft = "none",
+    draft: Draft = "auto",
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
     dtype: Dtype = DType.bfloat16,
@@ -74,6 +75,9 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("--prompt must not be empty")
+    from .weights import drafter_of
+
+    draft = drafter_of(model) if draft == "auto" else draft
     if draft == "none" and block_size is not None:
         raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
@@ -113,10 +117,11 @@ def generate(
 
 @bench_app.command("decode")
 def bench_decode(
-    prompts: Annotated[Path, typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}.')],
+    prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; '
+                                                     "may be given several times.")],
     model: Model = "smollm2",
-    draft: Draft = "random",
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts.")] = None,
+    draft: Draft = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
     max_new_tokens: MaxNewTokens = 256,
     block_size: BlockSize = None,
@@ -128,18 +133,22 @@ def bench_decode(
     """Decode prompts with the drafter and plainly, in one process: speed, acceptance, and whether the text is the same.
 
     The first turn of each row is the prompt."""
+    from .weights import drafter_of
+
+    draft = drafter_of(model) if draft == "auto" else draft
     if draft == "none":
         raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
-    if not prompts.is_file():
-        raise UsageError(f"--prompts must be a file; got {str(prompts)!r}, which "
-                         f"{'is a directory' if prompts.is_dir() else 'does not exist'}")
+    for file in prompts:
+        if not file.is_file():
+            raise UsageError(f"--prompts must be a file; got {str(file)!r}, which "
+                             f"{'is a directory' if file.is_dir() else 'does not exist'}")
     if json_out is not None and not os.access(json_out.absolute().parent, os.W_OK):
         raise UsageError(f"--json must be a file in a directory that can be written; got {str(json_out)!r}")
     set_threads(threads)
     from . import bench, report
     from .session import Session
 
-    rows = bench.read_prompts(prompts, limit)
+    rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
     session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, status=report.status)
     report.start_text(session)
     with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
@@ -151,8 +160,8 @@ def bench_decode(
                                     on_task=on_task)
     report.print_bench(result)
     if json_out is not None:
-        header = bench.header(session, concurrency=concurrency, max_new_tokens=max_new_tokens, prompts=prompts.name,
-                              limit=limit)
+        header = bench.header(session, concurrency=concurrency, max_new_tokens=max_new_tokens,
+                              prompts=[file.name for file in prompts], limit=limit)
         bench.write_json(json_out, header | result)
 
 

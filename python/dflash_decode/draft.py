@@ -26,6 +26,7 @@ from .config import DraftConfig, read_draft_config
 from .kv import CacheShape
 from .targets import Target
 from .transformer import Geometry, LayersPass, Tensors, take_layer
+from .weights import CheckpointError, read_json
 
 _WHAT = "draft checkpoint"
 
@@ -33,6 +34,8 @@ _WHAT = "draft checkpoint"
 class Drafter:
     """config: a DraftConfig or a config.json as a dict. tensors: by the names of z-lab's checkpoints (`layers.N. ...`,
     `fc`, `hidden_norm`, `norm`, and if it has its own: `embed_tokens`, `lm_head`, `d2t`), with or without `model.`.
+    vocabulary (n,) int: the target's tokens that this drafter can draft. With it the draft head is these rows of the
+    target's head, so that a step streams n rows instead of all; None: all.
 
     The embedding and the head are the target's where the checkpoint has none. Raises ValueError for a tensor that is
     missing, unexpected or of another shape, and where the drafter does not fit the target.
@@ -40,7 +43,8 @@ class Drafter:
 
     graph_safe = True
 
-    def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target):
+    def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target,
+                 vocabulary: torch.Tensor | None = None):
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
         _check_fits(c, target)
@@ -63,6 +67,8 @@ class Drafter:
         self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
         self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
         self._take_vocabulary(taker, target)
+        if vocabulary is not None:
+            self._restrict(vocabulary, target)
         taker.finish()
         self.cos_sin = c.rope.table(target.max_context, self.device)
 
@@ -103,6 +109,18 @@ class Drafter:
                              f"draft_vocab_size is not vocab_size = {c.vocab_size}; got nothing")
         # A head padded beyond the target's vocabulary must not draft an id that the target does not have.
         self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
+
+    def _restrict(self, vocabulary, target):
+        """The draft head becomes the rows `vocabulary` of the target's."""
+        if self.head is not target.head or self.ids_of_draft is not None:
+            raise ValueError(f"{_WHAT}: a draft vocabulary must come with the target's head; got a head of its own")
+        ids = vocabulary.to(self.device, torch.int64)
+        if ids.dim() != 1 or not len(ids) or not bool(((ids >= 0) & (ids < target.vocab_size)).all()):
+            got = f"{tuple(ids.shape)}, {int(ids.min())} to {int(ids.max())}" if ids.numel() else "none"
+            raise ValueError(f"{_WHAT}: draft vocabulary must be ids (n,) below {target.vocab_size}; got {got}")
+        self.ids_of_draft, self.num_valid = ids, len(ids)
+        self.head = pack_weight(self.head.rows(ids))
+        self.head_bias = None if self.head_bias is None else self.head_bias[ids].contiguous()
 
     def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int) -> "DraftPass":
         return DraftPass(self, batch, width, caches, page_size)
@@ -199,6 +217,18 @@ def refuse_side_files(folder: str | os.PathLike) -> None:
         raise NotImplementedError(
             f"{_WHAT}: {name}, which replaces the mask token's embedding, is a pickle and weights are read from "
             "safetensors only; store it as row mask_token_id of embed_tokens.weight")
+
+
+def read_vocabulary(folder: str | os.PathLike) -> torch.Tensor | None:
+    """The ids (n,), ascending, of {"token_ids": [id, ...]} in draft_vocabulary.json: the tokens that the drafter was
+    trained to draft. None where there is no such file. Raises CheckpointError."""
+    file = Path(folder) / "draft_vocabulary.json"
+    if not file.is_file():
+        return None
+    ids = read_json(file).get("token_ids")
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids) or len(set(ids)) != len(ids):
+        raise CheckpointError(f"{file}: token_ids must be a list of distinct token ids; got {str(ids)[:60]}")
+    return torch.tensor(sorted(ids))
 
 
 def _gather(table, index, out):

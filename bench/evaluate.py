@@ -1,0 +1,33 @@
+"""Decoding with a drafter beside plain decoding, one request and many at a time, into bench/results/<device>/.
+
+    python bench/evaluate.py PROMPTS.jsonl ... [--draft DIR] [--limit N] [--max-new-tokens N] [--concurrency N ...]
+"""
+
+import subprocess
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from cases import results_folder
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="+", type=Path)
+    parser.add_argument("--draft", default="auto")
+    parser.add_argument("--limit", type=int, help="the first N prompts of each file")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    options = parser.parse_args()
+    folder = results_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    for concurrency in options.concurrency:
+        command = [sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--draft", options.draft,
+                   "--max-new-tokens", str(options.max_new_tokens), "--concurrency", str(concurrency),
+                   "--json", str(folder / f"decode-c{concurrency}.json")]
+        command += [word for file in options.prompts for word in ("--prompts", str(file))]
+        subprocess.run(command + (["--limit", str(options.limit)] if options.limit else []), check=True)
+
+
+if __name__ == "__main__":
+    main()

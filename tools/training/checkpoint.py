@@ -1,0 +1,49 @@
+"""The trained drafter on disk: z-lab's config.json and safetensors, and what the run was."""
+
+import gzip
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .drafter import TrainedDrafter
+from .target import Target
+
+
+def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: torch.Tensor,
+          shard_mb: int | None = None) -> None:
+    """config.json, model.safetensors (or shards with an index) and draft_vocabulary.json: the ids of the tokens
+    that were trained, which our loop takes as the draft head's rows; other readers do not look at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(drafter.shape.config(target), indent=2) + "\n")
+    tensors, kept = drafter.tensors(), {"format": "pt"}
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        size = sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes
+        if shard_mb and shards[-1] and size > shard_mb * 1_000_000:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        save_file(tensors, folder / "model.safetensors", kept)
+    else:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for file, shard in zip(files, shards, strict=True):
+            save_file(shard, folder / file, kept)
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                 "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "draft_vocabulary.json").write_text(json.dumps({"token_ids": vocabulary.tolist()}) + "\n")
+
+
+def write_record(folder: Path, training, prompts: list[str]) -> None:
+    """training.json: the recipe, the data and the course of the run. training_prompts.json.gz: every prompt."""
+    features = training.features
+    answered = sum(features.length(i) - features.starts[i] for i in training.used)
+    record = {"recipe": asdict(training.recipe), "shape": asdict(training.drafter.shape), "texts": len(training.used),
+              "held_out": len(training.held_out), "answer_tokens": answered, "steps": training.step,
+              "minutes": training.seconds / 60, "device": training.device_name(), "history": training.history}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    packed = gzip.compress(json.dumps(sorted(set(prompts)), ensure_ascii=False, indent=0).encode(), mtime=0)
+    (folder / "training_prompts.json.gz").write_bytes(packed)

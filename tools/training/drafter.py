@@ -1,0 +1,252 @@
+"""The drafter under training: z-lab's DFlash layers over many blocks of one text at a time.
+
+One text of T tokens carries A blocks of S positions [anchor, MASK x (S - 1)]. A row of block a sees
+
+    the text's features at positions < anchor(a)      and      the S positions of its own block, both directions:
+
+        keys   0 1 2 3 4 5 6 7 8 | block 0 | block 1
+        block 0, anchor 3:
+               x x x . . . . . . | x x x x | . . . .
+        block 1, anchor 6:
+               x x x x x x . . . | . . . . | x x x x
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .target import Target, rope_table, rotate
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    taps: tuple[int, ...]
+    block: int
+    mask_id: int
+    eps: float
+    theta: float
+
+    @classmethod
+    def of(cls, target: Target, layers: int, taps: tuple[int, ...], block: int, mask_id: int,
+           intermediate: int | None = None) -> "Shape":
+        c = target.config
+        return cls(target.hidden, intermediate or c["intermediate_size"], layers, target.heads, target.kv_heads,
+                   target.head_dim, tuple(taps), block, mask_id, target.eps, float(c["rope_theta"]))
+
+    def config(self, target: Target) -> dict:
+        """config.json as the z-lab collection writes it."""
+        return {
+            "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_act": "silu",
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+            "vocab_size": target.vocab, "rms_norm_eps": self.eps, "rope_theta": self.theta, "rope_scaling": None,
+            "max_position_embeddings": target.config["max_position_embeddings"], "attention_bias": False,
+            "attention_dropout": 0.0, "tie_word_embeddings": False, "use_sliding_window": False,
+            "sliding_window": None, "layer_types": ["full_attention"] * self.layers, "torch_dtype": "bfloat16",
+            "bos_token_id": target.config.get("bos_token_id"), "eos_token_id": target.config.get("eos_token_id"),
+            "block_size": self.block, "num_target_layers": len(target.layers),
+            "dflash_config": {"mask_token_id": self.mask_id, "target_layer_ids": list(self.taps)},
+        }
+
+
+LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
+         "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm",
+         "post_attention_layernorm")
+
+
+def rms_norm(x, weight, eps):
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@torch.compile
+def project(x, norm, weights, q_norm, k_norm, cos, sin, eps):
+    """Rows (B, R, H) -> their (q,) k, v heads (B, R, h, D), q and k normed and rotated. norm None: x is normed."""
+    head_dim, x = k_norm.shape[0], x if norm is None else rms_norm(x, norm, eps)
+    *q, k, v = (F.linear(x, weight).unflatten(-1, (-1, head_dim)) for weight in weights)
+    rotated = [rotate(rms_norm(y, weight, eps), cos, sin) for y, weight in zip((*q, k), (q_norm, k_norm)[-1 - len(q):],
+                                                                               strict=True)]
+    return (*rotated, v)
+
+
+@torch.compile
+def finish(x, attended, o, post_norm, gate, up, down, eps):
+    """The rest of a layer after its attention."""
+    x = x + F.linear(attended, o)
+    normed = rms_norm(x, post_norm, eps)
+    return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+
+class BlockAttention(torch.autograd.Function):
+    """softmax over (context | own block) without the scores in memory: the CPU's flash attention over the context,
+    a small product over the block, joined by their log-sum-exps. Its backward takes the joint output and log-sum-exp,
+    with which either part's own backward is that of the whole (as in ring attention)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, k_block, v_block, blocks):
+        scale, (b, h, rows, d) = q.shape[-1] ** -0.5, q.shape
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        far, far_lse = flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        grouped = q.reshape(b * h * blocks, rows // blocks, d)
+        scores = torch.bmm(grouped, k_block.transpose(1, 2)).float().mul_(scale)
+        near_lse = scores.logsumexp(-1).view(b, h, rows)
+        lse = torch.logaddexp(far_lse, near_lse)
+        odds = (scores - lse.reshape(b * h * blocks, -1, 1)).exp_().to(q.dtype)
+        out = far * (far_lse - lse).exp_().to(q.dtype)[..., None] + torch.bmm(odds, v_block).view(q.shape)
+        ctx.save_for_backward(q, k, v, mask, k_block, v_block, odds, out, lse)
+        ctx.blocks = blocks
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, mask, k_block, v_block, odds, out, lse = ctx.saved_tensors
+        scale, (b, h, rows, d) = q.shape[-1] ** -0.5, q.shape
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad = grad.contiguous()
+        dq, dk, dv = flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+        of_block = (b * h * ctx.blocks, rows // ctx.blocks)
+        near = grad.view(*of_block, d)
+        inner = (grad.float() * out.float()).sum(-1).view(*of_block, 1)
+        ds = (torch.bmm(near, v_block.transpose(1, 2)).float().sub_(inner).mul_(odds.float()).mul_(scale)).to(q.dtype)
+        dq = dq + torch.bmm(ds, k_block).view(q.shape)
+        return (dq, dk, dv, None, torch.bmm(ds.transpose(1, 2), q.reshape(*of_block, d)),
+                torch.bmm(odds.transpose(1, 2), near), None)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy of a frozen head against a few weighted labels a row, in chunks: no (rows, vocabulary) survives.
+
+    hidden (N, H); head (V, H); labels (N, K) int64; shares (N, K) float32 summing to 1 or, for a row that does not
+    count, 0. Returns (the losses (N,), whether the first label is the arg max (N,)).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels, shares, weight):
+        grad, losses, hits = torch.empty_like(hidden), [], []
+        for rows in torch.arange(len(hidden)).split(2048):
+            at = slice(int(rows[0]), int(rows[-1]) + 1)
+            odds = torch.softmax(F.linear(hidden[at], head), -1)
+            found = odds.gather(1, labels[at])
+            hits.append(found[:, 0] == odds.amax(-1))
+            losses.append(-(found.float().clamp_min(1e-8).log() * shares[at]).sum(-1))
+            wanted = F.embedding_bag(labels[at], head, mode="sum", per_sample_weights=shares[at].to(head.dtype))
+            grad[at] = (odds @ head - wanted) * weight[at, None].to(odds.dtype)
+        ctx.save_for_backward(grad)
+        losses, hits = torch.cat(losses), torch.cat(hits)
+        ctx.mark_non_differentiable(losses, hits)
+        return (losses * weight).sum(), losses, hits
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return ctx.saved_tensors[0] * grad.to(ctx.saved_tensors[0].dtype), None, None, None, None
+
+
+class TrainedDrafter(torch.nn.Module):
+    """Parameters in float32 under z-lab's names, arithmetic in bfloat16. Features arrive divided by `feature_scale`
+    (F * H,), which `tensors` multiplies into fc, so that fc learns from inputs of one size."""
+
+    def __init__(self, shape: Shape, final_norm: torch.Tensor, feature_scale: torch.Tensor, seed: int = 0):
+        super().__init__()
+        self.shape, s = shape, shape
+        random = torch.Generator().manual_seed(seed)
+
+        def matrix(rows, columns, gain=1.0):
+            return torch.nn.Parameter(torch.randn(rows, columns, generator=random) * (gain * columns ** -0.5))
+
+        def ones(size):
+            return torch.nn.Parameter(torch.ones(size))
+
+        q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        named = {"fc": matrix(s.hidden, len(s.taps) * s.hidden), "hidden_norm": ones(s.hidden),
+                 "norm": torch.nn.Parameter(final_norm.float().cpu().clone())}
+        for i in range(s.layers):
+            made = (matrix(q, s.hidden), matrix(kv, s.hidden), matrix(kv, s.hidden), matrix(s.hidden, q, 0.0),
+                    ones(s.head_dim), ones(s.head_dim), matrix(s.intermediate, s.hidden),
+                    matrix(s.intermediate, s.hidden), matrix(s.hidden, s.intermediate, 0.0), ones(s.hidden),
+                    ones(s.hidden))
+            named |= {f"layers.{i}.{name}": value for name, value in zip(LAYER, made, strict=True)}
+        self.names = list(named)
+        self.weights = torch.nn.ParameterList(named.values())
+        self.register_buffer("feature_scale", feature_scale.float().cpu().clone())
+
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The checkpoint: bfloat16, z-lab's names."""
+        out = {}
+        for name, value in self.named().items():
+            value = value.detach().float()
+            if name == "fc":
+                value = value / self.feature_scale
+            out[name + ".weight"] = value.to(torch.bfloat16).cpu().contiguous()
+        return out
+
+    def forward(self, features: torch.Tensor, anchors: torch.Tensor, anchor_ids: torch.Tensor, width: int,
+                embedding: torch.Tensor) -> torch.Tensor:
+        """features (B, T, F * H) scaled; anchors, anchor_ids (B, A); -> normed hidden states (B, A, width - 1, H) of
+        the masked positions."""
+        s, (b, t, _), blocks = self.shape, features.shape, anchors.shape[1]
+        w = {name: value.to(features.dtype) for name, value in self.named().items()}
+        ids = torch.full((b, blocks, width), s.mask_id, device=features.device)
+        ids[..., 0] = anchor_ids
+        places = anchors[..., None] + torch.arange(width, device=features.device)
+        cos, sin = (x.to(features.dtype) for x in
+                    rope_table(s.head_dim, s.theta, max(t, int(places.max()) + 1), features.device))
+        row_cos, row_sin = cos[places].view(b, -1, 1, s.head_dim), sin[places].view(b, -1, 1, s.head_dim)
+        attend = _Attention(s, anchors, t, width)
+        context = F.rms_norm(F.linear(features, w["fc"]), (s.hidden,), w["hidden_norm"], s.eps)
+        x = F.embedding(ids, embedding).view(b, blocks * width, s.hidden)
+        for i in range(s.layers):
+            q, k, v, o, q_norm, k_norm, gate, up, down, norm, post_norm = (
+                w[f"layers.{i}.{name}"] for name in LAYER)
+            near = project(x, norm, (q, k, v), q_norm, k_norm, row_cos, row_sin, s.eps)
+            far = project(context, None, (k, v), None, k_norm, cos[:t, None], sin[:t, None], s.eps)
+            x = finish(x, attend(near[0], *far, *near[1:]), o, post_norm, gate, up, down, s.eps)
+        masked = x.view(b, blocks, width, s.hidden)[:, :, 1:]
+        return F.rms_norm(masked, (s.hidden,), w["norm"], s.eps)
+
+
+class _Attention:
+    """The mask of the module's docstring, once for all layers of a pass."""
+
+    def __init__(self, shape: Shape, anchors: torch.Tensor, context: int, width: int):
+        self.shape, self.blocks, self.width, self.context = shape, anchors.shape[1], width, context
+        self.group = shape.heads // shape.kv_heads
+        seen = torch.arange(context, device=anchors.device) < anchors[..., None]  # (B, A, T)
+        self.flash = anchors.device.type == "cpu"
+        if self.flash:
+            rows = seen.repeat_interleave(width * self.group, 1)[:, None]
+            self.mask = torch.zeros(rows.shape, dtype=torch.bfloat16).masked_fill_(~rows, float("-inf"))
+        else:
+            own = torch.eye(self.blocks, dtype=torch.bool, device=anchors.device).repeat_interleave(width, 1)
+            both = torch.cat((seen, own.expand(len(anchors), -1, -1)), -1)
+            self.mask = both.repeat_interleave(width, 1)[:, None]
+
+    def __call__(self, q, k, v, k_block, v_block):
+        """q (B, A * S, heads, D), k, v (B, T, kv_heads, D), k_block, v_block (B, A * S, kv_heads, D) ->
+        (B, A * S, heads * D)."""
+        b, rows, heads, d = q.shape
+        if not self.flash:
+            keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in ((k, k_block), (v, v_block)))
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, self.mask, enable_gqa=True)
+            return out.transpose(1, 2).flatten(2)
+        hkv, g = self.shape.kv_heads, self.group
+        packed = q.view(b, rows, hkv, g, d).transpose(1, 2).reshape(b, hkv, rows * g, d)
+
+        def of_block(x):
+            return x.view(b, self.blocks, self.width, hkv, d).permute(0, 3, 1, 2, 4).reshape(-1, self.width, d)
+
+        out = BlockAttention.apply(packed, k.transpose(1, 2), v.transpose(1, 2), self.mask, of_block(k_block),
+                                   of_block(v_block), self.blocks)
+        return out.view(b, hkv, rows, g, d).transpose(1, 2).reshape(b, rows, heads * d)
+
+
+def describe(shape: Shape) -> dict:
+    return asdict(shape)

@@ -1,0 +1,99 @@
+"""What the target knows of each training text, computed once and kept on disk: hidden states at the tapped layers and
+its likeliest next tokens."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dflash_decode.tokenizer import Tokenizer
+
+from .target import Target
+from .texts import chat_ids
+
+TEACHER = 8  # likeliest tokens kept for each position
+
+
+class Features:
+    """All texts end to end, N tokens: ids (N,), states (N, F * H) bfloat16 divided by scale (F * H,), likely and odds
+    (N, TEACHER): the target's likeliest tokens FOR this place and their probabilities. Text i is
+    offsets[i]:offsets[i + 1], its answer begins at starts[i], greedy[i] tells whether it was written greedily."""
+
+    def __init__(self, folder: Path):
+        meta = json.loads((folder / "features.json").read_text())
+        n, width = meta["tokens"], meta["width"]
+
+        def array(name, dtype, *shape):
+            return torch.from_numpy(np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape))
+
+        self.taps, self.sources = tuple(meta["taps"]), meta["sources"]
+        self.ids, self.likely = array("ids", np.int32, n), array("likely", np.int32, n, TEACHER)
+        self.states = array("states", np.int16, n, width).view(torch.bfloat16)
+        self.odds = array("odds", np.float16, n, TEACHER)
+        self.scale = torch.tensor(meta["scale"])
+        self.offsets, self.starts, self.greedy = meta["offsets"], meta["starts"], meta["greedy"]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def length(self, i: int) -> int:
+        return self.offsets[i + 1] - self.offsets[i]
+
+
+def write_features(target: Target, tokenizer: Tokenizer, texts: Sequence[dict], taps: Sequence[int], folder: Path,
+                   longest: int = 512, rows: int = 8192) -> Features:
+    """Computes and keeps the features of `texts`, each cut to `longest` tokens, about `rows` tokens at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    coded, starts = [], []
+    for text in texts:
+        prompt = chat_ids(tokenizer, text["prompt"])
+        ids = prompt + tokenizer.encode(text["answer"]) + list(tokenizer.stop_ids[:1]) * (text["finish"] == "stop")
+        coded.append(ids[:longest])
+        starts.append(len(prompt))
+    kept = [i for i in range(len(texts)) if len(coded[i]) >= starts[i] + 2]
+    coded, starts = [coded[i] for i in kept], [starts[i] for i in kept]
+    offsets = np.concatenate(([0], np.cumsum([len(c) for c in coded]))).tolist()
+    n, width = offsets[-1], len(taps) * target.hidden
+
+    def array(name, dtype, *shape):
+        return np.memmap(folder / name, dtype=dtype, mode="w+", shape=shape)
+
+    ids, states = array("ids", np.int32, n), array("states", np.int16, n, width)
+    likely, odds = array("likely", np.int32, n, TEACHER), array("odds", np.float16, n, TEACHER)
+    ids[:] = np.concatenate(coded)
+    order, scale = sorted(range(len(coded)), key=lambda i: len(coded[i])), None
+    batches, batch = [], []
+    for i in order:
+        if batch and (len(batch) + 1) * len(coded[i]) > rows:
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    batches.append(batch)
+    middle = len(batches) // 2
+    for batch in tqdm([batches[middle], *batches[:middle], *batches[middle + 1:]], desc="features", unit="batch"):
+        padded = torch.zeros((len(batch), max(len(coded[i]) for i in batch)), dtype=torch.long)
+        for row, i in zip(padded, batch, strict=True):
+            row[:len(coded[i])] = torch.tensor(coded[i])
+        final, seen = target.forward(padded.to(target.device), taps)
+        seen = torch.cat(seen, -1)
+        if scale is None:  # the first position is an attention sink with hidden states of another size
+            scale = torch.cat([seen[r, 1:len(coded[i])] for r, i in enumerate(batch)]).float().pow(2).mean(0).sqrt()
+            scale = scale.clamp_min(1e-3)
+        seen = (seen / scale.to(seen.dtype)).cpu()
+        for r, i in enumerate(batch):
+            end, at = len(coded[i]), offsets[i]
+            states[at:at + end] = seen[r, :end].contiguous().view(torch.int16).numpy()
+            top = torch.softmax(F.linear(final[r, starts[i] - 1:end - 1], target.head), -1).topk(TEACHER)
+            likely[at + starts[i]:at + end] = top.indices.cpu().numpy()
+            odds[at + starts[i]:at + end] = top.values.float().cpu().numpy()
+    for kept_array in (ids, states, likely, odds):
+        kept_array.flush()
+    (folder / "features.json").write_text(json.dumps({
+        "tokens": n, "width": width, "taps": list(taps), "scale": scale.tolist(), "offsets": offsets,
+        "starts": starts, "greedy": [texts[i]["temperature"] == 0 for i in kept],
+        "sources": [texts[i]["source"] for i in kept]}))
+    return Features(folder)

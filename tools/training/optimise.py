@@ -1,0 +1,215 @@
+"""Batches, schedule, evaluation, state: the training loop."""
+
+import json
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .drafter import HeadLoss, TrainedDrafter
+from .features import Features
+from .target import Target
+
+WARM_UP = 50  # steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    minutes: float = 30.0
+    texts: int = 16  # a step
+    blocks: int = 32  # a text, of the full block size
+    early_block: int = 4  # block size at first
+    early_share: float = 0.75  # of the time with early_block
+    vocabulary: int = 8192  # most frequent tokens that the loss sees
+    matrix_rate: float = 5e-3
+    vector_rate: float = 1e-3
+    decay_from: float = 0.5  # of the time, from where the learning rates fall linearly to 0
+    hard: float = 0.5  # share of the loss on the text's own token; the rest on the target's likeliest
+    seed: int = 0
+
+
+class Vocabulary:
+    """The `size` most frequent tokens of the training answers: ids (size,) sorted, and place (V,), -1 for the rest."""
+
+    def __init__(self, features: Features, which: list[int], size: int, total: int):
+        counts = Counter()
+        for i in which:
+            counts.update(features.ids[features.offsets[i] + features.starts[i]:features.offsets[i + 1]].tolist())
+        self.ids = torch.tensor(sorted(t for t, _ in counts.most_common(size)))
+        self.place = torch.full((total,), -1)
+        self.place[self.ids] = torch.arange(len(self.ids))
+
+
+class Batch:
+    """`which` texts with `blocks` random anchors each, blocks of `width`."""
+
+    def __init__(self, f: Features, which: list[int], blocks: int, width: int, vocabulary: Vocabulary, hard: float,
+                 draw: random.Random, device):
+        t = max(f.length(i) for i in which)
+        states = torch.zeros((len(which), t, f.states.shape[1]), dtype=f.states.dtype)
+        anchors = torch.empty((len(which), blocks), dtype=torch.long)
+        at = torch.empty_like(anchors)
+        ends = torch.empty((len(which), 1, 1), dtype=torch.long)
+        for r, i in enumerate(which):
+            start, end = f.offsets[i], f.offsets[i + 1]
+            states[r, :end - start] = f.states[start:end]
+            places = range(f.starts[i], end - start - 1)
+            chosen = draw.sample(places, blocks) if len(places) >= blocks else draw.choices(places, k=blocks)
+            anchors[r] = torch.tensor(sorted(chosen))
+            at[r], ends[r] = anchors[r] + start, end
+        after = at[..., None] + torch.arange(1, width)
+        inside = after < ends
+        after = torch.where(inside, after, at[..., None])
+        own = vocabulary.place[f.ids[after].long()]
+        likely = vocabulary.place[f.likely[after].long()]
+        odds = f.odds[after].float() * (likely >= 0)
+        odds = odds / odds.sum(-1, keepdim=True).clamp_min(1e-6)
+        share = torch.cat(((own >= 0).float()[..., None] * hard, odds * (1 - hard)), -1)
+        self.counts = inside.to(device)
+        self.shares = (share * inside[..., None]).to(device)
+        self.labels = torch.cat((own[..., None], likely), -1).clamp_min(0).to(device)
+        self.known = (own >= 0).to(device)
+        self.states, self.anchors = states.to(device), anchors.to(device)
+        self.anchor_ids = f.ids[at].long().to(device)
+
+
+def block_weights(width: int, device) -> torch.Tensor:
+    """exp(-(k - 1) / gamma) for the k-th masked position, gamma = 4 at blocks of 8 (DFlash, section 4.2)."""
+    return torch.exp(-torch.arange(width - 1, device=device) / 4.0)
+
+
+class Training:
+    """State of a run: parameters, optimisers, what was measured. `folder` keeps it, so that a run can go on."""
+
+    def __init__(self, drafter: TrainedDrafter, target: Target, features: Features, recipe: Recipe, folder: Path):
+        self.drafter, self.features, self.recipe, self.folder = drafter.to(target.device), features, recipe, folder
+        self.device, self.embedding = target.device, target.embedding
+        order = list(range(len(features)))
+        random.Random(recipe.seed).shuffle(order)
+        greedy = [i for i in order if features.greedy[i]]
+        self.held_out = sorted(greedy[:min(96, len(greedy) // 10)])
+        hidden = set(self.held_out)
+        self.used = [i for i in order if i not in hidden]
+        self.vocabulary = Vocabulary(features, self.used, recipe.vocabulary, target.vocab)
+        self.head = target.head[self.vocabulary.ids.to(target.device)].contiguous()
+        matrices = [p for p in drafter.parameters() if p.ndim == 2]
+        vectors = [p for p in drafter.parameters() if p.ndim == 1]
+        self.optimisers = [
+            torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(vectors, lr=recipe.vector_rate, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.rates = [recipe.matrix_rate, recipe.vector_rate]
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.draw = random.Random(recipe.seed + 1)
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{torch.get_num_threads()} CPU threads"
+
+    def save(self) -> None:
+        state = {"weights": self.drafter.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers],
+                 "step": self.step, "seconds": self.seconds, "history": self.history, "draw": self.draw.getstate()}
+        torch.save(state, self.folder / "state.tmp")
+        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+
+    def resume(self) -> bool:
+        """Goes on from `folder` when a state is there."""
+        file = self.folder / "state.pt"
+        if not file.is_file():
+            return False
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self.drafter.load_state_dict(state["weights"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        version, internal, gauss = state["draw"]
+        self.draw.setstate((version, tuple(internal), gauss))
+        return True
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Texts of similar length together, the order random."""
+        while True:
+            order, size = self.draw.sample(self.used, len(self.used)), self.recipe.texts
+            for start in range(0, len(order), size * 32):
+                chunk = sorted(order[start:start + size * 32], key=self.features.length)
+                groups = [chunk[k:k + size] for k in range(0, len(chunk) - size + 1, size)]
+                self.draw.shuffle(groups)
+                yield from groups
+
+    def _loss(self, batch: Batch, width: int):
+        hidden = self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding)
+        weight = block_weights(width, self.device) * batch.counts
+        weight = weight / weight.sum()
+        labels, shares = batch.labels.flatten(0, 2), batch.shares.flatten(0, 2)
+        loss, _, hits = HeadLoss.apply(hidden.flatten(0, 2), self.head, labels, shares, weight.flatten())
+        return loss, hits.view(batch.counts.shape) & batch.counts & batch.known
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """At random anchors of held-out greedy texts: loss, acceptance length, and by position the share of drafts
+        accepted there (given that all before were)."""
+        draw, width = random.Random(0), self.drafter.shape.block
+        losses, runs, tried = [], torch.zeros(width - 1), torch.zeros(width - 1)
+        ranked = sorted(self.held_out, key=self.features.length)
+        for start in range(0, len(ranked), 16):
+            batch = Batch(self.features, ranked[start:start + 16], 32, width, self.vocabulary, 1.0, draw, self.device)
+            loss, hits = self._loss(batch, width)
+            losses.append(loss.item())
+            run = hits.long().cumprod(-1)
+            before = torch.cat((torch.ones_like(run[..., :1]), run[..., :-1]), -1) * batch.counts
+            runs += run.sum((0, 1)).float().cpu()
+            tried += before.sum((0, 1)).float().cpu()
+        blocks = float(tried[0])
+        return {"step": self.step, "minutes": self.seconds / 60, "held_out_loss": sum(losses) / len(losses),
+                "acceptance": 1 + float(runs.sum()) / blocks,
+                "by_position": (runs / tried.clamp_min(1)).tolist()}
+
+    def advance(self, which: list[int], share: float) -> float:
+        """One step on the texts `which`, after a `share` of the time; returns its loss."""
+        r, block = self.recipe, self.drafter.shape.block
+        width = r.early_block if share < r.early_share else block
+        falling = min(1.0, max(0.0, (1 - share) / (1 - r.decay_from)))
+        for optimiser, rate in zip(self.optimisers, self.rates, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * falling * min(1.0, (self.step + 1) / WARM_UP)
+        blocks = r.blocks * block // width
+        loss, _ = self._loss(Batch(self.features, which, blocks, width, self.vocabulary, r.hard, self.draw,
+                                   self.device), width)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(f"step {self.step}: the loss is {value}")
+        return value
+
+    def run(self, evaluations: int = 24) -> None:
+        """Trains until `recipe.minutes` of training are reached, those of earlier runs counted."""
+        total = self.recipe.minutes * 60
+        batches, due, saved, losses = self._batches(), self.seconds, time.perf_counter(), []
+        bar = tqdm(total=round(total), initial=round(self.seconds), desc="training", unit="s")
+        while self.seconds < total:
+            begun = time.perf_counter()
+            losses.append(self.advance(next(batches), self.seconds / total))
+            self.seconds += time.perf_counter() - begun
+            if self.seconds >= due or self.seconds >= total:
+                due = self.seconds + total / evaluations
+                self.history.append(self.evaluate() | {"loss": sum(losses) / len(losses)})
+                tqdm.write(json.dumps(self.history[-1]))
+                losses = losses[-1:]
+            if time.perf_counter() - saved > 120:
+                self.save()
+                saved = time.perf_counter()
+            bar.n = min(round(self.seconds), bar.total)
+            bar.set_postfix(step=self.step, loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update(0)
+        self.save()
+        bar.close()
