@@ -1,14 +1,15 @@
-"""A recorded step: the CPU's twin of a CUDA graph.
+"""A recorded step: a CUDA graph on a GPU, its twin on a CPU.
 
 A decoding step is some hundred short kernels over the same memory, and calling them one by one from Python costs as
 much as the smaller ones take. `StepGraph` runs a step once while it notes every launch, and then replays the launches
-with no Python in between. The rules are those of CUDA graphs: fixed shapes and addresses, and lengths, tables and
-tokens are read from tensors when the step runs, so they are changed in place between replays.
+with no Python in between. The rules are those of CUDA graphs everywhere: fixed shapes and addresses, and lengths,
+tables and tokens are read from tensors when the step runs, so they are changed in place between replays.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _library
@@ -27,30 +28,41 @@ class _OnlyOurOps(TorchDispatchMode):
 
 
 class StepGraph:
-    """Captures one step's launches on the CPU and replays them.
+    """Captures one step's launches and replays them.
 
+    graph = StepGraph(device)
     with graph.capture():
         step()
     graph.replay()
 
-    `capture` runs the step for real. Tensors that its launches touch are kept alive by the graph. Any op other than
-    dflash ops, views and allocations raises RuntimeError, because it would not be replayed. Without the C++ library,
-    or on another device, `available()` is False and the step is to be called directly.
+    device: where the step's tensors are, "cpu" or a CUDA device. `capture` runs the step for real, on either. Tensors
+    that its launches touch are kept alive by the graph. On a CPU any op other than dflash ops, views and allocations
+    raises RuntimeError, because it would not be replayed. On CUDA a step must have run once before, uncaptured, so that
+    its kernels are loaded. Without the C++ library, or without the GPU, `available(device)` is False and the step is to
+    be called directly.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
         self._recording = None
 
     @staticmethod
-    def available() -> bool:
-        """True where the C++ library is loaded."""
-        return native is not None
+    def available(device: torch.device | str = "cpu") -> bool:
+        """True where the C++ library is loaded, and for CUDA devices that are there."""
+        kind = torch.device(device).type
+        return native is not None if kind == "cpu" else kind == "cuda" and torch.cuda.is_available()
 
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Runs the block once and notes its launches. Raises RuntimeError when nested or unavailable."""
-        if native is None:
-            raise RuntimeError("StepGraph: the C++ library is not built; call the step directly")
+        if not self.available(self.device):
+            what = "the C++ library is not built" if self.device.type == "cpu" else f"{self.device} is not there"
+            raise RuntimeError(f"StepGraph: {what}; call the step directly")
+        with self._capture_cuda() if self.device.type == "cuda" else self._capture_cpu():
+            yield
+
+    @contextmanager
+    def _capture_cpu(self):
         recording = native.record_begin()
         _library.capturing += 1
         try:
@@ -61,11 +73,27 @@ class StepGraph:
             native.record_end()
         self._recording = recording
 
+    @contextmanager
+    def _capture_cuda(self):
+        recording = torch.cuda.CUDAGraph()
+        _library.capturing += 1
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(recording):
+                yield
+        finally:
+            _library.capturing -= 1
+        self._recording = recording
+        recording.replay()  # a CUDA capture only notes
+
     def replay(self) -> None:
         """Runs the captured launches again on the same memory. Raises RuntimeError before a capture."""
         if self._recording is None:
             raise RuntimeError("StepGraph: nothing is captured yet")
-        native.replay(self._recording)
+        if self.device.type == "cuda":
+            self._recording.replay()
+        else:
+            native.replay(self._recording)
 
     def __len__(self) -> int:
-        return 0 if self._recording is None else native.record_size(self._recording)
+        """Launches of a CPU recording."""
+        return 0 if self._recording is None or self.device.type == "cuda" else native.record_size(self._recording)

@@ -237,6 +237,8 @@ def test_written_whole_or_not_at_all(tmp_path):
     (["generate", "--prompt", "x", "--block-size", "33"], 2, "--block-size"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--block-size", "4"], 2, "--block-size needs a drafter"),
     (["generate", "--prompt", "x", "--model", "no/such"], 2, "got 'no/such', which does not exist"),
+    pytest.param(["generate", "--prompt", "x", "--model", "MODEL", "--device", "cuda"], 2, "--device cuda needs a GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "no/such"], 2, "got 'no/such', which does not exist"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT", "--block-size", "5"], 1,
      "--block-size must be at most the drafter's 4; got 5"),

@@ -302,9 +302,9 @@ def test_a_draft_vocabulary_is_those_rows_of_the_targets_head(dtype):
     clear = best[..., 0] - best[..., 1] > 1e-2
     assert clear.any() and torch.equal(ids[:, 1:][clear], want[clear]) and not torch.equal(ids, whole)
     assert torch.isin(ids[:, 1:], kept).all() and ids[:, 0].tolist() == [1, 2]
-    for wrong in (torch.tensor([VOCAB]), torch.tensor([-1, 3]), torch.tensor([[1]]), torch.tensor([], dtype=torch.int64)):
+    for wrong in ([VOCAB], [-1, 3], [[1]], []):
         with pytest.raises(ValueError, match="draft vocabulary must be ids"):
-            Drafter(config, tensors, target, wrong)
+            Drafter(config, tensors, target, torch.tensor(wrong, dtype=torch.int64))
     with pytest.raises(ValueError, match="must come with the target's head"):
         Drafter(config, tensors | {"lm_head.weight": torch.randn(VOCAB, HIDDEN).to(dtype)}, target, kept)
 

@@ -120,3 +120,13 @@ def test_replays_of_two_python_threads_do_not_mix():
     for t in threads:
         t.join()
     assert not wrong
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named():
+    graph = dk.StepGraph("cuda")
+    assert not dk.StepGraph.available("cuda") and not dk.StepGraph.available("meta")
+    with pytest.raises(RuntimeError, match="StepGraph: cuda is not there"), graph.capture():
+        pass
+    with pytest.raises(RuntimeError, match="nothing is captured yet"):
+        graph.replay()

@@ -30,6 +30,11 @@ class UsageError(Exception):
     exit_code = 2
 
 
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class DType(str, Enum):
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -42,6 +47,7 @@ Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one
 BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]
+Where = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -66,6 +72,7 @@ def generate(
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
     dtype: Dtype = DType.bfloat16,
+    device: Where = Device.cpu,
     threads: Threads = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly, and compare.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -81,11 +88,13 @@ def generate(
     if draft == "none" and block_size is not None:
         raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
+    check_device(device)
     from . import report
     from .bench import header
     from .session import Session
 
-    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, status=report.status)
+    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
+                           status=report.status)
     report.start_text(session)
     ids = session.prompt_ids(text)
     stream, pieces = session.tokenizer.stream(), []
@@ -126,6 +135,7 @@ def bench_decode(
     max_new_tokens: MaxNewTokens = 256,
     block_size: BlockSize = None,
     dtype: Dtype = DType.bfloat16,
+    device: Where = Device.cpu,
     threads: Threads = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     debug: Debug = False,
@@ -145,11 +155,13 @@ def bench_decode(
     if json_out is not None and not os.access(json_out.absolute().parent, os.W_OK):
         raise UsageError(f"--json must be a file in a directory that can be written; got {str(json_out)!r}")
     set_threads(threads)
+    check_device(device)
     from . import bench, report
     from .session import Session
 
     rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
-    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, status=report.status)
+    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
+                           status=report.status)
     report.start_text(session)
     with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
         def on_task(task, what):
@@ -163,6 +175,13 @@ def bench_decode(
         header = bench.header(session, concurrency=concurrency, max_new_tokens=max_new_tokens,
                               prompts=[file.name for file in prompts], limit=limit)
         bench.write_json(json_out, header | result)
+
+
+def check_device(device: Device) -> None:
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise UsageError(f"--device cuda needs a GPU that torch can use; torch {torch.__version__} finds none")
 
 
 def set_threads(threads: int | None) -> None:

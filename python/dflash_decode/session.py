@@ -69,13 +69,14 @@ class Session:
 
     @classmethod
     def load(cls, model: str, draft: str = AUTO, *, block_size: int | None = None, dtype: str = "bfloat16",
+             device: str = "cpu",
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext()) -> "Session":
         """draft: a drafter's directory, "auto" (the one that comes with this package for the model, or none), "random"
-        or "none". status(text) is entered while the part that it names is loaded. Raises CheckpointError for what
-        cannot be read, ValueError for what does not fit together."""
+        or "none". device: "cpu" or a CUDA device. status(text) is entered while the part that it names is loaded.
+        Raises CheckpointError for what cannot be read, ValueError for what does not fit together."""
         draft = drafter_of(model) if draft == AUTO else draft
         with status(f"loading {model}"):
-            target = _target(model, DTYPES[dtype])
+            target = _target(model, DTYPES[dtype], torch.device(device))
             tokenizer = load_tokenizer(model)
         drafter = None
         if draft == RANDOM:
@@ -133,19 +134,19 @@ class Session:
                 raise ValueError(f"prompt {event.id + 1}: {event.error}")
 
 
-def _target(model: str, dtype: torch.dtype) -> Target:
+def _target(model: str, dtype: torch.dtype, device: torch.device) -> Target:
     """Our own layers where the model is of a family that they serve, transformers' where they do not."""
     where = find_model(model)
     if where.is_dir() and read_json(where / "config.json").get("model_type") not in (None, *FAMILIES):
-        return _hf_target(where, dtype)
+        return _hf_target(where, dtype, device)
     found = load_checkpoint(model, dtype)
     try:
-        return NativeTarget(found.config, found.tensors, dtype=dtype)
+        return NativeTarget(found.config, found.tensors, dtype=dtype, device=device)
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error
 
 
-def _hf_target(folder: Path, dtype: torch.dtype) -> Target:
+def _hf_target(folder: Path, dtype: torch.dtype, device: torch.device) -> Target:
     try:
         import transformers
     except ImportError:
@@ -157,7 +158,7 @@ def _hf_target(folder: Path, dtype: torch.dtype) -> Target:
     transformers.utils.logging.disable_progress_bar()
     try:
         return HFTarget(transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True))
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True).to(device))
     except (ValueError, NotImplementedError, OSError, KeyError) as error:
         raise CheckpointError(f"{folder}: {brief(error)}") from error
 

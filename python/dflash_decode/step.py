@@ -27,9 +27,10 @@ class Step:
         def ids(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        recordable = target.graph_safe and (drafter is None or drafter.graph_safe) and device.type == "cpu"
-        self.graph = StepGraph() if recordable and StepGraph.available() else None
+        recordable = target.graph_safe and (drafter is None or drafter.graph_safe)
+        self.graph = StepGraph(device) if recordable and StepGraph.available(device) else None
         self.recorded = False
+        self.loaded = device.type == "cpu"  # a GPU's kernels are compiled and loaded by a first run, outside the graph
         self.draft = drafter.make_draft(batch, width, draft_kv, page_size) if drafter else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
         self.verify = target.make_pass(batch, width, target_kv, drafter.taps if drafter else ())
@@ -63,6 +64,9 @@ class Step:
         if self.recorded:
             self.graph.replay()
             return self.verified
+        if not self.loaded:
+            self.loaded = True
+            return self.run()
         with self.graph.capture():
             self.run()
         self.recorded = True

