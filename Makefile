@@ -6,6 +6,7 @@
 #   make lint      ruff                 make bench     benchmarks into bench/results
 #   make docs      tables and op pages  make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
+#   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step
 #   make clean     removes what was built (not .venv)
 #
 # PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
@@ -14,11 +15,12 @@ PYTHON ?= python3
 PROMPT ?= Write a quicksort in Python.
 VENV := .venv
 PY := $(VENV)/bin/python
+GPU_PYTHON ?= python3
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench evaluate docs lint sanitize clean
+.PHONY: demo test build bench evaluate gpu docs lint sanitize clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -36,6 +38,9 @@ bench: build $(STAMPS)/dev $(STAMPS)/model
 evaluate: build $(STAMPS)/model
 	$(PY) bench/evaluate.py $(PROMPTS) $(ARGS)
 	$(PY) docs/generate.py
+
+gpu:
+	$(GPU_PYTHON) bench/gpu.py $(PART)
 
 docs: build
 	$(PY) docs/generate.py

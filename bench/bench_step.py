@@ -21,18 +21,20 @@ def weight_bytes(*records) -> int:
 
 
 def recorded(step, context):
+    """A graph of the step, with the request's pages and lengths in place."""
     pool = PagePool(64, PAGE)
     step.seat([pool.table_row(pool.allocate(context + step.width), step.page_table.shape[1])])
     step.fill([(1, context, step.width)])
-    graph = dk.StepGraph()
+    step.run()
+    graph = dk.StepGraph(step.target.device)
     with graph.capture():
         step.run()
     return graph
 
 
-def cases():
+def cases(device):
     checkpoint = load_checkpoint("smollm2")
-    target = NativeTarget(checkpoint.config, checkpoint.tensors, max_context=2048)
+    target = NativeTarget(checkpoint.config, checkpoint.tensors, device=device, max_context=2048)
     drafter = Drafter.random(target, num_layers=3, block_size=BLOCK)
     layers, head = weight_bytes(*target._layers), target.head.data.nbytes
     draft = weight_bytes(drafter, *drafter.layers)  # with the head, which the drafter reads again
@@ -43,8 +45,9 @@ def cases():
     verify = recorded(Step(target, None, caches[0], (), 1, BLOCK, PAGE, 64), CONTEXT)
     dflash = recorded(Step(target, drafter, *caches, 1, BLOCK, PAGE, 64), CONTEXT)
     base = {"plain step": lambda i: plain.replay()}
-    yield Case("plain step", f"SmolLM2, context {CONTEXT}", lambda i: plain.replay(), layers + head, headline=True)
+    yield Case("plain step", f"SmolLM2, context {CONTEXT}", lambda i: plain.replay(), layers + head, headline=True,
+               replays=True)
     yield Case("verify pass", f"SmolLM2, context {CONTEXT}, {BLOCK} rows", lambda i: verify.replay(), layers + head,
-               peers=base, headline=True)
+               peers=base, headline=True, replays=True)
     yield Case("DFlash step", f"SmolLM2, context {CONTEXT}, 3 draft layers, block {BLOCK}", lambda i: dflash.replay(),
-               layers + head + draft, peers=base, headline=True)
+               layers + head + draft, peers=base, headline=True, replays=True)

@@ -1,16 +1,17 @@
 """Runs the benchmarks by name and writes bench/results/<device>/<name>.json.
 
-    python bench/run.py [linear] [attention] [step] [--runs N] [--no-write]
+    python bench/run.py [linear] [attention] [memory] [draft] [step] [--runs N] [--device cuda] [--no-write]
 """
 
 import argparse
 import importlib
 
+import torch
 from cases import header, measure, results_folder
 
 from dflash_decode.bench import write_json
 
-NAMES = ("linear", "attention", "step")
+NAMES = ("linear", "attention", "memory", "draft", "step")
 
 
 def main() -> None:
@@ -18,15 +19,18 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *NAMES], help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    folder = results_folder()
-    print(" | ".join(f"{k} {v}" for k, v in header().items()))
+    device, folder, head = options.device, results_folder(options.device), header(options.device)
+    print(" | ".join(f"{k} {v}" for k, v in head.items()))
     for name in options.names or NAMES:
-        rows = measure(importlib.import_module(f"bench_{name}").cases(), options.runs)
+        with torch.device(device):
+            rows = measure(importlib.import_module(f"bench_{name}").cases(device), options.runs, device)
         if not options.no_write:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / f"{name}.json", {"header": header(), "rows": rows,
-                                                 "command": f"python bench/run.py {name} --runs {options.runs}"})
+            write_json(folder / f"{name}.json", {
+                "header": head, "rows": rows,
+                "command": f"python bench/run.py {name} --runs {options.runs} --device {device}"})
 
 
 if __name__ == "__main__":

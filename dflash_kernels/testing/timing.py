@@ -1,4 +1,4 @@
-"""Timing on a CPU: interleaved, with the machine's own limit measured in the same run."""
+"""Timing: interleaved, with the machine's own limit measured in the same run."""
 
 import statistics
 import time
@@ -39,6 +39,25 @@ def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int =
     return {name: _summary(values) for name, values in seconds.items()}
 
 
+def interleaved_cuda(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30,
+                     warmup: int = 3) -> dict[str, Timing]:
+    """`interleaved` with the GPU's clock: events before and after each call on the current stream. The host runs ahead,
+    so what a call costs the host does not count while it costs less than the device."""
+    for i in range(warmup):
+        for function in functions.values():
+            function(i)
+    marks: dict[str, list[tuple]] = {name: [] for name in functions}
+    for i in range(runs):
+        for name, function in functions.items():
+            pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            pair[0].record()
+            function(i)
+            pair[1].record()
+            marks[name].append(pair)
+    torch.cuda.synchronize()
+    return {name: _summary([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in marks.items()}
+
+
 def _summary(values: list[float]) -> Timing:
     ordered = sorted(values)
     pick = lambda q: ordered[min(int(q * len(ordered)), len(ordered) - 1)]  # noqa: E731
@@ -60,6 +79,21 @@ class ReadBandwidth:
             self._buffer.view(torch.int64).sum()
         else:
             native.stream_read(self._buffer.data_ptr(), self.bytes)
+
+    def gbps(self, timing: Timing) -> float:
+        return self.bytes / timing.median / 1e9
+
+
+class CopyBandwidth:
+    """Copies a buffer larger than a GPU's L2; gbps(timing) counts what is read and what is written, in 1e9 bytes/s."""
+
+    def __init__(self, device: torch.device | str = "cuda", megabytes: int = 512):
+        self._from = torch.ones(megabytes << 18, dtype=torch.int32, device=device)
+        self._to = torch.empty_like(self._from)
+        self.bytes = 2 * self._from.numel() * 4
+
+    def __call__(self, _run: int = 0) -> None:
+        self._to.copy_(self._from)
 
     def gbps(self, timing: Timing) -> float:
         return self.bytes / timing.median / 1e9
