@@ -92,7 +92,8 @@ def test_the_house_is_as_drawn():
 @pytest.mark.parametrize("page", WRITTEN)
 def test_public_names_exist(page):
     import dflash_kernels
-    patterns = ("dflash_kernels/**/*.py", "python/**/*.py", "csrc/**/*.*", "setup.py", "Makefile", "tests/*.py")
+    patterns = ("dflash_kernels/**/*.py", "python/**/*.py", "csrc/**/*.*", "setup.py", "Makefile", "tests/*.py",
+                "tools/**/*.py", "bench/*.py")
     sources = "\n".join(f.read_text(encoding="utf-8") for pattern in patterns for f in ROOT.glob(pattern))
     for span in spans(page):
         if re.fullmatch(r"dflash_(kernels|decode)(\.\w+)+", span):
