@@ -7,7 +7,8 @@
 #   make docs      tables and op pages  make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step
-#   make clean     removes what was built (not .venv)
+#   make peers     the same prompts and drafter through dflash, vLLM and llama.cpp, each in an environment of its own
+#   make clean     removes what was built (not .venv, not the peers' environments)
 #
 # PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
 
@@ -18,9 +19,11 @@ PY := $(VENV)/bin/python
 GPU_PYTHON ?= python3
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
+PEERS := build/peers
+DRAFT ?=
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench evaluate gpu docs lint sanitize clean
+.PHONY: demo test build bench evaluate peers gpu docs lint sanitize clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -42,6 +45,10 @@ evaluate: build $(STAMPS)/model
 gpu:
 	$(GPU_PYTHON) bench/gpu.py $(PART)
 
+# make peers DRAFT=directory ARGS="--prompts FILE... --limit N --json OUT"; without DRAFT, plain decoding only.
+peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llama/installed
+	$(PY) bench/peers/run.py $(if $(DRAFT),--draft "$(DRAFT)") $(ARGS)
+
 docs: build
 	$(PY) docs/generate.py
 
@@ -52,7 +59,8 @@ sanitize: $(STAMPS)/dev
 	$(PY) tests/sanitize.py $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info python/*.egg-info dflash_kernels/*.so $(STAMPS)/build
+	find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} + 2>/dev/null || true
+	rm -rf dist *.egg-info python/*.egg-info dflash_kernels/*.so $(STAMPS)/build
 	find dflash_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -80,3 +88,11 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/deps
 $(STAMPS)/build: $(SOURCES) $(STAMPS)/package
 	$(PY) setup.py -q build_ext --inplace
 	touch $@
+
+# A peer that cannot be installed is missing from the table, which says why from the log; the next run tries again.
+# llama.cpp is compiled here, for this machine and without its tools.
+$(PEERS)/%/installed: bench/peers/requirements-%.txt
+	mkdir -p $(@D)
+	{ $(PYTHON) -m venv $(@D) && CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/python -m pip install \
+	  --disable-pip-version-check --progress-bar off --no-deps -r $< && touch $@; } >$(@D).log 2>&1 \
+	  || echo "$*: not installed: $$(tail -n 1 $(@D).log)"
