@@ -221,6 +221,14 @@ def test_shards_hold_the_same_weights(target, drafter, tmp_path):
     assert one.keys() == more.keys() and all(torch.equal(one[n], more[n]) for n in one)
 
 
+def test_a_checkpoint_starts_a_run_with_its_weights(target, drafter, tmp_path):
+    checkpoint.write(tmp_path, drafter, target, torch.arange(9))
+    again = TrainedDrafter(drafter.shape, target.norm, torch.rand(2 * target.hidden) + 0.5)
+    again.load_tensors(load_checkpoint(tmp_path).tensors)
+    for name, tensor in again.tensors().items():
+        torch.testing.assert_close(tensor, drafter.tensors()[name], rtol=1e-2, atol=0)
+
+
 def test_pieces_join_to_the_file_they_were(tmp_path):
     whole = tmp_path / "model.gguf"
     whole.write_bytes(bytes(range(256)) * 10)

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tools")]
 import torch  # noqa: E402
 
 from dflash_decode.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from dflash_decode.weights import find_model  # noqa: E402
+from dflash_decode.weights import find_model, read_directory  # noqa: E402
 from training import checkpoint, pieces, plots, texts  # noqa: E402
 from training.drafter import Shape, TrainedDrafter  # noqa: E402
 from training.features import Features, write_features  # noqa: E402
@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--taps", type=int, nargs="+", default=[1, 10, 19, 28], help="target_layer_ids")
     p.add_argument("--block-size", type=int, default=8)
     p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes")
+    p.add_argument("--start", type=Path, help="a checkpoint of the same shape whose weights to start from")
     p.add_argument("--minutes", type=float, default=Recipe.minutes, help="time to train")
     p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
     p.add_argument("--blocks-per-text", type=int, default=Recipe.blocks)
@@ -109,6 +110,8 @@ def main() -> None:
                     vocabulary=args.vocabulary, matrix_rate=args.matrix_rate)
     shape = Shape.of(target, args.layers, features.taps, args.block_size, mask)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
+    if args.start:
+        drafter.load_tensors(read_directory(args.start).tensors)
     training = Training(drafter, target, features, recipe, args.work)
     if training.resume():
         print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)

@@ -11,7 +11,7 @@ One text of T tokens carries A blocks of S positions [anchor, MASK x (S - 1)]. A
                x x x x x x . . . | . . . . | x x x x
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -188,6 +188,13 @@ class TrainedDrafter(torch.nn.Module):
             out[name + ".weight"] = value.to(torch.bfloat16).cpu().contiguous()
         return out
 
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes the weights of a checkpoint that `tensors` wrote, whatever features it was scaled by."""
+        for name, weight in self.named().items():
+            value = tensors[name + ".weight"].float()
+            weight.copy_(value * self.feature_scale.to(value.device) if name == "fc" else value)
+
     def forward(self, features: torch.Tensor, anchors: torch.Tensor, anchor_ids: torch.Tensor, width: int,
                 embedding: torch.Tensor) -> torch.Tensor:
         """features (B, T, F * H) scaled; anchors, anchor_ids (B, A); -> normed hidden states (B, A, width - 1, H) of
@@ -246,7 +253,3 @@ class _Attention:
         out = BlockAttention.apply(packed, k.transpose(1, 2), v.transpose(1, 2), self.mask, of_block(k_block),
                                    of_block(v_block), self.blocks)
         return out.view(b, hkv, rows, g, d).transpose(1, 2).reshape(b, rows, heads * d)
-
-
-def describe(shape: Shape) -> dict:
-    return asdict(shape)
