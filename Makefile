@@ -5,6 +5,7 @@
 #   make test      the tests            make build     the extension
 #   make lint      ruff                 make bench     benchmarks into bench/results
 #   make docs      tables and op pages  make sanitize  the CPU kernels' tests under ASan and UBSan
+#   make aot       registers and shared memory of the GPU kernels, compiled for four architectures
 #   make clean     removes what was built (not .venv)
 #
 # PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
@@ -17,7 +18,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench docs lint sanitize clean
+.PHONY: demo test build bench docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -40,6 +41,9 @@ lint: $(STAMPS)/dev
 
 sanitize: $(STAMPS)/dev
 	$(PY) tests/sanitize.py $(ARGS)
+
+aot: $(STAMPS)/package $(STAMPS)/dev
+	$(PY) -m dflash_kernels._triton._aot bench/results/aot
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info dflash_kernels/*.so $(STAMPS)/build
