@@ -12,6 +12,10 @@ import torch
 
 LAUNCHERS = {  # op: module:function
     "silu_and_mul": "activation:silu_and_mul",
+    "linear": "linear:linear",
+    "lm_head_argmax": "head:lm_head_argmax",
+    "merge_argmax": "head:merge_argmax",
+    "block_attention": "attention:block_attention",
 }
 
 
