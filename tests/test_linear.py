@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dflash_kernels as dk
 from dflash_kernels import reference
@@ -27,6 +28,14 @@ def test_linear_matches_reference(isa, dtype, shape, packed):
 def test_packing_is_lossless(dtype):
     w = torch.randn(45, 70).to(dtype)
     assert same_bits(reference.linear.unpack(dk.pack_weight(w).data, 45, 70), w)
+
+
+def test_on_cuda_a_packed_weight_is_the_weight_itself(dtype):
+    with FakeTensorMode():
+        w = torch.empty(45, 70, dtype=dtype, device="cuda")
+        assert dk.pack_weight(w).data is w
+        assert dk.pack_weight(w.t()).data.stride() == (45, 1)
+        assert dk.linear(torch.empty(3, 70, dtype=dtype, device="cuda"), dk.pack_weight(w)).shape == (3, 45)
 
 
 def test_packed_weights_share_memory_without_overlap():

@@ -2,24 +2,22 @@
 
 Bytes of a request: itemsize * D * (2 Hkv (context + Q) + 2 Hq Q), operations 4 Q Hq D a visible key. A program has a
 tile of BLOCK_M rows (row = query * group + member of the group) of one key head, padded, so its tensor cores do
-4 BLOCK_M D a key of 4 D bytes: 64 rows are 64 operations a byte, 210 TFLOP/s at an H100's 3.35 TB/s, under the 990 that
-it has; the floor is the bytes. More rows than BLOCK_M are more tiles, whose second reading hits the cache.
+4 BLOCK_M D operations for the 4 D bytes of a key: 32 rows are 110 TFLOP/s at an H100's 3.35 TB/s, a fifth of what
+mma.sync reaches there; the floor is the bytes. More rows than BLOCK_M are more tiles side by side in the grid, whose
+second reading hits the second-level cache.
 
 A row's bits depend on its query, its position and the keys that it sees, on nothing else:
 
-- The tile is the same for every Q, batch and option, so a product is always the same instruction in the same layout,
-  which treats rows alike. Tiles of keys start at multiples of BLOCK_N of the ABSOLUTE position, and a key that a row
-  does not see has weight 0 and changes no bit.
-- SPAN positions are one softmax, from nothing. Spans are merged in order into groups of GROUP, groups in order into the
-  sinks. Whether a program has one span, a second launch merging them (few requests), or a whole group (many) is chosen
-  by shapes alone and moves no bit; neither does how many programs share the spans. Multiply-adds in a merge are fused
-  by name, so that both places round alike.
+- The tile is the same for every Q, batch and option, so a product is always the same instruction (mma.sync, in 16 bits)
+  in the same layout, which treats rows alike. Tiles of keys start at multiples of BLOCK_N of the ABSOLUTE position, and
+  a key that a row does not see has weight 0 and changes no bit.
+- SPAN positions are one softmax, from nothing, and spans are merged in order. Whether programs share out the spans and
+  a second launch merges them (few requests) or one program does both (many) is chosen by shapes alone and moves no bit.
+  Multiply-adds of a merge are fused by name, so that both places round alike.
 - Keys come from the cache or from the block through one address; the tile does not know which.
 
-What a span costs beside its keys: with one program a span, a float32 row of D for each query row, written and read,
-2 BLOCK_M / SPAN of the keys' bytes in bfloat16; with one a group, an eighth of it.
-
-What a program does with a tile of keys is in attention_tile.py.
+Shared out, a span costs beside its keys a float32 row of D for each query row, written and read: 2 rows / SPAN of the
+keys' bytes in bfloat16. What a program does with a tile of keys is in attention_tile.py.
 """
 
 from typing import NamedTuple
@@ -31,7 +29,7 @@ import triton.language as tl
 from ._aot import Case
 from .attention_tile import attend, merge
 
-SPAN, GROUP = 512, 8
+SPAN = 512
 FAR = 1 << 29  # a distance that no two positions have; sums of it and a position stay below 2**31
 LOG2E = 1.4426950408889634
 
@@ -43,20 +41,20 @@ class Config(NamedTuple):
     stages: int
 
 
-# (bytes of an element, head dim at most). All estimated: at most 99 KB of shared memory, so that every chip runs the
-# same tiles, and 128 sums a thread. 64 rows: blocks of 8 and 16 of the usual groups of 4 to 8.
+# (bytes of an element, head dim at most). All estimated: as many rows as a thread's registers hold beside their sums,
+# twice, and as many stages as 99 KB of shared memory, so that every chip runs the same tiles.
 CONFIGS = {
-    (2, 64): Config(64, 64, 4, 3),
-    (2, 128): Config(64, 64, 4, 2),
-    (2, 256): Config(16, 32, 4, 2),
+    (2, 64): Config(32, 64, 4, 4),
+    (2, 128): Config(32, 64, 4, 3),
+    (2, 256): Config(16, 32, 4, 3),
     (4, 64): Config(16, 32, 4, 2),
-    (4, 128): Config(16, 32, 4, 2),
+    (4, 128): Config(16, 16, 4, 2),
     (4, 256): Config(16, 16, 4, 2),
 }
-MERGE_ROWS, MERGE_WARPS = 4, 4
+MERGE_ROWS, MERGE_AHEAD, MERGE_WARPS = 4, 8, 4  # rows a program, and spans of each that it asks for at once. Estimated
 FILL = 1024  # programs that fill any chip, a few times over
-SPLIT_BELOW = 128  # with fewer tiles of rows than this, a program has one span. Estimated: a chip's multiprocessors
-SPLIT_BYTES = 256 << 20  # the most memory to merge from, which follows the page table's width; beyond it, groups
+SPLIT_BELOW = 256  # with fewer tiles of rows than this, programs share out spans. Estimated: two a multiprocessor
+SPLIT_FLOATS = 64 << 20  # the most to keep of spans, which follow the page table's width: 256 MB
 
 
 @triton.jit
@@ -113,7 +111,7 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, page_table, context_lens, 
                            kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, units, unit_size,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
                            SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
-    """A unit is one span or one group of them; program (task, s) has every num_programs(1)-th unit of a row tile."""
+    """A unit is a span, or the whole context; program (task, s) has every num_programs(1)-th unit of a row tile."""
     tiles = tl.cdiv(width * group, BLOCK_M)
     request_head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(0) % tiles * BLOCK_M
@@ -125,8 +123,8 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, page_table, context_lens, 
     q_rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
     k, v, out = k + b * k_b + h * k_head, v + b * v_b + h * v_head, out + b * o_b
     k_cache, v_cache, pages = k_cache + h * kc_head, v_cache + h * vc_head, page_table + b * table_row
-    never = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    nothing, zero = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    never, nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first_unit = first // unit_size
     last_unit = tl.where(row0 < rows * group, tl.cdiv(end, unit_size), first_unit)
     for unit in range(first_unit + tl.program_id(1), last_unit, tl.num_programs(1)):
@@ -155,39 +153,33 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, page_table, context_lens, 
         if units == 1:
             _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
         else:
-            at = (request_head * units + unit) * (width * group) + row
-            tl.store(part_top + at * 2, top, ok)
-            tl.store(part_top + at * 2 + 1, total, ok)
-            tl.store(part + at[:, None] * head_dim + d[None, :], acc, ok[:, None] & (d < head_dim)[None, :])
+            slot = (request_head * units + unit) * (width * group) + row
+            tl.store(part_top + slot * 2, top, ok)
+            tl.store(part_top + slot * 2 + 1, total, ok)
+            tl.store(part + slot[:, None] * head_dim + d[None, :], acc, ok[:, None] & (d < head_dim)[None, :])
 
 
 @triton.jit
-def merge_units_kernel(part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads,
-                       head_dim, left, right, num_pages, capacity, o_b, o_row, o_head, units, unit_size,
-                       BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
-    """GROUP: units that make a group, merged first; 1 where a unit is one already."""
+def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads,
+                       head_dim, left, right, num_pages, capacity, o_b, o_row, o_head, spans, BLOCK_M: tl.constexpr,
+                       SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr):
     request_head = tl.program_id(0).to(tl.int64)
     b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(1) * ROWS
     context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
     first, _, _, end = bounds(row0 // BLOCK_M * BLOCK_M, context, start, rows, group, left, right, BLOCK_M)
     row, d = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    ok = row < rows * group
-    first_unit, last_unit = first // unit_size, tl.cdiv(end, unit_size)
-    never = tl.full((ROWS,), float("-inf"), tl.float32)
-    nothing, zero = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_D), tl.float32)
-    all_top, all_total, all_acc = never, nothing, zero
-    for begin in range(first_unit // GROUP * GROUP, last_unit, GROUP):
-        top, total, acc = never, nothing, zero
-        for unit in tl.static_range(GROUP):
-            there = ok & (begin + unit >= first_unit) & (begin + unit < last_unit)
-            at = (request_head * units + begin + unit) * (width * group) + row
+    ok, last_span = row < rows * group, tl.cdiv(end, SPAN)
+    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for begin in range(first // SPAN, last_span, AHEAD):
+        for span in tl.static_range(AHEAD):
+            there = ok & (begin + span < last_span)
+            slot = (request_head * spans + begin + span) * (width * group) + row
             top, total, acc = merge(
-                top, total, acc, tl.load(part_top + at * 2, there, float("-inf")),
-                tl.load(part_top + at * 2 + 1, there, 0.0),
-                tl.load(part + at[:, None] * head_dim + d[None, :], there[:, None] & (d < head_dim)[None, :], 0.0))
-        all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, total, acc)
-    _finish(out + b * o_b, all_top, all_total, all_acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row,
-            o_head)
+                top, total, acc, tl.load(part_top + slot * 2, there, float("-inf")),
+                tl.load(part_top + slot * 2 + 1, there, 0.0),
+                tl.load(part + slot[:, None] * head_dim + d[None, :], there[:, None] & (d < head_dim)[None, :], 0.0))
+    _finish(out + b * o_b, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
 
 
 def config(itemsize: int, head_dim: int) -> Config:
@@ -199,7 +191,7 @@ def config(itemsize: int, head_dim: int) -> Config:
 
 def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale, causal,
                     left, right, sinks, softcap, out):
-    """Where there is more than one unit it allocates what they leave to merge, as a graph may: it is in its pool."""
+    """Where spans are shared out it allocates what they leave to merge, as a graph may: it is in its pool."""
     (batch, width, heads, head_dim), kv_heads = q.shape, k.shape[2]
     c = config(q.element_size(), head_dim)
     if batch == 0 or width == 0:
@@ -217,23 +209,20 @@ def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_l
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     rows, reach = width * group, capacity + width
     tasks, spans = batch * kv_heads * triton.cdiv(rows, c.BLOCK_M), triton.cdiv(reach, SPAN)
-    split = tasks < SPLIT_BELOW and 4 * batch * kv_heads * spans * rows * (head_dim + 2) <= SPLIT_BYTES
-    unit_size = SPAN if split else SPAN * GROUP
-    units = triton.cdiv(reach, unit_size)
-    part = part_top = out
-    if units > 1:
-        part = torch.empty(batch * kv_heads, units, rows, head_dim, dtype=torch.float32, device=q.device)
-        part_top = torch.empty(batch * kv_heads, units, rows, 2, dtype=torch.float32, device=q.device)
+    split = spans > 1 and tasks < SPLIT_BELOW and spans * batch * heads * width * (head_dim + 2) <= SPLIT_FLOATS
+    units, unit_size = (spans, SPAN) if split else (1, FAR)
+    slots = batch * kv_heads * units * rows if split else 0
+    part, part_top = (torch.empty(slots, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
     block_attention_kernel[tasks, min(units, triton.cdiv(FILL, tasks))](
         q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out, part, part_top,
         width, group, kv_heads, head_dim, factor, softcap, left, right, page_size, num_pages, capacity, table_row,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], units, unit_size,
         c.BLOCK_M, c.BLOCK_N, block_d, SPAN, softcap > 0, c.stages, num_warps=c.warps, num_stages=c.stages)
-    if units > 1:
-        merge_units_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
+    if split:
+        merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, head_dim,
-            left, right, num_pages, capacity, *out.stride()[:3], units, unit_size, c.BLOCK_M, MERGE_ROWS, block_d,
-            GROUP if split else 1, num_warps=MERGE_WARPS)
+            left, right, num_pages, capacity, *out.stride()[:3], spans, c.BLOCK_M, SPAN, MERGE_ROWS, block_d,
+            MERGE_AHEAD, num_warps=MERGE_WARPS)
 
 
 _TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
@@ -257,7 +246,6 @@ def cases():
                              "SOFTCAP": softcap, "STAGES": c.stages}
                 name = f"block_attention {dim} {dtype}" + (" softcap" if softcap else "")
                 yield _case(name, block_attention_kernel, dtype, constants, c.warps, c.stages)
-            for group in (1, GROUP) if dtype == "bf16" else (GROUP,):
-                constants = {"BLOCK_M": c.BLOCK_M, "ROWS": MERGE_ROWS, "BLOCK_D": dim, "GROUP": group}
-                name = f"block_attention merge {'groups' if group == 1 else 'spans'} {dim} {dtype}"
-                yield _case(name, merge_units_kernel, dtype, constants, MERGE_WARPS, 3)
+            constants = {"BLOCK_M": c.BLOCK_M, "SPAN": SPAN, "ROWS": MERGE_ROWS, "BLOCK_D": dim, "AHEAD": MERGE_AHEAD}
+            name = f"block_attention merge_spans {dim} {dtype}"
+            yield _case(name, merge_spans_kernel, dtype, constants, MERGE_WARPS, 3)

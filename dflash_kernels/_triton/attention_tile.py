@@ -46,10 +46,9 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, position
         inside, cached = (at >= first) & (at < last), at < context
         page = tl.load(pages + at // page_size, inside & cached, 0)
         exists = ((page >= 0) & (page < num_pages)) | (at >= context)
-        page, slot, row = page.to(tl.int64), (at % page_size).to(tl.int64), (at - context).to(tl.int64)
-        there = (inside & exists)[None, :] & (d < head_dim)[:, None]
-        from_k = tl.where(cached, k_cache + (page * kc_page + slot * kc_row), k + row * k_row)
-        keys = tl.load(from_k[None, :] + d[:, None], there, 0.0)
+        page, row, after = page.to(tl.int64), (at % page_size).to(tl.int64), (at - context).to(tl.int64)
+        from_k = tl.where(cached, k_cache + (page * kc_page + row * kc_row), k + after * k_row)
+        keys = tl.load(from_k[None, :] + d[:, None], (inside & exists)[None, :] & (d < head_dim)[:, None], 0.0)
         score = tl.dot(q, keys, input_precision="ieee") * factor
         if SOFTCAP:
             score = tanh(score) * softcap
@@ -62,7 +61,7 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, position
         shift = tl.where(new == float("-inf"), 0.0, new)
         weight, fade = tl.exp2(score - shift[:, None]), tl.exp2(top - shift)
         top, total = new, tl.fma(total, fade, tl.sum(weight, 1))
-        from_v = tl.where(cached, v_cache + (page * vc_page + slot * vc_row), v + row * v_row)
+        from_v = tl.where(cached, v_cache + (page * vc_page + row * vc_row), v + after * v_row)
         values = tl.load(from_v[:, None] + d[None, :], (inside & exists)[:, None] & (d < head_dim)[None, :], 0.0)
         acc *= fade[:, None]
         if EDGE:
