@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
-from ._math import DTYPES, PLAIN
+from ._math import PLAIN
 from .rope import case_shapes, config, load_heads, norm_rope, place, store_heads, tile
 
 _bases: dict[tuple, tuple[torch.Tensor, bool]] = {}
