@@ -11,7 +11,14 @@ from collections.abc import Callable
 import torch
 
 LAUNCHERS = {  # op: module:function
+    "rms_norm": "norm:rms_norm",
+    "add_rms_norm": "norm:add_rms_norm",
     "silu_and_mul": "activation:silu_and_mul",
+    "qk_norm_rope": "rope:qk_norm_rope",
+    "write_context_kv": "context:write_context_kv",
+    "prepare_block": "block:prepare_block",
+    "embed_tokens": "block:embed_tokens",
+    "verify_greedy": "verify:verify_greedy",
     "linear": "linear:linear",
     "lm_head_argmax": "head:lm_head_argmax",
     "merge_argmax": "head:merge_argmax",

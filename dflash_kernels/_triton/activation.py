@@ -8,20 +8,10 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
+from ._math import DTYPES, PLAIN, exp
 
-# outputs a program takes: (BLOCK, warps). Estimated: 16-byte accesses, 4 elements a thread and more to keep in flight.
-CONFIGS = {"narrow": (256, 2), "wide": (1024, 4)}
-
-
-@triton.jit
-def exp(x):
-    """Within 2 units in the last place, which tl.exp is not for large arguments: x = n ln 2 + r, |r| <= ln 2 / 2."""
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = tl.fma(n, -0.693145751953125, x)
-    r = tl.fma(n, -1.428606765330187e-06, r)
-    # In two factors: 2^n alone overflows at n = 128 where the product would not.
-    half = tl.floor(n * 0.5)
-    return tl.exp2(r * 1.4426950408889634) * tl.exp2(half) * tl.exp2(n - half)
+# widest row: (outputs a program takes, warps). Estimated: 16-byte accesses, two a thread in flight.
+CONFIGS = {256: (256, 2), 1 << 62: (1024, 4)}
 
 
 @triton.jit
@@ -39,14 +29,15 @@ def silu_and_mul_kernel(x, out, x_stride, out_stride, width, BLOCK: tl.constexpr
 def silu_and_mul(x, out):
     rows, width = out.shape
     if rows and width:
-        block, warps = CONFIGS["narrow" if width <= 256 else "wide"]
+        block, warps = next(config for widest, config in CONFIGS.items() if width <= widest)
         silu_and_mul_kernel[rows, triton.cdiv(width, block)](x, out, x.stride(0), out.stride(0), width, BLOCK=block,
-                                                             num_warps=warps)
+                                                             num_warps=warps, **PLAIN)
 
 
 def cases():
-    for shape, (block, warps) in CONFIGS.items():
-        for dtype in ("fp32", "bf16", "fp16"):
+    for block, warps in CONFIGS.values():
+        for dtype in DTYPES:
             signature = {"x": "*" + dtype, "out": "*" + dtype, "x_stride": "i32:16", "out_stride": "i32:16",
                          "width": "i32:16", "BLOCK": "constexpr"}
-            yield Case(f"silu_and_mul {shape} {dtype}", silu_and_mul_kernel, signature, {"BLOCK": block}, warps, 3)
+            yield Case(f"silu_and_mul {block} {dtype}", silu_and_mul_kernel, signature, {"BLOCK": block}, warps, 3,
+                       PLAIN)
