@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
+from ._math import PLAIN
 from .attention_tile import attend, merge
 
 SPAN = 512
@@ -37,6 +38,7 @@ LOG2E = 1.4426950408889634
 class Config(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
+    CHUNK_D: int
     warps: int
     stages: int
 
@@ -44,17 +46,17 @@ class Config(NamedTuple):
 # (bytes of an element, head dim at most). All estimated: as many rows as a thread's registers hold beside their sums,
 # twice, and as many stages as 99 KB of shared memory, so that every chip runs the same tiles.
 CONFIGS = {
-    (2, 64): Config(32, 64, 4, 4),
-    (2, 128): Config(32, 64, 4, 3),
-    (2, 256): Config(16, 32, 4, 3),
-    (4, 64): Config(16, 32, 4, 2),
-    (4, 128): Config(16, 16, 4, 2),
-    (4, 256): Config(16, 16, 4, 2),
+    (2, 64): Config(32, 64, 64, 8, 4),
+    (2, 128): Config(32, 64, 128, 8, 3),
+    (2, 256): Config(16, 32, 256, 8, 3),
+    (4, 64): Config(16, 16, 32, 4, 2),
+    (4, 128): Config(16, 16, 32, 4, 2),
+    (4, 256): Config(16, 16, 32, 4, 2),
 }
 MERGE_ROWS, MERGE_AHEAD, MERGE_WARPS = 4, 8, 4  # rows a program, and spans of each that it asks for at once. Estimated
-FILL = 1024  # programs that fill any chip, a few times over
-SPLIT_BELOW = 256  # with fewer tiles of rows than this, programs share out spans. Estimated: two a multiprocessor
-SPLIT_FLOATS = 64 << 20  # the most to keep of spans, which follow the page table's width: 256 MB
+# With fewer tiles of rows than SPLIT_BELOW programs share out spans: estimated, two a multiprocessor. Programs and
+# memory (256 MB) follow the page table's width then, and each program that finds no span costs a launch's share.
+SPLIT_BELOW, SPLIT_PROGRAMS, SPLIT_FLOATS = 256, 1 << 14, 64 << 20
 
 
 @triton.jit
@@ -76,12 +78,10 @@ def lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pa
 
 @triton.jit
 def bounds(row0, context, start, rows, group, left, right, BLOCK_M: tl.constexpr):
-    """Visible positions of the tile's first and last query: (first, first of the last, end of the first, end)."""
-    i0 = row0 // group
-    i1 = (tl.minimum(row0 + BLOCK_M, rows * group) - 1) // group
-    end = context + rows
-    return (tl.maximum(start, context + i0 - left), tl.maximum(start, context + i1 - left),
-            tl.minimum(end, context + i0 + right + 1), tl.minimum(end, context + i1 + right + 1))
+    """Positions [first, end) that rows of the tile at row0 see."""
+    last_query = (tl.minimum(row0 + BLOCK_M, rows * group) - 1) // group
+    return (tl.maximum(start, context + row0 // group - left),
+            tl.minimum(context + rows, context + last_query + right + 1))
 
 
 @triton.jit
@@ -106,50 +106,36 @@ def _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_
 
 @triton.jit
 def block_attention_kernel(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out,
-                           part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right, page_size,
-                           num_pages, capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row, v_head,
-                           kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, units, unit_size,
-                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
-                           SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
-    """A unit is a span, or the whole context; program (task, s) has every num_programs(1)-th unit of a row tile."""
+                           part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right, num_pages,
+                           capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row, v_head, kc_page,
+                           kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, units, unit_size,
+                           PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                           CHUNK_D: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
+    """Program (task, u) has the u-th unit that a row tile sees; a unit is a span, or the whole context."""
     tiles = tl.cdiv(width * group, BLOCK_M)
     request_head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(0) % tiles * BLOCK_M
     context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
-    first, first_all, end_all, end = bounds(row0, context, start, rows, group, left, right, BLOCK_M)
+    first, end = bounds(row0, context, start, rows, group, left, right, BLOCK_M)
     row, d = row0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     ok, position = row < rows * group, context + row // group
     from_q = q + b * q_b + (row // group).to(tl.int64) * q_row + (h * group + row % group) * q_head
     q_rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
     k, v, out = k + b * k_b + h * k_head, v + b * v_b + h * v_head, out + b * o_b
     k_cache, v_cache, pages = k_cache + h * kc_head, v_cache + h * vc_head, page_table + b * table_row
-    never, nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    first_unit = first // unit_size
-    last_unit = tl.where(row0 < rows * group, tl.cdiv(end, unit_size), first_unit)
-    for unit in range(first_unit + tl.program_id(1), last_unit, tl.num_programs(1)):
+    unit = first // unit_size + tl.program_id(1)
+    if (row0 < rows * group) & (unit * unit_size < end):
         begin = tl.maximum(unit * unit_size, first) // BLOCK_N
         stop = tl.cdiv(tl.minimum((unit + 1) * unit_size, end), BLOCK_N)
-        # Tiles [alike, apart) look the same to every row.
-        alike = tl.where(first == first_all, begin, tl.cdiv(first_all, BLOCK_N))
-        alike = tl.minimum(tl.maximum(alike, begin), stop)
-        apart = tl.where(end == end_all, stop, end_all // BLOCK_N)
-        apart = tl.minimum(tl.maximum(apart, alike), stop)
-        top, total, acc = never, nothing, zero
-        all_top, all_total, all_acc = never, nothing, zero
-        top, total, acc, all_top, all_total, all_acc = attend(
-            begin, alike, top, total, acc, all_top, all_total, all_acc, q_rows, position, d, first, end, k, v, k_cache,
-            v_cache, pages, context, head_dim, factor, softcap, left, right, page_size, num_pages, k_row, v_row,
-            kc_page, kc_row, vc_page, vc_row, True, BLOCK_N, SPAN, SOFTCAP, 1)
-        top, total, acc, all_top, all_total, all_acc = attend(
-            alike, apart, top, total, acc, all_top, all_total, all_acc, q_rows, position, d, first, end, k, v, k_cache,
-            v_cache, pages, context, head_dim, factor, softcap, left, right, page_size, num_pages, k_row, v_row,
-            kc_page, kc_row, vc_page, vc_row, False, BLOCK_N, SPAN, SOFTCAP, STAGES)
-        top, total, acc, all_top, all_total, all_acc = attend(
-            apart, stop, top, total, acc, all_top, all_total, all_acc, q_rows, position, d, first, end, k, v, k_cache,
-            v_cache, pages, context, head_dim, factor, softcap, left, right, page_size, num_pages, k_row, v_row,
-            kc_page, kc_row, vc_page, vc_row, True, BLOCK_N, SPAN, SOFTCAP, 1)
-        top, total, acc = merge(all_top, all_total, all_acc, top, total, acc)
+        top, total, acc = attend(
+            begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context,
+            head_dim, factor, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
+            False, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
+        if tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0) > 0:
+            top, total, acc = attend(
+                begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context,
+                head_dim, factor, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
+                True, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
         if units == 1:
             _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
         else:
@@ -166,7 +152,7 @@ def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts,
     request_head = tl.program_id(0).to(tl.int64)
     b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(1) * ROWS
     context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
-    first, _, _, end = bounds(row0 // BLOCK_M * BLOCK_M, context, start, rows, group, left, right, BLOCK_M)
+    first, end = bounds(row0 // BLOCK_M * BLOCK_M, context, start, rows, group, left, right, BLOCK_M)
     row, d = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     ok, last_span = row < rows * group, tl.cdiv(end, SPAN)
     top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -209,20 +195,22 @@ def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_l
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     rows, reach = width * group, capacity + width
     tasks, spans = batch * kv_heads * triton.cdiv(rows, c.BLOCK_M), triton.cdiv(reach, SPAN)
-    split = spans > 1 and tasks < SPLIT_BELOW and spans * batch * heads * width * (head_dim + 2) <= SPLIT_FLOATS
+    split = (spans > 1 and tasks < SPLIT_BELOW and tasks * spans <= SPLIT_PROGRAMS
+             and spans * batch * heads * width * (head_dim + 2) <= SPLIT_FLOATS)
     units, unit_size = (spans, SPAN) if split else (1, FAR)
     slots = batch * kv_heads * units * rows if split else 0
     part, part_top = (torch.empty(slots, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
-    block_attention_kernel[tasks, min(units, triton.cdiv(FILL, tasks))](
+    block_attention_kernel[tasks, units](
         q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out, part, part_top,
-        width, group, kv_heads, head_dim, factor, softcap, left, right, page_size, num_pages, capacity, table_row,
+        width, group, kv_heads, head_dim, factor, softcap, left, right, num_pages, capacity, table_row,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], units, unit_size,
-        c.BLOCK_M, c.BLOCK_N, block_d, SPAN, softcap > 0, c.stages, num_warps=c.warps, num_stages=c.stages)
+        page_size, c.BLOCK_M, c.BLOCK_N, block_d, min(c.CHUNK_D, block_d), SPAN, softcap > 0, c.stages,
+        num_warps=c.warps, num_stages=c.stages, **PLAIN)
     if split:
         merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, head_dim,
             left, right, num_pages, capacity, *out.stride()[:3], spans, c.BLOCK_M, SPAN, MERGE_ROWS, block_d,
-            MERGE_AHEAD, num_warps=MERGE_WARPS)
+            MERGE_AHEAD, num_warps=MERGE_WARPS, **PLAIN)
 
 
 _TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
@@ -235,15 +223,15 @@ _MULTIPLES = {"head_dim", "unit_size", "q_b", "q_row", "q_head", "k_b", "k_row",
 def _case(name, kernel, dtype, constants, warps, stages):
     kinds = dict.fromkeys(_TENSORS, "*" + dtype) | dict.fromkeys(_MULTIPLES, "i32:16") | _TYPES
     kinds |= dict.fromkeys(constants, "constexpr")
-    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages)
+    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages, PLAIN)
 
 
 def cases():
     for (itemsize, dim), c in CONFIGS.items():
         for dtype in ("fp32",) if itemsize == 4 else ("bf16", "fp16"):
             for softcap in (False, True) if dtype == "bf16" else (False,):
-                constants = {"BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_D": dim, "SPAN": SPAN,
-                             "SOFTCAP": softcap, "STAGES": c.stages}
+                constants = {"PAGE": 16, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_D": dim,
+                             "CHUNK_D": c.CHUNK_D, "SPAN": SPAN, "SOFTCAP": softcap, "STAGES": c.stages}
                 name = f"block_attention {dim} {dtype}" + (" softcap" if softcap else "")
                 yield _case(name, block_attention_kernel, dtype, constants, c.warps, c.stages)
             constants = {"BLOCK_M": c.BLOCK_M, "SPAN": SPAN, "ROWS": MERGE_ROWS, "BLOCK_D": dim, "AHEAD": MERGE_AHEAD}

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
-from ._math import of_order_key, order_key, tanh
+from ._math import PLAIN, of_order_key, order_key, tanh
 from .linear import CHUNK, CONFIGS, config, product, tile_constants
 
 BEST_BLOCK, BEST_WARPS = 1024, 4  # candidates of a row at a time. Estimated: a vocabulary in three steps
@@ -92,7 +92,7 @@ def lm_head_argmax(x, weight, bias, out_features, num_valid, scale, softcap, id_
     best = torch.empty((rows, blocks), dtype=torch.int64, device=x.device)
     lm_head_argmax_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
         x, weight, bias, best, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, scale, softcap,
-        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages)
+        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages, **PLAIN)
     best_of_blocks_kernel[rows,](best, out_ids, out_values, blocks, id_offset, BLOCK=BEST_BLOCK, num_warps=BEST_WARPS)
 
 
@@ -114,7 +114,7 @@ def cases():
             signature = {"x": "*" + dtype, "weight": "*" + dtype, "bias": "*" + dtype, "best": "*i64", **sizes,
                          **dict.fromkeys(constants, "constexpr")}
             yield Case(f"lm_head_argmax {rows} rows {dtype}", lm_head_argmax_kernel, signature, constants, c.warps,
-                       c.stages)
+                       c.stages, PLAIN)
     signature = {"best": "*i64", "out_ids": "*i64", "out_values": "*fp32", "blocks": "i32", "id_offset": "i64",
                  "BLOCK": "constexpr"}
     yield Case("lm_head_argmax best_of_blocks", best_of_blocks_kernel, signature, {"BLOCK": BEST_BLOCK}, BEST_WARPS, 3)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
+from ._math import PLAIN
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
 SPLIT_BELOW = 512  # programs: with fewer, each chunk is a program of its own. Estimated: four for a multiprocessor
@@ -145,10 +146,11 @@ def linear(x, weight, bias, out_features, out):
     to = torch.empty((chunks, rows, n), dtype=torch.float32, device=x.device) if split else out[None]
     linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), across, chunks if split else 1](
         x, weight, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0), to.stride(1), to.stride(0),
-        CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, num_warps=c.warps, num_stages=c.stages)
+        CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, num_warps=c.warps, num_stages=c.stages,
+        **PLAIN)
     if split:
         add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, bias, out, n, chunks, rows * n, out.stride(0),
-                                                           BLOCK=ADD_BLOCK, num_warps=ADD_WARPS)
+                                                           BLOCK=ADD_BLOCK, num_warps=ADD_WARPS, **PLAIN)
 
 
 def tile_constants(c: Config) -> dict:
@@ -169,7 +171,8 @@ def cases():
                 if out != dtype:
                     signature["bias"], constants = "constexpr", constants | {"bias": None}
                 name = f"linear {rows} rows {dtype}" + (" split" if out != dtype else "")
-                yield Case(name, linear_kernel, signature, constants, c.warps, c.stages)
+                yield Case(name, linear_kernel, signature, constants, c.warps, c.stages, PLAIN)
         signature = {"part": "*fp32", "bias": "*" + dtype, "out": "*" + dtype, "n": "i32:16", "chunks": "i32",
                      "chunk_stride": "i32:16", "out_stride": "i32:16", "BLOCK": "constexpr"}
-        yield Case(f"linear add_chunks {dtype}", add_chunks_kernel, signature, {"BLOCK": ADD_BLOCK}, ADD_WARPS, 3)
+        yield Case(f"linear add_chunks {dtype}", add_chunks_kernel, signature, {"BLOCK": ADD_BLOCK}, ADD_WARPS, 3,
+                   PLAIN)
