@@ -64,18 +64,18 @@ def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, com
         weight = k_weights + layer * dim
     if written:
         head = (tl.program_id(2) * HEADS + tl.arange(0, HEADS))[:, None]
-        keep = head < kv_heads
+        keep, far = head < kv_heads, head.to(tl.int64)  # a cache may have its heads outermost
         at = kv + token * row_stride + (layer * 2 * kv_heads + head) * dim
         a, b, c, d = load_heads(at, keep, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
         va, vb, vc, vd = load_heads(at + kv_heads * dim, keep, dim, rotary, False, ROTARY, TAIL, WIDTH)
         a, b, c, d = norm_rope(a, b, c, d, weight, table, eps, dim, rotary, count, NORM, INTERLEAVED, ROUND_EACH,
                                ROTARY, TAIL, WIDTH)
-        k_out = base_of(bases, layer, kv, ALIGNED) + page * k_page + page_row * k_row + head * k_head
+        k_out = base_of(bases, layer, kv, ALIGNED) + page * k_page + page_row * k_row + far * k_head
         store_heads(k_out, keep, a, b, c, d, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
         if SCALE_V:
             va, vb = scaled(va, v_scale), scaled(vb, v_scale)
             vc, vd = scaled(vc, v_scale), scaled(vd, v_scale)
-        v_out = base_of(bases, layers + layer, kv, ALIGNED) + page * v_page + page_row * v_row + head * v_head
+        v_out = base_of(bases, layers + layer, kv, ALIGNED) + page * v_page + page_row * v_row + far * v_head
         store_heads(v_out, keep, va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL, WIDTH)
 
 

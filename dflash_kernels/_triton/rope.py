@@ -147,7 +147,7 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
                                        count, NORM_K, INTERLEAVED, ROUND_EACH, ROTARY, TAIL, WIDTH)
         if CACHED:
             k_page_id, k_row_id, k_exists = place(slots + token, num_pages, page_size)
-            store_heads(k_cache + k_page_id * k_page + k_row_id * k_row + k * k_head,
+            store_heads(k_cache + k_page_id * k_page + k_row_id * k_row + k.to(tl.int64) * k_head,
                         (k < kv_heads) & k_exists & known, ka, kb, kc, kd, dim, rotary, INTERLEAVED, ROTARY, TAIL,
                         WIDTH)
     elif CACHED:
@@ -155,8 +155,8 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
         va, vb, vc, vd = load_heads(row + (heads + kv_heads + v) * dim, v < kv_heads, dim, rotary, False, ROTARY, TAIL,
                                     WIDTH)
         v_page_id, v_row_id, v_exists = place(slots + token, num_pages, page_size)
-        store_heads(v_cache + v_page_id * v_page + v_row_id * v_row + v * v_head, (v < kv_heads) & v_exists & known,
-                    va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL, WIDTH)
+        store_heads(v_cache + v_page_id * v_page + v_row_id * v_row + v.to(tl.int64) * v_head,
+                    (v < kv_heads) & v_exists & known, va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL, WIDTH)
 
 
 def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, slots, num_heads, num_kv_heads,
