@@ -8,6 +8,7 @@
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step
 #   make peers     the same prompts and drafter through dflash, vLLM and llama.cpp, each in an environment of its own
+#   make aot       registers and shared memory of the GPU kernels, compiled for four architectures
 #   make clean     removes what was built (not .venv, not the peers' environments)
 #
 # PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
@@ -23,7 +24,7 @@ PEERS := build/peers
 DRAFT ?=
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench evaluate peers gpu docs lint sanitize clean
+.PHONY: demo test build bench evaluate peers gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -57,6 +58,9 @@ lint: $(STAMPS)/dev
 
 sanitize: $(STAMPS)/dev
 	$(PY) tests/sanitize.py $(ARGS)
+
+aot: $(STAMPS)/package $(STAMPS)/dev
+	$(PY) -m dflash_kernels._triton._aot bench/results/aot
 
 clean:
 	find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} + 2>/dev/null || true

@@ -2,8 +2,9 @@
 
 Each op is defined once, in "out" form (it returns nothing and writes into tensors that the caller gives), so that
 nothing is allocated behind a CUDA graph's back. The float32 reference is registered for every device; the C++ library
-registers CPU kernels over it when it is loaded. A device that ends up on the reference warns once and says why; a
-library that is there but does not load (a bad DFLASH_ISA, another torch's ABI) is an error, not a slow fallback.
+registers CPU kernels over it when it is loaded, and the Triton kernels are CUDA's where triton is installed. A device
+that ends up on the reference warns once and says why; a library that is there but does not load (a bad DFLASH_ISA,
+another torch's ABI) is an error, not a slow fallback.
 """
 
 import importlib
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
+
+from . import _triton
 
 _lib = torch.library.Library("dflash", "DEF")
 _warned: set[str] = set()
@@ -27,6 +30,8 @@ def _load_native():
 
 
 native = _load_native()
+if torch.version.cuda and importlib.util.find_spec("triton"):
+    _triton.install(_lib)
 capturing = 0  # StepGraphs that are being captured: a reference called then would be missing from the replay
 NAMES: list[str] = []
 REFERENCES: dict[str, Callable] = {}
@@ -42,7 +47,7 @@ def _warn_reference(device: str) -> None:
     _warned.add(device)
     what = {
         "cpu": "the C++ kernels are not built (dflash_kernels._C is missing); install g++ and reinstall dflash-kernels",
-        "cuda": "no GPU kernels are built in this version",
+        "cuda": "triton, which the GPU kernels are written in, is missing; pip install triton",
     }.get(device, f"there are no kernels for device {device!r}")
     warnings.warn(f"dflash_kernels runs its float32 reference, which is correct and slow: {what}.", stacklevel=4)
 

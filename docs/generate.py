@@ -60,7 +60,8 @@ def decode_table(results: list[dict]) -> list[str]:
                   "same text |", "|---|---|---|---|---|---|---|---|"]
         for task, t in [*r["tasks"].items(), ("all", r)]:
             same = "yes" if t["identical_to_plain"] else f"{t['different_requests']} differ"
-            lines.append(f"| {task} | {t['requests']} | {t['acceptance_length']:.2f} | {f'{CARD[task]:.3f}' if task in CARD else ''} | "
+            card = f"{CARD[task]:.3f}" if task in CARD else ""
+            lines.append(f"| {task} | {t['requests']} | {t['acceptance_length']:.2f} | {card} | "
                          f"{t['tokens_per_s']:.1f} | {t['plain_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
         lines.append("")
     return lines

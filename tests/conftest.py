@@ -1,7 +1,16 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from dflash_kernels.testing import every_isa, use_isa
+
+# Triton decides when it is first imported whether kernels are interpreted, so the tests that interpret them run in a
+# process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/test_triton_norm.py`.
+_triton_tests = {p.name for p in Path(__file__).parent.glob("test_triton*.py")}
+_compiled = {"test_triton.py", "test_triton_aot.py"}
+collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
 
 
 @pytest.fixture(params=every_isa())

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dflash_kernels as dk
 from dflash_kernels import reference
@@ -29,11 +30,18 @@ def test_packing_is_lossless(dtype):
     assert same_bits(reference.linear.unpack(dk.pack_weight(w).data, 45, 70), w)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_of_a_packed_weight(dtype):
     w = torch.randn(45, 70).to(dtype)
     index = torch.tensor([44, 0, 15, 16, 16, 31])
     assert same_bits(dk.pack_weight(w).rows(index), w[index])
+
+
+def test_on_cuda_a_packed_weight_is_the_weight_itself(dtype):
+    with FakeTensorMode():
+        w = torch.empty(45, 70, dtype=dtype, device="cuda")
+        assert dk.pack_weight(w).data is w
+        assert dk.pack_weight(w.t()).data.stride() == (45, 1)
+        assert dk.linear(torch.empty(3, 70, dtype=dtype, device="cuda"), dk.pack_weight(w)).shape == (3, 45)
 
 
 def test_packed_weights_share_memory_without_overlap():
@@ -140,6 +148,32 @@ def test_shards_with_an_offset_agree_with_the_whole(isa, dtype):
     best = torch.stack([v for _, v in parts]).argmax(0)
     assert torch.equal(torch.stack([i for i, _ in parts]).gather(0, best[None])[0], ids)
     assert torch.equal(torch.stack([v for _, v in parts]).max(0).values, values)
+
+
+def test_merge_argmax_of_shards_equals_the_whole(isa, dtype):
+    x, w, _ = problem(dtype, 6, 128, 64)
+    w[70] = w[20] = 8 * x[0]
+    whole = dk.lm_head_argmax(x, w)
+    order = torch.randperm(4)
+    parts = [dk.lm_head_argmax(x, w[i:i + 32], id_offset=i) for i in (32 * order).tolist()]
+    got = dk.merge_argmax(torch.stack([v for _, v in parts]), torch.stack([i for i, _ in parts]))
+    assert whole[0][0] == 20 and torch.equal(got[0], whole[0]) and torch.equal(got[1], whole[1])
+
+
+def test_p33_merge_argmax_takes_nan_first_and_the_lowest_id_of_equals(isa):
+    nan, inf = float("nan"), float("inf")
+    columns = [  # (values, ids) of three shards, and the winner
+        ([1.0, 2.0, 2.0], [0, 9, 4], 4), ([nan, inf, 1.0], [7, 1, 2], 7), ([1.0, nan, nan], [0, 6, 5], 5),
+        ([-inf, -inf, -inf], [3, 2, 1], 1), ([0.0, -0.0, -1.0], [8, 2, 1], 2), ([5.0, 4.0, 3.0], [2**40, 1, 0], 2**40),
+        ([inf, inf, nan], [1, 0, 2**62], 2**62)]
+    values = torch.tensor([v for v, _, _ in columns]).T.contiguous()
+    ids = torch.tensor([i for _, i, _ in columns]).T.contiguous()
+    got_ids, got_values = dk.merge_argmax(values, ids)
+    assert got_ids.tolist() == [winner for _, _, winner in columns]
+    won = values.gather(0, (ids == got_ids).int().argmax(0, keepdim=True))[0]
+    assert torch.equal(got_values.isnan(), won.isnan()) and torch.equal(got_values.nan_to_num(), won.nan_to_num())
+    assert dk.merge_argmax(values[:1], ids[:1])[0].tolist() == ids[0].tolist()
+    assert dk.merge_argmax(values[:, :0], ids[:, :0])[0].shape == (0,)
 
 
 def test_opcheck():

@@ -1,0 +1,51 @@
+"""Triton kernels, one file per noun. Nothing here imports triton until an op is first called on a GPU.
+
+A noun's module has the kernels, one table of launch configurations, a launcher per op with the arguments of the op's
+schema, and `cases()`: every kernel as every configuration compiles it, for the tests that have no GPU.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+
+LAUNCHERS = {  # op: module:function
+    "rms_norm": "norm:rms_norm",
+    "add_rms_norm": "norm:add_rms_norm",
+    "silu_and_mul": "activation:silu_and_mul",
+    "qk_norm_rope": "rope:qk_norm_rope",
+    "write_context_kv": "context:write_context_kv",
+    "prepare_block": "block:prepare_block",
+    "embed_tokens": "block:embed_tokens",
+    "verify_greedy": "verify:verify_greedy",
+    "linear": "linear:linear",
+    "lm_head_argmax": "head:lm_head_argmax",
+    "merge_argmax": "head:merge_argmax",
+    "block_attention": "attention:block_attention",
+}
+
+
+@functools.cache
+def load(where: str) -> Callable:
+    module, function = where.split(":")
+    return getattr(importlib.import_module(f".{module}", __name__), function)
+
+
+def _on_its_device(where: str) -> Callable:
+    """The dispatcher does not change devices for a Python kernel, and triton launches on the current one."""
+
+    def launch(*args):
+        device = args[0].get_device()
+        if device == torch.cuda.current_device():
+            return load(where)(*args)
+        with torch.cuda.device(device):
+            return load(where)(*args)
+
+    return launch
+
+
+def install(lib: torch.library.Library) -> None:
+    """Registers every launcher for CUDA tensors."""
+    for op, where in LAUNCHERS.items():
+        lib.impl(op, _on_its_device(where), "CUDA")

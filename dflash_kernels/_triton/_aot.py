@@ -1,0 +1,155 @@
+"""Compiles kernels for GPUs that are not here, and says what each takes of a multiprocessor.
+
+    python -m dflash_kernels._triton._aot FOLDER     writes the table of every case there
+
+A spilled register is traffic that no roofline counts, and a block over the shared memory of its architecture does not
+launch; both are found here, by ptxas, with no GPU.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import LAUNCHERS
+
+# Bytes of shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+NOUNS = tuple(dict.fromkeys(where.split(":")[0] for where in LAUNCHERS.values()))
+
+
+class Case(NamedTuple):
+    """One kernel as one configuration compiles it. signature has a type for each argument that is not a constexpr,
+    "constexpr" for the others; options are the compiler's, such as enable_fp_fusion."""
+
+    name: str
+    kernel: Any
+    signature: dict
+    constexprs: dict
+    num_warps: int
+    num_stages: int
+    options: dict = {}  # noqa: RUF012
+
+
+class Report(NamedTuple):
+    """registers and spilled bytes are a thread's, shared bytes a block's."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+    def complaint(self) -> str:
+        """Why this must not ship, or "". A stack frame alone is local memory too."""
+        if self.spills or self.stack:
+            return f"{self.name} sm_{self.arch}: {self.spills} bytes spilled, {self.stack} bytes of stack"
+        if self.shared > SHARED_LIMIT[self.arch]:
+            return f"{self.name} sm_{self.arch}: {self.shared} bytes of shared memory, over {SHARED_LIMIT[self.arch]}"
+        return ""
+
+
+def cases(noun: str) -> list[Case]:
+    return list(importlib.import_module(f".{noun}", __package__).cases())
+
+
+def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = None) -> Report:
+    """Compiles case `index` of a noun. cache: a folder of earlier reports, keyed by everything they depend on."""
+    import triton
+
+    case = cases(noun)[index]
+    facts = (case.name, case.kernel.cache_key, case.signature, case.constexprs, case[4:], arch, triton.__version__)
+    kept = Path(cache, hashlib.sha256(repr(facts).encode()).hexdigest() + ".json") if cache else None
+    if kept and kept.exists():
+        return Report(*json.loads(kept.read_text()))
+    found = _compile(case, arch)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found))
+        partial.replace(kept)
+    return found
+
+
+def _compile(case: Case, arch: int) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attrs = _specialised(case)
+    source = ASTSource(case.kernel, signature, case.constexprs, attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    log = io.StringIO()
+    # Compiled anew, into a folder of its own: a cached kernel comes without the log of ptxas.
+    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log),
+          _environment(TRITON_CACHE_DIR=folder, TRITON_DUMP_PTXAS_LOG="1")):
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Report(case.name, arch, *(_number(p, log.getvalue()) for p in (
+        r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")), compiled.metadata.shared)
+
+
+def _specialised(case: Case) -> tuple[dict, dict]:
+    """The signature and attributes of the usual call: pointers, and integers marked like "i32:16", divide by 16."""
+    marked = [n for n, kind in case.signature.items() if kind.startswith("*") or kind.endswith(":16")]
+    attrs = {(case.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in marked}
+    return {n: kind.removesuffix(":16") for n, kind in case.signature.items()}, attrs
+
+
+@contextlib.contextmanager
+def _environment(**values):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _number(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    if not found:
+        raise RuntimeError(f"ptxas said nothing about {pattern!r}:\n{log}")
+    return int(found[1])
+
+
+def report_all(cache: str | os.PathLike | None = None, workers: int = 2) -> list[Report]:
+    """Every case of every noun for every architecture, in `workers` processes."""
+    jobs = [(noun, index, arch) for noun in NOUNS for index in range(len(cases(noun))) for arch in SHARED_LIMIT]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(report, *zip(*jobs, strict=True), [cache] * len(jobs)))
+
+
+def summary(reports: list[Report]) -> str:
+    spilled = sum(r.spills > 0 or r.stack > 0 for r in reports)
+    return f"{len({r.name for r in reports})} kernels × {len(SHARED_LIMIT)} architectures compiled, {spilled} spills"
+
+
+def table(reports: list[Report]) -> str:
+    """Markdown: a row a kernel, registers a thread / bytes of shared memory a block for each architecture."""
+    import triton
+
+    rows = {}
+    for r in reports:
+        rows.setdefault(r.name, {})[r.arch] = f"{r.registers} / {r.shared}"
+    head = ["kernel", *(f"sm_{a}" for a in SHARED_LIMIT)]
+    lines = [head, ["---"] * len(head), *([n, *cells.values()] for n, cells in sorted(rows.items()))]
+    return (f"Triton {triton.__version__}: {summary(reports)}. Registers a thread / bytes of shared memory a block.\n\n"
+            + "".join("| " + " | ".join(line) + " |\n" for line in lines))
+
+
+if __name__ == "__main__":
+    every = report_all()
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    Path(sys.argv[1], "triton.md").write_text(table(every))
+    sys.exit("\n".join(filter(None, (r.complaint() for r in every))) or 0)

@@ -1,0 +1,93 @@
+"""The inner loop of block_attention: tiles of keys, and the merging of softmaxes.
+
+A value that is not finite must reach only the rows that see it, and 0 * NaN is NaN. The loop that prefetches does not
+look: where its sums are not finite, which is rare and ends in NaN anyway, they are computed again, EXACT: such values
+go through the tensor cores as zeros, and a second product says which rows see one. Both give a row the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from ._math import tanh
+
+
+@triton.jit
+def merge(top, total, acc, other_top, other_total, other):
+    """The softmax of two sets of keys, later keys second. One that saw nothing is (-inf, 0, 0) and changes no bit."""
+    new = tl.maximum(top, other_top)
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    a, b = tl.exp2(top - shift), tl.exp2(other_top - shift)
+    return new, tl.fma(other_total, b, total * a), tl.fma(other, b[:, None], acc * a[:, None])
+
+
+@triton.jit
+def _not_finite(values, score):
+    """What the values that are not finite add to each row that sees them: NaN, inf, -inf, or 0."""
+    wide = values.to(tl.float32)
+    code = tl.where(wide != wide, 16384.0, tl.where(wide == float("inf"), 128.0, 1.0))
+    code = tl.where(tl.abs(wide) < float("inf"), 0.0, code).to(values.dtype)
+    # At most 64 keys: the three counts share one exact sum.
+    seen = tl.where(score == float("-inf"), 0.0, 1.0).to(values.dtype)
+    counts = tl.dot(seen, code, input_precision="ieee").to(tl.int32)
+    infinite = tl.where(counts // 128 % 128 > 0, float("inf"), 0.0) + tl.where(counts % 128 > 0, float("-inf"), 0.0)
+    return tl.where(counts >= 16384, float("nan"), infinite)
+
+
+@triton.jit
+def scores(q, from_q, ok, from_k, there, head_dim, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr):
+    """q . k, along all of D at once, or CHUNK_D of it at a time: without tensor cores a thread keeps whole rows."""
+    if CHUNK_D == BLOCK_D:
+        d = tl.arange(0, BLOCK_D)
+        keys = tl.load(from_k[None, :] + d[:, None], there[None, :] & (d < head_dim)[:, None], 0.0)
+        score = tl.dot(q, keys, input_precision="ieee")
+    else:
+        score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for chunk in tl.static_range(BLOCK_D // CHUNK_D):
+            d = chunk * CHUNK_D + tl.arange(0, CHUNK_D)
+            rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
+            keys = tl.load(from_k[None, :] + d[:, None], there[None, :] & (d < head_dim)[:, None], 0.0)
+            score = tl.dot(rows, keys, score, input_precision="ieee")
+    return score
+
+
+@triton.jit
+def attend(begin, end, q, from_q, ok, position, d, first, last, k, v, k_cache, v_cache, pages, context, head_dim,
+           factor, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row, EXACT: tl.constexpr,
+           PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+           CHUNK_D: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
+    """The softmax (top, total, acc) of the tiles [begin, end) of keys. No row sees a key outside [first, last)."""
+    never, nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top, total, acc = never, nothing, zero
+    all_top, all_total, all_acc = never, nothing, zero
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside, cached = (at >= first) & (at < last), at < context
+        page = tl.load(pages + at // PAGE, inside & cached, 0)
+        exists = ((page >= 0) & (page < num_pages)) | (at >= context)
+        page, row, after = page.to(tl.int64), (at % PAGE).to(tl.int64), (at - context).to(tl.int64)
+        from_k = tl.where(cached, k_cache + (page * kc_page + row * kc_row), k + after * k_row)
+        score = scores(q, from_q, ok, from_k, inside & exists, head_dim, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D) * factor
+        if SOFTCAP:
+            score = tanh(score) * softcap
+        seen = (inside[None, :] & (at[None, :] >= (position - left)[:, None])
+                & (at[None, :] <= (position + right)[:, None]))
+        score = tl.where(seen, tl.where(exists[None, :], score, float("nan")), float("-inf"))
+        new = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        weight, fade = tl.exp2(score - shift[:, None]), tl.exp2(top - shift)
+        top, total = new, tl.fma(total, fade, tl.sum(weight, 1))
+        from_v = tl.where(cached, v_cache + (page * vc_page + row * vc_row), v + after * v_row)
+        values = tl.load(from_v[:, None] + d[None, :], (inside & exists)[:, None] & (d < head_dim)[None, :], 0.0)
+        acc *= fade[:, None]
+        if EXACT:
+            finite = tl.abs(values.to(tl.float32)) < float("inf")
+            acc = tl.dot(weight.to(values.dtype), tl.where(finite, values, 0.0), acc, input_precision="ieee")
+            acc += _not_finite(values, score)
+        else:
+            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
+        if (tile + 1) * BLOCK_N % SPAN == 0:
+            all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, total, acc)
+            top, total, acc = never, nothing, zero
+    return merge(all_top, all_total, all_acc, top, total, acc)

@@ -1,0 +1,113 @@
+"""prepare_block and embed_tokens: embedded rows are read and written once, and some 40 bytes a token beside them; the
+floor is the launch, or for thousands of tokens those bytes over the copy bandwidth.
+
+A program has a piece of one token's row; the one with the first piece also writes the token's id, position and slot.
+"""
+
+import triton
+import triton.language as tl
+
+from ._aot import Case
+from ._math import DTYPES
+
+CONFIGS = {1024: (1024, 2), 1 << 62: (2048, 4)}  # widest row: (elements a program copies, warps). Estimated.
+
+
+def _config(width: int) -> tuple[int, int]:
+    return next(found for widest, found in CONFIGS.items() if width <= widest)
+
+
+@triton.jit
+def copy_row(table, rows, width, row_stride, out, token_id, BLOCK: tl.constexpr):
+    """This program's piece of row `token_id` of the table, or zeros where there is none, to out."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = (token_id >= 0) & (token_id < rows)
+    source = table + tl.where(known, token_id, 0) * row_stride
+    tl.store(out + at, tl.load(source + at, (at < width) & known, 0), at < width)
+
+
+@triton.jit
+def prepare_block_kernel(anchor_ids, context_lens, page_table, block_lens, embedding, ids, positions, slots, rows,
+                         anchor_stride, table_stride, embedding_stride, ids_stride, positions_stride, slots_stride,
+                         rows_outer_stride, rows_stride, mask_token_id, page_size, max_pages, block, vocab, width,
+                         PAGED: tl.constexpr, RAGGED: tl.constexpr, EMBEDDED: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    b, i = token // block, token % block
+    live = i >= 0
+    if RAGGED:
+        live = i < tl.load(block_lens + b)
+    token_id = tl.load(anchor_ids + b * anchor_stride)
+    token_id = tl.where(live & (i == 0), token_id, mask_token_id)
+    if tl.program_id(1) == 0:
+        position = tl.where(live, tl.load(context_lens + b).to(tl.int64) + i, 0)
+        tl.store(ids + b * ids_stride + i, token_id)
+        tl.store(positions + b * positions_stride + i, position)
+        if PAGED:
+            index = position // page_size
+            owned = live & (position >= 0) & (index < max_pages)
+            page = tl.load(page_table + b * table_stride + index, owned, -1).to(tl.int64)
+            tl.store(slots + b * slots_stride + i, tl.where(page >= 0, page * page_size + position % page_size, -1))
+    if EMBEDDED:
+        copy_row(embedding, vocab, width, embedding_stride, rows + b * rows_outer_stride + i * rows_stride,
+                 tl.where(live, token_id, -1), BLOCK)
+
+
+@triton.jit
+def embed_tokens_kernel(ids, table, out, ids_stride, table_stride, out_outer_stride, out_stride, inner, vocab, width,
+                        BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    r, i = token // inner, token % inner
+    copy_row(table, vocab, width, table_stride, out + r * out_outer_stride + i * out_stride,
+             tl.load(ids + r * ids_stride + i), BLOCK)
+
+
+def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding, ids, positions,
+                  slots, rows):
+    paged, embedded = slots is not None, rows is not None
+    table_stride, max_pages, slots_stride = 0, 0, 0
+    if paged:
+        table_stride, max_pages, slots_stride = page_table.stride(0), page_table.shape[1], slots.stride(0)
+    vocab, width, embedding_stride, rows_strides = 0, 0, 0, (0, 0)
+    if embedded:
+        (vocab, width), embedding_stride, rows_strides = embedding.shape, embedding.stride(0), rows.stride()[:2]
+    if not ids.numel():
+        return
+    block, warps = _config(width)
+    prepare_block_kernel[ids.numel(), max(triton.cdiv(width, block), 1)](
+        anchor_ids, context_lens, page_table, block_lens, embedding, ids, positions, slots, rows, anchor_ids.stride(0),
+        table_stride, embedding_stride, ids.stride(0), positions.stride(0), slots_stride, *rows_strides, mask_token_id,
+        page_size, max_pages, ids.shape[1], vocab, width, PAGED=paged, RAGGED=block_lens is not None,
+        EMBEDDED=embedded, BLOCK=block, num_warps=warps)
+
+
+def embed_tokens(ids, table, out):
+    if not out.numel():
+        return
+    block, warps = _config(table.shape[1])
+    embed_tokens_kernel[ids.numel(), triton.cdiv(table.shape[1], block)](
+        ids, table, out, ids.stride(0), table.stride(0), *out.stride()[:2], ids.shape[1], *table.shape, BLOCK=block,
+        num_warps=warps)
+
+
+def cases():
+    for block, warps in CONFIGS.values():
+        for dtype in (*DTYPES, "i64"):
+            signature = dict.fromkeys(embed_tokens_kernel.arg_names, "i32:16")
+            signature |= {"ids": "*i64", "table": "*" + dtype, "out": "*" + dtype, "ids_stride": "i32", "inner": "i32",
+                          "vocab": "i32", "BLOCK": "constexpr"}
+            yield Case(f"embed_tokens {block} {dtype}", embed_tokens_kernel, signature, {"BLOCK": block}, warps, 3)
+        for dtype in DTYPES:
+            yield _prepare_case(f"prepare_block {block} {dtype}", dtype, True, block, warps)
+    yield _prepare_case("prepare_block ids alone", "bf16", False, *CONFIGS[1024])
+
+
+def _prepare_case(name, dtype, full, block, warps):
+    constexprs = {"PAGED": full, "RAGGED": full, "EMBEDDED": full, "BLOCK": block}
+    constexprs |= {} if full else dict.fromkeys(("page_table", "block_lens", "embedding", "slots", "rows"))
+    signature = dict.fromkeys(prepare_block_kernel.arg_names, "i32:16")
+    signature |= dict.fromkeys(("anchor_ids", "ids", "positions", "slots"), "*i64")
+    signature |= dict.fromkeys(("context_lens", "page_table", "block_lens"), "*i32")
+    signature |= dict.fromkeys(("embedding", "rows"), "*" + dtype)
+    signature |= dict.fromkeys(("anchor_stride", "table_stride", "ids_stride", "positions_stride", "slots_stride",
+                                "mask_token_id", "max_pages", "block", "vocab"), "i32")
+    return Case(name, prepare_block_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, 3)

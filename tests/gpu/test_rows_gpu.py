@@ -1,0 +1,59 @@
+"""On the GPU: a row of linear, of the head and of attention has the same bits whatever stands beside it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attention import Case, ints
+
+import dflash_kernels as dk
+from dflash_kernels.testing import assert_within_budget, same_bits
+from dflash_kernels.types import PagedKV
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+def problem(dtype, rows, n, k):
+    x, w = torch.randn(rows, k, device="cuda").to(dtype), (torch.randn(n, k, device="cuda") / k**0.5).to(dtype)
+    return x, w, torch.randn(n, device="cuda").to(dtype)
+
+
+# K of one chunk and of several, shared out and not; tails of every kind
+@pytest.mark.parametrize("n,k", [(576, 576), (1000, 1536), (4096, 4096), (40_000, 2048), (100, 3000), (33, 45)])
+def test_linear_and_the_head_give_a_row_one_answer(dtype, n, k):
+    x, w, b = problem(dtype, 300, n, k)
+    whole = dk.linear(x, w, b)
+    peer = F.linear(x, w, b)
+    assert_within_budget(whole, F.linear(x.double(), w.double(), b.double()), peer, ulps=2)
+    assert same_bits(dk.linear(x, dk.pack_weight(w), b), whole)
+    for start, rows in ((0, 1), (299, 1), (7, 3), (8, 16), (20, 17), (40, 33), (100, 65), (101, 128), (60, 129)):
+        part = x[start:start + rows]
+        assert same_bits(dk.linear(part, w, b), whole[start:start + rows]), (start, rows)
+        ids, values = dk.lm_head_argmax(part, w, bias=b)
+        best = whole[start:start + rows].float()
+        assert torch.equal(values, best.max(-1).values), (start, rows)
+        assert torch.equal(ids, (best == values[:, None]).int().argmax(-1)), (start, rows)
+
+
+def on_gpu(case):
+    case.q, case.lens, case.table = case.q.cuda(), case.lens.cuda(), case.table.cuda()
+    case.k, case.v = [t.cuda() for t in case.k], [t.cuda() for t in case.v]
+    case.cache = PagedKV(case.cache.k.cuda(), case.cache.v.cuda())
+    return case
+
+
+@pytest.mark.parametrize("heads,kv_heads,dim,page", [(32, 8, 128, 16), (9, 3, 64, 1), (8, 2, 256, 64), (6, 1, 80, 16)])
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": (300, -1), "softcap": 4.0}], ids=str)
+def test_p22_p23_attention_gives_a_row_one_answer(dtype, heads, kv_heads, dim, page, options):
+    start, total = 1020, 16
+    case = on_gpu(Case([start + total, 70], total, heads, kv_heads, dim, page, dtype))
+    lens = ints(start, 70).cuda()
+    k, v = (torch.stack([x[0][start:start + total], x[1][70:]]) for x in (case.k, case.v))
+    whole = dk.block_attention(case.q, k, v, case.cache, case.table, lens, **options)
+    for width in (1, 3, 8, total):
+        for i in range(0, total, width):
+            got = dk.block_attention(case.q[:1, i:i + width], k[:1, i:i + width], v[:1, i:i + width], case.cache,
+                                     case.table[:1], ints(start + i).cuda(), **options)
+            assert same_bits(got[0], whole[0, i:i + width]), (width, i)
+    many = [t.repeat_interleave(150, 0) for t in (case.q, k, v, case.table, lens)]  # too many to share out spans
+    got = dk.block_attention(*many[:3], case.cache, *many[3:], **options)
+    assert same_bits(got[::150].contiguous(), whole) and same_bits(got[149::150].contiguous(), whole)

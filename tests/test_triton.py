@@ -1,0 +1,28 @@
+"""Runs the tests that interpret the GPU kernels, each file in a process that interprets (see conftest.py)."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dflash_kernels import _library
+from dflash_kernels._triton import LAUNCHERS
+
+TESTS = Path(__file__).parent
+NOUNS = sorted({where.split(":")[0] for where in LAUNCHERS.values()})
+
+
+def test_every_op_has_a_launcher():
+    assert set(LAUNCHERS) == set(_library.NAMES)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("noun", NOUNS)
+def test_interpreted(noun):
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/test_triton_{noun}.py"],
+                         cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True, timeout=580)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
