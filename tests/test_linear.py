@@ -40,7 +40,6 @@ def test_on_cuda_a_packed_weight_is_the_weight_itself(dtype):
     with FakeTensorMode():
         w = torch.empty(45, 70, dtype=dtype, device="cuda")
         assert dk.pack_weight(w).data is w
-        assert dk.pack_weight(w.t()).data.stride() == (45, 1)
         assert dk.linear(torch.empty(3, 70, dtype=dtype, device="cuda"), dk.pack_weight(w)).shape == (3, 45)
 
 
