@@ -46,12 +46,12 @@ class Config(NamedTuple):
 # (bytes of an element, head dim at most). All estimated: as many rows as a thread's registers hold beside their sums,
 # and as many stages as 99 KB of shared memory, so that every chip runs the same tiles. Two stages are the page table's.
 CONFIGS = {
-    (2, 64): Config(32, 64, 64, 8, 5),
-    (2, 128): Config(32, 64, 128, 8, 4),
-    (2, 256): Config(16, 32, 256, 8, 4),
-    (4, 64): Config(16, 16, 32, 4, 4),
-    (4, 128): Config(16, 16, 32, 4, 4),
-    (4, 256): Config(16, 16, 32, 4, 4),
+    (2, 64): Config(32, 64, 64, 8, 7),
+    (2, 128): Config(32, 64, 128, 8, 5),
+    (2, 256): Config(16, 32, 256, 8, 5),
+    (4, 64): Config(16, 16, 32, 4, 5),
+    (4, 128): Config(16, 16, 32, 4, 5),
+    (4, 256): Config(16, 16, 32, 8, 5),
 }
 MERGE_ROWS, MERGE_AHEAD, MERGE_WARPS = 4, 8, 4  # rows a program, and spans of each that it asks for at once. Estimated
 # With fewer tiles of rows than SPLIT_BELOW programs share out spans: estimated, two a multiprocessor. Programs and
