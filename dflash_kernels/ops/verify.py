@@ -26,7 +26,7 @@ def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, cont
     target_ids (B, Q): int64, rows at any stride: the target's next token after each of them; None with logits.
     context_lens (B,): int32, contiguous: tokens before the anchor.
     logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
-        vocabulary is a view). Their argmax stands for target_ids, in the same launch. A row after the first mismatch
+        vocabulary is a view). Their argmax stands for target_ids, in the same call. A row after the first mismatch
         need not be read.
     block_lens (B,): int32, contiguous: live tokens of each block; None means Q. A request of length 0 is padding: it
         commits nothing.
