@@ -5,6 +5,8 @@
 // the tests' is a loop on the host.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/chunk.cuh"
 #include "params/context.h"
 
