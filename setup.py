@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest torch the library loads under
 PY_LIMITED_API = "0x030a0000"  # 3.10
 CUDA_EXTENSION = "dflash_kernels._cuda"
+OLDEST_NVCC = (12, 8)
 CUDA_ARCHITECTURES = ("80", "90a", "100a", "120a")
 
 X86 = {
@@ -98,6 +99,10 @@ class NinjaBuildExt(build_ext):
                                    "--no-build-isolation")
         cuda = ext.name == CUDA_EXTENSION
         if cuda and not find_nvcc():
+            return
+        if cuda and tuple(map(int, nvcc_release(find_nvcc()).split("."))) < OLDEST_NVCC:
+            print(f"dflash-kernels: building without CUDA C++ kernels: nvcc is {nvcc_release(find_nvcc())}, and the "
+                  "architectures need {}.{}. The Triton kernels do without.".format(*OLDEST_NVCC), file=sys.stderr)
             return
         build = (ROOT / self.build_temp).resolve() / ("cuda" if cuda else "")
         build.mkdir(parents=True, exist_ok=True)
