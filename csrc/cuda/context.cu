@@ -6,9 +6,9 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <class T, int N>
+template <class L>
 struct WarpGroup {
-  Lane<T, N> own;
+  L own;
   int lane, lanes;
 
   template <class F>
@@ -26,7 +26,7 @@ struct WarpGroup {
 
 // The parameters, with every layer's base addresses, travel with the launch: a captured graph has them, and no memory
 // of the device is needed for them.
-template <class T, int N>
+template <class T, int N, bool kTail>
 __global__ void __launch_bounds__(kThreads)
     write_context_kv_kernel(const __grid_constant__ WriteContextKvParams p, const ContextShape shape) {
   const int64_t item = int64_t(blockIdx.x) * (kThreads / shape.lanes) + threadIdx.x / shape.lanes;
@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(kThreads)
   if (token >= p.tokens) return;
   Head<T> head;
   if (!find_head(p, shape.block, token, blockIdx.y, item % p.num_kv_heads, head)) return;
-  WarpGroup<T, N> group;
+  WarpGroup<Lane<T, N, kTail>> group;
   group.lane = threadIdx.x % shape.lanes;
   group.lanes = shape.lanes;
-  write_head<T, N>(p, head, shape, group);
+  write_head<Lane<T, N, kTail>, N>(p, head, shape, group);
 }
 
 template <class T>
@@ -45,10 +45,11 @@ void launch(const WriteContextKvParams& p, cudaStream_t stream) {
   const ContextShape shape = context_shape(p);
   const int64_t groups = kThreads / shape.lanes;
   const dim3 grid(unsigned((p.tokens * p.num_kv_heads + groups - 1) / groups), unsigned(p.layers));
-  if (shape.words)
-    write_context_kv_kernel<T, 16 / sizeof(T)><<<grid, kThreads, 0, stream>>>(p, shape);
-  else
-    write_context_kv_kernel<T, 1><<<grid, kThreads, 0, stream>>>(p, shape);
+  constexpr int kWord = 16 / sizeof(T);
+  const auto kernel = !shape.words ? write_context_kv_kernel<T, 1, true>
+                      : shape.tail ? write_context_kv_kernel<T, kWord, true>
+                                   : write_context_kv_kernel<T, kWord, false>;
+  kernel<<<grid, kThreads, 0, stream>>>(p, shape);
 }
 
 }  // namespace

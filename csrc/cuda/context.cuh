@@ -1,5 +1,5 @@
 // write_context_kv: K and V of every written row are read once and written once. A group of lanes of one warp has one
-// head of one token and layer, K and V together, so that its (up to six) loads are in flight at the same time.
+// head of one token and layer, K and V together, so that all its loads are in flight at the same time.
 //
 // The steps of a group are written once, over a Group that runs them for all lanes: the kernel's is one lane of a warp,
 // the tests' is a loop on the host.
@@ -12,11 +12,13 @@
 
 namespace dflash::cuda {
 
-// How a head is spread over lanes: lane i has the pairs [i * N, (i + 1) * N) that rotate together and as many elements
-// of the tail that does not rotate; with more chunks than lanes, in rounds.
+// How a head is spread over lanes, in chunks of N: chunk i has elements [i * N, (i + 1) * N) of four parts, a and b, the
+// firsts and seconds of the pairs that rotate, c and d, the halves of the tail that does not. The parts are `width` wide
+// and one sum of squares goes over them, as in the Triton kernels, whose bits these are.
 struct ContextShape {
-  int lanes, rounds;
-  bool words;     // 16-byte accesses, one round
+  int width, lanes, rounds;  // with more chunks than lanes, each lane has one in each round
+  bool words;                // 16-byte accesses, one round
+  bool tail;
   int64_t block;  // rows of a request
 };
 
@@ -27,13 +29,12 @@ inline int64_t next_power_of_2(int64_t n) {
 }
 
 inline bool context_in_words(const WriteContextKvParams& p, int64_t itemsize) {
-  const int64_t n = 16 / itemsize, half = p.table.rotary_dim / 2, tail = p.head_dim - 2 * half;
+  const int64_t n = 16 / itemsize;
   const CacheView& c = p.cache;
   // The stride of a dimension of one element is nobody's business.
   auto divides = [&](int64_t size, int64_t stride) { return size == 1 || stride % n == 0; };
   auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
-  bool all = half % n == 0 && tail % n == 0 && next_power_of_2(half > tail ? half : tail) <= 32 * n &&
-             divides(p.tokens, p.kv.stride) && divides(c.num_pages, c.k_page) && divides(c.num_pages, c.v_page) &&
+  bool all = divides(p.tokens, p.kv.stride) && divides(c.num_pages, c.k_page) && divides(c.num_pages, c.v_page) &&
              divides(c.page_size, c.k_row) && divides(c.page_size, c.v_row) && divides(p.num_kv_heads, c.k_head) &&
              divides(p.num_kv_heads, c.v_head) && aligned(p.kv.data) && aligned(p.k_weights) && aligned(p.table.cos_sin);
   for (int64_t layer = 0; layer < p.layers; ++layer) all = all && aligned(p.k_caches[layer]) && aligned(p.v_caches[layer]);
@@ -41,10 +42,12 @@ inline bool context_in_words(const WriteContextKvParams& p, int64_t itemsize) {
 }
 
 inline ContextShape context_shape(const WriteContextKvParams& p) {
-  const int64_t itemsize = p.dtype == Dtype::f32 ? 4 : 2, half = p.table.rotary_dim / 2, tail = p.head_dim - 2 * half;
-  const bool words = context_in_words(p, itemsize);
-  const int64_t chunks = (next_power_of_2(half > tail ? half : tail) * (words ? itemsize : 16) + 15) / 16;
-  return {int(chunks < 32 ? chunks : 32), int((chunks + 31) / 32), words,
+  const int64_t itemsize = p.dtype == Dtype::f32 ? 4 : 2, n = 16 / itemsize;
+  const int64_t half = p.table.rotary_dim / 2, tail = p.head_dim - 2 * half;
+  const int64_t width = next_power_of_2(half > (tail + 1) / 2 ? half : (tail + 1) / 2);
+  const bool words = half % n == 0 && tail % n == 0 && width % n == 0 && width <= 32 * n && context_in_words(p, itemsize);
+  const int64_t chunks = words ? width / n : width;
+  return {int(width), int(chunks < 32 ? chunks : 32), int((chunks + 31) / 32), words, tail > 0,
           p.commit_lens && p.requests ? p.tokens / p.requests : 1};
 }
 
@@ -93,99 +96,88 @@ DFLASH_HD void table_values(const WriteContextKvParams& p, const void* row, int 
   }
 }
 
-// What one lane holds of a head. Pairs are (a, b): halves, or neighbours where they are interleaved.
-template <class T, int N>
+// What one lane holds of a head: a chunk of a, b, c and d. Without kTail there is no c and no d.
+template <class T, int N, bool kTail>
 struct Lane {
-  int first_at, second_at, tail_at, pair_at;  // offsets in the head, and in the row of the table
-  bool has_pair, has_tail, interleaved;
-  float a[N], b[N], tail[N];
-  Chunk<T, N> v_first, v_second, v_tail;
-  float pair_squares, tail_squares;  // sums of this chunk, then of all lanes
-  float pair_kept, tail_kept;        // sums of all lanes in the round that has this lane's number
+  int at[4], pair_at;  // offsets in the head of the four pieces, and of the pairs in a row of the table
+  bool has[4], interleaved;
+  float x[4][N];
+  Chunk<T, N> v[4];
+  float squares, kept;  // sum of this chunk, then of all lanes; of all lanes in the round that has this lane's number
 
-  DFLASH_HD void place(const WriteContextKvParams& p, int chunk) {
+  static constexpr int kParts = kTail ? 4 : 2;
+
+  DFLASH_HD void place(const WriteContextKvParams& p, const ContextShape& shape, int chunk) {
     const int half = int(p.table.rotary_dim) / 2;
     interleaved = p.table.interleaved;
     pair_at = chunk * N;
-    has_pair = pair_at < half;
-    first_at = interleaved ? 2 * pair_at : pair_at;
-    second_at = interleaved ? first_at + N : half + pair_at;
-    tail_at = 2 * half + pair_at;
-    has_tail = tail_at < p.head_dim;
-  }
-
-  DFLASH_HD void read_pair(const T* from, float (&x)[N], float (&y)[N]) const {
-    const auto first = load<T, N>(from + first_at), second = load<T, N>(from + second_at);
-    DFLASH_UNROLL
-    for (int i = 0; i < N; ++i) {
-      const T even = 2 * i < N ? first.v[2 * i % N] : second.v[2 * i % N];
-      const T odd = 2 * i + 1 < N ? first.v[(2 * i + 1) % N] : second.v[(2 * i + 1) % N];
-      x[i] = wide(interleaved ? even : first.v[i]);
-      y[i] = wide(interleaved ? odd : second.v[i]);
+    at[0] = interleaved ? 2 * pair_at : pair_at;
+    at[1] = interleaved ? at[0] + N : half + pair_at;
+    has[0] = has[1] = pair_at < half;
+    if constexpr (kTail) {
+      at[2] = 2 * half + pair_at;
+      at[3] = at[2] + shape.width;
+      has[2] = at[2] < p.head_dim;
+      has[3] = at[3] < p.head_dim;
     }
   }
 
-  DFLASH_HD void read_tail(const T* from, float (&x)[N]) const {
-    const auto c = load<T, N>(from + tail_at);
+  // What this lane has of a row of heads' width.
+  DFLASH_HD void read_row(const T* from, float (&to)[4][N]) const {
+    if (has[0]) {
+      const auto first = load<T, N>(from + at[0]), second = load<T, N>(from + at[1]);
+      DFLASH_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const T even = 2 * i < N ? first.v[2 * i % N] : second.v[2 * i % N];
+        const T odd = 2 * i + 1 < N ? first.v[(2 * i + 1) % N] : second.v[(2 * i + 1) % N];
+        to[0][i] = wide(interleaved ? even : first.v[i]);
+        to[1][i] = wide(interleaved ? odd : second.v[i]);
+      }
+    }
     DFLASH_UNROLL
-    for (int i = 0; i < N; ++i) x[i] = wide(c.v[i]);
+    for (int part = 2; part < kParts; ++part) {
+      if (!has[part]) continue;
+      const auto c = load<T, N>(from + at[part]);
+      DFLASH_UNROLL
+      for (int i = 0; i < N; ++i) to[part][i] = wide(c.v[i]);
+    }
   }
 
   DFLASH_HD void read(const Head<T>& h) {
-    if (has_pair) {
-      read_pair(h.k, a, b);
-      v_first = load<T, N>(h.v + first_at);
-      v_second = load<T, N>(h.v + second_at);
-    }
-    if (has_tail) {
-      read_tail(h.k, tail);
-      v_tail = load<T, N>(h.v + tail_at);
-    }
+    read_row(h.k, x);
+    DFLASH_UNROLL
+    for (int part = 0; part < kParts; ++part)
+      if (has[part]) v[part] = load<T, N>(h.v + at[part]);
   }
 
   DFLASH_HD void square() {
-    float x[N], y[N];
+    float sum[N];
     DFLASH_UNROLL
     for (int i = 0; i < N; ++i) {
-      x[i] = has_pair ? a[i] * a[i] + b[i] * b[i] : 0.0f;
-      y[i] = has_tail ? tail[i] * tail[i] : 0.0f;
+      sum[i] = has[0] ? x[0][i] * x[0][i] + x[1][i] * x[1][i] : 0.0f;
+      if constexpr (kTail)
+        sum[i] += (has[2] ? x[2][i] * x[2][i] : 0.0f) + (has[3] ? x[3][i] * x[3][i] : 0.0f);
     }
-    pair_squares = tree_sum(x);
-    tail_squares = tree_sum(y);
+    squares = tree_sum(sum);
   }
 
   DFLASH_HD void keep(int round, int lane) {
-    if (round == 0) pair_kept = tail_kept = 0.0f;
-    if (round == lane) {
-      pair_kept = pair_squares;
-      tail_kept = tail_squares;
-    }
-  }
-
-  DFLASH_HD void restore() {
-    pair_squares = pair_kept;
-    tail_squares = tail_kept;
-  }
-
-  DFLASH_HD static void norm(float (&x)[N], const float (&weight)[N], float scale, bool round) {
-    DFLASH_UNROLL
-    for (int i = 0; i < N; ++i) {
-      x[i] = x[i] * scale * weight[i];
-      if (round) x[i] = wide(narrow<T>(x[i]));
-    }
+    if (round == 0) kept = 0.0f;
+    if (round == lane) kept = squares;
   }
 
   DFLASH_HD void norm(const WriteContextKvParams& p, const T* weight) {
-    const float scale = 1.0f / sqrtf((pair_squares + tail_squares) / float(p.head_dim) + p.eps);
-    float x[N], y[N];
-    if (has_pair) {
-      read_pair(weight, x, y);
-      norm(a, x, scale, p.table.round_each);
-      norm(b, y, scale, p.table.round_each);
-    }
-    if (has_tail) {
-      read_tail(weight, x);
-      norm(tail, x, scale, p.table.round_each);
+    const float scale = 1.0f / sqrtf(squares / float(p.head_dim) + p.eps);
+    float w[4][N];
+    read_row(weight, w);
+    DFLASH_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      if (!has[part]) continue;
+      DFLASH_UNROLL
+      for (int i = 0; i < N; ++i) {
+        x[part][i] = x[part][i] * scale * w[part][i];
+        if (p.table.round_each) x[part][i] = wide(narrow<T>(x[part][i]));
+      }
     }
   }
 
@@ -195,84 +187,69 @@ struct Lane {
     table_values<T>(p, row, int(p.table.rotary_dim) / 2 + pair_at, sin);
     DFLASH_UNROLL
     for (int i = 0; i < N; ++i) {
-      const float x = a[i], y = b[i];
-      a[i] = x * cos[i] - y * sin[i];
-      b[i] = y * cos[i] + x * sin[i];
+      const float a = x[0][i], b = x[1][i];
+      x[0][i] = a * cos[i] - b * sin[i];
+      x[1][i] = b * cos[i] + a * sin[i];
     }
-  }
-
-  // V at 1 keeps its bits, whatever they are.
-  DFLASH_HD static void write_v(T* to, Chunk<T, N> c, float scale) {
-    if (scale != 1.0f) {
-      DFLASH_UNROLL
-      for (int i = 0; i < N; ++i) c.v[i] = narrow<T>(wide(c.v[i]) * scale);
-    }
-    store(to, c);
   }
 
   DFLASH_HD void write(const WriteContextKvParams& p, const Head<T>& h) const {
-    if (has_pair) {
-      Chunk<T, N> first, second;
+    Chunk<T, N> k[4];
+    DFLASH_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const int low = i / 2, high = (N + i) / 2;
+      k[0].v[i] = narrow<T>(interleaved ? (i % 2 ? x[1][low] : x[0][low]) : x[0][i]);
+      k[1].v[i] = narrow<T>(interleaved ? ((N + i) % 2 ? x[1][high] : x[0][high]) : x[1][i]);
       DFLASH_UNROLL
-      for (int i = 0; i < N; ++i) {
-        const int pair = (N + i) / 2;
-        first.v[i] = narrow<T>(interleaved ? (i % 2 ? b : a)[i / 2] : a[i]);
-        second.v[i] = narrow<T>(interleaved ? ((N + i) % 2 ? b : a)[pair] : b[i]);
-      }
-      store(h.k_out + first_at, first);
-      store(h.k_out + second_at, second);
-      write_v(h.v_out + first_at, v_first, p.v_scale);
-      write_v(h.v_out + second_at, v_second, p.v_scale);
+      for (int part = 2; part < kParts; ++part) k[part].v[i] = narrow<T>(x[part][i]);
     }
-    if (has_tail) {
-      Chunk<T, N> c;
-      DFLASH_UNROLL
-      for (int i = 0; i < N; ++i) c.v[i] = narrow<T>(tail[i]);
-      store(h.k_out + tail_at, c);
-      write_v(h.v_out + tail_at, v_tail, p.v_scale);
+    DFLASH_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      if (!has[part]) continue;
+      store(h.k_out + at[part], k[part]);
+      Chunk<T, N> out = v[part];
+      if (p.v_scale != 1.0f) {  // at 1 the bits stay, whatever they are
+        DFLASH_UNROLL
+        for (int i = 0; i < N; ++i) out.v[i] = narrow<T>(wide(out.v[i]) * p.v_scale);
+      }
+      store(h.v_out + at[part], out);
     }
   }
 };
 
 // Group has the lanes: each(f) runs f(lane, its number) for all of them, add(of) leaves the sum of of(lane) in each.
-template <class T, int N, class Group>
+template <class L, int N, class T, class Group>
 DFLASH_HD void write_head(const WriteContextKvParams& p, const Head<T>& h, const ContextShape& shape, Group& group) {
-  using L = Lane<T, N>;
-  const int lanes = shape.lanes;
+  const auto squares = [](L& l) -> float& { return l.squares; };
   if constexpr (N > 1) {  // one round, which stays in registers
     group.each([&](L& l, int i) {
-      l.place(p, i);
+      l.place(p, shape, i);
       l.read(h);
       l.square();
     });
-    if (h.weight) {
-      group.add([](L& l) -> float& { return l.pair_squares; });
-      group.add([](L& l) -> float& { return l.tail_squares; });
-    }
+    if (h.weight) group.add(squares);
   } else if (h.weight) {
     for (int round = 0; round < shape.rounds; ++round) {
       group.each([&](L& l, int i) {
-        l.place(p, round * lanes + i);
+        l.place(p, shape, round * shape.lanes + i);
         l.read(h);
         l.square();
       });
-      group.add([](L& l) -> float& { return l.pair_squares; });
-      group.add([](L& l) -> float& { return l.tail_squares; });
+      group.add(squares);
       group.each([&](L& l, int i) { l.keep(round, i); });
     }
     // Neighbouring rounds are added as neighbouring lanes are.
-    group.add([](L& l) -> float& { return l.pair_kept; });
-    group.add([](L& l) -> float& { return l.tail_kept; });
-    group.each([](L& l, int) { l.restore(); });
+    group.each([](L& l, int) { l.squares = l.kept; });
+    group.add(squares);
   }
   for (int round = 0; round < shape.rounds; ++round) {
     group.each([&](L& l, int i) {
       if constexpr (N == 1) {
-        l.place(p, round * lanes + i);
+        l.place(p, shape, round * shape.lanes + i);
         l.read(h);
       }
       if (h.weight) l.norm(p, h.weight);
-      if (h.table && l.has_pair) l.rotate(p, h.table);
+      if (h.table && l.has[0]) l.rotate(p, h.table);
       l.write(p, h);
     });
   }

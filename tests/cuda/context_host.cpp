@@ -6,9 +6,9 @@ namespace {
 using namespace dflash;
 using namespace dflash::cuda;
 
-template <class T, int N>
+template <class L>
 struct LoopGroup {
-  Lane<T, N> lane[32];
+  L lane[32];
   int lanes;
 
   template <class F>
@@ -25,22 +25,24 @@ struct LoopGroup {
   }
 };
 
-template <class T, int N>
+template <class T, int N, bool kTail>
 void run(const WriteContextKvParams& p, const ContextShape& shape) {
   for (int64_t layer = 0; layer < p.layers; ++layer)
     for (int64_t item = 0; item < p.tokens * p.num_kv_heads; ++item) {
       Head<T> head;
       if (!find_head(p, shape.block, item / p.num_kv_heads, layer, item % p.num_kv_heads, head)) continue;
-      LoopGroup<T, N> group;
+      LoopGroup<Lane<T, N, kTail>> group;
       group.lanes = shape.lanes;
-      write_head<T, N>(p, head, shape, group);
+      write_head<Lane<T, N, kTail>, N>(p, head, shape, group);
     }
 }
 
 template <class T>
 void run(const WriteContextKvParams& p) {
   const ContextShape shape = context_shape(p);
-  shape.words ? run<T, 16 / sizeof(T)>(p, shape) : run<T, 1>(p, shape);
+  constexpr int kWord = 16 / sizeof(T);
+  if (!shape.words) return run<T, 1, true>(p, shape);
+  shape.tail ? run<T, kWord, true>(p, shape) : run<T, kWord, false>(p, shape);
 }
 
 }  // namespace
