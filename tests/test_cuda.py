@@ -103,10 +103,9 @@ torch.version.cuda = torch.version.cuda or _cuda.build_info()["cuda"]
 {before}
 import dflash_kernels
 from dflash_kernels import _gpu, _library
-has = torch._C._dispatch_has_kernel_for_dispatch_key
 dump = torch._C._dispatch_dump("dflash::write_context_kv")
 answers = [line for line in dump.splitlines() if line.startswith("CUDA:")]
-print(sorted(_gpu.CHOICE) == sorted(_library.cuda.ops()), has("dflash_cuda::write_context_kv", "CUDA"),
+print(sorted(_gpu.CHOICE) == sorted(_library.cuda.ops()), hasattr(torch.ops.dflash_cuda, "write_context_kv"),
       "cuda" if any("bindings/cuda" in a for a in answers) else "triton" if answers else "reference",
       dflash_kernels.build_info()["cuda_kernels"], sep="; ")
 """
