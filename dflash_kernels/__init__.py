@@ -6,7 +6,7 @@ from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
-from .ops.head import lm_head_argmax
+from .ops.head import lm_head_argmax, merge_argmax
 from .ops.linear import linear, pack_weight
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
@@ -25,6 +25,7 @@ __all__ = [
     "embed_tokens",
     "linear",
     "lm_head_argmax",
+    "merge_argmax",
     "pack_weight",
     "prepare_block",
     "qk_norm_rope",

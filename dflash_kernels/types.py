@@ -54,7 +54,10 @@ class PagedKV:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A linear layer's (N, K) weight, laid out once for streaming by `linear` and `lm_head_argmax`; see pack_weight."""
+    """A linear layer's (N, K) weight, laid out once for streaming by `linear` and `lm_head_argmax`; see pack_weight.
+
+    data: on CUDA (N, K), row-major; elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h.
+    """
 
     data: torch.Tensor
     out_features: int
@@ -68,7 +71,12 @@ class PackedWeight:
         if not isinstance(self.data, torch.Tensor) or self.data.dtype not in _CACHE_DTYPES:
             raise TypeError(f"PackedWeight: data must be a float32, bfloat16 or float16 tensor; got {self.data!r}")
         blocks = (n + 15) // 16
-        shape = (blocks, (k + 31) // 32 * 16, 16, 2) if self.data.dtype == torch.bfloat16 else (blocks, k, 16)
+        if self.data.device.type == "cuda":
+            shape = (n, k)
+        elif self.data.dtype == torch.bfloat16:
+            shape = (blocks, (k + 31) // 32 * 16, 16, 2)
+        else:
+            shape = (blocks, k, 16)
         if self.data.shape != shape or not self.data.is_contiguous():
             raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")

@@ -90,6 +90,9 @@ SAMPLES = {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "bias": torch.randn(40),
         "num_valid": 30, "scale": 0.5, "softcap": 3.0, "id_offset": 100, "out_ids": boxed(3, dtype=torch.int64),
         "out_values": boxed(3)}, ("out_ids", "out_values")),
+    "merge_argmax": Sample(dk.merge_argmax, lambda: {
+        "values": torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 2.0]]), "ids": torch.tensor([[5, 1, 2], [3, 9, 8]]),
+        "out_ids": boxed(3, dtype=torch.int64), "out_values": boxed(3)}, ("out_ids", "out_values")),
     "prepare_block": Sample(dk.prepare_block, lambda: {
         "anchor_ids": ids(2), "context_lens": int32(5, 2), "block_size": 3, "mask_token_id": 9, "page_table": tables(),
         "page_size": 4, "block_lens": int32(3, 2), "embedding": torch.randn(10, 6), "out": prepared(2, 3, 6)},

@@ -38,9 +38,16 @@ void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<T
   launch(lm_head_argmax_kernels, p, {x, weight, bias, out_ids, out_values});
 }
 
+void merge_argmax(const Tensor& values, const Tensor& ids, const Tensor& out_ids, const Tensor& out_values) {
+  const MergeArgmaxParams p{data<const float>(values), data<const int64_t>(ids), values.size(0),
+                            values.size(1),            data<int64_t>(out_ids),   data<float>(out_values)};
+  launch(merge_argmax_kernels, p, {values, ids, out_ids, out_values});
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("lm_head_argmax", TORCH_BOX(&lm_head_argmax));
+  m.impl("merge_argmax", TORCH_BOX(&merge_argmax));
 }
 
 }  // namespace

@@ -94,4 +94,14 @@ void lm_head_argmax(const LmHeadArgmaxParams& p) {
   }
 }
 
+void merge_argmax(const MergeArgmaxParams& p) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    Best best{p.values[r], p.ids[r]};
+    for (int64_t s = 1; s < p.shards; ++s)
+      if (const Best found{p.values[s * p.rows + r], p.ids[s * p.rows + r]}; wins(found, best)) best = found;
+    p.out_values[r] = best.value;
+    p.out_ids[r] = best.index;
+  }
+}
+
 }  // namespace dflash::DFLASH_ISA

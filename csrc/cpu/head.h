@@ -16,6 +16,16 @@ struct LmHeadArgmaxParams {
   float* values;
 };
 
+// ids[r], values[r] = the winner of row r among shards' winners, which lie (shards, rows) one after the other.
+struct MergeArgmaxParams {
+  const float* values;
+  const int64_t* ids;
+  int64_t shards, rows;
+  int64_t* out_ids;
+  float* out_values;
+};
+
 }  // namespace dflash
 
 DFLASH_DECLARE_BF16_KERNEL(lm_head_argmax, LmHeadArgmaxParams)
+DFLASH_DECLARE_BF16_KERNEL(merge_argmax, MergeArgmaxParams)

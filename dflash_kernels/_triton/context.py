@@ -47,8 +47,8 @@ def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, com
                             slots_layer_stride, block, k_page, k_row, k_head, v_page, v_row, v_head, num_pages,
                             page_size, max_pos, layers, kv_heads, dim, rotary, count, eps, v_scale,
                             NORM: tl.constexpr, COMMITTED: tl.constexpr, SCALE_V: tl.constexpr, ALIGNED: tl.constexpr,
-                            INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, HALF: tl.constexpr,
-                            TAIL: tl.constexpr, HEADS: tl.constexpr):
+                            INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, ROTARY: tl.constexpr,
+                            TAIL: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1)
     page, page_row, written = place(slots + layer.to(tl.int64) * slots_layer_stride + token, num_pages, page_size)
@@ -57,25 +57,26 @@ def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, com
     position = tl.load(positions + token)
     table = cos_sin
     weight = k_weights
-    if HALF > 0:
+    if ROTARY:
         written = written & (position >= 0) & (position < max_pos)
         table = cos_sin + tl.where(written, position, 0) * rotary
     if NORM:
         weight = k_weights + layer * dim
     if written:
         head = (tl.program_id(2) * HEADS + tl.arange(0, HEADS))[:, None]
-        keep = head < kv_heads
+        keep, far = head < kv_heads, head.to(tl.int64)  # a cache may have its heads outermost
         at = kv + token * row_stride + (layer * 2 * kv_heads + head) * dim
-        a, b, tail = load_heads(at, keep, dim, rotary, INTERLEAVED, HALF, TAIL)
-        v_a, v_b, v_tail = load_heads(at + kv_heads * dim, keep, dim, rotary, False, HALF, TAIL)
-        a, b, tail = norm_rope(a, b, tail, weight, table, eps, dim, rotary, count, NORM, INTERLEAVED, ROUND_EACH, HALF,
-                               TAIL)
-        k_out = base_of(bases, layer, kv, ALIGNED) + page * k_page + page_row * k_row + head * k_head
-        store_heads(k_out, keep, a, b, tail, dim, rotary, INTERLEAVED, HALF, TAIL)
+        a, b, c, d = load_heads(at, keep, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
+        va, vb, vc, vd = load_heads(at + kv_heads * dim, keep, dim, rotary, False, ROTARY, TAIL, WIDTH)
+        a, b, c, d = norm_rope(a, b, c, d, weight, table, eps, dim, rotary, count, NORM, INTERLEAVED, ROUND_EACH,
+                               ROTARY, TAIL, WIDTH)
+        k_out = base_of(bases, layer, kv, ALIGNED) + page * k_page + page_row * k_row + far * k_head
+        store_heads(k_out, keep, a, b, c, d, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
         if SCALE_V:
-            v_a, v_b, v_tail = scaled(v_a, v_scale), scaled(v_b, v_scale), scaled(v_tail, v_scale)
-        v_out = base_of(bases, layers + layer, kv, ALIGNED) + page * v_page + page_row * v_row + head * v_head
-        store_heads(v_out, keep, v_a, v_b, v_tail, dim, rotary, False, HALF, TAIL)
+            va, vb = scaled(va, v_scale), scaled(vb, v_scale)
+            vc, vd = scaled(vc, v_scale), scaled(vd, v_scale)
+        v_out = base_of(bases, layers + layer, kv, ALIGNED) + page * v_page + page_row * v_row + far * v_head
+        store_heads(v_out, keep, va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL, WIDTH)
 
 
 @triton.jit

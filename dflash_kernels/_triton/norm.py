@@ -18,7 +18,7 @@ CONFIGS = {1024: 4, 4096: 8, 8192: 16}  # widest row: warps. Estimated: 8 to 16 
 def norm_kernel(x, residual, weight, out, residual_out, x_stride, residual_stride, out_stride, residual_out_stride,
                 width, count, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
+    at = tl.arange(0, BLOCK)[None, :]
     mask = at < width
     h = tl.load(x + row * x_stride + at, mask, 0.0).to(tl.float32)
     if ADD:
@@ -26,9 +26,9 @@ def norm_kernel(x, residual, weight, out, residual_out, x_stride, residual_strid
         total = total.to(x.dtype.element_ty)
         tl.store(residual_out + row * residual_out_stride + at, total, mask)
         h = total.to(tl.float32)
-    scale = inverse_rms(tree_sum((h * h)[None, :]), count, eps)
-    y = h[None, :] * scale * tl.load(weight + at, mask, 0.0).to(tl.float32)[None, :]
-    tl.store((out + row * out_stride + at)[None, :], y.to(out.dtype.element_ty), mask[None, :])
+    scale = inverse_rms(tree_sum(h * h), count, eps)
+    y = h * scale * tl.load(weight + at, mask, 0.0).to(tl.float32)
+    tl.store(out + row * out_stride + at, y.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def wide_norm_kernel(x, residual, weight, out, residual_out, x_stride, residual_
         again = residual_out + row * residual_out_stride
     squares = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+        at = start + tl.arange(0, BLOCK)[None, :]
         mask = at < width
         h = tl.load(x + row * x_stride + at, mask, 0.0).to(tl.float32)
         if ADD:
@@ -48,16 +48,16 @@ def wide_norm_kernel(x, residual, weight, out, residual_out, x_stride, residual_
             total = total.to(x.dtype.element_ty)
             tl.store(again + at, total, mask)
             h = total.to(tl.float32)
-        squares += (h * h)[None, :]
+        squares += h * h
     scale = inverse_rms(tree_sum(squares), count, eps)
     if ADD:
         tl.debug_barrier()  # a sum may be read back by another thread than wrote it
     for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+        at = start + tl.arange(0, BLOCK)[None, :]
         mask = at < width
         h = tl.load(again + at, mask, 0.0).to(tl.float32)
-        y = h[None, :] * scale * tl.load(weight + at, mask, 0.0).to(tl.float32)[None, :]
-        tl.store((out + row * out_stride + at)[None, :], y.to(out.dtype.element_ty), mask[None, :])
+        y = h * scale * tl.load(weight + at, mask, 0.0).to(tl.float32)
+        tl.store(out + row * out_stride + at, y.to(out.dtype.element_ty), mask)
 
 
 def _config(width: int):

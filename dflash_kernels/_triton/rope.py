@@ -11,13 +11,16 @@ import triton.language as tl
 from ._aot import Case
 from ._math import DTYPES, PLAIN, inverse_rms, tree_sum
 
-CONFIGS = {64: (16, 4), 128: (8, 4), 256: (4, 4), 1024: (1, 4)}  # widest head: (heads a program, warps). Estimated.
+# widest head: (heads a program, warps). Estimated: 16-byte accesses of bfloat16, and sums within a warp but for the
+# widest heads.
+CONFIGS = {64: (16, 2), 128: (8, 2), 256: (4, 2), 1024: (1, 2)}
 
 
 def tile(head_dim: int, rotary_dim: int) -> dict:
-    """Constants of a head's tiles: HALF pairs that rotate, and a TAIL of elements that do not."""
-    power = lambda n: triton.next_power_of_2(n) if n else 0  # noqa: E731
-    return {"HALF": power(rotary_dim // 2), "TAIL": power(head_dim - rotary_dim)}
+    """Constants of a head's tiles: a and b, the firsts and seconds of the pairs that rotate, c and d, the halves of the
+    tail that does not. All are WIDTH wide, so that they have one layout and their squares one sum."""
+    half, tail = rotary_dim // 2, (head_dim - rotary_dim + 1) // 2
+    return {"ROTARY": half > 0, "TAIL": tail > 0, "WIDTH": triton.next_power_of_2(max(half, tail))}
 
 
 def config(head_dim: int) -> tuple[int, int]:
@@ -25,65 +28,68 @@ def config(head_dim: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load_heads(at, keep, dim, rotary, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr):
-    """Rows of (HEADS, 1) pointers as (first of each pair, second of each pair, tail); absent ones are zeros."""
-    a = tl.zeros((at.shape[0], 1), at.dtype.element_ty)
-    b = a
-    tail = a
-    if HALF > 0:
-        j = tl.arange(0, HALF)[None, :]
+def load_heads(at, keep, dim, rotary, INTERLEAVED: tl.constexpr, ROTARY: tl.constexpr, TAIL: tl.constexpr,
+               WIDTH: tl.constexpr):
+    """(HEADS, 1) pointers to heads -> a, b, c, d."""
+    j = tl.arange(0, WIDTH)[None, :]
+    a = tl.zeros((at.shape[0], WIDTH), at.dtype.element_ty)
+    b, c, d = a, a, a
+    if ROTARY:
         if INTERLEAVED:
-            both = tl.arange(0, 2 * HALF)[None, :]
+            both = tl.arange(0, 2 * WIDTH)[None, :]
             pairs = tl.load(at + both, keep & (both < rotary), 0.0)
-            a, b = tl.split(tl.reshape(pairs, (at.shape[0], HALF, 2)))
+            a, b = tl.split(tl.reshape(pairs, (at.shape[0], WIDTH, 2)))
         else:
             half = rotary // 2
             a = tl.load(at + j, keep & (j < half), 0.0)
             b = tl.load(at + half + j, keep & (j < half), 0.0)
-    if TAIL > 0:
-        i = rotary + tl.arange(0, TAIL)[None, :]
-        tail = tl.load(at + i, keep & (i < dim), 0.0)
-    return a, b, tail
+    if TAIL:
+        c = tl.load(at + rotary + j, keep & (rotary + j < dim), 0.0)
+        d = tl.load(at + rotary + WIDTH + j, keep & (rotary + WIDTH + j < dim), 0.0)
+    return a, b, c, d
 
 
 @triton.jit
-def store_heads(at, keep, a, b, tail, dim, rotary, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr):
-    if HALF > 0:
-        j = tl.arange(0, HALF)[None, :]
+def store_heads(at, keep, a, b, c, d, dim, rotary, INTERLEAVED: tl.constexpr, ROTARY: tl.constexpr,
+                TAIL: tl.constexpr, WIDTH: tl.constexpr):
+    j = tl.arange(0, WIDTH)[None, :]
+    if ROTARY:
         if INTERLEAVED:
-            both = tl.arange(0, 2 * HALF)[None, :]
-            pairs = tl.reshape(tl.join(a, b), (at.shape[0], 2 * HALF))
+            both = tl.arange(0, 2 * WIDTH)[None, :]
+            pairs = tl.reshape(tl.join(a, b), (at.shape[0], 2 * WIDTH))
             tl.store(at + both, pairs, keep & (both < rotary))
         else:
             half = rotary // 2
             tl.store(at + j, a, keep & (j < half))
             tl.store(at + half + j, b, keep & (j < half))
-    if TAIL > 0:
-        i = rotary + tl.arange(0, TAIL)[None, :]
-        tl.store(at + i, tail, keep & (i < dim))
+    if TAIL:
+        tl.store(at + rotary + j, c, keep & (rotary + j < dim))
+        tl.store(at + rotary + WIDTH + j, d, keep & (rotary + WIDTH + j < dim))
 
 
 @triton.jit
-def norm_rope(a, b, tail, weight, table, eps, dim, rotary, count, NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
-              ROUND_EACH: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr):
-    """The three parts of heads, normed with `weight` and rotated with the row `table` of the table, in their dtype."""
+def norm_rope(a, b, c, d, weight, table, eps, dim, rotary, count, NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
+              ROUND_EACH: tl.constexpr, ROTARY: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr):
+    """Heads normed with `weight` and rotated with the row `table` of the table, in their own dtype."""
     kind = a.dtype
-    a, b, tail = a.to(tl.float32), b.to(tl.float32), tail.to(tl.float32)
+    # Loaded for every head, from the nearest cache: a (1, WIDTH) tile would get a layout of its own, and be exchanged
+    # through shared memory.
+    each_head = tl.zeros((a.shape[0], 1), tl.int32)
+    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
     if NORM:
-        squares = tree_sum(a * a + b * b) + tree_sum(tail * tail)
-        scale = inverse_rms(squares, count, eps)
-        every = tl.full((1, 1), True, tl.int1)
-        wa, wb, wt = load_heads(weight + tl.zeros((1, 1), tl.int32), every, dim, rotary, INTERLEAVED, HALF, TAIL)
-        a, b, tail = a * scale * wa.to(tl.float32), b * scale * wb.to(tl.float32), tail * scale * wt.to(tl.float32)
+        scale = inverse_rms(tree_sum((a * a + b * b) + (c * c + d * d)), count, eps)
+        wa, wb, wc, wd = load_heads(weight + each_head, each_head == 0, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
+        a, b = a * scale * wa.to(tl.float32), b * scale * wb.to(tl.float32)
+        c, d = c * scale * wc.to(tl.float32), d * scale * wd.to(tl.float32)
         if ROUND_EACH:
-            a, b, tail = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32), tail.to(kind).to(tl.float32)
-    if HALF > 0:
-        j = tl.arange(0, HALF)[None, :]
+            a, b = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32)
+    if ROTARY:
+        j = each_head + tl.arange(0, WIDTH)[None, :]
         half = rotary // 2
         cos = tl.load(table + j, j < half, 0.0).to(tl.float32)
         sin = tl.load(table + half + j, j < half, 0.0).to(tl.float32)
         a, b = a * cos - b * sin, b * cos + a * sin
-    return a.to(kind), b.to(kind), tail.to(kind)
+    return a.to(kind), b.to(kind), c.to(kind), d.to(kind)
 
 
 @triton.jit
@@ -102,26 +108,28 @@ def nan_unless(known, x):
 
 @triton.jit
 def turn_in_place(at, keep, known, weight, table, eps, dim, rotary, count, NORM: tl.constexpr,
-                  INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr):
-    a, b, tail = load_heads(at, keep, dim, rotary, INTERLEAVED, HALF, TAIL)
-    a, b, tail = norm_rope(a, b, tail, weight, table, eps, dim, rotary, count, NORM, INTERLEAVED, ROUND_EACH, HALF,
-                           TAIL)
-    a, b, tail = nan_unless(known, a), nan_unless(known, b), nan_unless(known, tail)
-    store_heads(at, keep, a, b, tail, dim, rotary, INTERLEAVED, HALF, TAIL)
-    return a, b, tail
+                  INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, ROTARY: tl.constexpr, TAIL: tl.constexpr,
+                  WIDTH: tl.constexpr):
+    a, b, c, d = load_heads(at, keep, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
+    a, b, c, d = norm_rope(a, b, c, d, weight, table, eps, dim, rotary, count, NORM, INTERLEAVED, ROUND_EACH,
+                           ROTARY, TAIL, WIDTH)
+    a, b = nan_unless(known, a), nan_unless(known, b)
+    c, d = nan_unless(known, c), nan_unless(known, d)
+    store_heads(at, keep, a, b, c, d, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
+    return a, b, c, d
 
 
 @triton.jit
 def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, slots, row_stride, k_page, k_row,
                         k_head, v_page, v_row, v_head, num_pages, page_size, max_pos, heads, kv_heads, dim, rotary,
                         count, eps, NORM_Q: tl.constexpr, NORM_K: tl.constexpr, CACHED: tl.constexpr,
-                        INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
-                        HEADS: tl.constexpr):
+                        INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, ROTARY: tl.constexpr,
+                        TAIL: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
     known = position == position
     table = cos_sin
-    if HALF > 0:
+    if ROTARY:
         known = (position >= 0) & (position < max_pos)
         table = cos_sin + tl.where(known, position, 0) * rotary
     row = qkv + token * row_stride
@@ -130,25 +138,25 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
     v_group = k_group - tl.cdiv(kv_heads, HEADS)
     lanes = tl.arange(0, HEADS)[:, None]
     if k_group < 0:
-        q_head = group * HEADS + lanes
-        turn_in_place(row + q_head * dim, q_head < heads, known, q_weight, table, eps, dim, rotary, count, NORM_Q,
-                      INTERLEAVED, ROUND_EACH, HALF, TAIL)
+        q = group * HEADS + lanes
+        turn_in_place(row + q * dim, q < heads, known, q_weight, table, eps, dim, rotary, count, NORM_Q, INTERLEAVED,
+                      ROUND_EACH, ROTARY, TAIL, WIDTH)
     elif v_group < 0:
-        k_head_id = k_group * HEADS + lanes
-        k_a, k_b, k_tail = turn_in_place(row + (heads + k_head_id) * dim, k_head_id < kv_heads, known, k_weight, table,
-                                         eps, dim, rotary, count, NORM_K, INTERLEAVED, ROUND_EACH, HALF, TAIL)
+        k = k_group * HEADS + lanes
+        ka, kb, kc, kd = turn_in_place(row + (heads + k) * dim, k < kv_heads, known, k_weight, table, eps, dim, rotary,
+                                       count, NORM_K, INTERLEAVED, ROUND_EACH, ROTARY, TAIL, WIDTH)
         if CACHED:
-            k_at_page, k_at_row, k_exists = place(slots + token, num_pages, page_size)
-            store_heads(k_cache + k_at_page * k_page + k_at_row * k_row + k_head_id * k_head,
-                        (k_head_id < kv_heads) & k_exists & known, k_a, k_b, k_tail, dim, rotary, INTERLEAVED, HALF,
-                        TAIL)
+            k_page_id, k_row_id, k_exists = place(slots + token, num_pages, page_size)
+            store_heads(k_cache + k_page_id * k_page + k_row_id * k_row + k.to(tl.int64) * k_head,
+                        (k < kv_heads) & k_exists & known, ka, kb, kc, kd, dim, rotary, INTERLEAVED, ROTARY, TAIL,
+                        WIDTH)
     elif CACHED:
-        v_head_id = v_group * HEADS + lanes
-        v_a, v_b, v_tail = load_heads(row + (heads + kv_heads + v_head_id) * dim, v_head_id < kv_heads, dim, rotary,
-                                      False, HALF, TAIL)
-        v_at_page, v_at_row, v_exists = place(slots + token, num_pages, page_size)
-        store_heads(v_cache + v_at_page * v_page + v_at_row * v_row + v_head_id * v_head,
-                    (v_head_id < kv_heads) & v_exists & known, v_a, v_b, v_tail, dim, rotary, False, HALF, TAIL)
+        v = v_group * HEADS + lanes
+        va, vb, vc, vd = load_heads(row + (heads + kv_heads + v) * dim, v < kv_heads, dim, rotary, False, ROTARY, TAIL,
+                                    WIDTH)
+        v_page_id, v_row_id, v_exists = place(slots + token, num_pages, page_size)
+        store_heads(v_cache + v_page_id * v_page + v_row_id * v_row + v.to(tl.int64) * v_head,
+                    (v < kv_heads) & v_exists & known, va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL, WIDTH)
 
 
 def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, slots, num_heads, num_kv_heads,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
-from ._math import DTYPES
+from ._math import DTYPES, order_key
 
 CONFIGS = {"ids": 1, "logits": (4096, 8)}  # warps; (logits a program reads at a time, warps). Estimated.
 PROGRAMS = 528  # rows are cut into parts until there are so many: four for each multiprocessor of an H100. Estimated.
@@ -38,9 +38,7 @@ def argmax_parts_kernel(logits, block_lens, keys, outer_stride, row_stride, bloc
             wins = (x > best) | ((x != x) & (best == best))
             best = tl.where(wins, x, best)
             best_id = tl.where(wins, first + lanes, best_id)
-        bits = tl.where(best == 0, 0.0, best).to(tl.int32, bitcast=True)  # -0 and 0 are equal
-        order = tl.where(best == best, bits ^ ((bits >> 31) & LAST), LAST)
-        key = (order.to(tl.int64) << 32) | (LAST - best_id).to(tl.int64)
+        key = (order_key(best).to(tl.int64) << 32) | (best_id ^ LAST).to(tl.int64)
         tl.store(keys + row * parts + tl.program_id(1), tl.max(key, axis=0))
 
 
@@ -56,7 +54,7 @@ def verify_kernel(draft_ids, target_ids, keys, context_lens, block_lens, accept_
     if FROM_KEYS:
         p = tl.arange(0, PARTS)[None, :]
         key = tl.load(keys + (b * block + i[:, None]) * parts + p, (i[:, None] < width) & (p < parts), -(1 << 63))
-        target = LAST - (tl.max(key, axis=1) & LAST)
+        target = (tl.max(key, axis=1) & LAST) ^ LAST
     else:
         target = tl.load(target_ids + b * target_stride + i, i < width, -1)
     drafted = tl.load(draft_ids + b * draft_stride + i + 1, i + 1 < width, -1)

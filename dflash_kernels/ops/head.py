@@ -3,7 +3,8 @@
     logit(r, v) = round(cap * tanh(scale * (x W^T + bias) / cap)),   ids[r] = argmax over v < num_valid
 
 The logit is rounded to the model dtype before it is compared, as it is when an engine stores logits, so the answer is
-`linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything.
+`linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything. Where each device
+has a shard of the vocabulary, every shard gives an id and a value a row, and `merge_argmax` picks by the same rule.
 """
 
 import torch
@@ -54,6 +55,35 @@ _lm_head_argmax = define(
     " int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
     reference.head.lm_head_argmax,
 )
+
+
+def merge_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Tensor | None = None,
+                 out_values: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely token of each row, from the winners of S shards of the vocabulary.
+
+    values (S, R): float32, contiguous: what lm_head_argmax gave for each shard, shards in any order.
+    ids (S, R): int64, contiguous, with each shard's id_offset already in them.
+    out_ids (R,): int64, contiguous. out_values (R,): float32, contiguous. Allocated when None.
+
+    Returns (ids, values): the largest value of each column, NaN above everything, and of equal ones that with the
+    lowest id. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
+    Source: reference/head.py; the tie rule is torch.argmax's over the whole vocabulary.
+    """
+    op = "merge_argmax"
+    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R)", (None, None)))
+    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R)", values.shape, values.device))
+    if values.shape[0] == 0:
+        raise ValueError(f"{op}: values must have at least one shard; got {check.describe(values)}")
+    rows = values.shape[1:]
+    out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, rows, torch.int64))
+    out_values = check.contiguous(
+        op, "out_values", check.output(op, "out_values", out_values, values, rows, torch.float32))
+    _merge_argmax(values, ids, out_ids, out_values)
+    return out_ids, out_values
+
+
+_merge_argmax = define("merge_argmax(Tensor values, Tensor ids, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
+                       reference.head.merge_argmax)
 
 
 def bytes(rows: int, vocab: int, hidden: int, itemsize: int) -> int:

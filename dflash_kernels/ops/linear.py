@@ -21,14 +21,17 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
 
     weight (N, K): float32, bfloat16 or float16, any strides.
 
-    Returns a PackedWeight with as many bytes (N rounded up to 16, K to 32 for bfloat16), on a CPU in huge pages that
-    weights share; the original can be freed.
+    Returns a PackedWeight with as many bytes. On a CPU it is a copy in blocks (N rounded up to 16, K to 32 for
+    bfloat16), in huge pages that weights share, and the original can be freed. On CUDA rows stream as they are: it is
+    the weight itself where that is contiguous, not a copy.
     Raises TypeError for a dtype, ValueError for a shape. Allocates: call it outside graphs.
     Graph-safe: no. Source: reference/linear.py, `pack`.
     """
     check.tensor("pack_weight", "weight", weight, check.FLOATS, "(N, K)", (None, None))
     if weight.numel() == 0:
         raise ValueError(f"pack_weight: weight must not be empty; got {check.describe(weight)}")
+    if weight.device.type == "cuda":
+        return PackedWeight(weight.contiguous(), *weight.shape)
     return PackedWeight(place(reference.linear.pack(weight)), *weight.shape)
 
 

@@ -16,3 +16,13 @@ def lm_head_argmax(x, weight, bias, out_features, num_valid, scale, softcap, id_
     ids = logits.argmax(-1)
     out_values.copy_(logits.gather(-1, ids[:, None])[:, 0])
     out_ids.copy_(ids + id_offset)
+
+
+def merge_argmax(values, ids, out_ids, out_values):
+    value, best = values[0], ids[0]
+    for other, found in zip(values[1:], ids[1:], strict=True):
+        tied = (other == value) | (other.isnan() & value.isnan())
+        wins = (other > value) | (other.isnan() & ~value.isnan()) | (tied & (found < best))
+        value, best = torch.where(wins, other, value), torch.where(wins, found, best)
+    out_ids.copy_(best)
+    out_values.copy_(value)

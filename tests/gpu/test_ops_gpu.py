@@ -12,6 +12,7 @@ from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
 from dflash_kernels.types import PackedWeight, PagedKV
 
 DEVICE = "cuda"
+FLOAT32 = {"values", "out_values"}  # arguments that are float32 whatever the model's dtype
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
@@ -50,7 +51,7 @@ def test_sample_matches_reference(name, dtype):
     sample, memo = SAMPLES[name], {}
     arguments = sample.arguments()
     with Noted() as noted:
-        sample.function(**{n: v if n == "out_values" else moved(v, floats_to(dtype), memo)
+        sample.function(**{n: v if n in FLOAT32 else moved(v, floats_to(dtype), memo)
                            for n, v in arguments.items()})
     for func, args in noted.calls:
         by_reference = _library.REFERENCES[func._schema.name.split("::")[1]]
@@ -142,3 +143,33 @@ def test_capture_before_the_caches_are_known_says_what_to_do(monkeypatch):
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         dk.write_context_kv(kv, zero, zero, [cache], cos_sin=None)
+
+
+def askew(t):
+    """The same values one element further: nothing that is loaded from it is aligned."""
+    return torch.empty(t.shape[0], t.shape[1] + 3, dtype=t.dtype, device=t.device)[:, 1:-2].copy_(t)
+
+
+@pytest.mark.parametrize("width", [100, 576, 4096, 10_000])
+def test_a_normed_row_has_the_same_bits_at_any_alignment_and_alone(dtype, width):
+    x, weight = torch.randn(9, width, device=DEVICE).to(dtype), torch.randn(width, device=DEVICE).to(dtype)
+    want = dk.rms_norm(x, weight)
+    assert same_bits(dk.rms_norm(askew(x), weight), want)
+    assert same_bits(dk.rms_norm(x[4:5], weight), want[4:5])
+    zeros = torch.zeros_like(x)
+    assert same_bits(dk.add_rms_norm(x, zeros, weight)[0], want)
+
+
+@pytest.mark.parametrize("dim,rotary", [(64, 64), (128, 64), (128, 128), (256, 256), (20, 6)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_key_has_the_same_bits_in_the_context_in_a_block_and_at_any_alignment(dtype, dim, rotary, interleaved):
+    kv, weight = (torch.randn(n, device=DEVICE).to(dtype) for n in ((5, 6 * dim), (1, dim)))
+    positions, table = torch.arange(30, 35, device=DEVICE), rotary_table(rotary, 64).to(DEVICE)
+    options = dict(num_heads=0, num_kv_heads=3, head_dim=dim, k_weight=weight[0], interleaved=interleaved)
+    block, skew = (dk.qk_norm_rope(t, positions, table, **options) for t in (kv.clone(), askew(kv)))
+    cache = PagedKV(*torch.zeros(2, 5, 1, 3, dim, dtype=dtype, device=DEVICE))
+    dk.write_context_kv(kv, positions, torch.arange(5, device=DEVICE), [cache], k_weights=weight, cos_sin=table,
+                        interleaved=interleaved)
+    assert same_bits(block, skew)
+    assert same_bits(cache.k.flatten(1), block[:, :3 * dim].contiguous())
+    assert same_bits(cache.v.flatten(1), kv[:, 3 * dim:].contiguous())

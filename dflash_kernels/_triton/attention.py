@@ -1,0 +1,263 @@
+"""block_attention: context K and V once for each key head, whatever the block's rows and the heads that share them.
+
+Bytes of a request: itemsize * D * (2 Hkv (context + Q) + 2 Hq Q), operations 4 Q Hq D a visible key. A program has a
+tile of BLOCK_M rows (row = query * group + member of the group) of one key head, padded, so its tensor cores do
+4 BLOCK_M D a key of 4 D bytes: 64 rows are 64 operations a byte, 210 TFLOP/s at an H100's 3.35 TB/s, under the 990 that
+it has; the floor is the bytes. More rows than BLOCK_M are more tiles, whose second reading hits the cache.
+
+A row's bits depend on its query, its position and the keys that it sees, on nothing else:
+
+- The tile is the same for every Q, batch and option, so a product is always the same instruction in the same layout,
+  which treats rows alike. Tiles of keys start at multiples of BLOCK_N of the ABSOLUTE position, and a key that a row
+  does not see has weight 0 and changes no bit.
+- SPAN positions are one softmax, from nothing. Spans are merged in order into groups of GROUP, groups in order into the
+  sinks. Whether a program has one span, a second launch merging them (few requests), or a whole group (many) is chosen
+  by shapes alone and moves no bit; neither does how many programs share the spans. Multiply-adds in a merge are fused
+  by name, so that both places round alike.
+- Keys come from the cache or from the block through one address; the tile does not know which.
+
+What a span costs beside its keys: with one program a span, a float32 row of D for each query row, written and read,
+2 BLOCK_M / SPAN of the keys' bytes in bfloat16; with one a group, an eighth of it.
+
+What a program does with a tile of keys is in attention_tile.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._aot import Case
+from .attention_tile import attend, merge
+
+SPAN, GROUP = 512, 8
+FAR = 1 << 29  # a distance that no two positions have; sums of it and a position stay below 2**31
+LOG2E = 1.4426950408889634
+
+
+class Config(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    warps: int
+    stages: int
+
+
+# (bytes of an element, head dim at most). All estimated: at most 99 KB of shared memory, so that every chip runs the
+# same tiles, and 128 sums a thread. 64 rows: blocks of 8 and 16 of the usual groups of 4 to 8.
+CONFIGS = {
+    (2, 64): Config(64, 64, 4, 3),
+    (2, 128): Config(64, 64, 4, 2),
+    (2, 256): Config(16, 32, 4, 2),
+    (4, 64): Config(16, 32, 4, 2),
+    (4, 128): Config(16, 32, 4, 2),
+    (4, 256): Config(16, 16, 4, 2),
+}
+MERGE_ROWS, MERGE_WARPS = 4, 4
+FILL = 1024  # programs that fill any chip, a few times over
+SPLIT_BELOW = 128  # with fewer tiles of rows than this, a program has one span. Estimated: a chip's multiprocessors
+SPLIT_BYTES = 256 << 20  # the most memory to merge from, which follows the page table's width; beyond it, groups
+
+
+@triton.jit
+def lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages):
+    """(context, start, rows, lost) of request b. lost: context keys that a row would see have no page in the table."""
+    context = tl.maximum(tl.load(context_lens + b), 0)
+    start = context * 0
+    if context_starts is not None:
+        start = tl.minimum(tl.maximum(tl.load(context_starts + b), 0), context)
+    rows = context * 0 + width
+    if block_lens is not None:
+        rows = tl.minimum(tl.maximum(tl.load(block_lens + b), 0), width)
+    # Without a cache (num_pages < 0, capacity 0), positions count from the block's beginning.
+    over = context > capacity
+    lost = over & (start < context) & (context * 0 + num_pages >= 0)
+    context = tl.minimum(context, capacity)
+    return context, tl.where(over, context, start), rows, lost
+
+
+@triton.jit
+def bounds(row0, context, start, rows, group, left, right, BLOCK_M: tl.constexpr):
+    """Visible positions of the tile's first and last query: (first, first of the last, end of the first, end)."""
+    i0 = row0 // group
+    i1 = (tl.minimum(row0 + BLOCK_M, rows * group) - 1) // group
+    end = context + rows
+    return (tl.maximum(start, context + i0 - left), tl.maximum(start, context + i1 - left),
+            tl.minimum(end, context + i0 + right + 1), tl.minimum(end, context + i1 + right + 1))
+
+
+@triton.jit
+def sink_of(sinks, head, mask):
+    """Where a row's softmax starts: (top, total). top is in units of log 2."""
+    if sinks is None:
+        top = tl.full(head.shape, float("-inf"), tl.float32)
+    else:
+        top = tl.load(sinks + head, mask, 0.0).to(tl.float32) * 1.4426950408889634
+    return top, tl.where(top == float("-inf"), 0.0, 1.0)
+
+
+@triton.jit
+def _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head):
+    head = h * group + row % group
+    sink, one = sink_of(sinks, head, ok)
+    top, total, acc = merge(sink, one, tl.zeros_like(acc), top, total, acc)
+    total = tl.where(lost & (row // group < left), float("nan"), tl.where(total == 0.0, 1.0, total))
+    to = out + (row // group).to(tl.int64)[:, None] * o_row + head.to(tl.int64)[:, None] * o_head + d[None, :]
+    tl.store(to, tl.div_rn(acc, total[:, None]).to(out.dtype.element_ty), ok[:, None] & (d < head_dim)[None, :])
+
+
+@triton.jit
+def block_attention_kernel(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out,
+                           part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right, page_size,
+                           num_pages, capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row, v_head,
+                           kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, units, unit_size,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
+                           SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
+    """A unit is one span or one group of them; program (task, s) has every num_programs(1)-th unit of a row tile."""
+    tiles = tl.cdiv(width * group, BLOCK_M)
+    request_head = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(0) % tiles * BLOCK_M
+    context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
+    first, first_all, end_all, end = bounds(row0, context, start, rows, group, left, right, BLOCK_M)
+    row, d = row0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    ok, position = row < rows * group, context + row // group
+    from_q = q + b * q_b + (row // group).to(tl.int64) * q_row + (h * group + row % group) * q_head
+    q_rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
+    k, v, out = k + b * k_b + h * k_head, v + b * v_b + h * v_head, out + b * o_b
+    k_cache, v_cache, pages = k_cache + h * kc_head, v_cache + h * vc_head, page_table + b * table_row
+    never = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    nothing, zero = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    first_unit = first // unit_size
+    last_unit = tl.where(row0 < rows * group, tl.cdiv(end, unit_size), first_unit)
+    for unit in range(first_unit + tl.program_id(1), last_unit, tl.num_programs(1)):
+        begin = tl.maximum(unit * unit_size, first) // BLOCK_N
+        stop = tl.cdiv(tl.minimum((unit + 1) * unit_size, end), BLOCK_N)
+        # Tiles [alike, apart) look the same to every row.
+        alike = tl.where(first == first_all, begin, tl.cdiv(first_all, BLOCK_N))
+        alike = tl.minimum(tl.maximum(alike, begin), stop)
+        apart = tl.where(end == end_all, stop, end_all // BLOCK_N)
+        apart = tl.minimum(tl.maximum(apart, alike), stop)
+        top, total, acc = never, nothing, zero
+        all_top, all_total, all_acc = never, nothing, zero
+        top, total, acc, all_top, all_total, all_acc = attend(
+            begin, alike, top, total, acc, all_top, all_total, all_acc, q_rows, position, d, first, end, k, v, k_cache,
+            v_cache, pages, context, head_dim, factor, softcap, left, right, page_size, num_pages, k_row, v_row,
+            kc_page, kc_row, vc_page, vc_row, True, BLOCK_N, SPAN, SOFTCAP, 1)
+        top, total, acc, all_top, all_total, all_acc = attend(
+            alike, apart, top, total, acc, all_top, all_total, all_acc, q_rows, position, d, first, end, k, v, k_cache,
+            v_cache, pages, context, head_dim, factor, softcap, left, right, page_size, num_pages, k_row, v_row,
+            kc_page, kc_row, vc_page, vc_row, False, BLOCK_N, SPAN, SOFTCAP, STAGES)
+        top, total, acc, all_top, all_total, all_acc = attend(
+            apart, stop, top, total, acc, all_top, all_total, all_acc, q_rows, position, d, first, end, k, v, k_cache,
+            v_cache, pages, context, head_dim, factor, softcap, left, right, page_size, num_pages, k_row, v_row,
+            kc_page, kc_row, vc_page, vc_row, True, BLOCK_N, SPAN, SOFTCAP, 1)
+        top, total, acc = merge(all_top, all_total, all_acc, top, total, acc)
+        if units == 1:
+            _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
+        else:
+            at = (request_head * units + unit) * (width * group) + row
+            tl.store(part_top + at * 2, top, ok)
+            tl.store(part_top + at * 2 + 1, total, ok)
+            tl.store(part + at[:, None] * head_dim + d[None, :], acc, ok[:, None] & (d < head_dim)[None, :])
+
+
+@triton.jit
+def merge_units_kernel(part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads,
+                       head_dim, left, right, num_pages, capacity, o_b, o_row, o_head, units, unit_size,
+                       BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
+    """GROUP: units that make a group, merged first; 1 where a unit is one already."""
+    request_head = tl.program_id(0).to(tl.int64)
+    b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(1) * ROWS
+    context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
+    first, _, _, end = bounds(row0 // BLOCK_M * BLOCK_M, context, start, rows, group, left, right, BLOCK_M)
+    row, d = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    ok = row < rows * group
+    first_unit, last_unit = first // unit_size, tl.cdiv(end, unit_size)
+    never = tl.full((ROWS,), float("-inf"), tl.float32)
+    nothing, zero = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_D), tl.float32)
+    all_top, all_total, all_acc = never, nothing, zero
+    for begin in range(first_unit // GROUP * GROUP, last_unit, GROUP):
+        top, total, acc = never, nothing, zero
+        for unit in tl.static_range(GROUP):
+            there = ok & (begin + unit >= first_unit) & (begin + unit < last_unit)
+            at = (request_head * units + begin + unit) * (width * group) + row
+            top, total, acc = merge(
+                top, total, acc, tl.load(part_top + at * 2, there, float("-inf")),
+                tl.load(part_top + at * 2 + 1, there, 0.0),
+                tl.load(part + at[:, None] * head_dim + d[None, :], there[:, None] & (d < head_dim)[None, :], 0.0))
+        all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, total, acc)
+    _finish(out + b * o_b, all_top, all_total, all_acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row,
+            o_head)
+
+
+def config(itemsize: int, head_dim: int) -> Config:
+    for (width, most), c in CONFIGS.items():
+        if width == itemsize and head_dim <= most:
+            return c
+    raise NotImplementedError(f"block_attention: heads of more than 256 have no CUDA kernel; got {head_dim}")
+
+
+def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale, causal,
+                    left, right, sinks, softcap, out):
+    """Where there is more than one unit it allocates what they leave to merge, as a graph may: it is in its pool."""
+    (batch, width, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    c = config(q.element_size(), head_dim)
+    if batch == 0 or width == 0:
+        return
+    left = FAR if left < 0 else min(left, FAR)
+    right = 0 if causal else FAR if right < 0 else min(right, FAR)
+    factor, softcap = (scale / softcap, softcap * LOG2E) if softcap > 0 else (scale * LOG2E, 0.0)
+    page_size, num_pages, capacity, table_row, cache_strides = 1, -1, 0, 0, (0,) * 6
+    if k_cache is None:
+        k_cache, v_cache, page_table = k, v, context_lens
+    else:
+        num_pages, page_size = k_cache.shape[:2]
+        capacity, table_row = page_table.shape[1] * page_size, page_table.stride(0)
+        cache_strides = k_cache.stride()[:3] + v_cache.stride()[:3]
+    group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
+    rows, reach = width * group, capacity + width
+    tasks, spans = batch * kv_heads * triton.cdiv(rows, c.BLOCK_M), triton.cdiv(reach, SPAN)
+    split = tasks < SPLIT_BELOW and 4 * batch * kv_heads * spans * rows * (head_dim + 2) <= SPLIT_BYTES
+    unit_size = SPAN if split else SPAN * GROUP
+    units = triton.cdiv(reach, unit_size)
+    part = part_top = out
+    if units > 1:
+        part = torch.empty(batch * kv_heads, units, rows, head_dim, dtype=torch.float32, device=q.device)
+        part_top = torch.empty(batch * kv_heads, units, rows, 2, dtype=torch.float32, device=q.device)
+    block_attention_kernel[tasks, min(units, triton.cdiv(FILL, tasks))](
+        q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out, part, part_top,
+        width, group, kv_heads, head_dim, factor, softcap, left, right, page_size, num_pages, capacity, table_row,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], units, unit_size,
+        c.BLOCK_M, c.BLOCK_N, block_d, SPAN, softcap > 0, c.stages, num_warps=c.warps, num_stages=c.stages)
+    if units > 1:
+        merge_units_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
+            part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, head_dim,
+            left, right, num_pages, capacity, *out.stride()[:3], units, unit_size, c.BLOCK_M, MERGE_ROWS, block_d,
+            GROUP if split else 1, num_warps=MERGE_WARPS)
+
+
+_TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
+          "part": "*fp32", "part_top": "*fp32", "sinks": "*fp32", "factor": "fp32", "softcap": "fp32"}
+_TENSORS = {"q", "k", "v", "k_cache", "v_cache", "out"}
+_MULTIPLES = {"head_dim", "unit_size", "q_b", "q_row", "q_head", "k_b", "k_row", "k_head", "v_b", "v_row", "v_head",
+              "kc_page", "kc_row", "kc_head", "vc_page", "vc_row", "vc_head", "o_b", "o_row", "o_head"}
+
+
+def _case(name, kernel, dtype, constants, warps, stages):
+    kinds = dict.fromkeys(_TENSORS, "*" + dtype) | dict.fromkeys(_MULTIPLES, "i32:16") | _TYPES
+    kinds |= dict.fromkeys(constants, "constexpr")
+    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages)
+
+
+def cases():
+    for (itemsize, dim), c in CONFIGS.items():
+        for dtype in ("fp32",) if itemsize == 4 else ("bf16", "fp16"):
+            for softcap in (False, True) if dtype == "bf16" else (False,):
+                constants = {"BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_D": dim, "SPAN": SPAN,
+                             "SOFTCAP": softcap, "STAGES": c.stages}
+                name = f"block_attention {dim} {dtype}" + (" softcap" if softcap else "")
+                yield _case(name, block_attention_kernel, dtype, constants, c.warps, c.stages)
+            for group in (1, GROUP) if dtype == "bf16" else (GROUP,):
+                constants = {"BLOCK_M": c.BLOCK_M, "ROWS": MERGE_ROWS, "BLOCK_D": dim, "GROUP": group}
+                name = f"block_attention merge {'groups' if group == 1 else 'spans'} {dim} {dtype}"
+                yield _case(name, merge_units_kernel, dtype, constants, MERGE_WARPS, 3)

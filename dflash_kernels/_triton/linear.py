@@ -1,0 +1,175 @@
+"""linear: the weight streams through once; itemsize * (N K + rows (N + K)) bytes and 2 rows N K operations.
+
+On an H100 (3.35 TB/s, some 600 TFLOP/s of 16-bit mma.sync) the bytes decide up to about 180 rows. Programs read their
+rows of x again from the second-level cache, (ROWS * TILES + BLOCK_N) / BLOCK_N of the weight's bytes in all, which is
+why more rows take more of the weight each. float32 has no tensor core that rounds as float32 does and runs on
+multiply-adds: at its floor up to some 8 rows.
+
+A row's bits do not depend on the rows beside it, because every configuration computes an output by the same additions:
+
+- In 16 bits a tile has 16 or 32 rows, which every architecture runs as mma.sync.m16n8k16: a tile of 64 would become
+  wgmma or tcgen05 on some. That instruction treats its 16 rows alike, and a tile's products are chained along k, 16 at
+  a time, from one end to the other. In float32 an output is one chain of multiply-adds along k.
+- K is cut into chunks of CHUNK, whatever N and the number of rows. A chunk starts from zero; chunks are added in order.
+  So it is the same whether one program adds them or each has its own program and a second launch adds (`split`), and
+  lm_head_argmax, which never splits, sees the bits that linear writes.
+- Rows and columns past the end are zeros in a tile of the same size.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._aot import Case
+
+CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
+SPLIT_BELOW = 512  # programs: with fewer, each chunk is a program of its own. Estimated: four for a multiprocessor
+
+
+class Config(NamedTuple):
+    """ROWS * TILES rows of x and BLOCK_N rows of the weight a program, BLOCK_K of both at a time."""
+
+    ROWS: int
+    TILES: int
+    BLOCK_N: int
+    BLOCK_K: int
+    warps: int
+    stages: int
+
+
+# (bytes of an element, rows at most); more rows are more programs. All estimated: 60 to 96 KB in flight a block, which
+# the smallest chips can hold, and at most 128 sums a thread.
+CONFIGS = {
+    (2, 16): Config(16, 1, 64, 128, 4, 4),
+    (2, 32): Config(32, 1, 64, 128, 4, 4),
+    (2, 64): Config(32, 2, 64, 64, 4, 4),
+    (2, 128): Config(32, 4, 128, 64, 8, 3),
+    (4, 16): Config(16, 1, 32, 32, 4, 4),
+    (4, 64): Config(16, 4, 32, 32, 4, 4),
+}
+
+
+def config(rows: int, itemsize: int) -> Config:
+    sizes = [size for width, size in CONFIGS if width == itemsize]
+    return CONFIGS[itemsize, next((size for size in sizes if rows <= size), sizes[-1])]
+
+
+@triton.jit
+def rows_of(x, row0, at, rows, end, stride, ROWS: tl.constexpr):
+    """Rows [row0, row0 + ROWS) of x at columns `at`; zeros past the last row and from column `end` on."""
+    row = row0 + tl.arange(0, ROWS)
+    mask = (row < rows)[:, None] & (at < end)[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + at[None, :], mask, 0.0)
+
+
+@triton.jit
+def product(x, weight, row0, n0, begin, end, rows, n, x_stride, w_stride, ROWS: tl.constexpr, TILES: tl.constexpr,
+            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """TILES (up to four) sums over k in [begin, end), each (ROWS, BLOCK_N) float32; begin is a multiple of CHUNK."""
+    zero = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    sum0, sum1, sum2, sum3 = zero, zero, zero, zero
+    part0, part1, part2, part3 = zero, zero, zero, zero
+    out = n0 + tl.arange(0, BLOCK_N)
+    w_rows = weight + out.to(tl.int64) * w_stride
+    for k in range(begin, end, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        w = tl.load(w_rows[None, :] + at[:, None], (out < n)[None, :] & (at < end)[:, None], 0.0)
+        part0 = tl.dot(rows_of(x, row0, at, rows, end, x_stride, ROWS), w, part0, input_precision="ieee")
+        if TILES > 1:
+            part1 = tl.dot(rows_of(x, row0 + ROWS, at, rows, end, x_stride, ROWS), w, part1, input_precision="ieee")
+        if TILES > 2:
+            part2 = tl.dot(rows_of(x, row0 + 2 * ROWS, at, rows, end, x_stride, ROWS), w, part2,
+                           input_precision="ieee")
+            part3 = tl.dot(rows_of(x, row0 + 3 * ROWS, at, rows, end, x_stride, ROWS), w, part3,
+                           input_precision="ieee")
+        if (k + BLOCK_K) % CHUNK == 0:
+            sum0, part0 = sum0 + part0, zero
+            sum1, part1 = sum1 + part1, zero
+            sum2, part2 = sum2 + part2, zero
+            sum3, part3 = sum3 + part3, zero
+    return sum0 + part0, sum1 + part1, sum2 + part2, sum3 + part3
+
+
+@triton.jit
+def _store(total, bias, out, row0, n0, rows, n, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
+    if bias is not None:
+        total += tl.load(bias + at, at < n, 0.0).to(tl.float32)[None, :]
+    to = out + row.to(tl.int64)[:, None] * out_stride + at[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), (row < rows)[:, None] & (at < n)[None, :])
+
+
+@triton.jit
+def linear_kernel(x, weight, bias, out, rows, n, k, x_stride, w_stride, out_stride, chunk_stride, chunk_size,
+                  ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  CHUNK: tl.constexpr):
+    """chunk_size: of K for a program; all of it, or CHUNK, whose sums then lie chunk_stride apart in out."""
+    row0, n0, chunk = tl.program_id(0) * ROWS * TILES, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    begin = chunk * chunk_size
+    out += chunk.to(tl.int64) * chunk_stride
+    sum0, sum1, sum2, sum3 = product(x, weight, row0, n0, begin, tl.minimum(begin + chunk_size, k), rows, n, x_stride,
+                                     w_stride, ROWS, TILES, BLOCK_N, BLOCK_K, CHUNK)
+    _store(sum0, bias, out, row0, n0, rows, n, out_stride, ROWS, BLOCK_N)
+    if TILES > 1:
+        _store(sum1, bias, out, row0 + ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
+    if TILES > 2:
+        _store(sum2, bias, out, row0 + 2 * ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
+        _store(sum3, bias, out, row0 + 3 * ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
+
+
+@triton.jit
+def add_chunks_kernel(part, bias, out, n, chunks, chunk_stride, out_stride, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(chunks):
+        total += tl.load(part + row * n + at, at < n, 0.0)
+        part += chunk_stride
+    if bias is not None:
+        total += tl.load(bias + at, at < n, 0.0).to(tl.float32)
+    tl.store(out + row * out_stride + at, total.to(out.dtype.element_ty), at < n)
+
+
+ADD_BLOCK, ADD_WARPS = 512, 4  # estimated: 16-byte accesses
+
+
+def linear(x, weight, bias, out_features, out):
+    """Where K is split it allocates the chunks' float32 sums, as a graph may: they belong to its pool."""
+    (rows, k), n = x.shape, out_features
+    if rows == 0:
+        return
+    c = config(rows, x.element_size())
+    chunks, across = triton.cdiv(k, CHUNK), triton.cdiv(n, c.BLOCK_N)
+    split = chunks > 1 and across < SPLIT_BELOW
+    to = torch.empty((chunks, rows, n), dtype=torch.float32, device=x.device) if split else out[None]
+    linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), across, chunks if split else 1](
+        x, weight, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0), to.stride(1), to.stride(0),
+        CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, num_warps=c.warps, num_stages=c.stages)
+    if split:
+        add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, bias, out, n, chunks, rows * n, out.stride(0),
+                                                           BLOCK=ADD_BLOCK, num_warps=ADD_WARPS)
+
+
+def tile_constants(c: Config) -> dict:
+    return {"ROWS": c.ROWS, "TILES": c.TILES, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "CHUNK": CHUNK}
+
+
+def cases():
+    sizes = {"rows": "i32", "n": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
+             "out_stride": "i32:16", "chunk_stride": "i32:16", "chunk_size": "i32:16"}
+    for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+        for (width, rows), c in CONFIGS.items():
+            if width != itemsize:
+                continue
+            constants = tile_constants(c)
+            for out in (dtype, "fp32") if dtype == "bf16" else (dtype,):
+                signature = {"x": "*" + dtype, "weight": "*" + dtype, "bias": "*" + dtype, "out": "*" + out, **sizes,
+                             **dict.fromkeys(constants, "constexpr")}
+                if out != dtype:
+                    signature["bias"], constants = "constexpr", constants | {"bias": None}
+                name = f"linear {rows} rows {dtype}" + (" split" if out != dtype else "")
+                yield Case(name, linear_kernel, signature, constants, c.warps, c.stages)
+        signature = {"part": "*fp32", "bias": "*" + dtype, "out": "*" + dtype, "n": "i32:16", "chunks": "i32",
+                     "chunk_stride": "i32:16", "out_stride": "i32:16", "BLOCK": "constexpr"}
+        yield Case(f"linear add_chunks {dtype}", add_chunks_kernel, signature, {"BLOCK": ADD_BLOCK}, ADD_WARPS, 3)

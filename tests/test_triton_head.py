@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from dflash_kernels import reference
+from dflash_kernels._triton import head as triton_head
+from dflash_kernels._triton import linear as triton_linear
+from dflash_kernels.testing import doubles
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=["f32", "f16"])
+def dtype(request):
+    return request.param
+
+
+def problem(dtype, rows, n, k):
+    return torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)
+
+
+def run(x, w, bias=None, num_valid=None, scale=1.0, softcap=0.0, id_offset=0):
+    n, boxes = w.shape[0], (torch.full((x.shape[0] + 2,), 77), torch.full((x.shape[0] + 2,), 77.0))
+    ids, values = (t[1:-1] for t in boxes)
+    valid = n if num_valid is None else num_valid
+    assert triton_head.lm_head_argmax(x, w, bias, n, valid, scale, softcap, id_offset, ids, values) is None
+    assert all((t[[0, -1]] == 77).all() for t in boxes)
+    return ids, values
+
+
+@pytest.mark.parametrize("rows,n,k", [(1, 1, 3), (3, 200, 45), (20, 70, 64), (40, 130, 32), (70, 65, 32), (130, 70, 16),
+                                      (2, 70, triton_linear.CHUNK + 8), (0, 16, 16)])
+def test_equals_argmax_of_linear(dtype, rows, n, k):
+    x, w, b = problem(dtype, rows, n, k)
+    for bias in (None, b):
+        logits = torch.empty(rows, n, dtype=dtype)
+        triton_linear.linear(x, w, bias, n, logits)
+        ids, values = run(x, w, bias)
+        assert torch.equal(ids, logits.argmax(-1)) and torch.equal(values, logits.max(-1).values.float())
+
+
+def test_p33_ties_go_to_the_first_index_and_nan_wins(dtype):
+    x = torch.zeros(3, 32, dtype=dtype)
+    x[1, 0] = 1
+    w = torch.zeros(200, 32, dtype=dtype)
+    w[[40, 90, 199], 0] = 2
+    assert run(x, w)[0].tolist() == [0, 40, 0]
+    assert run(-x, w)[0].tolist() == [0, 0, 0]  # minus zero equals zero
+    w[[77, 120], 1] = NAN
+    ids, values = run(x, w)
+    assert ids.tolist() == [77, 77, 77] and values.isnan().all()
+
+
+def test_all_minus_infinity_gives_index_zero_and_padding_never_wins(dtype):
+    x, w = torch.ones(2, 32, dtype=dtype), torch.full((100, 32), -INF, dtype=dtype)
+    w[83:] = NAN
+    ids, values = run(x, w, num_valid=83)
+    assert ids.tolist() == [0, 0] and values.isneginf().all()
+
+
+def test_p32_padded_vocabulary_tail_never_wins(dtype):
+    x, w, b = problem(dtype, 4, 100, 32)
+    w[83:] = 100 * x[0]
+    b[83:] = INF
+    ids, _ = run(x, w, b, num_valid=83, id_offset=2**40)
+    assert ((ids >= 2**40) & (ids < 2**40 + 83)).all()
+    assert torch.equal(ids - 2**40, run(x, w[:83], b[:83])[0])
+
+
+def test_p36_multiplier_comes_before_the_soft_cap(dtype):
+    x, w, b = problem(dtype, 5, 100, 64)
+    want_ids, want = torch.empty(5, dtype=torch.int64), torch.empty(5, dtype=torch.float64)
+    reference.head.lm_head_argmax(*doubles(x, w, b), 100, 100, -3.0, 5.0, 0, want_ids, want)
+    ids, values = run(x, w, b, scale=-3.0, softcap=5.0)
+    torch.testing.assert_close(values.double(), want, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
+    if dtype == torch.float32:
+        assert torch.equal(ids, want_ids)
+
+
+def test_merge_argmax_equals_reference():
+    choices = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0])
+    values = choices[torch.randint(0, 7, (5, 300))]
+    ids = torch.stack([torch.randperm(5) for _ in range(300)], 1) + 2**40
+    for shards in (1, 2, 5):
+        got, want = ((torch.full((300,), 77), torch.full((300,), 77.0)) for _ in range(2))
+        assert triton_head.merge_argmax(values[:shards], ids[:shards], *got) is None
+        reference.head.merge_argmax(values[:shards], ids[:shards], *want)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1].isnan(), want[1].isnan())
+        assert torch.equal(got[1].nan_to_num(), want[1].nan_to_num())
+    triton_head.merge_argmax(values[:, :0], ids[:, :0], torch.empty(0, dtype=torch.int64), torch.empty(0))
