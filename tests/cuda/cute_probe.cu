@@ -9,7 +9,8 @@ extern "C" __global__ void __launch_bounds__(32)
   const Tensor rows = make_tensor(make_gmem_ptr(a), Shape<_16, _16>{}, LayoutRight{});
   const Tensor columns = make_tensor(make_gmem_ptr(b), Shape<_8, _16>{}, LayoutRight{});
   Tensor out = make_tensor(make_gmem_ptr(c), Shape<_16, _8>{}, LayoutRight{});
-  const auto rows_here = thread.partition_A(rows), columns_here = thread.partition_B(columns);
+  const auto rows_here = thread.partition_A(rows);
+  const auto columns_here = thread.partition_B(columns);
   auto out_here = thread.partition_C(out);
   auto x = thread.make_fragment_A(rows_here);
   auto y = thread.make_fragment_B(columns_here);
