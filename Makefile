@@ -61,6 +61,7 @@ sanitize: $(STAMPS)/dev
 
 aot: $(STAMPS)/package $(STAMPS)/dev
 	$(PY) -m dflash_kernels._triton._aot bench/results/aot
+	if command -v nvcc; then $(PY) tests/ptxas.py bench/results/aot; fi
 
 clean:
 	find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} + 2>/dev/null || true
@@ -75,8 +76,9 @@ $(STAMPS)/deps: requirements/build.txt | $(STAMPS)/venv
 	$(PIP) -r requirements/build.txt
 	touch $@
 
-$(STAMPS)/dev: requirements/dev.txt requirements/peers.txt $(STAMPS)/deps
+$(STAMPS)/dev: requirements/dev.txt requirements/cuda.txt requirements/peers.txt $(STAMPS)/deps
 	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps -r requirements/cuda.txt
 	$(PIP) --no-deps -r requirements/peers.txt || echo "The reference implementation is missing; its tests will skip."
 	touch $@
 

@@ -1,12 +1,16 @@
-"""Builds `dflash_kernels._C`, one abi3 library against torch's stable ABI.
+"""Builds `dflash_kernels._C` and, where nvcc is, `dflash_kernels._cuda`: abi3 libraries against torch's stable ABI.
 
 Every file in csrc/cpu is compiled once per instruction set and the library picks one at run time; everything in
-csrc/bindings is compiled once. Environment: CXX (compiler), DFLASH_NO_CUDA=1 (skip CUDA sources even where nvcc is
-found), DFLASH_NO_CPP=1 (install the Python and Triton parts alone), DFLASH_SANITIZE=address,undefined.
+csrc/bindings is compiled once. Every file in csrc/cuda is compiled for all architectures of CUDA_ARCHITECTURES, on a
+machine without a GPU too. Environment: CXX (compiler), CUDA_HOME (where nvcc is, when not on PATH), DFLASH_NO_CUDA=1
+(skip CUDA sources even where nvcc is found), DFLASH_NO_CPP=1 (install the Python and Triton parts alone),
+DFLASH_SANITIZE=address,undefined.
 """
 
+import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +25,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest torch the library loads under
 PY_LIMITED_API = "0x030a0000"  # 3.10
+CUDA_EXTENSION = "dflash_kernels._cuda"
+OLDEST_NVCC = (12, 8)
+CUDA_ARCHITECTURES = ("80", "90a", "100a", "120a")
 
 X86 = {
     "generic": "",
@@ -48,29 +55,68 @@ def find_nvcc() -> str | None:
     return shutil.which(str(Path(home, "bin", "nvcc"))) if home else shutil.which("nvcc")
 
 
+def nvcc_release(nvcc: str) -> str:
+    """Such as "13.0"."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", said)[1]
+
+
+def find_cutlass() -> Path | None:
+    """The headers that the nvidia-cutlass package carries."""
+    package = importlib.util.find_spec("cutlass_library")
+    folder = package and Path(package.submodule_search_locations[0], "source", "include")
+    return folder if folder and (folder / "cute" / "tensor.hpp").exists() else None
+
+
+def nvcc_flags() -> list[str]:
+    # -fmad=false: a row's bits must not depend on which multiply-adds the compiler chose to fuse.
+    # --expt-relaxed-constexpr: CuTe's constants are host functions that kernels use.
+    cutlass = find_cutlass()
+    return ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}",
+            *(["-isystem", str(cutlass)] if cutlass else [])]
+
+
+def gencode() -> list[str]:
+    """The first architecture's PTX goes in too, for chips that none of the architectures is made for."""
+    return [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES),
+            f"-gencode=arch=compute_{CUDA_ARCHITECTURES[0]},code=compute_{CUDA_ARCHITECTURES[0]}"]
+
+
 class NinjaBuildExt(build_ext):
-    """Writes one build.ninja for the extension and runs it."""
+    """Writes one build.ninja for each extension and runs it."""
 
     def build_extension(self, ext):
         compiler = os.environ.get("CXX", "g++")
         if os.environ.get("DFLASH_NO_CPP") == "1":
-            return self._skip("DFLASH_NO_CPP=1 is set")
+            return self._skip(ext, "DFLASH_NO_CPP=1 is set")
         if shutil.which(shlex.split(compiler)[-1]) is None:
-            return self._skip(f"no C++ compiler found ({compiler}); install g++ and reinstall to get the CPU kernels")
+            return self._skip(ext, f"no C++ compiler found ({compiler}); install g++ and reinstall to get the CPU "
+                                   "kernels")
         try:
             import torch
         except ImportError:
-            return self._skip("torch is not importable at build time; install torch first and use --no-build-isolation")
-        build = (ROOT / self.build_temp).resolve()
+            return self._skip(ext, "torch is not importable at build time; install torch first and use "
+                                   "--no-build-isolation")
+        cuda = ext.name == CUDA_EXTENSION
+        if cuda and not find_nvcc():
+            return
+        if cuda and tuple(map(int, nvcc_release(find_nvcc()).split("."))) < OLDEST_NVCC:
+            print(f"dflash-kernels: building without CUDA C++ kernels: nvcc is {nvcc_release(find_nvcc())}, and the "
+                  "architectures need {}.{}. The Triton kernels do without.".format(*OLDEST_NVCC), file=sys.stderr)
+            return
+        build = (ROOT / self.build_temp).resolve() / ("cuda" if cuda else "")
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._write_ninja(build, target, compiler, Path(torch.__file__).parent)
+        write = self._write_cuda_ninja if cuda else self._write_ninja
+        write(build, target, compiler, Path(torch.__file__).parent)
         ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run([ninja, "-C", str(build), *(["-j", jobs] if jobs else [])], check=True)
 
-    def _skip(self, reason):
+    def _skip(self, ext, reason):
+        if ext.name == CUDA_EXTENSION:
+            return
         print(f"dflash-kernels: building without C++ kernels: {reason}. The reference backend is used instead; "
               "it is correct and slow.", file=sys.stderr)
 
@@ -82,13 +128,10 @@ class NinjaBuildExt(build_ext):
         common = (f"{'-O1' if sanitize else '-O3'} -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
                   f" -Wno-uninitialized -Wno-maybe-uninitialized -I{ROOT / 'csrc'}{san}")
         nvcc = "found" if find_nvcc() else "not found"
-        host = (f"{common} -DDFLASH_NVCC='\"{nvcc}\"' -DPy_LIMITED_API={PY_LIMITED_API} "
-                f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -Wno-unused-parameter "
-                f"-isystem {torch_dir / 'include'} -isystem {sysconfig.get_paths()['include']}")
+        host = f"{common} {binding_flags(torch_dir)} -DDFLASH_NVCC='\"{nvcc}\"'"
         lines = [
             "ninja_required_version = 1.5",
-            f"rule cxx\n  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
-            "\n  description = $out",
+            cxx_rule(compiler),
             f"rule link\n  command = {compiler} -shared{san} $in -o $out -L{torch_dir / 'lib'} -ltorch_cpu -ltorch"
             "\n  description = $out",
         ]
@@ -106,6 +149,45 @@ class NinjaBuildExt(build_ext):
         lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
         (build / "build.ninja").write_text("\n".join(lines))
 
+    def _write_cuda_ninja(self, build, target, compiler, torch_dir):
+        nvcc = find_nvcc()
+        # USE_CUDA: torch's stable headers declare the current stream's function for those who ask.
+        host = ("-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DUSE_CUDA "
+                f"-DDFLASH_CUDA_VERSION='\"{nvcc_release(nvcc)}\"' "
+                f"-DDFLASH_CUDA_ARCHITECTURES='\"{' '.join(CUDA_ARCHITECTURES)}\"' "
+                f"-I{ROOT / 'csrc'} {binding_flags(torch_dir)}")
+        device = shlex.join([*nvcc_flags(), *gencode(), "-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"])
+        # libtorch leads to the library that has the current stream's function, in a torch that has it; this machine's
+        # may have none. CUDA's runtime is linked in whole and hidden, as torch brings another.
+        libraries = f"-L{torch_dir / 'lib'} -Xlinker=--no-as-needed -ltorch_cpu -ltorch -Xlinker=--exclude-libs=ALL"
+        lines = [
+            "ninja_required_version = 1.5",
+            cxx_rule(compiler),
+            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {device} -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+            "\n  description = $out",
+            f"rule link\n  command = {nvcc} -shared -cudart=static -ccbin {compiler} $in -o $out {libraries}"
+            "\n  description = $out",
+        ]
+        objects = []
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects.append(f"{source.stem}.cu.o")
+            lines.append(f"build {objects[-1]}: nvcc {source}")
+        for source in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp")):
+            objects.append(f"bindings.{source.stem}.o")
+            lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {host}")
+        lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
+        (build / "build.ninja").write_text("\n".join(lines))
+
+
+def cxx_rule(compiler: str) -> str:
+    return (f"rule cxx\n  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+            "\n  description = $out")
+
+
+def binding_flags(torch_dir: Path) -> str:
+    return (f"-DPy_LIMITED_API={PY_LIMITED_API} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -Wno-unused-parameter "
+            f"-isystem {torch_dir / 'include'} -isystem {sysconfig.get_paths()['include']}")
+
 
 class Abi3Wheel(bdist_wheel):
     def finalize_options(self):
@@ -113,8 +195,10 @@ class Abi3Wheel(bdist_wheel):
         super().finalize_options()
 
 
-sources = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.cpp"))]
-setup(
-    ext_modules=[Extension("dflash_kernels._C", sources=sources, py_limited_api=True, optional=True)],
-    cmdclass={"build_ext": NinjaBuildExt, "bdist_wheel": Abi3Wheel},
-)
+if __name__ == "__main__":
+    sources = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.cpp"))]
+    setup(
+        ext_modules=[Extension(name, sources=sources, py_limited_api=True, optional=True)
+                     for name in ("dflash_kernels._C", CUDA_EXTENSION)],
+        cmdclass={"build_ext": NinjaBuildExt, "bdist_wheel": Abi3Wheel},
+    )

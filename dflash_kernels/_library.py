@@ -2,9 +2,9 @@
 
 Each op is defined once, in "out" form (it returns nothing and writes into tensors that the caller gives), so that
 nothing is allocated behind a CUDA graph's back. The float32 reference is registered for every device; the C++ library
-registers CPU kernels over it when it is loaded, and the Triton kernels are CUDA's where triton is installed. A device
-that ends up on the reference warns once and says why; a library that is there but does not load (a bad DFLASH_ISA,
-another torch's ABI) is an error, not a slow fallback.
+registers CPU kernels over it when it is loaded, and CUDA's are those that _gpu.py chooses. A device that ends up on the
+reference warns once and says why; a library that is there but does not load (a bad DFLASH_ISA, another torch's ABI) is
+an error, not a slow fallback.
 """
 
 import importlib
@@ -14,24 +14,25 @@ from collections.abc import Callable
 
 import torch
 
-from . import _triton
+from . import _gpu
 
 _lib = torch.library.Library("dflash", "DEF")
 _warned: set[str] = set()
 
 
-def _load_native():
-    if importlib.util.find_spec("._C", __package__) is None:
+def _load(module: str, language: str):
+    if importlib.util.find_spec(module, __package__) is None:
         return None
     try:
-        return importlib.import_module("._C", __package__)
+        return importlib.import_module(module, __package__)
     except ImportError as error:
-        raise ImportError(f"dflash_kernels: the C++ library is built but does not load: {error}") from error
+        raise ImportError(f"dflash_kernels: the {language} library is built but does not load: {error}") from error
 
 
-native = _load_native()
-if torch.version.cuda and importlib.util.find_spec("triton"):
-    _triton.install(_lib)
+native = _load("._C", "C++")
+cuda = _load("._cuda", "CUDA C++") if torch.version.cuda else None
+if torch.version.cuda:
+    _gpu.install(_lib, cuda)
 capturing = 0  # StepGraphs that are being captured: a reference called then would be missing from the replay
 NAMES: list[str] = []
 REFERENCES: dict[str, Callable] = {}
@@ -69,6 +70,7 @@ def define(schema: str, reference: Callable) -> Callable:
 
     _lib.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dflash::{name}", _nothing, lib=_lib)
+    _gpu.define(schema, cuda)
     NAMES.append(name)
     REFERENCES[name] = reference
     return getattr(torch.ops.dflash, name).default

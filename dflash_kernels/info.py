@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from . import _library
+from . import _gpu, _library
 
 
 def build_info() -> dict[str, object]:
@@ -13,7 +13,8 @@ def build_info() -> dict[str, object]:
 
     Returns version, python, torch, platform, ops (names), cpu_kernels (True when the C++ library is built), isa (the
     instruction set in use), isas (those this CPU has, lowest first), compiler, nvcc ("found" or "not found" when it was
-    built), cuda (True when torch sees a GPU), threads.
+    built), cuda_kernels (what the CUDA C++ library is compiled for, or why it is not there), cuda (True when torch sees
+    a GPU), threads.
     """
     from . import __version__
 
@@ -30,6 +31,7 @@ def build_info() -> dict[str, object]:
         "isas": native.isas() if native else [],
         "compiler": built.get("compiler", ""),
         "nvcc": built.get("nvcc", ""),
+        "cuda_kernels": _gpu.describe(_library.cuda),
         "cuda": torch.cuda.is_available(),
         "threads": torch.get_num_threads(),
     }

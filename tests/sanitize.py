@@ -55,7 +55,8 @@ def default_tests() -> list[str]:
 def main(arguments: list[str]) -> int:
     libraries = run_time_libraries()
     copy()
-    environment = os.environ | {"DFLASH_SANITIZE": "address,undefined", "PYTHONPATH": str(FOLDER)}
+    environment = os.environ | {"DFLASH_SANITIZE": "address,undefined", "DFLASH_NO_CUDA": "1",
+                                "PYTHONPATH": str(FOLDER)}
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(build, cwd=FOLDER, env=environment, check=True)
     if not list((FOLDER / "dflash_kernels").glob("_C*.so")):

@@ -1,5 +1,6 @@
 import pytest
 import test_context
+import test_cuda_context
 import torch
 from test_context import MAX_POS, NUM_PAGES, rows
 
@@ -94,3 +95,14 @@ def test_the_table_of_addresses_is_made_once_for_each_set_of_caches():
     assert table.tolist() == [t.data_ptr() for t in (*k, *v)] and aligned
     assert base_addresses(k, v)[0] is table and base_addresses(k[::-1], v)[0] is not table
     assert not base_addresses([t[..., 1:] for t in k], v)[1]
+
+
+@test_cuda_context.pytestmark
+@pytest.mark.parametrize("shape", [(3, 2, 2, 64, 64), (2, 1, 2, 64, 32), (2, 1, 1, 20, 6), (1, 1, 1, 96, 96)], ids=str)
+def test_cuda_cpp_writes_the_same_bits(dtype, shape):
+    """So that a key does not depend on which of the two is faster on a machine."""
+    case, other = Case(dtype, *shape), test_cuda_context.Case(dtype, *shape)
+    other.kv, other.positions, other.slots, other.args = case.kv, case.positions, case.slots, case.args
+    for change in (dict(interleaved=False, rounding="each"), dict(interleaved=True, rounding="end"),
+                   dict(cos_sin=None)):
+        assert same_bits(case.run(v_scale=0.707, **change), other.run(v_scale=0.707, **change))

@@ -8,20 +8,6 @@ namespace dflash {
 
 constexpr int64_t kMaxHeadDim = 1024;  // MAX_HEAD_DIM in ops/rope.py
 
-struct RotaryTable {
-  const void* cos_sin;  // (max_pos, rotary_dim), float32 or the rows' dtype; nullptr: no rotation
-  int64_t max_pos, rotary_dim;
-  bool is_float;
-  bool interleaved;
-  bool round_each;  // round between norm and rotation
-};
-
-struct CacheView {
-  int64_t num_pages, page_size;
-  int64_t k_page, k_row, k_head;  // strides in elements
-  int64_t v_page, v_row, v_head;
-};
-
 }  // namespace dflash
 
 namespace dflash::DFLASH_ISA {

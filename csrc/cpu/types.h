@@ -21,4 +21,18 @@ struct ConstRows {
   int64_t stride;
 };
 
+struct RotaryTable {
+  const void* cos_sin;  // (max_pos, rotary_dim), float32 or the rows' dtype; nullptr: no rotation
+  int64_t max_pos, rotary_dim;
+  bool is_float;
+  bool interleaved;
+  bool round_each;  // round between norm and rotation
+};
+
+struct CacheView {
+  int64_t num_pages, page_size;
+  int64_t k_page, k_row, k_head;  // strides in elements
+  int64_t v_page, v_row, v_head;
+};
+
 }  // namespace dflash

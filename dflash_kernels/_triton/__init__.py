@@ -6,7 +6,7 @@ schema, and `cases()`: every kernel as every configuration compiles it, for the 
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -45,7 +45,8 @@ def _on_its_device(where: str) -> Callable:
     return launch
 
 
-def install(lib: torch.library.Library) -> None:
-    """Registers every launcher for CUDA tensors."""
+def install(lib: torch.library.Library, without: Collection[str] = ()) -> None:
+    """Registers every launcher for CUDA tensors, but not those of the ops in `without`."""
     for op, where in LAUNCHERS.items():
-        lib.impl(op, _on_its_device(where), "CUDA")
+        if op not in without:
+            lib.impl(op, _on_its_device(where), "CUDA")

@@ -19,7 +19,7 @@ from ..types import PagedKV
 from . import _checks as check
 from .rope import check_cache, check_positions, check_rotation, check_rounding
 
-MAX_LAYERS = 64  # kMaxLayers in csrc/cpu/context.h
+MAX_LAYERS = 64  # kMaxLayers in csrc/params/context.h
 
 
 def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, caches: Sequence[PagedKV], *,

@@ -72,7 +72,7 @@ def print_info(found: dict) -> None:
         row("CPU kernels", "missing (not built); the float32 reference runs instead, correct and slow; to get them: "
             "install g++, then pip install --no-build-isolation --force-reinstall --no-deps dflash-kernels")
     cuda = "torch sees a GPU" if found["cuda"] else "torch sees no GPU"
-    row("GPU kernels", f"none in this version; {cuda}; nvcc {found['nvcc'] or 'not looked for'}")
+    row("GPU kernels", f"{cuda}; CUDA C++: {found['cuda_kernels']}; nvcc {found['nvcc'] or 'not looked for'}")
     row("ops", ", ".join(found["ops"]))
     row("models by name", ", ".join(found["models"]))
     for name, part in found["parts"].items():

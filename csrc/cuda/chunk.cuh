@@ -1,0 +1,83 @@
+// Rows in pieces: N neighbouring elements that one lane reads or writes with 16-byte accesses, or one at a time.
+// Everything here compiles for the host too, where the tests run it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define DFLASH_HD __host__ __device__ __forceinline__
+#define DFLASH_UNROLL _Pragma("unroll")
+#else
+#define DFLASH_HD inline
+#define DFLASH_UNROLL
+#endif
+
+namespace dflash::cuda {
+
+template <class T, int N>
+struct Chunk {
+  T v[N];
+};
+
+DFLASH_HD float wide(float x) { return x; }
+DFLASH_HD float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+DFLASH_HD float wide(__half x) { return __half2float(x); }
+
+template <class T>
+DFLASH_HD T narrow(float x) {
+  if constexpr (sizeof(T) == 4) return x;
+  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+  else return __float2bfloat16_rn(x);
+}
+
+// Words of 16 bytes need addresses that divide by 16.
+template <class T, int N>
+DFLASH_HD Chunk<T, N> load(const T* from) {
+  Chunk<T, N> c;
+  if constexpr (sizeof(c) % 16 == 0) {
+    constexpr int kPerWord = 16 / sizeof(T);
+    DFLASH_UNROLL
+    for (int i = 0; i < N; i += kPerWord) {
+      const uint4 word = *reinterpret_cast<const uint4*>(from + i);
+      std::memcpy(static_cast<void*>(c.v + i), &word, 16);
+    }
+  } else {
+    static_assert(N == 1);
+    c.v[0] = *from;
+  }
+  return c;
+}
+
+template <class T, int N>
+DFLASH_HD void store(T* to, const Chunk<T, N>& c) {
+  if constexpr (sizeof(c) % 16 == 0) {
+    constexpr int kPerWord = 16 / sizeof(T);
+    DFLASH_UNROLL
+    for (int i = 0; i < N; i += kPerWord) {
+      uint4 word;
+      std::memcpy(&word, c.v + i, 16);
+      *reinterpret_cast<uint4*>(to + i) = word;
+    }
+  } else {
+    static_assert(N == 1);
+    *to = c.v[0];
+  }
+}
+
+// Neighbours are added, then neighbours of those, and so on: the order of the Triton kernels, so that a row's sum of
+// squares has the same bits whichever of the two wrote it. Overwrites x.
+template <int N>
+DFLASH_HD float tree_sum(float (&x)[N]) {
+  DFLASH_UNROLL
+  for (int step = 1; step < N; step *= 2) {
+    DFLASH_UNROLL
+    for (int i = 0; i < N; i += 2 * step) x[i] += x[i + step];
+  }
+  return x[0];
+}
+
+}  // namespace dflash::cuda

@@ -1,0 +1,49 @@
+"""What answers an op on a GPU: Triton, or CUDA C++ where that is measured to be faster.
+
+The CUDA C++ kernels are a library of their own, _cuda, which is loaded only where torch has CUDA. Each of them can
+also be called as torch.ops.dflash_cuda.<op>, whichever is chosen here: that is what measurements compare.
+"""
+
+import importlib.util
+from types import ModuleType
+
+import torch
+
+from . import _triton
+
+CHOICE = {  # op with a CUDA C++ kernel: (what answers it, where that was measured)
+    "write_context_kv": ("triton", "unmeasured"),
+}
+_lib = torch.library.Library("dflash_cuda", "DEF")
+
+
+def usable(cuda: ModuleType | None) -> bool:
+    """Whether the library runs beside this torch: the CUDA runtime inside it must be content with torch's driver."""
+    return bool(cuda) and cuda.build_info()["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
+
+
+def install(lib: torch.library.Library, cuda: ModuleType | None) -> None:
+    """Registers for CUDA tensors, under dflash, the kernel of every op that has one."""
+    triton = importlib.util.find_spec("triton") is not None
+    ours = [op for op in (cuda.ops() if usable(cuda) else ()) if CHOICE[op][0] == "cuda" or not triton]
+    for op in ours:
+        cuda.register("dflash", op)
+    if triton:
+        _triton.install(lib, without=ours)
+
+
+def define(schema: str, cuda: ModuleType | None) -> None:
+    """Defines dflash_cuda::<op> where the op has a CUDA C++ kernel."""
+    op = schema.split("(", 1)[0]
+    if usable(cuda) and op in cuda.ops():
+        _lib.define(schema)
+        cuda.register("dflash_cuda", op)
+
+
+def describe(cuda: ModuleType | None) -> str:
+    """What the CUDA C++ kernels are compiled for, or why they are not there."""
+    if cuda:
+        built = cuda.build_info()
+        return f"CUDA {built['cuda']}: " + " ".join(f"sm_{a}" for a in built["architectures"].split())
+    built = importlib.util.find_spec("._cuda", __package__)
+    return "built, not loaded: this torch has no CUDA" if built else "not built"
