@@ -151,12 +151,13 @@ class NinjaBuildExt(build_ext):
 
     def _write_cuda_ninja(self, build, target, compiler, torch_dir):
         nvcc = find_nvcc()
+        host_compiler = shlex.split(compiler)[-1]  # nvcc takes a program, not a launcher such as ccache before it
         # USE_CUDA: torch's stable headers declare the current stream's function for those who ask.
         host = ("-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DUSE_CUDA "
                 f"-DDFLASH_CUDA_VERSION='\"{nvcc_release(nvcc)}\"' "
                 f"-DDFLASH_CUDA_ARCHITECTURES='\"{' '.join(CUDA_ARCHITECTURES)}\"' "
                 f"-I{ROOT / 'csrc'} {binding_flags(torch_dir)}")
-        device = shlex.join([*nvcc_flags(), *gencode(), "-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"])
+        device = shlex.join([*nvcc_flags(), *gencode(), "-ccbin", host_compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"])
         # libtorch leads to the library that has the current stream's function, in a torch that has it; this machine's
         # may have none. CUDA's runtime is linked in whole and hidden, as torch brings another.
         libraries = f"-L{torch_dir / 'lib'} -Xlinker=--no-as-needed -ltorch_cpu -ltorch -Xlinker=--exclude-libs=ALL"
@@ -165,7 +166,7 @@ class NinjaBuildExt(build_ext):
             cxx_rule(compiler),
             f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {device} -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
             "\n  description = $out",
-            f"rule link\n  command = {nvcc} -shared -cudart=static -ccbin {compiler} $in -o $out {libraries}"
+            f"rule link\n  command = {nvcc} -shared -cudart=static -ccbin {host_compiler} $in -o $out {libraries}"
             "\n  description = $out",
         ]
         objects = []
