@@ -157,7 +157,8 @@ class NinjaBuildExt(build_ext):
                 f"-DDFLASH_CUDA_VERSION='\"{nvcc_release(nvcc)}\"' "
                 f"-DDFLASH_CUDA_ARCHITECTURES='\"{' '.join(CUDA_ARCHITECTURES)}\"' "
                 f"-I{ROOT / 'csrc'} {binding_flags(torch_dir)}")
-        device = shlex.join([*nvcc_flags(), *gencode(), "-ccbin", host_compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"])
+        device = shlex.join([*nvcc_flags(), *gencode(), "-ccbin", host_compiler,
+                             "-Xcompiler=-fPIC,-fvisibility=hidden"])
         # libtorch leads to the library that has the current stream's function, in a torch that has it; this machine's
         # may have none. CUDA's runtime is linked in whole and hidden, as torch brings another.
         libraries = f"-L{torch_dir / 'lib'} -Xlinker=--no-as-needed -ltorch_cpu -ltorch -Xlinker=--exclude-libs=ALL"
