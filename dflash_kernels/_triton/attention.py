@@ -50,8 +50,8 @@ CONFIGS = {
     (2, 128): Config(32, 64, 128, 8, 5),
     (2, 256): Config(16, 32, 256, 8, 5),
     (4, 64): Config(16, 16, 32, 4, 5),
-    (4, 128): Config(16, 16, 32, 4, 5),
-    (4, 256): Config(16, 16, 32, 8, 5),
+    (4, 128): Config(16, 16, 32, 8, 5),
+    (4, 256): Config(16, 16, 16, 8, 5),
 }
 MERGE_ROWS, MERGE_AHEAD, MERGE_WARPS = 4, 8, 4  # rows a program, and spans of each that it asks for at once. Estimated
 # With fewer tiles of rows than SPLIT_BELOW programs share out spans: estimated, two a multiprocessor. Programs and
