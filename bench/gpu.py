@@ -3,7 +3,7 @@
     python bench/gpu.py [tests] [ops] [step]
 
 Needs python with torch for CUDA, triton, pytest and ninja; nothing is fetched. tests: tests/gpu, then compute-sanitizer
-over its smallest cases where that is installed. ops, step: the benchmarks, into bench/results/<device>/.
+over one sample of each op where that is installed. ops, step: the benchmarks, into bench/results/<device>/.
 """
 
 import os
@@ -21,7 +21,7 @@ STEPS = {
     "ops": [["bench/run.py", "memory", "linear", "attention", "--device", "cuda", "--runs", "20"]],
     "step": [["bench/run.py", "draft", "--device", "cuda", "--runs", "20"]],
 }
-SANITIZED = ["-m", "pytest", "tests/gpu", "-k", "smallest", "-p", "no:cacheprovider"]
+SANITIZED = ["-m", "pytest", "tests/gpu/test_ops_gpu.py", "-k", "sample and f32", "-p", "no:cacheprovider"]
 
 
 def run(words: list[str], end: float) -> str:
