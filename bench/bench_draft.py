@@ -7,7 +7,7 @@ step, so their times add up to it but for what the gaps between launches cost.
 from types import SimpleNamespace
 
 import torch
-from cases import Case
+from cases import Case, packed_bytes
 
 import dflash_kernels as dk
 from dflash_decode.config import read_draft_config
@@ -42,10 +42,6 @@ def random_drafter(name, device):
                              vocab_size=vocab, max_context=2 * CONTEXT, embedding=embedding,
                              head=dk.pack_weight(embedding), head_bias=None)
     return Drafter(config, weights, target)
-
-
-def packed_bytes(*records):
-    return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dk.PackedWeight))
 
 
 def step_cases(name, d, batch):

@@ -3,7 +3,7 @@
 Each is a recorded step, replayed on the same memory. The floor of a pass is its weights' bytes over the read bandwidth.
 """
 
-from cases import Case
+from cases import Case, packed_bytes
 
 import dflash_kernels as dk
 from dflash_decode.draft import Drafter
@@ -13,11 +13,6 @@ from dflash_decode.targets.native import NativeTarget
 from dflash_decode.weights import load_checkpoint
 
 BLOCK, CONTEXT, PAGE = 8, 256, 64
-
-
-def weight_bytes(*records) -> int:
-    """Bytes of every packed weight in some layers or a drafter."""
-    return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dk.PackedWeight))
 
 
 def recorded(step, context):
@@ -36,8 +31,8 @@ def cases(device):
     checkpoint = load_checkpoint("smollm2")
     target = NativeTarget(checkpoint.config, checkpoint.tensors, device=device, max_context=2048)
     drafter = Drafter.random(target, num_layers=3, block_size=BLOCK)
-    layers, head = weight_bytes(*target._layers), target.head.data.nbytes
-    draft = weight_bytes(drafter, *drafter.layers)  # with the head, which the drafter reads again
+    layers, head = packed_bytes(*target._layers), target.head.data.nbytes
+    draft = packed_bytes(drafter, *drafter.layers)  # with the head, which the drafter reads again
     caches = [m.cache.allocate(64, PAGE) for m in (target, drafter)]
     for k in (t for kv in caches for cache in kv for t in (cache.k, cache.v)):
         k.normal_()

@@ -50,6 +50,11 @@ class Case:
     replays: bool = False  # run is the replay of a graph
 
 
+def packed_bytes(*records) -> int:
+    """Bytes of every packed weight in some layers or a drafter."""
+    return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dflash_kernels.PackedWeight))
+
+
 def header(device: str = "cpu") -> dict:
     info = dflash_kernels.build_info()
     where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit()}

@@ -116,8 +116,7 @@ def test_p4_window_changes_the_result_when_the_context_is_longer(isa):
     assert same_bits(full, case.run(window=(503, 3)))
 
 
-@pytest.mark.parametrize("left,right", [(10, 3), (3, 10), (63, 0), (0, 1), (31, 31), (-1, 2), (5, -1)])
-def test_p5_the_window_ends_exactly_at_its_edge_on_both_sides(isa, left, right):
+def check_window_edges(run, left, right):
     """Key j is seen by query i iff qp - left <= j <= qp + right: V holds one-hot positions, so weights can be read."""
     context, width = 70, 12
     case = Case([context], width=width, heads=1, kv_heads=1, dim=96, page=7)
@@ -125,12 +124,17 @@ def test_p5_the_window_ends_exactly_at_its_edge_on_both_sides(isa, left, right):
     case.v[0] = torch.eye(total, 96)[:, None]
     for at in range(context):
         case.cache.v[int(case.table[0, at // 7]), at % 7] = case.v[0][at]
-    weights = case.run(window=(left, right))[0, :, 0, :total]
+    weights = run(case, window=(left, right))[0, :, 0, :total]
     for i in range(width):
         qp = context + i
         first = 0 if left < 0 else max(0, qp - left)
         last = total - 1 if right < 0 else min(total - 1, qp + right)
         assert (weights[i] > 0).nonzero().flatten().tolist() == list(range(first, last + 1))
+
+
+@pytest.mark.parametrize("left,right", [(10, 3), (3, 10), (63, 0), (0, 1), (31, 31), (-1, 2), (5, -1)])
+def test_p5_the_window_ends_exactly_at_its_edge_on_both_sides(isa, left, right):
+    check_window_edges(Case.run, left, right)
 
 
 def test_p16_every_cache_layout_gives_the_same_bits(isa, dtype):

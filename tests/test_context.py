@@ -56,6 +56,19 @@ def rows(base, layout, slots):
                         for pair in cache_views(base, layout)])
 
 
+def check_lengths_and_slots(case):
+    """case: 12 tokens, 2 layers, 2 heads of 32. Rows past a commit length and slots and positions that do not exist."""
+    end = NUM_PAGES * case.page_size
+    case.slots = torch.tensor([0, -1, end - 1, end, 1, 2, 2**62, -(2**62), 3, 4, -end, 2])
+    case.kv[5], case.positions[8] = float("nan"), MAX_POS
+    lens = torch.tensor([4, 1, 9], dtype=torch.int32)
+    got = case.check(commit_lens=lens)
+    kept = (torch.arange(4) < lens[:, None]).flatten() & (case.slots >= 0) & (case.slots < end)
+    kept &= case.positions < MAX_POS
+    assert got.isfinite().sum() == kept.sum() * 2 * 2 * 2 * 32
+    assert case.run(commit_lens=torch.tensor([0, 0, -1], dtype=torch.int32)).isnan().all()
+
+
 @pytest.mark.parametrize("rounding", ["each", "end"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "pairs"])
 @pytest.mark.parametrize("shape", [(8, 3, 3, 64, 64), (3, 8, 1, 64, 32), (5, 1, 2, 128, 64), (2, 5, 1, 256, 256),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import test_context
 import torch
-from test_context import MAX_POS, NUM_PAGES, rows
+from test_context import MAX_POS, check_lengths_and_slots, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dflash_kernels.testing import LAYOUTS, same_bits
@@ -119,16 +119,7 @@ def test_matches_reference(dtype, shape, interleaved, rounding):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_p16_p17_p18_layouts_commit_lengths_and_slots_that_do_not_exist(dtype, layout):
-    case = Case(dtype, 12, 2, 2, 32, 32, layout, page_size=4)
-    end = NUM_PAGES * case.page_size
-    case.slots = torch.tensor([0, -1, end - 1, end, 1, 2, 2**62, -(2**62), 3, 4, -end, 2])
-    case.kv[5], case.positions[8] = float("nan"), MAX_POS
-    lens = torch.tensor([4, 1, 9], dtype=torch.int32)
-    got = case.check(commit_lens=lens)
-    kept = (torch.arange(4) < lens[:, None]).flatten() & (case.slots >= 0) & (case.slots < end)
-    kept &= case.positions < MAX_POS
-    assert got.isfinite().sum() == kept.sum() * 2 * 2 * 2 * 32
-    assert case.run(commit_lens=torch.tensor([0, 0, -1], dtype=torch.int32)).isnan().all()
+    check_lengths_and_slots(Case(dtype, 12, 2, 2, 32, 32, layout, page_size=4))
 
 
 def test_p14_one_copies_the_bits_of_v(dtype):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_attention import NAN, Case, ints
+from test_attention import NAN, Case, check_window_edges, ints
 
 from dflash_kernels._triton import attention as triton_attention
 from dflash_kernels.testing import assert_within_budget, same_bits
@@ -76,17 +76,7 @@ def test_p1_only_valid_keys_enter_the_softmax_at_every_length(short_spans):
 
 @pytest.mark.parametrize("left,right", [(10, 3), (63, 0), (0, 1), (31, 31), (-1, 2)])
 def test_p5_the_window_ends_exactly_at_its_edge_on_both_sides(left, right):
-    """V holds one-hot positions, so that weights can be read."""
-    context, width = 70, 12
-    case = Case([context], width=width, heads=1, kv_heads=1, dim=96, page=7)
-    total = context + width
-    case.v[0] = torch.eye(total, 96)[:, None]
-    for at in range(context):
-        case.cache.v[int(case.table[0, at // 7]), at % 7] = case.v[0][at]
-    weights = run(case, window=(left, right))[0, :, 0, :total]
-    for i in range(width):
-        first = 0 if left < 0 else max(0, context + i - left)
-        assert (weights[i] > 0).nonzero().flatten().tolist() == list(range(first, min(total, context + i + right + 1)))
+    check_window_edges(run, left, right)
 
 
 def test_p16_cache_layouts_packed_rows_strided_output_and_canaries(dtype):

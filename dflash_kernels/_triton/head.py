@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ._aot import Case
 from ._math import PLAIN, of_order_key, order_key, tanh
-from .linear import CHUNK, CONFIGS, config, product, tile_constants
+from .linear import CHUNK, config, configs, product, tile_constants
 
 BEST_BLOCK, BEST_WARPS = 1024, 4  # candidates of a row at a time. Estimated: a vocabulary in three steps
 MERGE_BLOCK, MERGE_WARPS = 128, 4  # rows a program. Estimated
@@ -107,9 +107,7 @@ def cases():
     sizes = {"rows": "i32", "num_valid": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
              "blocks": "i32", "scale": "fp32", "softcap": "fp32"}
     for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-        for (width, rows), c in CONFIGS.items():
-            if width != itemsize:
-                continue
+        for rows, c in configs(itemsize).items():
             constants = tile_constants(c) | {"SOFTCAP": True}
             signature = {"x": "*" + dtype, "weight": "*" + dtype, "bias": "*" + dtype, "best": "*i64", **sizes,
                          **dict.fromkeys(constants, "constexpr")}

@@ -52,9 +52,14 @@ CONFIGS = {
 }
 
 
+def configs(itemsize: int) -> dict[int, Config]:
+    """By the most rows, ascending."""
+    return {rows: c for (width, rows), c in CONFIGS.items() if width == itemsize}
+
+
 def config(rows: int, itemsize: int) -> Config:
-    sizes = [size for width, size in CONFIGS if width == itemsize]
-    return CONFIGS[itemsize, next((size for size in sizes if rows <= size), sizes[-1])]
+    found = configs(itemsize)
+    return found[next((size for size in found if rows <= size), max(found))]
 
 
 @triton.jit
@@ -161,9 +166,7 @@ def cases():
     sizes = {"rows": "i32", "n": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
              "out_stride": "i32:16", "chunk_stride": "i32:16", "chunk_size": "i32:16"}
     for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-        for (width, rows), c in CONFIGS.items():
-            if width != itemsize:
-                continue
+        for rows, c in configs(itemsize).items():
             constants = tile_constants(c)
             for out in (dtype, "fp32") if dtype == "bf16" else (dtype,):
                 signature = {"x": "*" + dtype, "weight": "*" + dtype, "bias": "*" + dtype, "out": "*" + out, **sizes,

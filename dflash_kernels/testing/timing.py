@@ -27,15 +27,11 @@ def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int =
 
     Each is given the run's number, to rotate its inputs by.
     """
-    for i in range(warmup):
-        for function in functions.values():
-            function(i)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(runs):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function(i)
-            seconds[name].append(time.perf_counter() - start)
+    for name, function, i in _in_turn(functions, runs, warmup):
+        start = time.perf_counter()
+        function(i)
+        seconds[name].append(time.perf_counter() - start)
     return {name: _summary(values) for name, values in seconds.items()}
 
 
@@ -43,19 +39,25 @@ def interleaved_cuda(functions: Mapping[str, Callable[[int], object]], *, runs: 
                      warmup: int = 3) -> dict[str, Timing]:
     """`interleaved` with the GPU's clock: events before and after each call on the current stream. The host runs ahead,
     so what a call costs the host does not count while it costs less than the device."""
+    marks: dict[str, list[tuple]] = {name: [] for name in functions}
+    for name, function, i in _in_turn(functions, runs, warmup):
+        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair[0].record()
+        function(i)
+        pair[1].record()
+        marks[name].append(pair)
+    torch.cuda.synchronize()
+    return {name: _summary([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in marks.items()}
+
+
+def _in_turn(functions, runs, warmup):
+    """Warms up, then (name, function, run's number) of every call that is to be timed."""
     for i in range(warmup):
         for function in functions.values():
             function(i)
-    marks: dict[str, list[tuple]] = {name: [] for name in functions}
     for i in range(runs):
         for name, function in functions.items():
-            pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-            pair[0].record()
-            function(i)
-            pair[1].record()
-            marks[name].append(pair)
-    torch.cuda.synchronize()
-    return {name: _summary([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in marks.items()}
+            yield name, function, i
 
 
 def _summary(values: list[float]) -> Timing:

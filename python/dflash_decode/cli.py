@@ -84,7 +84,7 @@ def generate(
         raise UsageError("--prompt must not be empty")
     from .weights import drafter_of
 
-    draft = drafter_of(model) if draft == "auto" else draft
+    draft = drafter_of(model, draft)
     if draft == "none" and block_size is not None:
         raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
@@ -145,7 +145,7 @@ def bench_decode(
     The first turn of each row is the prompt."""
     from .weights import drafter_of
 
-    draft = drafter_of(model) if draft == "auto" else draft
+    draft = drafter_of(model, draft)
     if draft == "none":
         raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
     for file in prompts:

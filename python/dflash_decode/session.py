@@ -14,10 +14,10 @@ from .requests import Request
 from .targets import Target
 from .targets.native import FAMILIES, NativeTarget
 from .tokenizer import Tokenizer, load_tokenizer
-from .weights import Checkpoint, CheckpointError, brief, drafter_of, find_model, load_checkpoint, read_json
+from .weights import AUTO, Checkpoint, CheckpointError, brief, drafter_of, find_model, load_checkpoint, read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-AUTO, RANDOM, NONE = "auto", "random", "none"
+RANDOM, NONE = "random", "none"
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Session:
         """draft: a drafter's directory, "auto" (the one that comes with this package for the model, or none), "random"
         or "none". device: "cpu" or a CUDA device. status(text) is entered while the part that it names is loaded.
         Raises CheckpointError for what cannot be read, ValueError for what does not fit together."""
-        draft = drafter_of(model) if draft == AUTO else draft
+        draft = drafter_of(model, draft)
         with status(f"loading {model}"):
             target = _target(model, DTYPES[dtype], torch.device(device))
             tokenizer = load_tokenizer(model)

