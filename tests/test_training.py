@@ -16,7 +16,7 @@ from dflash_decode.targets.native import NativeTarget
 from dflash_decode.tokenizer import load_tokenizer
 from dflash_decode.weights import DRAFTERS, load_checkpoint
 from training import checkpoint, optimise, pieces, plots, texts
-from training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention
+from training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention, hits
 from training.features import write_features
 from training.target import Target, Writing
 
@@ -121,13 +121,14 @@ def test_head_loss_and_its_gradient_are_cross_entropy():
     shares = shares / shares.sum(-1, keepdim=True)
     shares[7], shares[8], weight[9] = 0, shares[8] / 3, 0
     bias = torch.randn(40, generator=generator)
-    total, losses, hits = HeadLoss.apply(hidden, head, bias, labels, shares, weight)
+    total, losses = HeadLoss.apply(hidden, head, bias, labels, shares, weight)
     got, = torch.autograd.grad(total, hidden)
     logs = F.linear(hidden, head, bias).log_softmax(-1)
     want = -(logs.gather(1, labels) * shares).sum(-1)
     expected, = torch.autograd.grad((want * weight).sum(), hidden)
     assert torch.allclose(losses, want, atol=1e-5) and torch.allclose(got, expected, atol=1e-5)
-    assert torch.equal(hits, logs.argmax(-1) == labels[:, 0])
+    best = F.linear(hidden, head).argmax(-1)
+    assert torch.equal(hits(hidden, head, labels[:, 0]), best == labels[:, 0])
 
 
 def test_trained_model_is_the_one_that_our_ops_run(folder, target, drafter, tmp_path):

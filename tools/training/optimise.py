@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .drafter import HeadLoss, TrainedDrafter
+from .drafter import HeadLoss, TrainedDrafter, hits
 from .features import Features
 from .target import Target
 
@@ -155,18 +155,19 @@ class Training:
         chosen = torch.tensor(self.draw.sample(range(len(self.others)), n), device=self.device)
         return self.others[chosen], torch.tensor(math.log(len(self.others) / n))
 
-    def _loss(self, batch: Batch, width: int, negatives=None):
-        head, bias = self.head, None
-        if negatives is not None:
-            head, bias = torch.cat((head, negatives[0])), torch.zeros(len(head) + len(negatives[0]))
-            bias[len(self.head):] = negatives[1]
-            bias = bias.to(head)
+    def _forward(self, batch: Batch, width: int):
         hidden = self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding)
         weight = block_weights(width, self.device) * batch.counts
-        weight = weight / weight.sum()
-        labels, shares = batch.labels.flatten(0, 2), batch.shares.flatten(0, 2)
-        loss, _, hits = HeadLoss.apply(hidden.flatten(0, 2), head, bias, labels, shares, weight.flatten())
-        return loss, hits.view(batch.counts.shape) & batch.counts & batch.known
+        return hidden.flatten(0, 2), (batch.labels.flatten(0, 2), batch.shares.flatten(0, 2),
+                                      (weight / weight.sum()).flatten())
+
+    def _loss(self, batch: Batch, width: int) -> torch.Tensor:
+        hidden, targets = self._forward(batch, width)
+        head, bias = self.head, None
+        if (others := self._negatives()) is not None:
+            head, bias = torch.cat((head, others[0])), torch.zeros(len(head) + len(others[0])).to(head)
+            bias[len(self.head):] = others[1]
+        return HeadLoss.apply(hidden, head, bias, *targets)[0]
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -177,9 +178,10 @@ class Training:
         ranked = sorted(self.held_out, key=self.features.length)
         for start in range(0, len(ranked), 16):
             batch = Batch(self.features, ranked[start:start + 16], 32, width, self.vocabulary, 1.0, draw, self.device)
-            loss, hits = self._loss(batch, width)
-            losses.append(loss.item())
-            run = hits.long().cumprod(-1)
+            hidden, targets = self._forward(batch, width)
+            losses.append(HeadLoss.apply(hidden, self.head, None, *targets)[0].item())
+            right = hits(hidden, self.head, targets[0][:, 0]).view(batch.counts.shape) & batch.counts & batch.known
+            run = right.long().cumprod(-1)
             before = torch.cat((torch.ones_like(run[..., :1]), run[..., :-1]), -1) * batch.counts
             runs += run.sum((0, 1)).float().cpu()
             tried += before.sum((0, 1)).float().cpu()
@@ -197,8 +199,8 @@ class Training:
             for group in optimiser.param_groups:
                 group["lr"] = rate * falling * min(1.0, (self.step + 1) / WARM_UP)
         blocks = r.blocks * block // width
-        loss, _ = self._loss(Batch(self.features, which, blocks, width, self.vocabulary, r.hard, self.draw,
-                                   self.device), width, self._negatives())
+        loss = self._loss(Batch(self.features, which, blocks, width, self.vocabulary, r.hard, self.draw, self.device),
+                          width)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         for optimiser in self.optimisers:
