@@ -92,8 +92,8 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
         last = tl.max(best, 0)
         chosen = tl.where(lane == i, output_of(last) // BLOCK_N, chosen)
 
-    mask = (chosen >= 0)[:, None] & (lane < wanted)[None, :]
-    left = tl.ravel(tl.load(lists + chosen[:, None] * wanted + lane[None, :], mask, TAKEN))
+    listed = (chosen >= 0)[:, None] & (lane < wanted)[None, :]
+    left = tl.ravel(tl.load(lists + chosen[:, None] * wanted + lane[None, :], listed, TAKEN))
     base = base_of(value_of(tl.max(left, 0)))
     for i in range(wanted):
         found = tl.max(left, 0)
@@ -103,10 +103,9 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
 
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, blocks, BLOCK):
-        mask = begin + at < blocks
-        first = value_of(tl.load(firsts + begin + at, mask, TAKEN))
-        part = tl.load(sums + begin + at, mask, 0.0) * exp_below(first, base)
-        total += tl.where(mask, part, 0.0)
+        inside = begin + at < blocks
+        part = tl.load(sums + begin + at, inside, 0.0)
+        total += tl.where(inside, part * exp_below(value_of(tl.load(firsts + begin + at, inside, TAKEN)), base), 0.0)
     tl.store(out_lse + row + tl.arange(0, 1), base + tl.log(tl.reshape(tree_sum(total[None, :]), (1,))))
 
 
@@ -128,8 +127,7 @@ def merge_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, ro
         taken = tl.min(tl.where((key == best) & (candidate == found), at, BLOCK), 0)
         key = tl.where(at == taken, TAKEN_KEY, key)
 
-    mask = shard < shards
-    each = tl.load(lse + shard * rows + row, mask, float("-inf"))
+    each = tl.load(lse + shard * rows + row, shard < shards, float("-inf"))
     base = base_of(of_order_key(tl.max(order_key(each), 0)))
     total = tree_sum(exp_below(each, base)[None, :])
     tl.store(out_lse + row + tl.arange(0, 1), base + tl.log(tl.reshape(total, (1,))))
