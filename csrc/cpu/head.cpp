@@ -24,7 +24,7 @@ struct ArgmaxEpilogue {
       if (at >= count) count = at + 1;
       for (int v = 0; v < kBlock && n0 + v < num_valid; v += Vec::W) {
         const int m = int(num_valid - n0 - v < Vec::W ? num_valid - n0 - v : Vec::W);
-        const Vec y = finish_logits<T>(p.logits, load(c + r * ldc + v), n0 + v, m);
+        const Vec y = rounded<T>(finish_logits<T>(p.logits, load(c + r * ldc + v), n0 + v, m));
         if (!any_not_less(y, best[at].value)) continue;
         float lane[Vec::W];
         store(lane, y);

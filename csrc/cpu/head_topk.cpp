@@ -35,8 +35,8 @@ class TopkEpilogue {
       : p_(p), found_(found), begin_(begin), stream_(stream_length(begin, end, kUnit)) {
     static thread_local ThreadMemory memory;
     panel_rows_ = p.logits.gemm.rows < kPanelRows ? p.logits.gemm.rows : kPanelRows;
-    const size_t logits = kStreams * panel_rows_ * kUnitLogits * sizeof(float);
-    logits_ = static_cast<float*>(memory.get(logits + panel_rows_ * p.k * sizeof(Best)));
+    const size_t logits = kStreams * panel_rows_ * kUnitLogits * sizeof(T);
+    logits_ = static_cast<T*>(memory.get(logits + panel_rows_ * p.k * sizeof(Best)));
     best_ = reinterpret_cast<Best*>(reinterpret_cast<char*>(logits_) + logits);
   }
 
@@ -47,13 +47,13 @@ class TopkEpilogue {
     const bool last = place == kUnit - 1 || n0 + kBlock >= num_valid;
     // Four units are under way at a time, one in each stream; the rest of the range is walked one at a time.
     const int64_t slot = block < begin_ + kStreams * stream_ ? (block - begin_) / stream_ : 0;
-    float* to = logits_ + (slot * panel_rows_ + r0 - panel) * kUnitLogits;
+    T* to = logits_ + (slot * panel_rows_ + r0 - panel) * kUnitLogits;
     for (int r = 0; r < rows; ++r, to += kUnitLogits) {
-      float* y = to + place * kBlock;
+      T* y = to + place * kBlock;
       for (int v = 0; v < kBlock && n0 + v < num_valid; v += Vec::W)
         store(y + v, finish_logits<T>(p_.logits, load(c + r * ldc + v), n0 + v,
                                       int(num_valid - n0 - v < Vec::W ? num_valid - n0 - v : Vec::W)));
-      for (int64_t i = num_valid - n0; i < kBlock; ++i) y[i] = -INFINITY;
+      for (int64_t i = num_valid - n0; i < kBlock; ++i) y[i] = from_float<T>(-INFINITY);
       if (last) finish_unit(to, (place + 1) * kBlock, r0 + r, block / kUnit);
     }
   }
@@ -75,13 +75,16 @@ class TopkEpilogue {
     for (int64_t i = 0; i < panel_rows_ * p_.k; ++i) best_[i] = {-INFINITY, kNoId};
   }
 
-  void finish_unit(const float* y, int64_t n, int64_t row, int64_t unit) {
+  void finish_unit(const T* y, int64_t n, int64_t row, int64_t unit) {
     Vec top = load(y);
     for (int64_t i = Vec::W; i < n; i += Vec::W) top = vmax(top, load(y + i));
     const float max = reduce_max(top);
     const Vec base = set1(base_of(max));
     Vec sums = set1(0.0f);
-    for (int64_t i = 0; i < n; i += Vec::W) sums = sums + vexp(load(y + i) - base);
+    if (max > -INFINITY && max < INFINITY)
+      for (int64_t i = 0; i < n; i += Vec::W) sums = sums + vexp_below(load(y + i) - base);
+    else
+      for (int64_t i = 0; i < n; i += Vec::W) sums = sums + vexp(load(y + i));
     const float sum = reduce_add(sums);
     found_.max[row * found_.units + unit] = max;
     found_.sum[row * found_.units + unit] = sum;
@@ -93,7 +96,7 @@ class TopkEpilogue {
     for (int64_t i = 0; i < n; i += Vec::W) {
       if (!any_not_less(load(y + i), kth.value)) continue;
       for (int64_t id = first + i; id < first + i + Vec::W && id < p_.logits.num_valid; ++id)
-        insert(best, p_.k, {y[id - first], id});
+        insert(best, p_.k, {to_float(y[id - first]), id});
     }
   }
 
@@ -101,8 +104,8 @@ class TopkEpilogue {
   Found& found_;
   const int64_t begin_, stream_;
   int64_t panel_rows_, panel_ = -1;
-  float* logits_;  // (kStreams, panel_rows_, kUnitLogits)
-  Best* best_;     // (panel_rows_, k)
+  T* logits_;   // (kStreams, panel_rows_, kUnitLogits)
+  Best* best_;  // (panel_rows_, k)
 };
 
 // log sum_i sum[i] * exp(max[i]), for n a multiple of a vector's lanes.

@@ -44,12 +44,13 @@ def _first(total, bias, lists, firsts, sums, row0, n0, rows, num_valid, blocks, 
            ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
     row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
     logits = logits_of(total, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
-    left = candidates(logits, at, num_valid)
     place, mask = row.to(tl.int64) * blocks + tl.program_id(1), row < rows
-    first = tl.max(left, 1)
-    tl.store(firsts + place, first, mask)
-    below = exp_below(tl.where((at < num_valid)[None, :], logits, float("-inf")), base_of(value_of(first))[:, None])
+    valid = tl.where((at < num_valid)[None, :], logits, float("-inf"))
+    # Where a logit is NaN the maximum may be anything, and the sum is NaN.
+    below = exp_below(valid, base_of(tl.max(valid, 1))[:, None])
     tl.store(sums + place, tl.reshape(tree_sum(below), (ROWS,)), mask)
+    left = candidates(logits, at, num_valid)
+    tl.store(firsts + place, tl.max(left, 1), mask)
     for i in range(wanted):
         found = tl.max(left, 1)
         tl.store(lists + place * wanted + i, found, mask)
