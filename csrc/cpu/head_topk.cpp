@@ -96,7 +96,7 @@ class TopkEpilogue {
     for (int64_t i = 0; i < n; i += Vec::W) {
       if (!any_not_less(load(y + i), kth.value)) continue;
       for (int64_t id = first + i; id < first + i + Vec::W && id < p_.logits.num_valid; ++id)
-        insert(best, p_.k, {to_float(y[id - first]), id});
+        if (const float value = to_float(y[id - first]); !(value < kth.value)) insert(best, p_.k, {value, id});
     }
   }
 
