@@ -2,10 +2,10 @@
 
 The logits are lm_head_argmax's. A program takes the K first of its BLOCK_N one after the other, each a maximum over a
 tile in registers, and the sum of exponentials below the first: for 16 candidates, 56 rows and 64 logits of 4,096
-products a program, 1.5 % of the weight's bytes. A second launch, a program a row, finds the K blocks whose first is among
-the K best firsts: nothing outside those blocks can be among the K best. It reads their candidates, K by K, and takes
-the K first of them. No two candidates are equal, so none of this depends on the order of comparing; the sums are added
-as a tree in the blocks' order, whatever the rows, the tile or the pointers' alignment.
+products a program, 1.5 % of the weight's bytes. A second launch, a program a row, finds the K blocks whose first is
+among the K best firsts: nothing outside those blocks can be among the K best. It reads their candidates, K by K, and
+takes the K first of them. No two candidates are equal, so none of this depends on the order of comparing; the sums are
+added as a tree in the blocks' order, whatever the rows, the tile or the pointers' alignment.
 
 merge_topk: 12 bytes a candidate; a launch, at any size that occurs.
 """
