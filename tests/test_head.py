@@ -94,7 +94,8 @@ def test_p33_of_equal_logits_the_lowest_ids(isa, dtype):
         torch.set_num_threads(before)
 
 
-SPECIAL = {"nan": {40: NAN, 3: NAN, 399: NAN, 200: INF}, "inf": {17: INF, 390: INF, 5: -INF},
+SPECIAL = {"nan": {40: NAN, 3: NAN, 399: NAN, 200: INF}, "late nan": dict.fromkeys(range(64), 40.0) | {390: NAN},
+           "inf": {17: INF, 390: INF, 5: -INF},
            "nan after inf": {128: INF, 135: NAN, 136: INF}, "mostly -inf": dict.fromkeys(range(398), -INF),
            "-inf": dict.fromkeys(range(400), -INF), "a unit of -inf": dict.fromkeys(range(128, 256), -INF),
            "one": dict.fromkeys(range(1, 400), -INF), "far apart": {0: -30000.0, 399: 30000.0},
