@@ -222,13 +222,43 @@ inline Vec select_nan(Vec x, Vec a, Vec b) { return each([&](int i) { return is_
 #endif
 
 // Lanes are halved: (0+W/2), (1+W/2+1), ...; then again. The order is the same for every row and every length.
-inline float reduce_add(Vec x) {
-  float l[Vec::W];
-  store(l, x);
+template <class F>
+inline float halved(Vec x, F f) {
+#if DFLASH_VEC
+#if DFLASH_VEC == 512
+  const __m256 w = f(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+  const __m256 w = x.v;
+#endif
+  __m128 h = f(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+  h = f(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(f(h, _mm_movehdup_ps(h)));
+#else
   for (int n = Vec::W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) l[i] += l[i + n];
-  return l[0];
+    for (int i = 0; i < n; ++i) x.v[i] = f(x.v[i], x.v[i + n]);
+  return x.v[0];
+#endif
 }
+#if DFLASH_VEC
+struct Add {
+  __m128 operator()(__m128 a, __m128 b) const { return _mm_add_ps(a, b); }
+  __m256 operator()(__m256 a, __m256 b) const { return _mm256_add_ps(a, b); }
+};
+struct Larger {
+  __m128 operator()(__m128 a, __m128 b) const { return _mm_max_ps(a, b); }
+  __m256 operator()(__m256 a, __m256 b) const { return _mm256_max_ps(a, b); }
+};
+#else
+struct Add {
+  float operator()(float a, float b) const { return a + b; }
+};
+struct Larger {
+  float operator()(float a, float b) const { return a > b ? a : b; }
+};
+#endif
+inline float reduce_add(Vec x) { return halved(x, Add{}); }
+// Where a lane is NaN it may be anything.
+inline float reduce_max(Vec x) { return halved(x, Larger{}); }
 
 // x as it would be read back after being stored as T.
 template <class T>
@@ -260,6 +290,24 @@ inline Vec vexp(Vec x) {
   y = select_lt(x, lo, set1(0.0f), y);
   y = select_lt(hi, x, set1(INFINITY), y);
   return select_nan(x, x, y);
+}
+
+// exp(x) for x <= 0, in fewer steps: within 3 ulp where x > -1, within 3 |x| ulp below that; 2^-126 from -87.4 on and for
+// -inf. NaN stays NaN.
+inline Vec vexp_below(Vec x) {
+  const Vec t = vmax(set1(-126.0f), x * set1(1.44269504f));  // a maximum with NaN is its second operand
+  const Vec n = round_int(t), r = t - n;
+  Vec p = set1(1.3264727e-3f);
+  p = fma(p, r, set1(9.6715128e-3f));
+  p = fma(p, r, set1(5.5507337e-2f));
+  p = fma(p, r, set1(2.4022242e-1f));
+  p = fma(p, r, set1(6.9314698e-1f));
+  p = fma(p, r, set1(1.0f));
+#if DFLASH_VEC == 512
+  return {_mm512_scalef_ps(p.v, n.v)};
+#else
+  return scale_pow2(p, select_nan(x, set1(0.0f), n));
+#endif
 }
 
 // tanh(x): Cephes' polynomial below 0.625, 1 - 2 / (exp(2|x|) + 1) above.

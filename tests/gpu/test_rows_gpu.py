@@ -25,6 +25,10 @@ def test_linear_and_the_head_give_a_row_one_answer(dtype, n, k):
     peer = F.linear(x, w, b)
     assert_within_budget(whole, F.linear(x.double(), w.double(), b.double()), peer, ulps=2)
     assert same_bits(dk.linear(x, dk.pack_weight(w), b), whole)
+    firsts = dk.lm_head_topk(x, w, 16, bias=b)
+    assert torch.equal(firsts[1], whole.float().topk(16).values)
+    assert torch.equal(whole.float().gather(1, firsts[0]), firsts[1])
+    assert_within_budget(firsts[2], whole.double().logsumexp(-1), whole.float().logsumexp(-1), ulps=2)
     for start, rows in ((0, 1), (299, 1), (7, 3), (8, 16), (20, 17), (40, 33), (100, 65), (101, 128), (60, 129)):
         part = x[start:start + rows]
         assert same_bits(dk.linear(part, w, b), whole[start:start + rows]), (start, rows)
@@ -32,6 +36,8 @@ def test_linear_and_the_head_give_a_row_one_answer(dtype, n, k):
         best = whole[start:start + rows].float()
         assert torch.equal(values, best.max(-1).values), (start, rows)
         assert torch.equal(ids, (best == values[:, None]).int().argmax(-1)), (start, rows)
+        got = dk.lm_head_topk(part, w, 16, bias=b)
+        assert all(same_bits(a, t[start:start + rows]) for a, t in zip(got, firsts, strict=True)), (start, rows)
 
 
 def on_gpu(case):
