@@ -20,6 +20,13 @@ def isa(request):
         yield request.param
 
 
+@pytest.fixture(params=every_isa()[:3])
+def vector_isa(request):
+    """As isa, for kernels that have no code of their own for the bf16 dot products of the higher sets."""
+    with use_isa(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 def dtype(request):
     return request.param
