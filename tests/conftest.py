@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import sampling_law
 import torch
 
 from dflash_kernels.testing import every_isa, use_isa
@@ -35,3 +36,8 @@ def dtype(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in sampling_law.summary():
+        terminalreporter.write_line(line)

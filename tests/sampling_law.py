@@ -117,4 +117,10 @@ def greedy_text(table) -> list[int]:
     return text
 
 
-SMALLEST = math.inf  # p-value seen so far, for the summary
+SEEN: list[float] = []  # every p-value of this run, for the summary
+NOTES: list[str] = []  # further lines of it
+
+
+def summary() -> list[str]:
+    seen = [f"{len(SEEN)} p-values of sampled text against the target's law; the smallest {min(SEEN):.2g}"] if SEEN else []
+    return seen + NOTES

@@ -3,7 +3,7 @@ import torch
 from sample_inputs import FILTERS, KINDS, block, int32, one_of, params, proposal, some_params
 from sample_margin import agree, from_reference, objection, one
 
-from dflash_kernels import LogitAdjustments, SamplingParams, Verified, reference, sample_draft, verify_sample
+from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, Verified, reference, sample_draft, verify_sample
 from dflash_kernels.ops.sample import workspace_size
 
 law = reference.sample
@@ -101,7 +101,8 @@ def adjustments(b, q, v, seed=0):
     bits = torch.randint(-2**31, 2**31, (3, b, q, words + 3), generator=draw).int()
     return LogitAdjustments(
         seen=bits[0, :, :1, :words].expand(b, q, words), repetition_penalty=torch.linspace(0.8, 1.6, b),
-        bias=torch.randn(b, q, v + 5, generator=draw)[..., 2:v + 2], bitmask=bits[1, ..., 1:words + 1] | bits[2, ..., :words])
+        bias=torch.randn(b, q, v + 5, generator=draw)[..., 2:v + 2],
+        bitmask=bits[1:, ..., 1:words + 1].sum(0).int())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -117,7 +117,8 @@ def test_bad_input_names_what_was_expected_and_got():
     words = torch.zeros(2, 3, 1, dtype=torch.int32)
     for message, error, kwargs in [
         (r"params must be SamplingParams; got NoneType", TypeError, {"params": None}),
-        (r"params.seeds must be int64 \(B,\); got int32 \(2,\)", TypeError, {"params": SamplingParams(torch.ones(2), c)}),
+        (r"params.seeds must be int64 \(B,\); got int32 \(2,\)", TypeError,
+         {"params": SamplingParams(torch.ones(2), c)}),
         (r"rule must be 'token' or 'block'; got 'tree'", ValueError, {"rule": "tree"}),
         (r"proposal must be a Proposal; got", TypeError, {"proposal": probs}),
         (r"proposal must have probs, or probs and ids, or logits", ValueError, {"proposal": Proposal(ids=ids)}),
