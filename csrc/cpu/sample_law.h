@@ -101,21 +101,24 @@ inline uint32_t key_of(float x) {
 }
 inline float value_of(uint32_t key) { return bits_to_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
-constexpr int kBinBits = 11;
+constexpr int kBinBits = 11, kFewBinBits = 7;
 
+// Keys from low to high in at most 2^bits bins of 2^shift keys each. A short row is better looked at once more than given
+// many bins.
 struct Range {
   uint32_t low, high;
-  int shift;
+  int bits, shift;
 
-  Range(uint32_t from, uint32_t to) : low(from), high(to), shift(0) {
-    while ((high - low) >> shift >> kBinBits) ++shift;
+  Range(int64_t size, uint32_t from, uint32_t to)
+      : low(from), high(to), bits(size > kChunk ? kBinBits : kFewBinBits), shift(0) {
+    while ((high - low) >> shift >> bits) ++shift;
   }
 };
 
 template <bool Mass>
 void fill_bins(const Row& row, const float* tops, const Range& range, const Weigher& weigh, double* bins) {
   const float low = value_of(range.low), high = value_of(range.high);
-  for (int i = 0; i < 1 << kBinBits; ++i) bins[i] = 0.0;
+  for (int i = 0; i < 1 << range.bits; ++i) bins[i] = 0.0;
   for (int64_t c = 0; c < row.chunks(); ++c) {
     if (tops && tops[c] < low) continue;
     with_chunk(row, c, [&](const auto* x, int n, int64_t) {
@@ -138,7 +141,7 @@ void fill_bins(const Row& row, const float* tops, const Range& range, const Weig
 template <bool Mass>
 float threshold(const Row& row, const float* tops, const Law& law, float low, float high, double goal) {
   alignas(64) double bins[1 << kBinBits];
-  Range range(key_of(low + 0.0f), key_of(high + 0.0f));
+  Range range(row.size, key_of(low + 0.0f), key_of(high + 0.0f));
   for (double above = 0.0;;) {
     fill_bins<Mass>(row, tops, range, Weigher(law, law.top), bins);
     int64_t b = (range.high - range.low) >> range.shift;
@@ -151,7 +154,7 @@ float threshold(const Row& row, const float* tops, const Law& law, float low, fl
     if (b < 0) return value_of(range.low);
     if (range.shift == 0) return value_of(range.low + uint32_t(b));
     const uint32_t from = range.low + (uint32_t(b) << range.shift), last = from + ((1u << range.shift) - 1);
-    range = Range(from, last < range.high ? last : range.high);
+    range = Range(row.size, from, last < range.high ? last : range.high);
   }
 }
 
