@@ -1,7 +1,7 @@
 """Whether a sampled verification is right in exact arithmetic, up to a margin.
 
-A kernel adds in float32 and float64 in an order of its own, so its token may differ from the reference's, but only where
-the random number lies within rounding of a boundary. These functions take a request's outcome apart, decision by
+A kernel adds in float32 and float64 in an order of its own, so its token may differ from the reference's, but only
+where the random number lies within rounding of a boundary. These functions take a request's outcome apart, decision by
 decision, and ask of each whether float64 laws allow it with the random number moved by no more than MARGIN; a filter's
 boundary may move by as much.
 """

@@ -187,12 +187,14 @@ inline Law law_of(const Row& row, const Filters& f, float* tops, float* masses) 
   const bool by_count = f.top_k > 0 && f.top_k < row.size, by_mass = f.top_p < 1.0f, by_share = f.min_p > 0.0f;
   const bool sum = !by_count && !by_share;
   Law law{0.0, -1, -INFINITY, -INFINITY, f.temperature, 1.0f / f.temperature};
-  for (int64_t c = 0; c < row.chunks(); ++c)
+  for (int64_t c = 0; c < row.chunks(); ++c) {
+    prefetch_chunk(row, c + 2);
     with_chunk(row, c, [&](const auto* x, int n, int64_t) {
       tops[c] = top_of(x, n);
       if (sum && tops[c] > -INFINITY) masses[c] = sum_of(x, n, Weigher(law, tops[c]));
       law.top = tops[c] > law.top ? tops[c] : law.top;
     });
+  }
   if (law.top == -INFINITY) {
     law.fixed = argmax_of(row);
     return law;
