@@ -60,7 +60,8 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     op = "verify_sample"
     b, q, vocab = _check_target(op, draft_ids, logits, context_lens, block_lens)
     _check_params(op, params, b, logits.device)
-    proposal, adjustments = proposal or Proposal(), adjustments or LogitAdjustments()
+    proposal = Proposal() if proposal is None else proposal
+    adjustments = LogitAdjustments() if adjustments is None else adjustments
     _check_proposal(op, proposal, (b, q - 1, vocab), logits.device)
     _check_adjustments(op, adjustments, (b, q, vocab), logits.device)
     if rule not in _RULES:
