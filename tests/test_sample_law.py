@@ -17,14 +17,13 @@ from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, reference
 law = reference.sample
 REQUESTS = 100_000
 SMALLEST = 1e-6
-GREEDY_EVERY = 50
+GREEDY_EVERY, HEAT = 50, 0.8
 
 
-def sampled(kind, rule, filters, requests=REQUESTS, seed=0, verify=verify_sample, unlike=0.0):
-    """p-values of the text. unlike: how far the drafter is from the target, beyond what it is."""
-    table, head = chain.chain(seed)
-    head = head + unlike * torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
-    params = chain.params(requests, 0.8, FILTERS[filters], GREEDY_EVERY, seed)
+def sampled(kind, rule, filters, requests=REQUESTS, seed=0, verify=verify_sample, made=None):
+    """p-values of the text. made: a target's table and a drafter's logits instead of random ones."""
+    table, head = chain.chain(seed) if made is None else made
+    params = chain.params(requests, HEAT, FILTERS[filters], GREEDY_EVERY, seed)
     text, _ = chain.decode(table, head, kind, rule, params, verify=verify)
     if verify is verify_sample:
         assert (text[params.temperature == 0] == torch.tensor(chain.greedy_text(table))).all()
@@ -107,6 +106,22 @@ def token_s_residual(*arguments, real=law._by_block):
     return accept, torch.ones_like(share)
 
 
+def three_tokens():
+    """A chain where the share of the mass that an accepted draft leaves decides what its residual is: half of (0.6, 0.3,
+    0.1) over a q of (0.01, 0.15, 0.84) is all on the first token, the whole of it is not."""
+    table, head = torch.full((chain.V, chain.V), 1e-30), torch.full((chain.WIDTH - 1, chain.V), 1e-30)
+    table[:, :3], table[chain.ANCHOR, :3] = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.4, 0.3, 0.3])
+    head[:, :3], head[0, :3] = torch.tensor([0.01, 0.15, 0.84]), torch.tensor([0.8, 0.1, 0.1])
+    return table.log() * HEAT, head.log() * HEAT
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_text_of_three_tokens_follows_the_law(rule):
+    found = sampled("dense", rule, "plain", made=three_tokens())
+    chain.SEEN.extend(found.values())
+    assert min(found.values()) > SMALLEST, found
+
+
 WRONG = {
     "accepts with q instead of p / q": ("dense", "token", reference_with(_by_token=accepts_with_q)),
     "the residual's q is not subtracted": ("dense", "token", reference_with(proposal=nothing_subtracted)),
@@ -126,7 +141,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_rule_fails(wrong):
     kind, rule, verify = WRONG[wrong]
-    found = sampled(kind, rule, "plain", requests=15_000, verify=verify)
+    found = sampled(kind, rule, "plain", requests=15_000, verify=verify,
+                    made=three_tokens() if rule == "block" else None)
     assert min(found.values()) < SMALLEST, (wrong, found)
 
 
