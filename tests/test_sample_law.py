@@ -107,8 +107,8 @@ def token_s_residual(*arguments, real=law._by_block):
 
 
 def three_tokens():
-    """A chain where the share of the mass that an accepted draft leaves decides what its residual is: half of (0.6, 0.3,
-    0.1) over a q of (0.01, 0.15, 0.84) is all on the first token, the whole of it is not."""
+    """A chain where the share of the mass that an accepted draft leaves decides what its residual is: half of (0.6,
+    0.3, 0.1) over a q of (0.01, 0.15, 0.84) is all on the first token, the whole of it is not."""
     table, head = torch.full((chain.V, chain.V), 1e-30), torch.full((chain.WIDTH - 1, chain.V), 1e-30)
     table[:, :3], table[chain.ANCHOR, :3] = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.4, 0.3, 0.3])
     head[:, :3], head[0, :3] = torch.tensor([0.01, 0.15, 0.84]), torch.tensor([0.8, 0.1, 0.1])
