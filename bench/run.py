@@ -1,6 +1,6 @@
 """Runs the benchmarks by name and writes bench/results/<device>/<name>.json.
 
-    python bench/run.py [linear] [attention] [memory] [draft] [step] [--runs N] [--device cuda] [--no-write]
+    python bench/run.py [linear] [attention] [memory] [sample] [draft] [step] [--runs N] [--device cuda] [--no-write]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from cases import header, measure, results_folder
 
 from dflash_decode.bench import write_json
 
-NAMES = ("linear", "attention", "memory", "draft", "step")
+NAMES = ("linear", "attention", "memory", "sample", "draft", "step")
 
 
 def main() -> None:

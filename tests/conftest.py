@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import sampling_law
 import torch
 
 from dflash_kernels.testing import every_isa, use_isa
@@ -20,6 +21,13 @@ def isa(request):
         yield request.param
 
 
+@pytest.fixture(params=every_isa()[:3])
+def vector_isa(request):
+    """As isa, for kernels that have no code of their own for the bf16 dot products of the higher sets."""
+    with use_isa(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 def dtype(request):
     return request.param
@@ -28,3 +36,8 @@ def dtype(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in sampling_law.summary():
+        terminalreporter.write_line(line)

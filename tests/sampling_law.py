@@ -5,7 +5,6 @@ its own that knows nothing of the prefix, as DFlash's does. All requests decode 
 after block, so what a rejected block asked of the random numbers meets what the next one asks.
 """
 
-import math
 
 import torch
 
@@ -30,7 +29,7 @@ def params(requests: int, temperature: float, filters: dict, greedy_every: int =
 
 
 def drafts(kind: str, law: SamplingParams, lens: torch.Tensor, head: torch.Tensor):
-    """Draft ids (B, WIDTH - 1) and the Proposal that they were drawn from; head (WIDTH - 1, V) are the drafter's
+    """Draft ids (B, WIDTH - 1) and the Proposal that they were drawn from; head (slots, V) are the drafter's
     logits."""
     b = len(lens)
     if kind == "one_hot":
@@ -44,7 +43,7 @@ def drafts(kind: str, law: SamplingParams, lens: torch.Tensor, head: torch.Tenso
         return chosen, Proposal(probs=probs, ids=ids)
     if kind == "logits":
         return chosen, Proposal(logits=head.expand(b, -1, -1).contiguous())
-    return chosen, Proposal(probs=torch.zeros(b, WIDTH - 1, V).scatter_(-1, ids, probs))
+    return chosen, Proposal(probs=torch.zeros(b, len(head), V).scatter_(-1, ids, probs))
 
 
 def decode(table, head, kind: str, rule: str, law: SamplingParams, verify=verify_sample,
@@ -117,4 +116,11 @@ def greedy_text(table) -> list[int]:
     return text
 
 
-SMALLEST = math.inf  # p-value seen so far, for the summary
+SEEN: list[float] = []  # every p-value of this run, for the summary
+NOTES: list[str] = []  # further lines of it
+
+
+def summary() -> list[str]:
+    if not SEEN:
+        return NOTES
+    return [f"{len(SEEN)} p-values of sampled text against the target's law; the smallest {min(SEEN):.2g}", *NOTES]

@@ -21,7 +21,7 @@ from .linear import CHUNK, config, configs, product, tile_constants
 
 BLOCKS, BLOCKS_WARPS = 4096, 8  # of a row's blocks at a time. Estimated: a vocabulary of 262,144 in one step
 MERGE_WARPS = 4  # Estimated
-TALLEST = {2: 128, 4: 16}  # rows of a tile by bytes of an element: 64 rows' candidates beside float32 sums spill on sm_80
+TALLEST = {2: 128, 4: 16}  # rows of a tile, by bytes of an element: 64 with float32 sums spill on sm_80
 TAKEN = tl.constexpr(-0x8000000000000000)  # below every candidate
 TAKEN_KEY = tl.constexpr(-0x80000000)  # below every key
 LAST_ID = tl.constexpr(0x7FFFFFFFFFFFFFFF)

@@ -54,12 +54,14 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     workspace: float32, contiguous, at least workspace_size(B, Q, V) elements, overwritten. Allocated when None.
 
     Returns out, as verify_greedy does. Raises TypeError for a dtype, ValueError for a shape, layout, device or rule.
-    With DFLASH_CHECK=1 also for temperatures and shares that are negative or NaN. Graph-safe.
+    With DFLASH_CHECK=1 also for temperatures and shares that are negative or NaN. Graph-safe. Source: the papers above;
+    reference/sample.py.
     """
     op = "verify_sample"
     b, q, vocab = _check_target(op, draft_ids, logits, context_lens, block_lens)
     _check_params(op, params, b, logits.device)
-    proposal, adjustments = proposal or Proposal(), adjustments or LogitAdjustments()
+    proposal = Proposal() if proposal is None else proposal
+    adjustments = LogitAdjustments() if adjustments is None else adjustments
     _check_proposal(op, proposal, (b, q - 1, vocab), logits.device)
     _check_adjustments(op, adjustments, (b, q, vocab), logits.device)
     if rule not in _RULES:
@@ -134,7 +136,7 @@ def _check_params(op, params, b, device):
         t = getattr(params, name)
         if t is None and name not in ("temperature", "seeds"):
             continue
-        t = check.contiguous(op, name, check.tensor(op, f"params.{name}", t, dtype, "(B,)", (b,), device))
+        t = check.contiguous(op, f"params.{name}", check.tensor(op, f"params.{name}", t, dtype, "(B,)", (b,), device))
         if check.values_checked() and t.device.type != "meta" and name != "seeds" and not bool((t >= 0).all()):
             raise ValueError(f"{op}: params.{name} must be at least 0; got {t.tolist()}")
 
