@@ -213,10 +213,18 @@ def _compile(compile, model=None, **options):
     return call
 
 
-def _interpret_on_held() -> None:
-    """Kernels are given the tensors that are held; a graph that is being captured notes the launch."""
-    from triton.runtime.interpreter import GridExecutor
+def _patch_for_good(patch, kernel):
+    patch(kernel)
+    return SimpleNamespace(restore=lambda: None)
 
+
+def _interpret_on_held() -> None:
+    """Kernels are given the tensors that are held; a graph that is being captured notes the launch. The language is
+    patched once for each kernel, not at every call and back: that is half of the interpreter's time."""
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang = functools.cache(functools.partial(_patch_for_good, interpreter._patch_lang))
+    GridExecutor = interpreter.GridExecutor  # noqa: N806
     interpret = GridExecutor.__call__
 
     def launch(self, *args, **kwargs):
