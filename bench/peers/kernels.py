@@ -87,6 +87,7 @@ def _values(module: str) -> dict:
 
     return {
         "vllm.triton_utils": {"triton": triton, "tl": tl, "tldevice": libdevice, "HAS_TRITON": True},
+        "vllm.config.compilation": {"CUDAGraphMode": SimpleNamespace(NONE=None)},
         "vllm.v1.attention.backends.utils": {"PAD_SLOT_ID": -1},
         "vllm.v1.kv_cache_interface": {"is_quantized_kv_cache": lambda dtype: dtype.startswith("fp8")},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_xpu=lambda: False)},

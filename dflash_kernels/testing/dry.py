@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("cuda", 0)
 NAME = "dry"
 _aten = torch.ops.aten
-_BETWEEN_DEVICES = {_aten._to_copy.default, _aten.copy_.default, _aten.index.Tensor, _aten.index_put_.default}
+_BETWEEN_DEVICES = {_aten.copy_.default, _aten.index.Tensor, _aten.index_put_.default}
 _SYNCHRONISE = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "repeat_interleave",
                 "_unique2"}
 _launchers: dict[str, object] = {}
@@ -36,8 +36,8 @@ _capturing: "Graph | None" = None
 
 
 class DryTensor(torch.Tensor):
-    """A CUDA tensor as Python sees it; `held` is the CPU tensor. To torch's C++ it is on the CPU, because a torch without
-    CUDA cannot index a tensor that says otherwise; so whatever asks C++ for the device is answered here."""
+    """A CUDA tensor as Python sees it; `held` is the CPU tensor. To torch's C++ it is on the CPU, because a torch
+    without CUDA cannot index a tensor that says otherwise; so whatever asks C++ for the device is answered here."""
 
     @staticmethod
     def __new__(cls, held: torch.Tensor):
@@ -116,7 +116,6 @@ def _run(func, args, kwargs):
     crosses = len(ours) and any(t.dim() and not isinstance(t, DryTensor) for t in tensors)
     if crosses and func not in _BETWEEN_DEVICES:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and cpu: {func}")
-    crosses = crosses or func is _aten._to_copy.default and device is not None and _is_cuda(device) != bool(ours)
     name = func._schema.name.split("::")[1]
     if crosses or name in _SYNCHRONISE:
         _no_capture(func)
@@ -125,15 +124,13 @@ def _run(func, args, kwargs):
     if name == "_fused_sdp_choice":
         return 0  # the one that is written in other ops
     args, kwargs = tree_map(held, (args, kwargs))
-    if device is not None:
+    if device is not None:  # cuda, or what C++ takes a tensor's device for
         kwargs["device"] = "cpu"
     with _disable_current_modes():
         out = func(*args, **kwargs)
         if _capturing is not None:
             _capturing.note_op(func, args, kwargs, out)
-    to_cpu = device is not None and not _is_cuda(device)
-    return tree_map(lambda t: ours.get(id(t)) if id(t) in ours else DryTensor(t)
-                    if isinstance(t, torch.Tensor) and not to_cpu else t, out)
+    return tree_map(lambda t: ours.get(id(t), DryTensor(t)) if isinstance(t, torch.Tensor) else t, out)
 
 
 class Graph:
