@@ -87,7 +87,7 @@ def rope_case(sizes, tokens, heads, kv_heads, dim):
     args = lambda i: (theirs[i], positions, table, *weights)  # noqa: E731
 
     def plain(qkv, positions, table, *weights):
-        q, k, v = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
+        q, k, v = qkv.view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1)
         q, k = (rotated(F.rms_norm(t, (dim,), w, EPS), table[positions]) for t, w in zip((q, k), weights, strict=True))
         return (torch.cat((q, k, v), 1).flatten(1),)
 

@@ -31,7 +31,7 @@ _BETWEEN_DEVICES = {_aten.copy_.default, _aten.index.Tensor, _aten.index_put_.de
 _SYNCHRONISE = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "repeat_interleave",
                 "_unique2"}
 _launchers: dict[str, object] = {}
-_originals: dict[str, object] = {}
+_originals: dict[tuple, object] = {}  # (owner, name): what it was, None for inherited
 _capturing: "Graph | None" = None
 
 
@@ -84,7 +84,7 @@ def _to(self, *args, copy=False, **kwargs):
 def _from_data(make):
     """torch.tensor and torch.as_tensor, which copy to a device below the level of DryMode."""
     return lambda data, *, device=None, **options: _to(
-        make(data, device="cpu", **options), torch.get_default_device() if device is None else device)
+        make(data, device="cpu", **options), torch.utils._device.CURRENT_DEVICE if device is None else device)
 
 
 class DryMode(TorchDispatchMode):
@@ -145,14 +145,19 @@ class Graph:
         if func._schema.is_mutable:
             self._launches.append(lambda: func(*args, **kwargs))
         elif not any(t.untyped_storage().data_ptr() in known for t in made) and "empty" not in func._schema.name:
-            self._launches.append(lambda: [a.copy_(b) for a, b in zip(made, tree_leaves(func(*args, **kwargs)),
-                                                                     strict=False)])
+            self.note_function(functools.partial(func, *args, **kwargs), out)
+
+    def note_function(self, function, out):
+        """function() gives new tensors: their values go where out's are."""
+        made = tree_leaves(out)
+        self._launches.append(lambda: [a.copy_(b) for a, b in zip(made, tree_leaves(function()), strict=True)
+                                       if isinstance(a, torch.Tensor)])
 
     def note_launch(self, launch):
         self._launches.append(launch)
 
     def replay(self):
-        with _disable_current_modes():
+        with _no_gpu():
             for launch in self._launches:
                 launch()
 
@@ -182,29 +187,44 @@ class Event:
         return (end._at - self._at) * 1e3
 
 
+def _put(owner, name: str, stand_in) -> None:
+    _originals[owner, name] = vars(owner).get(name)
+    setattr(owner, name, stand_in)
+
+
 @contextlib.contextmanager
 def _no_gpu():
-    """torch.cuda as it was."""
-    stand_ins = {name: getattr(torch.cuda, name) for name in _originals}
-    for name, original in _originals.items():
-        setattr(torch.cuda, name, original)
+    """torch as it was, for its compiler, which looks at all of it."""
+    stand_ins = {(owner, name): vars(owner)[name] for owner, name in _originals}
+    for (owner, name), original in _originals.items():
+        if original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
     try:
-        yield
+        with _disable_current_modes():
+            yield
     finally:
-        for name, stand_in in stand_ins.items():
-            setattr(torch.cuda, name, stand_in)
+        for (owner, name), stand_in in stand_ins.items():
+            setattr(owner, name, stand_in)
 
 
 def _compile(compile, model=None, **options):
     """torch.compile as far as tracing: compiling would take a minute, and for another machine."""
     if model is None:
         return lambda f: _compile(compile, f, **options)
-    traced = compile(model, backend="eager", fullgraph=options.get("fullgraph", False))
+    with _no_gpu():
+        from torch.nn.attention.flex_attention import BlockMask
+
+        traced = compile(model, backend="eager", fullgraph=options.get("fullgraph", False))
+    mask_held = functools.cache(lambda mask: mask.to("cpu"))
 
     def call(*args, **kwargs):
-        args, kwargs = tree_map(held, (args, kwargs))
-        with _disable_current_modes(), _no_gpu():
+        args, kwargs = tree_map(lambda v: mask_held(v) if isinstance(v, BlockMask) else held(v), (args, kwargs))
+        with _no_gpu():
             out = traced(*args, **kwargs)
+        if _capturing is not None:
+            _capturing.note_function(functools.partial(traced, *args, **kwargs), out)
         return tree_map(lambda t: DryTensor(t) if isinstance(t, torch.Tensor) else t, out)
 
     return call
@@ -247,7 +267,6 @@ def install() -> None:
 
     _triton.install(SimpleNamespace(impl=lambda op, launcher, _key: _launchers.__setitem__(op, launcher)))
     _interpret_on_held()
-    torch.compile = functools.partial(_compile, torch.compile)
     stand_ins = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
         "current_device": lambda: 0, "synchronize": lambda device=None: None, "get_device_name": lambda d=None: NAME,
@@ -256,12 +275,13 @@ def install() -> None:
         "get_device_properties": lambda device=None: SimpleNamespace(name=NAME, multi_processor_count=4),
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0, synchronize=lambda: None)}
     for name, stand_in in stand_ins.items():
-        _originals[name] = getattr(torch.cuda, name)
-        setattr(torch.cuda, name, stand_in)
-    torch.Tensor.to = _to
-    torch.Tensor.cpu = lambda self, **_options: _to(self, "cpu")
-    torch.Tensor.cuda = lambda self, *_args, **_options: _to(self, DEVICE)
-    torch.tensor, torch.as_tensor = _from_data(torch.tensor), _from_data(torch.as_tensor)
+        _put(torch.cuda, name, stand_in)
+    _put(torch.Tensor, "to", _to)
+    _put(torch.Tensor, "cpu", lambda self, **_options: _to(self, "cpu"))
+    _put(torch.Tensor, "cuda", lambda self, *_args, **_options: _to(self, DEVICE))
+    _put(torch, "tensor", _from_data(torch.tensor))
+    _put(torch, "as_tensor", _from_data(torch.as_tensor))
+    _put(torch, "compile", functools.partial(_compile, torch.compile))
     DryMode().__enter__()
 
 
