@@ -10,6 +10,7 @@ from dflash_kernels.testing import every_isa, use_isa
 # process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/test_triton_norm.py`.
 _triton_tests = {p.name for p in Path(__file__).parent.glob("test_triton*.py")}
 _compiled = {"test_triton.py", "test_triton_aot.py"}
+TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[int]]()
 collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
 
 
@@ -23,6 +24,26 @@ def isa(request):
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def tell(request):
+    """tell(line): shown below the tests' dots, whatever is captured."""
+    return request.config.stash.setdefault(TOLD, []).append
+
+
+@pytest.fixture
+def interpreted(request):
+    """interpreted(n): n more tests ran in Triton's interpreter."""
+    return request.config.stash.setdefault(INTERPRETED, []).append
+
+
+def pytest_terminal_summary(terminalreporter):
+    stash = terminalreporter.config.stash
+    for line in stash.get(TOLD, []):
+        terminalreporter.write_line(line)
+    if counts := stash.get(INTERPRETED, []):
+        terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter, of {len(counts)} nouns")
 
 
 @pytest.fixture(autouse=True)
