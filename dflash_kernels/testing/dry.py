@@ -117,7 +117,8 @@ def _run(func, args, kwargs):
     if crosses and func not in _BETWEEN_DEVICES:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and cpu: {func}")
     name = func._schema.name.split("::")[1]
-    if crosses or name in _SYNCHRONISE:
+    masked = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+    if crosses or masked or name in _SYNCHRONISE:
         _no_capture(func)
     if func.namespace == "dflash":
         return _launchers[name](*args, **kwargs)
