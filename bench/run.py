@@ -5,6 +5,7 @@
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from dflash_decode.bench import write_json
 NAMES = ("linear", "attention", "memory", "draft", "step")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *NAMES], help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--runs", type=int, default=40)
@@ -27,9 +28,11 @@ def main() -> None:
     sizes = Sizes(options.device, options.tiny)
     folder, head = options.folder or results_folder(sizes.device), header(sizes)
     print(" | ".join(f"{k} {v}" for k, v in head.items()))
+    wrong = 0
     for name in options.names or NAMES:
         with torch.device(sizes.device):
             rows = measure(importlib.import_module(f"bench_{name}").cases(sizes), options.runs, sizes)
+        wrong += sum("wrong" in row for row in rows)
         print("".join(f"  {why}\n" for why in footnotes(rows)), end="", flush=True)
         if not options.no_write:
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +40,8 @@ def main() -> None:
                 "header": head, "rows": rows,
                 "command": f"python bench/run.py {name} --runs {options.runs} --device {sizes.device}"
                            + " --tiny" * sizes.tiny})
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

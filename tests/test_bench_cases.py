@@ -40,10 +40,12 @@ def test_integers_are_compared_exactly():
         check((torch.tensor([1, 3]),))
 
 
-def test_a_wrong_result_of_ours_ends_the_benchmark():
-    wrong = Case("op", "c", lambda i: torch.ones(2), 8, check=agreeing(lambda: torch.zeros(2, dtype=torch.int64)))
-    with pytest.raises(AssertionError):
-        measure([wrong], 1, SIZES)
+def test_a_wrong_result_of_ours_has_no_time_and_the_next_case_is_measured(capsys):
+    cases = [Case("op", str(x), lambda i, x=x: torch.full((2,), x), 8, check=agreeing(lambda: torch.zeros(2).long()))
+             for x in (1, 0)]
+    wrong, right = measure(cases, 1, SIZES)
+    assert wrong == {"op": "op", "case": "1", "wrong": "result 0: other integers"} and right["us"] > 0
+    assert "WRONG" in capsys.readouterr().out and footnotes([wrong, right]) == []
 
 
 def commands(monkeypatch, *words):
