@@ -6,17 +6,29 @@ from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
-from .ops.head import lm_head_argmax, merge_argmax
+from .ops.head import lm_head_argmax, lm_head_topk, merge_argmax, merge_topk
 from .ops.linear import linear, pack_weight
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
+from .ops.sample import sample_draft, verify_sample
 from .ops.verify import verify_greedy
-from .types import PackedWeight, PagedKV, PreparedBlock, Verified
+from .types import (
+    LogitAdjustments,
+    PackedWeight,
+    PagedKV,
+    PreparedBlock,
+    Proposal,
+    SamplingParams,
+    Verified,
+)
 
 __all__ = [
+    "LogitAdjustments",
     "PackedWeight",
     "PagedKV",
     "PreparedBlock",
+    "Proposal",
+    "SamplingParams",
     "StepGraph",
     "Verified",
     "add_rms_norm",
@@ -25,13 +37,17 @@ __all__ = [
     "embed_tokens",
     "linear",
     "lm_head_argmax",
+    "lm_head_topk",
     "merge_argmax",
+    "merge_topk",
     "pack_weight",
     "prepare_block",
     "qk_norm_rope",
     "rms_norm",
+    "sample_draft",
     "silu_and_mul",
     "verify_greedy",
+    "verify_sample",
     "write_context_kv",
 ]
 __version__ = "0.1.0"

@@ -109,7 +109,7 @@ class PreparedBlock:
 
 @dataclass(frozen=True)
 class Verified:
-    """What verify_greedy writes: how much of each of B drafted blocks the target agrees with.
+    """What verify_greedy and verify_sample write: how much of each of B drafted blocks is accepted.
 
     accept_lens (B,) int32: drafted tokens accepted, 0 ... Q - 1. commit_lens (B,) int32: tokens emitted, accepted ones
     and the bonus; 0 for a padded request. tokens (B, Q) int64: the emitted tokens, then -1. bonus (B,) int64: the
@@ -122,3 +122,50 @@ class Verified:
     tokens: torch.Tensor
     bonus: torch.Tensor
     new_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How each of B requests draws its tokens; all on the device of the logits, contiguous.
+
+    temperature (B,) float32: below 1e-5 the request is greedy. seeds (B,) int64: a request's text depends on its own.
+    top_k (B,) int32: 0 or at least V is off. top_p (B,) float32: 1 or more is off. min_p (B,) float32: 0 is off.
+    None: off for everyone. Their joint meaning is in reference/sample.py.
+    """
+
+    temperature: torch.Tensor
+    seeds: torch.Tensor
+    top_k: torch.Tensor | None = None
+    top_p: torch.Tensor | None = None
+    min_p: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The distribution q that each draft token was drawn from, in one of three forms.
+
+    probs (B, Q - 1, K) float32 with ids (B, Q - 1, K) int64: sparse; ids of a row are distinct, a negative one is
+    unused, and every other token has probability 0. probs (B, Q - 1, V) float32 alone: dense. logits (B, Q - 1, V)
+    float32, bfloat16 or float16: dense, q = softmax(logits / temperature of the request). Last dimensions contiguous.
+    """
+
+    probs: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LogitAdjustments:
+    """What an engine changes in the target's logits before it samples, applied in this order; None is left out.
+
+    seen (B, Q, ceil(V / 32)) int32 with repetition_penalty (B,) float32: a logit whose bit is set is divided by the
+    penalty if positive, else multiplied by it. bias (B, Q, V) float32, added: logit bias, presence and frequency
+    penalties. bitmask (B, Q, ceil(V / 32)) int32: a token whose bit is 0 cannot be drawn (a grammar's mask, as xgrammar
+    packs it). Bit v % 32 of word v // 32 is token v's. Any strides but a contiguous last dimension, so that one row for
+    all of a block is `.expand`ed, not copied.
+    """
+
+    seen: torch.Tensor | None = None
+    repetition_penalty: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    bitmask: torch.Tensor | None = None

@@ -8,7 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dflash_kernels as dk
 from dflash_kernels import _library
-from dflash_kernels.types import PackedWeight, PagedKV, PreparedBlock, Verified
+from dflash_kernels.types import (
+    LogitAdjustments,
+    PackedWeight,
+    PagedKV,
+    PreparedBlock,
+    Proposal,
+    SamplingParams,
+    Verified,
+)
 
 CANARY = 77
 
@@ -56,6 +64,11 @@ def prepared(b, q, h):
     return PreparedBlock(*(boxed(b, q, dtype=torch.int64) for _ in range(3)), boxed(b, q, h))
 
 
+def sampling(b):
+    heat, shares = torch.linspace(0.0, 1.0, b), torch.linspace(0.5, 1.0, b)
+    return SamplingParams(heat, torch.arange(b), int32(*range(3, 3 + b)), shares, shares * 0.1)
+
+
 DRAFT, TARGET = [[1, 2, 3], [1, 2, 3]], [[2, 3, 4], [2, 9, 4]]
 
 SAMPLES = {
@@ -93,6 +106,15 @@ SAMPLES = {
     "merge_argmax": Sample(dk.merge_argmax, lambda: {
         "values": torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 2.0]]), "ids": torch.tensor([[5, 1, 2], [3, 9, 8]]),
         "out_ids": boxed(3, dtype=torch.int64), "out_values": boxed(3)}, ("out_ids", "out_values")),
+    "lm_head_topk": Sample(dk.lm_head_topk, lambda: {
+        "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "k": 5, "bias": torch.randn(40),
+        "num_valid": 30, "scale": 0.5, "softcap": 3.0, "id_offset": 100, "out_ids": torch.full((3, 5), 77),
+        "out_values": torch.full((3, 5), 77.0), "out_lse": boxed(3)}, ("out_ids", "out_values", "out_lse")),
+    "merge_topk": Sample(dk.merge_topk, lambda: {
+        "values": torch.tensor([[[3.0, 1.0], [2.0, 2.0]], [[1.0, 0.5], [4.0, 2.0]]]),
+        "ids": torch.tensor([[[5, 1], [2, 3]], [[30, 90], [80, 70]]]), "lse": torch.randn(2, 2),
+        "out_ids": torch.full((2, 2), 77), "out_values": torch.full((2, 2), 77.0), "out_lse": boxed(2)},
+        ("out_ids", "out_values", "out_lse")),
     "prepare_block": Sample(dk.prepare_block, lambda: {
         "anchor_ids": ids(2), "context_lens": int32(5, 2), "block_size": 3, "mask_token_id": 9, "page_table": tables(),
         "page_size": 4, "block_lens": int32(3, 2), "embedding": torch.randn(10, 6), "out": prepared(2, 3, 6)},
@@ -105,6 +127,22 @@ SAMPLES = {
     "verify_greedy_logits": Sample(dk.verify_greedy, lambda: {
         "draft_ids": torch.tensor(DRAFT), "target_ids": None, "context_lens": int32(5, 2),
         "logits": torch.randn(2, 3, 10), "block_lens": int32(3, 2), "out": verified(2, 3)}, ("out",)),
+    "verify_sample": Sample(dk.verify_sample, lambda: {
+        "draft_ids": torch.tensor(DRAFT), "logits": torch.randn(2, 3, 10), "context_lens": int32(5, 2),
+        "params": sampling(2), "proposal": None, "adjustments": LogitAdjustments(
+            seen=int32(*range(6)).view(2, 3, 1), repetition_penalty=torch.tensor([1.5, 1.0]),
+            bias=torch.randn(2, 1, 10).expand(2, 3, 10), bitmask=torch.full((2, 3, 1), 0x3FE, dtype=torch.int32)),
+        "block_lens": int32(3, 2), "out": verified(2, 3), "workspace": torch.zeros(200)}, ("out", "workspace")),
+    "verify_sample_sparse": Sample(dk.verify_sample, lambda: {
+        "draft_ids": torch.tensor(DRAFT), "logits": torch.randn(2, 3, 10), "context_lens": int32(5, 2),
+        "params": sampling(2), "proposal": Proposal(
+            probs=torch.tensor([0.75, 0.25]).expand(2, 2, 2), ids=torch.tensor([[2, 5], [3, -1]]).expand(2, 2, 2)),
+        "rule": "block", "block_lens": int32(3, 0), "out": verified(2, 3), "workspace": torch.zeros(200)},
+        ("out", "workspace")),
+    "sample_draft": Sample(dk.sample_draft, lambda: {
+        "values": torch.tensor([[3.0, 1.0, 0.5], [2.0, 2.0, -1.0]]).expand(2, 2, 3).contiguous(),
+        "ids": ids(2, 2, 3), "context_lens": int32(5, 2), "params": sampling(2),
+        "out_ids": boxed(2, 2, dtype=torch.int64), "out_probs": torch.zeros(2, 2, 3)}, ("out_ids", "out_probs")),
 }
 
 
@@ -114,7 +152,7 @@ def tensors_in(value) -> list[torch.Tensor]:
         return [value]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in tensors_in(v)]
-    if isinstance(value, (PagedKV, PreparedBlock, Verified, PackedWeight)):
+    if isinstance(value, (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingParams, Proposal, LogitAdjustments)):
         return [t for v in vars(value).values() for t in tensors_in(v)]
     return []
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import random
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dflash_decode.targets.native import NativeTarget
 from dflash_decode.tokenizer import load_tokenizer
 from dflash_decode.weights import DRAFTERS, load_checkpoint
 from training import checkpoint, optimise, pieces, plots, texts
-from training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention
+from training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention, hits
 from training.features import write_features
 from training.target import Target, Writing
 
@@ -118,14 +119,16 @@ def test_head_loss_and_its_gradient_are_cross_entropy():
     labels = torch.randint(0, 40, (50, 3), generator=generator)
     shares, weight = torch.rand((50, 3), generator=generator), torch.rand(50, generator=generator)
     shares = shares / shares.sum(-1, keepdim=True)
-    shares[7], weight[7] = 0, 0
-    total, losses, hits = HeadLoss.apply(hidden, head, labels, shares, weight)
+    shares[7], shares[8], weight[9] = 0, shares[8] / 3, 0
+    bias = torch.randn(40, generator=generator)
+    total, losses = HeadLoss.apply(hidden, head, bias, labels, shares, weight)
     got, = torch.autograd.grad(total, hidden)
-    logs = F.linear(hidden, head).log_softmax(-1)
+    logs = F.linear(hidden, head, bias).log_softmax(-1)
     want = -(logs.gather(1, labels) * shares).sum(-1)
     expected, = torch.autograd.grad((want * weight).sum(), hidden)
     assert torch.allclose(losses, want, atol=1e-5) and torch.allclose(got, expected, atol=1e-5)
-    assert torch.equal(hits, logs.argmax(-1) == labels[:, 0])
+    best = F.linear(hidden, head).argmax(-1)
+    assert torch.equal(hits(hidden, head, labels[:, 0]), best == labels[:, 0])
 
 
 def test_trained_model_is_the_one_that_our_ops_run(folder, target, drafter, tmp_path):
@@ -189,7 +192,7 @@ def test_batch_labels_are_the_tokens_after_the_anchor(written):
 
 def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path):
     _, features = written
-    recipe = optimise.Recipe(texts=4, blocks=4, vocabulary=64, minutes=1e-4)
+    recipe = optimise.Recipe(texts=4, blocks=4, vocabulary=64, negatives=0, minutes=1e-4)
 
     def make():
         drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
@@ -210,6 +213,37 @@ def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path)
     assert after[0] == after[1]
     plots.plot(second.history * 2, tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_negatives_stand_for_every_token_outside_the_vocabulary(target, written, tmp_path):
+    _, features = written
+    recipe = optimise.Recipe(vocabulary=32, negatives=40)
+    drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
+    training = optimise.Training(drafter, target, features, recipe, tmp_path)
+    outside = set(range(target.vocab)) - set(training.vocabulary.ids.tolist())
+    rows, log_share = training._negatives()
+    assert len(rows) == 40 and math.isclose(log_share.exp().item() * 40, len(outside), rel_tol=1e-5)
+    places = [(target.head == row).all(-1).nonzero()[0].item() for row in rows]
+    assert len(set(places)) == 40 and set(places) <= outside
+    hidden = torch.randn(target.hidden, generator=torch.Generator().manual_seed(0)) * 0.1
+    whole = (target.head.float() @ hidden)[sorted(outside)].exp().sum()
+    part = sum((training._negatives()[0].float() @ hidden).exp().sum() * log_share.exp() for _ in range(50)) / 50
+    assert math.isclose(part, whole, rel_tol=0.05)
+
+
+def test_what_a_start_was_trained_on_is_never_held_out(target, written, tmp_path):
+    _, features = written
+    seen = {"p", "ppp"}
+    drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
+    training = optimise.Training(drafter, target, features, optimise.Recipe(vocabulary=64), tmp_path, seen)
+    assert training.held_out and not seen & {features.prompts[i] for i in training.held_out}
+    checkpoint.write(tmp_path / "a", drafter, target, torch.arange(9))
+    checkpoint.write_record(tmp_path / "a", training, ["x", "y"], None)
+    assert checkpoint.read_prompts(tmp_path / "a") == {"x", "y"}
+    (tmp_path / "b").mkdir()
+    checkpoint.write_record(tmp_path / "b", training, ["z"], tmp_path / "a")
+    assert checkpoint.read_prompts(tmp_path / "b") == {"x", "y", "z"}
+    assert json.loads((tmp_path / "b" / "training.json").read_text())["start"]["texts"] == len(training.used)
 
 
 def test_shards_hold_the_same_weights(target, drafter, tmp_path):

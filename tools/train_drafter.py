@@ -49,12 +49,15 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--taps", type=int, nargs="+", default=[1, 10, 19, 28], help="target_layer_ids")
     p.add_argument("--block-size", type=int, default=8)
     p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes")
-    p.add_argument("--start", type=Path, help="a checkpoint of the same shape whose weights to start from")
+    p.add_argument("--start", type=Path, help="a checkpoint of the same shape whose weights to start from; what "
+                   "is held out is chosen among texts that it was not trained on")
+    p.add_argument("--early-share", type=float, default=Recipe.early_share, help="share of the time with short blocks")
     p.add_argument("--minutes", type=float, default=Recipe.minutes, help="time to train")
     p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
     p.add_argument("--blocks-per-text", type=int, default=Recipe.blocks)
     p.add_argument("--matrix-rate", type=float, default=Recipe.matrix_rate, help="Muon's learning rate")
     p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
+    p.add_argument("--negatives", type=int, default=Recipe.negatives, help="others that a step pushes down")
     p.add_argument("--shard-mb", type=int, help="write the weights in shards of at most this size")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -107,18 +110,19 @@ def main() -> None:
         target, tokenizer, written, sorted(args.taps), kept)
     print(f"{len(features)} texts, {len(features.ids)} tokens with features", flush=True)
     recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
-                    vocabulary=args.vocabulary, matrix_rate=args.matrix_rate)
+                    vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
+                    early_share=args.early_share)
     shape = Shape.of(target, args.layers, features.taps, args.block_size, mask)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:
         drafter.load_tensors(read_directory(args.start).tensors)
-    training = Training(drafter, target, features, recipe, args.work)
+    training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start))
     if training.resume():
         print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
     training.run()
     out = args.work / "checkpoint"
     checkpoint.write(out, drafter, target, training.vocabulary.ids, args.shard_mb)
-    checkpoint.write_record(out, training, [row["prompt"] for row in written])
+    checkpoint.write_record(out, training, (row["prompt"] for row in written), args.start)
     plots.plot(training.history, out / "training.png")
     print(f"{out}: acceptance length {training.history[-1]['acceptance']:.3f} at random places of held-out answers")
 

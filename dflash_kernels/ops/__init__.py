@@ -8,4 +8,5 @@ from . import head as head
 from . import linear as linear
 from . import norm as norm
 from . import rope as rope
+from . import sample as sample
 from . import verify as verify

@@ -1,10 +1,11 @@
-"""The language-model head fused with argmax: no logits in memory.
+"""The language-model head fused with argmax or top-K: no logits in memory.
 
     logit(r, v) = round(cap * tanh(scale * (x W^T + bias) / cap)),   ids[r] = argmax over v < num_valid
 
 The logit is rounded to the model dtype before it is compared, as it is when an engine stores logits, so the answer is
 `linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything. Where each device
 has a shard of the vocabulary, every shard gives an id and a value a row, and `merge_argmax` picks by the same rule.
+lm_head_topk gives the K first in that order and the log-sum-exp of all, from which the probability of each follows.
 """
 
 import torch
@@ -86,9 +87,84 @@ _merge_argmax = define("merge_argmax(Tensor values, Tensor ids, Tensor(a!) out_i
                        reference.head.merge_argmax)
 
 
-def bytes(rows: int, vocab: int, hidden: int, itemsize: int) -> int:
-    """Bytes that must move: the weight once, the rows, and one id and value a row."""
-    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows
+MAX_K = 64
+
+
+def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *, bias: torch.Tensor | None = None,
+                 num_valid: int | None = None, scale: float = 1.0, softcap: float = 0.0, id_offset: int = 0,
+                 out_ids: torch.Tensor | None = None, out_values: torch.Tensor | None = None,
+                 out_lse: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k most likely tokens of each row, their logits, and the log-sum-exp of the row's logits.
+
+    x, weight, bias, num_valid, scale, softcap, id_offset: as for lm_head_argmax. k: 1 to 64, at most num_valid.
+    out_ids (..., k): int64, contiguous. out_values (..., k): float32, contiguous. out_lse (...): float32, contiguous.
+        Allocated when None.
+
+    Returns (ids, values, lse), ids in the order of values: NaN first, then falling, of equal ones the lowest id first.
+    lse is natural, over the rounded logits below num_valid; NaN where one of them is. Raises TypeError for a dtype,
+    ValueError for a shape, layout or device. Graph-safe. Source: reference/head.py.
+    """
+    op = "lm_head_topk"
+    data, n = weight_of(op, x, weight, bias)
+    num_valid = n if num_valid is None else check.integer(op, "num_valid", num_valid, 1)
+    id_offset, k = check.integer(op, "id_offset", id_offset, 0), check.integer(op, "k", k, 1)
+    scale, softcap = check.number(op, "scale", scale), check.number(op, "softcap", softcap)
+    if num_valid > n:
+        raise ValueError(f"{op}: num_valid must be between 1 and {n}; got {num_valid}")
+    if k > min(MAX_K, num_valid):
+        raise ValueError(f"{op}: k must be between 1 and {min(MAX_K, num_valid)}; got {k}")
+    if not softcap >= 0:
+        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+    shape = (*x.shape[:-1], k)
+    ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, shape, torch.int64))
+    values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, x, shape, torch.float32))
+    lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, x, shape[:-1], torch.float32))
+    _lm_head_topk(check.as_rows(op, "x", x), data, bias, n, num_valid, scale, softcap, id_offset, ids.view(-1, k),
+                  values.view(-1, k), lse.view(-1))
+    return ids, values, lse
+
+
+_lm_head_topk = define(
+    "lm_head_topk(Tensor x, Tensor weight, Tensor? bias, int out_features, int num_valid, float scale, float softcap,"
+    " int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values, Tensor(c!) out_lse) -> ()",
+    reference.head.lm_head_topk,
+)
+
+
+def merge_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, out_ids: torch.Tensor | None = None,
+               out_values: torch.Tensor | None = None, out_lse: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k most likely tokens of each row, from those of S shards of the vocabulary.
+
+    values (S, R, k): float32, ids (S, R, k): int64, lse (S, R): float32, contiguous: what lm_head_topk gave for each
+        shard, with its id_offset; shards in any order.
+    out_ids (R, k): int64. out_values (R, k): float32. out_lse (R,): float32. Contiguous; allocated when None.
+
+    Returns (ids, values, lse) as lm_head_topk over the whole vocabulary does. Raises TypeError for a dtype, ValueError
+    for a shape, layout or device. Graph-safe. Source: reference/head.py.
+    """
+    op = "merge_topk"
+    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R, k)", (None,) * 3))
+    (shards, rows, k), device = values.shape, values.device
+    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R, k)", values.shape, device))
+    check.contiguous(op, "lse", check.tensor(op, "lse", lse, torch.float32, "(S, R)", (shards, rows), device))
+    if shards < 1 or not 1 <= k <= MAX_K:
+        raise ValueError(f"{op}: values must have at least one shard and 1 to {MAX_K} candidates; "
+                         f"got {check.describe(values)}")
+    out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, (rows, k), torch.int64))
+    out_values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, values, (rows, k)))
+    out_lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, values, (rows,)))
+    _merge_topk(values, ids, lse, out_ids, out_values, out_lse)
+    return out_ids, out_values, out_lse
+
+
+_merge_topk = define("merge_topk(Tensor values, Tensor ids, Tensor lse, Tensor(a!) out_ids, Tensor(b!) out_values,"
+                     " Tensor(c!) out_lse) -> ()", reference.head.merge_topk)
+
+
+def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> int:
+    """Bytes that must move: the weight once, the rows, and k ids and values a row."""
+    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows * k
 
 
 def flops(rows: int, vocab: int, hidden: int) -> int:

@@ -40,7 +40,7 @@ def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, cont
     """
     op = "verify_greedy"
     _check_inputs(op, draft_ids, target_ids, context_lens, logits, block_lens)
-    out = _check_out(op, draft_ids, out)
+    out = check_verified(op, draft_ids, out)
     if check.values_checked():
         _check_values(op, draft_ids, context_lens, block_lens)
     _verify_greedy(draft_ids, target_ids, logits, context_lens, block_lens, out.accept_lens, out.commit_lens,
@@ -64,16 +64,22 @@ def _check_inputs(op, draft_ids, target_ids, context_lens, logits, block_lens):
                          check.tensor(op, "logits", logits, check.FLOATS, "(B, Q, V)", (b, q, None), device))
         if logits.shape[2] < 1:
             raise ValueError(f"{op}: logits must have V >= 1; got {check.describe(logits)}")
+    check_lengths(op, draft_ids, context_lens, block_lens)
+
+
+def check_lengths(op, draft_ids, context_lens, block_lens):
     for name, t in (("context_lens", context_lens), ("block_lens", block_lens)):
         if t is not None or name == "context_lens":
-            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", (b,), device))
+            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", draft_ids.shape[:1],
+                                                    draft_ids.device))
 
 
 _FIELDS = (("accept_lens", torch.int32, False), ("commit_lens", torch.int32, False), ("tokens", torch.int64, True),
            ("bonus", torch.int64, False), ("new_lens", torch.int32, False))
 
 
-def _check_out(op, draft_ids, out):
+def check_verified(op, draft_ids, out):
+    """The caller's Verified, checked, or a fresh one."""
     if out is not None and not isinstance(out, Verified):
         raise TypeError(f"{op}: out must be a Verified; got {check.describe(out)}")
     made = {}

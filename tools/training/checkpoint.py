@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,13 +38,24 @@ def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: tor
     (folder / "draft_vocabulary.json").write_text(json.dumps({"token_ids": vocabulary.tolist()}) + "\n")
 
 
-def write_record(folder: Path, training, prompts: list[str]) -> None:
-    """training.json: the recipe, the data and the course of the run. training_prompts.json.gz: every prompt."""
+def read_prompts(folder: Path | None) -> set[str]:
+    """The prompts that a checkpoint was trained on; none where it does not say."""
+    file = folder and folder / "training_prompts.json.gz"
+    return set(json.loads(gzip.decompress(file.read_bytes()))) if file and file.is_file() else set()
+
+
+def write_record(folder: Path, training, prompts: Iterable[str], start: Path | None) -> None:
+    """training.json: the recipe, the data and the course of the run, and under "start" those of the checkpoint whose
+    weights it started from. training_prompts.json.gz: every prompt of either."""
     features = training.features
     answered = sum(features.length(i) - features.starts[i] for i in training.used)
     record = {"recipe": asdict(training.recipe), "shape": asdict(training.drafter.shape), "texts": len(training.used),
               "held_out": len(training.held_out), "answer_tokens": answered, "steps": training.step,
               "minutes": training.seconds / 60, "device": training.device_name(), "history": training.history}
+    before = start and start / "training.json"
+    if before and before.is_file():
+        record["start"] = json.loads(before.read_text())
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    packed = gzip.compress(json.dumps(sorted(set(prompts)), ensure_ascii=False, indent=0).encode(), mtime=0)
+    every = json.dumps(sorted(set(prompts) | read_prompts(start)), ensure_ascii=False, indent=0)
+    packed = gzip.compress(every.encode(), mtime=0)
     (folder / "training_prompts.json.gz").write_bytes(packed)

@@ -123,29 +123,35 @@ class BlockAttention(torch.autograd.Function):
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of a frozen head against a few weighted labels a row, in chunks: no (rows, vocabulary) survives.
 
-    hidden (N, H); head (V, H); labels (N, K) int64; shares (N, K) float32 summing to 1 or, for a row that does not
-    count, 0. Returns (the losses (N,), whether the first label is the arg max (N,)).
+    hidden (N, H); head (V, H); bias (V,) or None; labels (N, K) int64; shares (N, K) float32 summing to at most
+    1: what is missing is of labels that the head does not have; weight (N,). Returns (the weighted sum, the losses
+    (N,)).
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, shares, weight):
-        grad, losses, hits = torch.empty_like(hidden), [], []
+    def forward(ctx, hidden, head, bias, labels, shares, weight):
+        grad, losses = torch.empty_like(hidden), []
         for rows in torch.arange(len(hidden)).split(2048):
             at = slice(int(rows[0]), int(rows[-1]) + 1)
-            odds = torch.softmax(F.linear(hidden[at], head), -1)
+            odds = torch.softmax(F.linear(hidden[at], head, bias), -1)
             found = odds.gather(1, labels[at])
-            hits.append(found[:, 0] == odds.amax(-1))
             losses.append(-(found.float().clamp_min(1e-8).log() * shares[at]).sum(-1))
             wanted = F.embedding_bag(labels[at], head, mode="sum", per_sample_weights=shares[at].to(head.dtype))
-            grad[at] = (odds @ head - wanted) * weight[at, None].to(odds.dtype)
+            mass = shares[at].sum(-1, keepdim=True).to(odds.dtype)
+            grad[at] = (odds @ head * mass - wanted) * weight[at, None].to(odds.dtype)
         ctx.save_for_backward(grad)
-        losses, hits = torch.cat(losses), torch.cat(hits)
-        ctx.mark_non_differentiable(losses, hits)
-        return (losses * weight).sum(), losses, hits
+        losses = torch.cat(losses)
+        ctx.mark_non_differentiable(losses)
+        return (losses * weight).sum(), losses
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return ctx.saved_tensors[0] * grad.to(ctx.saved_tensors[0].dtype), None, None, None, None
+        return ctx.saved_tensors[0] * grad.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
+
+
+def hits(hidden, head, labels):
+    """Whether the arg max of each row's logits is its label: hidden (N, H), labels (N,) -> (N,)."""
+    return torch.cat([F.linear(part, head).argmax(-1) for part in hidden.split(2048)]) == labels
 
 
 class TrainedDrafter(torch.nn.Module):

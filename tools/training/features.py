@@ -30,7 +30,7 @@ class Features:
         def array(name, dtype, *shape):
             return torch.from_numpy(np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape))
 
-        self.taps, self.sources = tuple(meta["taps"]), meta["sources"]
+        self.taps, self.sources, self.prompts = tuple(meta["taps"]), meta["sources"], meta["prompts"]
         self.ids, self.likely = array("ids", np.int32, n), array("likely", np.int32, n, TEACHER)
         self.states = array("states", np.int16, n, width).view(torch.bfloat16)
         self.odds = array("odds", np.float16, n, TEACHER)
@@ -95,5 +95,5 @@ def write_features(target: Target, tokenizer: Tokenizer, texts: Sequence[dict], 
     (folder / "features.json").write_text(json.dumps({
         "tokens": n, "width": width, "taps": list(taps), "scale": scale.tolist(), "offsets": offsets,
         "starts": starts, "greedy": [texts[i]["temperature"] == 0 for i in kept],
-        "sources": [texts[i]["source"] for i in kept]}))
+        "sources": [texts[i]["source"] for i in kept], "prompts": [texts[i]["prompt"] for i in kept]}))
     return Features(folder)

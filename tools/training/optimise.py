@@ -5,14 +5,14 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .drafter import HeadLoss, TrainedDrafter
+from .drafter import HeadLoss, TrainedDrafter, hits
 from .features import Features
 from .target import Target
 
@@ -26,7 +26,8 @@ class Recipe:
     blocks: int = 32  # a text, of the full block size
     early_block: int = 4  # block size at first
     early_share: float = 0.75  # of the time with early_block
-    vocabulary: int = 8192  # most frequent tokens that the loss sees
+    vocabulary: int = 8192  # most frequent tokens that the loss sees as labels
+    negatives: int = 1024  # other tokens, drawn for each step, that stand for all that are no labels
     matrix_rate: float = 5e-3
     vector_rate: float = 1e-3
     decay_from: float = 0.5  # of the time, from where the learning rates fall linearly to 0
@@ -87,17 +88,20 @@ def block_weights(width: int, device) -> torch.Tensor:
 class Training:
     """State of a run: parameters, optimisers, what was measured. `folder` keeps it, so that a run can go on."""
 
-    def __init__(self, drafter: TrainedDrafter, target: Target, features: Features, recipe: Recipe, folder: Path):
+    def __init__(self, drafter: TrainedDrafter, target: Target, features: Features, recipe: Recipe, folder: Path,
+                 seen: Collection[str] = ()):
+        """seen: prompts that the drafter was trained on before, which cannot be held out."""
         self.drafter, self.features, self.recipe, self.folder = drafter.to(target.device), features, recipe, folder
         self.device, self.embedding = target.device, target.embedding
         order = list(range(len(features)))
         random.Random(recipe.seed).shuffle(order)
-        greedy = [i for i in order if features.greedy[i]]
+        greedy = [i for i in order if features.greedy[i] and features.prompts[i] not in seen]
         self.held_out = sorted(greedy[:min(96, len(greedy) // 10)])
         hidden = set(self.held_out)
         self.used = [i for i in order if i not in hidden]
         self.vocabulary = Vocabulary(features, self.used, recipe.vocabulary, target.vocab)
         self.head = target.head[self.vocabulary.ids.to(target.device)].contiguous()
+        self.others = target.head[(self.vocabulary.place < 0).to(target.device)]
         matrices = [p for p in drafter.parameters() if p.ndim == 2]
         vectors = [p for p in drafter.parameters() if p.ndim == 1]
         self.optimisers = [
@@ -142,13 +146,28 @@ class Training:
                 self.draw.shuffle(groups)
                 yield from groups
 
-    def _loss(self, batch: Batch, width: int):
+    def _negatives(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Head rows of random tokens outside the vocabulary, and the log of how many each of them stands for (sampled
+        softmax). Without them a reader with the whole head finds tokens that training never pushed down."""
+        n = min(self.recipe.negatives, len(self.others))
+        if n == 0:
+            return None
+        chosen = torch.tensor(self.draw.sample(range(len(self.others)), n), device=self.device)
+        return self.others[chosen], torch.tensor(math.log(len(self.others) / n))
+
+    def _forward(self, batch: Batch, width: int):
         hidden = self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding)
         weight = block_weights(width, self.device) * batch.counts
-        weight = weight / weight.sum()
-        labels, shares = batch.labels.flatten(0, 2), batch.shares.flatten(0, 2)
-        loss, _, hits = HeadLoss.apply(hidden.flatten(0, 2), self.head, labels, shares, weight.flatten())
-        return loss, hits.view(batch.counts.shape) & batch.counts & batch.known
+        return hidden.flatten(0, 2), (batch.labels.flatten(0, 2), batch.shares.flatten(0, 2),
+                                      (weight / weight.sum()).flatten())
+
+    def _loss(self, batch: Batch, width: int) -> torch.Tensor:
+        hidden, targets = self._forward(batch, width)
+        head, bias = self.head, None
+        if (others := self._negatives()) is not None:
+            head, bias = torch.cat((head, others[0])), torch.zeros(len(head) + len(others[0])).to(head)
+            bias[len(self.head):] = others[1]
+        return HeadLoss.apply(hidden, head, bias, *targets)[0]
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -159,9 +178,10 @@ class Training:
         ranked = sorted(self.held_out, key=self.features.length)
         for start in range(0, len(ranked), 16):
             batch = Batch(self.features, ranked[start:start + 16], 32, width, self.vocabulary, 1.0, draw, self.device)
-            loss, hits = self._loss(batch, width)
-            losses.append(loss.item())
-            run = hits.long().cumprod(-1)
+            hidden, targets = self._forward(batch, width)
+            losses.append(HeadLoss.apply(hidden, self.head, None, *targets)[0].item())
+            right = hits(hidden, self.head, targets[0][:, 0]).view(batch.counts.shape) & batch.counts & batch.known
+            run = right.long().cumprod(-1)
             before = torch.cat((torch.ones_like(run[..., :1]), run[..., :-1]), -1) * batch.counts
             runs += run.sum((0, 1)).float().cpu()
             tried += before.sum((0, 1)).float().cpu()
@@ -179,8 +199,8 @@ class Training:
             for group in optimiser.param_groups:
                 group["lr"] = rate * falling * min(1.0, (self.step + 1) / WARM_UP)
         blocks = r.blocks * block // width
-        loss, _ = self._loss(Batch(self.features, which, blocks, width, self.vocabulary, r.hard, self.draw,
-                                   self.device), width)
+        loss = self._loss(Batch(self.features, which, blocks, width, self.vocabulary, r.hard, self.draw, self.device),
+                          width)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         for optimiser in self.optimisers:

@@ -1,6 +1,7 @@
 """The target as plain PyTorch: a dense Llama-like model that writes text in large batches and shows its hidden states.
 
-Training wants thousands of rows at once and any device, so this is made of torch's own operators, not of our kernels.
+Training wants thousands of rows at once and any device, so this is made of torch's own operators; only the attention
+of texts being written on a CPU is ours, as requests of unlike lengths cost torch the longest one's.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from dflash_decode.rope import Rope
 from dflash_decode.weights import Checkpoint, load_checkpoint
+from dflash_kernels import PagedKV, block_attention
 
 
 def rope_table(head_dim: int, theta: float, positions: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,20 +168,25 @@ class Target:
         b, group = len(last), self.heads // self.kv_heads
         x = F.embedding(last, self.embedding)[:, None]
         cos, sin = self.cos[lens][:, None, None], self.sin[lens][:, None, None]
-        mask = (torch.arange(longest, device=self.device) <= lens[:, None])[:, None, None]
+        mask, context, table = None, lens.int(), place.int()[:, None]
+        if self.device.type != "cpu":  # the CPU's block_attention reads each request's own length only
+            mask = (torch.arange(longest, device=self.device) <= lens[:, None])[:, None, None]
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, cos, sin)
             keys[i, place, :, lens], values[i, place, :, lens] = k[:, :, 0], v[:, :, 0]
-            # The query heads that share a K/V head are its rows: K and V are read once.
-            out = F.scaled_dot_product_attention(q.reshape(b, self.kv_heads, group, self.head_dim),
-                                                 keys[i, :, :, :longest], values[i, :, :, :longest], mask)
+            if mask is None:
+                cache = PagedKV(keys[i].transpose(1, 2), values[i].transpose(1, 2))
+                out = block_attention(*(y.transpose(1, 2) for y in (q, k, v)), cache, table, context)
+            else:  # the query heads that share a K/V head are its rows: K and V are read once
+                out = F.scaled_dot_product_attention(q.reshape(b, self.kv_heads, group, self.head_dim),
+                                                     keys[i, :, :, :longest], values[i, :, :, :longest], mask)
             x = x + F.linear(out.reshape(b, 1, -1), layer.o)
             x = x + self._mlp(layer, x)
         return self._choose(self.normed(x[:, 0], self.norm), heat, random)
 
     def _choose(self, hidden, heat, random) -> torch.Tensor:
         logits = F.linear(hidden, self.head)
-        picks, warm = logits.argmax(-1), (heat > 0).nonzero()[:, 0]
+        picks, warm = logits.max(-1).indices, (heat > 0).nonzero()[:, 0]
         if len(warm):
             odds = torch.softmax(logits[warm].float() / heat[warm, None], -1)
             picks[warm] = torch.multinomial(odds, 1, generator=random)[:, 0]

@@ -1,0 +1,205 @@
+"""Sampled verification and drafting: tokens drawn so that what is emitted follows the target's law exactly.
+
+Row i of a request's block gives the law p_i of the token at position context_len + 1 + i, out of its logits by
+temperature, min-p, top-k and top-p (reference/sample.py has the equations); draft token x_i was drawn from q_i.
+
+    one-hot q (no proposal)   y_i = F_i^-1(u_i), the inverse of p_i's cumulative sum; x_i is accepted if it is y_i
+    rule "token"              x_i is accepted with probability min(1, p_i(x_i) / q_i(x_i))
+    rule "block"              the longest prefix is accepted that its joint probabilities allow; at least as long on
+                              average, and the same thing where q is one-hot
+    after the last accepted   one token from the residual (p - q)+, or from p itself after a whole block: the bonus
+
+Random numbers are Philox4x32-10 of (seed, position, purpose), so a request's text depends on its own seed and logits
+alone, never on its batch. With a one-hot q it does not depend on the drafts either: the text is that of plain sampling,
+one row at a time, token by token.
+"""
+
+import torch
+
+from .. import reference
+from .._library import define
+from ..types import LogitAdjustments, Proposal, SamplingParams, Verified
+from . import _checks as check
+from .verify import check_lengths, check_verified
+
+_RULES = ("token", "block")
+CHUNK = 1024  # tokens of the vocabulary that share a partial sum
+
+
+def workspace_size(requests: int, block: int, vocab: int) -> int:
+    """float32 elements that verify_sample needs beside its outputs."""
+    return requests * block * (4 * -(-vocab // CHUNK) + 16)
+
+
+def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: torch.Tensor, params: SamplingParams, *,
+                  proposal: Proposal | None = None, adjustments: LogitAdjustments | None = None, rule: str = "token",
+                  block_lens: torch.Tensor | None = None, out: Verified | None = None,
+                  workspace: torch.Tensor | None = None) -> Verified:
+    """Accepted lengths, emitted tokens, bonus tokens and new context lengths of B drafted blocks, sampled.
+
+    draft_ids (B, Q): int64, rows at any stride: the block that the target ran over; column 0 is the anchor. With Q = 1
+        this is plain sampling. An id outside [0, V) is never accepted.
+    logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
+        vocabulary is a view). A row after the first rejection need not be read.
+    context_lens (B,): int32, contiguous: tokens before the anchor.
+    params: SamplingParams. Requests below temperature 1e-5 are greedy, in the same batch; their proposal counts for
+        nothing.
+    proposal: how the drafts were drawn; None: greedily, q is one-hot.
+    adjustments: LogitAdjustments, read in the same pass.
+    rule: "token" (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318) or "block" (Sun et al.,
+        arXiv 2403.10444).
+    block_lens (B,): int32, contiguous: live tokens of each block; None means Q. A request of length 0 is padding: it
+        commits nothing.
+    out: a Verified to write into. Allocated when None. new_lens may be context_lens itself; nothing else may overlap.
+    workspace: float32, contiguous, at least workspace_size(B, Q, V) elements, overwritten. Allocated when None.
+
+    Returns out, as verify_greedy does. Raises TypeError for a dtype, ValueError for a shape, layout, device or rule.
+    With DFLASH_CHECK=1 also for temperatures and shares that are negative or NaN. Graph-safe.
+    """
+    op = "verify_sample"
+    b, q, vocab = _check_target(op, draft_ids, logits, context_lens, block_lens)
+    _check_params(op, params, b, logits.device)
+    proposal, adjustments = proposal or Proposal(), adjustments or LogitAdjustments()
+    _check_proposal(op, proposal, (b, q - 1, vocab), logits.device)
+    _check_adjustments(op, adjustments, (b, q, vocab), logits.device)
+    if rule not in _RULES:
+        raise ValueError(f"{op}: rule must be 'token' or 'block'; got {rule!r}")
+    out = check_verified(op, draft_ids, out)
+    size = workspace_size(b, q, vocab)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.float32, device=logits.device)
+    check.contiguous(op, "workspace",
+                     check.tensor(op, "workspace", workspace, torch.float32, "(n,)", (None,), logits.device))
+    if workspace.numel() < size:
+        raise ValueError(f"{op}: workspace must have at least {size} elements; got {check.describe(workspace)}")
+    _verify_sample(draft_ids, logits, context_lens, params.temperature, params.seeds, params.top_k, params.top_p,
+                   params.min_p, proposal.probs, proposal.ids, proposal.logits, adjustments.seen,
+                   adjustments.repetition_penalty, adjustments.bias, adjustments.bitmask, block_lens, rule == "block",
+                   out.accept_lens, out.commit_lens, out.tokens, out.bonus, out.new_lens, workspace)
+    return out
+
+
+def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor, params: SamplingParams, *,
+                 out_ids: torch.Tensor | None = None, out_probs: torch.Tensor | None = None,
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws each block's drafts from the K likeliest tokens of each slot, and gives the q that they were drawn from.
+
+    values, ids (B, Q - 1, K): float32 and int64, contiguous, as lm_head_topk gives them, largest first.
+    context_lens (B,): int32, contiguous: tokens before the anchor; slot i is at position context_len + 1 + i.
+    params: SamplingParams: temperature, min-p, top-k and top-p over the K alone. Greedy requests take the likeliest.
+    out_ids (B, Q - 1): int64, last dimension contiguous: columns 1 to Q - 1 of the block. out_probs (B, Q - 1, K):
+        float32, contiguous. Allocated when None.
+
+    Returns (out_ids, out_probs); Proposal(probs=out_probs, ids=ids) is what verify_sample wants. Raises TypeError for a
+    dtype, ValueError for a shape, layout or device. Graph-safe. Source: reference/sample.py.
+    """
+    op = "sample_draft"
+    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(B, Q - 1, K)", (None,) * 3))
+    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(B, Q - 1, K)", values.shape,
+                                             values.device))
+    b, n, k = values.shape
+    if k < 1:
+        raise ValueError(f"{op}: values must have K >= 1; got {check.describe(values)}")
+    check.contiguous(op, "context_lens", check.tensor(op, "context_lens", context_lens, torch.int32, "(B,)", (b,),
+                                                      values.device))
+    _check_params(op, params, b, values.device)
+    out_ids = check.output(op, "out_ids", out_ids, values, (b, n), torch.int64)
+    out_probs = check.contiguous(op, "out_probs", check.output(op, "out_probs", out_probs, values, (b, n, k)))
+    _sample_draft(values, ids, context_lens, params.temperature, params.seeds, params.top_k, params.top_p,
+                  params.min_p, out_ids, out_probs)
+    return out_ids, out_probs
+
+
+def _check_target(op, draft_ids, logits, context_lens, block_lens):
+    check.dense_last(op, "draft_ids", check.tensor(op, "draft_ids", draft_ids, torch.int64, "(B, Q)", (None, None)))
+    b, q = draft_ids.shape
+    if q < 1:
+        raise ValueError(f"{op}: draft_ids must have Q >= 1, the anchor's column; got {check.describe(draft_ids)}")
+    check.dense_last(op, "logits", check.tensor(op, "logits", logits, check.FLOATS, "(B, Q, V)", (b, q, None),
+                                                draft_ids.device))
+    if logits.shape[2] < 1:
+        raise ValueError(f"{op}: logits must have V >= 1; got {check.describe(logits)}")
+    check_lengths(op, draft_ids, context_lens, block_lens)
+    return b, q, logits.shape[2]
+
+
+_PARAMS = (("temperature", torch.float32), ("seeds", torch.int64), ("top_k", torch.int32), ("top_p", torch.float32),
+           ("min_p", torch.float32))
+
+
+def _check_params(op, params, b, device):
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"{op}: params must be SamplingParams; got {check.describe(params)}")
+    for name, dtype in _PARAMS:
+        t = getattr(params, name)
+        if t is None and name not in ("temperature", "seeds"):
+            continue
+        t = check.contiguous(op, name, check.tensor(op, f"params.{name}", t, dtype, "(B,)", (b,), device))
+        if check.values_checked() and t.device.type != "meta" and name != "seeds" and not bool((t >= 0).all()):
+            raise ValueError(f"{op}: params.{name} must be at least 0; got {t.tolist()}")
+
+
+def _check_proposal(op, proposal, sizes, device):
+    if not isinstance(proposal, Proposal):
+        raise TypeError(f"{op}: proposal must be a Proposal; got {check.describe(proposal)}")
+    b, n, vocab = sizes
+    probs, ids, logits = proposal.probs, proposal.ids, proposal.logits
+    if (probs is not None and logits is not None) or (ids is not None and probs is None):
+        raise ValueError(f"{op}: proposal must have probs, or probs and ids, or logits; got probs "
+                         f"{check.describe(probs)}, ids {check.describe(ids)}, logits {check.describe(logits)}")
+    shape = "(B, Q - 1, V)" if ids is None else "(B, Q - 1, K)"
+    if probs is not None:
+        check.dense_last(op, "proposal.probs", check.tensor(
+            op, "proposal.probs", probs, torch.float32, shape, (b, n, vocab if ids is None else None), device))
+    if ids is not None:
+        check.dense_last(op, "proposal.ids",
+                         check.tensor(op, "proposal.ids", ids, torch.int64, shape, probs.shape, device))
+    if logits is not None:
+        check.dense_last(op, "proposal.logits",
+                         check.tensor(op, "proposal.logits", logits, check.FLOATS, shape, sizes, device))
+
+
+def _check_adjustments(op, adjustments, sizes, device):
+    if not isinstance(adjustments, LogitAdjustments):
+        raise TypeError(f"{op}: adjustments must be LogitAdjustments; got {check.describe(adjustments)}")
+    b, q, vocab = sizes
+    a, words = adjustments, -(-vocab // 32)
+    if (a.seen is None) != (a.repetition_penalty is None):
+        raise ValueError(f"{op}: adjustments must have seen and repetition_penalty, or neither; "
+                         f"got {check.describe(a.seen)} and {check.describe(a.repetition_penalty)}")
+    for name, t in (("seen", a.seen), ("bitmask", a.bitmask)):
+        if t is not None:
+            check.dense_last(op, name, check.tensor(op, f"adjustments.{name}", t, torch.int32,
+                                                    "(B, Q, ceil(V / 32))", (b, q, words), device))
+    if a.repetition_penalty is not None:
+        check.contiguous(op, "repetition_penalty", check.tensor(
+            op, "adjustments.repetition_penalty", a.repetition_penalty, torch.float32, "(B,)", (b,), device))
+    if a.bias is not None:
+        check.dense_last(op, "bias", check.tensor(op, "adjustments.bias", a.bias, torch.float32, "(B, Q, V)", sizes,
+                                                  device))
+
+
+_verify_sample = define(
+    "verify_sample(Tensor draft_ids, Tensor logits, Tensor context_lens, Tensor temperature, Tensor seeds,"
+    " Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? draft_probs, Tensor? draft_candidates,"
+    " Tensor? draft_logits, Tensor? seen, Tensor? repetition_penalty, Tensor? bias, Tensor? bitmask,"
+    " Tensor? block_lens, bool block_rule, Tensor(a!) accept_lens, Tensor(b!) commit_lens, Tensor(c!) tokens,"
+    " Tensor(d!) bonus, Tensor(e!) new_lens, Tensor(f!) workspace) -> ()",
+    reference.sample.verify_sample,
+)
+_sample_draft = define(
+    "sample_draft(Tensor values, Tensor ids, Tensor context_lens, Tensor temperature, Tensor seeds, Tensor? top_k,"
+    " Tensor? top_p, Tensor? min_p, Tensor(a!) out_ids, Tensor(b!) out_probs) -> ()",
+    reference.sample.sample_draft,
+)
+
+
+def bytes(requests: int, block: int, vocab: int, itemsize: int, *, rows: int | None = None) -> int:
+    """Bytes that must move: each logit of `rows` rows (None: all) once, drafted and emitted ids, lengths."""
+    rows = requests * block if rows is None else rows
+    return rows * vocab * itemsize + requests * (16 * block + 36)
+
+
+def flops(requests: int, block: int, vocab: int) -> int:
+    """One exponential and three sums or comparisons for each logit."""
+    return 4 * requests * block * vocab
