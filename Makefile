@@ -56,8 +56,8 @@ peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llam
 peer-kernels: $(STAMPS)/deps
 	rm -rf $(PEERS)/wheels && mkdir -p $(PEERS)/wheels
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(PEERS)/wheels \
-	  -r bench/peers/requirements-kernels.txt
-	$(PY) bench/peers/kernels.py $(PEERS)/wheels/*.whl
+	  -r bench/peers/requirements-gpu.txt
+	$(PY) bench/peers/gpu_peers.py $(PEERS)/wheels/*.whl
 	rm -rf $(PEERS)/wheels
 
 docs: build

@@ -60,9 +60,9 @@ class Sizes:
         found = {"torch": lambda i: problem.plain(*problem.args(i))}
         if self.device == "cpu":
             return found
-        import kernels
+        import gpu_peers
 
-        return found | kernels.peers_of(op, problem)
+        return found | gpu_peers.peers_of(op, problem)
 
 
 def device_name(device: str = "cpu") -> str:
@@ -141,9 +141,9 @@ def header(sizes: Sizes) -> dict:
 
 def versions() -> dict[str, str]:
     """Of the engines whose kernels are peers."""
-    import kernels
+    import gpu_peers
 
-    return kernels.versions()
+    return gpu_peers.versions()
 
 
 def matrix_rate(sizes: Sizes) -> float:

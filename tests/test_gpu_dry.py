@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernels
+import gpu_peers
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed"),
               pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")]
-needs_kernels = pytest.mark.skipif(not all(kernels.versions().get(e) for e in kernels.FILES),
-                                   reason=f"{kernels.folder()} has not both engines' kernels: make peer-kernels")
+needs_kernels = pytest.mark.skipif(not all(gpu_peers.versions().get(e) for e in gpu_peers.FILES),
+                                   reason=f"{gpu_peers.folder()} has not both engines' kernels: make peer-kernels")
 DRY = [sys.executable, "-m", "dflash_kernels.testing.dry"]
 
 
@@ -149,7 +149,7 @@ with torch.device("cuda"):
 @needs_kernels
 def test_planted_faults_in_the_engines_kernels_are_seen(tmp_path):
     folder = tmp_path / "kernels"
-    shutil.copytree(kernels.folder(), folder)
+    shutil.copytree(gpu_peers.folder(), folder)
     for path, faults in FAULTS.items():
         text = (folder / path).read_text()
         for right, wrong in faults:
@@ -164,7 +164,7 @@ def test_planted_faults_in_the_engines_kernels_are_seen(tmp_path):
 
 def test_without_a_folder_the_engines_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("DFLASH_PEER_KERNELS", str(tmp_path))
-    kernels.load.cache_clear()
-    with pytest.raises(kernels.Absent, match="make peer-kernels"):
-        kernels.load("vllm", kernels.FILES["vllm"][0])
-    assert kernels.versions() == {}
+    gpu_peers.load.cache_clear()
+    with pytest.raises(gpu_peers.Absent, match="make peer-kernels"):
+        gpu_peers.load("vllm", gpu_peers.FILES["vllm"][0])
+    assert gpu_peers.versions() == {}

@@ -1,6 +1,6 @@
 """What else answers an op on a GPU: libraries, and the engines' own Triton kernels, loaded without the engines.
 
-    python bench/peers/kernels.py WHEEL ...     copies the files that are needed out of wheels of sglang and vllm
+    python bench/peers/gpu_peers.py WHEEL ...     copies the files that are needed out of wheels of sglang and vllm
 
 A peer of an op is a function, registered with @peer(op, name), that is given a benchmark's problem and returns call(i):
 the op's work on copy i of the inputs, as tensors in the order of our own result, or as a function that gets them
@@ -51,8 +51,8 @@ def peer(op: str, name: str) -> Callable:
 
 def peers_of(op: str, problem: SimpleNamespace) -> dict[str, Callable | str]:
     """The callable of every peer of an op, or the reason why it has none."""
-    import engines  # noqa: F401
-    import libraries  # noqa: F401
+    import gpu_engines  # noqa: F401
+    import gpu_libraries  # noqa: F401
 
     found = {}
     for name, make in _makers.get(op, {}).items():

@@ -1,10 +1,10 @@
-"""SGLang's and vLLM's own kernels for our ops, from the files of kernels.FILES, called as their DFlash workers do."""
+"""SGLang's and vLLM's own kernels for our ops, from the files of gpu_peers.FILES, called as their DFlash workers do."""
 
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from kernels import load, peer
+from gpu_peers import load, peer
 
 
 @peer("verify_greedy", "sglang")

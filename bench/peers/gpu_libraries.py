@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 
 import torch
-from kernels import Absent, peer
+from gpu_peers import Absent, peer
 
 COMPILED = ("add_rms_norm", "silu_and_mul", "qk_norm_rope", "prepare_block", "verify_greedy")
 FLEX_CONTEXTS = 8192  # flex attention compiles for every shape, tens of seconds each
