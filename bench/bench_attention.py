@@ -18,7 +18,7 @@ CONTEXTS = {"cpu": (512, 4096), "cuda": (1024, 8192, 32768), "tiny": (40,)}
 WIDTHS = {"cpu": (1, 8), "cuda": (8,), "tiny": (3,)}
 BATCHES = {"cpu": (1,), "cuda": (1, 8, 64), "tiny": (1, 2)}
 PAGE = 16
-HEADLINES = {("smollm2", 512), ("qwen3-8b", 8192)}
+HEADLINES = {("smollm2", 512), ("qwen3-8b", 8192), ("tiny", 40)}
 
 
 def cases(sizes: Sizes):
@@ -60,9 +60,9 @@ def case(sizes, name, heads, kv_heads, dim, context, width, batch):
     some = [t[ends] for t in gathered[0]]
     agrees = agreeing(lambda: plain(*(t.float() for t in some)), lambda: plain(*some))
     problem = SimpleNamespace(plain=plain, args=lambda i: gathered[i], gathered=gathered, context=context, width=width,
-                              page=PAGE)
+                              page=PAGE, headline=(name, context) in HEADLINES)
     pairs = batch * sum(context + i + 1 for i in range(width))
     requests = "" if batch == 1 else f", {batch} requests"
     return Case("block_attention", f"{name} context {context}, Q {width}{requests}", run, moved, copies,
                 op.flops(pairs, heads, dim), sizes.peers_of("block_attention", problem),
-                lambda got: agrees((got[0][ends],)), headline=(name, context) in HEADLINES)
+                lambda got: agrees((got[0][ends],)), headline=problem.headline)
