@@ -12,7 +12,7 @@ from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
 from dflash_kernels.types import PackedWeight, PagedKV
 
 DEVICE = "cuda"
-FLOAT32 = {"values", "out_values"}  # arguments that are float32 whatever the model's dtype
+FLOAT32 = {"values", "out_values", "lse", "out_lse"}  # arguments that are float32 whatever the model's dtype
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
