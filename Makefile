@@ -6,7 +6,9 @@
 #   make lint      ruff                 make bench     benchmarks into bench/results
 #   make docs      tables and op pages  make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
-#   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step
+#   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step.
+#                  PART=dry: all of it on tiny shapes, with no GPU and in .venv; PART="dry ops": a part of that
+#   make peer-kernels  SGLang's and vLLM's own kernels, 300 KB, for the table of make gpu; carry build/peers/kernels there
 #   make peers     the same prompts and drafter through dflash, vLLM and llama.cpp, each in an environment of its own
 #   make aot       registers and shared memory of the GPU kernels, compiled for four architectures
 #   make clean     removes what was built (not .venv, not the peers' environments)
@@ -24,7 +26,7 @@ PEERS := build/peers
 DRAFT ?=
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench evaluate peers gpu docs lint sanitize aot clean
+.PHONY: demo test build bench evaluate peers peer-kernels gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -43,12 +45,20 @@ evaluate: build $(STAMPS)/model
 	$(PY) bench/evaluate.py $(PROMPTS) $(ARGS)
 	$(PY) docs/generate.py
 
-gpu:
-	$(GPU_PYTHON) bench/gpu.py $(PART)
+gpu: $(if $(filter dry,$(PART)),build $(STAMPS)/dev)
+	$(if $(filter dry,$(PART)),$(PY),$(GPU_PYTHON)) bench/gpu.py $(PART)
 
 # make peers DRAFT=directory ARGS="--prompts FILE... --limit N --json OUT"; without DRAFT, plain decoding only.
 peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llama/installed
 	$(PY) bench/peers/run.py $(if $(DRAFT),--draft "$(DRAFT)") $(ARGS)
+
+# The wheels, 375 MB, are fetched for some files and not kept.
+peer-kernels: $(STAMPS)/deps
+	rm -rf $(PEERS)/wheels && mkdir -p $(PEERS)/wheels
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(PEERS)/wheels \
+	  -r bench/peers/requirements-gpu.txt
+	$(PY) bench/peers/gpu_peers.py $(PEERS)/wheels/*.whl
+	rm -rf $(PEERS)/wheels
 
 docs: build
 	$(PY) docs/generate.py

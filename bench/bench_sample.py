@@ -4,8 +4,10 @@ Bytes are those of the rows that had to be read: up to the first rejection of ea
 block is accepted. torch's expression works on all rows of the batch, as the engines' do.
 """
 
+from types import SimpleNamespace
+
 import torch
-from cases import Case, copies_of
+from cases import Case, Sizes
 
 import dflash_kernels as dk
 from dflash_kernels.ops import sample
@@ -15,10 +17,13 @@ FILTERS = {"plain": {}, "top-k, top-p": {"top_k": 50, "top_p": 0.9},
 HEAT = 0.8
 
 
-def cases(device):
-    for vocab in (151936, 49152):
+SHAPES = {"cpu": ((8, 8, 151936), (8, 8, 49152)), "cuda": ((8, 8, 151936), (64, 8, 151936)), "tiny": ((2, 3, 100),)}
+
+
+def cases(sizes: Sizes):
+    for shape in SHAPES[sizes.name]:
         for name, filters in FILTERS.items():
-            yield sample_case(8, 8, vocab, name, filters)
+            yield sample_case(sizes, *shape, name, filters)
 
 
 def params_of(requests, filters):
@@ -42,10 +47,10 @@ def plain_law(logits, top_k=None, top_p=None, min_p=None):
     return p / p.sum(-1, keepdim=True)
 
 
-def sample_case(requests, width, vocab, name, filters):
+def sample_case(sizes, requests, width, vocab, name, filters):
     """Logits whose likeliest token has about half of the mass, and drafts that are it: some are rejected."""
-    copies = copies_of(requests * width * vocab * 2)
-    logits = [torch.randn(requests, width, vocab).mul_(2).bfloat16() for _ in range(copies)]
+    copies = sizes.copies_of(requests * width * vocab * 2)
+    logits = [torch.randn(requests, width, vocab).mul_(2).to(sizes.dtype) for _ in range(copies)]
     drafts = torch.randint(0, vocab, (copies, requests, width))
     for x, d in zip(logits, drafts, strict=True):
         x.scatter_(2, d.roll(-1, 1)[..., None], HEAT * 15.0)
@@ -56,19 +61,21 @@ def sample_case(requests, width, vocab, name, filters):
                for d, x in zip(drafts, logits, strict=True)) / copies
 
     def run(i):
-        return dk.verify_sample(drafts[i], logits[i], lens, params, out=made, workspace=memory)
+        dk.verify_sample(drafts[i], logits[i], lens, params, out=made, workspace=memory)
+        return made.commit_lens, made.tokens
 
-    def plain(i):
-        p = plain_law(logits[i], **filters)
-        y = torch.multinomial(p.view(-1, vocab), 1).view(requests, width)
-        return (drafts[i][:, 1:] == y[:, :-1]).long().cumprod(1).sum(1), y
+    def plain(x, d):
+        y = torch.multinomial(plain_law(x, **filters).view(-1, vocab), 1).view(requests, width)
+        return (d[:, 1:] == y[:, :-1]).long().cumprod(1).sum(1) + 1, y
 
-    def check():
-        got = run(0)
+    def check(got):
+        """Every draw is another, so what is compared is whether it can be drawn at all."""
         p = plain_law(logits[0], **filters)
-        for b, n in enumerate(got.commit_lens.tolist()):
-            assert (p[b, range(n), got.tokens[b, :n]] > 0).all()
+        for b, n in enumerate(got[0].tolist()):
+            assert (p[b, range(n), got[1][b, :n]] > 0).all(), f"request {b}: a token that cannot be drawn"
 
+    problem = SimpleNamespace(plain=plain, args=lambda i: (logits[i], drafts[i]))
     moved = sample.bytes(requests, width, vocab, 2, rows=round(rows))
     return Case("verify_sample", f"{requests} x {width} x {vocab}, {name}", run, moved, copies,
-                sample.flops(requests, width, vocab), {"torch": plain}, check, headline=vocab == 151936)
+                sample.flops(requests, width, vocab), sizes.peers_of("verify_sample", problem), check,
+                headline=vocab == 151936 and requests == 8)

@@ -3,7 +3,7 @@
 Each is a recorded step, replayed on the same memory. The floor of a pass is its weights' bytes over the read bandwidth.
 """
 
-from cases import Case, packed_bytes
+from cases import Case, Sizes, packed_bytes
 
 import dflash_kernels as dk
 from dflash_decode.draft import Drafter
@@ -27,9 +27,9 @@ def recorded(step, context):
     return graph
 
 
-def cases(device):
+def cases(sizes: Sizes):
     checkpoint = load_checkpoint("smollm2")
-    target = NativeTarget(checkpoint.config, checkpoint.tensors, device=device, max_context=2048)
+    target = NativeTarget(checkpoint.config, checkpoint.tensors, device=sizes.device, max_context=2048)
     drafter = Drafter.random(target, num_layers=3, block_size=BLOCK)
     layers, head = packed_bytes(*target._layers), target.head.data.nbytes
     draft = packed_bytes(drafter, *drafter.layers)  # with the head, which the drafter reads again

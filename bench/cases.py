@@ -1,7 +1,9 @@
 """What a benchmark is made of: cases, checked before they are timed, and rows that tell how far the limit is."""
 
+import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,56 @@ import torch
 import dflash_kernels
 from dflash_decode.bench import commit, cpu_model
 from dflash_kernels import StepGraph
+from dflash_kernels.testing import assert_within_budget
 from dflash_kernels.testing.timing import CopyBandwidth, ReadBandwidth, interleaved, interleaved_cuda
 
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
 FOOTPRINT = 192 << 20  # bytes that the copies of a case's inputs take together, so that no cache keeps them
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a benchmark's shapes are chosen by: the device, and whether they are tiny, to see that everything runs.
+
+    Tiny cases are float16, because tiny is for the interpreter too, which computes bfloat16 wrongly.
+    """
+
+    device: str = "cpu"
+    tiny: bool = False
+
+    @property
+    def name(self) -> str:
+        return "tiny" if self.tiny else self.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.tiny else torch.bfloat16
+
+    @property
+    def matrix(self) -> int:
+        """Rows of the matrices whose product is the matrix rate."""
+        return 64 if self.tiny else 8192
+
+    @property
+    def buffer(self) -> int:
+        """Megabytes of the buffer whose reading or copying is the limit."""
+        return 1 if self.tiny else 256 if self.device == "cpu" else 512
+
+    def random(self, *shape) -> torch.Tensor:
+        return torch.randn(shape).to(self.dtype)
+
+    def copies_of(self, nbytes: int) -> int:
+        """How many copies of nbytes-large inputs to rotate over."""
+        return 2 if self.tiny else max(3, min(FOOTPRINT // nbytes, 256))
+
+    def peers_of(self, op: str, problem) -> dict[str, Callable[[int], object] | str]:
+        """The problem's own expression in torch, and on a GPU what bench/peers has for the op."""
+        found = {"torch": lambda i: problem.plain(*problem.args(i))}
+        if self.device == "cpu":
+            return found
+        import gpu_peers
+
+        return found | gpu_peers.peers_of(op, problem)
 
 
 def device_name(device: str = "cpu") -> str:
@@ -25,17 +74,38 @@ def results_folder(device: str = "cpu") -> Path:
     return Path(__file__).parent / "results" / re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
 
 
-def copies_of(nbytes: int) -> int:
-    """How many copies of nbytes-large inputs to rotate over."""
-    return max(3, min(FOOTPRINT // nbytes, 256))
+def settled(result) -> tuple:
+    """The tensors of a result: one, several, or a function that gets them."""
+    result = result() if callable(result) else result
+    return result if isinstance(result, tuple) else (result,)
+
+
+def agreeing(truth: Callable[[], tuple], like: Callable[[], tuple] | None = None) -> Callable[[tuple], None]:
+    """A check: integers are equal to the truth's, floats within the error budget that like, the same work written in
+    torch in the same dtype, gives them."""
+    wanted = functools.cache(lambda: (settled(truth()), settled(like()) if like else None))
+
+    def check(got: tuple) -> None:
+        want, peer = wanted()
+        assert len(got) == len(want), f"{len(got)} results for {len(want)}"
+        for at, (ours, exact) in enumerate(zip(got, want, strict=True)):
+            if exact.is_floating_point():
+                assert_within_budget(ours, exact, peer[at], name=f"result {at}")
+            else:
+                assert torch.equal(ours.to(exact.dtype), exact), f"result {at}: other integers"
+
+    return check
 
 
 @dataclass(frozen=True)
 class Case:
-    """run(i) and each peer(i) do the same work on copy i of the inputs, i < copies; check() raises where they disagree.
+    """run(i) and each peer(i) do the same work on copy i of the inputs, i < copies. check is given the settled results
+    of run(0) and of each peer(0), and raises AssertionError for a wrong one. A peer that is a text is absent: the text
+    says why.
 
     With more than one copy, our calls are recorded, one a copy, and timed as one replay: what is measured is the kernel
-    and its launch, as in a decoding step, not Python. Peers are called in a plain loop.
+    and its launch, as in a decoding step, not Python. On a GPU that goes for peers too; on a CPU they are called in a
+    plain loop.
     """
 
     op: str
@@ -44,8 +114,8 @@ class Case:
     bytes: int
     copies: int = 1
     flops: int = 0
-    peers: dict[str, Callable[[int], object]] = field(default_factory=dict)
-    check: Callable[[], None] = lambda: None
+    peers: dict[str, Callable[[int], object] | str] = field(default_factory=dict)
+    check: Callable[[tuple], None] = lambda got: None
     headline: bool = False  # shown in the README
     replays: bool = False  # run is the replay of a graph
 
@@ -55,7 +125,8 @@ def packed_bytes(*records) -> int:
     return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dflash_kernels.PackedWeight))
 
 
-def header(device: str = "cpu") -> dict:
+def header(sizes: Sizes) -> dict:
+    device = sizes.device
     info = dflash_kernels.build_info()
     where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit()}
     if device != "cpu":
@@ -63,25 +134,44 @@ def header(device: str = "cpu") -> dict:
 
         limits = torch.cuda.get_device_properties(device)
         where |= {"cpu": cpu_model(), "cuda": torch.version.cuda, "triton": triton.__version__,
-                  "multiprocessors": limits.multi_processor_count, "matrix_tflops": round(matrix_rate(device), 1)}
+                  "multiprocessors": limits.multi_processor_count, "matrix_tflops": round(matrix_rate(sizes), 1),
+                  **versions()}
     return where | {k: info[k] for k in ("version", "torch", "python", "platform", "isa", "threads", "compiler")}
 
 
-def matrix_rate(device: str) -> float:
-    """TFLOP/s of torch's bfloat16 product of two random 8192 x 8192 matrices."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / interleaved_cuda({"product": lambda i: a @ b}, runs=10)["product"].median / 1e12
+def versions() -> dict[str, str]:
+    """Of the engines whose kernels are peers."""
+    import gpu_peers
+
+    return gpu_peers.versions()
 
 
-def measure(cases: Iterable[Case], runs: int = 40, device: str = "cpu") -> list[dict]:
-    """One row a case. The limit, a CPU's read bandwidth or a GPU's copy bandwidth, is measured between the calls of the
-    case itself."""
+def matrix_rate(sizes: Sizes) -> float:
+    """TFLOP/s of torch's product of two random square matrices."""
+    with torch.device(sizes.device):
+        a, b = (sizes.random(sizes.matrix, sizes.matrix) for _ in range(2))
+    return 2 * sizes.matrix**3 / interleaved_cuda({"product": lambda i: a @ b}, runs=10)["product"].median / 1e12
+
+
+def measure(cases: Iterable[Case], runs: int, sizes: Sizes) -> list[dict]:
+    """One row a case, without times where our own result is wrong. The limit, a CPU's read bandwidth or a GPU's copy
+    bandwidth, is measured between the calls of the case itself."""
+    device = sizes.device
     on_cpu = device == "cpu"
-    rows, limit = [], ReadBandwidth() if on_cpu else CopyBandwidth(device)
+    rows, limit = [], ReadBandwidth(sizes.buffer) if on_cpu else CopyBandwidth(device, sizes.buffer)
     for case in cases:
-        case.check()
-        names = {name: over_copies(peer, case.copies) for name, peer in case.peers.items()}
-        peers = names if on_cpu else {name: captured(peer, device) for name, peer in names.items()}
+        try:
+            case.check(settled(case.run(0)))
+        except AssertionError as error:  # told at the end: the other cases are worth their time
+            rows.append({"op": case.op, "case": case.case, "wrong": first_line(error)})
+            print(f"{case.op:<16} {case.case:<34} WRONG: {rows[-1]['wrong']}", flush=True)
+            continue
+        peers, without = {}, {}
+        for name, peer in case.peers.items():
+            try:
+                peers[name] = ready(case, name, peer, device)
+            except Unusable as why:
+                without[name] = str(why)
         clock = interleaved if on_cpu else interleaved_cuda
         timed = clock({"us": recorded(case, device), "limit": limit, **peers}, runs=runs)
         gbps = limit.gbps(timed["limit"])
@@ -89,10 +179,36 @@ def measure(cases: Iterable[Case], runs: int = 40, device: str = "cpu") -> list[
         row = {"op": case.op, "case": case.case, "us": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6,
                "gbps": case.bytes / median / 1e9, "limit_gbps": gbps, "pct_of_limit": case.bytes / median / 1e7 / gbps,
                "tflops": case.flops / median / 1e12, "headline": case.headline,
-               "peers": {name: timed[name].median / case.copies * 1e6 for name in peers}}
+               "peers": {name: timed[name].median / case.copies * 1e6 for name in peers}, "without": without}
         rows.append(row)
         print(line(row), flush=True)
     return rows
+
+
+class Unusable(Exception):
+    """Why a peer has no time in a row."""
+
+
+def ready(case: Case, name: str, peer: Callable[[int], object] | str, device: str) -> Callable[[int], object]:
+    """The peer as it is timed, after its result is compared. Whatever goes wrong in it is a line in the table: a peer
+    must not end a benchmark of ours."""
+    if isinstance(peer, str):
+        raise Unusable(f"{name}: {peer}")
+    where = f"in {case.op}, {case.case}"
+    try:
+        case.check(settled(peer(0)))
+        run = over_copies(peer, case.copies)
+        return run if device == "cpu" else captured(run, device)
+    except AssertionError as error:
+        raise Unusable(f"{name} differs {where}: {first_line(error)}") from error
+    except Exception as error:
+        if name == "torch":
+            raise
+        raise Unusable(f"{name} fails {where}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
 
 
 def over_copies(function, copies):
@@ -119,6 +235,11 @@ def recorded(case: Case, device: str):
 
 
 def line(row: dict) -> str:
-    peers = " ".join(f"{us / row['us']:.2f}x {name}" for name, us in row["peers"].items())
+    peers = ", ".join(f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
     return (f"{row['op']:<16} {row['case']:<34} {row['us']:9.1f} us [{row['p20']:.1f}-{row['p80']:.1f}] "
             f"{row['gbps']:7.1f} GB/s {row['pct_of_limit']:5.0f} % of the limit {row['tflops']:7.3f} TFLOP/s  {peers}")
+
+
+def footnotes(rows: list[dict]) -> list[str]:
+    """Why peers have no time, each reason once."""
+    return list(dict.fromkeys(why for row in rows for why in row.get("without", {}).values()))

@@ -31,8 +31,10 @@ def kernel_table(folder: Path) -> list[str]:
         if not rows:
             continue
         h = next(r["header"] for r in results if "rows" in r)
-        lines += [f"{h['device']}, {h['threads']} threads, {h['isa']}, torch {h['torch']}, bfloat16. The limit is the "
-                  "read bandwidth, measured between the calls of the same run.", "",
+        what, limit = (f"CUDA {h['cuda']}, triton {h['triton']}", "copy") if "cuda" in h else \
+            (f"{h['threads']} threads, {h['isa']}", "read")
+        lines += [f"{h['device']}, {what}, torch {h['torch']}, bfloat16. The limit is the {limit} bandwidth, measured "
+                  "between the calls of the same run.", "",
                   "| op | case | µs, median | GB/s | of the limit | speed against |", "|---|---|---|---|---|---|"]
         for row in rows:
             # A step is compared with the plain step that it contains, an op with another's way of doing it.
@@ -40,7 +42,8 @@ def kernel_table(folder: Path) -> list[str]:
                               f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
             lines.append(f"| `{row['op']}` | {row['case']} | {row['us']:.0f} | {row['gbps']:.1f} | "
                          f"{row['pct_of_limit']:.0f} % | {peers} |")
-        lines.append("")
+        without = dict.fromkeys(why for row in rows for why in row.get("without", {}).values())
+        lines += ["", "Without a time: " + "; ".join(without) + ".", ""] if without else [""]
     return lines
 
 

@@ -11,6 +11,7 @@ from dflash_kernels.testing import every_isa, use_isa
 # process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/test_triton_norm.py`.
 _triton_tests = {p.name for p in Path(__file__).parent.glob("test_triton*.py")}
 _compiled = {"test_triton.py", "test_triton_aot.py"}
+TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[int]]()
 collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
 
 
@@ -33,11 +34,26 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+@pytest.fixture
+def tell(request):
+    """tell(line): shown below the tests' dots, whatever is captured."""
+    return request.config.stash.setdefault(TOLD, []).append
+
+
+@pytest.fixture
+def interpreted(request):
+    """interpreted(n): n more tests ran in Triton's interpreter."""
+    return request.config.stash.setdefault(INTERPRETED, []).append
 
 
 def pytest_terminal_summary(terminalreporter):
-    for line in sampling_law.summary():
+    stash = terminalreporter.config.stash
+    for line in (*stash.get(TOLD, []), *sampling_law.summary()):
         terminalreporter.write_line(line)
+    if counts := stash.get(INTERPRETED, []):
+        terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter, of {len(counts)} nouns")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

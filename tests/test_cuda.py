@@ -22,10 +22,11 @@ needs_library = pytest.mark.skipif(not BUILT, reason="the CUDA C++ library is no
 
 @needs_nvcc
 @pytest.mark.timeout(1200)
-def test_kernels_compile_for_every_architecture_without_spills(capsys):
+def test_kernels_compile_for_every_architecture_without_spills(capsys, tell):
     reports = ptxas.report_all(ptxas.kernels())
     with capsys.disabled():
         print("\n" + ptxas.table(reports))
+    tell(ptxas.summary(reports))
     wrong = [r.complaint() for r in reports if r.complaint()]
     assert not wrong, "\n".join(wrong)
 

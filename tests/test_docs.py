@@ -44,7 +44,7 @@ def commands(page):
 
 @pytest.mark.parametrize("page", WRITTEN)
 def test_make_targets_exist(page):
-    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
     for command in commands(page):
         words = shlex.split(command)
         if words[0] == "make":
@@ -137,6 +137,18 @@ def test_the_two_commands_are_on_the_first_screen():
 def test_what_is_made_from_data_is_up_to_date():
     for page, fresh in generator().pages().items():
         assert page.read_text(encoding="utf-8") == fresh, f"{page.relative_to(ROOT)} is out of date: run `make docs`"
+
+
+def test_a_gpu_s_table_says_why_peers_are_missing(tmp_path):
+    row = {"op": "o", "case": "c", "us": 2.0, "gbps": 1.0, "pct_of_limit": 50.0, "headline": True,
+           "peers": {"torch": 4.0}, "without": {"vllm": "vllm: gone"}}
+    header = {"device": "H", "cuda": "13.0", "triton": "3.6", "torch": "2.11"}
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "memory.json").write_text(json.dumps({"header": header, "rows": [
+        row, row | {"headline": False, "without": {}}, {"op": "o", "case": "d", "wrong": "result 0"}]}))
+    lines = generator().kernel_table(tmp_path)
+    assert lines[0].startswith("H, CUDA 13.0, triton 3.6, torch 2.11") and "copy bandwidth" in lines[0]
+    assert "| `o` | c | 2 | 1.0 | 50 % | 2.00 x torch |" in lines and "Without a time: vllm: gone." in lines
 
 
 def test_results_block_of_planted_results(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,9 @@ def test_every_op_has_a_launcher():
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 @pytest.mark.parametrize("noun", NOUNS)
-def test_interpreted(noun):
+def test_interpreted(noun, interpreted):
     ran = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/test_triton_{noun}.py"],
                          cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
                          capture_output=True, text=True, timeout=580)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    interpreted(int(re.search(r"(\d+) passed", ran.stdout)[1]))

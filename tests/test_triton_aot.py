@@ -14,11 +14,10 @@ CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 
 
 @pytest.mark.timeout(1800)
-def test_compiles_for_every_architecture_without_spills_and_within_shared_memory(capsys):
+def test_compiles_for_every_architecture_without_spills_and_within_shared_memory(tell):
     reports = _aot.report_all(CACHE)
     assert len({(r.name, r.arch) for r in reports}) == len(reports), "two cases have the same name"
-    with capsys.disabled():
-        print("\n" + _aot.summary(reports))
+    tell(f"Triton: {_aot.summary(reports)}")
     wrong = [r.complaint() for r in reports if r.complaint()]
     assert not wrong, "\n".join(wrong)
 

@@ -1,0 +1,160 @@
+"""What else answers an op on a GPU: libraries, and the engines' own Triton kernels, loaded without the engines.
+
+    python bench/peers/gpu_peers.py WHEEL ...     copies the files that are needed out of wheels of sglang and vllm
+
+A peer of an op is a function, registered with @peer(op, name), that is given a benchmark's problem and returns call(i):
+the op's work on copy i of the inputs, as tensors in the order of our own result, or as a function that gets them
+afterwards. One that cannot be had raises Absent with the reason, when it is made.
+
+The engines' files lie in DFLASH_PEER_KERNELS, or else in build/peers/kernels, in their package's folders. A file is
+imported as the module that it is in its engine; what it imports of the engine and is not there is an empty stand-in.
+"""
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+FILES = {
+    "sglang": ["kernels/ops/speculative/dflash.py", "kernels/ops/speculative/fused_kv_materialize.py"],
+    "vllm": ["v1/worker/gpu/spec_decode/dflash/speculator.py", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py",
+             "v1/worker/gpu/cp_utils.py", "v1/worker/gpu/sample/gumbel.py", "v1/worker/gpu/sample/watermark.py",
+             "v1/spec_decode/fly.py", "v1/watermarking/prfs/philox.py",
+             "v1/attention/ops/triton_reshape_and_cache_flash.py"],
+}
+_makers: dict[str, dict[str, Callable]] = {}
+
+
+class Absent(Exception):
+    """Why a peer is not there, in a line."""
+
+
+def folder() -> Path:
+    return Path(os.environ.get("DFLASH_PEER_KERNELS") or Path(__file__).resolve().parents[2] / "build/peers/kernels")
+
+
+def peer(op: str, name: str) -> Callable:
+    def register(make: Callable) -> Callable:
+        _makers.setdefault(op, {})[name] = make
+        return make
+
+    return register
+
+
+def peers_of(op: str, problem: SimpleNamespace) -> dict[str, Callable | str]:
+    """The callable of every peer of an op, or the reason why it has none."""
+    import gpu_engines  # noqa: F401
+    import gpu_libraries  # noqa: F401
+
+    found = {}
+    for name, make in _makers.get(op, {}).items():
+        try:
+            found[name] = make(problem)
+        except Absent as why:
+            found[name] = str(why)
+        except Exception as error:  # a peer of another version must not end a benchmark of ours
+            found[name] = f"does not start: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found
+
+
+class _Nothing:
+    """A name of the engine that is imported, and not used by what is called here."""
+
+    def __init__(self, *_args, **_kwargs):
+        pass
+
+
+class _StandIn(ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing
+
+
+def _values(module: str) -> dict:
+    """What the files take from modules that are not there."""
+    import triton
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    return {
+        "vllm.triton_utils": {"triton": triton, "tl": tl, "tldevice": libdevice, "HAS_TRITON": True},
+        "vllm.config.compilation": {"CUDAGraphMode": SimpleNamespace(NONE=None)},
+        "vllm.v1.attention.backends.utils": {"PAD_SLOT_ID": -1},
+        "vllm.v1.kv_cache_interface": {"is_quantized_kv_cache": lambda dtype: dtype.startswith("fp8")},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_xpu=lambda: False)},
+        "vllm.model_executor.layers.quantization.utils.quant_utils": {
+            "FP8_DTYPE": torch.float8_e4m3fn, "get_fp8_min_max": lambda: (-448.0, 448.0)},
+    }.get(module, {})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, engine: str):
+        self.engine = engine
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] != self.engine:
+            return None
+        file = folder().joinpath(*fullname.split(".")).with_suffix(".py")
+        if file.exists():
+            return importlib.util.spec_from_file_location(fullname, file)
+        return importlib.util.spec_from_loader(fullname, self, is_package=True)
+
+    def create_module(self, spec):
+        return _StandIn(spec.name)
+
+    def exec_module(self, module):
+        vars(module).update(_values(module.__name__))
+
+
+@contextmanager
+def _only_here(engine: str):
+    """The engine's modules are those of the folder; an installed engine is put back afterwards."""
+    of_engine = lambda: [n for n in sys.modules if n.split(".")[0] == engine]  # noqa: E731
+    before, finder = {n: sys.modules.pop(n) for n in of_engine()}, _Finder(engine)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in of_engine():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@cache
+def load(engine: str, path: str) -> ModuleType:
+    """One of FILES as a module. Raises Absent."""
+    if not (folder() / engine / path).exists():
+        raise Absent(f"{engine}/{path} is not in {folder().name}: make peer-kernels")
+    with _only_here(engine):
+        return importlib.import_module(".".join((engine, *Path(path).with_suffix("").parts)))
+
+
+def unpack(wheels: list[Path]) -> None:
+    """Copies FILES out of wheels, with the wheel's name, to say which version was measured."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            engine = wheel.name.split("-")[0]
+            for path in FILES[engine]:
+                target = folder() / engine / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(f"{engine}/{path}"))
+            (folder() / engine / "VERSION").write_text(wheel.name.split("-")[1])
+
+
+def versions() -> dict[str, str]:
+    files = {engine: folder() / engine / "VERSION" for engine in FILES}
+    return {engine: file.read_text().strip() for engine, file in files.items() if file.exists()}
+
+
+if __name__ == "__main__":
+    unpack([Path(word) for word in sys.argv[1:]])

@@ -1,0 +1,170 @@
+"""The stand-in for a GPU, and the GPU benchmarks and their peers on it, with tiny shapes."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_peers
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed"),
+              pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")]
+needs_kernels = pytest.mark.skipif(not all(gpu_peers.versions().get(e) for e in gpu_peers.FILES),
+                                   reason=f"{gpu_peers.folder()} has not both engines' kernels: make peer-kernels")
+DRY = [sys.executable, "-m", "dflash_kernels.testing.dry"]
+
+
+def dry(*words, **environment):
+    return subprocess.run([*DRY, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=500,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{ROOT / 'bench'}",
+                               **environment})
+
+
+def script(tmp_path, text, **environment):
+    """What a script prints there, line by line."""
+    file = tmp_path / "script.py"
+    file.write_text(text)
+    ran = dry(file, **environment)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+STAND_IN = """
+import torch
+import dflash_kernels as dk
+
+def refused(function):
+    try:
+        function()
+    except (RuntimeError, ValueError) as error:
+        print(str(error).split(":")[0])
+
+x, w = torch.randn(3, 64, device="cuda"), torch.randn(64).cuda()
+print(x.device, x[1:, 3:].to("cpu").device, torch.tensor([1], device="cuda").device, dk.pack_weight(x).data.shape)
+print(torch.allclose(dk.rms_norm(x, w).cpu(), dk.rms_norm(x.cpu(), w.cpu())))
+refused(lambda: x + w.cpu())
+refused(lambda: dk.rms_norm(x, w.cpu()))
+
+def captured(step):
+    graph = dk.StepGraph("cuda")
+    with graph.capture():
+        result = step()
+    return graph, result
+
+graph, y = captured(lambda: dk.rms_norm(x * 2, w, 1e-5) + 1)
+x.copy_(torch.randn(3, 64))
+print(torch.equal(y, dk.rms_norm(x * 2, w, 1e-5) + 1))
+graph.replay()
+print(torch.equal(y, dk.rms_norm(x * 2, w, 1e-5) + 1))
+for sync in (lambda: x.sum().item(), lambda: x.cpu(), lambda: x[x > 0], lambda: x.tolist()):
+    refused(lambda: captured(sync))
+with torch.device("cuda"):
+    print(torch.zeros(2).device, torch.compile(lambda a: a.view(-1) * 2, fullgraph=True)(x).device)
+"""
+
+
+def test_it_refuses_what_a_gpu_refuses_and_replays_graphs(tmp_path):
+    device = "Expected all tensors to be on the same device, but found cuda"
+    capture = "operation not permitted when stream is capturing"
+    assert script(tmp_path, STAND_IN) == [
+        "cuda:0 cpu cuda:0 torch.Size([3, 64])", "True", device, "rms_norm", "False", "True", *[capture] * 4,
+        "cuda:0 cuda:0"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The rows of the benchmarks, by op."""
+    folder = tmp_path_factory.mktemp("results")
+    kept = {f: f.read_bytes() for f in (ROOT / "bench/results").rglob("*.json")}
+    ran = dry("bench/run.py", "memory", "attention", "draft", "--device", "cuda", "--tiny", "--runs", "1", "--folder",
+              folder)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert {f: f.read_bytes() for f in (ROOT / "bench/results").rglob("*.json")} == kept
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in ("memory", "attention", "draft")]
+    assert {r["header"]["device"] for r in results} == {"dry"}
+    return {row["op"]: row for r in results for row in r["rows"]}
+
+
+def test_the_benchmarks_run(rows):
+    assert {"add_rms_norm", "silu_and_mul", "qk_norm_rope", "write_context_kv", "prepare_block", "verify_greedy",
+            "block_attention", "draft step", "draft layers", "draft head", "draft context"} == set(rows)
+    assert all(row["us"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("op", ["add_rms_norm", "silu_and_mul", "qk_norm_rope", "prepare_block", "verify_greedy"])
+def test_torch_compile_agrees(rows, op):
+    assert {"torch", "torch.compile"} <= set(rows[op]["peers"]), rows[op]["without"]
+
+
+def test_sdpa_and_flex_attention_agree(rows):
+    assert {"torch", "flex attention"} <= set(rows["block_attention"]["peers"]), rows["block_attention"]["without"]
+
+
+@pytest.mark.parametrize("op,names", [("add_rms_norm", ["flashinfer"]),
+                                      ("block_attention", ["flashinfer", "flash-attn"])])
+def test_libraries_that_are_not_here_say_so(rows, op, names):
+    for name in names:
+        if not importlib.util.find_spec(name.replace("-", "_")):
+            assert "does not import" in rows[op]["without"][name]
+
+
+@needs_kernels
+@pytest.mark.parametrize("op,names", [
+    ("verify_greedy", ["sglang", "vllm"]), ("prepare_block", ["sglang", "vllm"]),
+    ("write_context_kv", ["sglang, torch's cache writes", "vllm's cache writes, torch's norm and rope"])])
+def test_the_engines_kernels_agree_with_ours(rows, op, names):
+    for name in names:
+        assert name in rows[op]["peers"], rows[op]["without"]
+
+
+FAULTS = {  # file: what it says, and what it says instead
+    "sglang/kernels/ops/speculative/dflash.py": [("commit_len = accept_len + 1", "commit_len = accept_len + 2"),
+                                                 ("cols == 0, bonus_token", "cols == 1, bonus_token")],
+    "sglang/kernels/ops/speculative/fused_kv_materialize.py": [("k_second * sin_v", "k_second * cos_v")],
+    "vllm/v1/worker/gpu/spec_decode/dflash/speculator.py": [("query_pos = last_valid_pos + 1", "query_pos = 2")],
+    "vllm/v1/attention/ops/triton_reshape_and_cache_flash.py": [("value_tile,\n", "key_tile,\n")],
+}
+PEERS = """
+import sys
+import torch
+from cases import Sizes, measure
+import bench_memory as b
+
+sizes = Sizes("cuda", True)
+with torch.device("cuda"):
+    made = [b.context_case(sizes, 5, *b.CONTEXT["tiny"]), b.block_case(sizes, *b.BLOCK["tiny"]),
+            b.verify_case(sizes, *b.VERIFY["tiny"])]
+    for row in measure(made, 1, sizes):
+        for name, why in row["without"].items():
+            print("without", row["op"], name, why)
+"""
+
+
+@needs_kernels
+def test_planted_faults_in_the_engines_kernels_are_seen(tmp_path):
+    folder = tmp_path / "kernels"
+    shutil.copytree(gpu_peers.folder(), folder)
+    for path, faults in FAULTS.items():
+        text = (folder / path).read_text()
+        for right, wrong in faults:
+            assert right in text, (path, right)
+            text = text.replace(right, wrong)
+        (folder / path).write_text(text)
+    said = [line for line in script(tmp_path, PEERS, DFLASH_PEER_KERNELS=str(folder)) if line.startswith("without")]
+    for what in ("write_context_kv sglang", "write_context_kv vllm", "prepare_block sglang", "prepare_block vllm",
+                 "verify_greedy sglang"):
+        assert any(what in line and "differs" in line for line in said), (what, said)
+
+
+def test_without_a_folder_the_engines_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFLASH_PEER_KERNELS", str(tmp_path))
+    gpu_peers.load.cache_clear()
+    with pytest.raises(gpu_peers.Absent, match="make peer-kernels"):
+        gpu_peers.load("vllm", gpu_peers.FILES["vllm"][0])
+    assert gpu_peers.versions() == {}
