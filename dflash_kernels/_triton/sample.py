@@ -49,7 +49,6 @@ from .sample_law import (
     draw,
     filtered,
     masses,
-    of_key,
     pick,
     probability,
     reciprocal_of,
@@ -87,7 +86,8 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
 
 
 @triton.jit
-def _draft(x, law, row, proposal, stats, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr, K: tl.constexpr):
+def _draft(x, law, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr,
+           K: tl.constexpr):
     """Stores p and q of a row's draft x, and the law of the proposal's logits."""
     valid = (x >= 0) & (x < vocab)
     v = tl.where(valid, x, 0).to(tl.int32)
@@ -107,7 +107,7 @@ def _draft(x, law, row, proposal, stats, tops_at, plane, k, vocab, chunks, CHUNK
         top = tl.max(tops, 0)
         q_row = (logits, None, None, None, None, (strides[4], strides[5]), b, i)
         only, reciprocal = tl.full((), -1, tl.int32), tl.full((), 0.0, tl.float32)
-        if top == float("-inf"):
+        if greedy | (top == float("-inf")):
             only = argmax(q_row, tops, sums, vocab, CHUNKS)
         else:
             reciprocal = reciprocal_of(masses(sums, tops, top, scale))
@@ -132,11 +132,11 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
         tops = tl.load(tops_at + c, c < chunks, float("-inf"))
         sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
         top, heat = tl.max(tops, 0), tl.load(temperature + b)
-        fixed, heat = (heat < GREEDY) | (top == float("-inf")), tl.maximum(heat, GREEDY)
+        greedy, heat = heat < GREEDY, tl.maximum(heat, GREEDY)
         scale, cut = scale_of(heat), tl.full((), float("-inf"), tl.float32)
         only, reciprocal = tl.full((), -1, tl.int32), tl.full((), 0.0, tl.float32)
         token = only
-        if fixed:
+        if greedy | (top == float("-inf")):
             only = argmax(row, tops, sums, vocab, CHUNKS)
             token = only
         else:
@@ -160,8 +160,8 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
             store_law(stats + TARGET, top, scale, cut, reciprocal, only)
             if i + 1 < width:
                 proposal = (candidates, probs, draft_logits, (c_b, c_i, p_b, p_i, d_b, d_i), b, i)
-                _draft(tl.load(draft_ids + b * x_b + i + 1), (top, scale, cut, reciprocal, only), row, proposal, stats,
-                       tops_at, plane, k, vocab, chunks, CHUNKS, K)
+                _draft(tl.load(draft_ids + b * x_b + i + 1), (top, scale, cut, reciprocal, only), greedy, row, proposal,
+                       stats, tops_at, plane, k, vocab, chunks, CHUNKS, K)
 
 
 @triton.jit
@@ -172,35 +172,33 @@ def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, to
     x = tl.load(values + at + n, n < k, float("-inf"))
     heat = tl.load(temperature + b)
     top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 0)
-    cut, place = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.int32)
+    place = tl.full((), 0, tl.int32)
     if (heat < GREEDY) | (top == float("-inf")):
         has_nan = tl.max((x != x).to(tl.int32), 0) > 0
         place = tl.min(tl.where(tl.where(has_nan, x != x, x == top), n, K - 1), 0)
-        p = (n == place).to(tl.float32)
+        p = (n == place).to(tl.float64)
     else:
-        scale, key, high = scale_of(heat), order_key(x), order_key(top).to(tl.int64)
-        low = tl.min(tl.where(x > float("-inf"), key, 0x7FFFFFFF), 0).to(tl.int64) - 1
+        w = tl.where(x == top, 1.0, tl.exp((x.to(tl.float64) - top) / heat.to(tl.float64)))
+        w = tl.where(x > float("-inf"), w, 0.0)
         if min_p is not None:
-            floor = tl.load(min_p + b)
-            cut = tl.where(floor > 0, tl.minimum(top + heat * tl.log(floor), top), cut)
+            w = tl.where((w >= tl.load(min_p + b).to(tl.float64)) | (x == top), w, 0.0)
+        key, high = order_key(x), order_key(top).to(tl.int64)
+        low = tl.min(tl.where(x > float("-inf"), key, 0x7FFFFFFF), 0).to(tl.int64) - 1
         if top_k is not None:
             kept = tl.load(top_k + b)
             if (kept > 0) & (kept < k):
-                usable = (x > float("-inf")).to(tl.int32)
-                cut = tl.maximum(cut, of_key(smallest(key, usable, kept, low, high), 0))
+                w = tl.where(key >= smallest(key, (x > float("-inf")).to(tl.int32), kept, low, high), w, 0.0)
         if top_p is not None:
             share = tl.load(top_p + b)
             if share < 1:
-                mass = (weight(x, top, scale, cut) * FIXED_POINT).to(tl.int64)
+                mass = (w * FIXED_POINT).to(tl.int64)
                 limit = share.to(tl.float64) * tl.sum(mass, 0).to(tl.float64)
-                cut = tl.maximum(cut, of_key(smallest(key, mass, limit, low, high), 0))
-        w = weight(x, top, scale, cut)
+                w = tl.where(key >= smallest(key, mass, limit, low, high), w, 0.0)
         start = tl.load(context_lens + b)
-        u = uniform(tl.load(seeds + b), start + 1 + i, DRAFT, start)
-        place, _ = pick((w * FIXED_POINT).to(tl.int64), u)
-        p = tl.div_rn(w, tl.sum(tree_sum(w[None, :]), 1))
+        place, _ = pick((w * FIXED_POINT).to(tl.int64), uniform(tl.load(seeds + b), start + 1 + i, DRAFT, start))
+        p = w / tl.sum(tree_sum(w[None, :]), 1)
     tl.store(out_ids + b * o_b + i, tl.load(ids + at + place))
-    tl.store(out_probs + at + n, p, n < k)
+    tl.store(out_probs + at + n, p.to(tl.float32), n < k)
 
 
 def _strides(*tensors):
