@@ -185,6 +185,9 @@ def test_random_numbers_are_the_references(purpose):
     assert torch.equal(out, reference.uniform(seeds, positions.expand(8, 8), purpose, starts[:, None]))
 
 
+HEAT = 0.7
+
+
 def draws(purpose):
     """u of the tokens at position 8 of three requests."""
     seeds = torch.arange(3) * 7919
@@ -196,8 +199,9 @@ def test_a_draw_changes_within_rounding_of_where_it_should(closer):
     """u is a millionth from the boundary between two tokens that are 1,500 apart, with tiny ones around them."""
     share = reference.uniform(torch.arange(3) * 7919, torch.full((3, 1), 8), reference.SAMPLE)[:, 0] * closer
     logits = torch.full((3, 1, 3000), -60.0)
-    logits[:, 0, 700], logits[:, 0, 2200] = share.log().float(), (1 - share).log().float()
-    arguments = problem(3000, q=1, temperature=torch.ones(3)) | {"logits": logits, "context_lens": int32(7, 7, 7)}
+    logits[:, 0, 700], logits[:, 0, 2200] = share.log().mul(HEAT).float(), (1 - share).log().mul(HEAT).float()
+    arguments = problem(3000, q=1, temperature=torch.full((3,), HEAT)) | {
+        "logits": logits, "context_lens": int32(7, 7, 7)}
     assert assert_as_reference(arguments).bonus.tolist() == [700 if closer > 1 else 2200] * 3
 
 
@@ -206,8 +210,8 @@ def test_a_draw_changes_within_rounding_of_where_it_should(closer):
 def test_acceptance_changes_within_rounding_of_where_it_should(closer, rule):
     """p is u times closer of a q that is nearly 1. Rule "block" accepts the only draft of a block by the same odds."""
     share = draws(reference.ACCEPT) * closer
-    logits = torch.stack((share.log(), (1 - share).log(), torch.full((3,), -60.0)), 1).float()[:, None]
-    arguments = problem(3, "sparse", rule, q=2, k=1, temperature=torch.ones(3)) | {
+    logits = torch.stack((share.log(), (1 - share).log(), torch.full((3,), -60.0)), 1).mul(HEAT).float()[:, None]
+    arguments = problem(3, "sparse", rule, q=2, k=1, temperature=torch.full((3,), HEAT)) | {
         "context_lens": int32(7, 7, 7), "logits": logits.expand(3, 2, 3), "draft_ids": torch.zeros(3, 2).long(),
         "draft_candidates": torch.zeros(3, 1, 1).long(), "draft_probs": torch.ones(3, 1, 1)}
     assert assert_as_reference(arguments).accept_lens.tolist() == [int(closer > 1)] * 3
@@ -220,9 +224,9 @@ def test_a_cut_changes_within_rounding_of_where_it_should(name, value, closer):
     seeds = torch.arange(300)
     u = reference.uniform(seeds, torch.full((300, 1), 8), reference.SAMPLE)[:, 0]
     logits = torch.full((3, 1, 2000), -70.0)
-    logits[:, 0, [1500, 900, 10, 1200]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).double().log().float()
+    logits[:, 0, [1500, 900, 10, 1200]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).double().log().mul(HEAT).float()
     share = value * (closer if name == "top_p" else 2 - closer)
-    got = assert_as_reference(problem(2000, q=1, temperature=torch.ones(3)) | {
+    got = assert_as_reference(problem(2000, q=1, temperature=torch.full((3,), HEAT)) | {
         name: torch.full((3,), share), "logits": logits, "seeds": seeds[u < 0.2][:3], "context_lens": int32(7, 7, 7)})
     assert got.bonus.tolist() == [10 if closer > 1 else 900] * 3
 
@@ -244,10 +248,28 @@ def test_a_request_alone_in_other_company_and_otherwise_shared_out(form, monkeyp
     assert same_bits(*spaces)
 
 
+@pytest.mark.parametrize("form,rule", RULES[1:])
+def test_a_residual_is_without_q_and_of_the_share_that_is_left(form, rule):
+    """p = (0.3, 0.4, 0.3) and q = (0.6, 0.3, 0.1), drafts are 0. By rule "block" half of p is left after the first of
+    them: then only token 2 has more of p than of q."""
+    p, q = torch.tensor([0.3, 0.4, 0.3]), torch.tensor([0.6, 0.3, 0.1])
+    arguments = problem(3, form, rule, b=16, q=3, k=3, temperature=torch.ones(16)) | {
+        "logits": p.log().expand(16, 3, 3), "draft_ids": torch.zeros(16, 3).long()}
+    if form == "sparse":
+        arguments["draft_candidates"] = torch.arange(3).expand(16, 2, 3)
+    arguments["draft_logits" if form == "logits" else "draft_probs"] = (
+        q.log() if form == "logits" else q).expand(16, 2, 3)
+    got = assert_as_reference(arguments)
+    assert {0, 1, 2} == set(got.accept_lens.tolist())
+    assert (got.bonus[got.accept_lens < 2] > 0).all()
+    if rule == "block":
+        assert (got.bonus[got.accept_lens == 1] == 2).all()
+
+
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_first_tokens_follow_the_target(rule):
-    """300 requests draw their only draft from a q of four tokens, and one token more from a p of eight."""
-    b, target = 300, torch.tensor([1.0, 0.5, 0.0, -0.3, 0.8, -1.0, 0.2, -0.6])
+    """150 requests draw their only draft from a q of four tokens, and one token more from a p of eight."""
+    b, target = 150, torch.tensor([1.0, 0.5, 0.0, -0.3, 0.8, -1.0, 0.2, -0.6])
     values, ids = torch.tensor([1.2, 0.6, 0.1, -0.5]).expand(b, 1, 4), torch.tensor([6, 0, 3, 1]).expand(b, 1, 4)
     arguments = problem(8, "sparse", rule, b=b, q=2, temperature=torch.ones(b))
     arguments |= {"logits": target.expand(b, 2, 8), "draft_candidates": ids.contiguous()}
