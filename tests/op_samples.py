@@ -139,6 +139,14 @@ SAMPLES = {
             probs=torch.tensor([0.75, 0.25]).expand(2, 2, 2), ids=torch.tensor([[2, 5], [3, -1]]).expand(2, 2, 2)),
         "rule": "block", "block_lens": int32(3, 0), "out": verified(2, 3), "workspace": torch.zeros(200)},
         ("out", "workspace")),
+    "verify_sample_dense": Sample(dk.verify_sample, lambda: {
+        "draft_ids": torch.tensor(DRAFT), "logits": torch.randn(2, 3, 10), "context_lens": int32(5, 2),
+        "params": sampling(2), "proposal": Proposal(probs=torch.softmax(torch.randn(2, 2, 10), -1)),
+        "block_lens": int32(3, 2), "out": verified(2, 3), "workspace": torch.zeros(200)}, ("out", "workspace")),
+    "verify_sample_logits": Sample(dk.verify_sample, lambda: {
+        "draft_ids": torch.tensor(DRAFT), "logits": torch.randn(2, 3, 10), "context_lens": int32(5, 2),
+        "params": sampling(2), "proposal": Proposal(logits=torch.randn(2, 2, 10)), "rule": "block",
+        "block_lens": int32(3, 2), "out": verified(2, 3), "workspace": torch.zeros(200)}, ("out", "workspace")),
     "sample_draft": Sample(dk.sample_draft, lambda: {
         "values": torch.tensor([[3.0, 1.0, 0.5], [2.0, 2.0, -1.0]]).expand(2, 2, 3).contiguous(),
         "ids": ids(2, 2, 3), "context_lens": int32(5, 2), "params": sampling(2),

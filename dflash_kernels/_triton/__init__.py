@@ -19,6 +19,8 @@ LAUNCHERS = {  # op: module:function
     "prepare_block": "block:prepare_block",
     "embed_tokens": "block:embed_tokens",
     "verify_greedy": "verify:verify_greedy",
+    "verify_sample": "sample:verify_sample",
+    "sample_draft": "sample:sample_draft",
     "linear": "linear:linear",
     "lm_head_argmax": "head:lm_head_argmax",
     "merge_argmax": "head:merge_argmax",

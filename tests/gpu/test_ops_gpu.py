@@ -12,7 +12,8 @@ from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
 from dflash_kernels.types import PackedWeight, PagedKV
 
 DEVICE = "cuda"
-FLOAT32 = {"values", "out_values", "lse", "out_lse"}  # arguments that are float32 whatever the model's dtype
+# Arguments that are float32 whatever the model's dtype.
+FLOAT32 = {"values", "out_values", "params", "proposal", "adjustments", "out_probs", "workspace", "lse", "out_lse"}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
@@ -64,11 +65,15 @@ def test_sample_matches_reference(name, dtype):
     for func, args in noted.calls:
         args = with_rows(func, args)
         by_reference = _library.REFERENCES[func._schema.name.split("::")[1]]
+        scratch = [a.untyped_storage().data_ptr() for a, named in zip(args, func._schema.arguments, strict=True)
+                   if named.name == "workspace"]
         truth, peer, got = {}, {}, {}
         by_reference(*moved(args, floats_to(torch.float64), truth))
         by_reference(*moved(args, torch.clone, peer))
         func(*moved(args, lambda t: t.clone().to(DEVICE), got))
         for at, (want, like, found) in enumerate(zip(truth.values(), peer.values(), got.values(), strict=True)):
+            if list(truth)[at] in scratch:
+                continue
             if want.is_floating_point():
                 assert_within_budget(found.cpu(), want, like, name=f"storage {at}")
             else:

@@ -1,0 +1,300 @@
+"""verify_sample: B * Q * V * itemsize bytes of logits are read once from memory, and the floor is that over the read
+bandwidth; the bytes of adjustments and of a dense q are added where there are some. 4 operations a logit.
+
+    1  chunks_kernel    every chunk's largest logit and sum of exponentials; 16 bytes for 1024 logits are written
+       (again for the logits of a proposal)
+    2  rows_kernel      a row: sum, cut of its filters, p and q of its draft, or the token that its u gives
+    3  residual_kernel  only where q is dense: every chunk's sum of (share * p - q)+
+    4  accept_kernel    a request: accepted length, and the token after it out of one chunk
+
+Rows after the first rejection are in launches 1 and 2 like the others: at that time nobody knows which they are, and
+one launch over all rows is shorter than Q after each other. They cost V * itemsize bytes a row. Launch 3 reads
+(itemsize + 4) V bytes for one row of each request by rule "token", for all by rule "block". Padded rows are not read.
+
+Launch 2 reads no logits again without filters, but for one chunk. With a filter, one program reads the chunks of its
+row that may hold the cut, from the second-level cache: two bits of the cut a reading, of 32 (float32, adjusted logits)
+or 16 (bfloat16), fewer by what bounds the cut; some 5 readings for top-p of bfloat16 logits, and one for the sum of
+what is left. min-p needs the last one only. That is longer than launch 1 and does not grow with the batch until rows
+outnumber multiprocessors. None of this is measured.
+
+sample_draft: 24 bytes a candidate; the launch is its floor.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._aot import Case
+from ._math import DTYPES, PLAIN, order_key, tree_sum
+from .sample_accept import (
+    PROPOSAL,
+    PX,
+    QX,
+    STATS,
+    TARGET,
+    TOKEN,
+    accept_kernel,
+    residual_kernel,
+    store_law,
+    width_of,
+)
+from .sample_law import (
+    CHUNK,
+    DRAFT,
+    FIXED_POINT,
+    GREEDY,
+    SAMPLE,
+    adjusted,
+    argmax,
+    draw,
+    filtered,
+    masses,
+    pick,
+    probability,
+    reciprocal_of,
+    scale_of,
+    smallest,
+    uniform,
+    weight,
+)
+
+# (chunks that a program reads at a time, warps). Estimated: 16 to 32 logits a thread.
+CONFIGS = {"chunks": (4, 8), "rows": (4, 8), "residual": (2, 8), "accept": (1, 8), "draft": (1, 1)}
+KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that are always 0
+
+
+@triton.jit
+def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens, planes, l_b, l_i, s_b, s_i, b_b, b_i,
+                  m_b, m_i, block, columns, vocab, chunks, plane, RAGGED: tl.constexpr, TILE: tl.constexpr):
+    """planes: tops, and `plane` elements on, sums. Of chunks with nothing to draw, and of greedy requests, the sum is
+    instead whether there is a NaN. The last block - columns live rows of a block have no logits."""
+    b, i = (tl.program_id(0) // columns).to(tl.int64), tl.program_id(0) % columns
+    if i < width_of(b, block_lens, block, RAGGED) - (block - columns):
+        c = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        v = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
+        x = adjusted(row, v, v < vocab)
+        heat = tl.load(temperature + b)
+        top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 1)
+        w = weight(x, top[:, None], scale_of(heat), float("-inf"))
+        total = tl.sum(tree_sum(w), 1)
+        nan = tl.max((x != x).to(tl.float32), 1)
+        to = planes + (b * block + i) * chunks + c
+        tl.store(to, top, c < chunks)
+        drawn = tl.where(heat < GREEDY, float("-inf"), top)
+        tl.store(to + plane, tl.where(drawn == float("-inf"), nan, total), c < chunks)
+
+
+@triton.jit
+def _draft(x, law, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr,
+           K: tl.constexpr):
+    """Stores p and q of a row's draft x, and the law of the proposal's logits."""
+    valid = (x >= 0) & (x < vocab)
+    v = tl.where(valid, x, 0).to(tl.int32)
+    px = probability(adjusted(row, v, valid), v, tl.load(tops_at + v // CHUNK), law)
+    candidates, probs, logits, strides, b, i = proposal
+    if candidates is not None:
+        n = tl.arange(0, K)
+        ids = tl.load(candidates + b * strides[0] + i * strides[1] + n, n < k, -1)
+        q = tl.load(probs + b * strides[2] + i * strides[3] + n, n < k, 0.0)
+        qx = tl.sum(tl.where(ids == x, q, 0.0), 0)
+    elif probs is not None:
+        qx = tl.load(probs + b * strides[2] + i * strides[3] + v)
+    else:
+        c, q_tops, scale = tl.arange(0, CHUNKS), tops_at + 2 * plane, law[1]
+        tops = tl.load(q_tops + c, c < chunks, float("-inf"))
+        sums = tl.load(q_tops + plane + c, c < chunks, 0.0)
+        top = tl.max(tops, 0)
+        q_row = (logits, None, None, None, None, (strides[4], strides[5]), b, i)
+        only, reciprocal = tl.full((), -1, tl.int32), tl.full((), 0.0, tl.float32)
+        if greedy | (top == float("-inf")):
+            only = argmax(q_row, tops, sums, vocab, CHUNKS)
+        else:
+            reciprocal = reciprocal_of(masses(sums, tops, top, scale))
+        store_law(stats + PROPOSAL, top, scale, float("-inf"), reciprocal, only)
+        qx = probability(adjusted(q_row, v, valid), v, tl.load(q_tops + v // CHUNK),
+                         (top, scale, float("-inf"), reciprocal, only))
+    tl.store(stats + PX, tl.where(valid, px, 0.0))
+    tl.store(stats + QX, tl.where(valid, qx, 0.0))
+
+
+@triton.jit
+def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, temperature, seeds, top_k, top_p, min_p,
+                probs, candidates, draft_logits, block_lens, planes, stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i,
+                x_b, p_b, p_i, c_b, c_i, d_b, d_i, block, vocab, chunks, k, plane, RAGGED: tl.constexpr,
+                SHIFT: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    b, i = (tl.program_id(0) // block).to(tl.int64), tl.program_id(0) % block
+    width = width_of(b, block_lens, block, RAGGED)
+    if i < width:
+        tops_at, stats = planes + (b * block + i) * chunks, stats + (b * block + i) * STATS
+        row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
+        c = tl.arange(0, CHUNKS)
+        tops = tl.load(tops_at + c, c < chunks, float("-inf"))
+        sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
+        top, heat = tl.max(tops, 0), tl.load(temperature + b)
+        greedy, heat = heat < GREEDY, tl.maximum(heat, GREEDY)
+        scale, cut = scale_of(heat), tl.full((), float("-inf"), tl.float32)
+        only, reciprocal = tl.full((), -1, tl.int32), tl.full((), 0.0, tl.float32)
+        token = only
+        if greedy | (top == float("-inf")):
+            only = argmax(row, tops, sums, vocab, CHUNKS)
+            token = only
+        else:
+            own_k, own_p, floor = top_k, top_p, min_p
+            if top_k is not None:
+                own_k = tl.load(top_k + b)
+            if top_p is not None:
+                own_p = tl.load(top_p + b)
+            if min_p is not None:
+                floor = tl.load(min_p + b)
+            cut, sums = filtered(row, tops_at, tops_at + plane, tops, sums, top, heat, own_k, own_p, floor, vocab,
+                                 chunks, SHIFT, CHUNKS, TILE)
+            mass = masses(sums, tops, top, scale)
+            reciprocal = reciprocal_of(mass)
+            if (probs is None) and (draft_logits is None):
+                u = uniform(tl.load(seeds + b), tl.load(context_lens + b) + 1 + i, SAMPLE, i * 0)
+                token = draw(row, tops_at, mass, scale, cut, u, vocab)
+        if (probs is None) and (draft_logits is None):
+            tl.store(stats + TOKEN, token.to(tl.float32, bitcast=True))
+        else:
+            store_law(stats + TARGET, top, scale, cut, reciprocal, only)
+            if i + 1 < width:
+                proposal = (candidates, probs, draft_logits, (c_b, c_i, p_b, p_i, d_b, d_i), b, i)
+                _draft(tl.load(draft_ids + b * x_b + i + 1), (top, scale, cut, reciprocal, only), greedy, row, proposal,
+                       stats, tops_at, plane, k, vocab, chunks, CHUNKS, K)
+
+
+@triton.jit
+def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs, slots,
+                        k, o_b, K: tl.constexpr):
+    b, i = (tl.program_id(0) // slots).to(tl.int64), tl.program_id(0) % slots
+    at, n = (b * slots + i) * k, tl.arange(0, K)
+    x = tl.load(values + at + n, n < k, float("-inf"))
+    heat = tl.load(temperature + b)
+    top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 0)
+    place = tl.full((), 0, tl.int32)
+    if (heat < GREEDY) | (top == float("-inf")):
+        has_nan = tl.max((x != x).to(tl.int32), 0) > 0
+        place = tl.min(tl.where(tl.where(has_nan, x != x, x == top), n, K - 1), 0)
+        p = (n == place).to(tl.float64)
+    else:
+        w = tl.where(x == top, 1.0, tl.exp((x.to(tl.float64) - top) / heat.to(tl.float64)))
+        w = tl.where(x > float("-inf"), w, 0.0)
+        if min_p is not None:
+            w = tl.where((w >= tl.load(min_p + b).to(tl.float64)) | (x == top), w, 0.0)
+        key, high = order_key(x), order_key(top).to(tl.int64)
+        low = tl.min(tl.where(x > float("-inf"), key, 0x7FFFFFFF), 0).to(tl.int64) - 1
+        if top_k is not None:
+            kept = tl.load(top_k + b)
+            if (kept > 0) & (kept < k):
+                w = tl.where(key >= smallest(key, (x > float("-inf")).to(tl.int32), kept, low, high), w, 0.0)
+        if top_p is not None:
+            share = tl.load(top_p + b)
+            if share < 1:
+                mass = (w * FIXED_POINT).to(tl.int64)
+                limit = share.to(tl.float64) * tl.sum(mass, 0).to(tl.float64)
+                w = tl.where(key >= smallest(key, mass, limit, low, high), w, 0.0)
+        start = tl.load(context_lens + b)
+        place, _ = pick((w * FIXED_POINT).to(tl.int64), uniform(tl.load(seeds + b), start + 1 + i, DRAFT, start))
+        p = w / tl.sum(tree_sum(w[None, :]), 1)
+    tl.store(out_ids + b * o_b + i, tl.load(ids + at + place))
+    tl.store(out_probs + at + n, p.to(tl.float32), n < k)
+
+
+def _strides(*tensors):
+    return [s for t in tensors for s in ((0, 0) if t is None else t.stride()[:2])]
+
+
+def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, top_p, min_p, draft_probs,
+                  draft_candidates, draft_logits, seen, repetition_penalty, bias, bitmask, block_lens, block_rule,
+                  accept_lens, commit_lens, tokens, bonus, new_lens, workspace):
+    requests, block, vocab = logits.shape
+    if not requests:
+        return
+    rows, chunks, ragged = requests * block, triton.cdiv(vocab, CHUNK.value), block_lens is not None
+    plane, stats = rows * chunks, workspace[4 * rows * chunks:]
+    k = 1 if draft_candidates is None else draft_candidates.shape[2]
+    raw, strides = (logits, seen, repetition_penalty, bias, bitmask), _strides(logits, seen, bias, bitmask)
+    proposal = (draft_probs, draft_candidates, draft_logits)
+    p_strides, c_strides, d_strides = (_strides(t) for t in proposal)
+    shift = KEY_SHIFT[logits.dtype] if seen is None and bias is None else 0
+    every = triton.next_power_of_2(chunks)
+    sizes = {name: (min(tile, every), warps) for name, (tile, warps) in CONFIGS.items()}
+
+    tile, warps = sizes["chunks"]
+    chunks_kernel[rows, triton.cdiv(chunks, tile)](
+        *raw, temperature, block_lens, workspace, *strides, block, block, vocab, chunks, plane, RAGGED=ragged,
+        TILE=tile, num_warps=warps, **PLAIN)
+    if draft_logits is not None and block > 1:
+        chunks_kernel[rows - requests, triton.cdiv(chunks, tile)](
+            draft_logits, None, None, None, None, temperature, block_lens, workspace[2 * plane:], *d_strides,
+            *(0,) * 6, block, block - 1, vocab, chunks, plane, RAGGED=ragged, TILE=tile, num_warps=warps, **PLAIN)
+    tile, warps = sizes["rows"]
+    rows_kernel[rows,](
+        *raw, draft_ids, context_lens, temperature, seeds, top_k, top_p, min_p, *proposal, block_lens, workspace, stats,
+        *strides, draft_ids.stride(0), *p_strides, *c_strides, *d_strides, block, vocab, chunks, k, plane,
+        RAGGED=ragged, SHIFT=shift, CHUNKS=every, K=triton.next_power_of_2(k), TILE=tile, num_warps=warps,
+        **PLAIN)
+    constants = {"RAGGED": ragged, "BLOCK_RULE": block_rule, "BLOCK": triton.next_power_of_2(block)}
+    if draft_candidates is None and (draft_probs is not None or draft_logits is not None) and block > 1:
+        tile, warps = sizes["residual"]
+        residual_kernel[rows - requests, triton.cdiv(chunks, tile)](
+            *raw, context_lens, seeds, draft_probs, draft_logits, block_lens, workspace, stats, *strides, *p_strides,
+            *d_strides, block, vocab, chunks, plane, **constants, TILE=tile, num_warps=warps, **PLAIN)
+    accept_kernel[requests,](
+        *raw, draft_ids, context_lens, seeds, *proposal, block_lens, workspace, stats, accept_lens, commit_lens, tokens,
+        bonus, new_lens, *strides, draft_ids.stride(0), *p_strides, *c_strides, *d_strides, tokens.stride(0), block,
+        vocab, chunks, k, plane, **constants, CHUNKS=every, num_warps=sizes["accept"][1], **PLAIN)
+
+
+def sample_draft(values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs):
+    requests, slots, k = values.shape
+    if requests * slots:
+        sample_draft_kernel[requests * slots,](
+            values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs, slots, k,
+            out_ids.stride(0), K=triton.next_power_of_2(k), num_warps=CONFIGS["draft"][1], **PLAIN)
+
+
+_POINTERS = {
+    "seen": "*i32", "penalty": "*fp32", "bias": "*fp32", "bitmask": "*i32", "draft_ids": "*i64",
+    "context_lens": "*i32", "temperature": "*fp32", "seeds": "*i64", "top_k": "*i32", "top_p": "*fp32",
+    "min_p": "*fp32", "probs": "*fp32", "candidates": "*i64", "block_lens": "*i32", "planes": "*fp32",
+    "stats": "*fp32", "accept_lens": "*i32", "commit_lens": "*i32", "tokens": "*i64", "bonus": "*i64",
+    "new_lens": "*i32", "values": "*fp32", "ids": "*i64", "out_ids": "*i64", "out_probs": "*fp32",
+}
+_ADJUSTMENTS, _FORMS = ("seen", "penalty", "bias", "bitmask"), {
+    "one-hot": ("probs", "candidates", "draft_logits"), "sparse": ("draft_logits",),
+    "dense": ("candidates", "draft_logits"), "logits": ("probs", "candidates")}  # what each form does not have
+
+
+def _case(name, kernel, warps, dtype="fp32", without=(), **constants):
+    kinds = _POINTERS | {"logits": "*" + dtype, "draft_logits": "*" + dtype, "l_b": "i32:16", "l_i": "i32:16",
+                         "vocab": "i32:16"}
+    constants |= dict.fromkeys(n for n in without if n in kernel.arg_names)
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
+    return Case(name, kernel, signature, constants, warps, 3, PLAIN)
+
+
+def cases():
+    """For 151,936 to 262,144 tokens, blocks of up to 16 and up to 16 candidates."""
+    every, block = {"RAGGED": True, "CHUNKS": 256}, {"RAGGED": True, "BLOCK": 16}
+    tile, warps = CONFIGS["chunks"]
+    for dtype in DTYPES:
+        for kind, without in (("plain", _ADJUSTMENTS), ("adjusted", ())):
+            yield _case(f"verify_sample chunks {kind} {dtype}", chunks_kernel, warps, dtype, without, RAGGED=True,
+                        TILE=tile)
+    tile, warps = CONFIGS["rows"]
+    for dtype, without, shift in (("bf16", _ADJUSTMENTS, 16), ("fp32", (), 0)):
+        for form, absent in _FORMS.items():
+            yield _case(f"verify_sample rows {form} {dtype}", rows_kernel, warps, dtype, without + absent, SHIFT=shift,
+                        K=16, TILE=tile, **every)
+    for form, absent in _FORMS.items():
+        for rule in ("token", "block"):
+            tile, warps = CONFIGS["residual"]
+            if form in ("dense", "logits"):
+                yield _case(f"verify_sample residual {form} {rule}", residual_kernel, warps, "fp32", absent,
+                            BLOCK_RULE=rule == "block", TILE=tile, **block)
+            if form != "one-hot" or rule == "token":
+                yield _case(f"verify_sample accept {form} {rule}", accept_kernel, CONFIGS["accept"][1], "fp32", absent,
+                            BLOCK_RULE=rule == "block", **every | block)
+    yield _case("sample_draft", sample_draft_kernel, CONFIGS["draft"][1], K=16)

@@ -1,0 +1,221 @@
+"""The last two launches of verify_sample: how many drafts of a request are accepted, and the token after them."""
+
+import triton
+import triton.language as tl
+
+from ._math import tree_sum
+from .sample_law import (
+    ACCEPT,
+    CHUNK,
+    SAMPLE,
+    adjusted,
+    masses,
+    pick,
+    pick_weight,
+    probability,
+    uniform,
+    weight,
+)
+
+# Numbers of a row in the workspace: the laws of the target and of the proposal's logits, p and q of the draft, and the
+# token that the row's u gives.
+STATS = tl.constexpr(16)
+TARGET, PROPOSAL, PX, QX, TOKEN = (tl.constexpr(i) for i in (0, 5, 10, 11, 12))
+RESIDUAL_POINT = tl.constexpr(2.0**50)  # a residual sums to 1 at most
+CANDIDATES = tl.constexpr(4)  # of a sparse proposal at a time
+
+
+@triton.jit
+def width_of(b, block_lens, block, RAGGED: tl.constexpr):
+    width = block + b.to(tl.int32) * 0
+    if RAGGED:
+        width = tl.minimum(tl.maximum(tl.load(block_lens + b), 0), block)
+    return width
+
+
+@triton.jit
+def store_law(stats, top, scale, cut, reciprocal, only):
+    tl.store(stats, top)
+    tl.store(stats + 1, scale)
+    tl.store(stats + 2, cut)
+    tl.store(stats + 3, reciprocal)
+    tl.store(stats + 4, only.to(tl.int32).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def load_law(stats):
+    return (tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
+            tl.load(stats + 4).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def accepted(stats, seed, start, drafts, BLOCK: tl.constexpr):
+    """By rule "token": how many drafts of a request, whose rows begin at stats."""
+    i = tl.arange(0, BLOCK)
+    px = tl.load(stats + i * STATS + PX, i < drafts, 0.0).to(tl.float64)
+    qx = tl.load(stats + i * STATS + QX, i < drafts, 1.0).to(tl.float64)
+    passes = (uniform(seed, start + 1 + i, ACCEPT, start) * qx < px) & (i < drafts)
+    return tl.min(tl.where(passes, BLOCK, i), 0)
+
+
+@triton.jit
+def kept(share, stats):
+    """The share of the target's mass after one more draft (Sun et al., arXiv 2403.10444, algorithm 2)."""
+    px, qx = tl.load(stats + PX).to(tl.float64), tl.load(stats + QX).to(tl.float64)
+    grown = tl.where(share * px >= qx, 1.0, share * px / tl.where(qx > 0, qx, 1.0))
+    return tl.where((share > 0) & (px > 0), grown, 0.0)
+
+
+@triton.jit
+def residual_kernel(logits, seen, penalty, bias, bitmask, context_lens, seeds, probs, draft_logits, block_lens, planes,
+                    stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, p_b, p_i, d_b, d_i, block, vocab, chunks, plane,
+                    RAGGED: tl.constexpr, BLOCK_RULE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Sums of (share * p - q)+ of the chunks of the one row where a token may be drawn, or by rule "block" of all."""
+    b, i = (tl.program_id(0) // (block - 1)).to(tl.int64), tl.program_id(0) % (block - 1)
+    drafts = width_of(b, block_lens, block, RAGGED) - 1
+    if i < drafts:
+        stats += b * block * STATS
+        share = tl.full((), 1.0, tl.float64)
+        if BLOCK_RULE:
+            wanted = i
+            for before in range(0, i):
+                share = kept(share, stats + before * STATS)
+        else:
+            wanted = accepted(stats, tl.load(seeds + b), tl.load(context_lens + b), drafts, BLOCK)
+        if wanted == i:
+            c = tl.program_id(1) * TILE + tl.arange(0, TILE)
+            v = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+            row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
+            at = planes + (b * block + i) * chunks + c
+            top = tl.load(at, c < chunks, float("-inf"))
+            p = probability(adjusted(row, v, v < vocab), v, top[:, None], load_law(stats + i * STATS + TARGET))
+            if probs is not None:
+                q = tl.load(probs + b * p_b + i * p_i + v, v < vocab, 0.0)
+            else:
+                top = tl.load(at + 2 * plane, c < chunks, float("-inf"))
+                x = tl.load(draft_logits + b * d_b + i * d_i + v, v < vocab, float("-inf")).to(tl.float32)
+                q = probability(x, v, top[:, None], load_law(stats + i * STATS + PROPOSAL))
+            left = tl.maximum(p * share.to(tl.float32) - q, 0.0)
+            tl.store(at + 3 * plane, tl.sum(tree_sum(left), 1), c < chunks)
+
+
+@triton.jit
+def _residual(row, law, share, proposal, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr):
+    """Integers that are proportional to the sums of (share * p - q)+ of a row's chunks."""
+    c = tl.arange(0, CHUNKS)
+    if proposal[0] is not None:
+        candidates, probs, _, strides, b, i = proposal
+        candidates += b * strides[0] + i * strides[1]
+        probs += b * strides[2] + i * strides[3]
+        top, scale, _, reciprocal, only = law
+        sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
+        sums *= weight(tl.load(tops_at + c, c < chunks, float("-inf")), top, scale, float("-inf")) * reciprocal
+        sums = tl.where(only >= 0, (c == only // CHUNK).to(tl.float32), sums)
+        others, gained = sums, tl.zeros((CHUNKS,), tl.float32)
+        for first in range(0, k, CANDIDATES):
+            n = first + tl.arange(0, CANDIDATES)
+            ids = tl.load(candidates + n, n < k, -1)
+            valid = (ids >= 0) & (ids < vocab)
+            v = tl.where(valid, ids, 0).to(tl.int32)
+            p = probability(adjusted(row, v, valid), v, tl.load(tops_at + v // CHUNK), law)
+            q = tl.load(probs + n, valid, 0.0)
+            here = (v // CHUNK)[None, :] == tl.where(valid[None, :], c[:, None], -1)
+            others -= tl.sum(tree_sum(tl.where(here, p[None, :], 0.0)), 1)
+            gained += tl.sum(tree_sum(tl.where(here, tl.maximum(p * share - q, 0.0)[None, :], 0.0)), 1)
+        # A difference this small is the rounding of a chunk that holds nothing but candidates.
+        left = tl.where(others > sums * 2e-6, others * share, 0.0) + gained
+    else:
+        left = tl.load(tops_at + 3 * plane + c, c < chunks, 0.0)
+    return (left * RESIDUAL_POINT).to(tl.int64)
+
+
+@triton.jit
+def _proposed(proposal, v, q_tops, chunk, stats, k, vocab):
+    """q of the tokens v of a chunk."""
+    candidates, probs, logits, strides, b, i = proposal
+    if candidates is not None:
+        candidates += b * strides[0] + i * strides[1]
+        probs += b * strides[2] + i * strides[3]
+        q = tl.zeros((CHUNK,), tl.float32)
+        for first in range(0, k, CANDIDATES):
+            n = first + tl.arange(0, CANDIDATES)
+            ids = tl.load(candidates + n, n < k, -1)
+            q += tl.sum(tl.where(ids[None, :] == v[:, None], tl.load(probs + n, n < k, 0.0)[None, :], 0.0), 1)
+    elif probs is not None:
+        q = tl.load(probs + b * strides[2] + i * strides[3] + v, v < vocab, 0.0)
+    else:
+        x = tl.load(logits + b * strides[4] + i * strides[5] + v, v < vocab, float("-inf")).to(tl.float32)
+        q = probability(x, v, tl.load(q_tops + chunk), load_law(stats + PROPOSAL))
+    return q
+
+
+@triton.jit
+def _last(row, law, share, residual, mass, proposal, tops_at, stats, plane, u, k, vocab):
+    """The token at u of a row's residual, or of its own law; mass are the chunks'."""
+    chunk, rest = pick(mass, u)
+    v = chunk * CHUNK + tl.arange(0, CHUNK)
+    w = probability(adjusted(row, v, v < vocab), v, tl.load(tops_at + chunk), law)
+    if residual:
+        q = _proposed(proposal, v, tops_at + 2 * plane, chunk, stats, k, vocab)
+        left = tl.maximum(w * share - q, 0.0)
+        w = tl.where(tl.max(left, 0) > 0, left, w)
+    return chunk * CHUNK + pick_weight(w, rest)
+
+
+@triton.jit
+def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, seeds, probs, candidates,
+                  draft_logits, block_lens, planes, stats, accept_lens, commit_lens, tokens, bonus, new_lens, l_b, l_i,
+                  s_b, s_i, b_b, b_i, m_b, m_i, x_b, p_b, p_i, c_b, c_i, d_b, d_i, t_b, block, vocab, chunks, k, plane,
+                  RAGGED: tl.constexpr, BLOCK_RULE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    width, start = width_of(b, block_lens, block, RAGGED), tl.load(context_lens + b)
+    drafts, rows, n = width - 1, b * block, tl.arange(0, BLOCK)
+    drafted = tl.load(draft_ids + b * x_b + n + 1, n < drafts, -1)
+    accept, last = tl.full((), 0, tl.int32), tl.full((), -1, tl.int32)
+    stats += rows * STATS
+    if (probs is None) and (draft_logits is None):
+        token = tl.load(stats + n * STATS + TOKEN, n < width, 0.0).to(tl.int32, bitcast=True)
+        accept = tl.min(tl.where((drafted == token) & (n < drafts), BLOCK, n), 0)
+        last = tl.sum(tl.where(n == accept, token, 0), 0)
+    elif width > 0:
+        strides, seed = (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), tl.load(seeds + b)
+        q_strides, share = (c_b, c_i, p_b, p_i, d_b, d_i), tl.full((), 1.0, tl.float64)
+        if BLOCK_RULE:
+            mass_left = share
+            for i in range(1, drafts + 1):
+                mass_left = kept(mass_left, stats + (i - 1) * STATS)
+                odds = mass_left
+                if (i < drafts) & (mass_left < 1.0):
+                    row = (logits, seen, penalty, bias, bitmask, strides, b, i)
+                    proposal = (candidates, probs, draft_logits, q_strides, b, i)
+                    found = _residual(row, load_law(stats + i * STATS + TARGET), mass_left.to(tl.float32), proposal,
+                                      planes + (rows + i) * chunks, plane, k, vocab, chunks, CHUNKS)
+                    left = tl.sum(found, 0).to(tl.float64) / RESIDUAL_POINT
+                    odds = left / (left + 1.0 - mass_left)
+                if uniform(seed, start + i, ACCEPT, start) < odds:
+                    accept, share = accept * 0 + i, mass_left
+        else:
+            accept = accepted(stats, seed, start, drafts, BLOCK)
+        stats += accept * STATS
+        law, tops_at = load_law(stats + TARGET), planes + (rows + accept) * chunks
+        last = law[4]
+        if last < 0:
+            row = (logits, seen, penalty, bias, bitmask, strides, b, accept)
+            proposal = (candidates, probs, draft_logits, q_strides, b, accept)
+            c = tl.arange(0, CHUNKS)
+            tops = tl.load(tops_at + c, c < chunks, float("-inf"))
+            mass = masses(tl.load(tops_at + plane + c, c < chunks, 0.0), tops, law[0], law[1])
+            residual = accept < drafts
+            if residual:
+                left = _residual(row, law, share.to(tl.float32), proposal, tops_at, plane, k, vocab, chunks, CHUNKS)
+                residual = tl.sum(left, 0) > 0
+                mass = tl.where(residual, left, mass)
+            u = uniform(seed, start + 1 + accept, SAMPLE, start * 0)
+            last = _last(row, law, share.to(tl.float32), residual, mass, proposal, tops_at, stats, plane, u, k, vocab)
+    commit = tl.where(width > 0, accept + 1, 0)
+    emitted = tl.where(n < accept, drafted, last.to(tl.int64))
+    tl.store(tokens + b * t_b + n, tl.where(n < commit, emitted, -1), n < block)
+    tl.store(bonus + b, tl.where(width > 0, last, -1))
+    tl.store(accept_lens + b, tl.where(width > 0, accept, 0))
+    tl.store(commit_lens + b, commit)
+    tl.store(new_lens + b, start + commit)
