@@ -171,13 +171,14 @@ def _identical(session, prompt, answer, plain, drawn) -> str:
 
 def print_bench(results: list[dict]) -> None:
     table = Table(box=None, header_style="bold")
-    for column in ("temperature", "task", "requests", "tokens", "acceptance", "tokens/s", "plain", "ratio",
+    drawn = any(result["temperature"] for result in results)
+    for column in (*("T",) * drawn, "task", "requests", "tokens", "acceptance", "tokens/s", "plain", "ratio",
                    "identical"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for result in results:
         for task, r in [*result["tasks"].items(), ("all", result)]:
             same = "yes" if r["identical_to_plain"] else f"{r['different_requests']} differ"
-            table.add_row(f"{result['temperature']:g}", task, str(r["requests"]), str(r["tokens"]),
+            table.add_row(*(f"{result['temperature']:g}",) * drawn, task, str(r["requests"]), str(r["tokens"]),
                           f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
                           f"{r['plain_tokens_per_s']:.1f}", f"{r['speedup']:.2f}", same)
     out.print(table)
