@@ -28,13 +28,9 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
 void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
                     int64_t num_valid, double scale, double softcap, int64_t id_offset, const Tensor& out_ids,
                     const Tensor& out_values) {
-  const LmHeadArgmaxParams p{gemm_of(x, weight, bias, out_features),
-                             num_valid,
-                             float(scale),
-                             float(softcap),
-                             id_offset,
-                             data<int64_t>(out_ids),
-                             data<float>(out_values)};
+  const LmHeadArgmaxParams p{
+      {gemm_of(x, weight, bias, out_features), num_valid, float(scale), float(softcap)},
+      id_offset, data<int64_t>(out_ids), data<float>(out_values)};
   launch(lm_head_argmax_kernels, p, {x, weight, bias, out_ids, out_values});
 }
 
@@ -44,10 +40,29 @@ void merge_argmax(const Tensor& values, const Tensor& ids, const Tensor& out_ids
   launch(merge_argmax_kernels, p, {values, ids, out_ids, out_values});
 }
 
+void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+                  int64_t num_valid, double scale, double softcap, int64_t id_offset, const Tensor& out_ids,
+                  const Tensor& out_values, const Tensor& out_lse) {
+  const LmHeadTopkParams p{{gemm_of(x, weight, bias, out_features), num_valid, float(scale), float(softcap)},
+                           id_offset,           out_ids.size(1),         data<int64_t>(out_ids),
+                           data<float>(out_values), data<float>(out_lse)};
+  launch(lm_head_topk_kernels, p, {x, weight, bias, out_ids, out_values, out_lse});
+}
+
+void merge_topk(const Tensor& values, const Tensor& ids, const Tensor& lse, const Tensor& out_ids,
+                const Tensor& out_values, const Tensor& out_lse) {
+  const MergeTopkParams p{data<const float>(values), data<const int64_t>(ids), data<const float>(lse),
+                          values.size(0),            values.size(1),           values.size(2),
+                          data<int64_t>(out_ids),    data<float>(out_values),  data<float>(out_lse)};
+  launch(merge_topk_kernels, p, {values, ids, lse, out_ids, out_values, out_lse});
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("lm_head_argmax", TORCH_BOX(&lm_head_argmax));
   m.impl("merge_argmax", TORCH_BOX(&merge_argmax));
+  m.impl("lm_head_topk", TORCH_BOX(&lm_head_topk));
+  m.impl("merge_topk", TORCH_BOX(&merge_topk));
 }
 
 }  // namespace

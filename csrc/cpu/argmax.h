@@ -16,5 +16,14 @@ inline bool wins(Best a, Best over) {
   return is_nan(a.value) || a.value > over.value || (a.value == over.value && a.index < over.index);
 }
 
+// best[0 ... k) is in that order, and stays so with `found` in it where it is among the k first. Says whether it is.
+inline bool insert(Best* best, int64_t k, Best found) {
+  int64_t at = k;
+  for (; at > 0 && wins(found, best[at - 1]); --at)
+    if (at < k) best[at] = best[at - 1];
+  if (at < k) best[at] = found;
+  return at < k;
+}
+
 }  // namespace
 }  // namespace dflash::DFLASH_ISA

@@ -1,4 +1,4 @@
-// The weight-streaming product behind `linear` and `lm_head_argmax`: out = x W^T for few rows of x.
+// The weight-streaming product behind `linear` and the heads: out = x W^T for few rows of x.
 //
 // Floor: the weight's bytes over the read bandwidth. W is packed so that 16 outputs form a block whose bytes lie in
 // the order they are used ([N/16][K/2][16][2] for bf16, so that one 64-byte line holds a pair of k for 16 outputs and
@@ -166,8 +166,12 @@ inline void group_of_blocks(const GemmParams& p, const typename Operand<T>::X* x
   }
 }
 
-// Blocks [begin, end) of the weight for all rows, on the calling thread.
-template <class T, class Epilogue>
+// Blocks that each of the streams over [begin, end) walks, a multiple of `unit`; the rest are walked after them.
+inline int64_t stream_length(int64_t begin, int64_t end, int64_t unit) { return (end - begin) / kStreams / unit * unit; }
+
+// Blocks [begin, end) of the weight for all rows, on the calling thread. UNIT neighbours, counted from `begin`, are in
+// one stream and come in order.
+template <class T, int64_t UNIT = 1, class Epilogue>
 inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
   static thread_local ThreadMemory rows_scratch, pack_scratch;
   for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
@@ -175,7 +179,7 @@ inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogu
     int64_t ld;
     const auto* x =
         Operand<T>::prepare(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride, rows, p.K, &ld, rows_scratch);
-    const int64_t quarter = (end - begin) / kStreams;
+    const int64_t quarter = stream_length(begin, end, UNIT);
     for (int64_t i = 0; i < quarter; ++i) {
       const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i, begin + 3 * quarter + i};
       group_of_blocks<T, kStreams>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);

@@ -2,31 +2,10 @@
 
 #include "cpu/argmax.h"
 #include "cpu/gemm.h"
+#include "cpu/logits.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
-
-constexpr int64_t kNoId = INT64_MAX;
-
-inline bool any_not_less(Vec v, float best) {
-#if DFLASH_VEC == 512
-  return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(best), _CMP_NLT_UQ) != 0;
-#elif DFLASH_VEC == 256
-  return _mm256_movemask_ps(_mm256_cmp_ps(v.v, _mm256_set1_ps(best), _CMP_NLT_UQ)) != 0;
-#else
-  for (int i = 0; i < Vec::W; ++i)
-    if (!(v.v[i] < best)) return true;
-  return false;
-#endif
-}
-
-template <class T>
-inline Vec finish_logits(const LmHeadArgmaxParams& p, Vec y, int64_t n, int m) {
-  if (p.gemm.bias) y = y + load_n(static_cast<const T*>(p.gemm.bias) + n, m);
-  if (p.scale != 1.0f) y = y * set1(p.scale);
-  if (p.softcap > 0.0f) y = vtanh(y / set1(p.softcap)) * set1(p.softcap);
-  return rounded<T>(y);
-}
 
 // The winners of rows [r0, r0 + rows) among the blocks that one thread sees, merged into p.ids and p.values under a lock.
 template <class T>
@@ -38,14 +17,14 @@ struct ArgmaxEpilogue {
   Best best[kPanelRows];
 
   void operator()(const float* c, int64_t ldc, int64_t r0, int rows, int64_t n0) {
-    const int64_t panel = r0 / kPanelRows * kPanelRows;
+    const int64_t panel = r0 / kPanelRows * kPanelRows, num_valid = p.logits.num_valid;
     if (panel != first) start(panel);
     for (int r = 0; r < rows; ++r) {
       const int at = int(r0 - panel) + r;
       if (at >= count) count = at + 1;
-      for (int v = 0; v < kBlock && n0 + v < p.num_valid; v += Vec::W) {
-        const int m = int(p.num_valid - n0 - v < Vec::W ? p.num_valid - n0 - v : Vec::W);
-        const Vec y = finish_logits<T>(p, load(c + r * ldc + v), n0 + v, m);
+      for (int v = 0; v < kBlock && n0 + v < num_valid; v += Vec::W) {
+        const int m = int(num_valid - n0 - v < Vec::W ? num_valid - n0 - v : Vec::W);
+        const Vec y = finish_logits<T>(p.logits, load(c + r * ldc + v), n0 + v, m);
         if (!any_not_less(y, best[at].value)) continue;
         float lane[Vec::W];
         store(lane, y);
@@ -72,10 +51,10 @@ struct ArgmaxEpilogue {
 
 template <class T>
 void run(const LmHeadArgmaxParams& p) {
-  const GemmParams& g = p.gemm;
+  const GemmParams& g = p.logits.gemm;
   for (int64_t r = 0; r < g.rows; ++r) p.values[r] = -INFINITY, p.ids[r] = kNoId;
   int lock = 0;
-  const int64_t blocks = ceil_div(p.num_valid, kBlock);
+  const int64_t blocks = ceil_div(p.logits.num_valid, kBlock);
   parallel_for(blocks, gemm_grain(g), [&](int64_t begin, int64_t end) {
     ArgmaxEpilogue<T> epilogue{p, &lock, -1, 0, {}};
     gemm_blocks<T>(g, begin, end, epilogue);
@@ -87,7 +66,7 @@ void run(const LmHeadArgmaxParams& p) {
 }  // namespace
 
 void lm_head_argmax(const LmHeadArgmaxParams& p) {
-  switch (p.gemm.dtype) {
+  switch (p.logits.gemm.dtype) {
     case Dtype::f32: return run<float>(p);
     case Dtype::bf16: return run<bf16>(p);
     case Dtype::f16: return run<f16>(p);

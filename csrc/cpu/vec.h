@@ -230,6 +230,15 @@ inline float reduce_add(Vec x) {
   return l[0];
 }
 
+// The largest lane, where none is NaN.
+inline float reduce_max(Vec x) {
+  float l[Vec::W];
+  store(l, x);
+  for (int n = Vec::W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) l[i] = l[i] > l[i + n] ? l[i] : l[i + n];
+  return l[0];
+}
+
 // x as it would be read back after being stored as T.
 template <class T>
 inline Vec rounded(Vec x) {

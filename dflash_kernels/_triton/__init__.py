@@ -22,6 +22,8 @@ LAUNCHERS = {  # op: module:function
     "linear": "linear:linear",
     "lm_head_argmax": "head:lm_head_argmax",
     "merge_argmax": "head:merge_argmax",
+    "lm_head_topk": "head_topk:lm_head_topk",
+    "merge_topk": "head_topk:merge_topk",
     "block_attention": "attention:block_attention",
 }
 

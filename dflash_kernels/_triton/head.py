@@ -21,18 +21,40 @@ MERGE_BLOCK, MERGE_WARPS = 128, 4  # rows a program. Estimated
 
 
 @triton.jit
-def _best(total, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS: tl.constexpr,
-          BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
-    row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
+def logits_of(total, bias, at, num_valid, scale, softcap, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
+    """The sums (ROWS, BLOCK_N) of outputs `at` as the model has its logits, in float32."""
     if bias is not None:
         total += tl.load(bias + at, at < num_valid, 0.0).to(tl.float32)[None, :]
     total *= scale
     if SOFTCAP:
         total = tanh(total / softcap) * softcap
-    key = order_key(total.to(DTYPE).to(tl.float32)).to(tl.int64)
+    return total.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def candidates(logits, at, num_valid):
+    """int64 in torch.argmax's order, no two equal: the value's key above the output, counted downwards."""
     # Padding is below minus infinity, whose key is larger than the smallest integer.
-    key = tl.where((at < num_valid)[None, :], key, -0x80000000)
-    found = tl.max(key * 0x100000000 + (0x7FFFFFFF - at)[None, :], 1)
+    key = tl.where((at < num_valid)[None, :], order_key(logits).to(tl.int64), -0x80000000)
+    return key * 0x100000000 + (0x7FFFFFFF - at)[None, :]
+
+
+@triton.jit
+def output_of(candidate):
+    return 0x7FFFFFFF - (candidate & 0xFFFFFFFF)
+
+
+@triton.jit
+def value_of(candidate):
+    return of_order_key((candidate >> 32).to(tl.int32))
+
+
+@triton.jit
+def _best(total, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS: tl.constexpr,
+          BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
+    row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
+    logits = logits_of(total, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
+    found = tl.max(candidates(logits, at, num_valid), 1)
     tl.store(best + row.to(tl.int64) * blocks + tl.program_id(1), found, row < rows)
 
 
@@ -63,8 +85,8 @@ def best_of_blocks_kernel(best, out_ids, out_values, blocks, id_offset, BLOCK: t
         at = begin + tl.arange(0, BLOCK)
         found = tl.maximum(found, tl.load(best + row * blocks + at, at < blocks, -0x8000000000000000))
     top = tl.max(found, 0)
-    tl.store(out_ids + row, 0x7FFFFFFF - (top & 0xFFFFFFFF) + id_offset)
-    tl.store(out_values + row, of_order_key((top >> 32).to(tl.int32)))
+    tl.store(out_ids + row, output_of(top) + id_offset)
+    tl.store(out_values + row, value_of(top))
 
 
 @triton.jit
