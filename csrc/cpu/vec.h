@@ -123,6 +123,7 @@ inline Vec select_lt(Vec x, Vec y, Vec a, Vec b) {
 inline Vec select_nan(Vec x, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), b.v, a.v)};
 }
+inline bool any_at_least(Vec x, Vec y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_GE_OQ) != 0; }
 
 #elif DFLASH_VEC == 256
 
@@ -180,6 +181,7 @@ inline Vec select_lt(Vec x, Vec y, Vec a, Vec b) {
 inline Vec select_nan(Vec x, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
 }
+inline bool any_at_least(Vec x, Vec y) { return _mm256_movemask_ps(_mm256_cmp_ps(x.v, y.v, _CMP_GE_OQ)) != 0; }
 
 #else
 
@@ -218,6 +220,11 @@ inline Vec select_lt(Vec x, Vec y, Vec a, Vec b) {
   return each([&](int i) { return x.v[i] < y.v[i] ? a.v[i] : b.v[i]; });
 }
 inline Vec select_nan(Vec x, Vec a, Vec b) { return each([&](int i) { return is_nan(x.v[i]) ? a.v[i] : b.v[i]; }); }
+inline bool any_at_least(Vec x, Vec y) {
+  for (int i = 0; i < 8; ++i)
+    if (x.v[i] >= y.v[i]) return true;
+  return false;
+}
 
 #endif
 
@@ -249,14 +256,13 @@ inline Vec rounded(Vec x) {
 template <>
 inline Vec rounded<float>(Vec x) { return x; }
 
-// exp(x): Cephes' degree-5 polynomial after Cody-Waite reduction; about 1 ulp. exp(-inf) and anything that would be
-// subnormal is exactly 0, exp of a large x is inf, NaN stays NaN.
-inline Vec vexp(Vec x) {
-  const Vec lo = set1(-87.33654f), hi = set1(88.72283f);
-  const Vec clamped = vmin(vmax(x, lo), hi);
-  Vec n = round_int(clamped * set1(1.44269504f));
+constexpr float kLowestExp = -87.33654f;
+
+// exp(x) for x in [kLowestExp, 88.72]: Cephes' degree-5 polynomial after Cody-Waite reduction; about 1 ulp.
+inline Vec exp_within(Vec x) {
+  Vec n = round_int(x * set1(1.44269504f));
   n = vmin(n, set1(127.0f));
-  Vec r = fma(n, set1(-0.693359375f), clamped);
+  Vec r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
   Vec p = set1(1.9875691500e-4f);
   p = fma(p, r, set1(1.3981999507e-3f));
@@ -265,10 +271,22 @@ inline Vec vexp(Vec x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, r * r, r) + set1(1.0f);
-  Vec y = scale_pow2(p, n);
+  return scale_pow2(p, n);
+}
+
+// exp(-inf) and anything that would be subnormal is exactly 0, exp of a large x is inf, NaN stays NaN.
+inline Vec vexp(Vec x) {
+  const Vec lo = set1(kLowestExp), hi = set1(88.72283f);
+  Vec y = exp_within(vmin(vmax(x, lo), hi));
   y = select_lt(x, lo, set1(0.0f), y);
   y = select_lt(hi, x, set1(INFINITY), y);
   return select_nan(x, x, y);
+}
+
+// exp(x) for x that is not positive; 0 for NaN.
+inline Vec vexp_negative(Vec x) {
+  const Vec lo = set1(kLowestExp);
+  return select_lt(lo, x, exp_within(vmax(x, lo)), set1(0.0f));
 }
 
 // tanh(x): Cephes' polynomial below 0.625, 1 - 2 / (exp(2|x|) + 1) above.
