@@ -2,10 +2,13 @@
 their text."""
 
 import dataclasses
+import importlib.util
 import random
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
-import sampling_law
 import torch
 
 from dflash_decode import adjust, draft
@@ -20,6 +23,22 @@ from dflash_kernels.reference import sample as reference
 pytest.importorskip("transformers")
 from decode_models import VOCAB, make_target  # noqa: E402
 from test_decode_lossless import DTYPES, PROMPTS, Oracle, run  # noqa: E402
+
+
+def bench_module(name):
+    """A script of bench/, which is no package."""
+    folder = Path(__file__).parents[1] / "bench"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(folder))
+
+
+sampling_texts = bench_module("sampling_law")
 
 SAMPLINGS = [Sampling(0.8, seed=1), GREEDY, Sampling(1.3, top_k=20, seed=2), Sampling(0.7, top_p=0.9, seed=3),
              Sampling(1.0, min_p=0.05, seed=4), GREEDY, Sampling(1.0, 30, 0.95, 0.01, 5), Sampling(2.0, seed=1)]
@@ -126,7 +145,7 @@ def test_transformers_targets_sample():
 
 # ---- drafts drawn from the drafter's law ---------------------------------------------------------------------------
 
-PROMPT, DRAWS = [5, 9, 33], 3000
+DRAWS = 12_000
 
 
 class Likely(Drafter):
@@ -137,81 +156,67 @@ class Likely(Drafter):
 
 
 class LikelyPass(DraftPass):
+    def __init__(self, drafter, batch, *rest):
+        super().__init__(drafter, batch, *rest)
+        top = drafter.laws.log().topk(16, -1)
+        self.values.copy_(top.values.expand(batch, -1, -1))
+        self.proposal.ids.copy_(top.indices.expand(batch, -1, -1))
+
     def _guess(self, context_lens):
-        top = self.drafter.laws.log().topk(16, -1)
-        self.values.copy_(top.values)
-        self.proposal.ids.copy_(top.indices)
         draft.sample_draft(self.values, self.proposal.ids, context_lens, self.params, out_ids=self.guesses,
                            out_probs=self.proposal.probs)
 
 
 @pytest.fixture(scope="module")
-def chain():
-    """A tiny target, and the exact law of the first three tokens (V, V, V) at one setting of the filters."""
-    model, target = make_target("llama")
+def texts_of():
+    """Texts of a tiny target with drafters of random weights, and with one whose laws of tokens 2 and 3 are the
+    target's, but that it does not know the tokens before."""
+    _, target = make_target("llama")
     settings = Sampling(0.9, top_p=0.95, min_p=0.002)
-    one = {name: torch.tensor([getattr(settings, name)]) for name in ("top_p", "min_p")}
-
-    def law(prefixes):
-        ids = torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])
-        with torch.no_grad():
-            logits = torch.cat([model(part).logits[:, -1] for part in ids.split(1000)])
-        return reference.law(logits[None], torch.tensor([settings.temperature]), **one)[0]
-
-    every = range(VOCAB)
-    joint = law([()]).view(-1, 1) * law([(a,) for a in every])
-    return target, settings, joint[..., None] * law([(a, b) for a in every for b in every]).view(*joint.shape, -1)
+    made = {"random": Drafter.random(target, num_layers=2, block_size=3)}
+    plain = sampling_texts.Texts(target, None, [5, 9, 33], VOCAB, tokens=3, width=3)
+    first = plain.law(settings)[0]
+    second = first @ plain.law(settings, list(range(VOCAB)))
+    made["likely"] = Likely.random(target, num_layers=2, block_size=3)
+    made["likely"].laws = torch.stack((second, second)).float() + 1e-9
+    return settings, {name: sampling_texts.Texts(target, drafter, [5, 9, 33], 1024, tokens=3, width=3)
+                      for name, drafter in made.items()}
 
 
-def drawn(chain, drafter, **options):
-    target, settings, _ = chain
-    wanted = [Request(i, PROMPT, 3, (), dataclasses.replace(settings, seed=7919 * i)) for i in range(DRAWS)]
-    found = run(target, drafter, wanted, max_batch=128, max_context=16, **options)
-    counts = torch.zeros(VOCAB, VOCAB, VOCAB)
-    for text, _, _ in found.values():
-        counts[tuple(text)] += 1
-    accepted = [n - 1 for *_, lengths in found.values() for n in lengths]
-    return counts, sum(accepted) / len(accepted)
-
-
-def likely(chain):
-    """A drafter whose laws of tokens 2 and 3 are the target's, but that it does not know the token before."""
-    target, _, joint = chain
-    drafter = Likely.random(target, num_layers=2, block_size=3)
-    drafter.laws = torch.stack((joint.sum((0, 2)), joint.sum((0, 1)))).float() + 1e-9
-    return drafter
-
-
-def test_plain_sampling_follows_the_law(chain):
-    counts, _ = drawn(chain, None)
-    assert sampling_law.chi_square(counts, chain[2] * DRAWS) > 1e-3
+def p_values(texts, settings, found):
+    law = sampling_texts.against_law(texts, found, settings)
+    return min(law["first_token"]["p"], law["first_two"]["p"])
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_drawn_drafts_keep_the_law(chain, rule, record_property):
-    random_drafter = Drafter.random(chain[0], num_layers=2, block_size=3)
-    for drafter in (likely(chain), random_drafter):
-        counts, accepted = drawn(chain, drafter, sample_from="request", rule=rule)
-        p = sampling_law.chi_square(counts, chain[2] * DRAWS)
-        record_property(f"p_{rule}_{type(drafter).__name__}", p)
-        assert p > 1e-3 and (accepted > 0.15 or drafter is random_drafter)
+@pytest.mark.parametrize("which", ["random", "likely"])
+def test_drawn_drafts_keep_the_law(texts_of, which, rule, record_property):
+    settings, texts = texts_of[0], texts_of[1][which]
+    plain, _ = texts.sample(settings, range(DRAWS), speculative=False)
+    found, accepted = texts.sample(settings, range(DRAWS, 2 * DRAWS), draw=True, rule=rule)
+    both, cells = sampling_texts.two_samples(*(Counter(map(tuple, t.tolist())) for t in (plain, found)))
+    figures = {"plain": p_values(texts, settings, plain), "drawn": p_values(texts, settings, found), "both": both}
+    for name, p in figures.items():
+        record_property(f"p_{name}", p)
+        assert p > 1e-3
+    assert cells > 50 and (accepted > 0.2 or which == "random")
 
 
 @pytest.mark.parametrize("fault", ["another's q", "q of another temperature"])
-def test_p25_a_q_that_drafts_were_not_drawn_from_is_seen(chain, fault, monkeypatch):
+def test_p25_a_q_that_drafts_were_not_drawn_from_is_seen(texts_of, fault, monkeypatch):
     right = draft.sample_draft
 
     def wrong(values, ids, lens, params, *, out_ids, out_probs):
         right(values, ids, lens, params, out_ids=out_ids, out_probs=out_probs)
-        if fault == "another's q":
-            out_probs.copy_(out_probs.roll(1, -1))
-        else:
-            out_probs.copy_(torch.softmax(values / 3, -1))
+        out_probs.copy_(out_probs.roll(1, -1) if fault == "another's q" else torch.softmax(values / 3, -1))
 
     monkeypatch.setattr(draft, "sample_draft", wrong)
     monkeypatch.setattr(StepGraph, "available", staticmethod(lambda device="cpu": False))
-    counts, _ = drawn(chain, likely(chain), sample_from="request")
-    assert sampling_law.chi_square(counts, chain[2] * DRAWS) < 1e-6
+    texts = texts_of[1]["likely"]
+    texts.steps.clear()
+    found, _ = texts.sample(texts_of[0], range(DRAWS), draw=True)
+    texts.steps.clear()
+    assert p_values(texts, texts_of[0], found) < 1e-6
 
 
 def test_candidates_are_the_target_s_ids_of_the_likeliest(monkeypatch):
@@ -290,7 +295,7 @@ def test_p38_a_row_is_adjusted_by_the_drafts_before_it(fault, monkeypatch):
     if fault:
         right = adjust.Adjuster.fill
         monkeypatch.setattr(adjust.Adjuster, "fill", lambda self, b, s, prompt, text, drafts: right(
-            self, b, s, prompt, text, [drafts[0]] * len(drafts)))
+            self, b, s, prompt, text, drafts[:1] * len(drafts)))
     got = texts(run(target, Oracle.knowing(target, known, 0.2), wanted, max_batch=8, max_context=80))
     assert (got == plain) != fault
     assert all(got[i] == plain[i] for i in (3, 4))
