@@ -212,6 +212,7 @@ def test_bench_decode_by_temperature(call, models, tmp_path):
     code, out, err = call(*arguments, "--temperature", 0, "--temperature", 0.5, "--temperature", 1.25, "--seed", 3)
     found = json.loads(out_file.read_text())
     assert code == 0 and err == "" and found["kind"] == "decode by temperature" and "1.25  alpha" in out
+    assert "acceptance" in out and "identical" in out
     assert [t["temperature"] for t in found["temperatures"]] == [0, 0.5, 1.25]
     assert (found["seed"], found["top_p"], found["sample_from"], found["rule"]) == (3, 1.0, "greedy", "token")
     for part in found["temperatures"]:

@@ -170,7 +170,7 @@ def _identical(session, prompt, answer, plain, drawn) -> str:
 
 
 def print_bench(results: list[dict]) -> None:
-    table = Table(box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     drawn = any(result["temperature"] for result in results)
     for column in (*("T",) * drawn, "task", "requests", "tokens", "acceptance", "tokens/s", "plain", "ratio",
                    "identical"):
