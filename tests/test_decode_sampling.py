@@ -58,6 +58,23 @@ def test_sampled_text_is_plain_sampling_whatever_drafts_block_batch_and_order(fa
     assert max(n for *_, lengths in got.values() for n in lengths) == 8
 
 
+def test_p27_each_token_is_drawn_by_hand():
+    """From transformers' logits, with the random number of (seed, position), the first token's position being the
+    prompt's length."""
+    model, target = make_target("llama")
+    s = Sampling(0.7, 30, 0.95, 0.01, 5)
+    got = plainly(target, [Request(i, p, 8, (), s) for i, p in enumerate(PROMPTS[:4])])
+    one = {name: torch.tensor([getattr(s, name)]) for name in ("top_k", "top_p", "min_p")}
+    for i, prompt in enumerate(PROMPTS[:4]):
+        text = list(prompt)
+        for _ in range(8):
+            with torch.no_grad():
+                law = reference.law(model(torch.tensor([text])).logits[:, -1:], torch.tensor([s.temperature]), **one)
+            u = reference.uniform(torch.tensor([s.seed]), torch.tensor([[len(text)]]), reference.SAMPLE)
+            text.append(int(reference.draw(law, u)))
+        assert got[i][0] == text[len(prompt):]
+
+
 def test_a_seed_is_a_text_and_another_seed_another():
     _, target = make_target("llama")
     prompts = {seed: Request(seed, [5, 6], 20, (), Sampling(1.0, seed=seed)) for seed in (0, 1, 2**32, 2**63 - 1)}
