@@ -16,10 +16,11 @@ CARD = {"math500": 3.561, "gsm8k": 3.481, "humaneval": 3.610, "mt_bench": 3.550}
 EMPTY = "No results yet: `make bench` measures and fills this in."
 
 
-def decode_results(folder: Path) -> list[dict]:
-    """Every result of `dflash-kernels bench decode` under the folder, in the order of the files' names."""
+def decode_results(folder: Path, kind: str = "decode") -> list[dict]:
+    """Every result of `dflash-kernels bench decode` under the folder, in the order of the files' names. kind "decode by
+    temperature": those of several temperatures."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
-    return [r for r in found if isinstance(r, dict) and r.get("kind") == "decode"]
+    return [r for r in found if isinstance(r, dict) and r.get("kind") == kind]
 
 
 def kernel_table(folder: Path) -> list[str]:
@@ -51,14 +52,42 @@ def machine(r: dict) -> str:
     return f"{r['cpu']}, {r['threads']} threads, {r['isa']}"
 
 
+def run_line(r: dict, drawn: str) -> str:
+    drafter = "random weights" if r["draft"] == "random" else r["draft"]
+    return (f"{r['model']} with {drafter}, {r['dtype']}, block {r['block_size']}, {drawn}, at most "
+            f"{r['max_new_tokens']} new tokens, {r['concurrency']} at once, "
+            f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.")
+
+
+def drawing(r: dict) -> str:
+    """The settings that are not off, the temperature apart."""
+    set_ = [f"{name.replace('_', '-')} {r[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))
+            if r[name] != off]
+    drafts = "the likeliest drafts" if r["sample_from"] == "greedy" else f"drawn drafts, rule {r['rule']}"
+    return ", ".join([*set_, drafts, f"seed {r['seed']}"])
+
+
+def temperature_table(results: list[dict]) -> list[str]:
+    """A row for each temperature of each result, all its tasks together."""
+    lines = []
+    for r in results:
+        lines += [run_line(r, drawing(r)), "",
+                  "| temperature | prompts | acceptance length | tokens/s | plain tokens/s | ratio | same text |",
+                  "|---|---|---|---|---|---|---|"]
+        for t in r["temperatures"]:
+            same = "yes" if t["identical_to_plain"] else f"{t['different_requests']} differ"
+            lines.append(f"| {t['temperature']:g} | {t['requests']} | {t['acceptance_length']:.2f} | "
+                         f"{t['tokens_per_s']:.1f} | {t['plain_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
+        lines.append("")
+    return lines
+
+
 def decode_table(results: list[dict]) -> list[str]:
     """A row for each task of each result, beside the acceptance length on the card of MiniMax-M2.7's drafter."""
     lines = []
     for r in results:
-        drafter = "random weights" if r["draft"] == "random" else r["draft"]
-        lines += [f"{r['model']} with {drafter}, {r['dtype']}, block {r['block_size']}, greedy, at most "
-                  f"{r['max_new_tokens']} new tokens, {r['concurrency']} at once, "
-                  f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.", "",
+        heat = r.get("temperature", 0)
+        lines += [run_line(r, f"temperature {heat:g}, {drawing(r)}" if heat else "greedy"), "",
                   "| task | prompts | acceptance length | MiniMax-M2.7's card | tokens/s | plain tokens/s | ratio | "
                   "same text |", "|---|---|---|---|---|---|---|---|"]
         for task, t in [*r["tasks"].items(), ("all", r)]:
@@ -83,14 +112,16 @@ def position_table(r: dict) -> list[str]:
 
 
 def results_block(folder: Path) -> str:
-    lines = [*kernel_table(folder), *decode_table(decode_results(folder))]
+    lines = [*kernel_table(folder), *decode_table(decode_results(folder)),
+             *temperature_table(decode_results(folder, "decode by temperature"))]
     return "\n".join([BEGIN, *(lines or [EMPTY]), END])
 
 
 def card_block(folder: Path, drafter: str) -> str:
     """The model card's figures: those of the drafter alone."""
     found = [r for r in decode_results(folder) if r["draft"] == drafter]
-    lines = decode_table(found)
+    lines = decode_table(found) + temperature_table([r for r in decode_results(folder, "decode by temperature")
+                                                     if r["draft"] == drafter])
     if found:
         lines += ["By position in the block: how often a draft was accepted, given that all before it were "
                   f"({found[0]['concurrency']} at once).", "", *position_table(found[0])]

@@ -161,10 +161,16 @@ def test_results_block_of_planted_results(tmp_path):
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / "a.json").write_text(json.dumps(row))
     (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
+    hot = row | {"kind": "decode by temperature", "top_k": 0, "top_p": 0.95, "min_p": 0.0, "seed": 3,
+                 "sample_from": "request", "rule": "block",
+                 "temperatures": [task | {"temperature": 0.0}, task | {"temperature": 0.5, "identical_to_plain": True}]}
+    (tmp_path / "device" / "c.json").write_text(json.dumps(hot))
     (tmp_path / "other.json").write_text('{"kind": "op"}')
     block = made.results_block(tmp_path)
     assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, 2 at once" in block
     assert block.count("| gsm8k | 9 | 1.25 | 3.481 | 12.3 | 6.2 | 2.00 | 3 differ |") == 2
+    assert "block 4, top-p 0.95, drawn drafts, rule block, seed 3, at most 5 new tokens" in block
+    assert "| 0 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | 3 differ |\n| 0.5 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | yes |" in block
     assert made.with_results(f"x\n{made.BEGIN}\nold\n{made.END}\ny", block) == f"x\n{block}\ny"
     card = made.card_block(tmp_path, "d")
     # 12 steps: 6 committed one token, so half of the first drafts were accepted, then 4 of 6, then none of 4
