@@ -24,7 +24,8 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 FILES = {
-    "sglang": ["kernels/ops/speculative/dflash.py", "kernels/ops/speculative/fused_kv_materialize.py"],
+    "sglang": ["kernels/ops/speculative/dflash.py", "kernels/ops/speculative/fused_kv_materialize.py",
+               "kernels/ops/speculative/reject_sampling.py"],
     "vllm": ["v1/worker/gpu/spec_decode/dflash/speculator.py", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py",
              "v1/worker/gpu/cp_utils.py", "v1/worker/gpu/sample/gumbel.py", "v1/worker/gpu/sample/watermark.py",
              "v1/spec_decode/fly.py", "v1/watermarking/prfs/philox.py",
