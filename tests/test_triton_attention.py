@@ -23,9 +23,9 @@ def short_spans(monkeypatch):
 def launch(q, k, v, cache, table, lens, *, out, block_lens=None, context_starts=None, scale=None, causal=False,
            window=(-1, -1), sinks=None, softcap=0.0):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_cache, v_cache = (None, None) if cache is None else (cache.k, cache.v)
-    assert triton_attention.block_attention(q, k, v, k_cache, v_cache, table, lens, block_lens, context_starts, scale,
-                                            causal, *window, sinks, softcap, out) is None
+    pages = (None,) * 4 if cache is None else (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    assert triton_attention.block_attention(q, k, v, *pages, table, lens, block_lens, context_starts, scale, causal,
+                                            *window, sinks, softcap, out) is None
     return out
 
 

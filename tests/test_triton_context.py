@@ -21,7 +21,8 @@ class Case(test_context.Case):
         k, v = (list(t) for t in zip(*cache_views(base, self.shape[0]), strict=True))
         a = dict(kv=self.kv, positions=self.positions, slots=self.slots, eps=1e-6, interleaved=False, commit_lens=None,
                  v_scale=1.0, rounding="each", **self.args) | change
-        assert write_context_kv(a["kv"], a["positions"], a["slots"], k, v, a["k_weights"], a["cos_sin"],
+        scales = ([s for s in each if s is not None] for each in (self.k_scales, self.v_scales))
+        assert write_context_kv(a["kv"], a["positions"], a["slots"], k, v, *scales, a["k_weights"], a["cos_sin"],
                                 a["commit_lens"], a["eps"], a["v_scale"], a["interleaved"],
                                 a["rounding"] == "each") is None
         return base
@@ -55,7 +56,7 @@ def test_k_has_the_bits_of_qk_norm_rope(dtype, interleaved):
     got = rows(case.run(interleaved=interleaved), "nhd", case.slots)
     for layer, kv in enumerate(case.kv.unflatten(1, (layers, -1)).unbind(1)):
         qkv = torch.cat([torch.randn(3, 3 * dim).to(dtype), kv], 1)
-        qk_norm_rope(qkv, case.positions, case.args["cos_sin"], None, case.args["k_weights"][layer], None, None, None,
+        qk_norm_rope(qkv, case.positions, case.args["cos_sin"], None, case.args["k_weights"][layer], *[None] * 5,
                      3, heads, dim, 1e-6, interleaved, True)
         assert same_bits(got[layer, 0], qkv.unflatten(1, (-1, dim))[:, 3:5].contiguous())
 
