@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import fp8_cases
 import pytest
 import test_context
 import torch
@@ -173,3 +174,27 @@ def test_planted_faults_change_k_bits(dtype):
                   dict(k_weights=case.args["k_weights"].roll(1, 0)), dict(cos_sin=rotary_table(32, MAX_POS))):
         bad = rows(case.run(**fault), "nhd", case.slots)
         assert (bad[:, 0] != good[:, 0]).any(-1).any(0).all() and same_bits(bad[:, 1], good[:, 1])
+
+
+# ---- fp8 caches ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", fp8_cases.SCALES)
+@pytest.mark.parametrize("shape", [(3, 2, 3, 64, 64), (2, 2, 1, 128, 64), (2, 1, 2, 20, 6), (1, 1, 1, 512, 512)], ids=str)
+def test_fp8_is_stored_divided_and_rounded(dtype, shape, kind):
+    fp8_cases.check_stored(Case(dtype, *shape), kind, interleaved=kind == "head", v_scale=0.707)
+
+
+def test_every_value_is_stored_as_the_nearest_fp8(dtype):
+    fp8_cases.check_every_value(Case(dtype, 2, 1, 1, 64, page_size=8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_p16_p17_p18_fp8_layouts_commit_lengths_and_slots_that_do_not_exist(dtype, layout):
+    case = Case(dtype, 12, 2, 2, 32, 32, layout, page_size=4)
+    case.slots = torch.tensor([0, -1, 23, 24, 1, 2, 2**62, -(2**62), 3, 4, -24, 2]).where(
+        torch.tensor(layout != "slots"), torch.tensor([0, -1, 5, 6, 1, 2, 2**62, -(2**62), 3, 4, -6, 2]))
+    fp8_cases.check_stored(case, "head", commit_lens=torch.tensor([4, 1, 9], dtype=torch.int32))
+
+
+def test_planted_faults_change_the_fp8_that_is_stored(dtype):
+    fp8_cases.check_planted_store_faults(Case(dtype, 2, 2, 3, 64, 64))
