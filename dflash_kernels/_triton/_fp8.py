@@ -6,6 +6,8 @@ one answer for each byte, so NATIVE, the instruction of sm_89 and later, differs
 instruction an element instead of six.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -59,3 +61,9 @@ def as_bytes(cache: torch.Tensor) -> torch.Tensor:
 def scale_kind(scale: torch.Tensor | None) -> int:
     """SCALE of `stored`."""
     return 0 if scale is None else 1 if scale.numel() == 1 else 2
+
+
+@functools.cache
+def native_fp8(device: torch.device) -> bool:
+    """NATIVE of `of_fp8`."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
