@@ -352,8 +352,8 @@ def test_p21_a_context_past_the_table_raises_when_values_are_checked_and_is_nan_
 def test_opcheck(dtype):
     q, k, v, cache, table, lens = Case([5, 20], dim=16, dtype=dtype).args()
     torch.library.opcheck(torch.ops.dflash.block_attention.default,
-                          (q, k, v, cache.k, cache.v, None, None, table, lens, None, None, 0.25, True, 3, -1, torch.zeros(6), 0.0,
-                           torch.zeros_like(q)))
+                          (q, k, v, cache.k, cache.v, None, None, table, lens, None, None, 0.25, True, 3, -1,
+                           torch.zeros(6), 0.0, torch.zeros_like(q)))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -179,7 +179,8 @@ def test_planted_faults_change_k_bits(dtype):
 # ---- fp8 caches ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", fp8_cases.SCALES)
-@pytest.mark.parametrize("shape", [(3, 2, 3, 64, 64), (2, 2, 1, 128, 64), (2, 1, 2, 20, 6), (1, 1, 1, 512, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 3, 64, 64), (2, 2, 1, 128, 64), (2, 1, 2, 20, 6), (1, 1, 1, 512, 512)],
+                         ids=str)
 def test_fp8_is_stored_divided_and_rounded(dtype, shape, kind):
     fp8_cases.check_stored(Case(dtype, *shape), kind, interleaved=kind == "head", v_scale=0.707)
 

@@ -143,7 +143,8 @@ def test_scales_that_a_cache_cannot_have():
     for error, match, k_scale in [
         (TypeError, "k_scale must be a float32 tensor; got float", 0.5),
         (TypeError, "k_scale must be a float32 tensor; got torch.bfloat16", torch.ones(3).bfloat16()),
-        (ValueError, r"k_scale must be contiguous, of shape \(\), \(1,\) or \(Hkv,\) = \(3,\); got \(2,\)", torch.ones(2)),
+        (ValueError, r"k_scale must be contiguous, of shape \(\), \(1,\) or \(Hkv,\) = \(3,\); got \(2,\)",
+         torch.ones(2)),
         (ValueError, "k_scale must be contiguous", torch.ones(6)[::2]),
         (ValueError, "k_scale must be on cpu; got meta", torch.ones(3, device="meta")),
     ]:

@@ -199,11 +199,11 @@ def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, s
 
 # ---- fp8 caches ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", fp8_cases.SCALES)
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (6, 6)}, {"softcap": 3.0, "window": (70, 2)}],
-                         ids=str)
+@pytest.mark.parametrize("kind,options", [("none", {}), ("tensor", {"window": (6, 6)}), ("one", {"causal": True}),
+                                          ("head", {"softcap": 3.0, "window": (70, 2)}),
+                                          ("k alone", {"causal": True, "window": (9, -1)})], ids=str)
 def test_fp8_matches_reference(dtype, options, kind, short_spans):
-    case = fp8_cases.quantise(Case([37, 0, 150, 16, 64, 126], dim=16, dtype=dtype), kind)
+    case = fp8_cases.quantise(Case([37, 0, 150, 64], dim=16, dtype=dtype), kind)
     fp8_cases.check_read(run, case, sinks=torch.linspace(-2, 2, 6), **options)
 
 
@@ -223,9 +223,10 @@ def test_p16_fp8_layouts_give_the_same_bits(dtype):
 
 
 def test_fp8_nan_reaches_exactly_the_rows_that_see_it(dtype):
-    clean = run(fp8_cases.quantise(Case([50], width=6, heads=2, kv_heads=1, dim=16, dtype=dtype), "none"), window=(8, 1))
+    sizes = dict(width=6, heads=2, kv_heads=1, dim=16, dtype=dtype)
+    clean = run(fp8_cases.quantise(Case([50], **sizes), "none"), window=(8, 1))
     for which, at in (("k", 44), ("v", 41), ("v", 49)):
-        case = Case([50], width=6, heads=2, kv_heads=1, dim=16, dtype=dtype)
+        case = Case([50], **sizes)
         getattr(case.cache, which)[int(case.table[0, at // 16]), at % 16] = NAN
         got = run(fp8_cases.quantise(case, "none"), window=(8, 1))
         for i in range(6):
@@ -236,7 +237,7 @@ def test_fp8_nan_reaches_exactly_the_rows_that_see_it(dtype):
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window": (70, -1)}], ids=str)
 def test_p23_fp8_rows_have_the_same_bits_however_they_come(dtype, options, short_spans, monkeypatch):
     """Spans shared out or not, a request alone or in a batch, a block or its first rows."""
-    case = fp8_cases.quantise(Case([300, 0, 65, 126], width=6, heads=3, kv_heads=1, dim=16, dtype=dtype), "head")
+    case = fp8_cases.quantise(Case([126, 0, 65, 150], width=6, heads=3, kv_heads=1, dim=16, dtype=dtype), "head")
     q, k, v, cache, table, lens = case.args()
     whole = run(case, **options)
     for b in ([0], [3, 1]):

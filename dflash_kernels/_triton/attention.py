@@ -116,12 +116,12 @@ def _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_
 
 @triton.jit
 def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_table, context_lens, block_lens,
-                           context_starts, sinks, out, part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right, num_pages,
-                           capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row, v_head, kc_page,
-                           kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, units, unit_size,
-                           K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
-                           SPAN: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
+                           context_starts, sinks, out, part, part_top, width, group, kv_heads, head_dim, factor,
+                           softcap, left, right, num_pages, capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head,
+                           v_b, v_row, v_head, kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head,
+                           units, unit_size, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, NATIVE: tl.constexpr,
+                           PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                           CHUNK_D: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
     """Program (task, u) has the u-th unit that a row tile sees; a unit is a span, or the whole context."""
     tiles = tl.cdiv(width * group, BLOCK_M)
     request_head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -204,6 +204,7 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         num_pages, page_size = k_cache.shape[:2]
         capacity, table_row = page_table.shape[1] * page_size, page_table.stride(0)
         cache_strides = k_cache.stride()[:3] + v_cache.stride()[:3]
+        k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     rows, reach = width * group, capacity + width
     tasks, spans = batch * kv_heads * triton.cdiv(rows, c.BLOCK_M), triton.cdiv(reach, SPAN)
@@ -213,11 +214,11 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
     slots = batch * kv_heads * units * rows if split else 0
     part, part_top = (torch.empty(slots, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
     block_attention_kernel[tasks, units](
-        q, k, v, as_bytes(k_cache), as_bytes(v_cache), k_scale, v_scale, page_table, context_lens, block_lens,
-        context_starts, sinks, out, part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right,
-        num_pages, capacity, table_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides,
-        *out.stride()[:3], units, unit_size, scale_kind(k_scale), scale_kind(v_scale), native_fp8(q.device), page_size,
-        c.BLOCK_M, c.BLOCK_N, block_d, min(c.CHUNK_D, block_d), SPAN, softcap > 0, c.stages,
+        q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, sinks, out,
+        part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right, num_pages, capacity, table_row,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], units, unit_size,
+        scale_kind(k_scale), scale_kind(v_scale), native_fp8(q.device), page_size, c.BLOCK_M, c.BLOCK_N, block_d,
+        min(c.CHUNK_D, block_d), SPAN, softcap > 0, c.stages,
         num_warps=c.warps, num_stages=c.stages, **PLAIN)
     if split:
         merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](

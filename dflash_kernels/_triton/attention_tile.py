@@ -4,9 +4,9 @@ A value that is not finite must reach only the rows that see it, and 0 * NaN is 
 look: where its sums are not finite, which is rare and ends in NaN anyway, they are computed again, EXACT: such values
 go through the tensor cores as zeros, and a second product says which rows see one. Both give a row the same bits.
 
-Keys of an fp8 cache and keys of the block go through separate loops, as one is scaled and the other is not: key head h's
-k_scale is part of its scores' factor, and what its values add up to takes v_scale whenever a softmax of the context ends.
-The tile in which the context ends is in both, so that no span is merged before all of it was seen.
+Keys of an fp8 cache and keys of the block go through separate loops, as one is scaled and the other is not: a key
+head's k_scale is part of its scores' factor, and what its values add up to takes v_scale when a softmax of the context
+ends. The tile in which the context ends is in both, so that no span is merged before all of it was seen.
 """
 
 import triton
@@ -26,13 +26,15 @@ def merge(top, total, acc, other_top, other_total, other):
 
 
 @triton.jit
-def _not_finite(values, score):
-    """What the values that are not finite add to each row that sees them: NaN, inf, -inf, or 0."""
+def _not_finite(values, score, FP8: tl.constexpr):
+    """What the values that are not finite add to each row that sees them: NaN, inf, -inf, or 0. FP8 has no infinity."""
     wide = values.to(tl.float32)
+    seen = tl.where(score == float("-inf"), 0.0, 1.0).to(values.dtype)
+    if FP8:
+        return tl.where(tl.dot(seen, (wide != wide).to(values.dtype), input_precision="ieee") > 0, float("nan"), 0.0)
     code = tl.where(wide != wide, 16384.0, tl.where(wide == float("inf"), 128.0, 1.0))
     code = tl.where(tl.abs(wide) < float("inf"), 0.0, code).to(values.dtype)
     # At most 64 keys: the three counts share one exact sum.
-    seen = tl.where(score == float("-inf"), 0.0, 1.0).to(values.dtype)
     counts = tl.dot(seen, code, input_precision="ieee").to(tl.int32)
     infinite = tl.where(counts // 128 % 128 > 0, float("inf"), 0.0) + tl.where(counts % 128 > 0, float("-inf"), 0.0)
     return tl.where(counts >= 16384, float("nan"), infinite)
@@ -41,10 +43,9 @@ def _not_finite(values, score):
 @triton.jit
 def load_rows(at, mask, kind: tl.constexpr, NATIVE: tl.constexpr):
     """Keys or values in `kind`, wherever they are; 0 outside the mask."""
+    rows = tl.load(at, mask, 0)
     if at.dtype.element_ty == tl.uint8:
-        rows = of_fp8(tl.load(at, mask, 0), kind, NATIVE)
-    else:
-        rows = tl.load(at, mask, 0.0)
+        rows = of_fp8(rows, kind, NATIVE)
     return rows
 
 
@@ -122,7 +123,7 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, 
         if EXACT:
             finite = tl.abs(values.to(tl.float32)) < float("inf")
             acc = tl.dot(weight.to(values.dtype), tl.where(finite, values, 0.0), acc, input_precision="ieee")
-            acc += _not_finite(values, score)
+            acc += _not_finite(values, score, SOURCE == "cache")
         else:
             acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
         over = (tile + 1) * BLOCK_N % SPAN == 0

@@ -2,8 +2,8 @@
 of the table and two indices a token that is the floor (ops/context.py) over the copy bandwidth, or the launch.
 
 A program has some heads of one token and layer, K and V together, so that their loads are in flight at the same time.
-Layers' caches are separate tensors, and so are an fp8 cache's scales: the kernel finds them in a table of addresses that
-is made once for each set of caches. The table of configurations is rope's, as a key's bits must be.
+Layers' caches are separate tensors, and so are an fp8 cache's scales: the kernel finds them in a table of addresses
+that is made once for each set of caches. The table of configurations is rope's, as a key's bits must be.
 """
 
 import torch

@@ -188,7 +188,8 @@ def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, 
         qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, qkv.stride(0),
         *k_strides, *v_strides, num_pages, page_size, max_pos, num_heads, num_kv_heads, head_dim, rotary,
         float(head_dim), eps, NORM_Q=q_weight is not None, NORM_K=k_weight is not None, CACHED=cached, FP8=fp8,
-        K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale), INTERLEAVED=interleaved, ROUND_EACH=round_each, **tile(head_dim, rotary), HEADS=heads, num_warps=warps, **PLAIN)
+        K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale), INTERLEAVED=interleaved, ROUND_EACH=round_each,
+        **tile(head_dim, rotary), HEADS=heads, num_warps=warps, **PLAIN)
 
 
 # flags of the cases: normed, cached, interleaved, rounded after the norm
