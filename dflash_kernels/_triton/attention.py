@@ -3,8 +3,18 @@
 Bytes of a request: itemsize * D * (2 Hkv (context + Q) + 2 Hq Q), operations 4 Q Hq D a visible key. A program has a
 tile of BLOCK_M rows (row = query * group + member of the group) of one key head, padded, so its tensor cores do
 4 BLOCK_M D operations for the 4 D bytes of a key: 32 rows are 110 TFLOP/s at an H100's 3.35 TB/s, a fifth of what
-mma.sync reaches there; the floor is the bytes. More rows than BLOCK_M are more tiles side by side in the grid, whose
-second reading hits the second-level cache.
+mma.sync reaches there; the floor is the bytes.
+
+More rows than BLOCK_M are more tiles, neighbours in the grid. Memory is read once as long as the second-level cache
+keeps what they share, but that cache is read once for each tile: 4 times for 128 rows (16 queries of 8 heads), which
+costs time where its bandwidth is under 4 times the memory's. One tile of 64 or 128 rows does not fit (Triton 3.7):
+
+- Two float32 sums for each row, of the span and of the spans before it, are 128 of a thread's 255 registers for 128 rows
+  of 128 numbers in 8 warps. With tiles of 64 keys 3,368 bytes are spilled on sm_80, 224 on sm_90, 1,168 on sm_100 and
+  2,080 on sm_120; 64 rows with tiles of 32 keys still spill 496 on sm_80 and 620 on sm_120. The loop that looks for
+  values which are not finite takes most of it: without it 128 rows by 32 keys spill 12 bytes on sm_80, none on sm_90.
+- From 64 rows on a product is wgmma on sm_90 and tcgen05 on sm_100. A small block, whose tile must stay small, would
+  take mma.sync, and the bits of a row could depend on how many others there are.
 
 A row's bits depend on its query, its position and the keys that it sees, on nothing else:
 
@@ -14,7 +24,8 @@ A row's bits depend on its query, its position and the keys that it sees, on not
 - SPAN positions are one softmax, from nothing, and spans are merged in order. Whether programs share out the spans and
   a second launch merges them (few requests) or one program does both (many) is chosen by shapes alone and moves no bit.
   Multiply-adds of a merge are fused by name, so that both places round alike.
-- Keys come from the cache or from the block through one address; the tile does not know which.
+- Keys come from the cache or from the block through one address; the tile does not know which. Those of an fp8 cache
+  have a loop of their own, and the bits of a row also depend on where the context ends.
 
 Shared out, a span costs beside its keys a float32 row of D for each query row, written and read: 2 rows / SPAN of the
 keys' bytes in bfloat16. What a program does with a tile of keys is in attention_tile.py.
