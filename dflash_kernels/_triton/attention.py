@@ -7,12 +7,13 @@ mma.sync reaches there; the floor is the bytes.
 
 More rows than BLOCK_M are more tiles, neighbours in the grid. Memory is read once as long as the second-level cache
 keeps what they share, but that cache is read once for each tile: 4 times for 128 rows (16 queries of 8 heads), which
-costs time where its bandwidth is under 4 times the memory's. One tile of 64 or 128 rows does not fit (Triton 3.7):
+costs time where its bandwidth is under 4 times the memory's. One tile of 64 or 128 rows does not fit:
 
-- Two float32 sums for each row, of the span and of the spans before it, are 128 of a thread's 255 registers for 128 rows
-  of 128 numbers in 8 warps. With tiles of 64 keys 3,368 bytes are spilled on sm_80, 224 on sm_90, 1,168 on sm_100 and
-  2,080 on sm_120; 64 rows with tiles of 32 keys still spill 496 on sm_80 and 620 on sm_120. The loop that looks for
-  values which are not finite takes most of it: without it 128 rows by 32 keys spill 12 bytes on sm_80, none on sm_90.
+- Two float32 sums for each row, of the span and of the spans before it, are 128 of a thread's 255 registers for 128
+  rows of 128 numbers in 8 warps. Triton 3.7 then spills, with tiles of 64 keys, 3,368 bytes on sm_80, 224 on sm_90,
+  1,168 on sm_100 and 2,080 on sm_120; 64 rows with tiles of 32 keys still spill 496 on sm_80 and 620 on sm_120. The
+  loop that looks for values which are not finite takes most of it: without it 128 rows by 32 keys spill 12 bytes on
+  sm_80 and none on sm_90.
 - From 64 rows on a product is wgmma on sm_90 and tcgen05 on sm_100. A small block, whose tile must stay small, would
   take mma.sync, and the bits of a row could depend on how many others there are.
 
