@@ -2,8 +2,7 @@
 
 In integers, so that every backend stores the same byte: Triton refuses fp8e4nv below sm_89, and its interpreter (3.7)
 reads 0x7f as 480, rounds 31.7 to 16 because the carry out of the mantissa is lost, and cuts subnormals off. Reading has
-one answer for each byte, so NATIVE, the instruction of sm_89 and later, differs in speed alone: about half an
-instruction an element instead of six.
+one answer for each byte, so NATIVE, the conversion that sm_89 and later have, differs in speed alone.
 """
 
 import functools
