@@ -68,23 +68,14 @@ def scores(q, from_q, ok, from_k, there, head_dim, NATIVE: tl.constexpr, BLOCK_M
 
 
 @triton.jit
-def place_keys(at, inside, k, v, k_cache, v_cache, pages, context, num_pages, k_row, v_row, kc_page, kc_row, vc_page,
-               vc_row, SOURCE: tl.constexpr, PAGE: tl.constexpr):
-    """Addresses of the keys and values at these positions, and whether they exist."""
-    after = (at - context).to(tl.int64)
-    from_k, from_v, exists = k + after * k_row, v + after * v_row, at >= context
-    if SOURCE != "block":
-        cached = at < context
-        page = tl.load(pages + at // PAGE, inside & cached, 0)
-        found = (page >= 0) & (page < num_pages)
-        page, row = page.to(tl.int64), (at % PAGE).to(tl.int64)
-        cached_k, cached_v = k_cache + (page * kc_page + row * kc_row), v_cache + (page * vc_page + row * vc_row)
-        if SOURCE == "cache":
-            from_k, from_v, exists = cached_k, cached_v, found
-        else:
-            from_k, from_v = tl.where(cached, cached_k, from_k), tl.where(cached, cached_v, from_v)
-            exists = found | exists
-    return from_k, from_v, exists
+def row_addresses(block, cache, cached, page, row, after, block_row, cache_page, cache_row, SOURCE: tl.constexpr):
+    if SOURCE == "cache":
+        at = cache + (page * cache_page + row * cache_row)
+    elif SOURCE == "block":
+        at = block + after * block_row
+    else:
+        at = tl.where(cached, cache + (page * cache_page + row * cache_row), block + after * block_row)
+    return at
 
 
 @triton.jit
@@ -99,15 +90,19 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, 
     zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in tl.range(begin, end, num_stages=STAGES):
         at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (at >= first) & (at < last)
+        inside, cached = (at >= first) & (at < last), at < context
         if SOURCE == "cache":
-            inside = inside & (at < context)
+            inside = inside & cached
         if SOURCE == "block":
             inside = inside & (at >= context)
-        from_k, from_v, exists = place_keys(at, inside, k, v, k_cache, v_cache, pages, context, num_pages, k_row, v_row,
-                                            kc_page, kc_row, vc_page, vc_row, SOURCE, PAGE)
-        score = factor * scores(q, from_q, ok, from_k, inside & exists, head_dim, NATIVE, BLOCK_M, BLOCK_N, BLOCK_D,
-                                CHUNK_D)
+            page, exists = at, at >= context
+        else:
+            page = tl.load(pages + at // PAGE, inside & cached, 0)
+            exists = ((page >= 0) & (page < num_pages)) | (at >= context)
+        page, row, after = page.to(tl.int64), (at % PAGE).to(tl.int64), (at - context).to(tl.int64)
+        from_k = row_addresses(k, k_cache, cached, page, row, after, k_row, kc_page, kc_row, SOURCE)
+        score = scores(q, from_q, ok, from_k, inside & exists, head_dim, NATIVE, BLOCK_M, BLOCK_N, BLOCK_D,
+                       CHUNK_D) * factor
         if SOFTCAP:
             score = tanh(score) * softcap
         seen = (inside[None, :] & (at[None, :] >= (position - left)[:, None])
@@ -117,6 +112,7 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, 
         shift = tl.where(new == float("-inf"), 0.0, new)
         weight, fade = tl.exp2(score - shift[:, None]), tl.exp2(top - shift)
         top, total = new, tl.fma(total, fade, tl.sum(weight, 1))
+        from_v = row_addresses(v, v_cache, cached, page, row, after, v_row, vc_page, vc_row, SOURCE)
         values = load_rows(from_v[:, None] + d[None, :], (inside & exists)[:, None] & (d < head_dim)[None, :], q.dtype,
                            NATIVE)
         acc *= fade[:, None]
