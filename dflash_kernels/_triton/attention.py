@@ -192,18 +192,26 @@ def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts,
     _finish(out + b * o_b, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
 
 
-def config(itemsize: int, head_dim: int) -> Config:
+def config(itemsize: int, head_dim: int, fp8: bool) -> Config:
+    if not serves(itemsize, head_dim, fp8):
+        raise NotImplementedError("block_attention: float32 queries over an fp8 cache have a CUDA kernel for heads of at "
+                                  f"most 64; got {head_dim}; use bfloat16 or float16 queries")
     for (width, most), c in CONFIGS.items():
         if width == itemsize and head_dim <= most:
             return c
     raise NotImplementedError(f"block_attention: heads of more than 256 have no CUDA kernel; got {head_dim}")
 
 
+def serves(itemsize: int, head_dim: int, fp8: bool) -> bool:
+    """float32 sums of larger heads, beside what the cache's conversion holds, spill on sm_100 and sm_120."""
+    return not (fp8 and itemsize == 4 and head_dim > 64)
+
+
 def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
                     scale, causal, left, right, sinks, softcap, out):
     """Where spans are shared out it allocates what they leave to merge, as a graph may: it is in its pool."""
     (batch, width, heads, head_dim), kv_heads = q.shape, k.shape[2]
-    c = config(q.element_size(), head_dim)
+    c = config(q.element_size(), head_dim, k_cache is not None and k_cache.element_size() == 1)
     if batch == 0 or width == 0:
         return
     left = FAR if left < 0 else min(left, FAR)
@@ -262,6 +270,8 @@ def cases():
     for (itemsize, dim), c in CONFIGS.items():
         for dtype in ("fp32",) if itemsize == 4 else ("bf16", "fp16"):
             for softcap, fp8 in [(False, False), (False, True)] + [(True, False)] * (dtype == "bf16"):
+                if not serves(itemsize, dim, fp8):
+                    continue
                 constants = {"K_SCALE": fp8 * 2, "V_SCALE": fp8 * 2, "NATIVE": _native if fp8 else False, "PAGE": 16,
                              "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_D": dim, "CHUNK_D": c.CHUNK_D,
                              "SPAN": SPAN, "SOFTCAP": softcap, "STAGES": c.stages}
