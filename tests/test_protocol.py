@@ -1,0 +1,354 @@
+"""The model cards' protocol: both answerers, the journal, what is read from servers, and what goes wrong there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import tiny
+from chat_server import GAUGE, SGLANG, VLLM, FakeChat
+
+pytest.importorskip("typer")
+
+from dflash_decode import chat, cli, protocol
+from dflash_decode.answerers import OurLoop, Server
+from dflash_decode.bench import Prompt
+from dflash_decode.served_metrics import Drafting, drafting
+from dflash_decode.session import Session
+from dflash_decode.weights import CheckpointError
+
+ONE = [Prompt("gsm8k", f"g{i}", (f"question {i}",)) for i in range(4)]
+TWO = [Prompt("mt_bench", f"m{i}", (f"first {i}", f"second {i}")) for i in range(3)]
+
+
+def served(fake, max_new_tokens=100, **options):
+    return Server(chat.ChatServer(fake.url, timeout=5.0), max_new_tokens, {}, **({"patience": 0.01} | options))
+
+
+def measured(answerer, prompts, concurrencies, file):
+    journal = protocol.Journal(file, answerer.about)
+    protocol.measure(answerer, prompts, concurrencies, journal)
+    return protocol.figures(journal, prompts, concurrencies)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {"model": str(tiny.write_target(folder / "target")), "draft": str(tiny.write_drafter(folder / "draft"))}
+
+
+@pytest.fixture(scope="module")
+def loaded(models):
+    return Session.load(models["model"], models["draft"], dtype="float32")
+
+
+# ---- a server ------------------------------------------------------------------------------------------------------
+
+
+def test_all_turns_with_the_answers_in_the_history(tmp_path):
+    with FakeChat(VLLM) as fake:
+        rows = measured(served(fake), TWO, [1], tmp_path / "j")
+    asked = [r["messages"] for r in fake.seen[1:]]  # the first is the warm-up
+    assert [m[-1]["content"] for m in asked] == [f"{t} {i}" for i in range(3) for t in ("first", "second")]
+    assert asked[1] == [{"role": "user", "content": "first 0"}, {"role": "assistant", "content": "answer 1 to first 0"},
+                        {"role": "user", "content": "second 0"}]
+    assert all(r["temperature"] == 0.0 and r["max_tokens"] == 100 and r["model"] == "the-model" and r["stream"]
+               for r in fake.seen[1:])
+    assert [(r["task"], r["prompts"], r["turns"], r["tokens"]) for r in rows] == [("mt_bench", 3, 6, 6 * 19 + 3)]
+
+
+def test_throughput_and_acceptance_of_vllm(tmp_path):
+    with FakeChat(VLLM) as fake:
+        fake.drafts = 1000  # what was counted before does not count
+        row, other = measured(served(fake), ONE, [1, 4], tmp_path / "j")
+    assert row["acceptance_length"] == other["acceptance_length"] == 4.0
+    assert row["acceptance_from"] == "vllm counters" and row["accepted_by_position"] == [1.0, 0.5]
+    assert row["tokens"] == 4 * len("answer 1 to question 0") and row["runs"] == 1 and row["retries"] == 0
+    assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"], rel=0.05)
+
+
+@pytest.mark.parametrize("metrics, length, source", [
+    (SGLANG, 1 + (4 * 22 - 4 - 4 * 5) / (4 * 5), "sglang counters"), (GAUGE, 2.75, "sglang gauge, its last interval"),
+    ("", None, "not reported"), ("up 1\n", None, "not reported")])
+def test_acceptance_of_others(tmp_path, metrics, length, source):
+    with FakeChat(metrics) as fake:
+        row = measured(served(fake), ONE, [2], tmp_path / "j")[0]
+    assert row["acceptance_length"] == (None if length is None else pytest.approx(length, abs=1e-4))
+    assert row["acceptance_from"] == source
+
+
+def test_concurrency_is_what_was_asked_for(tmp_path):
+    prompts = [Prompt("t", str(i), ("x",)) for i in range(9)]
+    with FakeChat(pause=0.02) as fake:
+        measured(served(fake), prompts, [3], tmp_path / "j")
+    assert fake.most == 3
+
+
+def test_what_may_go_well_the_next_time_is_sent_again(tmp_path):
+    with FakeChat(faults=[None, "drop", "half", 503, None, 429]) as fake:
+        row = measured(served(fake), ONE, [1], tmp_path / "j")[0]
+    assert row["prompts"] == 4 and row["retries"] == 4 and len(fake.seen) == 1 + 4 + 4
+
+
+def test_a_server_that_is_silent_for_too_long(tmp_path):
+    with FakeChat(faults=["silent"]) as fake:
+        server = chat.ChatServer(fake.url, timeout=0.2)
+        with pytest.raises(chat.Dropped, match="timed out"):
+            server.chat([{"role": "user", "content": "x"}], 5)
+        assert server.chat([{"role": "user", "content": "x"}], 6) == chat.Reply("answer", 6, 7, "stop")
+
+
+def test_slow_is_not_silent():
+    with FakeChat(pause=0.1) as fake:
+        assert chat.ChatServer(fake.url, timeout=0.3).chat([{"role": "user", "content": "x"}], 99).tokens == 13
+
+
+@pytest.mark.parametrize("fault, words", [(400, "400 Bad Request: no, 400"), (401, "401 Unauthorized: no, 401")])
+def test_a_refusal_ends_the_run_and_keeps_what_is_finished(tmp_path, fault, words):
+    with FakeChat(faults=[None, None, fault]) as fake:
+        with pytest.raises(chat.ServerError, match=words):
+            measured(served(fake), ONE, [1], tmp_path / "j")
+        assert len(fake.seen) == 3
+        rows = measured(served(fake), ONE, [1], tmp_path / "j")
+    assert [r["messages"][-1]["content"] for r in fake.seen[4:]] == ["question 1", "question 2", "question 3"]
+    assert rows[0]["prompts"] == 4 and rows[0]["runs"] == 2
+
+
+def test_a_server_that_stays_away_is_an_error(tmp_path):
+    with FakeChat(faults=[None, *["drop"] * 3]) as fake, pytest.raises(chat.Dropped):
+        measured(served(fake, tries=3), ONE, [1], tmp_path / "j")
+    with pytest.raises(chat.Dropped, match="refused"):
+        chat.ChatServer(fake.url)
+
+
+def test_tokens_that_nobody_counted(tmp_path):
+    with FakeChat(usage=False) as fake, pytest.raises(chat.ServerError, match="completion_tokens"):
+        measured(served(fake), ONE, [1], tmp_path / "j")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://"])
+def test_urls(url):
+    with pytest.raises(chat.ServerError, match="--base-url must be"):
+        chat.ChatServer(url)
+
+
+def test_a_url_with_or_without_v1_a_key_and_more_fields():
+    with FakeChat() as fake:
+        server = chat.ChatServer(f"{fake.url}/v1/", "named", api_key="k", extra={"top_k": 1})
+        assert server.url == fake.url
+        server.chat([{"role": "user", "content": "x"}], 3)
+    assert (fake.seen[0]["model"], fake.seen[0]["authorization"], fake.seen[0]["top_k"]) == ("named", "Bearer k", 1)
+
+
+def test_stopping_does_not_wait_for_streams(tmp_path):
+    with FakeChat(pause=1.0) as fake:
+        server = served(fake, max_new_tokens=20)
+        answers = server._stream(ONE, 4)
+        threading.Timer(0.3, lambda: server.chat.abort()).start()
+        began = time.monotonic()
+        with pytest.raises(chat.Dropped):
+            next(answers)
+        assert time.monotonic() - began < 1.0
+        assert not any(t.is_alive() for t in threading.enumerate() if t.name.endswith("(_work)"))
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_counters_of_all_engines_add_up():
+    text = "\n".join(f'vllm:spec_decode_num_{name}{{engine="{e}"{more}}} {value * (e + 1)}' for e in (0, 1)
+                     for name, more, value in (("drafts_total", "", 10), ("accepted_tokens_total", "", 15),
+                                               ("accepted_tokens_per_pos_total", ',position="0"', 9),
+                                               ("accepted_tokens_per_pos_total", ',position="10"', 6)))
+    assert drafting(text) == Drafting("vllm counters", 30.0, 45.0, (27.0, 18.0))
+    assert drafting("llamacpp:spec_decode_num_drafts 4\nllamacpp:spec_decode_num_accepted_tokens 6").length == 2.5
+    assert drafting("nonsense {\nvllm:spec_decode_num_drafts_total{} x\n") is None
+
+
+def test_nothing_drafted_is_no_acceptance_length():
+    assert Drafting("vllm counters").length is None and Drafting("g", gauge=0.0).length is None
+
+
+# ---- our loop ------------------------------------------------------------------------------------------------------
+
+
+def test_our_loop_takes_every_turn_in_turn(loaded, tmp_path):
+    rows = measured(OurLoop(loaded, 6), ONE + TWO, [1, 2, 32], tmp_path / "j")
+    assert [(r["concurrency"], r["task"], r["prompts"], r["turns"]) for r in rows] == [
+        (c, task, n, turns) for c in (1, 2, 32) for task, n, turns in (("gsm8k", 4, 4), ("mt_bench", 3, 6))]
+    lines = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()[1:]]
+    answers = {(r["concurrency"], r["id"]): [(t["tokens"], t["prompt_tokens"], t["steps"]) for t in r["turns"]]
+               for r in lines}
+    # Greedy: the same answers, and steps, whoever else is decoded.
+    assert all(answers[2, i] == answers[32, i] == answers[1, i] for _, i in answers)
+    assert rows[0]["tokens"] == sum(t[0] for i in range(4) for t in answers[1, f"g{i}"])
+    steps = [n for i in range(4) for t in answers[1, f"g{i}"] for n in t[2]]
+    assert rows[0]["acceptance_length"] == pytest.approx(sum(steps) / len(steps), abs=1e-4)
+    assert rows[0]["acceptance_from"] == "steps" and sum(rows[0]["acceptance_histogram"]) == len(steps)
+
+
+def test_the_answer_is_in_the_history_of_our_loop(loaded, tmp_path, monkeypatch):
+    asked = []
+    template = loaded.tokenizer.apply_chat_template
+    monkeypatch.setattr(loaded.tokenizer, "apply_chat_template", lambda m: asked.append([*m]) or template(m))
+    measured(OurLoop(loaded, 6), TWO[:1], [1], tmp_path / "j")
+    first, second = asked[-2:]
+    assert first == [{"role": "user", "content": "first 0"}]
+    run = loaded.run([loaded.prompt_ids("first 0")], max_new_tokens=6)
+    said = loaded.tokenizer.decode(run.answers[0].tokens)
+    assert second == [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "second 0"}]
+
+
+def test_a_conversation_that_fills_the_context_ends(loaded, tmp_path):
+    long = Prompt("mt_bench", "m", ("x" * 60, "y" * 120, "z"))
+    row, = measured(OurLoop(loaded, 40), [long], [1], tmp_path / "j")
+    assert row["prompts"] == 1 and row["turns"] == 1
+    with pytest.raises(ValueError, match="g: the prompt must be shorter than the model's context of 128"):
+        measured(OurLoop(loaded, 4), [Prompt("t", "g", ("x" * 200,))], [1], tmp_path / "k")
+
+
+def test_several_turns_need_a_template(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    with pytest.raises(CheckpointError, match="expected a chat template"):
+        measured(OurLoop(loaded, 4), TWO, [1], tmp_path / "j")
+    assert measured(OurLoop(loaded, 4), ONE, [2], tmp_path / "k")[0]["prompts"] == 4
+
+
+# ---- the journal ---------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Answers at one second a prompt, by a clock that it moves; breaks off before the prompt `until`."""
+
+    def __init__(self, monkeypatch, until=None):
+        self.about, self.now, self.until = {"who": "me"}, 0.0, until
+        monkeypatch.setattr(protocol.time, "perf_counter", lambda: self.now)
+
+    def counters(self):
+        return None
+
+    def answer(self, prompts, concurrency):
+        for prompt in prompts:
+            self.now += 0.75
+            yield 3, None
+            if prompt.id == self.until:
+                raise KeyboardInterrupt
+            self.now += 0.25
+            yield 7, protocol.Answered(prompt, (protocol.Turn(10, 1.0, "stop", 5, (4, 6)),))
+
+
+def test_a_resumed_measurement(tmp_path, monkeypatch):
+    file = tmp_path / "j"
+    with pytest.raises(KeyboardInterrupt):
+        measured(Scripted(monkeypatch, until="g2"), ONE, [1], file)
+    assert len(file.read_text().splitlines()) == 3
+    with file.open("a") as out:
+        out.write('{"task": "gsm8k", "concurr')  # killed while it wrote
+    row, = measured(Scripted(monkeypatch), ONE, [1], file)
+    # two prompts in two seconds, and again; the tokens of the third that came before it was broken off do not count,
+    # as their time does not
+    assert (row["prompts"], row["runs"], row["tokens"], row["seconds"], row["tokens_per_s"]) == (4, 2, 40, 4.0, 10.0)
+    assert row["acceptance_length"] == 5.0 and row["cut_at_the_limit"] == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert [(r["id"], r["run"], r["at"], r["so_far"]) for r in lines] == [
+        ("g0", 1, 1.0, 10), ("g1", 1, 2.0, 20), ("g2", 2, 1.0, 10), ("g3", 2, 2.0, 20)]
+    again = Scripted(monkeypatch)
+    measured(again, ONE, [1], file)
+    assert again.now == 0.0  # nothing was left to do
+
+
+def test_a_journal_of_something_else(tmp_path):
+    file = tmp_path / "j"
+    protocol.Journal(file, {"model": "a", "limit": 3})
+    with pytest.raises(CheckpointError, match="model 'a' there, 'b' here"):
+        protocol.Journal(file, {"model": "b", "limit": 3})
+    for text in ("hello\n", "[1]\n", '{"about": {}}\n{"x": 1}\n', '{"about": {}}\n\xff\n'):
+        file.write_text(text, encoding="latin-1")
+        with pytest.raises(CheckpointError, match=r"j:\d: expected a journal"):
+            protocol.Journal(file, {})
+        assert file.read_text(encoding="latin-1") == text
+    file.write_text('{"about": {"limi')
+    assert protocol.Journal(file, {"limit": 1}).lines == [] and json.loads(file.read_text()) == {"about": {"limit": 1}}
+
+
+def test_an_id_that_comes_twice():
+    with pytest.raises(CheckpointError, match="'g1' twice"):
+        protocol.by_task([*ONE, ONE[1]])
+
+
+def test_tasks_stand_as_on_the_card():
+    rows = [Prompt(t, "1", ("x",)) for t in ("other", "mt_bench", "humaneval", "math500", "gsm8k")]
+    assert [*protocol.by_task(rows)] == ["math500", "gsm8k", "humaneval", "mt_bench", "other"]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def prompts_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"task": p.task, "id": p.id, "turns": p.turns}) + "\n" for p in ONE + TWO))
+    return file
+
+
+def test_the_command_with_our_loop(models, tmp_path, capfd):
+    out = tmp_path / "out.json"
+    words = ["bench", "protocol", "--prompts", prompts_file(tmp_path), "--model", models["model"], "--draft",
+             models["draft"], "--block-size", 4, "--max-new-tokens", 5, "--concurrency", 1, "--concurrency", 3,
+             "--journal", tmp_path / "j", "--json", out]
+    assert cli.run([str(w) for w in words]) == 0
+    shown, err = capfd.readouterr()
+    assert "Throughput, tokens/s" in shown and "Acceptance length" in shown and "Math500" in shown
+    assert "331.1" in shown and "3.561" in shown and "MT-Bench, 3 at once: 3 prompts" in err and "\x1b" not in shown
+    found = json.loads(out.read_text())
+    assert found["kind"] == "protocol" and len(found["rows"]) == 4 and found["max_new_tokens"] == 5
+    assert found["prompts"] == ["prompts.jsonl"] and found["block_size"] == 4 and "cpu" in found
+    assert cli.run([str(w) for w in words]) == 0
+    assert "14 of 14 prompts are in" in capfd.readouterr().err
+    assert cli.run([str(w) for w in [*words, "--limit", 2]]) == 1
+    assert "limit None there, 2 here" in capfd.readouterr().err
+
+
+def test_the_command_with_a_server(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with FakeChat(VLLM) as fake:
+        words = ["bench", "protocol", "--prompts", prompts_file(tmp_path), "--base-url", fake.url, "--journal",
+                 tmp_path / "j", "--extra-body", '{"chat_template_kwargs": {"enable_thinking": true}}']
+        assert cli.run([str(w) for w in words]) == 0
+    shown, err = capfd.readouterr()
+    assert shown.count("4.000") == 4 and "the server's own: vllm counters" in err
+    assert fake.seen[-1]["chat_template_kwargs"] == {"enable_thinking": True}
+    assert fake.seen[-1]["max_tokens"] == 4096 and fake.seen[-1]["authorization"] is None
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--extra-body", "[1]", "--base-url", "http://x"], "--extra-body must be a JSON object"),
+    (["--extra-body", "{}x"], "--extra-body must be a JSON object"),
+    (["--extra-body", '{"a": 1}'], "--extra-body needs --base-url"),
+    (["--base-url", "http://x", "--draft", "none"], "--draft is for our loop"),
+    (["--journal", "/no/such/folder/j"], "--journal must be a file in a directory")])
+def test_commands_written_wrongly(tmp_path, capfd, words, message):
+    assert cli.run(["bench", "protocol", "--prompts", str(prompts_file(tmp_path)), *words]) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_interrupted_and_resumed(tmp_path, capfd):
+    with FakeChat(VLLM, pause=0.05) as fake:
+        words = ["bench", "protocol", "--prompts", str(prompts_file(tmp_path)), "--base-url", fake.url, "--journal",
+                 str(tmp_path / "j"), "--concurrency", "2", "--max-new-tokens", "30"]
+        first = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", *words], stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True,
+                                 env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
+        while first.poll() is None and not ((tmp_path / "j").exists() and '"id"' in (tmp_path / "j").read_text()):
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        out, err = first.communicate(timeout=30)
+        assert first.returncode == 130 and "Traceback" not in err and "the same command goes on" in err
+        kept = (tmp_path / "j").read_text().count('"id"')
+        assert 1 <= kept < 7
+        assert cli.run(words) == 0
+    out, err = capfd.readouterr()
+    assert f"{kept} of 7 prompts are in" in err and "a run was interrupted" in err and "4.000" in out
