@@ -23,12 +23,13 @@ GAUGE = 'sglang:spec_accept_length{{model_name="m",tp_rank="0"}} 2.75\n'
 
 class FakeChat:
     """answer(messages) -> text; a token a character. The first comes from the prompt, then four with every draft,
-    three of them drafted. faults: what to do to the next requests, "drop", "half", "silent", a status, or None."""
+    three of them drafted; spurned: drafts of which none was. faults: what to do to the next requests, "drop", "half",
+    "silent", a status, or None."""
 
     def __init__(self, metrics: str = "", pause: float = 0.0, faults=(), usage: bool = True):
         self.metrics, self.pause, self.faults, self.usage = metrics, pause, list(faults), usage
         self.lock, self.running, self.most, self.seen = threading.Lock(), 0, 0, []
-        self.requests = self.tokens = self.drafts = 0
+        self.requests = self.tokens = self.drafts = self.spurned = 0
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -75,7 +76,7 @@ class FakeChat:
             return reply(handler, 200, json.dumps({"data": [{"id": "the-model"}]}))
         if handler.path == "/metrics" and self.metrics:
             return reply(handler, 200, self.metrics.format(
-                drafts=self.drafts, accepted=3 * self.drafts, rest=self.drafts / 2, tokens=self.tokens,
+                drafts=self.drafts, accepted=3 * (self.drafts - self.spurned), rest=self.drafts / 2, tokens=self.tokens,
                 requests=self.requests))
         return reply(handler, 404, '{"detail": "Not Found"}')
 

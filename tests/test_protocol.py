@@ -63,7 +63,7 @@ def test_all_turns_with_the_answers_in_the_history(tmp_path):
 
 def test_throughput_and_acceptance_of_vllm(tmp_path):
     with FakeChat(VLLM) as fake:
-        fake.drafts = 1000  # what was counted before does not count
+        fake.drafts = fake.spurned = 1000  # what was counted before does not count
         row, other = measured(served(fake), ONE, [1, 4], tmp_path / "j")
     assert row["acceptance_length"] == other["acceptance_length"] == 4.0
     assert row["acceptance_from"] == "vllm counters" and row["accepted_by_position"] == [1.0, 0.5]
