@@ -352,3 +352,24 @@ def test_interrupted_and_resumed(tmp_path, capfd):
         assert cli.run(words) == 0
     out, err = capfd.readouterr()
     assert f"{kept} of 7 prompts are in" in err and "a run was interrupted" in err and "4.000" in out
+
+
+def test_a_bar_with_the_time_that_is_left(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from dflash_decode import protocol_report, report
+
+    shown = io.StringIO()
+    monkeypatch.setattr(report, "err", Console(file=shown, force_terminal=True, width=100))
+    with protocol_report.Watch() as watch:
+        for done in range(5):
+            watch(protocol.Stage("gsm8k", 8, 4, done, 100 * done, 2.0))
+            watch.progress.refresh()
+        stage = protocol.Stage("mt_bench", 8, 9, 6)
+        watch(stage)
+        watch.progress.refresh()
+    text = shown.getvalue()
+    assert "GSM8K, 8 at once" in text and "3/4" in text and "150.0 tokens/s" in text and "0:00" in text
+    assert "MT-Bench, 8 at once" in text and "6/9" in text
