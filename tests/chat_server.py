@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 VLLM = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -48,13 +49,8 @@ class FakeChat:
                     fake.most = max(fake.most, fake.running)
                     fake.seen.append(body | {"authorization": self.headers.get("Authorization")})
                     fault = fake.faults.pop(0) if fake.faults else None
-                try:
+                with suppress(BrokenPipeError, ConnectionResetError):
                     fake.post(self, body, fault)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-                finally:
-                    with fake.lock:
-                        fake.running -= 1
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -80,7 +76,14 @@ class FakeChat:
                 requests=self.requests))
         return reply(handler, 404, '{"detail": "Not Found"}')
 
+    def leave(self):
+        """Before the client learns that its answer is over, as it may ask again at once."""
+        with self.lock:
+            self.running -= 1
+
     def post(self, handler, body, fault):
+        if fault is not None:
+            self.leave()
         if isinstance(fault, int):
             return reply(handler, fault, json.dumps({"error": {"message": f"no, {fault}", "type": "x"}}))
         if fault == "silent":
@@ -101,6 +104,7 @@ class FakeChat:
             handler.close_connection = True
             return handler.connection.close()
         event(handler, {"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        self.leave()
         with self.lock:
             self.requests, self.tokens = self.requests + 1, self.tokens + len(text)
             self.drafts += (len(text) - 1) // 4

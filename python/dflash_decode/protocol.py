@@ -189,7 +189,7 @@ def _figures(lines: list[dict]) -> dict:
     last = {row["run"]: row for row in answered}  # a run's last line knows all its tokens and seconds
     tokens, seconds = (sum(row[key] for row in last.values()) for key in ("so_far", "at"))
     return {"prompts": len(answered), "turns": len(turns), "tokens": sum(turn["tokens"] for turn in turns),
-            "cut_at_the_limit": sum(turn["finish"] == "length" for turn in turns), "seconds": round(seconds, 3),
+            "cut_at_the_limit": sum(turn["finish"] == "length" for turn in turns), "seconds": round(seconds, 4),
             "tokens_per_s": round(tokens / seconds, 2) if seconds else None, "runs": len(last),
             "retries": sum(row["retries"] for row in answered), **_acceptance(lines, turns)}
 
