@@ -9,11 +9,35 @@ import secrets
 import sys
 import warnings
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from . import cli_protocol
+from .options import (
+    BlockSize,
+    By,
+    Debug,
+    Device,
+    Draft,
+    DType,
+    Dtype,
+    From,
+    MaxNewTokens,
+    MinP,
+    Model,
+    Rule,
+    SampleFrom,
+    Threads,
+    TopK,
+    TopP,
+    UsageError,
+    Where,
+    check_device,
+    check_files,
+    set_threads,
+)
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="DFlash speculative decoding with kernels of its own.")
@@ -23,51 +47,6 @@ app.add_typer(bench_app, name="bench")
 INTERRUPTED = 130
 
 # Heavy modules are imported inside the commands: --help and usage errors answer at once.
-
-
-class UsageError(Exception):
-    """A command that was written wrongly."""
-
-    exit_code = 2
-
-
-class Device(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class SampleFrom(str, Enum):
-    greedy = "greedy"
-    request = "request"
-
-
-class Rule(str, Enum):
-    token = "token"
-    block = "block"
-
-
-class DType(str, Enum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-    float16 = "float16"
-
-
-Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
-Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
-                                         "model, or none; 'random': random weights; 'none': plain decoding.")]
-BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]
-Where = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from the K likeliest tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this share together.")]
-MinP = Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens with this share of the likeliest's.")]
-From = Annotated[SampleFrom, typer.Option("--sample-from", help="Drafts of sampled text: the likeliest ('greedy': the "
-                                          "text is plain sampling's, for each seed), or drawn as the text is "
-                                          "('request': its law is).")]
-By = Annotated[Rule, typer.Option("--rule", help="How drawn drafts are accepted: one by one, or as a block.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -222,82 +201,7 @@ def settings(sampling, sample_from: SampleFrom, rule: Rule) -> dict:
             "sample_from": sample_from.value, "rule": rule.value}
 
 
-@bench_app.command("protocol")
-def bench_protocol(
-    prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; the '
-                                                     "card's tasks are math500, gsm8k, humaneval and mt_bench.")],
-    model: Annotated[str | None, typer.Option(help="As for generate, smollm2 if not given; with --base-url the model's "
-                                                   "name there, its first if not given.")] = None,
-    draft: Draft = "auto",
-    base_url: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead of our loop, with the "
-                                                      "key in OPENAI_API_KEY if that is set.")] = None,
-    extra_body: Annotated[str | None, typer.Option(help="JSON object: more fields of the server's requests.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once, may be given several times; "
-                                                                      "1 and 32 if not given.")] = None,
-    max_new_tokens: MaxNewTokens = 4096,
-    block_size: BlockSize = 8,
-    dtype: Dtype = DType.bfloat16,
-    device: Where = Device.cpu,
-    threads: Threads = None,
-    journal: Annotated[Path, typer.Option(help="Where finished prompts are kept; the same command goes on "
-                                               "with what is there.")] = Path("protocol.jsonl"),
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    debug: Debug = False,
-) -> None:
-    """The model cards' protocol: all turns of all tasks, greedy; throughput and acceptance length by concurrency."""
-    check_files(prompts, {"--json": json_out, "--journal": journal})
-    extra = read_extra(extra_body)
-    if base_url is None and extra:
-        raise UsageError("--extra-body needs --base-url")
-    if base_url is not None and draft != "auto":
-        raise UsageError("--draft is for our loop; the server of --base-url has its own")
-    set_threads(threads)
-    check_device(device)
-    from . import bench, protocol_report
-
-    rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
-    if base_url is not None:
-        answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
-    else:
-        answerer = protocol_report.our_loop(model or "smollm2", draft, block_size, max_new_tokens, dtype.value,
-                                            device.value)
-    protocol_report.run(answerer, rows, list(dict.fromkeys(concurrency or (1, 32))), journal, json_out,
-                        {"prompts": [file.name for file in prompts], "limit": limit})
-
-
-def read_extra(text: str | None) -> dict:
-    try:
-        extra = json.loads(text or "{}")
-        if isinstance(extra, dict):
-            return extra
-    except ValueError:
-        pass
-    raise UsageError(f"--extra-body must be a JSON object; got {text!r}")
-
-
-def check_files(prompts: list[Path], written: dict[str, Path | None]) -> None:
-    for file in prompts:
-        if not file.is_file():
-            raise UsageError(f"--prompts must be a file; got {str(file)!r}, which "
-                             f"{'is a directory' if file.is_dir() else 'does not exist'}")
-    for option, file in written.items():
-        if file is not None and not os.access(file.absolute().parent, os.W_OK):
-            raise UsageError(f"{option} must be a file in a directory that can be written; got {str(file)!r}")
-
-
-def check_device(device: Device) -> None:
-    import torch
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UsageError(f"--device cuda needs a GPU that torch can use; torch {torch.__version__} finds none")
-
-
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+bench_app.command("protocol")(cli_protocol.protocol)
 
 
 def run(arguments: list[str]) -> int:
