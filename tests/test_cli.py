@@ -233,7 +233,7 @@ def test_bench_reports_differences(models, monkeypatch):
         return found
 
     monkeypatch.setattr(session.Session, "run", planted)
-    rows = [bench.Prompt("t", f"t/{i}", "x") for i in range(2)]
+    rows = [bench.Prompt("t", f"t/{i}", ("x",)) for i in range(2)]
     found = bench.bench_decode(loaded, rows, concurrency=2, max_new_tokens=5)
     assert found["identical_to_plain"] is False and found["different_requests"] == 1
     assert [d["id"] for d in found["differences"]] == ["t/1"] and found["differences"][0]["got"] is None

@@ -23,11 +23,16 @@ from .weights import CheckpointError
 class Prompt:
     task: str
     id: str
-    text: str
+    turns: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The first user message."""
+        return self.turns[0]
 
 
 def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
-    """The first user message of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
+    """The user's messages of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -46,7 +51,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f'{file}:{number}: expected {{"task": ..., "id": ..., "turns": [text, ...]}}; '
                                   f"got {line[:60]!r}") from None
-        prompts.append(Prompt(str(row.get("task", file.stem)), str(row.get("id", number)), turns[0]))
+        prompts.append(Prompt(str(row.get("task", file.stem)), str(row.get("id", number)), tuple(turns)))
     if not prompts:
         raise CheckpointError(f"{file}: expected at least one prompt; got none")
     return prompts

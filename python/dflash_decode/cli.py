@@ -1,4 +1,4 @@
-"""The command `dflash-kernels`: info, generate, bench decode.
+"""The command `dflash-kernels`: info, generate, bench decode, bench protocol.
 
 Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for everything else.
 """
@@ -9,11 +9,35 @@ import secrets
 import sys
 import warnings
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from . import cli_protocol
+from .options import (
+    BlockSize,
+    By,
+    Debug,
+    Device,
+    Draft,
+    DType,
+    Dtype,
+    From,
+    MaxNewTokens,
+    MinP,
+    Model,
+    Rule,
+    SampleFrom,
+    Threads,
+    TopK,
+    TopP,
+    UsageError,
+    Where,
+    check_device,
+    check_files,
+    set_threads,
+)
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="DFlash speculative decoding with kernels of its own.")
@@ -23,51 +47,6 @@ app.add_typer(bench_app, name="bench")
 INTERRUPTED = 130
 
 # Heavy modules are imported inside the commands: --help and usage errors answer at once.
-
-
-class UsageError(Exception):
-    """A command that was written wrongly."""
-
-    exit_code = 2
-
-
-class Device(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class SampleFrom(str, Enum):
-    greedy = "greedy"
-    request = "request"
-
-
-class Rule(str, Enum):
-    token = "token"
-    block = "block"
-
-
-class DType(str, Enum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-    float16 = "float16"
-
-
-Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
-Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
-                                         "model, or none; 'random': random weights; 'none': plain decoding.")]
-BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]
-Where = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from the K likeliest tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this share together.")]
-MinP = Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens with this share of the likeliest's.")]
-From = Annotated[SampleFrom, typer.Option("--sample-from", help="Drafts of sampled text: the likeliest ('greedy': the "
-                                          "text is plain sampling's, for each seed), or drawn as the text is "
-                                          "('request': its law is).")]
-By = Annotated[Rule, typer.Option("--rule", help="How drawn drafts are accepted: one by one, or as a block.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -185,12 +164,7 @@ def bench_decode(
     draft = drafter_of(model, draft)
     if draft == "none":
         raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
-    for file in prompts:
-        if not file.is_file():
-            raise UsageError(f"--prompts must be a file; got {str(file)!r}, which "
-                             f"{'is a directory' if file.is_dir() else 'does not exist'}")
-    if json_out is not None and not os.access(json_out.absolute().parent, os.W_OK):
-        raise UsageError(f"--json must be a file in a directory that can be written; got {str(json_out)!r}")
+    check_files(prompts, {"--json": json_out})
     set_threads(threads)
     check_device(device)
     from . import bench, report
@@ -227,18 +201,7 @@ def settings(sampling, sample_from: SampleFrom, rule: Rule) -> dict:
             "sample_from": sample_from.value, "rule": rule.value}
 
 
-def check_device(device: Device) -> None:
-    import torch
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UsageError(f"--device cuda needs a GPU that torch can use; torch {torch.__version__} finds none")
-
-
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+bench_app.command("protocol")(cli_protocol.protocol)
 
 
 def run(arguments: list[str]) -> int:
