@@ -194,8 +194,8 @@ def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts,
 
 def config(itemsize: int, head_dim: int, fp8: bool) -> Config:
     if not serves(itemsize, head_dim, fp8):
-        raise NotImplementedError("block_attention: float32 queries over an fp8 cache have a CUDA kernel up to heads of "
-                                  f"64; got {head_dim}: use bfloat16 or float16 queries")
+        raise NotImplementedError("block_attention: float32 queries over an fp8 cache have a CUDA kernel only up to "
+                                  f"heads of 64; got {head_dim}: use bfloat16 or float16 queries")
     for (width, most), c in CONFIGS.items():
         if width == itemsize and head_dim <= most:
             return c

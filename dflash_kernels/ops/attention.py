@@ -39,7 +39,8 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
 
     q (B, Q, Hq, D): float32, bfloat16 or float16; last dimension contiguous, others at any stride (a view of qkv rows).
     k, v (B, Q, Hkv, D): like q; Hkv divides Hq, and query head h reads key head h // (Hq // Hkv).
-    cache: PagedKV of q's dtype, or float8_e4m3fn, with Hkv heads of D; None: no context keys.
+    cache: PagedKV of q's dtype, or float8_e4m3fn, with Hkv heads of D; None: no context keys. On a GPU float32 q over a
+        float8_e4m3fn cache up to D = 64; NotImplementedError above.
     page_table (B, max_pages): int32, page ids in position order, last dimension contiguous. None only with cache=None.
         Entries outside a request's visible context are never read.
     context_lens (B,): int32, committed tokens of each request; also the position of its first query.
