@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MARK = "dflash_original"
+Placing = Callable[["Hook", Any, str, Callable, Callable], None]  # hook, owner, attribute, original, replacement
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,18 @@ class Outcome:
 
 
 def install(hooks: Iterable[Hook], version: str, environment: Mapping[str, str], prefix: str,
-            log: logging.Logger) -> list[Outcome]:
+            log: logging.Logger, place: Placing | None = None) -> list[Outcome]:
     """Installs what can be and logs a line for each hook. Never raises; a second call finds everything in place.
 
     prefix: of the variables `<prefix>_DISABLE` and `<prefix>_ENABLE`, comma-separated names; the latter brings back
-    hooks that are off because they are slower here.
+    hooks that are off because they are slower here. place: puts a replacement in, where the engine has its own way.
     """
     hooks = list(hooks)
     disabled, enabled = (_names(environment, f"{prefix}_{what}", hooks, log) for what in ("DISABLE", "ENABLE"))
     outcomes = []
     for hook in hooks:
         try:
-            why = _install(hook, version, disabled, enabled, prefix)
+            why = _install(hook, version, disabled, enabled, prefix, place or _set)
         except Exception as error:  # an exception in an engine's plugin would end the engine's process
             why = f"{type(error).__name__}: {error}"
         outcomes.append(Outcome(hook.name, hook.target, why))
@@ -79,7 +80,7 @@ def _names(environment: Mapping[str, str], variable: str, hooks: list[Hook], log
     return given
 
 
-def _install(hook: Hook, version: str, disabled: set[str], enabled: set[str], prefix: str) -> str:
+def _install(hook: Hook, version: str, disabled: set[str], enabled: set[str], prefix: str, place: Placing) -> str:
     """Why the original stays; empty where it is replaced."""
     if hook.name in disabled:
         return f"disabled by {prefix}_DISABLE"
@@ -102,10 +103,15 @@ def _install(hook: Hook, version: str, disabled: set[str], enabled: set[str], pr
         return f"its parameters changed: {_difference(hook.parameters[-1], parameters)}"
     replacement = functools.update_wrapper(hook.build(original), original)
     setattr(replacement, MARK, original)
-    setattr(owner, attribute, replacement)
-    if owner is module:
-        _rebind(module_name.partition(".")[0], attribute, original, replacement)
+    place(hook, owner, attribute, original, replacement)
     return ""
+
+
+def _set(hook: Hook, owner: Any, attribute: str, original: Callable, replacement: Callable) -> None:
+    """`from module import function` elsewhere in the engine made copies of the name, which are replaced too."""
+    setattr(owner, attribute, replacement)
+    if not inspect.isclass(owner):
+        _rebind(hook.target.partition(".")[0], attribute, original, replacement)
 
 
 def _difference(expected: tuple[str, ...], found: tuple[str, ...]) -> str:
@@ -115,7 +121,6 @@ def _difference(expected: tuple[str, ...], found: tuple[str, ...]) -> str:
 
 
 def _rebind(package: str, attribute: str, original: Callable, replacement: Callable) -> None:
-    """`from module import function` elsewhere in the engine made copies of the name."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == package and getattr(module, "__dict__", {}).get(attribute) is original:
             setattr(module, attribute, replacement)
