@@ -78,7 +78,7 @@ def test_a_method_is_replaced_on_its_class_alone(engine):
     ({}, "1.1.9", "version 1.1.9 is not of 1.2 to before 1.4"),
     ({}, "dev", "version dev is not of 1.2 to before 1.4"),
     ({"keep": lambda: "no GPU"}, "1.3", "no GPU"),
-    ({"slower": lambda: "slower on a CPU"}, "1.3", "slower on a CPU"),
+    ({"off": lambda: "slower on a CPU"}, "1.3", "slower on a CPU"),
     ({"build": lambda original: 1 / 0}, "1.3", "ZeroDivisionError: division by zero"),
 ])
 def test_left_in_place(engine, caplog, changes, version, why):
@@ -101,7 +101,7 @@ def test_an_import_that_raises(engine, monkeypatch, tmp_path):
 def test_disabled_by_name_and_enabled_by_name(engine, caplog):
     kernels, _ = engine
     step = hook(name="step", target="nosuchengine.kernels:Model.step", parameters=(("self", "x"),),
-                slower=lambda: "slower here")
+                off=lambda: "slower here")
     found = run([hook(), step], environment={"DFLASH_FAKE_DISABLE": "scale, typo", "DFLASH_FAKE_ENABLE": "step"})
     assert [o.why for o in found] == ["disabled by DFLASH_FAKE_DISABLE", ""]
     assert kernels.scale(2, 3) == 6

@@ -16,7 +16,8 @@ from dflash_decode.engines.vllm import context, head, verify
 def engine(monkeypatch):
     model, proposer, sampler = fake.install(monkeypatch)
     outcomes = plugin.register()
-    assert [(o.name, o.why) for o in outcomes] == [("context_kv", ""), ("draft_head", ""), ("verify", "")]
+    assert [(o.name, o.why) for o in outcomes] == [("context_kv", ""), ("draft_head", ""), ("verify", ""),
+                                                   ("verify_v2", "not run on a GPU yet")]
     return model, proposer, sampler
 
 
@@ -25,7 +26,7 @@ def test_registering_twice_and_turning_off(monkeypatch, caplog):
     monkeypatch.setenv("DFLASH_VLLM_DISABLE", "verify")
     with caplog.at_level(logging.INFO):
         first, second = plugin.register(), plugin.register()
-    assert first == second and [bool(o.why) for o in first] == [False, False, True]
+    assert first == second and [bool(o.why) for o in first] == [False, False, True, True]
     assert sampler.rejection_sample is fake.rejection_sample
     assert not hasattr(fake.SpecDecodeBaseProposer._greedy_sample, "dflash_original")  # other methods' proposers
     assert "verify: left, disabled by DFLASH_VLLM_DISABLE" in caplog.text
@@ -35,6 +36,7 @@ def test_without_the_engine_or_with_a_later_one(monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     assert plugin.register() == [] and "nothing replaced" in caplog.text
     fake.install(monkeypatch, "0.34.0")
+    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "verify_v2")
     assert all("version 0.34.0 is not of 0.32 to before 0.34" in o.why for o in plugin.register())
 
 

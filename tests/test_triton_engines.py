@@ -1,4 +1,4 @@
-"""SGLang's plugin against SGLang's own functions, taken from its wheel and run in Triton's interpreter."""
+"""Both plugins against the engines' own functions, taken from their wheels and run in Triton's interpreter."""
 
 import importlib.util
 import sys
@@ -12,6 +12,7 @@ from engine_files import source, take
 
 from dflash_decode.engines import sglang as plugin
 from dflash_decode.engines.sglang import context, sampling
+from dflash_decode.engines.vllm import verify_v2
 from dflash_kernels import Verified, prepare_block, verify_greedy
 
 WORKER, OPS = "srt/speculative/dflash_worker_v2.py", "kernels/ops/speculative/"
@@ -45,6 +46,7 @@ def engine(monkeypatch):
     take("sglang", "srt/speculative/dflash_utils.py", ["compute_dflash_sampling_correct_drafts_and_bonus"],
          utils.__dict__)
     utils.torch = torch
+    monkeypatch.setenv("DFLASH_SGLANG_ENABLE", "sampling")
     worker.compute_dflash_sampling_correct_drafts_and_bonus = utils.compute_dflash_sampling_correct_drafts_and_bonus
     return worker, utils, registry.HookRegistry
 
@@ -228,6 +230,11 @@ def test_sampling_leaves_relaxed_thresholds(engine):
     assert seen[0]["threshold_single"] == 0.9
 
 
+def test_sampling_is_off_by_itself(engine, monkeypatch):
+    monkeypatch.delenv("DFLASH_SGLANG_ENABLE")
+    assert [o.why for o in plugin.register()] == ["", "", "not run on a GPU yet"]
+
+
 def test_params_in_the_engines_shapes():
     info = types.SimpleNamespace(temperatures=torch.ones(2, 1), top_ks=torch.tensor([4, 1 << 30]),
                                  top_ps=torch.tensor([0.5, 1.0]), need_top_k_sampling=False, need_top_p_sampling=True)
@@ -256,3 +263,72 @@ def test_accept_and_prepare_are_sglangs():
     assert torch.equal(found.new_lens.long(), new)
     kept = torch.arange(q) < out[1][:, None]
     assert torch.equal(found.tokens[kept], tokens[kept])
+
+
+@pytest.fixture
+def rejection():
+    """vLLM's own rejection_sample of the V2 runner."""
+    kernels = pytest.importorskip("kernels")
+    path = "v1/worker/gpu/spec_decode/rejection_sampler_utils.py"
+    source("vllm", path)
+    return kernels.load("vllm", path).rejection_sample
+
+
+def batch(requests, drafted, vocab, temperature):
+    """What the V2 runner passes, request r in the engine's row 2 r."""
+    width, rows = drafted + 1, torch.arange(requests) * 2
+    heat = torch.zeros(2 * requests)
+    heat[rows] = temperature
+    logits = 2 * torch.randn(width, vocab).repeat(requests, 1, 1)
+    block = torch.randint(0, vocab, (requests, width), dtype=torch.int32)
+    start = torch.arange(requests) * 5 + 3
+    return {"target_logits": logits.flatten(0, 1), "draft_logits": None, "draft_sampled": block.flatten(),
+            "cu_num_logits": torch.arange(requests + 1, dtype=torch.int32) * width,
+            "pos": (start[:, None] + torch.arange(width)).flatten(), "idx_mapping": rows,
+            "expanded_idx_mapping": rows.repeat_interleave(width),
+            "expanded_local_pos": torch.arange(width, dtype=torch.int32).repeat(requests), "temperature": heat,
+            "seed": torch.arange(2 * requests) + 1000, "num_speculative_steps": drafted}
+
+
+def test_vllm_v2_greedy(rejection):
+    given = batch(4, 3, 33, torch.zeros(4))
+    target = given["target_logits"].argmax(-1).view(4, 4)
+    block = given["draft_sampled"].view(4, 4)
+    for b, n in enumerate((0, 1, 3)):
+        block[b, 1:n + 1] = target[b, :n]
+        block[b, n + 1:] = (target[b, n:-1] + 1) % 33
+    block[3, 1:] = -1  # drafts that a grammar refused
+    tokens, counts = rejection(**given)
+    ours, found = verify_v2.build(None)(**given)
+    assert found.tolist() == counts.tolist() == [1, 2, 4, 1] and found.dtype == counts.dtype
+    assert ours.dtype == tokens.dtype and ours.shape == tokens.shape
+    for b, n in enumerate(counts.tolist()):
+        assert ours[b, :n].tolist() == tokens[b, :n].tolist()
+
+
+@pytest.mark.parametrize("block_rule", [False, True])
+def test_vllm_v2_sampled(block_rule):
+    """Chi-square of the first token against the law; a greedy request among the sampled ones stays greedy."""
+    draws, vocab = 20_000, 9
+    temperature = torch.ones(draws)
+    temperature[0] = 0
+    given = batch(draws, 2, vocab, temperature)
+    law = given["target_logits"][0].double().softmax(-1)
+    tokens, counts = verify_v2.build(None)(**given, use_block_verification=block_rule)
+    assert tokens[0, 0] == law.argmax() and counts.min() >= 1
+    observed = torch.bincount(tokens[1:, 0], minlength=vocab).double()
+    expected = law * (draws - 1)
+    chi = ((observed - expected) ** 2 / expected).sum()
+    assert chi < 37.3, chi  # 8 degrees of freedom: 1e-5
+    second = tokens[(counts > 1) & (torch.arange(draws) > 0), 1]  # given that the first was accepted
+    expected = given["target_logits"][1].double().softmax(-1) * len(second)
+    assert ((torch.bincount(second, minlength=vocab) - expected) ** 2 / expected).sum() < 37.3
+
+
+@pytest.mark.parametrize("change", [{"draft_logits": 1}, {"synthetic_conditional_rates": 1}, {"contexts": 1},
+                                    {"fly_window_size": 4}, {"cu_num_logits": torch.tensor([0, 3, 8])}])
+def test_vllm_v2_leaves_to_the_original(change):
+    given = batch(2, 3, 33, torch.zeros(2)) | change
+    if "cu_num_logits" in change:
+        given["target_logits"] = given["target_logits"][:7]
+    assert verify_v2.build(lambda *args, **kwargs: "theirs")(**given) == "theirs"

@@ -27,7 +27,7 @@ class Hook:
     name: what the log and the DISABLE variable call it. target: "module:function" or "module:Class.method".
     parameters: the original's, by name and in order; a tuple of alternatives where releases differ. versions: the first
     (major, minor) it was written for, and the first that it was not. build(original) -> replacement. keep() -> why the
-    original stays on this platform, or None. slower: why it is off unless asked for, or None.
+    original stays on this platform, or None. off: why it is left unless asked for by name, or None.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Hook:
     versions: tuple[tuple[int, int], tuple[int, int]]
     build: Callable[[Callable], Callable]
     keep: Callable[[], str | None] = lambda: None
-    slower: Callable[[], str | None] = lambda: None
+    off: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def install(hooks: Iterable[Hook], version: str, environment: Mapping[str, str],
     """Installs what can be and logs a line for each hook. Never raises; a second call finds everything in place.
 
     prefix: of the variables `<prefix>_DISABLE` and `<prefix>_ENABLE`, comma-separated names; the latter brings back
-    hooks that are off because they are slower here. place: puts a replacement in, where the engine has its own way.
+    hooks that are off by themselves. place: puts a replacement in, where the engine has its own way.
     """
     hooks = list(hooks)
     disabled, enabled = (_names(environment, f"{prefix}_{what}", hooks, log) for what in ("DISABLE", "ENABLE"))
@@ -88,8 +88,8 @@ def _install(hook: Hook, version: str, disabled: set[str], enabled: set[str], pr
     found = re.match(r"(\d+)\.(\d+)", version)
     if not found or not first <= (int(found[1]), int(found[2])) < after:
         return f"version {version} is not of {first[0]}.{first[1]} to before {after[0]}.{after[1]}"
-    slower = None if hook.name in enabled else hook.slower()
-    if why := slower or hook.keep():
+    off = None if hook.name in enabled else hook.off()
+    if why := off or hook.keep():
         return why
     module_name, _, path = hook.target.partition(":")
     module = importlib.import_module(module_name)

@@ -13,7 +13,7 @@ LOG = logging.getLogger("sglang.dflash_kernels")
 def register() -> list[Outcome]:
     """Hands our replacements to SGLang's HookRegistry; see docs/engines.md. Never raises, and may be called again.
 
-    `DFLASH_SGLANG_DISABLE=name,...` leaves single hooks out.
+    `DFLASH_SGLANG_DISABLE=name,...` leaves single hooks out, `DFLASH_SGLANG_ENABLE` brings in what is off by itself.
     """
     try:
         import sglang.version

@@ -56,4 +56,4 @@ HOOK = Hook(
     "sampling", "sglang.srt.speculative.dflash_utils:compute_dflash_sampling_correct_drafts_and_bonus",
     (("candidates", "next_token_logits", "sampling_info", "max_top_k", "uniform_top_k_value", "threshold_single",
       "threshold_acc", "uniform_samples", "uniform_samples_for_final_sampling", "use_sparse_topk"),),
-    ((0, 5), (0, 6)), build)
+    ((0, 5), (0, 6)), build, off=lambda: "not run on a GPU yet")

@@ -11,14 +11,15 @@ LOG = logging.getLogger("vllm.dflash_kernels")  # under "vllm" its handlers and 
 def register() -> list[Outcome]:
     """Replaces what dflash_kernels covers; see docs/engines.md. Never raises, and may be called again.
 
-    `DFLASH_VLLM_DISABLE=name,...` leaves single hooks out.
+    `DFLASH_VLLM_DISABLE=name,...` leaves single hooks out, `DFLASH_VLLM_ENABLE` brings in what is off by itself.
     """
     try:
         import vllm
 
-        from . import context, head, verify
+        from . import context, head, verify, verify_v2
 
-        return install((context.HOOK, head.HOOK, verify.HOOK), vllm.__version__, os.environ, "DFLASH_VLLM", LOG)
+        return install((context.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK), vllm.__version__, os.environ,
+                       "DFLASH_VLLM", LOG)
     except Exception as error:
         LOG.warning("dflash-kernels: nothing replaced, %s: %s", type(error).__name__, error)
         return []
