@@ -1,4 +1,4 @@
-"""Writes what is made from data: README.md's results from bench/results, docs/ops.md from the ops' docstrings.
+"""Writes what is made from data: results from bench/results, docs/ops.md from the ops' docstrings.
 
 `make docs` runs it; tests/test_docs.py fails when what it would write is not what is there.
 """
@@ -97,6 +97,38 @@ def card_block(folder: Path, drafter: str) -> str:
     return "\n".join([BEGIN, *(lines or [EMPTY]), END])
 
 
+PART_NAMES = {"context_kv": "context K/V", "draft_head": "draft head and argmax", "verify": "acceptance",
+              "propose": "the whole draft", "step": "the whole step"}
+
+
+def engine_tables(folder: Path) -> list[str]:
+    """What bench/engines/run.py found, a machine after the other."""
+    lines = []
+    for file in sorted(folder.rglob("engine-*.json")):
+        r = json.loads(file.read_text(encoding="utf-8"))
+        h, c, s = r["header"], r["compare"], r["serve"]
+        versions = ", ".join(f"{name} {version}" for name, version in h["versions"].items())
+        lines += [f"{versions}, {'eager' if h['eager'] else 'compiled'}. {h['cpu']}, {h['threads']} thread"
+                  f"{'s' * (h['threads'] > 1)}, {h['date']}. {h['note']}".rstrip(), "",
+                  "| on the same input | calls | the same | ids or layers | the same |", "|---|---|---|---|---|"]
+        lines += [f"| {name} | {calls} | {same} | {values} | {agree} |"
+                  for name, (calls, same, values, agree) in sorted(c["beside"].items())]
+        lines += ["", "| | with | without |", "|---|---|---|"]
+        lines += [f"| {PART_NAMES[name]}, µs, median | {us['with']:.0f} | {us['without']:.0f} |"
+                  for name, us in c["us"].items()]
+        lines += [f"| {what} | {c[f'{key}_with']} | {c[f'{key}_without']} |" for key, what in (
+            ("acceptance_length", "acceptance length"), ("tokens_per_s", "tokens/s"))]
+        lines += [f"| text | {'the same' if c['same_text'] else 'differs'} | |", "",
+                  "| the server | |", "|---|---|"]
+        lines += [f"| {scene} | {'yes' if good else 'NO'} |" for scene, good in s["scenes"].items()]
+        lines += [f"| acceptance length, from its metrics | {s['acceptance_length']:.2f} |", ""]
+    return lines
+
+
+def engines_block(folder: Path) -> str:
+    return "\n".join([BEGIN, *(engine_tables(folder) or ["No results yet: `make engine-vllm` fills this in."]), END])
+
+
 def with_results(readme: str, block: str) -> str:
     before, rest = readme.split(BEGIN, 1)
     return before + block + rest.split(END, 1)[1]
@@ -115,7 +147,7 @@ def ops_page() -> str:
 def pages() -> dict[Path, str]:
     """Everything that is made, as it should be."""
     results = ROOT / "bench" / "results"
-    made = {ROOT / "README.md": results_block(results)}
+    made = {ROOT / "README.md": results_block(results), ROOT / "docs" / "engines.md": engines_block(results)}
     for card in (ROOT / "python" / "dflash_decode" / "drafters").glob("*/README.md"):
         made[card] = card_block(results, card.parent.name)
     return {page: with_results(page.read_text(encoding="utf-8"), block) for page, block in made.items()} | {

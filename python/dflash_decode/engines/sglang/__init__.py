@@ -10,6 +10,12 @@ from ..hooks import Hook, Outcome, install
 LOG = logging.getLogger("sglang.dflash_kernels")
 
 
+def hooks() -> tuple[Hook, ...]:
+    from . import context, head, sampling
+
+    return context.HOOK, head.HOOK, sampling.HOOK
+
+
 def register() -> list[Outcome]:
     """Hands our replacements to SGLang's HookRegistry; see docs/engines.md. Never raises, and may be called again.
 
@@ -19,15 +25,12 @@ def register() -> list[Outcome]:
         import sglang.version
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        from . import context, head, sampling
-
         def place(hook: Hook, _owner: Any, _attribute: str, _original: Callable, replacement: Callable) -> None:
             target = hook.target.replace(":", ".")
             if not any(function.__dict__.get("dflash_original") for _, function, _ in HookRegistry._hooks[target]):
                 HookRegistry.register(target, replacement, HookType.REPLACE)
 
-        return install((context.HOOK, head.HOOK, sampling.HOOK), sglang.version.__version__, os.environ,
-                       "DFLASH_SGLANG", LOG, place)
+        return install(hooks(), sglang.version.__version__, os.environ, "DFLASH_SGLANG", LOG, place)
     except Exception as error:
         LOG.warning("dflash-kernels: nothing replaced, %s: %s", type(error).__name__, error)
         return []

@@ -3,9 +3,15 @@
 import logging
 import os
 
-from ..hooks import Outcome, install
+from ..hooks import Hook, Outcome, install
 
 LOG = logging.getLogger("vllm.dflash_kernels")  # under "vllm" its handlers and level apply
+
+
+def hooks() -> tuple[Hook, ...]:
+    from . import context, head, verify, verify_v2
+
+    return context.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK
 
 
 def register() -> list[Outcome]:
@@ -16,10 +22,7 @@ def register() -> list[Outcome]:
     try:
         import vllm
 
-        from . import context, head, verify, verify_v2
-
-        return install((context.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK), vllm.__version__, os.environ,
-                       "DFLASH_VLLM", LOG)
+        return install(hooks(), vllm.__version__, os.environ, "DFLASH_VLLM", LOG)
     except Exception as error:
         LOG.warning("dflash-kernels: nothing replaced, %s: %s", type(error).__name__, error)
         return []
