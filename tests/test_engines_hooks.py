@@ -120,6 +120,14 @@ def test_a_plan_is_made_once(caplog):
     assert len(calls) == 1 and caplog.messages == ["dflash-kernels: head: in use for this model"]
 
 
+def test_no_plan_is_made_while_a_graph_is_captured(monkeypatch):
+    owner = types.SimpleNamespace()
+    for answer, expected in ((True, None), (False, 7), (True, 7)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda answer=answer: answer)
+        assert plan(owner, "head", lambda owner: 7, LOG) == expected
+
+
 @pytest.mark.parametrize("decide, why", [(lambda owner: "2 ranks", "2 ranks"),
                                          (lambda owner: owner.gone, "AttributeError: ")])
 def test_a_plan_that_cannot_be_made_is_not_tried_again(caplog, decide, why):

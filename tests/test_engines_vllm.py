@@ -88,6 +88,8 @@ def test_context_kv_leaves_to_the_original(engine, caplog):
 
     cases = [(Own(), {}, "Own normalises in its own way"), (engine[0](), {"_rope_head_size": 8}, "RoPE over 8"),
              (engine[0](), {"_attn_layers": [fake.Layer(torch.float8_e4m3fn, True)] * 3}, "a cache of torch.float8")]
+    shared = [types.SimpleNamespace(**vars(layer), kv_sharing_target_layer_name="0") for layer in model._attn_layers]
+    cases.append((engine[0](), {"_attn_layers": shared}, "layers that share a cache"))
     for model, changes, why in cases:
         vars(model).update(changes)
         with caplog.at_level(logging.INFO):

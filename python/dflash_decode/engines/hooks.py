@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 MARK = "dflash_original"
 Placing = Callable[["Hook", Any, str, Callable, Callable], None]  # hook, owner, attribute, original, replacement
 
@@ -129,11 +131,14 @@ def _rebind(package: str, attribute: str, original: Callable, replacement: Calla
 def plan(owner: Any, name: str, decide: Callable[[Any], Any], log: logging.Logger) -> Any:
     """What decide(owner) returned the first time, kept on owner; None where the original must do it.
 
-    decide returns a plan or says, as a str, what of the configuration is not covered.
+    decide returns a plan or says, as a str, what of the configuration is not covered. What it prepares would be only
+    recorded while a CUDA graph is captured, so then the original runs, and the next call decides.
     """
     key = f"_dflash_{name}"
     kept = owner.__dict__.get(key)
     if kept is None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
         try:
             found = decide(owner)
         except Exception as error:

@@ -42,6 +42,8 @@ def decide(model: Any) -> Plan | str:
     stored = {layer.kv_cache.dtype for layer in layers}
     if stored != {dtype}:
         return f"a cache of {', '.join(map(str, stored))} for a model of {dtype}"
+    if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers):
+        return "layers that share a cache"
     scale = getattr(model.layers[0].self_attn, "v_scale", None)
     cos_sin = model._rope_cos_sin_cache.to(dtype).contiguous()
     caches = None
