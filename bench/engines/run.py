@@ -117,12 +117,12 @@ def wait(base: str, server: subprocess.Popen, timeout: float, log: Path) -> None
     raise SystemExit(f"vLLM did not answer within {timeout:.0f} s; see {log.relative_to(ROOT)}")
 
 
-def stop(server: subprocess.Popen) -> None:
-    """It and what it started, which share its session."""
+def stop(server: subprocess.Popen, patience: float = 30) -> None:
+    """It and what it started, which share its session: asked first, then ended."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
-            server.wait(30)
+            server.wait(patience)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
 
