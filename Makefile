@@ -8,7 +8,7 @@
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step.
 #                  PART=dry: all of it on tiny shapes, with no GPU and in .venv; PART="dry ops": a part of that
-#   make peer-kernels  SGLang's and vLLM's own kernels, 300 KB, for the table of make gpu; carry build/peers/kernels there
+#   make peer-kernels  SGLang's and vLLM's own kernels, 750 KB, for tests and the table of make gpu; carry build/peers/kernels there
 #   make peers     the same prompts and drafter through dflash, vLLM and llama.cpp, each in an environment of its own
 #   make engine-vllm  vLLM's CPU build serves SmolLM2 with our plugin, and runs with it and without, step by step
 #   make aot       registers and shared memory of the GPU kernels, compiled for four architectures

@@ -5,6 +5,7 @@ import sys
 import threading
 import types
 
+import gpu_peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,10 +269,9 @@ def test_accept_and_prepare_are_sglangs():
 @pytest.fixture
 def rejection():
     """vLLM's own rejection_sample of the V2 runner."""
-    kernels = pytest.importorskip("kernels")
     path = "v1/worker/gpu/spec_decode/rejection_sampler_utils.py"
     source("vllm", path)
-    return kernels.load("vllm", path).rejection_sample
+    return gpu_peers.load("vllm", path).rejection_sample
 
 
 def batch(requests, drafted, vocab, temperature):
