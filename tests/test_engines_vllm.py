@@ -1,11 +1,13 @@
 """vLLM's plugin without vLLM: the hooks against a small stand-in with its names, layouts and roundings."""
 
+import ast
 import logging
 import types
 
 import fake_vllm as fake
 import pytest
 import torch
+from engine_files import FOLDER
 
 import dflash_kernels
 from dflash_decode.engines import vllm as plugin
@@ -162,6 +164,30 @@ def test_verify_leaves_to_the_original(engine, change):
     expected = fake.rejection_sample(*args)
     found = engine[2].rejection_sample(*args, synthetic_mode=change == "synthetic")
     assert torch.equal(found, expected) and args[-1].calls == 2
+
+
+def _parameters(root, hook):
+    """From the source of vLLM at root; None where the file is not there."""
+    module, path = hook.target.split(":")
+    *owner, name = path.split(".")
+    files = [root.parent / f"{module.replace('.', '/')}.py", root / "v1" / "spec_decode" / "llm_base_proposer.py"]
+    for file in files if owner else files[:1]:  # the base class of DFlash's proposer
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else ():
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                return tuple(a.arg for a in node.args.args)
+    return None
+
+
+ENGINES = [p for p in (FOLDER / "vllm", *FOLDER.parent.glob("vllm/lib/python*/site-packages/vllm")) if p.exists()]
+
+
+@pytest.mark.skipif(not ENGINES, reason="no vLLM is there: `make engine-vllm` or `make peer-kernels`")
+@pytest.mark.parametrize("hook", plugin.hooks(), ids=lambda hook: hook.name)
+def test_parameters_are_those_of_the_real_engine(hook):
+    found = [_parameters(root, hook) for root in ENGINES]
+    assert {p for p in found if p} <= set(hook.parameters)
+    if not any(found):
+        pytest.skip(f"the file of {hook.target} is not there: `make engine-vllm`")
 
 
 def test_hooks_use_public_names_alone():
