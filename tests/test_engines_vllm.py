@@ -63,6 +63,19 @@ def test_context_kv_writes_what_the_original_writes(engine, changes, per_layer):
         torch.testing.assert_close(a.kv_cache, b.kv_cache)
 
 
+def test_context_kv_again_and_of_more_tokens_than_are_kept(engine):
+    ours, theirs = engine[0](), fake.DFlashQwen3Model()
+    for tokens in (5, 3, 70, 5):
+        slots = torch.full((tokens,), -1)
+        slots[-2:] = torch.randperm(fake.PAGES * fake.PAGE)[:2]
+        states, positions = torch.randn(tokens, fake.HIDDEN), torch.arange(tokens) % 60
+        for model in (ours, theirs):
+            model.precompute_and_store_context_kv(states, positions, slots)
+        for a, b in zip(ours._attn_layers, theirs._attn_layers, strict=True):
+            torch.testing.assert_close(a.kv_cache, b.kv_cache)
+    assert len(ours._dflash_context_kv[0].rows.views) == 2
+
+
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_context_kv_goes_straight_into_interleaved_caches(engine, heads_first):
     """As on a GPU, where keys and values of a head lie side by side; here on a CPU's tensors."""

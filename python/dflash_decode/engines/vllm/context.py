@@ -18,14 +18,35 @@ LOG = logging.getLogger("vllm.dflash_kernels")
 SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER")  # keys, then values, side by side in a head's last dimension
 
 
+KEPT = 64  # tokens of a decoding step, for which rows and views are made once
+
+
+class Rows:
+    """K and V of every layer as plain rows, where the engine's layout is not one that a PagedKV can describe."""
+
+    def __init__(self, layers: int, tokens: int, heads: int, head_dim: int, like: torch.Tensor):
+        with torch.inference_mode(False):  # what is made in inference mode may not be written outside it
+            self.rows = torch.empty(layers, 2, tokens, 1, heads, head_dim, dtype=like.dtype, device=like.device)
+            self.slots = torch.arange(tokens, device=like.device)
+        self.caches, self.views = [PagedKV(*pair) for pair in self.rows], {}
+
+    def first(self, tokens: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Slots of the first `tokens` rows, and each layer's K and V there, (tokens, Hkv, D)."""
+        if tokens not in self.views:
+            self.views[tokens] = self.slots[:tokens], [(k[:tokens, 0], v[:tokens, 0]) for k, v in self.rows]
+        return self.views[tokens]
+
+
 @dataclass
 class Plan:
-    """caches: views of the engine's, or None where it must write itself. address: of the cache they are views of."""
+    """caches: views of the engine's, or None where it must write itself, from rows. address: of the cache that they
+    are views of."""
 
     cos_sin: torch.Tensor
     v_scale: float
     caches: list[PagedKV] | None
     address: int
+    rows: Rows
 
 
 def decide(model: Any) -> Plan | str:
@@ -54,7 +75,8 @@ def decide(model: Any) -> Plan | str:
         caches = views([layer.kv_cache for layer in layers], model._head_dim)
         if len({(c.k.shape, c.k.stride()) for c in caches}) > 1:
             return "draft layers with caches of different shapes"
-    return Plan(cos_sin, 1.0 if scale is None else float(scale), caches, layers[0].kv_cache.data_ptr())
+    return Plan(cos_sin, 1.0 if scale is None else float(scale), caches, layers[0].kv_cache.data_ptr(),
+                rows_of(model, KEPT if caches is None else 0))
 
 
 def views(kv_caches: list[torch.Tensor], head_dim: int) -> list[PagedKV]:
@@ -78,14 +100,19 @@ def write(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Tensor, slo
                      rounding="each")
 
 
+def rows_of(model: Any, tokens: int) -> Rows:
+    return Rows(model._num_attn_layers, tokens, model._num_kv_heads, model._head_dim, model._fused_kv_weight)
+
+
 def write_through(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Tensor,
                   slots: list[torch.Tensor]) -> None:
     """K and V of every layer into plain rows, which the engine puts into its own layout."""
-    tokens, layers = kv.shape[0], len(slots)
-    rows = kv.new_empty(layers, 2, tokens, 1, model._num_kv_heads, model._head_dim)
-    write(model, made, kv, positions, torch.arange(tokens, device=kv.device), [PagedKV(*pair) for pair in rows])
-    for layer, pair, where in zip(model._attn_layers, rows, slots, strict=True):
-        layer.impl.do_kv_cache_update(layer, pair[0, :, 0], pair[1, :, 0], layer.kv_cache, where)
+    tokens = kv.shape[0]
+    rows = made.rows if tokens <= KEPT else rows_of(model, tokens)
+    own, parts = rows.first(tokens)
+    write(model, made, kv, positions, own, rows.caches)
+    for layer, (key, value), where in zip(model._attn_layers, parts, slots, strict=True):
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, where)
 
 
 def build(original):
