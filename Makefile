@@ -4,7 +4,7 @@
 #   make demo      SmolLM2 answers through the CPU kernels, with speculation and without
 #   make test      the tests            make build     the extension
 #   make lint      ruff                 make bench     benchmarks into bench/results
-#   make docs      tables and op pages  make sanitize  the CPU kernels' tests under ASan and UBSan
+#   make docs      tables, plots, ops   make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step.
 #                  PART=dry: all of it on tiny shapes, with no GPU and in .venv; PART="dry ops": a part of that
@@ -43,7 +43,7 @@ bench: build $(STAMPS)/dev $(STAMPS)/model
 	$(PY) bench/run.py $(ARGS)
 	$(PY) docs/generate.py
 
-evaluate: build $(STAMPS)/model
+evaluate: build $(STAMPS)/dev $(STAMPS)/model
 	$(PY) bench/evaluate.py $(PROMPTS) $(ARGS)
 	$(PY) docs/generate.py
 
@@ -62,11 +62,11 @@ peer-kernels: $(STAMPS)/deps
 	$(PY) bench/peers/gpu_peers.py $(PEERS)/wheels/*.whl
 	rm -rf $(PEERS)/wheels
 
-engine-vllm: build $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
+engine-vllm: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
 	$(PY) bench/engines/run.py $(ARGS)
 	$(PY) docs/generate.py
 
-docs: build
+docs: build $(STAMPS)/dev
 	$(PY) docs/generate.py
 
 lint: $(STAMPS)/dev

@@ -1,6 +1,7 @@
 """Decoding with a drafter beside plain decoding, one request and many at a time, into bench/results/<device>/.
 
     python bench/evaluate.py PROMPTS.jsonl ... [--draft DIR] [--limit N] [--max-new-tokens N] [--concurrency N ...]
+                             [--temperature T ...]
 """
 
 import subprocess
@@ -18,13 +19,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="the first N prompts of each file")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
     options = parser.parse_args()
     folder = results_folder()
     folder.mkdir(parents=True, exist_ok=True)
+    name = "decode" if options.temperature == [0.0] else "decode-sampled"
     for concurrency in options.concurrency:
         command = [sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--draft", options.draft,
                    "--max-new-tokens", str(options.max_new_tokens), "--concurrency", str(concurrency),
-                   "--json", str(folder / f"decode-c{concurrency}.json")]
+                   "--json", str(folder / f"{name}-c{concurrency}.json")]
+        command += [word for value in options.temperature for word in ("--temperature", str(value))]
         command += [word for file in options.prompts for word in ("--prompts", str(file))]
         subprocess.run(command + (["--limit", str(options.limit)] if options.limit else []), check=True)
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -13,19 +14,27 @@ class PagedKV:
 
     k, v (num_pages, P, Hkv, D): any strides with a contiguous last dimension, so that vLLM's NHD and HND layouts
     (also interleaved per layer) and SGLang's slot pools (P = 1) are views, not copies. Token slot s lives at page
-    s // P, row s % P. float32, bfloat16 or float16; fp8 raises NotImplementedError.
+    s // P, row s % P. float32, bfloat16, float16 or float8_e4m3fn.
+    k_scale, v_scale: float32, shape (), (1,) or (Hkv,), contiguous, on the caches' device, read by every call: what a
+    float8_e4m3fn cache holds times its scale is the key or value. None: 1. Other dtypes have no scales.
+
+    A float8_e4m3fn cache is written with x / scale, a float32 division, rounded to the nearest representable value,
+    ties to even; what is beyond 448, infinities too, becomes 448 with its sign, and NaN becomes 0x7f. vLLM's caches
+    have these bytes; there and in SGLang scales mean the same. Other fp8 formats raise NotImplementedError.
     """
 
     k: torch.Tensor
     v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     def __post_init__(self):
         for name, t in (("k", self.k), ("v", self.v)):
             if not isinstance(t, torch.Tensor):
                 raise TypeError(f"PagedKV: {name} must be a tensor; got {type(t).__name__}")
-            if t.dtype not in _CACHE_DTYPES:
+            if t.dtype not in (*_FLOATS, FP8):
                 error = NotImplementedError if "float8" in str(t.dtype) else TypeError
-                raise error(f"PagedKV: {name} must be float32, bfloat16 or float16; got {t.dtype}")
+                raise error(f"PagedKV: {name} must be float32, bfloat16, float16 or float8_e4m3fn; got {t.dtype}")
             if t.dim() != 4:
                 raise ValueError(f"PagedKV: {name} must have shape (num_pages, P, Hkv, D); got {tuple(t.shape)}")
             if t.shape[3] > 1 and t.stride(3) != 1:
@@ -34,6 +43,27 @@ class PagedKV:
             raise ValueError(f"PagedKV: k and v must agree in shape, dtype and device; got {self.k.dtype} "
                              f"{tuple(self.k.shape)} on {self.k.device} and {self.v.dtype} {tuple(self.v.shape)} "
                              f"on {self.v.device}")
+        self._check_scale("k_scale", self.k_scale)
+        self._check_scale("v_scale", self.v_scale)
+
+    def _check_scale(self, name, t):
+        if t is None:
+            return
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
+            raise TypeError(f"PagedKV: {name} must be a float32 tensor; got "
+                            f"{t.dtype if isinstance(t, torch.Tensor) else type(t).__name__}")
+        if not self.is_fp8:
+            raise ValueError(f"PagedKV: {name} must be None where the cache is not float8_e4m3fn; got one with a cache "
+                             f"of {self.k.dtype}")
+        if t.shape not in ((), (1,), (self.num_kv_heads,)) or not t.is_contiguous():
+            raise ValueError(f"PagedKV: {name} must be contiguous, of shape (), (1,) or (Hkv,) = "
+                             f"({self.num_kv_heads},); got {tuple(t.shape)} with strides {t.stride()}")
+        if t.device != self.k.device:
+            raise ValueError(f"PagedKV: {name} must be on {self.k.device}; got {t.device}")
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.k.dtype == FP8
 
     @property
     def num_pages(self) -> int:
@@ -68,7 +98,7 @@ class PackedWeight:
         for name, size in (("out_features", n), ("in_features", k)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"PackedWeight: {name} must be a positive int; got {size!r}")
-        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in _CACHE_DTYPES:
+        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in _FLOATS:
             raise TypeError(f"PackedWeight: data must be a float32, bfloat16 or float16 tensor; got {self.data!r}")
         blocks = (n + 15) // 16
         if self.data.device.type == "cuda":

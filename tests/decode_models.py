@@ -1,4 +1,8 @@
-"""Tiny random models for the decode tests, made in memory."""
+"""Tiny random models for the decode tests, made in memory, and the scripts of bench/ that tests use."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,3 +59,16 @@ def plain_text(model, prompt, n, stops=()):
         if ids[-1] in stops:
             break
     return ids[len(prompt):]
+
+
+def bench_module(name):
+    """A script of bench/, which is no package."""
+    folder = Path(__file__).parents[1] / "bench"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(folder))

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dflash_kernels as dk
 from dflash_kernels import _library
 from dflash_kernels.types import (
+    FP8,
     LogitAdjustments,
     PackedWeight,
     PagedKV,
@@ -51,6 +52,11 @@ def pages(num_pages=4, page=4, heads=1, dim=8):
     return PagedKV(k, v)
 
 
+def fp8_pages(num_pages=4, page=4, heads=1, dim=8):
+    k, v = (filled(num_pages, page, heads, dim).to(FP8) for _ in range(2))
+    return PagedKV(k, v, torch.tensor(0.5), torch.rand(heads) + 0.5)
+
+
 def tables(max_pages=2):
     return torch.arange(2 * max_pages, dtype=torch.int32).view(2, max_pages)
 
@@ -91,6 +97,16 @@ SAMPLES = {
         "q": torch.randn(2, 3, 2, 8), "k": torch.randn(2, 3, 1, 8), "v": torch.randn(2, 3, 1, 8), "cache": pages(),
         "page_table": tables(), "context_lens": int32(5, 2), "block_lens": int32(3, 2), "context_starts": int32(1, 0),
         "scale": 0.3, "causal": True, "window": (4, -1), "sinks": torch.randn(2), "softcap": 5.0,
+        "out": boxed(2, 3, 2, 8)}, ("out",)),
+    "qk_norm_rope_fp8": Sample(dk.qk_norm_rope, lambda: {
+        "qkv": filled(3, 40), "positions": torch.tensor([0, 5, 6]), "cos_sin": torch.randn(12, 8), "num_heads": 3,
+        "num_kv_heads": 1, "head_dim": 8, "cache": fp8_pages(), "slots": torch.tensor([3, -1, 9])}, ("qkv", "cache")),
+    "write_context_kv_fp8": Sample(dk.write_context_kv, lambda: {
+        "kv": torch.randn(4, 32), "positions": torch.tensor([0, 1, 5, 6]), "slots": torch.tensor([0, 1, 9, 15]),
+        "caches": [fp8_pages(), fp8_pages()], "cos_sin": torch.randn(12, 4)}, ("caches",)),
+    "block_attention_fp8": Sample(dk.block_attention, lambda: {
+        "q": torch.randn(2, 3, 2, 8), "k": torch.randn(2, 3, 1, 8), "v": torch.randn(2, 3, 1, 8),
+        "cache": fp8_pages(), "page_table": tables(), "context_lens": int32(5, 2), "window": (4, 1),
         "out": boxed(2, 3, 2, 8)}, ("out",)),
     "linear": Sample(dk.linear, lambda: {
         "x": torch.randn(3, 16), "weight": torch.randn(20, 16), "bias": torch.randn(20),

@@ -46,14 +46,16 @@ class Case:
     def expect(self, wide=True, block_lens=None, context_starts=None, causal=False, window=(-1, -1), sinks=None,
                softcap=0.0, scale=None):
         q, k, v, cache, table, lens = self.args()
+        k_cache, v_cache, scales = cache.k, cache.v, (cache.k_scale, cache.v_scale)
         if wide:
-            q, k, v, k_cache, v_cache, sinks = doubles(q, k, v, cache.k, cache.v, sinks)
-        else:
-            k_cache, v_cache = cache.k, cache.v
+            q, k, v, k_cache, v_cache, sinks = doubles(q, k, v, k_cache, v_cache, sinks)
+            k_cache, v_cache = (t if s is None else t * s.double().reshape(-1, 1)
+                                for t, s in zip((k_cache, v_cache), scales, strict=True))
+            scales = None, None
         out = torch.zeros_like(q)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        reference.attention.block_attention(q, k, v, k_cache, v_cache, table, lens, block_lens, context_starts, scale,
-                                            causal, *window, sinks, softcap, out)
+        reference.attention.block_attention(q, k, v, k_cache, v_cache, *scales, table, lens, block_lens, context_starts,
+                                            scale, causal, *window, sinks, softcap, out)
         return out
 
     def check(self, **options):
@@ -350,8 +352,8 @@ def test_p21_a_context_past_the_table_raises_when_values_are_checked_and_is_nan_
 def test_opcheck(dtype):
     q, k, v, cache, table, lens = Case([5, 20], dim=16, dtype=dtype).args()
     torch.library.opcheck(torch.ops.dflash.block_attention.default,
-                          (q, k, v, cache.k, cache.v, table, lens, None, None, 0.25, True, 3, -1, torch.zeros(6), 0.0,
-                           torch.zeros_like(q)))
+                          (q, k, v, cache.k, cache.v, None, None, table, lens, None, None, 0.25, True, 3, -1,
+                           torch.zeros(6), 0.0, torch.zeros_like(q)))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

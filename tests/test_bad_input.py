@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from op_samples import SAMPLES, OnReference, tensors_in
 
 from dflash_kernels.types import (
+    FP8,
     LogitAdjustments,
     PackedWeight,
     PagedKV,
@@ -153,7 +154,10 @@ def assert_close(got, want):
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         if a.device.type == "cpu":
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2, equal_nan=True)
+            if a.dtype == FP8:  # a last bit of float32 may decide between two neighbours
+                torch.testing.assert_close(a.float(), b.float(), rtol=0.13, atol=1e-2, equal_nan=True)
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 def check(label, name, what, change):

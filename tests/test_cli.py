@@ -119,6 +119,20 @@ def test_generate_plain(call, models):
     assert code == 0 and err == "" and "acceptance" not in out and "drafter" not in out
 
 
+def test_generate_sampled(call, models):
+    arguments = ["generate", "--model", models["model"], "--draft", models["draft"], "--prompt", "hi",
+                 "--max-new-tokens", 12, "--temperature", 0.9, "--top-k", 200, "--min-p", 0.001, "--compare"]
+    code, out, err = call(*arguments, "--seed", 7)
+    assert code == 0 and err == "" and "identical to plain sampling of this seed: yes" in out
+    assert "sampling: temperature 0.9, top-k 200, min-p 0.001, seed 7" in out
+    found = json.loads(call(*arguments, "--json")[1])
+    again = json.loads(call(*arguments, "--json", "--seed", found["seed"])[1])
+    assert again["tokens"] == found["tokens"] and found["identical_to_plain"] is True
+    assert found["seed"] != json.loads(call(*arguments, "--json")[1])["seed"]
+    code, out, _ = call(*arguments, "--sample-from", "request", "--rule", "block", "--seed", 1, "--temperature", 1.5)
+    assert code == 0 and ("sampling of this seed: yes" in out or "the law is the same, the text need not be" in out)
+
+
 def test_a_model_that_runs_on_transformers(call, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = tiny.write_target(tmp_path / "m")
@@ -191,6 +205,23 @@ def test_bench_decode(call, models, tmp_path, concurrency):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
+def test_bench_decode_by_temperature(call, models, tmp_path):
+    out_file = tmp_path / "out.json"
+    arguments = ["bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
+                 prompts_file(tmp_path, "alpha"), "--max-new-tokens", 7, "--concurrency", 2, "--json", out_file]
+    code, out, err = call(*arguments, "--temperature", 0, "--temperature", 0.5, "--temperature", 1.25, "--seed", 3)
+    found = json.loads(out_file.read_text())
+    assert code == 0 and err == "" and found["kind"] == "decode by temperature" and "1.25  alpha" in out
+    assert "acceptance" in out and "identical" in out
+    assert [t["temperature"] for t in found["temperatures"]] == [0, 0.5, 1.25]
+    assert (found["seed"], found["top_p"], found["sample_from"], found["rule"]) == (3, 1.0, "greedy", "token")
+    for part in found["temperatures"]:
+        assert part["identical_to_plain"] is True and part["acceptance_length"] >= 1 and part["tasks"]["alpha"]
+    code, _, err = call(*arguments, "--temperature", 0.5, "--sample-from", "request")
+    found = json.loads(out_file.read_text())
+    assert code == 0 and "follow the law" in err and (found["kind"], found["temperature"]) == ("decode", 0.5)
+
+
 def test_bench_reports_differences(models, monkeypatch):
     loaded = session.Session.load(models["model"], models["draft"])
     whole = session.Session.run
@@ -202,7 +233,7 @@ def test_bench_reports_differences(models, monkeypatch):
         return found
 
     monkeypatch.setattr(session.Session, "run", planted)
-    rows = [bench.Prompt("t", f"t/{i}", "x") for i in range(2)]
+    rows = [bench.Prompt("t", f"t/{i}", ("x",)) for i in range(2)]
     found = bench.bench_decode(loaded, rows, concurrency=2, max_new_tokens=5)
     assert found["identical_to_plain"] is False and found["different_requests"] == 1
     assert [d["id"] for d in found["differences"]] == ["t/1"] and found["differences"][0]["got"] is None
@@ -235,6 +266,14 @@ def test_written_whole_or_not_at_all(tmp_path):
     (["generate", "--prompt", "x", "--threads", "0"], 2, "--threads"),
     (["generate", "--prompt", "x", "--dtype", "int4"], 2, "--dtype"),
     (["generate", "--prompt", "x", "--block-size", "33"], 2, "--block-size"),
+    (["generate", "--prompt", "x", "--temperature", "-1"], 2, "--temperature"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "nan"], 2, "--temperature"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "inf"], 1, "temperature must be a finite"),
+    (["generate", "--prompt", "x", "--top-p", "1.5"], 2, "--top-p"),
+    (["generate", "--prompt", "x", "--top-k", "-1"], 2, "--top-k"),
+    (["generate", "--prompt", "x", "--seed", "-1"], 2, "--seed"),
+    (["generate", "--prompt", "x", "--rule", "row"], 2, "--rule"),
+    (["bench", "decode", "--prompts", "GOOD", "--sample-from", "target"], 2, "--sample-from"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--block-size", "4"], 2, "--block-size needs a drafter"),
     (["generate", "--prompt", "x", "--model", "no/such"], 2, "got 'no/such', which does not exist"),
     pytest.param(["generate", "--prompt", "x", "--model", "MODEL", "--device", "cuda"], 2, "--device cuda needs a GPU",

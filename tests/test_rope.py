@@ -25,7 +25,7 @@ def by_reference(qkv, positions, cos_sin, num_heads, num_kv_heads, head_dim, q_w
     if double:
         qkv, cos_sin, q_weight, k_weight = doubles(qkv, cos_sin, q_weight, k_weight)
     qkv = qkv.clone()
-    reference.rope.qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, None, None, None, num_heads, num_kv_heads,
+    reference.rope.qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, *[None] * 5, num_heads, num_kv_heads,
                                 head_dim, eps, interleaved, rounding == "each")
     return qkv
 
@@ -199,12 +199,14 @@ def test_schema_and_fake():
     k, v = torch.zeros(2, 2, 2, 1, 16).bfloat16()
     torch.library.opcheck(torch.ops.dflash.qk_norm_rope, (
         qkv, args["positions"], args["cos_sin"], args["q_weight"], args["k_weight"], k.clone(), v.clone(),
-        torch.arange(3), 2, 1, 16, 1e-6, False, True))
+        None, None, torch.arange(3), 2, 1, 16, 1e-6, False, True))
     torch.library.opcheck(torch.ops.dflash.qk_norm_rope, (
-        qkv, args["positions"], None, None, None, None, None, None, 2, 1, 16, 1e-6, True, False))
+        qkv, args["positions"], *[None] * 8, 2, 1, 16, 1e-6, True, False))
 
 
 def test_bytes_and_flops():
     assert rope.bytes(8, 9, 3, 64, 64, 2) == 8 * (2 * 12 * 64 * 2 + 64 * 4 + 8)
     assert rope.bytes(1, 9, 3, 64, 64, 2, cached=True) - rope.bytes(1, 9, 3, 64, 64, 2) == 3 * 3 * 64 * 2 + 8
+    assert rope.bytes(1, 9, 3, 64, 64, 2, cached=True, cache_itemsize=1) == rope.bytes(
+        1, 9, 3, 64, 64, 2, cached=True) - 2 * 3 * 64
     assert rope.flops(1, 9, 3, 64, 32) == 12 * (4 * 64 + 3 * 32)

@@ -1,3 +1,4 @@
+import fp8_cases
 import pytest
 import torch
 from test_attention import NAN, Case, check_window_edges, ints
@@ -23,9 +24,9 @@ def short_spans(monkeypatch):
 def launch(q, k, v, cache, table, lens, *, out, block_lens=None, context_starts=None, scale=None, causal=False,
            window=(-1, -1), sinks=None, softcap=0.0):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_cache, v_cache = (None, None) if cache is None else (cache.k, cache.v)
-    assert triton_attention.block_attention(q, k, v, k_cache, v_cache, table, lens, block_lens, context_starts, scale,
-                                            causal, *window, sinks, softcap, out) is None
+    pages = (None,) * 4 if cache is None else (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    assert triton_attention.block_attention(q, k, v, *pages, table, lens, block_lens, context_starts, scale, causal,
+                                            *window, sinks, softcap, out) is None
     return out
 
 
@@ -194,3 +195,62 @@ def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, s
             got = launch(part, k[:1, i:i + width], v[:1, i:i + width], case.cache, case.table[:1], ints(start + i),
                          out=torch.empty_like(part), causal=True)
             assert same_bits(got[0], whole[0, i:i + width]), (width, i)
+
+
+# ---- fp8 caches ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind,options", [("none", {}), ("tensor", {"window": (6, 6)}), ("one", {"causal": True}),
+                                          ("head", {"softcap": 3.0, "window": (70, 2)}),
+                                          ("k alone", {"causal": True, "window": (9, -1)})], ids=str)
+def test_fp8_matches_reference(dtype, options, kind, short_spans):
+    case = fp8_cases.quantise(Case([37, 0, 150, 64], dim=16, dtype=dtype), kind)
+    fp8_cases.check_read(run, case, sinks=torch.linspace(-2, 2, 6), **options)
+
+
+@pytest.mark.parametrize("heads,kv_heads,dim,page,width", [(2, 2, 128, 1, 3), (9, 3, 64, 5, 3), (3, 1, 256, 16, 2),
+                                                           (3, 1, 20, 128, 30), (7, 1, 33, 16, 5), (4, 4, 1, 3, 2)])
+def test_fp8_geometries(dtype, heads, kv_heads, dim, page, width):
+    case = fp8_cases.quantise(Case([66, 5], width=width, heads=heads, kv_heads=kv_heads, dim=dim, page=page,
+                                   dtype=dtype), "head")
+    if dtype == torch.float32 and dim > 64:
+        with pytest.raises(NotImplementedError, match=f"heads of 64; got {dim}"):
+            run(case)
+        return
+    fp8_cases.check_read(run, case, window=(40, 1))
+
+
+def test_planted_faults_change_what_is_read_of_an_fp8_cache(dtype):
+    fp8_cases.check_planted_read_faults(run, Case([70, 9], dim=16, dtype=dtype))
+
+
+def test_p16_fp8_layouts_give_the_same_bits(dtype):
+    fp8_cases.check_layouts(run, fp8_cases.quantise(Case([45, 3], dim=16, dtype=dtype), "head"))
+
+
+def test_fp8_nan_reaches_exactly_the_rows_that_see_it(dtype):
+    sizes = dict(width=6, heads=2, kv_heads=1, dim=16, dtype=dtype)
+    clean = run(fp8_cases.quantise(Case([50], **sizes), "none"), window=(8, 1))
+    for which, at in (("k", 44), ("v", 41), ("v", 49)):
+        case = Case([50], **sizes)
+        getattr(case.cache, which)[int(case.table[0, at // 16]), at % 16] = NAN
+        got = run(fp8_cases.quantise(case, "none"), window=(8, 1))
+        for i in range(6):
+            sees = 50 + i - 8 <= at <= 50 + i + 1
+            assert got[0, i].isnan().all() if sees else same_bits(got[0, i], clean[0, i]), (which, at, i)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": (70, -1)}], ids=str)
+def test_p23_fp8_rows_have_the_same_bits_however_they_come(dtype, options, short_spans, monkeypatch):
+    """Spans shared out or not, a request alone or in a batch, a block or its first rows."""
+    case = fp8_cases.quantise(Case([126, 0, 65, 150], width=6, heads=3, kv_heads=1, dim=16, dtype=dtype), "head")
+    q, k, v, cache, table, lens = case.args()
+    whole = run(case, **options)
+    for b in ([0], [3, 1]):
+        part = launch(q[b], k[b], v[b], cache, table[b], lens[b], out=torch.empty_like(q[b]), **options)
+        assert same_bits(part, whole[b])
+    if options:
+        for n in (1, 2, 5):
+            part = launch(q[:, :n], k[:, :n], v[:, :n], cache, table, lens, out=torch.empty_like(q[:, :n]), **options)
+            assert same_bits(part, whole[:, :n].contiguous())
+    monkeypatch.setattr(triton_attention, "SPLIT_BELOW", 0)
+    assert same_bits(run(case, **options), whole)

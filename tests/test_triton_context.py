@@ -1,13 +1,18 @@
+import fp8_cases
 import pytest
 import test_context
 import test_cuda_context
 import torch
-from test_context import MAX_POS, check_lengths_and_slots, rows
+import triton
+import triton.language as tl
+from test_context import MAX_POS, NUM_PAGES, check_lengths_and_slots, rows
 
+from dflash_kernels._triton._fp8 import of_fp8
 from dflash_kernels._triton.context import base_addresses, write_context_kv
 from dflash_kernels._triton.rope import qk_norm_rope
 from dflash_kernels.testing import LAYOUTS, cache_views, same_bits
 from dflash_kernels.testing.cache import rotary_table
+from dflash_kernels.types import FP8
 
 
 @pytest.fixture(params=[torch.float32, torch.float16], ids=["f32", "f16"])
@@ -21,7 +26,8 @@ class Case(test_context.Case):
         k, v = (list(t) for t in zip(*cache_views(base, self.shape[0]), strict=True))
         a = dict(kv=self.kv, positions=self.positions, slots=self.slots, eps=1e-6, interleaved=False, commit_lens=None,
                  v_scale=1.0, rounding="each", **self.args) | change
-        assert write_context_kv(a["kv"], a["positions"], a["slots"], k, v, a["k_weights"], a["cos_sin"],
+        scales = ([s for s in each if s is not None] for each in (self.k_scales, self.v_scales))
+        assert write_context_kv(a["kv"], a["positions"], a["slots"], k, v, *scales, a["k_weights"], a["cos_sin"],
                                 a["commit_lens"], a["eps"], a["v_scale"], a["interleaved"],
                                 a["rounding"] == "each") is None
         return base
@@ -55,7 +61,7 @@ def test_k_has_the_bits_of_qk_norm_rope(dtype, interleaved):
     got = rows(case.run(interleaved=interleaved), "nhd", case.slots)
     for layer, kv in enumerate(case.kv.unflatten(1, (layers, -1)).unbind(1)):
         qkv = torch.cat([torch.randn(3, 3 * dim).to(dtype), kv], 1)
-        qk_norm_rope(qkv, case.positions, case.args["cos_sin"], None, case.args["k_weights"][layer], None, None, None,
+        qk_norm_rope(qkv, case.positions, case.args["cos_sin"], None, case.args["k_weights"][layer], *[None] * 5,
                      3, heads, dim, 1e-6, interleaved, True)
         assert same_bits(got[layer, 0], qkv.unflatten(1, (-1, dim))[:, 3:5].contiguous())
 
@@ -88,6 +94,46 @@ def test_the_table_of_addresses_is_made_once_for_each_set_of_caches():
     assert not base_addresses([t[..., 1:] for t in k], v)[1]
 
 
+# ---- fp8 caches ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", fp8_cases.SCALES)
+@pytest.mark.parametrize("shape", [(3, 2, 3, 64, 64), (2, 2, 1, 128, 64), (2, 1, 2, 20, 6), (0, 1, 1, 64, 64)], ids=str)
+def test_fp8_is_stored_divided_and_rounded(dtype, shape, kind):
+    fp8_cases.check_stored(Case(dtype, *shape), kind, interleaved=kind == "head", v_scale=0.707)
+
+
+def test_every_value_is_stored_as_the_nearest_fp8(dtype):
+    fp8_cases.check_every_value(Case(dtype, 2, 1, 1, 64, page_size=8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_p16_p17_p18_fp8_layouts_commit_lengths_and_slots_that_do_not_exist(dtype, layout):
+    case = Case(dtype, 12, 2, 2, 32, 32, layout, page_size=4)
+    end = NUM_PAGES * case.page_size
+    case.slots = torch.tensor([0, -1, end - 1, end, 1, 2, 2**62, -(2**62), 3, 4, -end, 2])
+    fp8_cases.check_stored(case, "head", commit_lens=torch.tensor([4, 1, 9], dtype=torch.int32))
+
+
+def test_planted_faults_change_the_fp8_that_is_stored(dtype):
+    fp8_cases.check_planted_store_faults(Case(dtype, 2, 2, 3, 64, 64))
+
+
+def test_every_fp8_code_is_read_as_its_number(dtype):
+    codes, found = torch.arange(256, dtype=torch.uint8), torch.empty(256, dtype=dtype)
+    read_codes[1,](codes, found)
+    want = codes.view(FP8).to(dtype)
+    assert torch.equal(found.isnan(), want.isnan()) and torch.equal(found.nan_to_num(), want.nan_to_num())
+    assert torch.equal(found.signbit()[:255], want.signbit()[:255])
+
+
+@triton.jit
+def read_codes(codes, found):
+    i = tl.arange(0, 256)
+    tl.store(found + i, of_fp8(tl.load(codes + i), found.dtype.element_ty, False))
+
+
+# ---- both roads ----------------------------------------------------------------------------------------------------
+
 @test_cuda_context.pytestmark
 @pytest.mark.parametrize("shape", [(3, 2, 2, 64, 64), (2, 1, 2, 64, 32), (2, 1, 1, 20, 6), (1, 1, 1, 96, 96)], ids=str)
 def test_cuda_cpp_writes_the_same_bits(dtype, shape):
@@ -97,3 +143,6 @@ def test_cuda_cpp_writes_the_same_bits(dtype, shape):
     for change in (dict(interleaved=False, rounding="each"), dict(interleaved=True, rounding="end"),
                    dict(cos_sin=None)):
         assert same_bits(case.run(v_scale=0.707, **change), other.run(v_scale=0.707, **change))
+    other.cache_dtype, other.k_scales, other.v_scales = (fp8_cases.make_fp8(case, "head").cache_dtype, case.k_scales,
+                                                         case.v_scales)
+    assert same_bits(case.run(), other.run())

@@ -1,9 +1,11 @@
+import fp8_cases
 import pytest
+import test_triton_context
 import torch
 from test_rope import MAX_POS, by_reference, make
 
 from dflash_kernels._triton.rope import qk_norm_rope
-from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
+from dflash_kernels.testing import assert_within_budget, cache_views, rotary_table, same_bits
 
 GEOMETRIES = [(3, 9, 3, 64, 64), (2, 6, 1, 128, 64), (1, 2, 2, 256, 256), (2, 2, 1, 64, 32), (2, 3, 2, 20, 6),
               (1, 1, 1, 2, 2), (0, 2, 1, 64, 64), (1, 1, 1, 1000, 1000)]
@@ -15,9 +17,9 @@ def dtype(request):
 
 
 def run(qkv, positions, cos_sin, num_heads, num_kv_heads, head_dim, q_weight=None, k_weight=None, eps=1e-6,
-        interleaved=False, rounding="each", caches=(None, None), slots=None):
-    assert qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, *caches, slots, num_heads, num_kv_heads, head_dim,
-                        eps, interleaved, rounding == "each") is None
+        interleaved=False, rounding="each", caches=(None, None), scales=(None, None), slots=None):
+    assert qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, *caches, *scales, slots, num_heads, num_kv_heads,
+                        head_dim, eps, interleaved, rounding == "each") is None
     return qkv
 
 
@@ -77,3 +79,15 @@ def test_cache_takes_finished_k_and_v_at_existing_slots_of_known_positions(dtype
         assert same_bits(k[2 + slot // 4, slot % 4], k_rows[token])
         assert same_bits(v[2 + slot // 4, slot % 4], v_rows[token])
     assert pages.isfinite().sum() == 2 * len(written) * 2 * 32
+
+
+@pytest.mark.parametrize("kind", ["none", "tensor", "head"])
+def test_an_fp8_cache_gets_the_bytes_of_write_context_kv(dtype, kind):
+    heads, dim = 2, 64
+    case = fp8_cases.make_fp8(test_triton_context.Case(dtype, 3, 1, heads, dim, 32), kind)
+    context, own = case.run(interleaved=kind == "head"), case.base()
+    qkv = torch.cat([torch.randn(3, 3 * dim).to(dtype), case.kv], 1)
+    run(qkv, case.positions, case.args["cos_sin"], 3, heads, dim, k_weight=case.args["k_weights"][0],
+        interleaved=kind == "head", caches=cache_views(own, "nhd")[0], scales=(case.k_scales[0], case.v_scales[0]),
+        slots=case.slots)
+    assert same_bits(own, context)

@@ -260,7 +260,7 @@ def test_a_residual_is_without_q_and_of_the_share_that_is_left(form, rule):
     arguments["draft_logits" if form == "logits" else "draft_probs"] = (
         q.log() if form == "logits" else q).expand(16, 2, 3)
     got = assert_as_reference(arguments)
-    assert {0, 1, 2} == set(got.accept_lens.tolist())
+    assert {0, 2} <= set(got.accept_lens.tolist())
     assert (got.bonus[got.accept_lens < 2] > 0).all()
     if rule == "block":
         assert (got.bonus[got.accept_lens == 1] == 2).all()

@@ -1,5 +1,6 @@
 """Sampled verification beside SGLang's and vLLM's own Triton kernels, on the same random inputs in the interpreter."""
 
+import gpu_peers
 import pytest
 import torch
 from sampling_law import chi_square
@@ -10,10 +11,9 @@ from dflash_kernels.reference import sample as reference
 
 
 def engine(name, path):
-    engines = pytest.importorskip("kernels", reason="bench/peers/kernels.py, which loads engines' kernels, is missing")
     try:
-        return engines.load(name, path)
-    except engines.Absent as why:
+        return gpu_peers.load(name, path)
+    except gpu_peers.Absent as why:
         pytest.skip(str(why))
 
 

@@ -25,6 +25,7 @@ import torch
 
 FILES = {
     "sglang": ["kernels/ops/speculative/dflash.py", "kernels/ops/speculative/fused_kv_materialize.py",
+               "kernels/ops/speculative/reject_sampling.py",
                # tests/test_triton_engines.py takes functions out of these
                "srt/plugins/hook_registry.py", "srt/speculative/dflash_worker_v2.py", "srt/speculative/dflash_utils.py",
                "srt/mem_cache/memory_pool.py"],

@@ -1,4 +1,4 @@
-#include "bindings/host.h"
+#include "bindings/cache.h"
 #include "cpu/attention.h"
 
 namespace dflash {
@@ -12,7 +12,8 @@ void strides(const Tensor& t, int64_t (&to)[3]) {
 int64_t window_side(int64_t side) { return side < (int64_t{1} << 40) ? side : -1; }
 
 void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_cache,
-                     const std::optional<Tensor>& v_cache, const std::optional<Tensor>& page_table,
+                     const std::optional<Tensor>& v_cache, const std::optional<Tensor>& k_scale,
+                     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& page_table,
                      const Tensor& context_lens, const std::optional<Tensor>& block_lens,
                      const std::optional<Tensor>& context_starts, double scale, bool causal, int64_t left,
                      int64_t right, const std::optional<Tensor>& sinks, double softcap, const Tensor& out) {
@@ -30,6 +31,9 @@ void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
     p.v_cache = v_cache->data_ptr();
     strides(*k_cache, p.k_cache_stride);
     strides(*v_cache, p.v_cache_stride);
+    p.fp8_cache = is_fp8(*k_cache);
+    p.k_scale = cache_scale(k_scale);
+    p.v_scale = cache_scale(v_scale);
     p.num_pages = k_cache->size(0);
     p.page_size = k_cache->size(1);
     p.page_table = data<int32_t>(page_table);
@@ -53,7 +57,8 @@ void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
   p.softcap = float(softcap);
   p.dtype = dtype_of(q, "block_attention: q");
   launch(block_attention_kernels, p,
-         {q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out});
+         {q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, sinks,
+          out});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("block_attention", TORCH_BOX(&block_attention)); }

@@ -8,6 +8,7 @@ namespace dflash {
 
 inline WriteContextKvParams context_params(const Tensor& kv, const Tensor& positions, const Tensor& slots,
                                            const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches,
+                                           const std::vector<Tensor>& k_scales, const std::vector<Tensor>& v_scales,
                                            const std::optional<Tensor>& k_weights,
                                            const std::optional<Tensor>& cos_sin,
                                            const std::optional<Tensor>& commit_lens, double eps, double v_scale,
@@ -33,7 +34,11 @@ inline WriteContextKvParams context_params(const Tensor& kv, const Tensor& posit
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     p.k_caches[layer] = k_caches[layer].data_ptr();
     p.v_caches[layer] = v_caches[layer].data_ptr();
+    if (!k_scales.empty()) p.k_scales[layer] = data<const float>(k_scales[layer]);
+    if (!v_scales.empty()) p.v_scales[layer] = data<const float>(v_scales[layer]);
   }
+  p.k_scale_head = k_scales.empty() ? 0 : cache_scale(k_scales[0]).head;
+  p.v_scale_head = v_scales.empty() ? 0 : cache_scale(v_scales[0]).head;
   return p;
 }
 

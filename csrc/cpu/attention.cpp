@@ -25,6 +25,7 @@ class Attention {
       static_cast<T*>(w.nans)[d] = from_float<T>(NAN);
     }
     for (int64_t i = 0; i < kTile * stride; ++i) w.values[i] = 0.0f;  // the padding past D stays zero
+    for (int j = 0; j < kSpan; ++j) w.key_scale[j] = p.scale;
   }
 
   void load_queries(const Task& t, const Scratch& w) const {
@@ -62,14 +63,15 @@ class Attention {
     if (begin >= end) return;
     const T *keys[kSpan], *values[kSpan];
     find_rows(t, base, begin, end, w, keys, values);
+    const ValueScale value_scale = scale_cached(t, base, w);
 #if DFLASH_ATTENTION_AMX
     if constexpr (kHasTiles<T>)
-      if (tiles) return span_amx(p, t.count, begin, end, lo, hi, keys, values, w, out);
+      if (tiles) return span_amx(p, t.count, begin, end, lo, hi, keys, values, value_scale, w, out);
 #endif
     for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, w);
     for (int r = 0; r < t.count; ++r) {
       for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
-      if (lo[r] < hi[r]) softmax(w.s + r * kSpan, lo[r], hi[r], out.max + r, out.sum + r);
+      if (lo[r] < hi[r]) softmax(w.s + r * kSpan, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
     }
     for (int tile = begin & -kTile; tile < end; tile += kTile) weigh_tile(t, tile, begin, end, lo, hi, values, w, out);
   }
@@ -127,15 +129,10 @@ class Attention {
       const int64_t index = (base + j) / p.page_size, first = index * p.page_size;
       const int64_t page = index < p.max_pages ? p.page_table[request.b * p.page_table_stride + index] : -1;
       const bool exists = page >= 0 && page < p.num_pages;
-      const T *k = static_cast<const T*>(p.k_cache), *v = static_cast<const T*>(p.v_cache);
-      if (exists) {
-        k += page * p.k_cache_stride[0] + t.h * p.k_cache_stride[2];
-        v += page * p.v_cache_stride[0] + t.h * p.v_cache_stride[2];
-      }
       for (; j < end && base + j < request.context && base + j < first + p.page_size; ++j) {
         const int64_t row = base + j - first;
-        keys[j] = exists ? k + row * p.k_cache_stride[1] : nans;
-        values[j] = exists ? v + row * p.v_cache_stride[1] : nans;
+        keys[j] = exists ? cached_row(p.k_cache, p.k_cache_stride, page, row, t.h, j, w.cached_k) : nans;
+        values[j] = exists ? cached_row(p.v_cache, p.v_cache_stride, page, row, t.h, j, w.cached_v) : nans;
       }
     }
     const T* k = static_cast<const T*>(p.k) + request.b * p.k_stride[0] + t.h * p.k_stride[2];
@@ -144,6 +141,25 @@ class Attention {
       keys[j] = k + (base + j - request.context) * p.k_stride[1];
       values[j] = v + (base + j - request.context) * p.v_stride[1];
     }
+  }
+
+  // A row of the cache where it is, or an fp8 one in the same numbers of T, as row j of `span`.
+  const T* cached_row(const void* cache, const int64_t (&strides)[3], int64_t page, int64_t row, int64_t h, int j,
+                      void* span) const {
+    const int64_t at = page * strides[0] + row * strides[1] + h * strides[2];
+    if (!p.fp8_cache) return static_cast<const T*>(cache) + at;
+    T* to = static_cast<T*>(span) + j * stride;
+    widen_row(static_cast<const fp8*>(cache) + at, to, D);
+    return to;
+  }
+
+  // An fp8 cache's scales belong to the keys of the context alone, which come before the block's.
+  ValueScale scale_cached(const Task& t, int64_t base, const Scratch& w) const {
+    if (!p.fp8_cache) return {1.0f, 0};
+    const float *k = scale_of(p.k_scale, t.h), *v = scale_of(p.v_scale, t.h);
+    const int end = int(clamp(t.request.context - base, 0, kSpan));
+    for (int j = 0; j < kSpan; ++j) w.key_scale[j] = k && j < end ? p.scale * *k : p.scale;
+    return {v ? *v : 1.0f, v ? end : 0};
   }
 
   void score_tile(const Task& t, int tile, int begin, int end, const int* lo, const int* hi, const T* const* keys,
@@ -158,12 +174,13 @@ class Attention {
       if (!seen) continue;
       const float *q = w.q + r * stride, *k = w.keys + from;
       float* s = w.s + r * kSpan + tile + from;
+      const float* scale = w.key_scale + tile + from;
       const int vectors = (to - from) / W;
       switch (n) {
-        case 4: scores<4>(q, stride, k, vectors, D, p.scale, p.softcap, s); break;
-        case 3: scores<3>(q, stride, k, vectors, D, p.scale, p.softcap, s); break;
-        case 2: scores<2>(q, stride, k, vectors, D, p.scale, p.softcap, s); break;
-        default: scores<1>(q, stride, k, vectors, D, p.scale, p.softcap, s);
+        case 4: scores<4>(q, stride, k, vectors, D, scale, p.softcap, s); break;
+        case 3: scores<3>(q, stride, k, vectors, D, scale, p.softcap, s); break;
+        case 2: scores<2>(q, stride, k, vectors, D, scale, p.softcap, s); break;
+        default: scores<1>(q, stride, k, vectors, D, scale, p.softcap, s);
       }
     }
   }
@@ -215,7 +232,7 @@ void run(const AttentionParams& p) {
   const int64_t stride = padded(p.head_dim), group = p.heads / p.kv_heads;
   if (p.batch == 0 || p.width == 0) return;
   const Plan plan = make_plan(p, stride);
-  const int64_t scratch = padded(Scratch::floats(stride)), partial = State::floats(stride);
+  const int64_t scratch = padded(Scratch::floats(stride, p.fp8_cache)), partial = State::floats(stride);
   const int64_t floats = plan.threads * scratch + (plan.split ? plan.items * partial + plan.tasks : 0);
   float* memory = static_cast<float*>(t_workspace.get(size_t(floats) * sizeof(float)));
   float* partials = memory + plan.threads * scratch;

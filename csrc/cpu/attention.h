@@ -12,6 +12,8 @@ struct AttentionParams {
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // request, row, head
   const void *k_cache, *v_cache;                                 // nullptr: no context keys
   int64_t k_cache_stride[3], v_cache_stride[3];                  // page, row, head
+  bool fp8_cache;                                                // else of dtype
+  CacheScale k_scale, v_scale;
   int64_t num_pages, page_size;
   const int32_t* page_table;
   int64_t page_table_stride, max_pages;

@@ -66,7 +66,7 @@ inline KeyRows sixteen_keys(const bf16* const* keys, int D, bf16* to) {
 }
 
 // s[r][key] for kTile keys, rows of 16: keys times packed queries.
-inline void scores_amx(const KeyRows* keys, const bf16* queries, int rows, int D, float scale, float softcap,
+inline void scores_amx(const KeyRows* keys, const bf16* queries, int rows, int D, const float* scale, float softcap,
                        float* s) {
   alignas(64) float c[kTile][16];
   memory_is_read(keys);
@@ -95,7 +95,7 @@ inline void scores_amx(const KeyRows* keys, const bf16* queries, int rows, int D
     transpose(x);
     for (int r = 0; r < 16; ++r) {
       if (r >= rows) break;
-      Vec y = x[r] * set1(scale);
+      Vec y = x[r] * load(scale + j);
       if (softcap > 0) y = vtanh(y / set1(softcap)) * set1(softcap);
       store(s + r * kSpan + j, y);
     }
@@ -170,7 +170,8 @@ inline void prefetch_row(const bf16* row, int D) {
 
 // One span for `count` rows: row r sees keys [lo[r], hi[r]), and [begin, end) is what they see together.
 inline void span_amx(const AttentionParams& p, int count, int begin, int end, const int* lo, const int* hi,
-                     const bf16* const* keys, const bf16* const* values, const Scratch& w, const State& out) {
+                     const bf16* const* keys, const bf16* const* values, const ValueScale& value_scale,
+                     const Scratch& w, const State& out) {
   const int D = int(p.head_dim);
   const int64_t stride = padded(D);
   bf16* rows = reinterpret_cast<bf16*>(w.keys);
@@ -185,7 +186,7 @@ inline void span_amx(const AttentionParams& p, int count, int begin, int end, co
     KeyRows sixteens[kTile / 16];
     for (int i = 0; i < kTile / 16; ++i) sixteens[i] = sixteen_keys(keys + tile + 16 * i, D, rows + 16 * i * D);
     for (int r = 0; r < count; r += 16)
-      scores_amx(sixteens, w.packed_q + r * D, count - r, D, p.scale, p.softcap, w.s + r * kSpan + tile);
+      scores_amx(sixteens, w.packed_q + r * D, count - r, D, w.key_scale + tile, p.softcap, w.s + r * kSpan + tile);
   }
   const bool two = count > 16;
   bool all_see_all = true;
@@ -193,7 +194,7 @@ inline void span_amx(const AttentionParams& p, int count, int begin, int end, co
   for (int r = 0; r < count; ++r) {
     all_see_all &= lo[r] == begin && hi[r] == end;
     if (lo[r] >= hi[r]) continue;
-    softmax(w.s + r * kSpan, lo[r], hi[r], out.max + r, out.sum + r);
+    softmax(w.s + r * kSpan, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
     for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSpan + j, load(w.s + r * kSpan + j));
   }
   if (!pack_values(values, begin, end, D, w.packed_v) || all_see_all)

@@ -112,10 +112,11 @@ inline void load_keys<bf16>(const bf16* const* rows, int D, float* kt) {
 }
 #endif
 
-// ---- scores: s[r][key] = cap(scale * q[r] . k[key]) ----------------------------------------------------------------
+// ---- scores: s[r][key] = cap(scale[key] * q[r] . k[key]) -----------------------------------------------------------
 
 template <int R, int N>
-inline void scores(const float* q, int64_t q_stride, const float* kt, int D, float scale, float softcap, float* s) {
+inline void scores(const float* q, int64_t q_stride, const float* kt, int D, const float* scale, float softcap,
+                   float* s) {
   for (int begin = 0; begin < D; begin += kChain) {
     const int end = begin + kChain < D ? begin + kChain : D;
     Vec acc[R][N];
@@ -133,7 +134,7 @@ inline void scores(const float* q, int64_t q_stride, const float* kt, int D, flo
       for (int n = 0; n < N; ++n) {
         float* to = s + r * kSpan + n * W;
         Vec x = begin ? load(to) + acc[r][n] : acc[r][n];
-        if (end == D) x = x * set1(scale);
+        if (end == D) x = x * load(scale + n * W);
         if (end == D && softcap > 0) x = vtanh(x / set1(softcap)) * set1(softcap);
         store(to, x);
       }
@@ -141,22 +142,28 @@ inline void scores(const float* q, int64_t q_stride, const float* kt, int D, flo
 }
 
 template <int R>
-inline void scores(const float* q, int64_t q_stride, const float* kt, int vectors, int D, float scale, float softcap,
-                   float* s) {
+inline void scores(const float* q, int64_t q_stride, const float* kt, int vectors, int D, const float* scale,
+                   float softcap, float* s) {
   constexpr int N = DFLASH_VEC == 512 ? 4 : 2;
   int n = 0;
-  for (; n + N <= vectors; n += N) scores<R, N>(q, q_stride, kt + n * W, D, scale, softcap, s + n * W);
+  for (; n + N <= vectors; n += N) scores<R, N>(q, q_stride, kt + n * W, D, scale + n * W, softcap, s + n * W);
   if (N == 4 && n + 2 <= vectors) {
-    scores<R, 2>(q, q_stride, kt + n * W, D, scale, softcap, s + n * W);
+    scores<R, 2>(q, q_stride, kt + n * W, D, scale + n * W, softcap, s + n * W);
     n += 2;
   }
-  if (n < vectors) scores<R, 1>(q, q_stride, kt + n * W, D, scale, softcap, s + n * W);
+  if (n < vectors) scores<R, 1>(q, q_stride, kt + n * W, D, scale + n * W, softcap, s + n * W);
 }
 
 // ---- softmax of one row over the visible keys [lo, hi) of a span ----------------------------------------------------
 
+// What the weights of a span's first keys, those of an fp8 cache, take of its values' scale. None: no such keys.
+struct ValueScale {
+  float factor;
+  int end;
+};
+
 // s <- exp(s - max). Lane l of the sum holds the positions that are l modulo W, whatever lo and hi are.
-inline void softmax(float* s, int lo, int hi, float* max_out, float* sum_out) {
+inline void softmax(float* s, int lo, int hi, const ValueScale& scale, float* max_out, float* sum_out) {
   const int begin = lo & -W, end = (hi + W - 1) & -W;
   for (int i = begin; i < lo; ++i) s[i] = -INFINITY;
   for (int i = hi; i < end; ++i) s[i] = -INFINITY;
@@ -173,6 +180,7 @@ inline void softmax(float* s, int lo, int hi, float* max_out, float* sum_out) {
     store(s + i, e);
     sum = sum + e;
   }
+  for (int i = lo; i < hi && i < scale.end; ++i) s[i] *= scale.factor;
   *max_out = m;
   *sum_out = reduce_add(sum);
 }

@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_tile.h"
+#include "cpu/fp8.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 
@@ -42,14 +43,15 @@ struct Task {
   int count;
 };
 
-// One thread's buffers. The last three are AMX's.
+// One thread's buffers. The bf16 ones are AMX's, the last two hold a span of an fp8 cache.
 struct Scratch {
-  float *q, *s, *partial, *total, *keys, *values;
+  float *q, *s, *partial, *total, *keys, *values, *key_scale;
   void *zeros, *nans;
   bf16 *packed_q, *weights, *packed_v;
-  static int64_t floats(int64_t stride) {
-    return kRows * (3 * stride + kSpan + 4) + (2 * kTile + 2) * stride +
-           (kRows * (stride + kSpan) + kSpan * stride) / 2;
+  void *cached_k, *cached_v;
+  static int64_t floats(int64_t stride, bool fp8_cache) {
+    return kRows * (3 * stride + kSpan + 4) + (2 * kTile + 2) * stride + kSpan +
+           (kRows * (stride + kSpan) + kSpan * stride) / 2 + (fp8_cache ? 2 * kSpan * stride : 0);
   }
   Scratch(float* base, int64_t stride) {
     const auto take = [&](int64_t n) { return (base += n) - n; };
@@ -64,6 +66,9 @@ struct Scratch {
     packed_q = reinterpret_cast<bf16*>(take(kRows * stride / 2));
     weights = reinterpret_cast<bf16*>(take(kRows * kSpan / 2));
     packed_v = reinterpret_cast<bf16*>(take(kSpan * stride / 2));
+    key_scale = take(kSpan);
+    cached_k = base;
+    cached_v = base + kSpan * stride;
   }
 };
 

@@ -5,16 +5,25 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-// Copies the finished K heads and the V heads that follow them to the token's slot.
 template <class T>
+void store_head(const T* from, T* to, int64_t dim, const float*) {
+  std::memcpy(to, from, sizeof(T) * dim);
+}
+template <class T>
+void store_head(const T* from, fp8* to, int64_t dim, const float* scale) {
+  quantise_row(from, to, dim, scale);
+}
+
+// Stores the finished K heads and the V heads that follow them at the token's slot of a cache of C.
+template <class C, class T>
 void store_row(const QkNormRopeParams& p, const T* k, int64_t slot) {
   if (!slot_exists(p.cache, slot)) return;
   const T* v = k + p.num_kv_heads * p.head_dim;
-  T* k_out = k_at<T>(p.cache, p.k_cache, slot);
-  T* v_out = v_at<T>(p.cache, p.v_cache, slot);
+  C* k_out = k_at<C>(p.cache, p.k_cache, slot);
+  C* v_out = v_at<C>(p.cache, p.v_cache, slot);
   for (int64_t h = 0; h < p.num_kv_heads; ++h) {
-    std::memcpy(k_out + h * p.cache.k_head, k + h * p.head_dim, sizeof(T) * p.head_dim);
-    std::memcpy(v_out + h * p.cache.v_head, v + h * p.head_dim, sizeof(T) * p.head_dim);
+    store_head(k + h * p.head_dim, k_out + h * p.cache.k_head, p.head_dim, scale_of(p.k_scale, h));
+    store_head(v + h * p.head_dim, v_out + h * p.cache.v_head, p.head_dim, scale_of(p.v_scale, h));
   }
 }
 
@@ -37,7 +46,9 @@ void run(const QkNormRopeParams& p) {
         T* x = row + h * dim;
         norm_rope_head(x, static_cast<const T*>(weight), x, dim, p.eps, p.table, cos_sin);
       }
-      if (p.k_cache) store_row(p, row + p.num_heads * dim, p.slots[t]);
+      if (!p.k_cache) continue;
+      if (p.cache.is_fp8) store_row<fp8>(p, row + p.num_heads * dim, p.slots[t]);
+      else store_row<T>(p, row + p.num_heads * dim, p.slots[t]);
     }
   });
 }

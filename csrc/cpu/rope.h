@@ -14,6 +14,7 @@ struct QkNormRopeParams {
   const void* k_weight;
   void* k_cache;         // nullptr: nothing is stored
   void* v_cache;
+  CacheScale k_scale, v_scale;
   const int64_t* slots;
   RotaryTable table;
   CacheView cache;

@@ -2,7 +2,7 @@
 // write_context_kv, so that a context key has the bits of the same key in a block.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/fp8.h"
 
 namespace dflash {
 

@@ -9,6 +9,7 @@ enum class Dtype : int32_t { f32, bf16, f16 };
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct fp8 { uint8_t bits; };  // float8_e4m3fn
 
 // A 2-D row view: `rows` rows of contiguous elements, `stride` elements apart.
 struct Rows {
@@ -33,6 +34,15 @@ struct CacheView {
   int64_t num_pages, page_size;
   int64_t k_page, k_row, k_head;  // strides in elements
   int64_t v_page, v_row, v_head;
+  bool is_fp8;  // else of the rows' dtype
 };
+
+// What an fp8 cache was divided by: of key head h, data[h * head]. nullptr: 1.
+struct CacheScale {
+  const float* data;
+  int64_t head;
+};
+
+inline const float* scale_of(const CacheScale& s, int64_t h) { return s.data ? s.data + h * s.head : nullptr; }
 
 }  // namespace dflash

@@ -26,30 +26,35 @@ struct WarpGroup {
 
 // The parameters, with every layer's base addresses, travel with the launch: a captured graph has them, and no memory
 // of the device is needed for them.
-template <class T, int N, bool kTail>
+template <class T, class C, int N, bool kTail>
 __global__ void __launch_bounds__(kThreads)
     write_context_kv_kernel(const __grid_constant__ WriteContextKvParams p, const ContextShape shape) {
   const int64_t item = int64_t(blockIdx.x) * (kThreads / shape.lanes) + threadIdx.x / shape.lanes;
   const int64_t token = item / p.num_kv_heads;
   if (token >= p.tokens) return;
-  Head<T> head;
+  Head<T, C> head;
   if (!find_head(p, shape.block, token, blockIdx.y, item % p.num_kv_heads, head)) return;
-  WarpGroup<Lane<T, N, kTail>> group;
+  WarpGroup<Lane<T, C, N, kTail>> group;
   group.lane = threadIdx.x % shape.lanes;
   group.lanes = shape.lanes;
-  write_head<Lane<T, N, kTail>, N>(p, head, shape, group);
+  write_head<Lane<T, C, N, kTail>, N>(p, head, shape, group);
 }
 
-template <class T>
-void launch(const WriteContextKvParams& p, cudaStream_t stream) {
+template <class T, class C>
+void launch_for(const WriteContextKvParams& p, cudaStream_t stream) {
   const ContextShape shape = context_shape(p);
   const int64_t groups = kThreads / shape.lanes;
   const dim3 grid(unsigned((p.tokens * p.num_kv_heads + groups - 1) / groups), unsigned(p.layers));
   constexpr int kWord = 16 / sizeof(T);
-  const auto kernel = !shape.words ? write_context_kv_kernel<T, 1, true>
-                      : shape.tail ? write_context_kv_kernel<T, kWord, true>
-                                   : write_context_kv_kernel<T, kWord, false>;
+  const auto kernel = !shape.words ? write_context_kv_kernel<T, C, 1, true>
+                      : shape.tail ? write_context_kv_kernel<T, C, kWord, true>
+                                   : write_context_kv_kernel<T, C, kWord, false>;
   kernel<<<grid, kThreads, 0, stream>>>(p, shape);
+}
+
+template <class T>
+void launch(const WriteContextKvParams& p, cudaStream_t stream) {
+  p.cache.is_fp8 ? launch_for<T, uint8_t>(p, stream) : launch_for<T, T>(p, stream);
 }
 
 }  // namespace

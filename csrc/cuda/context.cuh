@@ -29,15 +29,17 @@ inline int64_t next_power_of_2(int64_t n) {
 }
 
 inline bool context_in_words(const WriteContextKvParams& p, int64_t itemsize) {
-  const int64_t n = 16 / itemsize;
+  const int64_t n = 16 / itemsize;  // elements of a word of kv; those of an fp8 cache are a shorter word
   const CacheView& c = p.cache;
   // The stride of a dimension of one element is nobody's business.
   auto divides = [&](int64_t size, int64_t stride) { return size == 1 || stride % n == 0; };
-  auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+  auto aligned = [](const void* address, int64_t to = 16) { return reinterpret_cast<uintptr_t>(address) % to == 0; };
+  const int64_t cached = c.is_fp8 ? n : 16;
   bool all = divides(p.tokens, p.kv.stride) && divides(c.num_pages, c.k_page) && divides(c.num_pages, c.v_page) &&
              divides(c.page_size, c.k_row) && divides(c.page_size, c.v_row) && divides(p.num_kv_heads, c.k_head) &&
              divides(p.num_kv_heads, c.v_head) && aligned(p.kv.data) && aligned(p.k_weights) && aligned(p.table.cos_sin);
-  for (int64_t layer = 0; layer < p.layers; ++layer) all = all && aligned(p.k_caches[layer]) && aligned(p.v_caches[layer]);
+  for (int64_t layer = 0; layer < p.layers; ++layer)
+    all = all && aligned(p.k_caches[layer], cached) && aligned(p.v_caches[layer], cached);
   return all;
 }
 
@@ -51,18 +53,20 @@ inline ContextShape context_shape(const WriteContextKvParams& p) {
           p.commit_lens && p.requests ? p.tokens / p.requests : 1};
 }
 
-// One head of one token and layer: where it is read and written. table is its row of cos and sin, nullptr without.
-template <class T>
+// One head of one token and layer: where it is read and written, to a cache of C, and by what an fp8 cache's rows are
+// divided. table is its row of cos and sin, nullptr without.
+template <class T, class C>
 struct Head {
   const T *k, *v, *weight;
-  T *k_out, *v_out;
+  C *k_out, *v_out;
+  const float *k_scale, *v_scale;
   const void* table;
 };
 
 // False where the row is not to be written: past the request's accepted rows, or no such slot, or no such position.
-template <class T>
+template <class T, class C>
 DFLASH_HD bool find_head(const WriteContextKvParams& p, int64_t block, int64_t token, int64_t layer, int64_t head,
-                         Head<T>& h) {
+                         Head<T, C>& h) {
   if (p.commit_lens && token % block >= p.commit_lens[token / block]) return false;
   const int64_t slot = p.slots[layer * p.slots_layer_stride + token];
   const CacheView& c = p.cache;
@@ -78,8 +82,10 @@ DFLASH_HD bool find_head(const WriteContextKvParams& p, int64_t block, int64_t t
   h.k = static_cast<const T*>(p.kv.data) + token * p.kv.stride + (2 * layer * p.num_kv_heads + head) * p.head_dim;
   h.v = h.k + p.num_kv_heads * p.head_dim;
   h.weight = p.k_weights ? static_cast<const T*>(p.k_weights) + layer * p.head_dim : nullptr;
-  h.k_out = static_cast<T*>(p.k_caches[layer]) + page * c.k_page + row * c.k_row + head * c.k_head;
-  h.v_out = static_cast<T*>(p.v_caches[layer]) + page * c.v_page + row * c.v_row + head * c.v_head;
+  h.k_out = static_cast<C*>(p.k_caches[layer]) + page * c.k_page + row * c.k_row + head * c.k_head;
+  h.v_out = static_cast<C*>(p.v_caches[layer]) + page * c.v_page + row * c.v_row + head * c.v_head;
+  h.k_scale = p.k_scales[layer] ? p.k_scales[layer] + head * p.k_scale_head : nullptr;
+  h.v_scale = p.v_scales[layer] ? p.v_scales[layer] + head * p.v_scale_head : nullptr;
   return true;
 }
 
@@ -96,8 +102,23 @@ DFLASH_HD void table_values(const WriteContextKvParams& p, const void* row, int 
   }
 }
 
-// What one lane holds of a head: a chunk of a, b, c and d. Without kTail there is no c and no d.
-template <class T, int N, bool kTail>
+// To a cache of T, whose bits stay what they are.
+template <class T, int N>
+DFLASH_HD void store_piece(T* to, const Chunk<T, N>& c, const float*) {
+  store(to, c);
+}
+
+template <class T, int N>
+DFLASH_HD void store_piece(uint8_t* to, const Chunk<T, N>& c, const float* scale) {
+  Chunk<uint8_t, N> bytes;
+  const float divisor = scale ? *scale : 1.0f;
+  DFLASH_UNROLL
+  for (int i = 0; i < N; ++i) bytes.v[i] = to_fp8(scale ? wide(c.v[i]) / divisor : wide(c.v[i]));
+  store(to, bytes);
+}
+
+// What one lane holds of a head: a chunk of a, b, c and d. Without kTail there is no c and no d. C: a cache's elements.
+template <class T, class C, int N, bool kTail>
 struct Lane {
   int at[4], pair_at;  // offsets in the head of the four pieces, and of the pairs in a row of the table
   bool has[4], interleaved;
@@ -143,7 +164,7 @@ struct Lane {
     }
   }
 
-  DFLASH_HD void read(const Head<T>& h) {
+  DFLASH_HD void read(const Head<T, C>& h) {
     read_row(h.k, x);
     DFLASH_UNROLL
     for (int part = 0; part < kParts; ++part)
@@ -193,7 +214,7 @@ struct Lane {
     }
   }
 
-  DFLASH_HD void write(const WriteContextKvParams& p, const Head<T>& h) const {
+  DFLASH_HD void write(const WriteContextKvParams& p, const Head<T, C>& h) const {
     Chunk<T, N> k[4];
     DFLASH_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -206,20 +227,20 @@ struct Lane {
     DFLASH_UNROLL
     for (int part = 0; part < kParts; ++part) {
       if (!has[part]) continue;
-      store(h.k_out + at[part], k[part]);
+      store_piece(h.k_out + at[part], k[part], h.k_scale);
       Chunk<T, N> out = v[part];
       if (p.v_scale != 1.0f) {  // at 1 the bits stay, whatever they are
         DFLASH_UNROLL
         for (int i = 0; i < N; ++i) out.v[i] = narrow<T>(wide(out.v[i]) * p.v_scale);
       }
-      store(h.v_out + at[part], out);
+      store_piece(h.v_out + at[part], out, h.v_scale);
     }
   }
 };
 
 // Group has the lanes: each(f) runs f(lane, its number) for all of them, add(of) leaves the sum of of(lane) in each.
-template <class L, int N, class T, class Group>
-DFLASH_HD void write_head(const WriteContextKvParams& p, const Head<T>& h, const ContextShape& shape, Group& group) {
+template <class L, int N, class T, class C, class Group>
+DFLASH_HD void write_head(const WriteContextKvParams& p, const Head<T, C>& h, const ContextShape& shape, Group& group) {
   const auto squares = [](L& l) -> float& { return l.squares; };
   if constexpr (N > 1) {  // one round, which stays in registers
     group.each([&](L& l, int i) {

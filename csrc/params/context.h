@@ -22,6 +22,9 @@ struct WriteContextKvParams {
   Dtype dtype;
   void* k_caches[kMaxLayers];
   void* v_caches[kMaxLayers];
+  const float* k_scales[kMaxLayers];  // of fp8 caches; nullptr: 1
+  const float* v_scales[kMaxLayers];
+  int64_t k_scale_head, v_scale_head;  // from one key head's scale to the next: 0 or 1
 };
 
 }  // namespace dflash

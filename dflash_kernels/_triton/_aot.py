@@ -29,7 +29,8 @@ NOUNS = tuple(dict.fromkeys(where.split(":")[0] for where in LAUNCHERS.values())
 
 class Case(NamedTuple):
     """One kernel as one configuration compiles it. signature has a type for each argument that is not a constexpr,
-    "constexpr" for the others; options are the compiler's, such as enable_fp_fusion."""
+    "constexpr" for the others; options are the compiler's, such as enable_fp_fusion. A constexpr may be a function of
+    the architecture."""
 
     name: str
     kernel: Any
@@ -68,6 +69,7 @@ def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = N
     import triton
 
     case = cases(noun)[index]
+    case = case._replace(constexprs={n: c(arch) if callable(c) else c for n, c in case.constexprs.items()})
     facts = (case.name, case.kernel.cache_key, case.signature, case.constexprs, case[4:], arch, triton.__version__)
     kept = Path(cache, hashlib.sha256(repr(facts).encode()).hexdigest() + ".json") if cache else None
     if kept and kept.exists():

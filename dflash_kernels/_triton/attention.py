@@ -3,8 +3,19 @@
 Bytes of a request: itemsize * D * (2 Hkv (context + Q) + 2 Hq Q), operations 4 Q Hq D a visible key. A program has a
 tile of BLOCK_M rows (row = query * group + member of the group) of one key head, padded, so its tensor cores do
 4 BLOCK_M D operations for the 4 D bytes of a key: 32 rows are 110 TFLOP/s at an H100's 3.35 TB/s, a fifth of what
-mma.sync reaches there; the floor is the bytes. More rows than BLOCK_M are more tiles side by side in the grid, whose
-second reading hits the second-level cache.
+mma.sync reaches there; the floor is the bytes.
+
+More rows than BLOCK_M are more tiles, neighbours in the grid. Memory is read once as long as the second-level cache
+keeps what they share, but that cache is read once for each tile: 4 times for 128 rows (16 queries of 8 heads), which
+costs time where its bandwidth is under 4 times the memory's. One tile of 64 or 128 rows does not fit:
+
+- Two float32 sums for each row, of the span and of the spans before it, are 128 of a thread's 255 registers for 128
+  rows of 128 numbers in 8 warps. Triton 3.7 then spills, with tiles of 64 keys, 3,368 bytes on sm_80, 224 on sm_90,
+  1,168 on sm_100 and 2,080 on sm_120; 64 rows with tiles of 32 keys still spill 496 on sm_80 and 620 on sm_120. The
+  loop that looks for values which are not finite takes most of it: without it 128 rows by 32 keys spill 12 bytes on
+  sm_80 and none on sm_90.
+- From 64 rows on a product is wgmma on sm_90 and tcgen05 on sm_100. A small block, whose tile must stay small, would
+  take mma.sync, and the bits of a row could depend on how many others there are.
 
 A row's bits depend on its query, its position and the keys that it sees, on nothing else:
 
@@ -14,7 +25,8 @@ A row's bits depend on its query, its position and the keys that it sees, on not
 - SPAN positions are one softmax, from nothing, and spans are merged in order. Whether programs share out the spans and
   a second launch merges them (few requests) or one program does both (many) is chosen by shapes alone and moves no bit.
   Multiply-adds of a merge are fused by name, so that both places round alike.
-- Keys come from the cache or from the block through one address; the tile does not know which.
+- Keys come from the cache or from the block through one address; the tile does not know which. Those of an fp8 cache
+  have a loop of their own, and the bits of a row also depend on where the context ends.
 
 Shared out, a span costs beside its keys a float32 row of D for each query row, written and read: 2 rows / SPAN of the
 keys' bytes in bfloat16. What a program does with a tile of keys is in attention_tile.py.
@@ -27,8 +39,9 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
+from ._fp8 import as_bytes, native_fp8, scale_kind
 from ._math import PLAIN
-from .attention_tile import attend, merge
+from .attention_tile import attend_all, merge
 
 SPAN = 512
 FAR = 1 << 29  # a distance that no two positions have; sums of it and a position stay below 2**31
@@ -95,6 +108,15 @@ def sink_of(sinks, head, mask):
 
 
 @triton.jit
+def scale_of(scales, h, SCALE: tl.constexpr):
+    """An fp8 cache's scale of key head h: see _fp8.stored for SCALE."""
+    scale = 1.0
+    if SCALE > 0:
+        scale = tl.load(scales + h * (SCALE - 1))
+    return scale
+
+
+@triton.jit
 def _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head):
     head = h * group + row % group
     sink, one = sink_of(sinks, head, ok)
@@ -105,10 +127,11 @@ def _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_
 
 
 @triton.jit
-def block_attention_kernel(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out,
-                           part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right, num_pages,
-                           capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row, v_head, kc_page,
-                           kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, units, unit_size,
+def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_table, context_lens, block_lens,
+                           context_starts, sinks, out, part, part_top, width, group, kv_heads, head_dim, factor,
+                           softcap, left, right, num_pages, capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head,
+                           v_b, v_row, v_head, kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head,
+                           units, unit_size, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, NATIVE: tl.constexpr,
                            PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                            CHUNK_D: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
     """Program (task, u) has the u-th unit that a row tile sees; a unit is a span, or the whole context."""
@@ -123,19 +146,20 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, page_table, context_lens, 
     q_rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
     k, v, out = k + b * k_b + h * k_head, v + b * v_b + h * v_head, out + b * o_b
     k_cache, v_cache, pages = k_cache + h * kc_head, v_cache + h * vc_head, page_table + b * table_row
+    k_scale, v_scale = scale_of(k_scales, h, K_SCALE), scale_of(v_scales, h, V_SCALE)
     unit = first // unit_size + tl.program_id(1)
     if (row0 < rows * group) & (unit * unit_size < end):
         begin = tl.maximum(unit * unit_size, first) // BLOCK_N
         stop = tl.cdiv(tl.minimum((unit + 1) * unit_size, end), BLOCK_N)
-        top, total, acc = attend(
-            begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context,
-            head_dim, factor, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
-            False, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
+        top, total, acc = attend_all(
+            begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context, head_dim,
+            factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
+            False, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
         if tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0) > 0:
-            top, total, acc = attend(
+            top, total, acc = attend_all(
                 begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context,
-                head_dim, factor, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
-                True, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
+                head_dim, factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row,
+                vc_page, vc_row, True, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
         if units == 1:
             _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
         else:
@@ -168,18 +192,26 @@ def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts,
     _finish(out + b * o_b, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
 
 
-def config(itemsize: int, head_dim: int) -> Config:
+def config(itemsize: int, head_dim: int, fp8: bool) -> Config:
+    if not serves(itemsize, head_dim, fp8):
+        raise NotImplementedError("block_attention: float32 queries over an fp8 cache have a CUDA kernel only up to "
+                                  f"heads of 64; got {head_dim}: use bfloat16 or float16 queries")
     for (width, most), c in CONFIGS.items():
         if width == itemsize and head_dim <= most:
             return c
     raise NotImplementedError(f"block_attention: heads of more than 256 have no CUDA kernel; got {head_dim}")
 
 
-def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale, causal,
-                    left, right, sinks, softcap, out):
+def serves(itemsize: int, head_dim: int, fp8: bool) -> bool:
+    """float32 sums of larger heads, beside what the cache's conversion holds, spill on sm_100 and sm_120."""
+    return not (fp8 and itemsize == 4 and head_dim > 64)
+
+
+def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
+                    scale, causal, left, right, sinks, softcap, out):
     """Where spans are shared out it allocates what they leave to merge, as a graph may: it is in its pool."""
     (batch, width, heads, head_dim), kv_heads = q.shape, k.shape[2]
-    c = config(q.element_size(), head_dim)
+    c = config(q.element_size(), head_dim, k_cache is not None and k_cache.element_size() == 1)
     if batch == 0 or width == 0:
         return
     left = FAR if left < 0 else min(left, FAR)
@@ -192,6 +224,7 @@ def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_l
         num_pages, page_size = k_cache.shape[:2]
         capacity, table_row = page_table.shape[1] * page_size, page_table.stride(0)
         cache_strides = k_cache.stride()[:3] + v_cache.stride()[:3]
+        k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     rows, reach = width * group, capacity + width
     tasks, spans = batch * kv_heads * triton.cdiv(rows, c.BLOCK_M), triton.cdiv(reach, SPAN)
@@ -201,10 +234,11 @@ def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_l
     slots = batch * kv_heads * units * rows if split else 0
     part, part_top = (torch.empty(slots, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
     block_attention_kernel[tasks, units](
-        q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, sinks, out, part, part_top,
-        width, group, kv_heads, head_dim, factor, softcap, left, right, num_pages, capacity, table_row,
+        q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, sinks, out,
+        part, part_top, width, group, kv_heads, head_dim, factor, softcap, left, right, num_pages, capacity, table_row,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], units, unit_size,
-        page_size, c.BLOCK_M, c.BLOCK_N, block_d, min(c.CHUNK_D, block_d), SPAN, softcap > 0, c.stages,
+        scale_kind(k_scale), scale_kind(v_scale), native_fp8(q.device), page_size, c.BLOCK_M, c.BLOCK_N, block_d,
+        min(c.CHUNK_D, block_d), SPAN, softcap > 0, c.stages,
         num_warps=c.warps, num_stages=c.stages, **PLAIN)
     if split:
         merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
@@ -214,26 +248,36 @@ def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_l
 
 
 _TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
-          "part": "*fp32", "part_top": "*fp32", "sinks": "*fp32", "factor": "fp32", "softcap": "fp32"}
+          "part": "*fp32", "part_top": "*fp32", "sinks": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32",
+          "factor": "fp32", "softcap": "fp32"}
 _TENSORS = {"q", "k", "v", "k_cache", "v_cache", "out"}
 _MULTIPLES = {"head_dim", "unit_size", "q_b", "q_row", "q_head", "k_b", "k_row", "k_head", "v_b", "v_row", "v_head",
               "kc_page", "kc_row", "kc_head", "vc_page", "vc_row", "vc_head", "o_b", "o_row", "o_head"}
 
 
-def _case(name, kernel, dtype, constants, warps, stages):
+def _case(name, kernel, dtype, constants, warps, stages, fp8=False):
     kinds = dict.fromkeys(_TENSORS, "*" + dtype) | dict.fromkeys(_MULTIPLES, "i32:16") | _TYPES
+    kinds |= dict.fromkeys(("k_cache", "v_cache"), "*u8") if fp8 else {}
     kinds |= dict.fromkeys(constants, "constexpr")
     return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages, PLAIN)
+
+
+def _native(arch):
+    return arch >= 89
 
 
 def cases():
     for (itemsize, dim), c in CONFIGS.items():
         for dtype in ("fp32",) if itemsize == 4 else ("bf16", "fp16"):
-            for softcap in (False, True) if dtype == "bf16" else (False,):
-                constants = {"PAGE": 16, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_D": dim,
-                             "CHUNK_D": c.CHUNK_D, "SPAN": SPAN, "SOFTCAP": softcap, "STAGES": c.stages}
-                name = f"block_attention {dim} {dtype}" + (" softcap" if softcap else "")
-                yield _case(name, block_attention_kernel, dtype, constants, c.warps, c.stages)
+            for softcap, fp8 in [(False, False), (False, True)] + [(True, False)] * (dtype == "bf16"):
+                if not serves(itemsize, dim, fp8):
+                    continue
+                constants = {"K_SCALE": fp8 * 2, "V_SCALE": fp8 * 2, "NATIVE": _native if fp8 else False, "PAGE": 16,
+                             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_D": dim, "CHUNK_D": c.CHUNK_D,
+                             "SPAN": SPAN, "SOFTCAP": softcap, "STAGES": c.stages}
+                constants |= {} if fp8 else {"k_scales": None, "v_scales": None}
+                name = f"block_attention {dim} {dtype}" + " fp8 cache" * fp8 + " softcap" * softcap
+                yield _case(name, block_attention_kernel, dtype, constants, c.warps, c.stages, fp8)
             constants = {"BLOCK_M": c.BLOCK_M, "SPAN": SPAN, "ROWS": MERGE_ROWS, "BLOCK_D": dim, "AHEAD": MERGE_AHEAD}
             name = f"block_attention merge_spans {dim} {dtype}"
             yield _case(name, merge_spans_kernel, dtype, constants, MERGE_WARPS, 3)

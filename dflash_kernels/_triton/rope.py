@@ -5,10 +5,12 @@ A program has one token's heads of one part, q, k or v, some at a time. `load_he
 what write_context_kv is made of too, so that a key has the same bits in the context and in a block.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from ._aot import Case
+from ._fp8 import as_bytes, scale_kind, stored
 from ._math import DTYPES, PLAIN, inverse_rms, tree_sum
 
 # widest head: (heads a program, warps). Estimated: 16-byte accesses of bfloat16, and sums within a warp but for the
@@ -120,9 +122,10 @@ def turn_in_place(at, keep, known, weight, table, eps, dim, rotary, count, NORM:
 
 
 @triton.jit
-def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, slots, row_stride, k_page, k_row,
-                        k_head, v_page, v_row, v_head, num_pages, page_size, max_pos, heads, kv_heads, dim, rotary,
-                        count, eps, NORM_Q: tl.constexpr, NORM_K: tl.constexpr, CACHED: tl.constexpr,
+def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots,
+                        row_stride, k_page, k_row, k_head, v_page, v_row, v_head, num_pages, page_size, max_pos, heads,
+                        kv_heads, dim, rotary, count, eps, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
+                        CACHED: tl.constexpr, FP8: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
                         INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, ROTARY: tl.constexpr,
                         TAIL: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -147,6 +150,9 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
                                        count, NORM_K, INTERLEAVED, ROUND_EACH, ROTARY, TAIL, WIDTH)
         if CACHED:
             k_page_id, k_row_id, k_exists = place(slots + token, num_pages, page_size)
+            if FP8:
+                ka, kb = stored(ka, k_scale, k, k < kv_heads, K_SCALE), stored(kb, k_scale, k, k < kv_heads, K_SCALE)
+                kc, kd = stored(kc, k_scale, k, k < kv_heads, K_SCALE), stored(kd, k_scale, k, k < kv_heads, K_SCALE)
             store_heads(k_cache + k_page_id * k_page + k_row_id * k_row + k.to(tl.int64) * k_head,
                         (k < kv_heads) & k_exists & known, ka, kb, kc, kd, dim, rotary, INTERLEAVED, ROTARY, TAIL,
                         WIDTH)
@@ -155,12 +161,15 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
         va, vb, vc, vd = load_heads(row + (heads + kv_heads + v) * dim, v < kv_heads, dim, rotary, False, ROTARY, TAIL,
                                     WIDTH)
         v_page_id, v_row_id, v_exists = place(slots + token, num_pages, page_size)
+        if FP8:
+            va, vb = stored(va, v_scale, v, v < kv_heads, V_SCALE), stored(vb, v_scale, v, v < kv_heads, V_SCALE)
+            vc, vd = stored(vc, v_scale, v, v < kv_heads, V_SCALE), stored(vd, v_scale, v, v < kv_heads, V_SCALE)
         store_heads(v_cache + v_page_id * v_page + v_row_id * v_row + v.to(tl.int64) * v_head,
                     (v < kv_heads) & v_exists & known, va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL, WIDTH)
 
 
-def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, slots, num_heads, num_kv_heads,
-                 head_dim, eps, interleaved, round_each):
+def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, num_heads,
+                 num_kv_heads, head_dim, eps, interleaved, round_each):
     cached = k_cache is not None
     heads, warps = config(head_dim)
     groups = triton.cdiv(num_heads, heads) + (2 if cached else 1) * triton.cdiv(num_kv_heads, heads)
@@ -172,11 +181,15 @@ def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, 
     k_strides = k_cache.stride()[:3] if cached else (0, 0, 0)
     v_strides = v_cache.stride()[:3] if cached else (0, 0, 0)
     num_pages, page_size = k_cache.shape[:2] if cached else (0, 1)
+    fp8 = cached and k_cache.dtype == torch.float8_e4m3fn
+    if fp8:
+        k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     qk_norm_rope_kernel[tokens, groups](
-        qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, slots, qkv.stride(0), *k_strides, *v_strides,
-        num_pages, page_size, max_pos, num_heads, num_kv_heads, head_dim, rotary, float(head_dim), eps,
-        NORM_Q=q_weight is not None, NORM_K=k_weight is not None, CACHED=cached, INTERLEAVED=interleaved,
-        ROUND_EACH=round_each, **tile(head_dim, rotary), HEADS=heads, num_warps=warps, **PLAIN)
+        qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, qkv.stride(0),
+        *k_strides, *v_strides, num_pages, page_size, max_pos, num_heads, num_kv_heads, head_dim, rotary,
+        float(head_dim), eps, NORM_Q=q_weight is not None, NORM_K=k_weight is not None, CACHED=cached, FP8=fp8,
+        K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale), INTERLEAVED=interleaved, ROUND_EACH=round_each,
+        **tile(head_dim, rotary), HEADS=heads, num_warps=warps, **PLAIN)
 
 
 # flags of the cases: normed, cached, interleaved, rounded after the norm
@@ -184,26 +197,34 @@ FULL, BARE = (True, True, False, True), (False, False, False, False)
 
 
 def case_shapes():
-    """(name, head_dim, rotary_dim, dtype, flags): every configuration in every dtype, then what else changes code."""
+    """(name, head_dim, rotary_dim, dtype, flags, fp8 cache): every configuration in every dtype, then what else changes
+    code."""
     for dim in CONFIGS:
         for dtype in DTYPES:
-            yield f"{dim}", dim, dim, dtype, FULL
-    yield "128 partial", 128, 64, "bf16", FULL
-    yield "128 interleaved", 128, 128, "bf16", (True, True, True, True)
-    yield "128 unrotated", 128, 0, "bf16", FULL
-    yield "128 bare", 128, 128, "bf16", BARE
+            yield f"{dim}", dim, dim, dtype, FULL, False
+        yield f"{dim} fp8 cache", dim, dim, "bf16", FULL, True
+    yield "128 partial", 128, 64, "bf16", FULL, False
+    yield "128 partial fp8 cache", 128, 64, "fp16", FULL, True
+    yield "128 interleaved", 128, 128, "bf16", (True, True, True, True), False
+    yield "128 interleaved fp8 cache", 128, 128, "fp32", (True, True, True, True), True
+    yield "128 unrotated", 128, 0, "bf16", FULL, False
+    yield "128 bare", 128, 128, "bf16", BARE, False
 
 
 def cases():
-    for name, dim, rotary, dtype, (normed, cached, interleaved, each) in case_shapes():
+    for name, dim, rotary, dtype, (normed, cached, interleaved, each), fp8 in case_shapes():
         heads, warps = config(dim)
-        constexprs = {"NORM_Q": normed, "NORM_K": normed, "CACHED": cached, "INTERLEAVED": interleaved,
-                      "ROUND_EACH": each, **tile(dim, rotary), "HEADS": heads}
+        constexprs = {"NORM_Q": normed, "NORM_K": normed, "CACHED": cached, "FP8": fp8, "K_SCALE": fp8 * 2,
+                      "V_SCALE": fp8 * 1, "INTERLEAVED": interleaved, "ROUND_EACH": each, **tile(dim, rotary),
+                      "HEADS": heads}
         constexprs |= {} if rotary else {"cos_sin": None}
         constexprs |= {} if normed else {"q_weight": None, "k_weight": None}
         constexprs |= {} if cached else {"k_cache": None, "v_cache": None, "slots": None}
+        constexprs |= {} if fp8 else {"k_scale": None, "v_scale": None}
+        kept = "*u8" if fp8 else "*" + dtype
         signature = {"qkv": "*" + dtype, "positions": "*i64", "cos_sin": "*fp32", "q_weight": "*" + dtype,
-                     "k_weight": "*" + dtype, "k_cache": "*" + dtype, "v_cache": "*" + dtype, "slots": "*i64"}
+                     "k_weight": "*" + dtype, "k_cache": kept, "v_cache": kept, "k_scale": "*fp32", "v_scale": "*fp32",
+                     "slots": "*i64"}
         signature |= dict.fromkeys(("row_stride", "k_page", "k_row", "k_head", "v_page", "v_row", "v_head",
                                     "page_size", "dim", "rotary"), "i32:16")
         signature |= dict.fromkeys(("num_pages", "max_pos", "heads", "kv_heads"), "i32")

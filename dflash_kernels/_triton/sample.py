@@ -59,7 +59,7 @@ from .sample_law import (
 )
 
 # (chunks that a program reads at a time, warps). Estimated: 16 to 32 logits a thread.
-CONFIGS = {"chunks": (4, 8), "rows": (4, 8), "residual": (2, 8), "accept": (1, 8), "draft": (1, 1)}
+CONFIGS = {"chunks": (4, 8), "rows": (4, 8), "residual": (2, 8), "accept": (1, 4), "draft": (1, 1)}
 KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that are always 0
 
 

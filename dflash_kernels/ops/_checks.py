@@ -1,9 +1,12 @@
 """Checks shared by the ops. Each raises with the op's name, what was expected, and what was got."""
 
+import math
 import os
 from collections.abc import Sequence
 
 import torch
+
+from ..types import PagedKV
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,6 +53,13 @@ def number(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number; got {describe(value)}")
     return float(value)
+
+
+def scales(op: str, name: str, cache: PagedKV) -> None:
+    """Reads the device: only under DFLASH_CHECK=1. Dividing by 0, or by less than nothing, is a scale never set."""
+    for which, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+        if scale is not None and not ((scale > 0) & (scale < math.inf)).all():
+            raise ValueError(f"{op}: {name}.{which} must be finite and above 0; got {scale.tolist()}")
 
 
 def apart(op: str, name: str, t: torch.Tensor) -> torch.Tensor:

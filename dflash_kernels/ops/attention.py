@@ -13,6 +13,10 @@ kp <= qp. With s = scale * q.k, s <- softcap * tanh(s / softcap) if softcap > 0:
 Scores, weights and sums are float32, with one rounding at the end (where bfloat16 runs on AMX tiles, a weight is also
 rounded to bfloat16 before it meets its value). A row's bits depend on its own query, position and visible keys alone:
 not on B, Q, its neighbours, threads, page size, or whether a key lies in the cache or in the block.
+
+A float8_e4m3fn cache holds keys and values divided by its scales (types.PagedKV); scores and sums take the scales, so
+that no key is rounded again, and the block's own keys and values stay as they are. There it does matter where a key
+lies, as the cache has fewer bits of it: a row's bits then also depend on where the context ends.
 """
 
 import math
@@ -21,7 +25,7 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..types import PagedKV
+from ..types import FP8, PagedKV
 from . import _checks as check
 
 
@@ -35,7 +39,8 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
 
     q (B, Q, Hq, D): float32, bfloat16 or float16; last dimension contiguous, others at any stride (a view of qkv rows).
     k, v (B, Q, Hkv, D): like q; Hkv divides Hq, and query head h reads key head h // (Hq // Hkv).
-    cache: PagedKV of q's dtype with Hkv heads of D; None: no context keys.
+    cache: PagedKV of q's dtype, or float8_e4m3fn, with Hkv heads of D; None: no context keys. On a GPU float32 q over a
+        float8_e4m3fn cache up to D = 64; NotImplementedError above.
     page_table (B, max_pages): int32, page ids in position order, last dimension contiguous. None only with cache=None.
         Entries outside a request's visible context are never read.
     context_lens (B,): int32, committed tokens of each request; also the position of its first query.
@@ -72,9 +77,10 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
         _check_values(op, width, cache, page_table, context_lens, block_lens, context_starts)
     out = check.output(op, "out", out, q, q.shape)
     scale = 1 / math.sqrt(head_dim) if scale is None else check.number(op, "scale", scale)
-    k_cache, v_cache = (None, None) if cache is None else (cache.k, cache.v)
-    _block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale,
-                     bool(causal), left, right, sinks, softcap, out)
+    k_cache, v_cache, k_scale, v_scale = (None,) * 4 if cache is None else (
+        cache.k, cache.v, cache.k_scale, cache.v_scale)
+    _block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
+                     scale, bool(causal), left, right, sinks, softcap, out)
     return out
 
 
@@ -97,7 +103,7 @@ def _check_cache(op, q, kv_heads, cache, page_table):
     if not isinstance(cache, PagedKV):
         raise TypeError(f"{op}: cache must be a PagedKV or None; got {type(cache).__name__}")
     sizes = (None, None, kv_heads, q.shape[3])
-    check.tensor(op, "cache.k", cache.k, q.dtype, "(num_pages, P, Hkv, D)", sizes, q.device)
+    check.tensor(op, "cache.k", cache.k, (q.dtype, FP8), "(num_pages, P, Hkv, D)", sizes, q.device)
     if cache.page_size == 0:
         raise ValueError(f"{op}: cache must have a page size P > 0; got {check.describe(cache.k)}")
     check.tensor(op, "page_table", page_table, torch.int32, "(B, max_pages)", (q.shape[0], None), q.device)
@@ -120,6 +126,8 @@ def _check_values(op, width, cache, page_table, context_lens, block_lens, contex
     """Reads the device. A context longer than the page table can hold is an error here, not a truncated answer."""
     contexts = context_lens.tolist()
     starts = [0] * len(contexts) if context_starts is None else context_starts.tolist()
+    if cache is not None:
+        check.scales(op, "cache", cache)
     for b, n in enumerate([] if block_lens is None else block_lens.tolist()):
         if not 0 <= n <= width:
             raise ValueError(f"{op}: block_lens must be in [0, Q = {width}]; got {n} for request {b}")
@@ -140,19 +148,22 @@ def _check_values(op, width, cache, page_table, context_lens, block_lens, contex
 
 
 _block_attention = define(
-    "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, Tensor? page_table, "
-    "Tensor context_lens, Tensor? block_lens, Tensor? context_starts, float scale, bool causal, int left, int right, "
-    "Tensor? sinks, float softcap, Tensor(a!) out) -> ()",
+    "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, Tensor? k_scale, Tensor? v_scale, "
+    "Tensor? page_table, Tensor context_lens, Tensor? block_lens, Tensor? context_starts, float scale, bool causal, "
+    "int left, int right, Tensor? sinks, float softcap, Tensor(a!) out) -> ()",
     reference.attention.block_attention,
 )
 
 
-def bytes(context: int, width: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+def bytes(context: int, width: int, heads: int, kv_heads: int, head_dim: int, itemsize: int,
+          cache_itemsize: int | None = None) -> int:
     """Bytes of one request that must move: visible context K/V once, block K/V once, queries in and rows out.
 
-    context: context tokens that some query sees (at most left + Q - 1 with a window).
+    context: context tokens that some query sees (at most left + Q - 1 with a window), of elements of cache_itemsize
+    (None: itemsize).
     """
-    return itemsize * head_dim * (2 * kv_heads * (context + width) + 2 * heads * width)
+    cached = 2 * kv_heads * context * (itemsize if cache_itemsize is None else cache_itemsize)
+    return head_dim * (cached + 2 * (kv_heads + heads) * width * itemsize)
 
 
 def flops(pairs: int, heads: int, head_dim: int) -> int:

@@ -6,7 +6,9 @@ For token t and layer l, from one row [K_0 | V_0 | K_1 | V_1 | ...] of the all-l
     v_caches[l][slot] = v_scale * V_l
 
 K has the bits that qk_norm_rope gives the same row, so that a key is the same whether it comes from the cache or from
-the block. A bias of the projection is the GEMM's to add, before this op.
+the block. A float8_e4m3fn cache gets these rows, already rounded to kv's dtype, divided by its scales and rounded as
+types.PagedKV says: the bytes of an engine that writes K and V first and quantises them into the cache. A bias of the
+projection is the GEMM's to add, before this op.
 """
 
 from collections.abc import Sequence
@@ -34,7 +36,8 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
         nothing (DFLASH_CHECK=1: ValueError).
     slots (T,) or (L, T): int64, last dimension contiguous, page * P + row, for all layers or for each. Below 0 or at
         num_pages * P and above, that row of that layer writes nothing. Two rows of a layer must not name one slot.
-    caches: L <= 64 PagedKV of dtype of kv, equal in shape and strides. Written at the given slots only.
+    caches: L <= 64 PagedKV of dtype of kv, or all float8_e4m3fn, equal in shape and strides. Either all or none have a
+        k_scale, of one shape; so for v_scale. Written at the given slots only.
     k_weights (L, D): dtype of kv, contiguous; None: K is not normed.
     cos_sin (max_pos, R): float32 or dtype of kv, contiguous, [cos (R/2) | sin (R/2)], R <= D <= 1024; None: no
         rotation (NoPE).
@@ -42,7 +45,8 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     interleaved: RoPE pairs of neighbours instead of halves.
     commit_lens (B,): int32, contiguous; the T = B * Q rows are grouped by request, and row i of request b is written
         only if i < commit_lens[b]. None: all rows.
-    v_scale: factor of V (a checkpoint's attention_value_scale), rounded once; at 1 the bits are copied.
+    v_scale: factor of V (a checkpoint's attention_value_scale), rounded once; at 1 the bits are copied. Not a cache's
+        v_scale, by which V is divided afterwards.
     rounding: "each" rounds to the model dtype between K norm and RoPE (vLLM, Hugging Face), "end" does not (SGLang).
 
     Returns None. Raises TypeError for a dtype, ValueError for a shape, layout, device or rounding, NotImplementedError
@@ -77,8 +81,10 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     each = check_rounding(op, rounding)
     if check.values_checked():
         _check_written_positions(op, positions, slots, cos_sin, commit_lens, first)
-    _write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches], k_weights, cos_sin,
-                      commit_lens, eps, v_scale, bool(interleaved), each)
+    _write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches],
+                      [c.k_scale for c in caches if c.k_scale is not None],
+                      [c.v_scale for c in caches if c.v_scale is not None], k_weights, cos_sin, commit_lens, eps,
+                      v_scale, bool(interleaved), each)
 
 
 def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
@@ -96,6 +102,13 @@ def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
         if cache.k.stride() != first.k.stride() or cache.v.stride() != first.v.stride():
             raise ValueError(f"{op}: {name} must have the strides of caches[0], k {first.k.stride()} and "
                              f"v {first.v.stride()}; got {cache.k.stride()} and {cache.v.stride()}")
+        if cache.k.dtype != first.k.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of caches[0], {first.k.dtype}; got {cache.k.dtype}")
+        for which in ("k_scale", "v_scale"):
+            have, want = (None if (t := getattr(c, which)) is None else t.numel() for c in (cache, first))
+            if have != want:
+                raise ValueError(f"{op}: {name}.{which} must be as large as that of caches[0], "
+                                 f"{'none' if want is None else want}; got {'none' if have is None else have}")
     return first
 
 
@@ -111,17 +124,18 @@ def _check_written_positions(op, positions, slots, cos_sin, commit_lens, cache):
 
 _write_context_kv = define(
     "write_context_kv(Tensor kv, Tensor positions, Tensor slots, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
-    "Tensor? k_weights, Tensor? cos_sin, Tensor? commit_lens, float eps, float v_scale, bool interleaved, "
-    "bool round_each) -> ()",
+    "Tensor[] k_scales, Tensor[] v_scales, Tensor? k_weights, Tensor? cos_sin, Tensor? commit_lens, float eps, "
+    "float v_scale, bool interleaved, bool round_each) -> ()",
     reference.context.write_context_kv,
 )
 
 
 def bytes(tokens: int, layers: int, num_kv_heads: int, head_dim: int, rotary_dim: int, itemsize: int, *,
-          table_itemsize: int = 4, normed: bool = True) -> int:
-    """Bytes that must move for `tokens` written rows: K and V read and written, a table row and a slot a token, and the
-    norm weights once."""
-    row = 4 * layers * num_kv_heads * head_dim * itemsize + rotary_dim * table_itemsize + 16
+          table_itemsize: int = 4, normed: bool = True, cache_itemsize: int | None = None) -> int:
+    """Bytes that must move for `tokens` written rows: K and V read, and written in elements of cache_itemsize (None:
+    itemsize), a table row and a slot a token, and the norm weights once."""
+    both = itemsize + (itemsize if cache_itemsize is None else cache_itemsize)
+    row = 2 * layers * num_kv_heads * head_dim * both + rotary_dim * table_itemsize + 16
     return tokens * row + (layers * head_dim * itemsize if normed else 0)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..types import PagedKV
+from ..types import FP8, PagedKV
 from . import _checks as check
 
 MAX_HEAD_DIM = 1024  # kMaxHeadDim in csrc/cpu/rope_head.h
@@ -35,8 +35,8 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     q_weight, k_weight (D,): dtype of qkv, contiguous; None: that part is not normed.
     eps: added to the mean of squares.
     interleaved: pairs of neighbours instead of halves.
-    cache: pages of dtype of qkv with Hkv heads of D; the finished K row and the V row of token t are copied to
-        slots[t]. Two tokens must not name one slot.
+    cache: pages of dtype of qkv, or float8_e4m3fn, with Hkv heads of D; the finished K row and the V row of token t are
+        copied, or quantised as PagedKV says, to slots[t]. Two tokens must not name one slot.
     slots (T,): int64, contiguous, page * P + row; below 0 or at num_pages * P and above, nothing is stored.
         Given exactly when cache is.
     rounding: "each" or "end", see the module's text.
@@ -71,9 +71,10 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     each = check_rounding(op, rounding)
     if check.values_checked():
         check_positions(op, positions, cos_sin)
-    _qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, None if cache is None else cache.k,
-                  None if cache is None else cache.v, slots, num_heads, num_kv_heads, head_dim, eps,
-                  bool(interleaved), each)
+    k_cache, v_cache, k_scale, v_scale = (None,) * 4 if cache is None else (
+        cache.k, cache.v, cache.k_scale, cache.v_scale)
+    _qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, num_heads,
+                  num_kv_heads, head_dim, eps, bool(interleaved), each)
     return qkv
 
 
@@ -96,10 +97,12 @@ def check_cache(op: str, name: str, cache: PagedKV, rows: torch.Tensor, num_kv_h
                 head_dim: int | None) -> None:
     if not isinstance(cache, PagedKV):
         raise TypeError(f"{op}: {name} must be a PagedKV; got {check.describe(cache)}")
-    check.tensor(op, f"{name}.k", cache.k, rows.dtype, "(num_pages, P, Hkv, D)", (None, None, num_kv_heads, head_dim),
-                 rows.device)
+    check.tensor(op, f"{name}.k", cache.k, (rows.dtype, FP8), "(num_pages, P, Hkv, D)",
+                 (None, None, num_kv_heads, head_dim), rows.device)
     check.apart(op, f"{name}.k", cache.k)
     check.apart(op, f"{name}.v", cache.v)
+    if check.values_checked():
+        check.scales(op, name, cache)
 
 
 def check_rounding(op: str, rounding: str) -> bool:
@@ -119,17 +122,20 @@ def check_positions(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | No
 
 _qk_norm_rope = define(
     "qk_norm_rope(Tensor(a!) qkv, Tensor positions, Tensor? cos_sin, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor(b!)? k_cache, Tensor(c!)? v_cache, Tensor? slots, int num_heads, int num_kv_heads, int head_dim, "
-    "float eps, bool interleaved, bool round_each) -> ()",
+    "Tensor(b!)? k_cache, Tensor(c!)? v_cache, Tensor? k_scale, Tensor? v_scale, Tensor? slots, int num_heads, "
+    "int num_kv_heads, int head_dim, float eps, bool interleaved, bool round_each) -> ()",
     reference.rope.qk_norm_rope,
 )
 
 
 def bytes(tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, itemsize: int, *,
-          table_itemsize: int = 4, cached: bool = False) -> int:
-    """Bytes that must move: q and k read and written, a table row a token; with a cache V read, K and V written."""
-    heads = 2 * (num_heads + num_kv_heads) + (3 * num_kv_heads if cached else 0)
-    return tokens * (heads * head_dim * itemsize + rotary_dim * table_itemsize + (16 if cached else 8))
+          table_itemsize: int = 4, cached: bool = False, cache_itemsize: int | None = None) -> int:
+    """Bytes that must move: q and k read and written, a table row a token; with a cache V read, K and V written, in
+    elements of cache_itemsize (None: itemsize)."""
+    row = 2 * (num_heads + num_kv_heads) * itemsize
+    if cached:
+        row += num_kv_heads * (itemsize + 2 * (itemsize if cache_itemsize is None else cache_itemsize))
+    return tokens * (row * head_dim + rotary_dim * table_itemsize + (16 if cached else 8))
 
 
 def flops(tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> int:

@@ -2,11 +2,12 @@
 
 import torch
 
+from ._fp8 import dequantised
 from ._wide import wide
 
 
-def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_lens, context_starts, scale, causal,
-                    left, right, sinks, softcap, out):
+def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
+                    scale, causal, left, right, sinks, softcap, out):
     group = q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
         context = max(int(context_lens[b]), 0)
@@ -18,8 +19,8 @@ def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_l
         if k_cache is None:
             start = context
         else:
-            keys = torch.cat([_context_rows(k_cache, page_table[b], start, context), keys])
-            values = torch.cat([_context_rows(v_cache, page_table[b], start, context), values])
+            keys = torch.cat([_context_rows(k_cache, k_scale, page_table[b], start, context), keys])
+            values = torch.cat([_context_rows(v_cache, v_scale, page_table[b], start, context), values])
         key_at = torch.arange(start, context + rows, device=q.device)
         query_at = torch.arange(context, context + rows, device=q.device)[:, None]
         visible = torch.ones((rows, len(key_at)), dtype=torch.bool, device=q.device)
@@ -36,14 +37,16 @@ def block_attention(q, k, v, k_cache, v_cache, page_table, context_lens, block_l
         out[b, :rows] = _attend(score, visible, values.repeat_interleave(group, 1), sink).to(out.dtype)
 
 
-def _context_rows(cache, pages, start, stop):
+def _context_rows(cache, scale, pages, start, stop):
     """Rows of positions [start, stop), float32. A page that does not exist gives NaN: loud, and nothing is read."""
     at = torch.arange(start, stop, device=cache.device)
     index = at // cache.shape[1]
     page = pages[index.clamp(max=len(pages) - 1)].long() if len(pages) else torch.full_like(index, -1)
     exists = (index < len(pages)) & (page >= 0) & (page < cache.shape[0])
-    rows = wide(cache).new_full((len(at), *cache.shape[2:]), float("nan"))
-    rows[exists] = wide(cache[page[exists], at[exists] % cache.shape[1]])
+    found = cache[page[exists], at[exists] % cache.shape[1]]
+    found = dequantised(found, scale) if cache.dtype == torch.float8_e4m3fn else wide(found)
+    rows = found.new_full((len(at), *cache.shape[2:]), float("nan"))
+    rows[exists] = found
     return rows
 
 

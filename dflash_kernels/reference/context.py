@@ -6,8 +6,8 @@ from ._wide import wide
 from .rope import in_table, norm_rope, scatter
 
 
-def write_context_kv(kv, positions, slots, k_caches, v_caches, k_weights, cos_sin, commit_lens, eps, v_scale,
-                     interleaved, round_each):
+def write_context_kv(kv, positions, slots, k_caches, v_caches, k_scales, v_scales, k_weights, cos_sin, commit_lens, eps,
+                     v_scale, interleaved, round_each):
     num_layers, (num_kv_heads, head_dim) = len(k_caches), k_caches[0].shape[2:]
     rows = kv.unflatten(-1, (num_layers, 2, num_kv_heads, head_dim))
     keep = in_table(positions, cos_sin)
@@ -21,5 +21,5 @@ def write_context_kv(kv, positions, slots, k_caches, v_caches, k_weights, cos_si
         if v_scale != 1.0:
             v = (wide(v) * v_scale).to(kv.dtype)
         layer_slots = slots if slots.dim() == 1 else slots[layer]
-        scatter(k_caches[layer], layer_slots, k, keep)
-        scatter(v_caches[layer], layer_slots, v, keep)
+        scatter(k_caches[layer], layer_slots, k, keep, k_scales[layer] if k_scales else None)
+        scatter(v_caches[layer], layer_slots, v, keep, v_scales[layer] if v_scales else None)

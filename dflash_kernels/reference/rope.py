@@ -2,6 +2,7 @@
 
 import torch
 
+from ._fp8 import quantised
 from ._wide import wide
 
 
@@ -34,21 +35,24 @@ def in_table(positions, cos_sin):
     return (positions >= 0) & (positions < cos_sin.shape[0])
 
 
-def scatter(cache, slots, rows, keep):
-    """cache (num_pages, P, Hkv, D) takes rows[t] at slot slots[t] where keep[t] and the slot exists."""
+def scatter(cache, slots, rows, keep, scale):
+    """cache (num_pages, P, Hkv, D) takes rows[t] at slot slots[t] where keep[t] and the slot exists. scale: an fp8
+    cache's, or None."""
     num_pages, page_size = cache.shape[:2]
     keep = keep & (slots >= 0) & (slots < num_pages * page_size)
-    slots = slots[keep]
-    cache[slots // page_size, slots % page_size] = rows[keep].to(cache.dtype)
+    slots, rows = slots[keep], rows[keep]
+    if cache.dtype == torch.float8_e4m3fn:
+        cache, rows = cache.view(torch.uint8), quantised(rows, scale).view(torch.uint8)
+    cache[slots // page_size, slots % page_size] = rows.to(cache.dtype)
 
 
-def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, slots, num_heads, num_kv_heads,
-                 head_dim, eps, interleaved, round_each):
+def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, num_heads,
+                 num_kv_heads, head_dim, eps, interleaved, round_each):
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     for part, weight in ((q, q_weight), (k, k_weight)):
         part.copy_(norm_rope(part, weight, cos_sin, positions, eps, interleaved, round_each))
     if k_cache is not None:
         keep = in_table(positions, cos_sin)
-        scatter(k_cache, slots, k, keep)
-        scatter(v_cache, slots, v, keep)
+        scatter(k_cache, slots, k, keep, k_scale)
+        scatter(v_cache, slots, v, keep, v_scale)

@@ -13,7 +13,8 @@ import torch
 
 from dflash_kernels import build_info
 
-from .lossless import first_difference
+from .lossless import Difference, first_difference, first_index
+from .sampling import GREEDY, Sampling
 from .session import Session
 from .weights import CheckpointError
 
@@ -22,11 +23,16 @@ from .weights import CheckpointError
 class Prompt:
     task: str
     id: str
-    text: str
+    turns: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The first user message."""
+        return self.turns[0]
 
 
 def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
-    """The first user message of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
+    """The user's messages of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -45,39 +51,50 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f'{file}:{number}: expected {{"task": ..., "id": ..., "turns": [text, ...]}}; '
                                   f"got {line[:60]!r}") from None
-        prompts.append(Prompt(str(row.get("task", file.stem)), str(row.get("id", number)), turns[0]))
+        prompts.append(Prompt(str(row.get("task", file.stem)), str(row.get("id", number)), tuple(turns)))
     if not prompts:
         raise CheckpointError(f"{file}: expected at least one prompt; got none")
     return prompts
 
 
 def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_new_tokens: int,
+                 sampling: Sampling = GREEDY, sample_from: str = "greedy", rule: str = "token",
                  on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
-    """Figures for each task and for all together. Both ways of decoding run task by task, one after the other."""
+    """Figures for each task and for all together. Both ways of decoding run task by task, one after the other, with the
+    same seeds."""
     tasks: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         tasks.setdefault(prompt.task, []).append(prompt)
     found, differences = {}, []
     for task, rows in tasks.items():
         ids = [session.prompt_ids(row.text) for row in rows]
-        options = {"max_new_tokens": max_new_tokens, "concurrency": concurrency}
+        options = {"max_new_tokens": max_new_tokens, "concurrency": concurrency, "sampling": sampling,
+                   "sample_from": sample_from, "rule": rule}
         on_task(task, "plain")
         plain = session.run(ids, speculative=False, **options)
         on_task(task, "with the drafter")
         ours = session.run(ids, **options)
         different = 0
         for row, prompt, a, b in zip(rows, ids, ours.answers, plain.answers, strict=True):
-            found_at = first_difference(session.target, prompt, b.tokens, a.tokens)
+            found_at = _difference(session, prompt, b.tokens, a.tokens, sampling)
             if found_at is not None:
                 different += 1
                 differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
                                     "plain": found_at.plain, "margin": found_at.margin})
         found[task] = _Sums(ours.tokens, ours.seconds, plain.tokens, plain.seconds, ours.steps, len(rows), different)
     whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
-    return whole.figures(session.block_size) | {
+    return {"temperature": sampling.temperature} | whole.figures(session.block_size) | {
         "tasks": {task: sums.figures(session.block_size) for task, sums in found.items()},
         "differences": differences,
     }
+
+
+def _difference(session, prompt, plain, ours, sampling) -> Difference | None:
+    """Drawn texts part where their random numbers say: a margin of logits would mean nothing."""
+    at = first_index(plain, ours)
+    if at is None or sampling.temperature == 0:
+        return first_difference(session.target, prompt, plain, ours)
+    return Difference(at, *((text[at] if at < len(text) else None) for text in (plain, ours)), None)
 
 
 @dataclass

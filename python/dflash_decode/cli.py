@@ -1,18 +1,43 @@
-"""The command `dflash-kernels`: info, generate, bench decode.
+"""The command `dflash-kernels`: info, generate, bench decode, bench protocol.
 
 Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for everything else.
 """
 
 import json
 import os
+import secrets
 import sys
 import warnings
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from . import cli_protocol
+from .options import (
+    BlockSize,
+    By,
+    Debug,
+    Device,
+    Draft,
+    DType,
+    Dtype,
+    From,
+    MaxNewTokens,
+    MinP,
+    Model,
+    Rule,
+    SampleFrom,
+    Threads,
+    TopK,
+    TopP,
+    UsageError,
+    Where,
+    check_device,
+    check_files,
+    set_threads,
+)
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="DFlash speculative decoding with kernels of its own.")
@@ -22,34 +47,6 @@ app.add_typer(bench_app, name="bench")
 INTERRUPTED = 130
 
 # Heavy modules are imported inside the commands: --help and usage errors answer at once.
-
-
-class UsageError(Exception):
-    """A command that was written wrongly."""
-
-    exit_code = 2
-
-
-class Device(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class DType(str, Enum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-    float16 = "float16"
-
-
-Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
-Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
-                                         "model, or none; 'random': random weights; 'none': plain decoding.")]
-BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]
-Where = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -71,6 +68,14 @@ def generate(
     draft: Draft = "auto",
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed, the same text; a fresh one, which is printed, "
+                                                         "if not given.")] = None,
+    sample_from: From = SampleFrom.greedy,
+    rule: By = Rule.token,
     dtype: Dtype = DType.bfloat16,
     device: Where = Device.cpu,
     threads: Threads = None,
@@ -91,8 +96,11 @@ def generate(
     check_device(device)
     from . import report
     from .bench import header
+    from .sampling import Sampling
     from .session import Session
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
+    how = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
     session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
                            status=report.status)
     report.start_text(session)
@@ -105,7 +113,7 @@ def generate(
             report.write(pieces[-1])
 
     try:
-        run = session.run([ids], max_new_tokens=max_new_tokens, on_tokens=show)
+        run = session.run([ids], max_new_tokens=max_new_tokens, on_tokens=show, **how)
         pieces.append(stream.flush())
         if not as_json:
             report.write(pieces[-1])
@@ -115,13 +123,14 @@ def generate(
     plain = None
     if compare:
         with report.status("decoding plainly, to compare"):
-            plain = session.run([ids], max_new_tokens=max_new_tokens, speculative=False)
+            plain = session.run([ids], max_new_tokens=max_new_tokens, speculative=False, **how)
     if as_json:
         value = report.answer_json(session, run, plain, "".join(pieces))
-        print(json.dumps(header(session, prompt=text, max_new_tokens=max_new_tokens) | {"kind": "generate"} | value,
-                         indent=1, ensure_ascii=False))
+        options = settings(sampling, sample_from, rule) | {"temperature": temperature}
+        print(json.dumps(header(session, prompt=text, max_new_tokens=max_new_tokens, **options)
+                         | {"kind": "generate"} | value, indent=1, ensure_ascii=False))
     else:
-        report.print_answer(session, ids, run, plain)
+        report.print_answer(session, ids, run, plain, sampling, sample_from.value)
 
 
 @bench_app.command("decode")
@@ -134,6 +143,13 @@ def bench_decode(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
     max_new_tokens: MaxNewTokens = 256,
     block_size: BlockSize = None,
+    temperature: Annotated[list[float], typer.Option(min=0, help="0: greedy; may be given several times.")] = [0.0],  # noqa: B006
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of each task's first prompt; the next has one more.")] = 0,
+    sample_from: From = SampleFrom.greedy,
+    rule: By = Rule.token,
     dtype: Dtype = DType.bfloat16,
     device: Where = Device.cpu,
     threads: Threads = None,
@@ -148,17 +164,14 @@ def bench_decode(
     draft = drafter_of(model, draft)
     if draft == "none":
         raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
-    for file in prompts:
-        if not file.is_file():
-            raise UsageError(f"--prompts must be a file; got {str(file)!r}, which "
-                             f"{'is a directory' if file.is_dir() else 'does not exist'}")
-    if json_out is not None and not os.access(json_out.absolute().parent, os.W_OK):
-        raise UsageError(f"--json must be a file in a directory that can be written; got {str(json_out)!r}")
+    check_files(prompts, {"--json": json_out})
     set_threads(threads)
     check_device(device)
     from . import bench, report
+    from .sampling import Sampling
     from .session import Session
 
+    samplings = [Sampling(value, top_k, top_p, min_p, seed) for value in temperature]
     rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
     session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
                            status=report.status)
@@ -168,27 +181,27 @@ def bench_decode(
             if shown:
                 shown.update(f"[dim]{task}, {what} ...[/dim]")
 
-        result = bench.bench_decode(session, rows, concurrency=concurrency, max_new_tokens=max_new_tokens,
-                                    on_task=on_task)
-    report.print_bench(result)
+        results = [bench.bench_decode(session, rows, concurrency=concurrency, max_new_tokens=max_new_tokens,
+                                      sampling=sampling, sample_from=sample_from.value, rule=rule.value,
+                                      on_task=on_task) for sampling in samplings]
+    if sample_from is SampleFrom.request and max(temperature) > 0:
+        report.notice(report.DRAWN_NOTICE)
+    report.print_bench(results)
     if json_out is not None:
         header = bench.header(session, concurrency=concurrency, max_new_tokens=max_new_tokens,
-                              prompts=[file.name for file in prompts], limit=limit)
-        bench.write_json(json_out, header | result)
+                              prompts=[file.name for file in prompts], limit=limit,
+                              **settings(samplings[0], sample_from, rule))
+        many = {"kind": "decode by temperature", "temperatures": results}
+        bench.write_json(json_out, header | (results[0] if len(results) == 1 else many))
 
 
-def check_device(device: Device) -> None:
-    import torch
+def settings(sampling, sample_from: SampleFrom, rule: Rule) -> dict:
+    """What results say of how tokens were drawn, the temperature apart."""
+    return {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "seed": sampling.seed,
+            "sample_from": sample_from.value, "rule": rule.value}
 
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UsageError(f"--device cuda needs a GPU that torch can use; torch {torch.__version__} finds none")
 
-
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+bench_app.command("protocol")(cli_protocol.protocol)
 
 
 def run(arguments: list[str]) -> int:

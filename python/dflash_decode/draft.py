@@ -13,12 +13,16 @@ import torch
 from dflash_kernels import (
     PagedKV,
     PreparedBlock,
+    Proposal,
+    SamplingParams,
     embed_tokens,
     linear,
     lm_head_argmax,
+    lm_head_topk,
     pack_weight,
     prepare_block,
     rms_norm,
+    sample_draft,
     write_context_kv,
 )
 
@@ -29,6 +33,7 @@ from .transformer import Geometry, LayersPass, Tensors, take_layer
 from .weights import CheckpointError, read_json
 
 _WHAT = "draft checkpoint"
+_CANDIDATES = 16  # likeliest tokens that a draft is drawn from
 
 
 class Drafter:
@@ -122,8 +127,9 @@ class Drafter:
         self.head = pack_weight(self.head.rows(ids))
         self.head_bias = None if self.head_bias is None else self.head_bias[ids].contiguous()
 
-    def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int) -> "DraftPass":
-        return DraftPass(self, batch, width, caches, page_size)
+    def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
+                   params: SamplingParams | None = None) -> "DraftPass":
+        return DraftPass(self, batch, width, caches, page_size, params)
 
     def make_context(self, batch: int, width: int, caches: Sequence[PagedKV]) -> "ContextPass":
         return ContextPass(self, batch, width, caches)
@@ -168,13 +174,15 @@ class ContextPass:
 
 
 class DraftPass:
-    """Drafts blocks of Q tokens for B requests, with memory of its own that never moves.
+    """Drafts blocks of Q tokens for B requests, with memory of its own that never moves. params: how drafts are drawn;
+    None: the likeliest.
 
-    anchors (B,) int64: put each request's last token here. After run(): ids (B, Q), the anchors in column 0, and
-    block.positions and block.slots (B, Q).
+    anchors (B,) int64: put each request's last token here. After run(): ids (B, Q), the anchors in column 0,
+    block.positions and block.slots (B, Q), and proposal, the law that the drafts were drawn from; None: the likeliest.
     """
 
-    def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int):
+    def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
+                 params: SamplingParams | None = None):
         self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
         self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm, drafter.cos_sin, c.rope.interleaved,
                                  batch, width, caches)
@@ -188,10 +196,14 @@ class DraftPass:
         # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
         self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].flatten().contiguous()
         self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
-        self.values = torch.zeros(guesses, dtype=torch.float32, device=device)
+        self.params, self.proposal = params, None
+        shape = (batch, width - 1) if params is None else (batch, width - 1, min(_CANDIDATES, drafter.num_valid))
+        self.values, self.lse = (torch.zeros(n, dtype=torch.float32, device=device) for n in (shape, guesses))
         # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
-        self.known, self.draft_ids, self.ids = ids(rows), ids(guesses), ids(batch, width)
-        self.anchors, self.guesses = self.known[:batch], self.known[batch:]
+        self.known, self.draft_ids, self.ids = ids(rows), ids(*shape), ids(batch, width)
+        self.anchors, self.guesses = self.known[:batch], self.known[batch:].view(batch, width - 1)
+        if params is not None:
+            self.proposal = Proposal(probs=torch.zeros_like(self.values), ids=ids(*shape))
         place = torch.arange(rows, device=device)
         self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
 
@@ -201,13 +213,27 @@ class DraftPass:
                       page_size=self.page_size, block_lens=block_lens, embedding=d.embedding, out=self.block)
         hidden = self.layers.run(self.block.positions.view(-1), None, page_table, context_lens, block_lens)
         embed_tokens(self.masked_rows, hidden, out=self.masked)
-        lm_head_argmax(self.masked, d.head, bias=d.head_bias, num_valid=d.num_valid, scale=c.output_multiplier,
-                       softcap=c.final_logit_softcapping, out_values=self.values,
-                       out_ids=self.guesses if d.ids_of_draft is None else self.draft_ids)
-        if d.ids_of_draft is not None:
-            _gather(d.ids_of_draft, self.draft_ids, self.guesses)
+        self._guess(context_lens)
         _gather(self.known, self.block_order, self.ids)
         return self.ids
+
+    def _guess(self, context_lens: torch.Tensor) -> None:
+        """The head, and what it says in the target's ids."""
+        d, c = self.drafter, self.drafter.config
+        ids = self.guesses if self.proposal is None else self.proposal.ids
+        named = ids if d.ids_of_draft is None else self.draft_ids
+        options = {"bias": d.head_bias, "num_valid": d.num_valid, "scale": c.output_multiplier,
+                   "softcap": c.final_logit_softcapping, "out_values": self.values.flatten(0, 1),
+                   "out_ids": named.flatten(0, 1)}
+        if self.proposal is None:
+            lm_head_argmax(self.masked, d.head, **options)
+        else:
+            lm_head_topk(self.masked, d.head, self.values.shape[-1], out_lse=self.lse, **options)
+        if d.ids_of_draft is not None:
+            _gather(d.ids_of_draft, self.draft_ids.view(-1), ids.view(-1))
+        if self.proposal is not None:
+            sample_draft(self.values, ids, context_lens, self.params, out_ids=self.guesses,
+                         out_probs=self.proposal.probs)
 
 
 def refuse_side_files(folder: str | os.PathLike) -> None:

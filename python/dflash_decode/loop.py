@@ -1,8 +1,8 @@
-"""DFlash decoding of a ragged batch, greedy and lossless.
+"""DFlash decoding of a ragged batch, greedy or sampled, and lossless.
 
 Each request is a context, whose K/V are in its pages, and an anchor, its last token. A step drafts a block after every
 anchor, lets the target check it, and commits what the target would have written itself plus one token of its own.
-Plain decoding is the same loop with no drafter.
+Plain decoding is the same loop with no drafter; a sampled request's text is plain sampling's with the same seed.
 """
 
 from collections import deque
@@ -10,18 +10,25 @@ from collections.abc import Hashable, Iterable, Iterator
 
 from .draft import Drafter
 from .kv import OutOfPages, PagePool
-from .requests import Event, Live, Request, check_request
+from .requests import Event, Live, Request, admit
 from .step import Prefill, Step
 from .targets import Target
+from .verify import first_token, verifier_for
+
+RULES, SAMPLE_FROM = ("token", "block"), ("greedy", "request")
 
 
 class Decoder:
     """block_size: Q, at most the drafter's own. max_batch: requests decoded together. num_pages: default room for
-    max_batch requests of max_context tokens. Pages are taken when a request starts, for all that it may write."""
+    max_batch requests of max_context tokens. Pages are taken when a request starts, for all that it may write.
+
+    sample_from: how drafts of sampled requests are made. "greedy": the likeliest, and the text for a seed is plain
+    sampling's token by token. "request": drawn as the request draws, which keeps the target's law, not the text, and
+    rule says how they are accepted: "token" or "block", as for verify_sample."""
 
     def __init__(self, target: Target, drafter: Drafter | None = None, *, block_size: int | None = None,
                  max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 64,
-                 prefill_rows: int = 256):
+                 prefill_rows: int = 256, sample_from: str = "greedy", rule: str = "token"):
         self.width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter and not 1 <= self.width <= drafter.block_size:
             raise ValueError(f"Decoder: block_size must be between 1 and the drafter's {drafter.block_size}; "
@@ -31,7 +38,11 @@ class Decoder:
         for name, value in sizes.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"Decoder: {name} must be an integer of at least 1; got {value!r}")
+        for name, value, known in (("sample_from", sample_from, SAMPLE_FROM), ("rule", rule, RULES)):
+            if value not in known:
+                raise ValueError(f"Decoder: {name} must be one of {', '.join(known)}; got {value!r}")
         self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
+        self.draw, self.rule = sample_from == "request", rule
         self.max_context = min(target.max_context, sizes["max_context"])
         pages = -(-self.max_context // page_size)
         self.pool = PagePool(max_batch * pages if num_pages is None else num_pages, page_size)
@@ -39,13 +50,13 @@ class Decoder:
         self.kv = [model.cache.allocate(self.pool.num_pages, page_size) if model else ()
                    for model in (target, self.drafter)]
         self._waiting, self._active, self._left = deque(), [], []
-        self._steps, self._prefills, self._seated = {}, {}, None
+        self._steps, self._prefills, self._firsts, self._seated = {}, {}, {}, None
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it can never run; nothing is allocated then."""
         if any(live.request.id == request.id for live in (*self._waiting, *self._active)):
             raise ValueError(f"request {request.id!r}: id must be new; got that of a request that still runs")
-        self._waiting.append(Live(request, check_request(request, self.target.vocab_size, self.max_context, self.pool)))
+        self._waiting.append(admit(request, self.target.vocab_size, self.max_context, self.pool))
 
     def cancel(self, request_id: Hashable) -> None:
         """The request leaves before the next step."""
@@ -98,35 +109,40 @@ class Decoder:
             if rows not in self._prefills:
                 self._prefills[rows] = Prefill(self.target, self.drafter, *self.kv, rows, pool.page_size)
             chunk = list(prompt[live.context:live.context + rows])
-            live.anchor = self._prefills[rows].run(chunk, live.context, table)
+            row = self._prefills[rows].run(chunk, live.context, table)
             live.context += len(chunk)
-        return self._emit(live, [live.anchor])
+        kind = verifier_for([live])
+        if kind not in self._firsts:
+            self._firsts[kind] = kind(self.target, 1, 1)
+        return self._emit(live, [first_token(self._firsts[kind], live, row)])
 
     def _decode(self) -> list[Event]:
         batch, active = 1 << (len(self._active) - 1).bit_length(), list(self._active)
-        if batch not in self._steps:
-            self._steps[batch] = Step(self.target, self.drafter, *self.kv, batch, self.width, self.pool.page_size,
-                                      self.max_pages)
-        step = self._steps[batch]
+        kind = verifier_for(active)
+        if (batch, kind) not in self._steps:
+            verifier = kind(self.target, batch, self.width, self.rule)
+            self._steps[batch, kind] = Step(self.target, self.drafter, *self.kv, batch, self.width,
+                                            self.pool.page_size, self.max_pages, verifier, self.draw)
+        step = self._steps[batch, kind]
         step.fill([(r.anchor, r.context, min(self.width, r.limit - r.emitted)) for r in active])
         if self._seated != (step, active):
-            step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active])
+            step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active], active)
             self._seated = (step, active)
         verified, events = step(), []
         for live, count, tokens in zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), strict=False):
             kept = next((i + 1 for i in range(count) if tokens[i] in live.request.stop_tokens), count)
-            live.context, live.anchor = live.context + kept, tokens[kept - 1]
+            live.context += kept
             live.acceptance.append(kept)
             events.append(self._emit(live, tokens[:kept]))
         return events
 
     def _emit(self, live: Live, tokens: list[int]) -> Event:
-        live.emitted += len(tokens)
+        live.text += tokens
         if tokens[-1] in live.request.stop_tokens:
             return self._leave(live, tokens, "stop")
-        return self._leave(live, tokens, "length") if live.emitted >= live.limit else Event(live.request.id, tokens)
+        return self._leave(live, tokens, "length") if live.emitted >= live.limit else live.event(tokens)
 
     def _leave(self, live: Live, tokens: list[int], why: str) -> Event:
         (self._active if live in self._active else self._waiting).remove(live)
         self.pool.free(live.pages)
-        return Event(live.request.id, tokens, why, tuple(live.acceptance))
+        return live.event(tokens, why)

@@ -14,6 +14,7 @@ from dflash_kernels import build_info
 
 from . import lossless
 from .bench import cpu_model
+from .sampling import Sampling
 from .session import RANDOM, Run, Session
 from .weights import KNOWN
 
@@ -21,6 +22,7 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 RANDOM_NOTICE = ("the drafter's weights are random: its guesses are worthless, so the acceptance length is 1 and "
                  "decoding is slower than plain; the text is the same")
+DRAWN_NOTICE = "drafts are drawn: sampled texts follow the law of plain sampling, and need not be the same texts"
 _BAR = 32
 
 # Optional parts: distribution, what it is for, how to get it.
@@ -114,13 +116,16 @@ def answer_json(session: Session, run: Run, plain: Run | None, text: str) -> dic
     return value
 
 
-def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | None) -> None:
+def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | None, sampling: Sampling,
+                 sample_from: str) -> None:
     """The figures under a streamed answer."""
-    answer = run.answers[0]
+    answer, drawn = run.answers[0], sampling.temperature > 0
     out.print()
     end = "stopped by itself" if answer.finish == "stop" else "cut at the limit"
     line("tokens", f"{run.tokens}, in {run.seconds:.2f} s ({end})")
     line("tokens/s", f"{run.tokens_per_s:.1f}")
+    if drawn:
+        line("sampling", how(sampling) + f", seed {answer.seed}")
     if session.drafter:
         line("drafter", "random weights (untrained)" if session.draft == RANDOM else Path(session.draft).name)
         line("acceptance length", f"{run.acceptance_length:.2f} of {session.block_size}, {len(run.steps)} steps")
@@ -131,14 +136,25 @@ def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | Non
     if plain:
         line("plain tokens/s", f"{plain.tokens_per_s:.1f}")
         line("ratio", f"{run.tokens_per_s / plain.tokens_per_s:.2f}")
-        line("identical to plain decoding", _identical(session, prompt, answer, plain.answers[0]))
+        same = _identical(session, prompt, answer, plain.answers[0], drawn)
+        if drawn and sample_from == "request" and not same.startswith("[green]"):
+            same += " (drafts were drawn: the law is the same, the text need not be)"
+        line(f"identical to plain {'sampling of this seed' if drawn else 'decoding'}", same)
+
+
+def how(sampling: Sampling) -> str:
+    """The settings that are not off."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return ", ".join([f"temperature {sampling.temperature:g}",
+                      *(f"{name.replace('_', '-')} {value:g}" for name, none in off.items()
+                        if (value := getattr(sampling, name)) != none)])
 
 
 def line(name: str, value: str) -> None:
     out.print(f"[bold]{name}:[/bold] {value}", markup=True)
 
 
-def _identical(session, prompt, answer, plain) -> str:
+def _identical(session, prompt, answer, plain, drawn) -> str:
     at = lossless.first_index(answer.tokens, plain.tokens)
     if at is None:
         return "[green]yes[/green]"
@@ -148,17 +164,21 @@ def _identical(session, prompt, answer, plain) -> str:
             return "the end"
         return f"{tokens[at]} {session.tokenizer.decode([tokens[at]], skip_special_tokens=False)!r}".replace("[", "\\[")
 
-    found = lossless.first_difference(session.target, prompt, plain.tokens, answer.tokens)
+    found = None if drawn else lossless.first_difference(session.target, prompt, plain.tokens, answer.tokens)
     margin = f" (logit margin {found.margin:.3g})" if found and found.margin is not None else ""
     return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, plain has {show(plain.tokens)}{margin}"
 
 
-def print_bench(result: dict) -> None:
-    table = Table(box=None, header_style="bold")
-    for column in ("task", "requests", "tokens", "acceptance", "tokens/s", "plain", "ratio", "identical"):
+def print_bench(results: list[dict]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    drawn = any(result["temperature"] for result in results)
+    for column in (*("T",) * drawn, "task", "requests", "tokens", "acceptance", "tokens/s", "plain", "ratio",
+                   "identical"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task, r in [*result["tasks"].items(), ("all", result)]:
-        table.add_row(task, str(r["requests"]), str(r["tokens"]), f"{r['acceptance_length']:.2f}",
-                      f"{r['tokens_per_s']:.1f}", f"{r['plain_tokens_per_s']:.1f}", f"{r['speedup']:.2f}",
-                      "yes" if r["identical_to_plain"] else f"{r['different_requests']} differ")
+    for result in results:
+        for task, r in [*result["tasks"].items(), ("all", result)]:
+            same = "yes" if r["identical_to_plain"] else f"{r['different_requests']} differ"
+            table.add_row(*(f"{result['temperature']:g}",) * drawn, task, str(r["requests"]), str(r["tokens"]),
+                          f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
+                          f"{r['plain_tokens_per_s']:.1f}", f"{r['speedup']:.2f}", same)
     out.print(table)

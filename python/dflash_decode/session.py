@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from .draft import Drafter, read_vocabulary, refuse_side_files
 from .loop import Decoder
 from .requests import Request
+from .sampling import GREEDY, Sampling, check_sampling
 from .targets import Target
 from .targets.native import FAMILIES, NativeTarget
 from .tokenizer import Tokenizer, load_tokenizer
@@ -22,11 +23,12 @@ RANDOM, NONE = "random", "none"
 
 @dataclass
 class Answer:
-    """steps: how many tokens each step committed, the prompt's pass apart."""
+    """steps: how many tokens each step committed, the prompt's pass apart. seed: None where nothing was drawn."""
 
     tokens: list[int] = field(default_factory=list)
     steps: tuple[int, ...] = ()
     finish: str = ""
+    seed: int | None = None
 
 
 @dataclass
@@ -97,9 +99,13 @@ class Session:
         return self.tokenizer.encode(text, add_special_tokens=True)
 
     def run(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, concurrency: int = 1,
-            speculative: bool = True, on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None) -> Run:
+            speculative: bool = True, on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None,
+            sampling: Sampling = GREEDY, sample_from: str = "greedy", rule: str = "token") -> Run:
         """Answers all prompts, `concurrency` at a time. on_tokens(prompt's index, new tokens) is called as they come.
+        sampling: of all prompts; prompt i draws with seed + i, or with a fresh seed if there is none.
+        sample_from, rule: as for Decoder.
         Raises ValueError for a prompt that does not fit the model's context; nothing is answered then."""
+        check_sampling(sampling, "sampling", self.target.vocab_size)
         room = self.target.max_context
         for i, prompt in enumerate(prompts):
             if len(prompt) >= room:
@@ -109,27 +115,29 @@ class Session:
         decoder = Decoder(self.target, self.drafter if speculative else None,
                           block_size=self.block_size if speculative and self.drafter else None,
                           max_batch=min(concurrency, max(len(prompts), 1)),
-                          max_context=min(room, longest + max_new_tokens))
-        self._warm(decoder, prompts)
+                          max_context=min(room, longest + max_new_tokens), sample_from=sample_from, rule=rule)
+        self._warm(decoder, prompts, sampling)
         answers = [Answer() for _ in prompts]
         started = time.perf_counter()
-        for event in decoder.stream(self._requests(prompts, max_new_tokens)):
+        for event in decoder.stream(self._requests(prompts, max_new_tokens, sampling)):
             if event.error is not None:
                 raise ValueError(f"prompt {event.id + 1}: {event.error}")
             answer = answers[event.id]
             answer.tokens += event.tokens
             if event.finish is not None:
-                answer.steps, answer.finish = event.acceptance_lengths, event.finish
+                answer.steps, answer.finish, answer.seed = event.acceptance_lengths, event.finish, event.seed
             on_tokens(event.id, event.tokens)
         return Run(answers, time.perf_counter() - started)
 
-    def _requests(self, prompts, max_new_tokens) -> Iterator[Request]:
+    def _requests(self, prompts, max_new_tokens, sampling) -> Iterator[Request]:
         for i, prompt in enumerate(prompts):
-            yield Request(i, list(prompt), max_new_tokens, self.tokenizer.stop_ids)
+            seed = None if sampling.seed is None else (sampling.seed + i) % 2**63
+            yield Request(i, list(prompt), max_new_tokens, self.tokenizer.stop_ids, replace(sampling, seed=seed))
 
-    def _warm(self, decoder: Decoder, prompts) -> None:
+    def _warm(self, decoder: Decoder, prompts, sampling) -> None:
         """Memory, recorded steps and threads are made before the clock runs, the same for both ways of decoding."""
-        for event in decoder.stream(Request(i, list(p), 2, ()) for i, p in enumerate(prompts[:decoder.max_batch])):
+        for event in decoder.stream(Request(i, list(p), 2, (), sampling)
+                                    for i, p in enumerate(prompts[:decoder.max_batch])):
             if event.error is not None:
                 raise ValueError(f"prompt {event.id + 1}: {event.error}")
 

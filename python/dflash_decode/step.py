@@ -4,51 +4,54 @@ from collections.abc import Sequence
 
 import torch
 
-from dflash_kernels import PagedKV, PreparedBlock, StepGraph, Verified, prepare_block, verify_greedy
+from dflash_kernels import PagedKV, PreparedBlock, StepGraph, Verified, prepare_block
 
 from .draft import Drafter
 from .kv import NO_PAGE
+from .requests import Live
 from .targets import Target
+from .verify import GreedyVerifier
 
 
 class Step:
     """Draft, verify, commit: `batch` requests, blocks of `width` tokens; without a drafter, a plain step of width 1.
+    verifier: greedy if None. draw: drafts are drawn from the drafter's law, as the verifier's requests draw theirs.
 
     Inputs, to be filled in place: anchors (B,) int64, the last token of each request, not yet in the target's cache;
     context_lens (B,) int32, tokens before it; block_lens (B,) int32, how many of the block's tokens count (0: no
-    request); page_table (B, max_pages) int32. After a call: verified, and the drafter's pages hold what was committed.
+    request); page_table (B, max_pages) int32. A call returns what is verified; then the drafter's pages hold what was
+    committed.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
-                 draft_kv: Sequence[PagedKV], batch: int, width: int, page_size: int, max_pages: int):
+                 draft_kv: Sequence[PagedKV], batch: int, width: int, page_size: int, max_pages: int,
+                 verifier: GreedyVerifier | None = None, draw: bool = False):
         self.target, self.batch, self.width, self.page_size = target, batch, width, page_size
-        device = target.device
+        self.verifier, device = verifier or GreedyVerifier(target, batch, width), target.device
 
         def ids(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        recordable = target.graph_safe and (drafter is None or drafter.graph_safe)
+        recordable = all(part is None or part.graph_safe for part in (target, drafter, self.verifier))
         self.graph = StepGraph(device) if recordable and StepGraph.available(device) else None
         self.recorded = False
         self.loaded = device.type == "cpu"  # a GPU's kernels are compiled and loaded by a first run, outside the graph
-        self.draft = drafter.make_draft(batch, width, draft_kv, page_size) if drafter else None
+        self.draft = drafter.make_draft(batch, width, draft_kv, page_size,
+                                        self.verifier.params if draw else None) if drafter else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
-        self.verify = target.make_pass(batch, width, target_kv, drafter.taps if drafter else ())
+        self.forward = target.make_pass(batch, width, target_kv, drafter.taps if drafter else ())
         self.block = self.draft.block if drafter else PreparedBlock(
             ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width), rows=None)
         self.anchors = self.draft.anchors if drafter else ids(batch)
         self.context_lens, self.block_lens = ids(batch, dtype=torch.int32), ids(batch, dtype=torch.int32)
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
-        self.next_ids = ids(batch, width)
-        self.values = torch.zeros(batch * width, dtype=torch.float32, device=device)
-        self.verified = Verified(
-            accept_lens=ids(batch, dtype=torch.int32), commit_lens=ids(batch, dtype=torch.int32),
-            tokens=ids(batch, width), bonus=ids(batch), new_lens=ids(batch, dtype=torch.int32))
 
-    def seat(self, tables: Sequence[torch.Tensor]) -> None:
-        """Page-table rows of the requests, first to last; the rest of the batch is empty."""
+    def seat(self, tables: Sequence[torch.Tensor], requests: Sequence[Live] = ()) -> None:
+        """Page-table rows of the requests, first to last; the rest of the batch is empty. requests: whose they are,
+        which only greedy requests can do without."""
         self.page_table.fill_(NO_PAGE)
         self.page_table[:len(tables)].copy_(torch.stack(tuple(tables)))
+        self.verifier.seat(requests)
 
     def fill(self, requests: Sequence[tuple[int, int, int]]) -> None:
         """(anchor, context length, block length) of each request, first to last; the rest of the batch is empty."""
@@ -63,14 +66,14 @@ class Step:
             return self.run()
         if self.recorded:
             self.graph.replay()
-            return self.verified
+            return self.verifier.out
         if not self.loaded:
             self.loaded = True
             return self.run()
         with self.graph.capture():
             self.run()
         self.recorded = True
-        return self.verified
+        return self.verifier.out
 
     def run(self) -> Verified:
         block, where = self.block, (self.page_table, self.context_lens, self.block_lens)
@@ -79,12 +82,12 @@ class Step:
         else:
             ids = prepare_block(self.anchors, self.context_lens, self.width, 0, page_table=self.page_table,
                                 page_size=self.page_size, block_lens=self.block_lens, out=block).ids
-        rows, features = self.verify.run(ids, block.positions, block.slots, *where)
-        self.target.next_ids(rows, self.next_ids.view(-1), self.values)
-        verify_greedy(ids, self.next_ids, self.context_lens, block_lens=self.block_lens, out=self.verified)
+        rows, features = self.forward.run(ids, block.positions, block.slots, *where)
+        proposal = self.draft.proposal if self.draft else None
+        verified = self.verifier.run(rows, ids, self.context_lens, self.block_lens, proposal)
         if self.context:
-            self.context.run(features, block.positions, block.slots, self.verified.commit_lens)
-        return self.verified
+            self.context.run(features, block.positions, block.slots, verified.commit_lens)
+        return verified
 
 
 class Prefill:
@@ -98,12 +101,10 @@ class Prefill:
         whole = {"dtype": torch.int64, "device": device}
         ids, positions, slots, self.tokens = (torch.zeros((1, rows), **whole) for _ in range(4))
         self.block = PreparedBlock(ids=ids, positions=positions, slots=slots, rows=None)
-        self.next_id = torch.zeros(1, **whole)
-        self.value = torch.zeros(1, dtype=torch.float32, device=device)
 
-    def run(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> int:
-        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (1, max_pages). Returns the next
-        token, which means something after the prompt's last chunk."""
+    def run(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> torch.Tensor:
+        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (1, max_pages). Returns the last one's
+        row (1, H), from which the target's head says what comes next."""
         device, n = self.target.device, len(tokens)
         self.tokens[0, :n].copy_(torch.tensor(tokens, dtype=torch.int64))
         lens, live = (torch.tensor([value], dtype=torch.int32, device=device) for value in (done, n))
@@ -112,5 +113,4 @@ class Prefill:
         rows, features = self.forward.run(self.tokens, block.positions, block.slots, page_table, lens, live)
         if self.context:
             self.context.run(features, block.positions, block.slots, live)
-        self.target.next_ids(rows[n - 1:n], self.next_id, self.value)
-        return int(self.next_id)
+        return rows[n - 1:n]

@@ -25,24 +25,29 @@ struct LoopGroup {
   }
 };
 
-template <class T, int N, bool kTail>
+template <class T, class C, int N, bool kTail>
 void run(const WriteContextKvParams& p, const ContextShape& shape) {
   for (int64_t layer = 0; layer < p.layers; ++layer)
     for (int64_t item = 0; item < p.tokens * p.num_kv_heads; ++item) {
-      Head<T> head;
+      Head<T, C> head;
       if (!find_head(p, shape.block, item / p.num_kv_heads, layer, item % p.num_kv_heads, head)) continue;
-      LoopGroup<Lane<T, N, kTail>> group;
+      LoopGroup<Lane<T, C, N, kTail>> group;
       group.lanes = shape.lanes;
-      write_head<Lane<T, N, kTail>, N>(p, head, shape, group);
+      write_head<Lane<T, C, N, kTail>, N>(p, head, shape, group);
     }
+}
+
+template <class T, class C>
+void run(const WriteContextKvParams& p) {
+  const ContextShape shape = context_shape(p);
+  constexpr int kWord = 16 / sizeof(T);
+  if (!shape.words) return run<T, C, 1, true>(p, shape);
+  shape.tail ? run<T, C, kWord, true>(p, shape) : run<T, C, kWord, false>(p, shape);
 }
 
 template <class T>
 void run(const WriteContextKvParams& p) {
-  const ContextShape shape = context_shape(p);
-  constexpr int kWord = 16 / sizeof(T);
-  if (!shape.words) return run<T, 1, true>(p, shape);
-  shape.tail ? run<T, kWord, true>(p, shape) : run<T, kWord, false>(p, shape);
+  p.cache.is_fp8 ? run<T, uint8_t>(p) : run<T, T>(p);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ from op_samples import SAMPLES, RawCalls, int32, tensors_in
 import dflash_kernels as dk
 from dflash_kernels import _library, reference
 from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
-from dflash_kernels.types import PackedWeight, PagedKV
+from dflash_kernels.types import FP8, PackedWeight, PagedKV
 
 DEVICE = "cuda"
 # Arguments that are float32 whatever the model's dtype.
@@ -31,6 +31,8 @@ def moved(value, to, memo):
     memo: storages' addresses and what became of them."""
     if isinstance(value, PackedWeight):
         return dk.pack_weight(to(reference.linear.unpack(value.data, value.out_features, value.in_features)))
+    if isinstance(value, PagedKV) and value.is_fp8:  # as it is, whatever the model's dtype
+        to = torch.clone
     if dataclasses.is_dataclass(value):
         return type(value)(**{name: moved(v, to, memo) for name, v in vars(value).items()})
     if isinstance(value, (list, tuple)):
@@ -44,7 +46,7 @@ def moved(value, to, memo):
 
 
 def floats_to(dtype):
-    return lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone()
+    return lambda t: t.to(dtype, copy=True) if t.is_floating_point() and t.dtype != FP8 else t.clone()
 
 
 def with_rows(func, args):

@@ -7,11 +7,12 @@ namespace dflash {
 namespace {
 
 void write_context_kv(const Tensor& kv, const Tensor& positions, const Tensor& slots, std::vector<Tensor> k_caches,
-                      std::vector<Tensor> v_caches, const std::optional<Tensor>& k_weights,
-                      const std::optional<Tensor>& cos_sin, const std::optional<Tensor>& commit_lens, double eps,
-                      double v_scale, bool interleaved, bool round_each) {
-  const auto p = context_params(kv, positions, slots, k_caches, v_caches, k_weights, cos_sin, commit_lens, eps, v_scale,
-                                interleaved, round_each);
+                      std::vector<Tensor> v_caches, std::vector<Tensor> k_scales, std::vector<Tensor> v_scales,
+                      const std::optional<Tensor>& k_weights, const std::optional<Tensor>& cos_sin,
+                      const std::optional<Tensor>& commit_lens, double eps, double v_scale, bool interleaved,
+                      bool round_each) {
+  const auto p = context_params(kv, positions, slots, k_caches, v_caches, k_scales, v_scales, k_weights, cos_sin,
+                                commit_lens, eps, v_scale, interleaved, round_each);
   const OnDevice on(kv);
   on.check("write_context_kv", cuda::write_context_kv(p, on.stream()));
 }

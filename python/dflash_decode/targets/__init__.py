@@ -42,3 +42,6 @@ class Target(Protocol):
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
         """rows (R, H) from a pass -> the most likely next tokens, ids (R,) int64, and their logits, values (R,)."""
+
+    def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """rows (R, H) from a pass -> out (R, V), of the target's dtype, contiguous; next_ids is its argmax."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dflash_kernels import PagedKV, block_attention, lm_head_argmax, pack_weight
+from dflash_kernels import PagedKV, block_attention, linear, lm_head_argmax, pack_weight
 
 from ..kv import CacheShape
 
@@ -60,6 +60,11 @@ class HFTarget:
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
         lm_head_argmax(rows, self.head, bias=self.head_bias, softcap=self._softcap, out_ids=ids, out_values=values)
+
+    def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        linear(rows, self.head, self.head_bias, out=out)
+        if self._softcap:
+            out.copy_(self._softcap * torch.tanh(out.float() / self._softcap))
 
 
 class HFPass:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dflash_kernels import PagedKV, embed_tokens, lm_head_argmax, pack_weight
+from dflash_kernels import PagedKV, embed_tokens, linear, lm_head_argmax, pack_weight
 
 from ..config import LayerMask
 from ..kv import CacheShape
@@ -70,6 +70,9 @@ class NativeTarget:
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
         lm_head_argmax(rows, self.head, out_ids=ids, out_values=values)
+
+    def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        linear(rows, self.head, out=out)
 
 
 class NativePass:

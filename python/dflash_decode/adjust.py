@@ -1,0 +1,61 @@
+"""Penalties, biases and grammars as the tensors that verify_sample reads, a row for each position of a block."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from dflash_kernels import LogitAdjustments
+
+from .sampling import Sampling
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """(..., V) bool -> (..., ceil(V / 32)) int32, bit v % 32 of word v // 32."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32)).long()
+    return (padded << torch.arange(32)).sum(-1).int()
+
+
+class Adjuster:
+    """Adjustments of `batch` blocks of `width` tokens. Row i is for the token after the drafts before it."""
+
+    def __init__(self, batch: int, width: int, vocab: int, device: torch.device):
+        words = -(-vocab // 32)
+        self.adjustments = LogitAdjustments(
+            seen=torch.zeros((batch, width, words), dtype=torch.int32, device=device),
+            repetition_penalty=torch.ones(batch, device=device),
+            bias=torch.zeros((batch, width, vocab), device=device),
+            bitmask=torch.full((batch, width, words), -1, dtype=torch.int32, device=device))
+        self.width, self.vocab = width, vocab
+
+    def fill(self, b: int, sampling: Sampling, prompt: Sequence[int], text: Sequence[int],
+             drafts: Sequence[int]) -> None:
+        """Request b of the batch: what it was asked, what it has answered, and the drafts of its block."""
+        a, width = self.adjustments, self.width
+        a.repetition_penalty[b] = sampling.repetition_penalty
+        counts, bias = Counter(text), torch.zeros((width, self.vocab))
+        seen = torch.zeros((width, self.vocab), dtype=torch.bool)
+
+        def value(token):
+            taken = sampling.frequency_penalty * counts[token] + sampling.presence_penalty * (counts[token] > 0)
+            return sampling.logit_bias.get(token, 0.0) - taken
+
+        for token in {*counts, *sampling.logit_bias}:
+            bias[:, token] = value(token)
+        seen[:, list({*prompt, *counts})] = True
+        for i, token in enumerate(drafts, 1):
+            counts[token] += 1
+            bias[i:, token] = value(token)
+            seen[i:, token] = True
+        a.bias[b].copy_(bias)
+        a.seen[b].copy_(pack_bits(seen))
+        a.bitmask[b].copy_(self._mask(sampling, text, drafts))
+
+    def _mask(self, sampling, text, drafts):
+        words = torch.full(self.adjustments.bitmask.shape[1:], -1, dtype=torch.int32)
+        for i in range(self.width if sampling.grammar else 0):
+            sampling.grammar.fill_bitmask([*text, *drafts[:i]], words[i])
+            # Nothing can come after a draft that is not allowed: it is rejected.
+            if i < len(drafts) and not int(words[i, drafts[i] // 32]) >> drafts[i] % 32 & 1:
+                break
+        return words
