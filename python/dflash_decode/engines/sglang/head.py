@@ -1,0 +1,60 @@
+"""_DflashDraftSampler -> lm_head_argmax: the draft head without logits, inside the captured draft graph.
+
+With a vocabulary over several ranks each finds its own winner here; what is gathered, and in which shapes, stays.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dflash_kernels import PackedWeight, lm_head_argmax, pack_weight
+
+from ..hooks import Hook, plan
+
+LOG = logging.getLogger("sglang.dflash_kernels")
+
+
+@dataclass(frozen=True)
+class Plan:
+    weight: PackedWeight
+
+
+def decide(sampler: Any) -> Plan | str:
+    """sampler: SGLang's _DflashDraftSampler."""
+    weight = sampler.weight[: sampler.num_org]
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"a head of {weight.dtype}"
+    return Plan(pack_weight(weight))
+
+
+def build(original):
+    def __call__(self, hidden_states, input_ids=None):
+        made = plan(self, "draft_head", decide, LOG)
+        if made is None:
+            return original(self, hidden_states, input_ids)
+        # The first row of a block is the anchor, which is known.
+        rows = hidden_states.view(-1, self.block_size, hidden_states.shape[-1])[:, 1:].flatten(0, 1)
+        ids, values = lm_head_argmax(rows.to(self.weight.dtype), made.weight, id_offset=self.org_vocab_start)
+        n = ids.shape[0]
+        if self.tp_size > 1:
+            ids = gather(self, ids, values)
+        self.out[:n].copy_(ids)
+
+    return __call__
+
+
+def gather(sampler: Any, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The engine's two collectives, in its buffers; the first rank of those with the largest value wins."""
+    n, ranks = ids.shape[0], sampler.tp_size
+    best, found = sampler.gathered_max[: ranks * n], sampler.gathered_ids[: ranks * n]
+    # Exact: a value is a logit rounded to the model dtype.
+    sampler.tp_group.all_gather_into_tensor(best, sampler.local_max[:n].copy_(values))
+    sampler.tp_group.all_gather_into_tensor(found, sampler.local_arg[:n].copy_(ids))
+    winner = best.view(ranks, n).argmax(0, keepdim=True)
+    return found.view(ranks, n).gather(0, winner)[0]
+
+
+HOOK = Hook("draft_head", "sglang.srt.speculative.dflash_worker_v2:_DflashDraftSampler.__call__",
+            (("self", "hidden_states", "input_ids"),), ((0, 5), (0, 6)), build)

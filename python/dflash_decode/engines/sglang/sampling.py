@@ -1,0 +1,59 @@
+"""compute_dflash_sampling_correct_drafts_and_bonus -> verify_sample: no (B, Q, V) probabilities.
+
+The law of what is emitted is the same; the random numbers are others. Requests have no seeds at this point, so each
+step draws some from torch's generator, as the original draws its coins.
+"""
+
+from typing import Any
+
+import torch
+
+from dflash_kernels import SamplingParams, verify_sample
+
+from ..hooks import Hook
+
+
+def params_of(info: Any, device: torch.device) -> SamplingParams:
+    """From SGLang's SamplingBatchInfo: temperatures (B, 1), top_ks and top_ps (B,)."""
+    temperature = info.temperatures.reshape(-1).float()
+    top_k = info.top_ks.int() if getattr(info, "need_top_k_sampling", True) else None
+    top_p = info.top_ps.float() if getattr(info, "need_top_p_sampling", False) else None
+    seeds = torch.randint(1 << 62, temperature.shape, device=device)
+    return SamplingParams(temperature, seeds, top_k, top_p)
+
+
+def build(original):
+    def compute_dflash_sampling_correct_drafts_and_bonus(
+            *, candidates, next_token_logits, sampling_info, max_top_k=None, uniform_top_k_value=None,
+            threshold_single=None, threshold_acc=None, uniform_samples=None, uniform_samples_for_final_sampling=None,
+            use_sparse_topk=True):
+        if threshold_single is None or threshold_acc is None:
+            from sglang.srt.speculative import dflash_utils
+
+            spec = dflash_utils.get_spec()
+            single = spec.speculative_accept_threshold_single if threshold_single is None else threshold_single
+            total = spec.speculative_accept_threshold_acc if threshold_acc is None else threshold_acc
+        else:
+            single, total = threshold_single, threshold_acc
+        given = uniform_samples is not None or uniform_samples_for_final_sampling is not None
+        if (single, total) != (1.0, 1.0) or given:  # below 1 the engine accepts more than the law allows
+            return original(
+                candidates=candidates, next_token_logits=next_token_logits, sampling_info=sampling_info,
+                max_top_k=max_top_k, uniform_top_k_value=uniform_top_k_value, threshold_single=threshold_single,
+                threshold_acc=threshold_acc, uniform_samples=uniform_samples,
+                uniform_samples_for_final_sampling=uniform_samples_for_final_sampling, use_sparse_topk=use_sparse_topk)
+        requests, width = candidates.shape
+        found = verify_sample(
+            candidates.long(), next_token_logits.view(requests, width, -1),
+            torch.zeros(requests, dtype=torch.int32, device=candidates.device),
+            params_of(sampling_info, candidates.device))
+        return found.accept_lens, found.bonus
+
+    return compute_dflash_sampling_correct_drafts_and_bonus
+
+
+HOOK = Hook(
+    "sampling", "sglang.srt.speculative.dflash_utils:compute_dflash_sampling_correct_drafts_and_bonus",
+    (("candidates", "next_token_logits", "sampling_info", "max_top_k", "uniform_top_k_value", "threshold_single",
+      "threshold_acc", "uniform_samples", "uniform_samples_for_final_sampling", "use_sparse_topk"),),
+    ((0, 5), (0, 6)), build, off=lambda: "not run on a GPU yet")

@@ -1,0 +1,141 @@
+"""precompute_and_store_context_kv -> write_context_kv: context K/V of all draft layers, for both of vLLM's runners.
+
+The engine's norm and projection stay; K norm, RoPE, the value scale and the writes to all layers' caches are one call.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dflash_kernels import PagedKV, write_context_kv
+
+from ..hooks import Hook, plan
+
+LOG = logging.getLogger("vllm.dflash_kernels")
+SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER")  # keys, then values, side by side in a head's last dimension
+
+
+KEPT = 64  # tokens of a decoding step, for which rows and views are made once
+
+
+class Rows:
+    """K and V of every layer as plain rows, where the engine's layout is not one that a PagedKV can describe."""
+
+    def __init__(self, layers: int, tokens: int, heads: int, head_dim: int, like: torch.Tensor):
+        with torch.inference_mode(False):  # what is made in inference mode may not be written outside it
+            self.rows = torch.empty(layers, 2, tokens, 1, heads, head_dim, dtype=like.dtype, device=like.device)
+            self.slots = torch.arange(tokens, device=like.device)
+        self.caches, self.views = [PagedKV(*pair) for pair in self.rows], {}
+
+    def first(self, tokens: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Slots of the first `tokens` rows, and each layer's K and V there, (tokens, Hkv, D)."""
+        if tokens not in self.views:
+            self.views[tokens] = self.slots[:tokens], [(k[:tokens, 0], v[:tokens, 0]) for k, v in self.rows]
+        return self.views[tokens]
+
+
+@dataclass
+class Plan:
+    """caches: views of the engine's, or None where it must write itself, from rows. address: of the cache that they
+    are views of."""
+
+    cos_sin: torch.Tensor
+    v_scale: float
+    caches: list[PagedKV] | None
+    address: int
+    rows: Rows
+
+
+def decide(model: Any) -> Plan | str:
+    """model: vLLM's DFlashQwen3Model, its buffers built and its caches bound."""
+    if type(model)._project_context_kv.__module__ != type(model).precompute_and_store_context_kv.__module__:
+        return f"{type(model).__name__} projects in its own way"
+    if type(model)._normalize_context_k.__module__ != type(model).precompute_and_store_context_kv.__module__:
+        return f"{type(model).__name__} normalises in its own way"
+    if model._fused_kv_weight is None:
+        return "a quantised K/V projection"
+    if model._rope_head_size != model._head_dim:
+        return f"RoPE over {model._rope_head_size} of heads of {model._head_dim}"
+    layers, dtype = model._attn_layers, model._fused_kv_weight.dtype
+    stored = {layer.kv_cache.dtype for layer in layers}
+    if stored != {dtype}:
+        return f"a cache of {', '.join(map(str, stored))} for a model of {dtype}"
+    if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers):
+        return "layers that share a cache"
+    scale = getattr(model.layers[0].self_attn, "v_scale", None)
+    cos_sin = model._rope_cos_sin_cache.to(dtype).contiguous()
+    caches = None
+    if model._fused_kv_weight.device.type != "cpu":  # there keys are stored transposed or in tiles
+        backends = {layer.attn_backend.get_name() for layer in layers}
+        if not backends <= set(SPLIT_BACKENDS):
+            return f"the cache of {', '.join(sorted(backends))}"
+        caches = views([layer.kv_cache for layer in layers], model._head_dim)
+        if len({(c.k.shape, c.k.stride()) for c in caches}) > 1:
+            return "draft layers with caches of different shapes"
+    return Plan(cos_sin, 1.0 if scale is None else float(scale), caches, layers[0].kv_cache.data_ptr(),
+                rows_of(model, KEPT if caches is None else 0))
+
+
+def views(kv_caches: list[torch.Tensor], head_dim: int) -> list[PagedKV]:
+    """Of (pages, Hkv, P, 2 * D) in any physical order: keys, then values, in the last dimension."""
+    return [PagedKV(*kv_cache.transpose(1, 2).split(head_dim, -1)) for kv_cache in kv_caches]
+
+
+def project(model: Any, states: torch.Tensor) -> torch.Tensor:
+    """Rows [K_0 | V_0 | K_1 | ...] of all layers, by the engine's own norm and product."""
+    from vllm import _custom_ops
+
+    normed = torch.empty_like(states)
+    _custom_ops.rms_norm(normed, states, model._hidden_norm_weight, model._rms_norm_eps)
+    return F.linear(normed, model._fused_kv_weight, model._fused_kv_bias)
+
+
+def write(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+          caches: list[PagedKV]) -> None:
+    write_context_kv(kv, positions, slots, caches, k_weights=model._k_norm_weights, cos_sin=made.cos_sin,
+                     eps=model._rms_norm_eps, interleaved=not model._rope_is_neox, v_scale=made.v_scale,
+                     rounding="each")
+
+
+def rows_of(model: Any, tokens: int) -> Rows:
+    return Rows(model._num_attn_layers, tokens, model._num_kv_heads, model._head_dim, model._fused_kv_weight)
+
+
+def write_through(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Tensor,
+                  slots: list[torch.Tensor]) -> None:
+    """K and V of every layer into plain rows, which the engine puts into its own layout."""
+    tokens = kv.shape[0]
+    rows = made.rows if tokens <= KEPT else rows_of(model, tokens)
+    own, parts = rows.first(tokens)
+    write(model, made, kv, positions, own, rows.caches)
+    for layer, (key, value), where in zip(model._attn_layers, parts, slots, strict=True):
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, where)
+
+
+def build(original):
+    def precompute_and_store_context_kv(self, context_states, context_positions, context_slot_mapping=None):
+        slots, per_layer = context_slot_mapping, isinstance(context_slot_mapping, (list, tuple))
+        # Without slots it measures memory, before there are caches; without buffers weights are made up.
+        if slots is None or (per_layer and any(s is None for s in slots)) or not hasattr(self, "_num_attn_layers"):
+            return original(self, context_states, context_positions, context_slot_mapping)
+        made = plan(self, "context_kv", decide, LOG)
+        if made is None:
+            return original(self, context_states, context_positions, context_slot_mapping)
+        kv = project(self, context_states)
+        if made.caches is None:
+            return write_through(self, made, kv, context_positions,
+                                 list(slots) if per_layer else [slots] * self._num_attn_layers)
+        caches = [layer.kv_cache for layer in self._attn_layers]
+        if caches[0].data_ptr() != made.address:  # the engine slept and woke with its caches elsewhere
+            made.caches, made.address = views(caches, self._head_dim), caches[0].data_ptr()
+        write(self, made, kv, context_positions, torch.stack(list(slots)) if per_layer else slots, made.caches)
+
+    return precompute_and_store_context_kv
+
+
+HOOK = Hook(
+    "context_kv", "vllm.model_executor.models.qwen3_dflash:DFlashQwen3Model.precompute_and_store_context_kv",
+    (("self", "context_states", "context_positions", "context_slot_mapping"),), ((0, 32), (0, 34)), build)

@@ -1,0 +1,171 @@
+"""The parts of vLLM's V1 runner that our hooks touch, small enough to read, with its names, layouts and roundings."""
+
+import sys
+import types
+
+import torch
+import torch.nn.functional as F
+
+LAYERS, KV_HEADS, HEAD_DIM, HIDDEN, PAGE, PAGES, VOCAB, DRAFTED = 3, 2, 16, 32, 4, 6, 50, 3
+
+
+def rms_norm(out, x, weight, eps):
+    """As torch.ops._C.rms_norm: weight (D,), or a row of it for each of the outermost dimension."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    while 1 < weight.dim() < x.dim():
+        weight = weight.unsqueeze(1)
+    out.copy_((normed * weight.float()).to(x.dtype))
+
+
+class Backend:
+    name = "FLASH_ATTN"
+
+    @classmethod
+    def get_name(cls):
+        return cls.name
+
+
+class Layer:
+    """An attention layer with its cache (pages, Hkv, P, 2 * D): keys, then values, in the last dimension."""
+
+    attn_backend = Backend
+
+    def __init__(self, dtype, heads_first):
+        shape = (PAGES, KV_HEADS, PAGE, 2 * HEAD_DIM)
+        self.kv_cache = torch.zeros(shape, dtype=dtype) if heads_first else torch.zeros(
+            PAGES, PAGE, KV_HEADS, 2 * HEAD_DIM, dtype=dtype).transpose(1, 2)
+        self.impl = self
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slots):
+        for t, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                kv_cache[slot // PAGE, :, slot % PAGE] = torch.cat([key[t], value[t]], -1)
+
+
+class DFlashQwen3Model:
+    def __init__(self, dtype=torch.float32, heads_first=True, v_scale=None, neox=True):
+        g = torch.Generator().manual_seed(5)
+
+        def weight(*shape):
+            return torch.randn(shape, generator=g).to(dtype)
+
+        self._num_attn_layers, self._num_kv_heads, self._head_dim, self._kv_size = (
+            LAYERS, KV_HEADS, HEAD_DIM, KV_HEADS * HEAD_DIM)
+        self._hidden_norm_weight, self._k_norm_weights = weight(HIDDEN), weight(LAYERS, HEAD_DIM)
+        self._fused_kv_weight = weight(LAYERS * 2 * self._kv_size, HIDDEN)
+        self._fused_kv_bias = weight(LAYERS * 2 * self._kv_size)
+        self._rms_norm_eps, self._rope_head_size, self._rope_is_neox = 1e-6, HEAD_DIM, neox
+        angles = torch.arange(64)[:, None] * torch.tensor([0.5 ** i for i in range(HEAD_DIM // 2)])
+        self._rope_cos_sin_cache = torch.cat([angles.cos(), angles.sin()], -1)
+        self._attn_layers = [Layer(dtype, heads_first) for _ in range(LAYERS)]
+        attention = types.SimpleNamespace(v_scale=v_scale)
+        self.layers = [types.SimpleNamespace(self_attn=attention)] * LAYERS
+        self.calls = 0
+
+    def _project_context_kv(self, states):
+        normed = torch.empty_like(states)
+        rms_norm(normed, states, self._hidden_norm_weight, self._rms_norm_eps)
+        kv = F.linear(normed, self._fused_kv_weight, self._fused_kv_bias)
+        return kv.view(-1, LAYERS, 2, KV_HEADS, HEAD_DIM).permute(2, 1, 0, 3, 4)
+
+    def _normalize_context_k(self, k):
+        out = torch.empty_like(k)
+        rms_norm(out, k, self._k_norm_weights, self._rms_norm_eps)
+        return out
+
+    def precompute_and_store_context_kv(self, context_states, context_positions, context_slot_mapping=None):
+        self.calls += 1
+        k, v = self._project_context_kv(context_states)
+        k = self._normalize_context_k(k.contiguous())
+        table = self._rope_cos_sin_cache.to(k.dtype)[context_positions][:, None].float()
+        cos, sin = table.chunk(2, -1)
+        a, b = (k.float().chunk(2, -1) if self._rope_is_neox else (k.float()[..., ::2], k.float()[..., 1::2]))
+        parts = (a * cos - b * sin, b * cos + a * sin)
+        k = (torch.cat(parts, -1) if self._rope_is_neox else torch.stack(parts, -1).flatten(-2)).to(k.dtype)
+        if context_slot_mapping is None:
+            return
+        scale = self.layers[0].self_attn.v_scale
+        v = v if scale is None else (v.float() * scale).to(v.dtype)
+        for i, layer in enumerate(self._attn_layers):
+            each = isinstance(context_slot_mapping, list)
+            slots = context_slot_mapping[i] if each else context_slot_mapping
+            if slots is not None:
+                layer.impl.do_kv_cache_update(layer, k[i], v[i], layer.kv_cache, slots)
+
+
+class UnquantizedEmbeddingMethod:
+    pass
+
+
+class SpecDecodeBaseProposer:
+    def __init__(self, offsets=None, dtype=torch.float32, **changes):
+        g = torch.Generator().manual_seed(7)
+        weight = torch.randn(VOCAB + 6, HIDDEN, generator=g).to(dtype)
+        weight[VOCAB:] *= 100  # padding that would win
+        self.dtype, self.use_local_argmax_reduction, self.use_heterogeneous_vocab = dtype, False, False
+        self.model = types.SimpleNamespace(
+            draft_id_to_target_id=offsets, compute_logits=self.logits,
+            lm_head=types.SimpleNamespace(weight=weight, tp_size=1, quant_method=UnquantizedEmbeddingMethod()),
+            logits_processor=types.SimpleNamespace(soft_cap=None, scale=1.0, logits_as_input=False,
+                                                   org_vocab_size=VOCAB, head_dtype=None))
+        for path, value in changes.items():
+            *owners, name = path.split("__")
+            owner = self
+            for part in owners:
+                owner = getattr(owner, part)
+            setattr(owner, name, value)
+
+    def logits(self, hidden):
+        found, offsets = F.linear(hidden, self.model.lm_head.weight)[:, :VOCAB], self.model.draft_id_to_target_id
+        if offsets is None:
+            return found
+        whole = found.new_full((len(hidden), 4 * VOCAB), -torch.inf)
+        whole[:, torch.arange(VOCAB) + offsets] = found
+        return whole
+
+    def _greedy_sample(self, hidden_states):
+        return self.model.compute_logits(hidden_states).argmax(-1)
+
+
+class DFlashProposer(SpecDecodeBaseProposer):
+    pass
+
+
+def rejection_sample(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits,
+                     bonus_token_ids, sampling_metadata, synthetic_mode=False, synthetic_conditional_rates=None,
+                     use_fp64_gumbel=False):
+    sampling_metadata.calls += 1
+    out = torch.full((len(num_draft_tokens), max_spec_len + 1), -1, dtype=torch.int32)
+    answers, start = target_logits.argmax(-1).tolist(), 0
+    for b, n in enumerate(num_draft_tokens):
+        for i in range(n):
+            out[b, i] = answers[start + i]
+            if answers[start + i] != draft_token_ids[start + i]:
+                break
+        else:
+            out[b, n] = bonus_token_ids[b, 0]
+        start += n
+    return out
+
+
+def install(monkeypatch, version="0.32.0+cpu"):
+    """Puts it where vLLM would be."""
+    model = type("DFlashQwen3Model", (DFlashQwen3Model,), dict(DFlashQwen3Model.__dict__))
+    proposer = type("DFlashProposer", (SpecDecodeBaseProposer,), {})
+    contents = {
+        "vllm": {"__version__": version}, "vllm._custom_ops": {"rms_norm": rms_norm},
+        "vllm.model_executor": {}, "vllm.model_executor.models": {},
+        "vllm.model_executor.models.qwen3_dflash": {"DFlashQwen3Model": model},
+        "vllm.v1": {}, "vllm.v1.spec_decode": {}, "vllm.v1.spec_decode.dflash": {"DFlashProposer": proposer},
+        "vllm.v1.sample": {}, "vllm.v1.sample.rejection_sampler": {"rejection_sample": rejection_sample},
+    }
+    for name, names in contents.items():
+        module = types.ModuleType(name)
+        module.__path__ = []
+        module.__dict__.update(names)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    return model, proposer, sys.modules["vllm.v1.sample.rejection_sampler"]
