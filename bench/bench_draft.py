@@ -70,8 +70,9 @@ def step_cases(sizes, name, d, batch):
     stages = {
         "draft step": (lambda i: draft.run(lens, table, whole), layers + keys + head, True),
         "draft layers": (lambda i: draft.layers.run(*block()), layers + keys, False),
-        "draft head": (lambda i: dk.lm_head_argmax(draft.masked, d.head, num_valid=d.num_valid, out_ids=draft.guesses,
-                                                   out_values=draft.values), head, False),
+        "draft head": (lambda i: dk.lm_head_argmax(draft.masked, d.head, num_valid=d.num_valid,
+                                                   out_ids=draft.guesses.view(-1),
+                                                   out_values=draft.values.view(-1)), head, False),
         "draft context": (lambda i: context.run(features, draft.block.positions, draft.block.slots, whole),
                           packed_bytes(d) - head, False)}
     for stage, (run, moved, headline) in stages.items():

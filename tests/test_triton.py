@@ -13,7 +13,7 @@ from dflash_kernels import _library
 from dflash_kernels._triton import LAUNCHERS
 
 TESTS = Path(__file__).parent
-NOUNS = sorted({where.split(":")[0] for where in LAUNCHERS.values()})
+NOUNS = sorted({where.split(":")[0].removesuffix("_topk") for where in LAUNCHERS.values()})  # one file tests both heads
 
 
 def test_every_op_has_a_launcher():

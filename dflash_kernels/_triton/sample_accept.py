@@ -22,7 +22,7 @@ from .sample_law import (
 STATS = tl.constexpr(16)
 TARGET, PROPOSAL, PX, QX, TOKEN = (tl.constexpr(i) for i in (0, 5, 10, 11, 12))
 RESIDUAL_POINT = tl.constexpr(2.0**50)  # a residual sums to 1 at most
-CANDIDATES = tl.constexpr(4)  # of a sparse proposal at a time
+CANDIDATES = tl.constexpr(2)  # of a sparse proposal at a time: four spill on sm_100
 
 
 @triton.jit
