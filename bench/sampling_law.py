@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
-from cases import header, results_folder
+from cases import Sizes, header, results_folder
 
 from dflash_decode.bench import write_json
 from dflash_decode.kv import PagePool
@@ -178,7 +178,7 @@ def main() -> None:
     sampling = Sampling(options.temperature, top_p=options.top_p)
     texts = Texts(session.target, session.drafter, session.prompt_ids(options.prompt), options.batch)
     found = measure(texts, sampling, options.seeds)
-    result = {"kind": "sampling law", "header": header("cpu"), "prompt": options.prompt, "seeds": options.seeds,
+    result = {"kind": "sampling law", "header": header(Sizes()), "prompt": options.prompt, "seeds": options.seeds,
               "temperature": options.temperature, "top_p": options.top_p, "ways": found}
     print(found["plain"], found["greedy drafts"])
     if not options.no_write:
