@@ -20,6 +20,7 @@ from dflash_kernels.types import (
 )
 
 CANARY = 77
+RECORDS = (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingParams, Proposal, LogitAdjustments)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def tensors_in(value) -> list[torch.Tensor]:
         return [value]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in tensors_in(v)]
-    if isinstance(value, (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingParams, Proposal, LogitAdjustments)):
+    if isinstance(value, RECORDS):
         return [t for v in vars(value).values() for t in tensors_in(v)]
     return []
 

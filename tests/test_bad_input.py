@@ -10,21 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_samples import SAMPLES, OnReference, tensors_in
+from op_samples import RECORDS, SAMPLES, OnReference, tensors_in
 
-from dflash_kernels.types import (
-    FP8,
-    LogitAdjustments,
-    PackedWeight,
-    PagedKV,
-    PreparedBlock,
-    Proposal,
-    SamplingParams,
-    Verified,
-)
+from dflash_kernels.types import FP8, PagedKV
 
 EXAMPLES = int(os.environ.get("DFLASH_FUZZ", "0"))
-RECORDS = (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingParams, Proposal, LogitAdjustments)
 DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float64, torch.float32, torch.bfloat16,
           torch.float16, torch.complex64, torch.float8_e4m3fn]
 THINGS = [None, -1, 0, 1, 3, 2**31, 2**64, -(2**64), 2.5, -0.5, float("nan"), float("inf"), True, "each", "x", (), [],

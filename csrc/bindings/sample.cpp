@@ -1,6 +1,6 @@
 #include "cpu/sample.h"
 
-#include "bindings/host.h"
+#include "bindings/verify.h"
 
 namespace dflash {
 namespace {
@@ -23,14 +23,11 @@ void verify_sample(const Tensor& draft_ids, const Tensor& logits, const Tensor& 
                    const Maybe& seen, const Maybe& repetition_penalty, const Maybe& bias, const Maybe& bitmask,
                    const Maybe& block_lens, bool block_rule, const Tensor& accept_lens, const Tensor& commit_lens,
                    const Tensor& tokens, const Tensor& bonus, const Tensor& new_lens, const Tensor& workspace) {
-  VerifySampleParams p{};
-  p.draft_ids = data<const int64_t>(draft_ids);
-  p.draft_stride = draft_ids.stride(0);
+  VerifySampleParams p{drafted_blocks(draft_ids, context_lens, block_lens, accept_lens, commit_lens, tokens, bonus,
+                                     new_lens)};
   p.logits = blocks(logits);
   p.dtype = dtype_of(logits, "verify_sample: logits");
   p.vocab = logits.size(2);
-  p.context_lens = data<const int32_t>(context_lens);
-  p.block_lens = data<const int32_t>(block_lens);
   p.sampling = record(temperature, seeds, top_k, top_p, min_p);
   p.draft_probs = blocks(draft_probs);
   p.draft_candidates = blocks(draft_candidates);
@@ -42,15 +39,7 @@ void verify_sample(const Tensor& draft_ids, const Tensor& logits, const Tensor& 
   p.bias = blocks(bias);
   p.bitmask = blocks(bitmask);
   p.block_rule = block_rule;
-  p.accept_lens = data<int32_t>(accept_lens);
-  p.commit_lens = data<int32_t>(commit_lens);
-  p.tokens = data<int64_t>(tokens);
-  p.tokens_stride = tokens.stride(0);
-  p.bonus = data<int64_t>(bonus);
-  p.new_lens = data<int32_t>(new_lens);
   p.workspace = data<float>(workspace);
-  p.requests = draft_ids.size(0);
-  p.block = draft_ids.size(1);
   launch(verify_sample_kernels, p,
          {draft_ids, logits, context_lens, temperature, seeds, top_k, top_p, min_p, draft_probs, draft_candidates,
           draft_logits, seen, repetition_penalty, bias, bitmask, block_lens, accept_lens, commit_lens, tokens, bonus,

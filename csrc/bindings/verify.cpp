@@ -1,6 +1,4 @@
-#include "cpu/verify.h"
-
-#include "bindings/host.h"
+#include "bindings/verify.h"
 
 namespace dflash {
 namespace {
@@ -10,9 +8,8 @@ using Maybe = std::optional<Tensor>;
 void verify_greedy(const Tensor& draft_ids, const Maybe& target_ids, const Maybe& logits, const Tensor& context_lens,
                    const Maybe& block_lens, const Tensor& accept_lens, const Tensor& commit_lens, const Tensor& tokens,
                    const Tensor& bonus, const Tensor& new_lens) {
-  VerifyGreedyParams p{};
-  p.draft_ids = data<const int64_t>(draft_ids);
-  p.draft_stride = draft_ids.stride(0);
+  VerifyGreedyParams p{drafted_blocks(draft_ids, context_lens, block_lens, accept_lens, commit_lens, tokens, bonus,
+                                     new_lens)};
   if (target_ids) {
     p.target_ids = data<const int64_t>(target_ids);
     p.target_stride = target_ids->stride(0);
@@ -23,16 +20,6 @@ void verify_greedy(const Tensor& draft_ids, const Maybe& target_ids, const Maybe
     p.vocab = logits->size(2);
     p.dtype = dtype_of(*logits, "verify_greedy: logits");
   }
-  p.context_lens = data<const int32_t>(context_lens);
-  p.block_lens = data<const int32_t>(block_lens);
-  p.accept_lens = data<int32_t>(accept_lens);
-  p.commit_lens = data<int32_t>(commit_lens);
-  p.tokens = data<int64_t>(tokens);
-  p.tokens_stride = tokens.stride(0);
-  p.bonus = data<int64_t>(bonus);
-  p.new_lens = data<int32_t>(new_lens);
-  p.requests = draft_ids.size(0);
-  p.block = draft_ids.size(1);
   launch(verify_greedy_kernels, p,
          {draft_ids, target_ids, logits, context_lens, block_lens, accept_lens, commit_lens, tokens, bonus, new_lens});
 }

@@ -1,5 +1,6 @@
 #include "cpu/sample.h"
 
+#include "cpu/drafted.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 #include "cpu/sample_draw.h"
@@ -25,9 +26,8 @@ struct Request {
   Filters filters;
 
   Request(const VerifySampleParams& params, int64_t request, int64_t together)
-      : p(params), b(request), width(params.block), threads(together), filters(filters_of(params.sampling, request)) {
-    if (p.block_lens && p.block_lens[b] < width) width = p.block_lens[b];
-  }
+      : p(params), b(request), width(width_of(params, request)), threads(together),
+        filters(filters_of(params.sampling, request)) {}
 
   bool greedy() const { return double(filters.temperature) < kGreedy; }
   bool one_hot() const { return greedy() || !(p.draft_probs.data || p.draft_logits.data); }
@@ -166,11 +166,7 @@ struct Request {
       for (int64_t i = 0; i < accept; ++i) tokens()[i] = draft(i);
       tokens()[accept] = last;
     }
-    for (int64_t i = commit; i < p.block; ++i) tokens()[i] = -1;
-    p.accept_lens[b] = int32_t(accept);
-    p.commit_lens[b] = int32_t(commit);
-    p.bonus[b] = last;
-    p.new_lens[b] = p.context_lens[b] + int32_t(commit);
+    commit_block(p, b, commit, last);
   }
 };
 

@@ -1,7 +1,6 @@
 #pragma once
 
-#include "cpu/isa.h"
-#include "cpu/types.h"
+#include "cpu/verify.h"
 
 namespace dflash {
 
@@ -22,14 +21,10 @@ struct Blocks {
   int64_t outer, inner;  // strides in elements
 };
 
-struct VerifySampleParams {
-  const int64_t* draft_ids;
-  int64_t draft_stride;
+struct VerifySampleParams : DraftedBlocks {
   Blocks logits;
   Dtype dtype;
   int64_t vocab;
-  const int32_t* context_lens;
-  const int32_t* block_lens;  // null: every block is full
   SamplingRecord sampling;
   Blocks draft_probs, draft_candidates, draft_logits;  // data null: not that form
   int64_t candidates;
@@ -37,14 +32,7 @@ struct VerifySampleParams {
   Blocks seen, bias, bitmask;  // data null: none
   const float* repetition_penalty;
   bool block_rule;
-  int32_t* accept_lens;
-  int32_t* commit_lens;
-  int64_t* tokens;
-  int64_t tokens_stride;
-  int64_t* bonus;
-  int32_t* new_lens;
   float* workspace;
-  int64_t requests, block;
 };
 
 // Draws from `candidates` values each; rows = requests * slots.

@@ -1,14 +1,11 @@
 #include "cpu/verify.h"
 
 #include "cpu/argmax.h"
+#include "cpu/drafted.h"
 #include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
-
-inline int64_t width_of(const VerifyGreedyParams& p, int64_t b) {
-  return p.block_lens && p.block_lens[b] < p.block ? p.block_lens[b] : p.block;
-}
 
 // target(b, i) is asked only up to the first mismatch, in order.
 template <class Target>
@@ -22,11 +19,7 @@ void verify_request(const VerifyGreedyParams& p, int64_t b, const Target& target
     tokens[commit++] = last;
     if (commit == width || draft[commit] != last) break;
   }
-  for (int64_t i = commit; i < p.block; ++i) tokens[i] = -1;
-  p.accept_lens[b] = int32_t(commit > 0 ? commit - 1 : 0);
-  p.commit_lens[b] = int32_t(commit);
-  p.bonus[b] = last;
-  p.new_lens[b] = p.context_lens[b] + int32_t(commit);
+  commit_block(p, b, commit, last);
 }
 
 template <class T>

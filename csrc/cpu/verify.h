@@ -5,15 +5,10 @@
 
 namespace dflash {
 
-// Longest agreeing prefix of each block. The target's ids are given, or are the argmax of `logits` rows.
-struct VerifyGreedyParams {
+// The drafted blocks that a verification is asked about, and where it says what became of them.
+struct DraftedBlocks {
   const int64_t* draft_ids;
   int64_t draft_stride;
-  const int64_t* target_ids;  // null: from logits
-  int64_t target_stride;
-  const void* logits;
-  int64_t logits_outer_stride, logits_stride, vocab;
-  Dtype dtype;
   const int32_t* context_lens;
   const int32_t* block_lens;  // null: every block is full
   int32_t* accept_lens;
@@ -23,6 +18,15 @@ struct VerifyGreedyParams {
   int64_t* bonus;
   int32_t* new_lens;
   int64_t requests, block;
+};
+
+// Longest agreeing prefix of each block. The target's ids are given, or are the argmax of `logits` rows.
+struct VerifyGreedyParams : DraftedBlocks {
+  const int64_t* target_ids;  // null: from logits
+  int64_t target_stride;
+  const void* logits;
+  int64_t logits_outer_stride, logits_stride, vocab;
+  Dtype dtype;
 };
 
 }  // namespace dflash

@@ -36,19 +36,24 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     """
     op = "lm_head_argmax"
     data, n = weight_of(op, x, weight, bias)
-    num_valid = n if num_valid is None else check.integer(op, "num_valid", num_valid, 1)
-    id_offset = check.integer(op, "id_offset", id_offset, 0)
-    scale, softcap = check.number(op, "scale", scale), check.number(op, "softcap", softcap)
-    if num_valid > n:
-        raise ValueError(f"{op}: num_valid must be between 1 and {n}; got {num_valid}")
-    if not softcap >= 0:
-        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+    options = _check_logits(op, n, num_valid, scale, softcap, id_offset)
     ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, x.shape[:-1], torch.int64))
     values = check.contiguous(
         op, "out_values", check.output(op, "out_values", out_values, x, x.shape[:-1], torch.float32))
-    _lm_head_argmax(check.as_rows(op, "x", x), data, bias, n, num_valid, scale, softcap, id_offset,
-                    ids.view(-1), values.view(-1))
+    _lm_head_argmax(check.as_rows(op, "x", x), data, bias, n, *options, ids.view(-1), values.view(-1))
     return ids, values
+
+
+def _check_logits(op, rows, num_valid, scale, softcap, id_offset):
+    """(num_valid, scale, softcap, id_offset) of a head of `rows` rows, as the schemas take them."""
+    num_valid = rows if num_valid is None else check.integer(op, "num_valid", num_valid, 1)
+    id_offset = check.integer(op, "id_offset", id_offset, 0)
+    scale, softcap = check.number(op, "scale", scale), check.number(op, "softcap", softcap)
+    if num_valid > rows:
+        raise ValueError(f"{op}: num_valid must be between 1 and {rows}; got {num_valid}")
+    if not softcap >= 0:
+        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+    return num_valid, scale, softcap, id_offset
 
 
 _lm_head_argmax = define(
@@ -106,21 +111,14 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     """
     op = "lm_head_topk"
     data, n = weight_of(op, x, weight, bias)
-    num_valid = n if num_valid is None else check.integer(op, "num_valid", num_valid, 1)
-    id_offset, k = check.integer(op, "id_offset", id_offset, 0), check.integer(op, "k", k, 1)
-    scale, softcap = check.number(op, "scale", scale), check.number(op, "softcap", softcap)
-    if num_valid > n:
-        raise ValueError(f"{op}: num_valid must be between 1 and {n}; got {num_valid}")
-    if k > min(MAX_K, num_valid):
-        raise ValueError(f"{op}: k must be between 1 and {min(MAX_K, num_valid)}; got {k}")
-    if not softcap >= 0:
-        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+    options, k = _check_logits(op, n, num_valid, scale, softcap, id_offset), check.integer(op, "k", k, 1)
+    if k > (most := min(MAX_K, options[0])):
+        raise ValueError(f"{op}: k must be between 1 and {most}; got {k}")
     shape = (*x.shape[:-1], k)
     ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, shape, torch.int64))
     values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, x, shape, torch.float32))
     lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, x, shape[:-1], torch.float32))
-    _lm_head_topk(check.as_rows(op, "x", x), data, bias, n, num_valid, scale, softcap, id_offset, ids.view(-1, k),
-                  values.view(-1, k), lse.view(-1))
+    _lm_head_topk(check.as_rows(op, "x", x), data, bias, n, *options, ids.view(-1, k), values.view(-1, k), lse.view(-1))
     return ids, values, lse
 
 
