@@ -1,60 +1,74 @@
-"""What a peer is asked and what it answers: one process, one JSON file in, one JSON file out.
+"""What a peer is asked and what it answers: JSON lines over a socket, for as long as the driver keeps it open.
 
 Standard library only: every peer's environment runs it.
 """
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 PLAIN, DFLASH = "plain", "dflash"
-WARM_UP_TOKENS = 16
 
 
 @dataclass
 class Job:
-    """prompts: token ids, the same for every peer, so that none uses its own template. draft: None in plain mode."""
+    """What a peer is made for. draft: None in plain mode. longest: tokens of the longest prompt and its answer.
+    at_once: the most requests that it is asked to answer together."""
 
     mode: str
     model: str
     draft: str | None
     block_size: int
-    max_new_tokens: int
+    longest: int
+    at_once: int
     threads: int
     stop_ids: list[int]
-    prompts: list[list[int]]
 
 
 @dataclass
-class Answer:
-    """tokens: with the stop token. steps: target passes that checked drafts; accepted: in how many of them the draft at
-    position 1, 2, ... of the block was accepted. Both empty in plain mode."""
+class Question:
+    """prompts: token ids, the same for every peer, so that none uses its own template; at_once of them together."""
 
-    tokens: list[int]
+    prompts: list[list[int]]
+    max_new_tokens: int
+    at_once: int = 1
+
+
+@dataclass
+class Reply:
+    """seconds: for all prompts. counts: new tokens of each, with the stop token; tokens: which they are, None from a
+    peer that does not tell. steps: target passes that checked drafts, over all prompts; accepted: in how many of them
+    the draft at position 1, 2, ... of the block was accepted. Both empty in plain mode."""
+
     seconds: float
+    counts: list[int]
+    tokens: list[list[int]] | None = None
     steps: int = 0
     accepted: list[int] = field(default_factory=list)
 
 
-# (prompts, the most new tokens) -> answers, one prompt after the other
-Answering = Callable[[list[list[int]], int], list[Answer]]
+Answering = Callable[[Question], Reply]
 
 
 def accepted_drafts(commits: list[int], block_size: int) -> list[int]:
-    """From how many tokens each step committed, its own last one included, to Answer.accepted."""
+    """From how many tokens each step committed, its own last one included, to Reply.accepted."""
     return [sum(n > i for n in commits) for i in range(1, block_size)]
 
 
 def serve(load: Callable[[Job], tuple[Answering, dict[str, str]]]) -> None:
-    """The main function of a peer: load(job) gives a function that answers, and versions. What is timed comes after a
-    warm-up; a pass of one new token each tells how much of the time is the prompts'."""
-    question, reply = map(Path, sys.argv[1:])
-    job = Job(**json.loads(question.read_text(encoding="utf-8")))
-    answering, versions = load(job)
-    answering(job.prompts[:1], min(WARM_UP_TOKENS, job.max_new_tokens))
-    prompt_seconds = sum(answer.seconds for answer in answering(job.prompts, 1))
-    answers = answering(job.prompts, job.max_new_tokens)
-    reply.write_text(json.dumps({"versions": versions, "prompt_seconds": prompt_seconds,
-                                 "answers": [asdict(answer) for answer in answers]}), encoding="utf-8")
+    """The main function of a peer, which is given the number of its end of the socket: load(job) gives a function that
+    answers, and versions. What goes wrong ends it, and the last line of its log says why."""
+    end = socket.socket(fileno=int(sys.argv[1]))
+    end.set_inheritable(False)  # a child of ours must not keep the driver waiting when we are gone
+    lines = end.makefile("rw", encoding="utf-8")
+
+    def say(value):
+        lines.write(json.dumps(value) + "\n")
+        lines.flush()
+
+    answering, versions = load(Job(**json.loads(lines.readline())))
+    say(versions)
+    for line in lines:
+        say(asdict(answering(Question(**json.loads(line)))))

@@ -1,33 +1,32 @@
-"""llama.cpp through llama-cpp-python: plain decoding of the GGUF file as it is, 4 bits."""
+"""llama.cpp through xllamacpp: plain decoding of the GGUF file as it is, 4 bits, one request at a time.
+
+The wheel's llama.cpp is built for AVX2: it has no code for AVX-512 or AMX.
+"""
 
 import time
+from importlib.metadata import version
 
-import llama_cpp
-import numpy as np
-from job import Answer, Job, serve
+import xllamacpp
+from job import Job, Question, Reply, serve
 
 
 def load(job: Job):
-    longest = max(map(len, job.prompts)) + job.max_new_tokens
-    llm = llama_cpp.Llama(job.model, n_ctx=longest, n_threads=job.threads, n_threads_batch=job.threads, verbose=False)
-    stops = set(job.stop_ids)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = job.model, job.longest, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+    server = xllamacpp.Server(params)
 
-    def answering(prompts, max_new_tokens):
-        return [answer(prompt, max_new_tokens) for prompt in prompts]
+    def answering(asked: Question) -> Reply:
+        began, counts = time.perf_counter(), []
+        for prompt in asked.prompts:
+            found = server.handle_completions({"prompt": prompt, "n_predict": asked.max_new_tokens, "temperature": 0.0,
+                                               "cache_prompt": False})
+            if "usage" not in found:
+                raise ValueError(f"llama.cpp refuses: {found}")
+            counts.append(found["usage"]["completion_tokens"])
+        return Reply(time.perf_counter() - began, counts)
 
-    def answer(prompt, max_new_tokens):
-        began, tokens = time.perf_counter(), []
-        llm.reset()
-        llm.eval(prompt)
-        while True:
-            # Its own sampler builds an array of candidates first; this is what greedy decoding needs and no more.
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),))
-            tokens.append(int(logits.argmax()))
-            if tokens[-1] in stops or len(tokens) == max_new_tokens:
-                return Answer(tokens, time.perf_counter() - began)
-            llm.eval(tokens[-1:])
-
-    return answering, {"llama-cpp-python": llama_cpp.__version__}
+    return answering, {"xllamacpp": version("xllamacpp"), "llama.cpp": xllamacpp.get_system_info().strip(" |\n")}
 
 
 if __name__ == "__main__":

