@@ -11,26 +11,26 @@ from dflash_kernels.ops import head as head_op
 from dflash_kernels.ops import linear as linear_op
 
 # outputs, inputs
-SHAPES = {"cpu": {"smollm2 head": (49152, 576), "smollm2 gate_up": (3072, 576), "smollm2 down": (576, 1536),
+GEOMETRIES = {"cpu": {"smollm2 head": (49152, 576), "smollm2 gate_up": (3072, 576), "smollm2 down": (576, 1536),
                   "qwen3-8b o": (4096, 4096)},
           "cuda": {"qwen3-8b gate_up": (24576, 4096), "qwen3-8b down": (4096, 12288), "qwen3-8b head": (151936, 4096),
                    "minimax-m2.7 fc": (3072, 15360), "minimax-m2.7 head": (200064, 3072)},
           "tiny": {"tiny gate_up": (96, 64), "tiny head": (200, 64)}}
 ROWS = {"cpu": (1, 4, 8, 16), "cuda": (8, 64, 128), "tiny": (3,)}
-TOPK_SHAPES = {"cpu": {"smollm2 head": (49152, 576), "qwen3-0.6b head": (151936, 1024)},
+TOPK_GEOMETRIES = {"cpu": {"smollm2 head": (49152, 576), "qwen3-0.6b head": (151936, 1024)},
                "cuda": {"smollm2 head": (49152, 576), "qwen3-8b head": (151936, 4096)},
                "tiny": {"tiny head": (200, 64)}}
 TOPK_ROWS, TOPK = {"cpu": (7, 56), "cuda": (7, 56), "tiny": (3,)}, 16  # drafted rows of one request of 8, and of eight
 
 
 def cases(sizes: Sizes):
-    for name, (n, k) in SHAPES[sizes.name].items():
+    for name, (n, k) in GEOMETRIES[sizes.name].items():
         plain, packed = weights_of(sizes, n, k)
         for rows in ROWS[sizes.name]:
             yield linear_case(sizes, name, rows, plain, packed)
             if name.endswith("head"):
                 yield head_case(sizes, name, rows, plain, packed)
-    for name, (n, k) in TOPK_SHAPES[sizes.name].items():
+    for name, (n, k) in TOPK_GEOMETRIES[sizes.name].items():
         plain, packed = weights_of(sizes, n, k)
         for rows in TOPK_ROWS[sizes.name]:
             yield topk_case(sizes, name, rows, plain, packed)

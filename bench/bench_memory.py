@@ -1,6 +1,7 @@
 """The ops whose limit is memory: norms, activation, RoPE, context K/V, blocks, verification; against torch and, on a
-GPU, what bench/peers has. Geometries of the drafters of Qwen3-8B and MiniMax-M2.7, few rows and many."""
+GPU, what bench/peers has. Geometries of the drafters of SmolLM2 (on a CPU) and Qwen3-8B, few rows and many."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -13,26 +14,76 @@ from dflash_kernels.ops import activation, block, context, norm, rope, verify
 
 PAGE, EPS = 64, 1e-6
 ROWS = {"cpu": (8, 64), "cuda": (64, 8192), "tiny": (3,)}
-WIDTHS = {"cpu": (4096, 12288), "cuda": (4096, 12288), "tiny": (64, 96)}  # of a residual row, of an activation
-ROPE = {"cpu": (64, 32, 8, 128), "cuda": (64, 32, 8, 128), "tiny": (3, 4, 2, 64)}  # tokens, heads, key heads, dim
 TOKENS = {"cpu": (64,), "cuda": (64, 4096), "tiny": (5,)}
-CONTEXT = {"cpu": (5, 8, 128), "cuda": (5, 8, 128), "tiny": (2, 2, 64)}  # layers, key heads, dim
-BLOCK = {"cpu": (8, 16, 4096, 151936), "cuda": (8, 16, 4096, 151936), "tiny": (2, 4, 64, 100)}  # B, Q, H, V
-VERIFY = {"cpu": (8, 8, 151936), "cuda": (8, 8, 151936), "tiny": (2, 4, 100)}  # requests, width, vocabulary
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a drafter's layers; requests of `block` tokens each."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    dim: int
+    layers: int
+    vocab: int
+    requests: int
+    block: int
+
+
+SMOLLM2 = Geometry(576, 1536, 9, 3, 64, 3, 49152, 8, 8)
+QWEN3_8B = Geometry(4096, 12288, 32, 8, 128, 5, 151936, 8, 16)
+GEOMETRIES = {"cpu": {"smollm2": SMOLLM2, "qwen3-8b": QWEN3_8B}, "cuda": {"qwen3-8b": QWEN3_8B},
+              "tiny": {"tiny": Geometry(64, 96, 4, 2, 64, 2, 100, 2, 4)}}
+VERIFY_WIDTH = 8  # rows of logits of a request
 
 
 def cases(sizes: Sizes):
-    for rows in ROWS[sizes.name]:
-        yield norm_case(sizes, rows, WIDTHS[sizes.name][0])
-        yield silu_case(sizes, rows, WIDTHS[sizes.name][1])
-    yield rope_case(sizes, *ROPE[sizes.name])
-    for tokens in TOKENS[sizes.name]:
-        yield context_case(sizes, tokens, *CONTEXT[sizes.name])
-    yield block_case(sizes, *BLOCK[sizes.name])
-    yield verify_case(sizes, *VERIFY[sizes.name])
+    for g in GEOMETRIES[sizes.name].values():
+        for rows in ROWS[sizes.name]:
+            yield norm_case(sizes, rows, g.hidden)
+            yield add_norm_case(sizes, rows, g.hidden)
+            yield silu_case(sizes, rows, g.inner)
+        yield rope_case(sizes, g.requests * g.block, g.heads, g.kv_heads, g.dim)
+        for tokens in TOKENS[sizes.name]:
+            yield context_case(sizes, tokens, g.layers, g.kv_heads, g.dim)
+        yield block_case(sizes, g.requests, g.block, g.hidden, g.vocab)
+        yield embed_case(sizes, g.requests * g.block, g.hidden, g.vocab)
+        yield verify_case(sizes, g.requests, min(g.block, VERIFY_WIDTH), g.vocab)
 
 
 def norm_case(sizes, rows, width):
+    moved = norm.bytes(rows, width, 2, add=False)
+    copies = sizes.copies_of(moved)
+    xs, weight = [sizes.random(rows, width) for _ in range(copies)], torch.rand(width).to(sizes.dtype)
+    out = torch.empty_like(xs[0])
+
+    def plain(x, weight):
+        return (F.rms_norm(x, (width,), weight, EPS),)
+
+    problem = SimpleNamespace(plain=plain, args=lambda i: (xs[i], weight))
+    return Case("rms_norm", f"{rows} x {width}", lambda i: dk.rms_norm(xs[i], weight, EPS, out=out), moved, copies,
+                norm.flops(rows, width, add=False), sizes.peers_of("rms_norm", problem),
+                agreeing(lambda: plain(xs[0].float(), weight.float()), lambda: plain(xs[0], weight)))
+
+
+def embed_case(sizes, tokens, hidden, vocab):
+    moved = block.embed_bytes(tokens, hidden, 2)
+    table, copies = sizes.random(vocab, hidden), sizes.copies_of(moved)
+    ids, out = torch.randint(0, vocab, (copies, tokens)), torch.empty(tokens, hidden, dtype=sizes.dtype)
+
+    def plain(ids, table):
+        return (F.embedding(ids, table),)
+
+    problem = SimpleNamespace(plain=plain, args=lambda i: (ids[i], table))
+    return Case("embed_tokens", f"{tokens} rows of {vocab} x {hidden}",
+                lambda i: dk.embed_tokens(ids[i], table, out=out), moved, copies,
+                peers=sizes.peers_of("embed_tokens", problem),
+                check=agreeing(lambda: plain(ids[0], table.float()), lambda: plain(ids[0], table)))
+
+
+def add_norm_case(sizes, rows, width):
     moved = norm.bytes(rows, width, 2, add=True)
     copies = sizes.copies_of(moved)
     xs, residuals = ([sizes.random(rows, width) for _ in range(copies)] for _ in range(2))
@@ -122,18 +173,18 @@ def context_case(sizes, tokens, layers, kv_heads, dim):
         k = F.rms_norm(k, (dim,), None, EPS) * weights.to(rows.dtype)[:, None]
         return rotated(k.flatten(1, 2), table[positions]).view_as(k), v
 
-    def in_torch(i):
-        for pool, rows in zip(pools, plain(kv[i]), strict=True):
-            pool[:, slots] = rows.transpose(0, 1)
-        return lambda: tuple(pool[:, slots] for pool in pools)
+    def whole(rows):
+        for pool, written in zip(pools, plain(rows), strict=True):
+            pool[:, slots] = written.transpose(0, 1)
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (kv[i],), kv=kv, positions=positions, slots=slots, page=PAGE,
+    problem = SimpleNamespace(plain=plain, whole=whole, written=lambda: tuple(pool[:, slots] for pool in pools),
+                              args=lambda i: (kv[i],), kv=kv, positions=positions, slots=slots, page=PAGE,
                               weights=weights, cos_sin=table, layers=layers, heads=kv_heads, dim=dim, eps=EPS,
                               num_slots=pages * PAGE)
     by_layer = lambda found: tuple(t.transpose(0, 1) for t in found)  # noqa: E731
     return Case("write_context_kv", f"{tokens} tokens, {layers} layers, {kv_heads} heads of {dim}", run, moved, copies,
                 context.flops(tokens, layers, kv_heads, dim, dim),
-                sizes.peers_of("write_context_kv", problem) | {"torch": in_torch},
+                sizes.peers_of("write_context_kv", problem),
                 agreeing(lambda: by_layer(plain(kv[0].float())), lambda: by_layer(plain(kv[0]))),
                 headline=tokens == 4096)
 

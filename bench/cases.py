@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from dflash_kernels.testing import assert_within_budget
 from dflash_kernels.testing.timing import CopyBandwidth, ReadBandwidth, interleaved, interleaved_cuda
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
+SECONDS = 3.0  # that the timed calls of a case may take together, as far as MIN_RUNS of them allow
+MIN_RUNS, SLOW = 7, 0.02  # SLOW: seconds in which a peer does all the copies that it can, in one timed call
 FOOTPRINT = 192 << 20  # bytes that the copies of a case's inputs take together, so that no cache keeps them
 
 
@@ -41,7 +44,7 @@ class Sizes:
     @property
     def matrix(self) -> int:
         """Rows of the matrices whose product is the matrix rate."""
-        return 64 if self.tiny else 8192
+        return 64 if self.tiny else 2048 if self.device == "cpu" else 8192
 
     @property
     def buffer(self) -> int:
@@ -56,10 +59,24 @@ class Sizes:
         return 2 if self.tiny else max(3, min(FOOTPRINT // nbytes, 256))
 
     def peers_of(self, op: str, problem) -> dict[str, Callable[[int], object] | str]:
-        """The problem's own expression in torch, and on a GPU what bench/peers has for the op."""
-        found = {"torch": lambda i: problem.plain(*problem.args(i))}
+        """The problem's own expression in torch, as it is and compiled, and on a GPU what bench/peers has for the op.
+
+        problem.plain(*problem.args(i)): the expression; or problem.whole, which writes its result to where
+        problem.written() finds it."""
+        whole, written = getattr(problem, "whole", problem.plain), getattr(problem, "written", None)
+
+        def calling(function):
+            def call(i):
+                result = function(*problem.args(i))
+                return written or result
+            return call
+
+        found = {"torch": calling(whole)}
         if self.device == "cpu":
-            return found
+            import cpu_peers
+
+            function = "left out: it takes longer than all the rest" if self.tiny else cpu_peers.compiled(whole)
+            return found | {"torch.compile": function if isinstance(function, str) else calling(function)}
         import gpu_peers
 
         return found | gpu_peers.peers_of(op, problem)
@@ -126,16 +143,16 @@ def packed_bytes(*records) -> int:
 
 
 def header(sizes: Sizes) -> dict:
+    """Where and with what rows were measured, and what the machine can do at most: copying, on a CPU also reading, in
+    GB/s, and torch's matrix product in TFLOP/s."""
     device = sizes.device
     info = dflash_kernels.build_info()
-    where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit()}
+    where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit(), **limits(sizes)}
     if device != "cpu":
         import triton
 
-        limits = torch.cuda.get_device_properties(device)
         where |= {"cpu": cpu_model(), "cuda": torch.version.cuda, "triton": triton.__version__,
-                  "multiprocessors": limits.multi_processor_count, "matrix_tflops": round(matrix_rate(sizes), 1),
-                  **versions()}
+                  "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count, **versions()}
     return where | {k: info[k] for k in ("version", "torch", "python", "platform", "isa", "threads", "compiler")}
 
 
@@ -146,11 +163,16 @@ def versions() -> dict[str, str]:
     return gpu_peers.versions()
 
 
-def matrix_rate(sizes: Sizes) -> float:
-    """TFLOP/s of torch's product of two random square matrices."""
+def limits(sizes: Sizes) -> dict[str, float]:
     with torch.device(sizes.device):
         a, b = (sizes.random(sizes.matrix, sizes.matrix) for _ in range(2))
-    return 2 * sizes.matrix**3 / interleaved_cuda({"product": lambda i: a @ b}, runs=10)["product"].median / 1e12
+    meters = {"copy_gbps": CopyBandwidth(sizes.device, sizes.buffer)}
+    if sizes.device == "cpu":
+        meters["read_gbps"] = ReadBandwidth(sizes.buffer)
+    clock = interleaved if sizes.device == "cpu" else interleaved_cuda
+    timed = clock({"product": lambda i: a @ b, **meters}, runs=10)
+    return {"matrix_tflops": round(2 * sizes.matrix**3 / timed["product"].median / 1e12, 2),
+            **{name: round(meter.gbps(timed[name]), 1) for name, meter in meters.items()}}
 
 
 def measure(cases: Iterable[Case], runs: int, sizes: Sizes) -> list[dict]:
@@ -166,39 +188,53 @@ def measure(cases: Iterable[Case], runs: int, sizes: Sizes) -> list[dict]:
             rows.append({"op": case.op, "case": case.case, "wrong": first_line(error)})
             print(f"{case.op:<16} {case.case:<34} WRONG: {rows[-1]['wrong']}", flush=True)
             continue
-        peers, without = {}, {}
+        peers, counts, without = {}, {}, {}
         for name, peer in case.peers.items():
             try:
-                peers[name] = ready(case, name, peer, device)
+                peers[name], counts[name] = ready(case, name, peer, device)
             except Unusable as why:
                 without[name] = str(why)
         clock = interleaved if on_cpu else interleaved_cuda
-        timed = clock({"us": recorded(case, device), "limit": limit, **peers}, runs=runs)
+        functions = {"us": recorded(case, device), "limit": limit, **peers}
+        timed = clock(functions, runs=affordable(functions, runs) if on_cpu else runs)
         gbps = limit.gbps(timed["limit"])
         median, p20, p80 = (t / case.copies for t in (timed["us"].median, timed["us"].p20, timed["us"].p80))
         row = {"op": case.op, "case": case.case, "us": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6,
                "gbps": case.bytes / median / 1e9, "limit_gbps": gbps, "pct_of_limit": case.bytes / median / 1e7 / gbps,
                "tflops": case.flops / median / 1e12, "headline": case.headline,
-               "peers": {name: timed[name].median / case.copies * 1e6 for name in peers}, "without": without}
+               "peers": {name: timed[name].median / counts[name] * 1e6 for name in peers}, "without": without}
         rows.append(row)
         print(line(row), flush=True)
     return rows
+
+
+def affordable(functions: dict[str, Callable[[int], object]], runs: int) -> int:
+    """As many of the runs as SECONDS allow: some peers take a thousand times as long as we do."""
+    began = time.perf_counter()
+    for function in functions.values():
+        function(0)
+    return min(runs, max(MIN_RUNS, int(SECONDS / (time.perf_counter() - began))))
 
 
 class Unusable(Exception):
     """Why a peer has no time in a row."""
 
 
-def ready(case: Case, name: str, peer: Callable[[int], object] | str, device: str) -> Callable[[int], object]:
-    """The peer as it is timed, after its result is compared. Whatever goes wrong in it is a line in the table: a peer
-    must not end a benchmark of ours."""
+def ready(case: Case, name: str, peer: Callable[[int], object] | str,
+          device: str) -> tuple[Callable[[int], object], int]:
+    """The peer as it is timed, after its result is compared, and over how many copies of the inputs: all, or as many as
+    are not too slow. Whatever goes wrong in it is a line in the table: a peer must not end a benchmark of ours."""
     if isinstance(peer, str):
         raise Unusable(f"{name}: {peer}")
     where = f"in {case.op}, {case.case}"
     try:
         case.check(settled(peer(0)))
-        run = over_copies(peer, case.copies)
-        return run if device == "cpu" else captured(run, device)
+        if device != "cpu":
+            return captured(over_copies(peer, case.copies), device), case.copies
+        began = time.perf_counter()
+        peer(1 % case.copies)
+        count = max(1, min(case.copies, int(SLOW / (time.perf_counter() - began))))
+        return over_copies(peer, case.copies, count), count
     except AssertionError as error:
         raise Unusable(f"{name} differs {where}: {first_line(error)}") from error
     except Exception as error:
@@ -211,10 +247,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 
-def over_copies(function, copies):
-    def call(_run):
-        for i in range(copies):
-            function(i)
+def over_copies(function, copies, count=None):
+    """call(run): the function on `count` of the copies, all if not given, going on where the run before ended."""
+    count = count or copies
+
+    def call(run):
+        for i in range(run * count, (run + 1) * count):
+            function(i % copies)
     return call
 
 

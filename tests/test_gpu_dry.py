@@ -138,8 +138,10 @@ import bench_memory as b
 
 sizes = Sizes("cuda", True)
 with torch.device("cuda"):
-    made = [b.context_case(sizes, 5, *b.CONTEXT["tiny"]), b.block_case(sizes, *b.BLOCK["tiny"]),
-            b.verify_case(sizes, *b.VERIFY["tiny"])]
+    g = b.GEOMETRIES["tiny"]["tiny"]
+    made = [b.context_case(sizes, 5, g.layers, g.kv_heads, g.dim),
+            b.block_case(sizes, g.requests, g.block, g.hidden, g.vocab),
+            b.verify_case(sizes, g.requests, g.block, g.vocab)]
     for row in measure(made, 1, sizes):
         for name, why in row["without"].items():
             print("without", row["op"], name, why)

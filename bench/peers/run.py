@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # `dflash-kernels bench decode --p
 import peer as peers  # noqa: E402
 from cases import results_folder  # noqa: E402
 from export import export  # noqa: E402
+from gguf_drafter import write  # noqa: E402
 from job import PLAIN, Job, Question  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -46,8 +47,8 @@ class Unit:
 
 
 def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
-    """One unit a task with the first `limit` prompts of each file; for each number at once, a unit with as many prompts,
-    the first ones of every file."""
+    """One unit a task with the first `limit` prompts of each file; for each number at once, a unit with as many
+    prompts, the first ones of every file."""
     tasks: dict[str, list[list[int]]] = {}
     for file in options.prompts:
         for prompt in read_prompts(file):
@@ -60,8 +61,8 @@ def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
     return units
 
 
-def forms(model: str, needed: set[str]) -> dict[str, str]:
-    """What each kind of reader is given for the model."""
+def forms(model: str, draft: str | None, needed: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What each kind of reader is given for the model, and for the drafter."""
     where, found = find_model(model), {"model": model}
     if where.suffix == ".gguf":
         found["gguf"] = str(where)
@@ -70,7 +71,10 @@ def forms(model: str, needed: set[str]) -> dict[str, str]:
             found["folder"] = str(folder if (folder / "config.json").is_file() else export(model, folder))
     else:
         found["folder"] = str(where)
-    return found
+    drafts = {} if draft is None else {"model": draft, "folder": draft}
+    if drafts and "gguf" in found and "gguf" in needed:
+        drafts["gguf"] = str(write(draft, found["gguf"], peers.ENVIRONMENTS / "models" / f"{Path(draft).name}.gguf"))
+    return found, drafts
 
 
 def block_size(options: argparse.Namespace) -> int:
@@ -101,12 +105,13 @@ class Measurement:
     rows: Rows
     missing: dict[str, str]
 
-    def start(self, order: list[peers.Turn], models: dict[str, str], stop_ids: list[int], units: list[Unit]) -> None:
+    def start(self, order: list[peers.Turn], models: dict, drafts: dict, stop_ids: list[int], units: list[Unit]):
         longest = max(len(p) for unit in units for p in unit.prompts) + self.options.max_new_tokens
         at_once, warm = max(unit.at_once for unit in units), units[0].prompts[:1]
         for turn in order:
-            job = Job(turn.mode, models.get(turn.peer.reads, ""), None if turn.mode == PLAIN else self.options.draft,
-                      self.header["block_size"], longest, at_once if turn.peer.batches else 1, turn.threads, stop_ids)
+            draft = None if turn.mode == PLAIN else drafts.get(turn.peer.reads)
+            job = Job(turn.mode, models.get(turn.peer.reads, ""), draft, self.header["block_size"], longest,
+                      at_once if turn.peer.batches else 1, turn.threads, stop_ids)
             began = time.perf_counter()
             with self.surviving(turn):
                 self.running[turn] = running = peers.Running(turn, job, self.options.timeout)
@@ -176,13 +181,19 @@ def measure(options: argparse.Namespace) -> dict:
               "versions": {}, "command": command(options)}
     found = Measurement(options, header, {}, Rows(), {})
     try:
-        found.start(order, forms(options.model, {turn.peer.reads for turn in order}), list(tokenizer.stop_ids), units)
+        found.start(order, *forms(options.model, options.draft, {turn.peer.reads for turn in order}),
+                    list(tokenizer.stop_ids), units)
         for _ in found.measure(units):
-            write_json(options.json, found.result())
+            keep(options.json, found.result())
     finally:
         found.close()
-    write_json(options.json, found.result())
+    keep(options.json, found.result())
     return found.result()
+
+
+def keep(file: Path | None, result: dict) -> None:
+    if file is not None:
+        write_json(file, result)
 
 
 def show(result: dict) -> None:
@@ -226,10 +237,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")
     parser.add_argument("--json", type=Path, help="written after every answer, so that an interrupted run keeps its "
                                                   "rows; default bench/results/<device>/peers.json")
+    parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     draft = drafter_of(options.model, options.draft)
     options.draft = None if draft == "none" else draft
-    if options.json is None:
+    if options.json is None and not options.no_write:
         results_folder().mkdir(parents=True, exist_ok=True)
         options.json = results_folder() / "peers.json"
     return options

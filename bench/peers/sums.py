@@ -1,4 +1,4 @@
-"""From replies to rows: one for each peer, mode, task and number of requests at once, and one for all tasks together."""
+"""From replies to rows: one for each peer, mode, task and number of requests at once, one for all tasks together."""
 
 import statistics
 from collections.abc import Iterable

@@ -158,3 +158,8 @@ def bytes(requests: int, block: int, *, hidden: int = 0, itemsize: int = 0, slot
 
 def flops(requests: int, block: int) -> int:
     return 0
+
+
+def embed_bytes(tokens: int, hidden: int, itemsize: int) -> int:
+    """Bytes that embed_tokens must move: an id, a row in and a row out for each token."""
+    return tokens * (8 + 2 * hidden * itemsize)

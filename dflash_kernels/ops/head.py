@@ -167,3 +167,9 @@ def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> i
 
 def flops(rows: int, vocab: int, hidden: int) -> int:
     return 2 * rows * vocab * hidden
+
+
+def merge_bytes(shards: int, rows: int, *, k: int = 1, lse: bool = False) -> int:
+    """Bytes that a merge must move: the ids and values, and with lse the log-sum-exps, of every shard and of the
+    result."""
+    return (shards + 1) * rows * (12 * k + 4 * lse)

@@ -202,6 +202,12 @@ def bytes(requests: int, block: int, vocab: int, itemsize: int, *, rows: int | N
     return rows * vocab * itemsize + requests * (16 * block + 36)
 
 
-def flops(requests: int, block: int, vocab: int) -> int:
-    """One exponential and three sums or comparisons for each logit."""
-    return 4 * requests * block * vocab
+def flops(requests: int, block: int, vocab: int, *, rows: int | None = None) -> int:
+    """One exponential and three sums or comparisons for each logit of `rows` rows (None: all)."""
+    return 4 * (requests * block if rows is None else rows) * vocab
+
+
+def draft_bytes(requests: int, slots: int, k: int) -> int:
+    """Bytes that sample_draft must move: K ids and values a slot in; an id and K probabilities a slot out; temperature,
+    seed and length of each request."""
+    return requests * (slots * (16 * k + 8) + 16)

@@ -1,4 +1,4 @@
-"""The command `dflash-kernels`: info, generate, bench decode, bench protocol.
+"""The command `dflash-kernels`: info, generate, bench decode, bench protocol, bench ops.
 
 Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for everything else.
 """
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_protocol
+from . import cli_protocol, cli_repository
 from .options import (
     BlockSize,
     By,
@@ -153,6 +153,9 @@ def bench_decode(
     dtype: Dtype = DType.bfloat16,
     device: Where = Device.cpu,
     threads: Threads = None,
+    peers: Annotated[str | None, typer.Option(help="Instead: our loop and these decoders in turn, each in a process of "
+                                              "its own, of dflash,transformers,vllm,llama, or all. Needs the source "
+                                              "repository; its `make peers` installs them.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -162,6 +165,13 @@ def bench_decode(
     from .weights import drafter_of
 
     draft = drafter_of(model, draft)
+    if peers is not None:
+        check_files(prompts, {"--json": json_out})
+        if temperature != [0.0] or dtype is not DType.bfloat16 or device is not Device.cpu:
+            raise UsageError("--peers are compared on the CPU, greedy, in bfloat16")
+        return cli_repository.peers(peers, prompts, {
+            "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
+            "max_new_tokens": max_new_tokens, "block_size": block_size, "json": json_out})
     if draft == "none":
         raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
     check_files(prompts, {"--json": json_out})
@@ -202,6 +212,7 @@ def settings(sampling, sample_from: SampleFrom, rule: Rule) -> dict:
 
 
 bench_app.command("protocol")(cli_protocol.protocol)
+bench_app.command("ops")(cli_repository.ops)
 
 
 def run(arguments: list[str]) -> int:

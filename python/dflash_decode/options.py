@@ -58,6 +58,10 @@ def check_files(prompts: list[Path], written: dict[str, Path | None]) -> None:
         if not file.is_file():
             raise UsageError(f"--prompts must be a file; got {str(file)!r}, which "
                              f"{'is a directory' if file.is_dir() else 'does not exist'}")
+    check_written(written)
+
+
+def check_written(written: dict[str, Path | None]) -> None:
     for option, file in written.items():
         if file is not None and not os.access(file.absolute().parent, os.W_OK):
             raise UsageError(f"{option} must be a file in a directory that can be written; got {str(file)!r}")

@@ -1,0 +1,69 @@
+"""A DFlash drafter as the GGUF file that llama.cpp reads beside its target's: architecture "dflash".
+
+llama.cpp's own converter needs its source tree, and a gguf package that is newer than the released one. The file has no
+embedding and no head: they are the target's, in the target's bits.
+"""
+
+import os
+from pathlib import Path
+
+import gguf
+import torch
+
+from dflash_decode.config import read_draft_config
+from dflash_decode.weights import load_checkpoint
+
+TOP = {"fc.weight": "fc.weight", "hidden_norm.weight": "enc.output_norm.weight", "norm.weight": "output_norm.weight"}
+LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+         "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+def tensor_name(name: str) -> str:
+    """KeyError for a tensor that llama.cpp has no place for."""
+    if name in TOP:
+        return TOP[name]
+    _, layer, rest = name.split(".", 2)
+    return f"blk.{layer}.{LAYER[rest.removesuffix('.weight')]}.weight"
+
+
+def write(draft: str, target: str, file: Path) -> Path:
+    """The drafter's directory as one file, its vocabulary copied from the target's GGUF file; whole or not at all."""
+    found = load_checkpoint(draft, torch.bfloat16)
+    c, raw = read_draft_config(found.config), found.config
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    writer = gguf.GGUFWriter(temporary, "dflash")
+    writer.add_block_count(c.num_layers)
+    writer.add_context_length(raw["max_position_embeddings"])
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_heads)
+    writer.add_head_count_kv(c.num_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(raw["rope_theta"])
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_uint32("dflash.block_size", c.block_size)
+    writer.add_array("dflash.target_layers", [i + 1 for i in c.target_layer_ids])  # a layer's input, not its output
+    writer.add_mask_token_id(c.mask_token_id)
+    for name, field in gguf.GGUFReader(target).fields.items():
+        if name.startswith("tokenizer."):
+            part = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=part)
+    for name, tensor in found.tensors.items():
+        # Norms in float32 and products in bfloat16, as llama.cpp's converter has them.
+        exact, raw_type = tensor.float().numpy(), gguf.GGMLQuantizationType.BF16
+        data = exact if tensor.ndim == 1 else gguf.quants.quantize(exact, raw_type)
+        writer.add_tensor(tensor_name(name), data, raw_dtype=None if tensor.ndim == 1 else raw_type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file

@@ -1,0 +1,49 @@
+"""Commands that run benchmarks of the source repository: its ops, and other people's decoders. The wheel has neither."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug, Device, Threads, UsageError, Where, check_written
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+def ops(
+    names: Annotated[list[str] | None, typer.Argument(help="Which benchmarks; all if not given.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls of each case.")] = 40,
+    device: Where = Device.cpu,
+    threads: Threads = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Tiny shapes: whether it runs, not how fast.")] = False,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Each op and whole steps: compared with its reference, then timed beside its peers and the memory's limit.
+
+    `make bench` does the same and keeps the figures in the repository."""
+    check_written({"--json": json_out})
+    words = [*(names or ()), "--runs", str(runs), "--device", device.value]
+    words += ["--tiny"] * tiny + (["--threads", str(threads)] if threads else [])
+    start("run.py", words + (["--json", str(json_out)] if json_out else ["--no-write"]))
+
+
+def peers(names: str, prompts: list[Path], options: dict[str, object]) -> None:
+    """Our loop and the peers of these names, separated by commas, in turn. options: those of the script that are set."""
+    words = ["--only", names, "--prompts", *map(str, prompts)]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    start("peers/run.py", words if options["json"] else [*words, "--no-write"])
+
+
+def start(script: str, words: list[str]) -> None:
+    """Runs a script of the repository's folder bench and ends as it ends."""
+    if not (BENCH / script).is_file():
+        raise UsageError(f"this needs the source repository, for its bench/{script}: in a clone, `make build` and "
+                         "`.venv/bin/dflash-kernels`; it is not part of the installed package")
+    code = subprocess.run([sys.executable, str(BENCH / script), *words]).returncode
+    if code:
+        raise typer.Exit(code)
