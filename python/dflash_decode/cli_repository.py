@@ -1,4 +1,4 @@
-"""Commands that run benchmarks of the source repository: its ops, and other people's decoders. The wheel has neither."""
+"""Commands that run benchmarks of the source repository, of its ops and of other people's decoders; a wheel has none."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def ops(
 
 
 def peers(names: str, prompts: list[Path], options: dict[str, object]) -> None:
-    """Our loop and the peers of these names, separated by commas, in turn. options: those of the script that are set."""
+    """Our loop and the peers of these names, separated by commas, in turn. options: of the script, None if not set."""
     words = ["--only", names, "--prompts", *map(str, prompts)]
     for name, value in options.items():
         if value is not None:
