@@ -9,7 +9,7 @@
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step.
 #                  PART=dry: all of it on tiny shapes, with no GPU and in .venv; PART="dry ops": a part of that
 #   make peer-kernels  SGLang's and vLLM's own kernels, 750 KB, for tests and the table of make gpu; carry build/peers/kernels there
-#   make peers     the same prompts and drafter through dflash, vLLM and llama.cpp, each in an environment of its own
+#   make peers     PROMPTS=files and the same drafter through dflash, transformers, vLLM and llama.cpp, beside us
 #   make engine-vllm  vLLM's CPU build serves SmolLM2 with our plugin, and runs with it and without, step by step
 #   make aot       registers and shared memory of the GPU kernels, compiled for four architectures
 #   make clean     removes what was built (not .venv, not the peers' environments)
@@ -25,7 +25,6 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 PEERS := build/peers
 OVERLAY := build/engines/overlay
-DRAFT ?=
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
@@ -50,9 +49,10 @@ evaluate: build $(STAMPS)/dev $(STAMPS)/model
 gpu: $(if $(filter dry,$(PART)),build $(STAMPS)/dev)
 	$(if $(filter dry,$(PART)),$(PY),$(GPU_PYTHON)) bench/gpu.py $(PART)
 
-# make peers DRAFT=directory ARGS="--prompts FILE... --limit N --json OUT"; without DRAFT, plain decoding only.
+# make peers PROMPTS="FILE..." ARGS="--limit N --rounds N"
 peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llama/installed
-	$(PY) bench/peers/run.py $(if $(DRAFT),--draft "$(DRAFT)") $(ARGS)
+	$(PY) bench/peers/run.py --prompts $(PROMPTS) $(ARGS)
+	$(PY) docs/generate.py
 
 # The wheels, 375 MB, are fetched for some files and not kept.
 peer-kernels: $(STAMPS)/deps
@@ -112,11 +112,10 @@ $(STAMPS)/build: $(SOURCES) $(STAMPS)/package
 	touch $@
 
 # A peer that cannot be installed is missing from the table, which says why from the log; the next run tries again.
-# llama.cpp is compiled here, for this machine and without its tools.
 $(PEERS)/%/installed: bench/peers/requirements-%.txt
 	mkdir -p $(@D)
-	{ $(PYTHON) -m venv $(@D) && CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/python -m pip install \
-	  --disable-pip-version-check --progress-bar off --no-deps -r $< && touch $@; } >$(@D).log 2>&1 \
+	{ $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+	  --no-deps -r $< && touch $@; } >$(@D).log 2>&1 \
 	  || echo "$*: not installed: $$(tail -n 1 $(@D).log)"
 
 # Our wheel in a folder of its own, which is put beside an engine's packages or not: its environment never changes.

@@ -109,20 +109,28 @@ def peers(files: dict) -> Plot | None:
     for f in files.values():
         if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers":
             whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
-            at_once = f["header"].get("concurrency", 1)
-            rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r.get('concurrency', at_once)} at once",
-                      r["tokens_per_s"]] for r in whole if r["tokens_per_s"]]
+            rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} at once",
+                      r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]
     return Plot({"rows": rows}, draw_peers, (7.5, 1.0 + 0.3 * len(rows)),
-                "Tokens a second of each peer on the same prompts, greedy.") if rows else None
+                "Tokens a second of each peer on the same prompts, greedy: the median round, and the slowest to the "
+                "fastest.") if rows else None
 
 
 def draw_peers(figure, data) -> None:
-    axes, names = figure.subplots(), [name for name, _ in data["rows"]]
-    for y, (name, rate) in enumerate(data["rows"]):
-        ours = name.startswith("ours")
-        axes.barh(y, rate, color=TONES[0] if ours else TONES[1], edgecolor="black", hatch="" if ours else "//")
-        axes.text(rate, y, f" {rate:.0f}", va="center")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="tokens/s", ylim=(len(names) - 0.5, -0.5))
+    """Few at once and many have axes of their own: a bar of the one says nothing beside a bar of the other."""
+    groups: dict[str, list] = {}
+    for row in data["rows"]:
+        groups.setdefault(row[0].rsplit(", ", 1)[1], []).append(row)
+    grid = figure.subplots(len(groups), squeeze=False, height_ratios=[len(rows) for rows in groups.values()])[:, 0]
+    for axes, (at_once, rows) in zip(grid, groups.items(), strict=True):
+        for y, (name, rate, low, high) in enumerate(rows):
+            ours = name.startswith("ours")
+            axes.barh(y, rate, color=TONES[0] if ours else TONES[1], edgecolor="black", hatch="" if ours else "//",
+                      xerr=[[rate - low], [high - rate]], error_kw={"ecolor": "#777777", "capsize": 3})
+            axes.text(high, y, f"  {rate:.0f}", va="center")
+        axes.set(yticks=range(len(rows)), yticklabels=[name.rsplit(", ", 1)[0] for name, *_ in rows],
+                 xlabel=f"tokens/s, {at_once}", ylim=(len(rows) - 0.5, -0.5))
+        axes.margins(x=0.12)
 
 
 # ---- acceptance ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import draw
 import step_tables
+from peer_tables import peers_block
 
 import dflash_kernels
 from dflash_decode.protocol import CARD_ACCEPTANCE, NOT_REPORTED, TASKS
@@ -198,23 +199,6 @@ def limits_block(folder: Path) -> str:
 def span(values: list[float], digits: int) -> str:
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
-
-
-def peers_block(folder: Path) -> str:
-    """Whole decoders on the same prompts, from bench/peers/run.py."""
-    lines = []
-    for file in sorted(folder.rglob("*.json")):
-        r = json.loads(file.read_text(encoding="utf-8"))
-        h = r.get("header", {})
-        if h.get("kind") != "peers":
-            continue
-        lines += [f"{h['model']}, greedy, at most {h['max_new_tokens']} new tokens. {h['cpu']}, "
-                  f"{h['threads']} threads.", "",
-                  "| task | peer | mode | threads | acceptance length | tokens/s |", "|---|---|---|---|---|---|"]
-        lines += [f"| {row['task']} | {row['peer']} | {row['mode']} | {row['threads']} | "
-                  f"{row['acceptance_length']:.2f} | {row['tokens_per_s']} |" for row in r["rows"]]
-        lines += ["", *(f"Missing: {who}: {why}" for who, why in r.get("missing", {}).items()), ""]
-    return "\n".join(lines or ["No results yet: `make peers` measures them."])
 
 
 def protocol_block(folder: Path) -> str:

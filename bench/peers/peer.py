@@ -84,7 +84,7 @@ class Running:
     def __init__(self, turn: Turn, job: Job, timeout: float):
         if not job.model:
             raise RuntimeError(f"the model must be there as a {turn.peer.reads} file; it is not")
-        if not turn.peer.python.is_file():
+        if turn.peer.own and not (ENVIRONMENTS / turn.peer.name / "installed").is_file():
             raise RuntimeError("not installed: "
                                f"{last_line(ENVIRONMENTS / (turn.peer.name + '.log')) or 'make peers does'}")
         self.log, self.timeout = ENVIRONMENTS / f"last-{turn.peer.name}-{turn.mode}-{turn.threads}.log", timeout

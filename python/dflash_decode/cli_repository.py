@@ -1,4 +1,4 @@
-"""Commands that run benchmarks of the source repository, of its ops and of other people's decoders; a wheel has none."""
+"""Commands that run the repository's benchmarks, of its ops and of other people's decoders; a wheel has none."""
 
 import subprocess
 import sys

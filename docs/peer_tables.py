@@ -1,0 +1,66 @@
+"""Whole decoders on the same prompts, from the results of bench/peers/run.py, as tables."""
+
+import json
+from pathlib import Path
+
+ALL, OURS, DFLASH = "all", "ours", "dflash"
+NAMES = {"dflash": "dflash 0.1.0", "llama": "llama.cpp, 4 bits", "vllm": "vLLM's CPU build"}
+EMPTY = "No results yet: `make peers` measures them."
+
+
+def peers_block(folder: Path) -> str:
+    lines = []
+    for file in sorted(folder.rglob("*.json")):
+        r = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(r, dict) and isinstance(r.get("header"), dict) and r["header"].get("kind") == "peers":
+            lines += [*about(r["header"]), *rates(r["rows"]), *acceptance(r["rows"]),
+                      *(f"Missing: {who}: {why}" for who, why in r["missing"].items()), ""]
+    return "\n".join(lines).rstrip() or EMPTY
+
+
+def about(h: dict) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in versions_of(h["versions"]).items())
+    first = f"the first {h['limit']} prompts" if h["limit"] else "all prompts"
+    return [f"{h['model']} with {h['draft']}, block {h['block_size']}, greedy, at most {h['max_new_tokens']} new "
+            f"tokens; one at a time {first} of each file, many at once the first ones of all files. {h['rounds']} "
+            f"rounds. {h['cpu']}, {h['threads']} threads; {versions}.", "", f"`{h['command']}`", ""]
+
+
+def versions_of(found: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Of the packages that answer, not of what all of them stand on twice."""
+    left = ("isa", "llama.cpp")
+    return {name: version for peer in found.values() for name, version in peer.items() if name not in left}
+
+
+def rates(rows: list[dict]) -> list[str]:
+    """All tasks together; the ratio is to our plain decoding with as many at once."""
+    whole = [r for r in rows if r["task"] == ALL] or rows
+    plain = {r["concurrency"]: r["tokens_per_s"] for r in whole if (r["peer"], r["mode"]) == (OURS, "plain")}
+    lines = ["| decoder | mode | threads | at once | tokens/s, median | of the rounds | of our plain | ms a step | "
+             "acceptance length | same text as our plain |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for r in whole:
+        of = f"{r['tokens_per_s'] / plain[r['concurrency']]:.2f}" if r["concurrency"] in plain else ""
+        same = "" if r["same_as_our_plain"] is None else f"{r['same_as_our_plain']} of {r['prompts']}"
+        step = "" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}"
+        lines.append(f"| {NAMES.get(r['peer'], r['peer'])} | {r['mode']} | {r['threads']} | {r['concurrency']} | "
+                     f"{r['tokens_per_s']:.1f} | {r['slowest']:.1f} to {r['fastest']:.1f} | {of} | {step} | "
+                     f"{r['acceptance_length']:.2f} | {same} |")
+    return [*lines, ""]
+
+
+def acceptance(rows: list[dict]) -> list[str]:
+    """By task, one at a time, with the difference to ours."""
+    drafted = [r for r in rows if r["mode"] == DFLASH and r["concurrency"] == 1]
+    peers = list(dict.fromkeys(r["peer"] for r in drafted))
+    if OURS not in peers or len(peers) < 2:
+        return []
+    found = {(r["peer"], r["task"]): r["acceptance_length"] for r in drafted}
+    lines = ["| acceptance length | " + " | ".join(NAMES.get(p, p) for p in peers) + " |",
+             "|---" * (len(peers) + 1) + "|"]
+    for task in dict.fromkeys(r["task"] for r in drafted):
+        ours = found.get((OURS, task))
+        cells = ["" if (length := found.get((peer, task))) is None else
+                 f"{length:.2f}" + (f" ({100 * (length / ours - 1):+.1f} %)" if ours and peer != OURS else "")
+                 for peer in peers]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
