@@ -18,7 +18,7 @@ from dflash_kernels.testing import assert_within_budget
 from dflash_kernels.testing.timing import CopyBandwidth, ReadBandwidth, interleaved, interleaved_cuda
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-SECONDS = 3.0  # that the timed calls of a case may take together, as far as MIN_RUNS of them allow
+SECONDS = 2.0  # that the timed calls of a case may take together, as far as MIN_RUNS of them allow
 MIN_RUNS, SLOW = 7, 0.02  # SLOW: seconds in which a peer does all the copies that it can, in one timed call
 FOOTPRINT = 192 << 20  # bytes that the copies of a case's inputs take together, so that no cache keeps them
 
