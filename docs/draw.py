@@ -107,7 +107,8 @@ def peers(files: dict) -> Plot | None:
     """Tokens a second of each peer, all tasks together."""
     rows = []
     for f in files.values():
-        if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers":
+        if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers" and \
+                f["header"]["dtype"] == "bfloat16":
             whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
             rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} at once",
                       r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]

@@ -11,7 +11,8 @@ EMPTY = "No results yet: `make peers` measures them."
 def peers_block(folder: Path) -> str:
     lines = []
     for header, rows, missing in results(folder):
-        lines += [*about(header), *rates(rows), *acceptance(rows),
+        # In float32 what is compared is texts and acceptance: nobody serves so, and not every decoder has it.
+        lines += [*about(header), *(rates(rows) if header["dtype"] == "bfloat16" else ()), *acceptance(rows),
                   *(f"Missing: {who}: {why}" for who, why in missing.items()), ""]
     return "\n".join(lines).rstrip() or EMPTY
 
@@ -20,6 +21,8 @@ def summary(folder: Path) -> list[str]:
     """All tasks together, in as few columns as say it, for the README."""
     lines = []
     for h, rows, _ in results(folder):
+        if h["dtype"] != "bfloat16":
+            continue
         lines += [f"Other decoders on the same prompts ({h['max_new_tokens']} new tokens at most, {h['threads']} "
                   "threads; [how](docs/performance.md#against-others)):", "",
                   "| decoder | mode | threads | at once | tokens/s | acceptance length |", "|---|---|---|---|---|---|"]
@@ -42,8 +45,8 @@ def whole(rows: list[dict]) -> list[dict]:
 def about(h: dict) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in versions_of(h["versions"]).items())
     first = f"the first {h['limit']} prompts" if h["limit"] else "all prompts"
-    return [f"{h['model']} with {h['draft']}, block {h['block_size']}, greedy, at most {h['max_new_tokens']} new "
-            f"tokens; one at a time {first} of each file, many at once the first ones of all files. {h['rounds']} "
+    return [f"{h['model']} with {h['draft']}, {h['dtype']}, block {h['block_size']}, greedy, at most "
+            f"{h['max_new_tokens']} new tokens; one at a time {first} of each file, many at once the first ones of all files. {h['rounds']} "
             f"rounds. {h['cpu']}, {h['threads']} threads; {versions}.", "", f"`{h['command']}`", ""]
 
 

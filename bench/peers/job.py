@@ -25,6 +25,7 @@ class Job:
     at_once: int
     threads: int
     stop_ids: list[int]
+    dtype: str
 
 
 @dataclass

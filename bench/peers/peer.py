@@ -26,6 +26,7 @@ class Peer:
     own: bool = False
     modes: tuple[str, ...] = (PLAIN, DFLASH)
     also_one_thread: bool = False
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
     batches: bool = False
 
     @property
@@ -35,7 +36,7 @@ class Peer:
 
 PEERS = (Peer("ours", "model", batches=True), Peer("dflash", "folder", modes=(DFLASH,)),
          Peer("transformers", "folder", modes=(PLAIN,)), Peer("vllm", "folder", own=True, batches=True),
-         Peer("llama", "gguf", own=True, also_one_thread=True))
+         Peer("llama", "gguf", own=True, also_one_thread=True, dtypes=("bfloat16",)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Running:
     """A peer that is loaded. Every failure is a RuntimeError with the reason, and ends the process."""
 
     def __init__(self, turn: Turn, job: Job, timeout: float):
+        if job.dtype not in turn.peer.dtypes:
+            raise RuntimeError(f"it does not run in {job.dtype}")
         if not job.model:
             raise RuntimeError(f"the model must be there as a {turn.peer.reads} file; it is not")
         if turn.peer.own and not (ENVIRONMENTS / turn.peer.name / "installed").is_file():

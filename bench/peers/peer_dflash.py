@@ -12,8 +12,9 @@ from job import Job, Question, Reply, accepted_drafts, serve
 def load(job: Job):
     torch.set_num_threads(job.threads)
     transformers.utils.logging.disable_progress_bar()
-    target = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16).eval()
-    drafter = reference.DFlashDraftModel.from_pretrained(job.draft, dtype=torch.bfloat16).eval()
+    dtype = getattr(torch, job.dtype)
+    target = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).eval()
+    drafter = reference.DFlashDraftModel.from_pretrained(job.draft, dtype=dtype).eval()
     # Its statistics ask CUDA for the time, also on a CPU.
     reference._cuda_time = time.perf_counter
 

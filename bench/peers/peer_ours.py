@@ -10,7 +10,8 @@ from dflash_decode.session import NONE, Session
 def load(job: Job):
     torch.set_num_threads(job.threads)
     plain = job.mode == PLAIN
-    session = Session.load(job.model, NONE if plain else job.draft, block_size=None if plain else job.block_size)
+    session = Session.load(job.model, NONE if plain else job.draft, dtype=job.dtype,
+                           block_size=None if plain else job.block_size)
 
     def answering(asked: Question) -> Reply:
         run = session.run(asked.prompts, max_new_tokens=asked.max_new_tokens, concurrency=asked.at_once)

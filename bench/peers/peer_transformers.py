@@ -11,7 +11,7 @@ from job import Job, Question, Reply, serve
 def load(job: Job):
     torch.set_num_threads(job.threads)
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype)).eval()
 
     @torch.inference_mode()
     def answering(asked: Question) -> Reply:

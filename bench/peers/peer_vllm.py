@@ -13,7 +13,7 @@ DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted
 def load(job: Job):
     speculative = {"method": "dflash", "model": job.draft, "num_speculative_tokens": job.block_size - 1}
     # A prompt that it has seen in an earlier round must cost as much as it did then.
-    llm = LLM(job.model, dtype="bfloat16", max_num_seqs=job.at_once, enable_prefix_caching=False,
+    llm = LLM(job.model, dtype=job.dtype, max_num_seqs=job.at_once, enable_prefix_caching=False,
               kv_cache_memory_bytes=1 << 30, disable_log_stats=False,
               speculative_config=speculative if job.mode == DFLASH else None)
 

@@ -33,6 +33,7 @@ from dflash_decode.tokenizer import load_tokenizer  # noqa: E402
 from dflash_decode.weights import drafter_of, find_model, read_json  # noqa: E402
 
 WARM_UP_TOKENS = 16
+BFLOAT16 = "bfloat16"
 OUT = Console(highlight=False, soft_wrap=True)
 WIDE = 150  # columns of the table, also where the output is a file
 
@@ -92,7 +93,8 @@ def command(options: argparse.Namespace) -> str:
                        *words("draft", [Path(options.draft).name] if options.draft else ["none"]),
                        *words("limit", [options.limit] if options.limit else []),
                        *words("max-new-tokens", [options.max_new_tokens]), *words("concurrency", options.concurrency),
-                       *words("rounds", [options.rounds]), *words("threads", [options.threads])])
+                       *words("rounds", [options.rounds]), *words("threads", [options.threads]),
+                       *words("dtype", [options.dtype] if options.dtype != BFLOAT16 else [])])
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Measurement:
         for turn in order:
             draft = None if turn.mode == PLAIN else drafts.get(turn.peer.reads)
             job = Job(turn.mode, models.get(turn.peer.reads, ""), draft, self.header["block_size"], longest,
-                      at_once if turn.peer.batches else 1, turn.threads, stop_ids)
+                      at_once if turn.peer.batches else 1, turn.threads, stop_ids, self.options.dtype)
             began = time.perf_counter()
             with self.surviving(turn):
                 self.running[turn] = running = peers.Running(turn, job, self.options.timeout)
@@ -176,7 +178,8 @@ def measure(options: argparse.Namespace) -> dict:
     units = read_tasks(options, tokenizer)
     order = peers.turns(options.only, options.threads, options.draft is not None)
     header = {"kind": "peers", "model": options.model, "draft": options.draft and Path(options.draft).name,
-              "block_size": block_size(options), "max_new_tokens": options.max_new_tokens, "limit": options.limit,
+              "dtype": options.dtype, "block_size": block_size(options), "max_new_tokens": options.max_new_tokens,
+              "limit": options.limit,
               "rounds": options.rounds, "cpu": cpu_model(), "threads": options.threads, "commit": commit(),
               "versions": {}, "command": command(options)}
     found = Measurement(options, header, {}, Rows(), {})
@@ -234,16 +237,19 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", type=chosen, default=names, metavar="NAME,...",
                         help=f"of {','.join(names)}; ours is always there")
+    parser.add_argument("--dtype", choices=[BFLOAT16, "float32"], default=BFLOAT16,
+                        help="float32 has no near ties, so texts and acceptance can be compared; it is slow")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")
     parser.add_argument("--json", type=Path, help="written after every answer, so that an interrupted run keeps its "
-                                                  "rows; default bench/results/<device>/peers.json")
+                                                  "rows; default bench/results/<device>/peers.json, "
+                                                  "or peers-float32.json")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     draft = drafter_of(options.model, options.draft)
     options.draft = None if draft == "none" else draft
     if options.json is None and not options.no_write:
         results_folder().mkdir(parents=True, exist_ok=True)
-        options.json = results_folder() / "peers.json"
+        options.json = results_folder() / ("peers.json" if options.dtype == BFLOAT16 else "peers-float32.json")
     return options
 
 

@@ -167,11 +167,11 @@ def bench_decode(
     draft = drafter_of(model, draft)
     if peers is not None:
         check_files(prompts, {"--json": json_out})
-        if temperature != [0.0] or dtype is not DType.bfloat16 or device is not Device.cpu:
-            raise UsageError("--peers are compared on the CPU, greedy, in bfloat16")
+        if temperature != [0.0] or dtype is DType.float16 or device is not Device.cpu:
+            raise UsageError("--peers are compared on the CPU, greedy, in bfloat16 or float32")
         return cli_repository.peers(peers, prompts, {
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
-            "max_new_tokens": max_new_tokens, "block_size": block_size, "json": json_out})
+            "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype.value, "json": json_out})
     if draft == "none":
         raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
     check_files(prompts, {"--json": json_out})
