@@ -46,8 +46,9 @@ def about(h: dict) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in versions_of(h["versions"]).items())
     first = f"the first {h['limit']} prompts" if h["limit"] else "all prompts"
     return [f"{h['model']} with {h['draft']}, {h['dtype']}, block {h['block_size']}, greedy, at most "
-            f"{h['max_new_tokens']} new tokens; one at a time {first} of each file, many at once the first ones of all files. {h['rounds']} "
-            f"rounds. {h['cpu']}, {h['threads']} threads; {versions}.", "", f"`{h['command']}`", ""]
+            f"{h['max_new_tokens']} new tokens; one at a time {first} of each file, many at once the first ones of all "
+            f"files. {h['rounds']} rounds. {h['cpu']}, {h['threads']} threads; {versions}.",
+            "", f"`{h['command']}`", ""]
 
 
 def versions_of(found: dict[str, dict[str, str]]) -> dict[str, str]:

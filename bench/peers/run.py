@@ -89,8 +89,10 @@ def command(options: argparse.Namespace) -> str:
     def words(name, values):
         return [f"--{name}", *map(str, values)] if values else []
 
+    packaged = options.draft == drafter_of(options.model)
+    draft = "none" if options.draft is None else "auto" if packaged else Path(options.draft).name
     return shlex.join(["python", "bench/peers/run.py", *words("prompts", [f.name for f in options.prompts]),
-                       *words("draft", [Path(options.draft).name] if options.draft else ["none"]),
+                       *words("draft", [draft]),
                        *words("limit", [options.limit] if options.limit else []),
                        *words("max-new-tokens", [options.max_new_tokens]), *words("concurrency", options.concurrency),
                        *words("rounds", [options.rounds]), *words("threads", [options.threads]),
