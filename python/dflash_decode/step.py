@@ -16,10 +16,13 @@ from .verify import GreedyVerifier
 class Recorded:
     """Work that is recorded the first time that it is done and replayed from then on, where that is possible."""
 
-    def __init__(self, device: torch.device, recordable: bool):
+    def __init__(self, device: torch.device | None, *parts):
+        """device: None to record nothing. parts: who does the work, each with `graph_safe`, or None."""
+        recordable = device is not None and all(part is None or part.graph_safe for part in parts)
         self.graph = StepGraph(device) if recordable and StepGraph.available(device) else None
         self.recorded = False
-        self.loaded = device.type == "cpu"  # a GPU's kernels are compiled and loaded by a first run, outside the graph
+        # A GPU's kernels are compiled and loaded by a first run, outside the graph.
+        self.loaded = device is None or device.type == "cpu"
 
     def done(self, work: Callable[[], None]) -> None:
         if self.recorded:
@@ -52,7 +55,7 @@ class Step:
         def ids(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.work = Recorded(device, all(part is None or part.graph_safe for part in (target, drafter, self.verifier)))
+        self.work = Recorded(device, target, drafter, self.verifier)
         self.draft = drafter.make_draft(batch, width, draft_kv, page_size,
                                         self.verifier.params if draw else None) if drafter else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
@@ -103,7 +106,7 @@ class Prefill:
                  draft_kv: Sequence[PagedKV], rows: int, page_size: int, max_pages: int):
         self.target, self.rows, self.page_size, device = target, rows, page_size, target.device
         # On a GPU a pass of so many rows hides its launches, and a graph per size would hold memory.
-        self.work = Recorded(device, device.type == "cpu" and target.graph_safe)
+        self.work = Recorded(device if device.type == "cpu" else None, target, drafter)
         self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
         self.forward = target.make_pass(1, rows, target_kv, drafter.taps if drafter else ())
         whole = {"dtype": torch.int64, "device": device}
