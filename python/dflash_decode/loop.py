@@ -106,7 +106,8 @@ class Decoder:
         while live.context < len(prompt):
             rows = prefill_size(len(prompt) - live.context, self.prefill_rows, self.target.device)
             if rows not in self._prefills:
-                self._prefills[rows] = Prefill(self.target, self.drafter, *self.kv, rows, pool.page_size, self.max_pages)
+                sizes = rows, pool.page_size, self.max_pages
+                self._prefills[rows] = Prefill(self.target, self.drafter, *self.kv, *sizes)
             chunk = list(prompt[live.context:live.context + rows])
             row = self._prefills[rows](chunk, live.context, table)
             live.context += len(chunk)
