@@ -40,8 +40,8 @@ class Texts:
         self.tables = [self.pool.table_row([shared, *self.pool.allocate(own * self.page)], own + 1)
                        for _ in range(batch)]
         self.kv = [model.cache.allocate(self.pool.num_pages, self.page) if model else () for model in (target, drafter)]
-        prefill = Prefill(target, drafter, *self.kv, self.page, self.page)
-        self.row = prefill.run(self.prompt, 0, self.tables[0][None]).clone()
+        prefill = Prefill(target, drafter, *self.kv, self.page, self.page, len(self.tables[0]))
+        self.row = prefill(self.prompt, 0, self.tables[0]).clone()
         self.steps = {}
 
     def _step(self, drafter, draw, rule):

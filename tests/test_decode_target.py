@@ -80,11 +80,11 @@ def test_p8_a_tap_one_layer_off_is_another_feature():
 def test_prefill_gives_the_next_token():
     model, target = make_target("qwen3")
     pool = PagePool(8, PAGE)
-    work = Prefill(target, None, target.cache.allocate(8, PAGE), (), 16, PAGE)
-    table = pool.table_row(pool.allocate(20), 8)[None]
+    work = Prefill(target, None, target.cache.allocate(8, PAGE), (), 16, PAGE, 8)
+    table = pool.table_row(pool.allocate(20), 8)
     prompt = list(range(20))
-    work.run(prompt[:16], 0, table)
-    row, got = work.run(prompt[16:], 16, table), torch.zeros(1, dtype=torch.int64)
+    work(prompt[:16], 0, table)
+    row, got = work(prompt[16:], 16, table), torch.zeros(1, dtype=torch.int64)
     target.next_ids(row, got, torch.zeros(1))
     with torch.no_grad():
         assert int(got) == int(model(torch.tensor([prompt])).logits[0, -1].argmax())

@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--matrix-rate", type=float, default=Recipe.matrix_rate, help="Muon's learning rate")
     p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
     p.add_argument("--negatives", type=int, default=Recipe.negatives, help="others that a step pushes down")
+    p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, whose size is 1")
     p.add_argument("--shard-mb", type=int, help="write the weights in shards of at most this size")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +112,7 @@ def main() -> None:
     print(f"{len(features)} texts, {len(features.ids)} tokens with features", flush=True)
     recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
                     vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
-                    early_share=args.early_share)
+                    noise=args.noise, early_share=args.early_share)
     shape = Shape.of(target, args.layers, features.taps, args.block_size, mask)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from .draft import Drafter
 from .kv import OutOfPages, PagePool
 from .requests import Event, Live, Request, admit
-from .step import Prefill, Step
+from .step import Prefill, Step, prefill_size
 from .targets import Target
 from .verify import first_token, verifier_for
 
@@ -102,14 +102,14 @@ class Decoder:
         prompt, pool = live.request.prompt, self.pool
         live.pages = pool.allocate(len(prompt) + live.limit)
         self._active.append(self._waiting.popleft())
-        table = pool.table_row(live.pages, self.max_pages)[None].to(self.target.device)
+        table = pool.table_row(live.pages, self.max_pages)
         while live.context < len(prompt):
-            left = len(prompt) - live.context
-            rows = min(self.prefill_rows, 1 << max(left - 1, 15).bit_length())
+            rows = prefill_size(len(prompt) - live.context, self.prefill_rows, self.target.device)
             if rows not in self._prefills:
-                self._prefills[rows] = Prefill(self.target, self.drafter, *self.kv, rows, pool.page_size)
+                sizes = rows, pool.page_size, self.max_pages
+                self._prefills[rows] = Prefill(self.target, self.drafter, *self.kv, *sizes)
             chunk = list(prompt[live.context:live.context + rows])
-            row = self._prefills[rows].run(chunk, live.context, table)
+            row = self._prefills[rows](chunk, live.context, table)
             live.context += len(chunk)
         kind = verifier_for([live])
         if kind not in self._firsts:

@@ -1,6 +1,6 @@
 """One step of decoding for a batch, on memory that never moves, so that a graph can capture it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,6 +11,29 @@ from .kv import NO_PAGE
 from .requests import Live
 from .targets import Target
 from .verify import GreedyVerifier
+
+
+class Recorded:
+    """Work that is recorded the first time that it is done and replayed from then on, where that is possible."""
+
+    def __init__(self, device: torch.device | None, *parts):
+        """device: None to record nothing. parts: who does the work, each with `graph_safe`, or None."""
+        recordable = device is not None and all(part is None or part.graph_safe for part in parts)
+        self.graph = StepGraph(device) if recordable and StepGraph.available(device) else None
+        self.recorded = False
+        # A GPU's kernels are compiled and loaded by a first run, outside the graph.
+        self.loaded = device is None or device.type == "cpu"
+
+    def done(self, work: Callable[[], None]) -> None:
+        if self.recorded:
+            self.graph.replay()
+        elif self.graph is None or not self.loaded:
+            self.loaded = True
+            work()
+        else:
+            with self.graph.capture():
+                work()
+            self.recorded = True
 
 
 class Step:
@@ -32,10 +55,7 @@ class Step:
         def ids(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        recordable = all(part is None or part.graph_safe for part in (target, drafter, self.verifier))
-        self.graph = StepGraph(device) if recordable and StepGraph.available(device) else None
-        self.recorded = False
-        self.loaded = device.type == "cpu"  # a GPU's kernels are compiled and loaded by a first run, outside the graph
+        self.work = Recorded(device, target, drafter, self.verifier)
         self.draft = drafter.make_draft(batch, width, draft_kv, page_size,
                                         self.verifier.params if draw else None) if drafter else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
@@ -61,18 +81,7 @@ class Step:
             into.copy_(torch.tensor(values, dtype=into.dtype))
 
     def __call__(self) -> Verified:
-        """run(), recorded the first time and replayed from then on where that is possible."""
-        if self.graph is None:
-            return self.run()
-        if self.recorded:
-            self.graph.replay()
-            return self.verifier.out
-        if not self.loaded:
-            self.loaded = True
-            return self.run()
-        with self.graph.capture():
-            self.run()
-        self.recorded = True
+        self.work.done(self.run)
         return self.verifier.out
 
     def run(self) -> Verified:
@@ -94,23 +103,42 @@ class Prefill:
     """Runs up to `rows` tokens of one prompt through the target, and what it says of them into the drafter's pages."""
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
-                 draft_kv: Sequence[PagedKV], rows: int, page_size: int):
+                 draft_kv: Sequence[PagedKV], rows: int, page_size: int, max_pages: int):
         self.target, self.rows, self.page_size, device = target, rows, page_size, target.device
+        # On a GPU a pass of so many rows hides its launches, and a graph per size would hold memory.
+        self.work = Recorded(device if device.type == "cpu" else None, target, drafter)
         self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
         self.forward = target.make_pass(1, rows, target_kv, drafter.taps if drafter else ())
         whole = {"dtype": torch.int64, "device": device}
         ids, positions, slots, self.tokens = (torch.zeros((1, rows), **whole) for _ in range(4))
         self.block = PreparedBlock(ids=ids, positions=positions, slots=slots, rows=None)
+        self.context_lens, self.block_lens = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
+        self.page_table = torch.full((1, max_pages), NO_PAGE, dtype=torch.int32, device=device)
+        self.out = None
 
-    def run(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> torch.Tensor:
-        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (1, max_pages). Returns the last one's
+    def __call__(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> torch.Tensor:
+        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (max_pages,). Returns the last one's
         row (1, H), from which the target's head says what comes next."""
-        device, n = self.target.device, len(tokens)
+        n = len(tokens)
         self.tokens[0, :n].copy_(torch.tensor(tokens, dtype=torch.int64))
-        lens, live = (torch.tensor([value], dtype=torch.int32, device=device) for value in (done, n))
-        block = prepare_block(self.tokens[:, 0], lens, self.rows, 0, page_table=page_table, page_size=self.page_size,
+        self.context_lens.fill_(done)
+        self.block_lens.fill_(n)
+        self.page_table[0].copy_(page_table)
+        self.work.done(self.run)
+        return self.out[n - 1:n]
+
+    def run(self) -> None:
+        lens, live, table = self.context_lens, self.block_lens, self.page_table
+        block = prepare_block(self.tokens[:, 0], lens, self.rows, 0, page_table=table, page_size=self.page_size,
                               block_lens=live, out=self.block)
-        rows, features = self.forward.run(self.tokens, block.positions, block.slots, page_table, lens, live)
+        self.out, features = self.forward.run(self.tokens, block.positions, block.slots, table, lens, live)
         if self.context:
             self.context.run(features, block.positions, block.slots, live)
-        return rows[n - 1:n]
+
+
+def prefill_size(left: int, most: int, device: torch.device) -> int:
+    """Rows of the pass that takes the next of `left` tokens: a few sizes, of which each keeps its memory. A GPU reads
+    the weights for as long as it computes a few hundred rows; on a CPU every padded row costs its arithmetic."""
+    size = max(1 << (left - 1).bit_length(), 16)
+    step = max(size // 16, 16) if device.type == "cpu" else size
+    return min(most, -(-left // step) * step)

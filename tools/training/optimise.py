@@ -32,6 +32,7 @@ class Recipe:
     vector_rate: float = 1e-3
     decay_from: float = 0.5  # of the time, from where the learning rates fall linearly to 0
     hard: float = 0.5  # share of the loss on the text's own token; the rest on the target's likeliest
+    noise: float = 0.1  # normal, added to the features, whose size is 1: a text is seen several times
     seed: int = 0
 
 
@@ -110,6 +111,7 @@ class Training:
         self.rates = [recipe.matrix_rate, recipe.vector_rate]
         self.step, self.seconds, self.history = 0, 0.0, []
         self.draw = random.Random(recipe.seed + 1)
+        self.noise = torch.Generator(self.device).manual_seed(recipe.seed + 2)
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
@@ -118,7 +120,8 @@ class Training:
 
     def save(self) -> None:
         state = {"weights": self.drafter.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers],
-                 "step": self.step, "seconds": self.seconds, "history": self.history, "draw": self.draw.getstate()}
+                 "step": self.step, "seconds": self.seconds, "history": self.history, "draw": self.draw.getstate(),
+                 "noise": self.noise.get_state()}
         torch.save(state, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
 
@@ -134,6 +137,7 @@ class Training:
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         version, internal, gauss = state["draw"]
         self.draw.setstate((version, tuple(internal), gauss))
+        self.noise.set_state(state["noise"])
         return True
 
     def _batches(self) -> Iterator[list[int]]:
@@ -162,6 +166,9 @@ class Training:
                                       (weight / weight.sum()).flatten())
 
     def _loss(self, batch: Batch, width: int) -> torch.Tensor:
+        if self.recipe.noise:
+            batch.states.add_(torch.randn(batch.states.shape, generator=self.noise, device=self.device,
+                                          dtype=batch.states.dtype), alpha=self.recipe.noise)
         hidden, targets = self._forward(batch, width)
         head, bias = self.head, None
         if (others := self._negatives()) is not None:
