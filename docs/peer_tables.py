@@ -23,8 +23,8 @@ def summary(folder: Path) -> list[str]:
     for h, rows, _ in results(folder):
         if h["dtype"] != "bfloat16":
             continue
-        lines += [f"Other decoders on the same prompts ({h['max_new_tokens']} new tokens at most, {h['threads']} "
-                  "threads; [how](docs/performance.md#against-others)):", "",
+        lines += [f"Other decoders on the same prompts ({h['max_new_tokens']} new tokens at most, "
+                  f"{counted(h['threads'], 'thread')}; [how](docs/performance.md#against-others)):", "",
                   "| decoder | mode | threads | at once | tokens/s | acceptance length |", "|---|---|---|---|---|---|"]
         lines += [f"| {NAMES.get(r['peer'], r['peer'])} | {r['mode']} | {r['threads']} | {r['concurrency']} | "
                   f"{r['tokens_per_s']:.1f} | {r['acceptance_length']:.2f} |" for r in whole(rows)] + [""]
@@ -47,8 +47,12 @@ def about(h: dict) -> list[str]:
     first = f"the first {h['limit']} prompts" if h["limit"] else "all prompts"
     return [f"{h['model']} with {h['draft']}, {h['dtype']}, block {h['block_size']}, greedy, at most "
             f"{h['max_new_tokens']} new tokens; one at a time {first} of each file, many at once the first ones of all "
-            f"files. {h['rounds']} rounds. {h['cpu']}, {h['threads']} threads; {versions}.",
+            f"files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}; {versions}.",
             "", f"`{h['command']}`", ""]
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def versions_of(found: dict[str, dict[str, str]]) -> dict[str, str]:
