@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import dflash_kernels
-from dflash_decode.bench import commit, cpu_model
+from dflash_decode.results import commit, cpu_model
 from dflash_kernels import StepGraph
 from dflash_kernels.testing import assert_within_budget
 from dflash_kernels.testing.timing import CopyBandwidth, ReadBandwidth, interleaved, interleaved_cuda

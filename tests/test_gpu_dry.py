@@ -1,4 +1,5 @@
-"""The stand-in for a GPU, and the GPU benchmarks and their peers on it, with tiny shapes."""
+"""The stand-in for a GPU, and the GPU's tests and benchmarks on it, on tiny shapes, with no package but those that a
+machine with a GPU is sure to have, and numpy, which Triton's interpreter is made of."""
 
 import importlib.util
 import json
@@ -17,13 +18,18 @@ pytestmark = [pytest.mark.skipif(not importlib.util.find_spec("triton"), reason=
               pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")]
 needs_kernels = pytest.mark.skipif(not all(gpu_peers.versions().get(e) for e in gpu_peers.FILES),
                                    reason=f"{gpu_peers.folder()} has not both engines' kernels: make peer-kernels")
-DRY = [sys.executable, "-m", "dflash_kernels.testing.dry"]
+
+
+def bare(*words, **environment):
+    """A command in a Python that finds torch, triton, pytest and ninja, and of the others none (tests/bare)."""
+    paths = (ROOT / "tests/bare", ROOT, ROOT / "python", ROOT / "bench", ROOT / "bench/peers")
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=500,
+                          env={**os.environ, "PYTHONPATH": ":".join(map(str, paths)),
+                               "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **environment})
 
 
 def dry(*words, **environment):
-    return subprocess.run([*DRY, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=500,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{ROOT / 'bench'}",
-                               **environment})
+    return bare("-m", "dflash_kernels.testing.dry", *words, ALSO_THERE="numpy", **environment)
 
 
 def script(tmp_path, text, **environment):
@@ -75,6 +81,34 @@ def test_it_refuses_what_a_gpu_refuses_and_replays_graphs(tmp_path):
     assert script(tmp_path, STAND_IN) == [
         "cuda:0 cpu cuda:0 torch.Size([3, 64])", "True", device, "rms_norm", "False", "True", *[capture] * 4,
         "cuda:0 cuda:0"]
+
+
+IMPORTS = """
+import importlib, pathlib, sys
+import gpu, run
+for file in (*pathlib.Path("bench").glob("bench_*.py"), *pathlib.Path("bench/peers").glob("gpu_*.py")):
+    importlib.import_module(file.stem)
+import setup, tests.ptxas
+print(*(name for name in ("numpy", "hypothesis", "transformers", "safetensors", "gguf", "rich") if name in sys.modules))
+"""
+
+
+def test_the_gpu_s_tests_and_benchmarks_import_nothing_that_its_machine_has_not():
+    """And the plant: this Python finds no package that we have and a bare machine has not."""
+    ran = bare("-c", IMPORTS)
+    assert (ran.returncode, ran.stdout) == (0, "\n"), ran.stderr
+    planted = bare("-c", "import hypothesis")
+    assert "No module named 'hypothesis'" in planted.stderr
+    ran = bare("-m", "pytest", "tests/gpu", "--collect-only", "-p", "no:cacheprovider")
+    assert ran.returncode == 0 and "error" not in ran.stdout, ran.stdout + ran.stderr
+    for file in ROOT.glob("tests/gpu/test_*.py"):
+        assert f"{file.name}: " in ran.stdout or f"{file.name}::" in ran.stdout, ran.stdout
+
+
+def test_graphs_of_the_gpu_s_tests_are_replayed():
+    ran = dry("-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-k",
+              "captured_step and f32 or captured_launch and f16 or p20")
+    assert ran.returncode == 0 and "3 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
 @pytest.fixture(scope="module")
