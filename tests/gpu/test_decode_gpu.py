@@ -16,10 +16,10 @@ from dflash_kernels.testing.dry import NAME
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def some_requests():
+def some_requests(prompt=4, answer=4):
     """All of them, or two short ones where kernels are interpreted."""
-    return [Request(i, p[:4], 4) for i, p in enumerate(PROMPTS[:2])] if torch.cuda.get_device_name() == NAME \
-        else requests()
+    return [Request(i, p[:prompt], answer) for i, p in enumerate(PROMPTS[:2])] \
+        if torch.cuda.get_device_name() == NAME else requests()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -37,17 +37,17 @@ def test_speculative_text_is_plain_text(family, max_batch, dtype):
 def test_p20_replayed_steps_are_live_steps(monkeypatch):
     """Lengths, tables and who is in the batch change between replays; a drafter of the text's commonest tokens gets
     some of its drafts accepted, so that wrong drafts would show."""
-    target, replays = random_target("llama", torch.float32, "cuda"), []
-    words = Counter(token for tokens, *_ in run(target, None, some_requests(), max_context=80).values()
-                    for token in tokens)
-    drafter = Drafter.random(target, num_layers=1, block_size=4)
+    target, replays = random_target("llama", torch.float32, "cuda", hidden=32, heads=2, kv_heads=1, layers=2), []
+    plain = run(target, None, some_requests(2, 8), max_context=80)
+    words = Counter(token for tokens, *_ in plain.values() for token in tokens)
+    drafter = Drafter.random(target, num_layers=1, block_size=3)
     drafter._restrict(torch.tensor(sorted(word for word, _ in words.most_common(2))), target)
     replay = StepGraph.replay
     monkeypatch.setattr(StepGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
-    replayed = run(target, drafter, some_requests(), max_batch=5, max_context=80)
+    replayed = run(target, drafter, some_requests(2, 8), max_batch=2, max_context=80)
     seen = len(set(replays))
     monkeypatch.setattr(StepGraph, "available", staticmethod(lambda device="cpu": False))
-    assert run(target, drafter, some_requests(), max_batch=5, max_context=80) == replayed
+    assert run(target, drafter, some_requests(2, 8), max_batch=2, max_context=80) == replayed
     assert seen and seen == len(set(replays))
     assert max(n for *_, accepted in replayed.values() for n in accepted) > 1
 
