@@ -68,7 +68,7 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
                   m_b, m_i, block, columns, vocab, chunks, plane, RAGGED: tl.constexpr, TILE: tl.constexpr):
     """planes: tops, and `plane` elements on, sums. Of chunks with nothing to draw, and of greedy requests, the sum is
     instead how many NaN there are. The last block - columns live rows of a block have no logits."""
-    b, i = (tl.program_id(0) // columns).to(tl.int64), tl.program_id(0) % columns
+    b, i = (tl.program_id(0) // columns).to(tl.int64), (tl.program_id(0) % columns).to(tl.int64)
     if i < width_of(b, block_lens, block, RAGGED) - (block - columns):
         c = tl.program_id(1) * TILE + tl.arange(0, TILE)
         v = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -123,7 +123,7 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
                 probs, candidates, draft_logits, block_lens, planes, stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i,
                 x_b, p_b, p_i, c_b, c_i, d_b, d_i, block, vocab, chunks, k, plane, RAGGED: tl.constexpr,
                 SHIFT: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
-    b, i = (tl.program_id(0) // block).to(tl.int64), tl.program_id(0) % block
+    b, i = (tl.program_id(0) // block).to(tl.int64), (tl.program_id(0) % block).to(tl.int64)
     width = width_of(b, block_lens, block, RAGGED)
     if i < width:
         tops_at, stats = planes + (b * block + i) * chunks, stats + (b * block + i) * STATS
