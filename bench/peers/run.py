@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from sums import Sums, rows
 
-from dflash_decode.bench import commit, cpu_model, read_prompts, write_json
+from dflash_decode.bench import read_prompts
+from dflash_decode.results import commit, cpu_model, write_json
 from dflash_decode.tokenizer import load_tokenizer
 from dflash_decode.weights import find_model, read_json
 
