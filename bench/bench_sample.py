@@ -1,4 +1,4 @@
-"""Sampled verification against the same thing in torch: softmax, top-k and top-p by a sort, min-p, multinomial.
+"""Sampled verification against the same thing in torch: softmax, top-k and top-p by a sort, min-p, multinomial's draw.
 
 Bytes are those of the rows that had to be read: up to the first rejection of each request, and one more where a whole
 block is accepted. torch's expression works on all rows of the batch, as the engines' do.
@@ -20,7 +20,7 @@ HEAT = 0.8
 # requests, width, vocabulary
 GEOMETRIES = {"cpu": {"smollm2": (8, 8, 49152), "qwen3-8b": (8, 8, 151936)},
               "cuda": {"qwen3-8b": (8, 8, 151936), "qwen3-8b, 64 requests": (64, 8, 151936)},
-              "tiny": {"tiny": (2, 3, 100)}}
+              "tiny": {"tiny": (1, 2, 100)}}
 
 
 def cases(sizes: Sizes):
@@ -68,7 +68,8 @@ def sample_case(sizes, requests, width, vocab, name, filters):
         return made.commit_lens, made.tokens
 
     def plain(x, d):
-        y = torch.multinomial(plain_law(x, **filters).view(-1, vocab), 1).view(requests, width)
+        p = plain_law(x, **filters)
+        y = (p / torch.empty_like(p).exponential_()).argmax(-1)  # multinomial, which would wait for the GPU to check p
         return (d[:, 1:] == y[:, :-1]).long().cumprod(1).sum(1) + 1, y
 
     def check(got):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from cases import Sizes, footnotes, header, measure, results_folder
 
-from dflash_decode.bench import write_json
+from dflash_decode.results import write_json
 
 NAMES = ("linear", "attention", "memory", "sample", "small", "draft", "step")
 

@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from cases import Sizes, header, results_folder
 
-from dflash_decode.bench import write_json
 from dflash_decode.kv import PagePool
 from dflash_decode.requests import Live, Request
+from dflash_decode.results import write_json
 from dflash_decode.sampling import Sampling
 from dflash_decode.step import Prefill, Step
 from dflash_decode.verify import SampledVerifier

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from decode_runs import VOCAB
 
 transformers = pytest.importorskip("transformers")
 
-VOCAB = 97
 COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
           "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 512, "bos_token_id": None,
           "eos_token_id": None, "pad_token_id": None}

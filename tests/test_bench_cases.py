@@ -51,7 +51,7 @@ def test_a_wrong_result_of_ours_has_no_time_and_the_next_case_is_measured(capsys
 def commands(monkeypatch, *words):
     ran = []
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
-    monkeypatch.setattr(gpu, "run", lambda words, end: ran.append(words) or "passed")
+    monkeypatch.setattr(gpu, "run", lambda words, end, at_once=1: ran.append(words) or "passed")
     return gpu.main(), ran
 
 

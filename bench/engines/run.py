@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dflash_decode.bench import commit, cpu_model, write_json
+from dflash_decode.results import commit, cpu_model, write_json
 from dflash_decode.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,7 +28,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from sums import ALL, Key, Rows  # noqa: E402
 
-from dflash_decode.bench import commit, cpu_model, read_prompts, write_json  # noqa: E402
+from dflash_decode.bench import read_prompts  # noqa: E402
+from dflash_decode.results import commit, cpu_model, write_json  # noqa: E402
 from dflash_decode.tokenizer import load_tokenizer  # noqa: E402
 from dflash_decode.weights import drafter_of, find_model, read_json  # noqa: E402
 

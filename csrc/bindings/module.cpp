@@ -24,7 +24,7 @@ namespace dflash {
 
 void parallel_for_raw(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (Team* team = Team::current()) return team->run(begin, end, grain, body, context);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
 int num_threads() {

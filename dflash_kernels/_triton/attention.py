@@ -183,7 +183,7 @@ def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts,
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for begin in range(first // SPAN, last_span, AHEAD):
         for span in tl.static_range(AHEAD):
-            there = ok & (begin + span < last_span)
+            there = tl.where(begin + span < last_span, ok, False)
             slot = (request_head * spans + begin + span) * (width * group) + row
             top, total, acc = merge(
                 top, total, acc, tl.load(part_top + slot * 2, there, float("-inf")),

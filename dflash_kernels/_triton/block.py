@@ -23,7 +23,8 @@ def copy_row(table, rows, width, row_stride, out, token_id, BLOCK: tl.constexpr)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     known = (token_id >= 0) & (token_id < rows)
     source = table + tl.where(known, token_id, 0) * row_stride
-    tl.store(out + at, tl.load(source + at, (at < width) & known, 0), at < width)
+    mask = tl.where(known, at < width, False)  # with &, Triton 3.9's interpreter has no mask but numbers
+    tl.store(out + at, tl.load(source + at, mask, 0), at < width)
 
 
 @triton.jit

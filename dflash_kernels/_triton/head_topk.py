@@ -20,6 +20,8 @@ from .head import candidates, logits_of, output_of, value_of
 from .linear import CHUNK, config, configs, product, tile_constants
 
 BLOCKS, BLOCKS_WARPS = 4096, 8  # of a row's blocks at a time. Estimated: a vocabulary of 262,144 in one step
+# ptxas, left alone, spills some bytes of a thread for the sake of more programs, whose number is that of the rows.
+BLOCKS_OPTIONS = PLAIN | {"maxnreg": 128}
 MERGE_WARPS = 4  # Estimated
 TALLEST = {2: 128, 4: 16}  # rows of a tile, by bytes of an element: 64 with float32 sums spill on sm_80
 TAKEN = tl.constexpr(-0x8000000000000000)  # below every candidate
@@ -151,7 +153,7 @@ def lm_head_topk(x, weight, bias, out_features, num_valid, scale, softcap, id_of
         **PLAIN)
     first_of_blocks_kernel[rows,](lists, firsts, sums, out_ids, out_values, out_lse, blocks, wanted, id_offset,
                                   BLOCK_N=c.BLOCK_N, BLOCK=BLOCKS, K=triton.next_power_of_2(wanted),
-                                  num_warps=BLOCKS_WARPS, **PLAIN)
+                                  num_warps=BLOCKS_WARPS, **BLOCKS_OPTIONS)
 
 
 def merge_topk(values, ids, lse, out_ids, out_values, out_lse):
@@ -181,7 +183,7 @@ def cases():
         signature = {**lists, **out, "blocks": "i32", "wanted": "i32", "id_offset": "i64",
                      **dict.fromkeys(constants, "constexpr")}
         yield Case(f"lm_head_topk first_of_blocks {wanted}", first_of_blocks_kernel, signature, constants, BLOCKS_WARPS,
-                   3, PLAIN)
+                   3, BLOCKS_OPTIONS)
     for shards, wanted in ((2, 16), (8, 64)):
         constants = {"BLOCK": shards * wanted, "SHARDS": shards}
         signature = {"values": "*fp32", "ids": "*i64", "lse": "*fp32", **out, "shards": "i32", "rows": "i32",

@@ -154,8 +154,8 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
                 ka, kb = stored(ka, k_scale, k, k < kv_heads, K_SCALE), stored(kb, k_scale, k, k < kv_heads, K_SCALE)
                 kc, kd = stored(kc, k_scale, k, k < kv_heads, K_SCALE), stored(kd, k_scale, k, k < kv_heads, K_SCALE)
             store_heads(k_cache + k_page_id * k_page + k_row_id * k_row + k.to(tl.int64) * k_head,
-                        (k < kv_heads) & k_exists & known, ka, kb, kc, kd, dim, rotary, INTERLEAVED, ROTARY, TAIL,
-                        WIDTH)
+                        tl.where(k_exists & known, k < kv_heads, False), ka, kb, kc, kd, dim, rotary, INTERLEAVED,
+                        ROTARY, TAIL, WIDTH)
     elif CACHED:
         v = v_group * HEADS + lanes
         va, vb, vc, vd = load_heads(row + (heads + kv_heads + v) * dim, v < kv_heads, dim, rotary, False, ROTARY, TAIL,
@@ -165,7 +165,8 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
             va, vb = stored(va, v_scale, v, v < kv_heads, V_SCALE), stored(vb, v_scale, v, v < kv_heads, V_SCALE)
             vc, vd = stored(vc, v_scale, v, v < kv_heads, V_SCALE), stored(vd, v_scale, v, v < kv_heads, V_SCALE)
         store_heads(v_cache + v_page_id * v_page + v_row_id * v_row + v.to(tl.int64) * v_head,
-                    (v < kv_heads) & v_exists & known, va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL, WIDTH)
+                    tl.where(v_exists & known, v < kv_heads, False), va, vb, vc, vd, dim, rotary, False, ROTARY, TAIL,
+                    WIDTH)
 
 
 def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, num_heads,

@@ -67,8 +67,8 @@ KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bit
 def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens, planes, l_b, l_i, s_b, s_i, b_b, b_i,
                   m_b, m_i, block, columns, vocab, chunks, plane, RAGGED: tl.constexpr, TILE: tl.constexpr):
     """planes: tops, and `plane` elements on, sums. Of chunks with nothing to draw, and of greedy requests, the sum is
-    instead whether there is a NaN. The last block - columns live rows of a block have no logits."""
-    b, i = (tl.program_id(0) // columns).to(tl.int64), tl.program_id(0) % columns
+    instead how many NaN there are. The last block - columns live rows of a block have no logits."""
+    b, i = (tl.program_id(0) // columns).to(tl.int64), (tl.program_id(0) % columns).to(tl.int64)
     if i < width_of(b, block_lens, block, RAGGED) - (block - columns):
         c = tl.program_id(1) * TILE + tl.arange(0, TILE)
         v = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -76,13 +76,13 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
         x = adjusted(row, v, v < vocab)
         heat = tl.load(temperature + b)
         top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 1)
+        drawn = tl.where(heat < GREEDY, float("-inf"), top) > float("-inf")
         w = weight(x, top[:, None], scale_of(heat), float("-inf"))
-        total = tl.sum(tree_sum(w), 1)
-        nan = tl.max((x != x).to(tl.float32), 1)
+        # One sum for both: Triton 3.6 makes a second reduction that meets this one spill 16 KB a thread.
+        total = tl.sum(tree_sum(tl.where(drawn[:, None], w, (x != x).to(tl.float32))), 1)
         to = planes + (b * block + i) * chunks + c
         tl.store(to, top, c < chunks)
-        drawn = tl.where(heat < GREEDY, float("-inf"), top)
-        tl.store(to + plane, tl.where(drawn == float("-inf"), nan, total), c < chunks)
+        tl.store(to + plane, total, c < chunks)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
                 probs, candidates, draft_logits, block_lens, planes, stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i,
                 x_b, p_b, p_i, c_b, c_i, d_b, d_i, block, vocab, chunks, k, plane, RAGGED: tl.constexpr,
                 SHIFT: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
-    b, i = (tl.program_id(0) // block).to(tl.int64), tl.program_id(0) % block
+    b, i = (tl.program_id(0) // block).to(tl.int64), (tl.program_id(0) % block).to(tl.int64)
     width = width_of(b, block_lens, block, RAGGED)
     if i < width:
         tops_at, stats = planes + (b * block + i) * chunks, stats + (b * block + i) * STATS

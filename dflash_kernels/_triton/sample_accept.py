@@ -71,7 +71,7 @@ def residual_kernel(logits, seen, penalty, bias, bitmask, context_lens, seeds, p
                     stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, p_b, p_i, d_b, d_i, block, vocab, chunks, plane,
                     RAGGED: tl.constexpr, BLOCK_RULE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Sums of (share * p - q)+ of the chunks of the one row where a token may be drawn, or by rule "block" of all."""
-    b, i = (tl.program_id(0) // (block - 1)).to(tl.int64), tl.program_id(0) % (block - 1)
+    b, i = (tl.program_id(0) // (block - 1)).to(tl.int64), (tl.program_id(0) % (block - 1)).to(tl.int64)
     drafts = width_of(b, block_lens, block, RAGGED) - 1
     if i < drafts:
         stats += b * block * STATS
@@ -186,8 +186,8 @@ def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens,
                 mass_left = kept(mass_left, stats + (i - 1) * STATS)
                 odds = mass_left
                 if (i < drafts) & (mass_left < 1.0):
-                    row = (logits, seen, penalty, bias, bitmask, strides, b, i)
-                    proposal = (candidates, probs, draft_logits, q_strides, b, i)
+                    row = (logits, seen, penalty, bias, bitmask, strides, b, b * 0 + i)
+                    proposal = (candidates, probs, draft_logits, q_strides, b, b * 0 + i)
                     found = _residual(row, load_law(stats + i * STATS + TARGET), mass_left.to(tl.float32), proposal,
                                       planes + (rows + i) * chunks, plane, k, vocab, chunks, CHUNKS)
                     left = tl.sum(found, 0).to(tl.float64) / RESIDUAL_POINT
@@ -200,8 +200,8 @@ def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens,
         law, tops_at = load_law(stats + TARGET), planes + (rows + accept) * chunks
         last = law[4]
         if last < 0:
-            row = (logits, seen, penalty, bias, bitmask, strides, b, accept)
-            proposal = (candidates, probs, draft_logits, q_strides, b, accept)
+            row = (logits, seen, penalty, bias, bitmask, strides, b, accept.to(tl.int64))
+            proposal = (candidates, probs, draft_logits, q_strides, b, accept.to(tl.int64))
             c = tl.arange(0, CHUNKS)
             tops = tl.load(tops_at + c, c < chunks, float("-inf"))
             mass = masses(tl.load(tops_at + plane + c, c < chunks, 0.0), tops, law[0], law[1])

@@ -35,7 +35,8 @@ def uniform(seed, position, PURPOSE: tl.constexpr, start):
 @triton.jit
 def adjusted(row, v, mask):
     """Logits of tokens v in float32, minus infinity outside of mask. row: logits, seen, penalty, bias, bitmask (None
-    for what there is not), strides of a request and of a row of the four that have rows, the request and the row."""
+    for what there is not), strides of a request and of a row of the four that have rows, the request and the row, both
+    int64, as what they are multiplied by may be large."""
     logits, seen, penalty, bias, bitmask, strides, b, i = row
     x = tl.load(logits + b * strides[0] + i * strides[1] + v, mask, float("-inf")).to(tl.float32)
     if seen is not None:

@@ -1,10 +1,6 @@
 """`dflash-kernels bench decode`: many prompts with a drafter and without, in one process."""
 
 import json
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +10,7 @@ import torch
 from dflash_kernels import build_info
 
 from .lossless import Difference, first_difference, first_index
+from .results import commit, cpu_model
 from .sampling import GREEDY, Sampling
 from .session import Session
 from .weights import CheckpointError
@@ -131,40 +128,3 @@ def header(session: Session, **options) -> dict:
         "versions": {"dflash-kernels": info["version"], "torch": info["torch"], "python": info["python"]},
         "platform": info["platform"], "commit": commit(),
     }
-
-
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The short commit of the checkout that this file is in; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],
-                              capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def write_json(file: Path, value: dict) -> None:
-    """Writes the file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(value, out, indent=1)
-            out.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -178,6 +178,7 @@ def bench_decode(
     set_threads(threads)
     check_device(device)
     from . import bench, report
+    from .results import write_json
     from .sampling import Sampling
     from .session import Session
 
@@ -202,7 +203,7 @@ def bench_decode(
                               prompts=[file.name for file in prompts], limit=limit,
                               **settings(samplings[0], sample_from, rule))
         many = {"kind": "decode by temperature", "temperatures": results}
-        bench.write_json(json_out, header | (results[0] if len(results) == 1 else many))
+        write_json(json_out, header | (results[0] if len(results) == 1 else many))
 
 
 def settings(sampling, sample_from: SampleFrom, rule: Rule) -> dict:

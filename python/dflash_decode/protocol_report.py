@@ -12,9 +12,10 @@ from dflash_kernels import build_info
 
 from . import report
 from .answerers import OurLoop, Server
-from .bench import Prompt, commit, cpu_model, write_json
+from .bench import Prompt
 from .chat import ChatServer
 from .protocol import CARD_ACCEPTANCE, CARD_THROUGHPUT, NOT_REPORTED, TASKS, Answerer, Journal, Stage, figures, measure
+from .results import commit, cpu_model, write_json
 from .session import Session
 
 CARD = "MiniMax-M2.7 on 4 B200"

@@ -13,7 +13,7 @@ from rich.table import Table
 from dflash_kernels import build_info
 
 from . import lossless
-from .bench import cpu_model
+from .results import cpu_model
 from .sampling import Sampling
 from .session import RANDOM, Run, Session
 from .weights import KNOWN

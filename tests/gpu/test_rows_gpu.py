@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import Case, ints
+from attention_cases import Case, ints
 
 import dflash_kernels as dk
 from dflash_kernels.testing import assert_within_budget, same_bits
