@@ -54,14 +54,21 @@ def build(original):
     return get_attn_backend_cls
 
 
+def off() -> str | None:
+    from vllm.platforms import current_platform
+
+    return "slower than the engine's own on a CPU" if current_platform.is_cpu() else None
+
+
 def keep() -> str | None:
+    """On a GPU nothing is wrapped: there the engine takes any backend of its registry that somebody names."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         return None
     enter_registry()
-    return f'not run on a GPU yet: "attention_backend": "{NAME}" in the speculative configuration asks for it'
+    return f'not run on a GPU yet; "attention_backend": "{NAME}" in the speculative configuration asks for it'
 
 
 HOOK = Hook("attention", "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
-            (("selected_backend", "attn_selector_config", "num_heads"),), ((0, 32), (0, 34)), build, keep)
+            (("selected_backend", "attn_selector_config", "num_heads"),), ((0, 32), (0, 34)), build, keep, off)
