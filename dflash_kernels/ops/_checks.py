@@ -41,7 +41,7 @@ def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Sequence[torch.d
 def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
     if len(shape) != len(sizes):
         return False
-    for want, got in zip(sizes, shape):  # noqa: B905, with a loop a third of the time that any() and strict take
+    for want, got in zip(sizes, shape, strict=True):  # noqa: SIM110  a generator would take longer than the rest
         if want is not None and want != got:
             return False
     return True

@@ -27,9 +27,10 @@ class Hook:
     """One function of an engine and what replaces it.
 
     name: what the log and the DISABLE variable call it. target: "module:function" or "module:Class.method".
-    parameters: the original's, by name and in order, without a classmethod's class; alternatives where releases differ. versions: the first
-    (major, minor) it was written for, and the first that it was not. build(original) -> replacement. keep() -> why the
-    original stays on this platform, or None. off: why it is left unless asked for by name, or None.
+    parameters: the original's, by name and in order, without a classmethod's class; a tuple of alternatives where
+    releases differ. versions: the first (major, minor) it was written for, and the first that it was not.
+    build(original) -> replacement. keep() -> why the original stays on this platform, or None. off: why it is left
+    unless asked for by name, or None.
     """
 
     name: str
