@@ -170,7 +170,7 @@ def command(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("serve", "trace"))
-    parser.add_argument("--rounds", type=int, default=2, help="runs with and without the plugin, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turn")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
