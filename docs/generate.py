@@ -141,7 +141,8 @@ def card_block(folder: Path, drafter: str) -> str:
 
 
 PART_NAMES = {"context_kv": "context K/V", "draft_head": "draft head and argmax", "verify": "acceptance",
-              "attention": "the drafter's attention, all layers", "propose": "the whole draft", "step": "the whole step"}
+              "attention": "the drafter's attention, all layers",
+              "propose": "the whole draft", "step": "the whole step"}
 
 
 WAYS = {"with": "the plugin", "attention": "with attention too", "without": "without it",
