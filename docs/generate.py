@@ -149,6 +149,10 @@ WAYS = {"with": "the plugin", "attention": "with attention too", "without": "wit
         "mended": "without it, each layer by its own K norm"}
 
 
+def cells(us: dict[str, float], ways: list[str]) -> str:
+    return " | ".join(f"{us[way]:.0f}" if way in us else "" for way in ways)
+
+
 def engine_tables(folder: Path) -> list[str]:
     """What bench/engines/run.py found, a machine after the other."""
     lines = []
@@ -172,6 +176,10 @@ def engine_tables(folder: Path) -> list[str]:
                   for name, us in c["us"].items()]
         lines += [f"| {what} | {' | '.join(str(c[key][way]) for way in ways)} |" for key, what in (
             ("acceptance_length", "acceptance length"), ("tokens_per_s", "tokens/s"))]
+        lines += [f"| context K/V of {row['tokens']} tokens alone in a loop, µs | {cells(row['us'], ways)} |"
+                  for row in r["alone"]["context_kv"]]
+        lines += [f"| a layer's attention alone in a loop, {row['requests']} × {row['context']} tokens of context, µs "
+                  f"| {cells(row['us'], ways)} |" for row in r["alone"]["attention"]]
         lines += ["", f"The text is {'the same in all of them' if c['same_text'] else 'NOT the same'}.", "",
                   "| the server | |", "|---|---|"]
         lines += [f"| {scene} | {'yes' if good else 'NO'} |" for scene, good in s["scenes"].items()]

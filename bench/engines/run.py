@@ -1,6 +1,6 @@
 """vLLM with our plugin and without it: the same prompts, drafts, K/V and times; and a server that real clients use.
 
-    python bench/engines/run.py [--only serve|trace] [--rounds N] [--eager] [--json OUT]
+    python bench/engines/run.py [--only serve|trace|alone] [--rounds N] [--eager] [--json OUT]
 
 `make engine-vllm` makes the environment and the wheel that this installs beside the engine.
 """
@@ -68,6 +68,18 @@ def trace(way: str, options: argparse.Namespace) -> dict:
         if done.returncode:
             raise SystemExit(f"vLLM ended with {done.returncode}; see {log.relative_to(ROOT)}")
         return json.loads(reply.read_text(encoding="utf-8")) | {"plugin": said(log)}
+
+
+def alone(options: argparse.Namespace) -> dict:
+    """Context K/V and attention by themselves."""
+    log = PEERS / "last-alone.log"
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
+        reply = Path(folder, "reply.json")
+        done = subprocess.run([PYTHON, HERE / "alone.py", reply], stdout=output, stderr=output,
+                              env=environment(True, options.threads), timeout=options.timeout)
+        if done.returncode:
+            raise SystemExit(f"alone.py ended with {done.returncode}; see {log.relative_to(ROOT)}")
+        return json.loads(reply.read_text(encoding="utf-8"))
 
 
 def said(log: Path) -> list[str]:
@@ -169,7 +181,7 @@ def command(options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("serve", "trace"))
+    parser.add_argument("--only", choices=("serve", "trace", "alone"))
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turn")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
@@ -186,10 +198,11 @@ def main() -> None:
         "cpu": cpu_model(), "threads": options.threads, "commit": commit(), "eager": options.eager,
         "rounds": options.rounds, "note": options.note, "command": command(options),
         "date": time.strftime("%Y-%m-%d")}}
-    if options.only != "trace":
-        result["serve"] = serve(options)
-        OUT.print(json.dumps(result["serve"], indent=1), markup=False)
-    if options.only != "serve":
+    for name, measure in (("alone", alone), ("serve", serve)):
+        if options.only in (None, name):
+            result[name] = measure(options)
+            OUT.print(json.dumps(result[name], indent=1), markup=False)
+    if options.only in (None, "trace"):
         ways = ["without", "with", "attention"]
         runs = {way: [] for way in ways}
         for number in range(options.rounds):
