@@ -119,8 +119,8 @@ def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
 def _layout(cache: PagedKV) -> tuple:
     """What all layers' caches must agree in; of v, what PagedKV leaves open."""
     k, k_scale, v_scale = cache.k, cache.k_scale, cache.v_scale
-    return (k.shape, k.stride(), cache.v.stride(), k.dtype, k.device, k_scale is None or k_scale.numel(),
-            v_scale is None or v_scale.numel())
+    return (k.shape, k.stride(), cache.v.stride(), k.dtype, k.device, None if k_scale is None else k_scale.numel(),
+            None if v_scale is None else v_scale.numel())
 
 
 def _check_written_positions(op, positions, slots, cos_sin, commit_lens, cache):
