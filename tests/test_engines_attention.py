@@ -21,6 +21,7 @@ def install(monkeypatch):
     def run(device="cpu", enable="attention", version="0.32.0"):
         fake.install(monkeypatch, version, device)
         monkeypatch.setenv("DFLASH_VLLM_ENABLE", enable)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
         return types.SimpleNamespace(config=sys.modules["vllm.config"].current, why=why,
                                      names=sys.modules["vllm.v1.attention.backends.registry"].AttentionBackendEnum,
                                      platform=sys.modules["vllm.platforms.cpu"].CpuPlatform)
@@ -161,12 +162,12 @@ def test_what_a_drafters_pass_never_is(backend):
         backend.DFlashAttention(HEADS, fake.HEAD_DIM, 0.3, fake.KV_HEADS, sliding_window=8)
 
 
-def test_context_kv_goes_straight_into_its_pages(backend, caplog):
+def test_context_kv_goes_straight_into_its_pages(backend):
     """No write of the engine's between: on a CPU the rows are those of a PagedKV."""
     model, theirs = sys.modules["vllm.model_executor.models.qwen3_dflash"].DFlashQwen3Model(), fake.DFlashQwen3Model()
     for layer in model._attn_layers:
         layer.attn_backend, layer.impl = backend.DFlashAttentionBackend, None
-    plugin.register()
+    assert next(o.why for o in plugin.register() if o.name == "context_kv") == ""
     given = torch.randn(5, fake.HIDDEN), torch.arange(7, 12), torch.tensor([9, 3, -1, 22, 1])
     model.precompute_and_store_context_kv(*given)
     theirs.precompute_and_store_context_kv(*given)

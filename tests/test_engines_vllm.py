@@ -19,6 +19,7 @@ from dflash_decode.engines.vllm import context, head, verify
 
 @pytest.fixture
 def engine(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     model, proposer, sampler = fake.install(monkeypatch)
     outcomes = plugin.register()
     assert [(o.name, o.why) for o in outcomes] == [
@@ -28,6 +29,7 @@ def engine(monkeypatch):
 
 
 def test_registering_twice_and_turning_off(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     model, proposer, sampler = fake.install(monkeypatch)
     monkeypatch.setenv("DFLASH_VLLM_DISABLE", "verify")
     with caplog.at_level(logging.INFO):

@@ -9,6 +9,8 @@ import inspect
 import logging
 from typing import Any
 
+import torch
+
 from ..hooks import Hook
 
 LOG = logging.getLogger("vllm.dflash_kernels")
@@ -55,9 +57,7 @@ def build(original):
 
 
 def off() -> str | None:
-    from vllm.platforms import current_platform
-
-    return "slower than the engine's own on a CPU" if current_platform.is_cpu() else None
+    return None if torch.cuda.is_available() else "slower than the engine's own on a CPU"
 
 
 def keep() -> str | None:
