@@ -62,7 +62,7 @@ peer-kernels: $(STAMPS)/deps
 	$(PY) bench/peers/gpu_peers.py $(PEERS)/wheels/*.whl
 	rm -rf $(PEERS)/wheels
 
-engine-vllm: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
+engine-vllm: $(STAMPS)/package $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
 	$(PY) bench/engines/run.py $(ARGS)
 	$(PY) docs/generate.py
 
@@ -119,6 +119,7 @@ $(PEERS)/%/installed: bench/peers/requirements-%.txt
 	  || echo "$*: not installed: $$(tail -n 1 $(@D).log)"
 
 # Our wheel in a folder of its own, which is put beside an engine's packages or not: its environment never changes.
-$(OVERLAY): $(STAMPS)/build $(shell find dflash_kernels python -name '*.py')
-	rm -rf $@ && $(PIP) --no-deps --no-build-isolation --target $@ .
+# The engine is a CPU build, so where nvcc is found, its kernels are not compiled for this.
+$(OVERLAY): $(SOURCES) $(STAMPS)/package $(shell find dflash_kernels python -name '*.py')
+	rm -rf $@ && DFLASH_NO_CUDA=1 $(PIP) --no-deps --no-build-isolation --target $@ .
 	touch $@

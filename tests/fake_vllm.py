@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ def rms_norm(out, x, weight, eps):
 
 
 class Backend:
-    name = "FLASH_ATTN"
+    """As on a CPU. The real one keeps a page in tiles, which our hook does not look into."""
+
+    name = "CPU_ATTN"
 
     @classmethod
     def get_name(cls):
@@ -149,7 +152,75 @@ def rejection_sample(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_dra
     return out
 
 
-def install(monkeypatch, version="0.32.0+cpu"):
+class AttentionBackend:
+    supported_dtypes, supported_kv_cache_dtypes = [], []
+
+    @classmethod
+    def validate_configuration(cls, device_capability, dtype, kv_cache_dtype, has_sliding_window=False,
+                               use_non_causal=False, **rest):
+        """The real one asks so for each of twenty things."""
+        no = [dtype not in cls.supported_dtypes and "dtype", kv_cache_dtype not in cls.supported_kv_cache_dtypes
+              and "kv_cache_dtype", has_sliding_window and not getattr(cls, "supports_sliding_window", bool)()
+              and "sliding window", use_non_causal and not cls.supports_non_causal() and "non-causal attention"]
+        return [f"{what} not supported" for what in no if what] + [
+            why for why in [cls.supports_combination()] if why]
+
+
+class AttentionMetadataBuilder:
+    def __class_getitem__(cls, item):
+        return cls
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        self.layer_names = layer_names
+
+
+class AttentionImpl:
+    def __class_getitem__(cls, item):
+        return cls
+
+
+class SelectorConfig(NamedTuple):
+    dtype: torch.dtype = torch.bfloat16
+    kv_cache_dtype: str = "auto"
+    has_sliding_window: bool = False
+    use_non_causal: bool = False
+
+
+def attention_modules(device):
+    """vLLM's registry of backends, and the platform that says which one a layer gets."""
+    names = types.SimpleNamespace(__members__={"CPU_ATTN": "CPU_ATTN"})
+
+    def register_backend(backend, class_path=None, is_mamba=False):
+        if backend in names.__members__:
+            raise ValueError(f"Backend {backend} already exists")
+        names.__members__[backend] = class_path
+
+    class CpuPlatform:
+        @classmethod
+        def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+            return cls.__name__, getattr(selected_backend, "name", None)
+
+    platform = types.SimpleNamespace(is_cpu=lambda: device == "cpu", is_cuda_alike=lambda: device == "cuda")
+    config = types.SimpleNamespace(speculative_config=types.SimpleNamespace(method="dflash"), use_v2_model_runner=False)
+    return {
+        "vllm.config": {"get_current_vllm_config": lambda: config, "current": config},
+        "vllm.platforms": {"current_platform": platform}, "vllm.platforms.cpu": {"CpuPlatform": CpuPlatform},
+        "vllm.v1.attention": {}, "vllm.v1.attention.backends": {},
+        "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": names, "register_backend": register_backend},
+        "vllm.v1.attention.backend": {
+            "AttentionBackend": AttentionBackend, "AttentionImpl": AttentionImpl,
+            "AttentionMetadataBuilder": AttentionMetadataBuilder,
+            "AttentionType": types.SimpleNamespace(DECODER="decoder")}}
+
+
+def v2_rejection_sample(target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping,
+                        expanded_idx_mapping, expanded_local_pos, temperature, seed, num_speculative_steps,
+                        synthetic_conditional_rates=None, use_fp64=False, use_block_verification=False, contexts=None,
+                        watermarking=None, watermarking_skip_mask=None, watermark_key=None):
+    return "theirs"
+
+
+def install(monkeypatch, version="0.32.0+cpu", device="cpu"):
     """Puts it where vLLM would be."""
     model = type("DFlashQwen3Model", (DFlashQwen3Model,), dict(DFlashQwen3Model.__dict__))
     proposer = type("DFlashProposer", (SpecDecodeBaseProposer,), {})
@@ -159,7 +230,9 @@ def install(monkeypatch, version="0.32.0+cpu"):
         "vllm.model_executor.models.qwen3_dflash": {"DFlashQwen3Model": model},
         "vllm.v1": {}, "vllm.v1.spec_decode": {}, "vllm.v1.spec_decode.dflash": {"DFlashProposer": proposer},
         "vllm.v1.sample": {}, "vllm.v1.sample.rejection_sampler": {"rejection_sample": rejection_sample},
-    }
+        "vllm.v1.worker": {}, "vllm.v1.worker.gpu": {}, "vllm.v1.worker.gpu.spec_decode": {},
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": {"rejection_sample": v2_rejection_sample},
+    } | attention_modules(device)
     for name, names in contents.items():
         module = types.ModuleType(name)
         module.__path__ = []

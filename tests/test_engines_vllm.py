@@ -1,7 +1,10 @@
 """vLLM's plugin without vLLM: the hooks against a small stand-in with its names, layouts and roundings."""
 
 import ast
+import functools
+import inspect
 import logging
+import sys
 import types
 
 import fake_vllm as fake
@@ -16,30 +19,59 @@ from dflash_decode.engines.vllm import context, head, verify
 
 @pytest.fixture
 def engine(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     model, proposer, sampler = fake.install(monkeypatch)
     outcomes = plugin.register()
-    assert [(o.name, o.why) for o in outcomes] == [("context_kv", ""), ("draft_head", ""), ("verify", ""),
-                                                   ("verify_v2", "not run on a GPU yet")]
+    assert [(o.name, o.why) for o in outcomes] == [
+        ("context_kv", ""), ("attention", "slower than the engine's own on a CPU"), ("draft_head", ""), ("verify", ""),
+        ("verify_v2", "not run on a GPU yet")]
     return model, proposer, sampler
 
 
 def test_registering_twice_and_turning_off(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     model, proposer, sampler = fake.install(monkeypatch)
     monkeypatch.setenv("DFLASH_VLLM_DISABLE", "verify")
     with caplog.at_level(logging.INFO):
         first, second = plugin.register(), plugin.register()
-    assert first == second and [bool(o.why) for o in first] == [False, False, True, True]
+    assert first == second and [o.name for o in first if o.why] == ["attention", "verify", "verify_v2"]
     assert sampler.rejection_sample is fake.rejection_sample
     assert not hasattr(fake.SpecDecodeBaseProposer._greedy_sample, "dflash_original")  # other methods' proposers
     assert "verify: left, disabled by DFLASH_VLLM_DISABLE" in caplog.text
 
 
 def test_without_the_engine_or_with_a_later_one(monkeypatch, caplog):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     assert plugin.register() == [] and "nothing replaced" in caplog.text
     fake.install(monkeypatch, "0.34.0")
-    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "verify_v2")
+    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2")
     assert all("version 0.34.0 is not of 0.32 to before 0.34" in o.why for o in plugin.register())
+
+
+@pytest.mark.parametrize("name", [hook.name for hook in plugin.hooks()])
+@pytest.mark.parametrize("change", ["one more", "one less", "renamed"])
+def test_a_changed_signature_leaves_that_hook_alone(monkeypatch, caplog, name, change):
+    fake.install(monkeypatch, device="cuda" if name == "verify_v2" else "cpu")
+    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2")
+    module, _, path = next(hook.target for hook in plugin.hooks() if hook.name == name).partition(":")
+    *owners, attribute = path.split(".")
+    owner = functools.reduce(getattr, owners, sys.modules[module])
+    found = list(inspect.signature(getattr(owner, attribute)).parameters)
+    names = {"one more": [*found, "tree_mask"], "one less": found[:-1], "renamed": ["states", *found[1:]]}[change]
+    of_class = isinstance(inspect.getattr_static(owner, attribute), classmethod)
+
+    def changed(*args):
+        return "theirs"
+
+    changed.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+                                               for n in ["cls"] * of_class + names])
+    setattr(owner, attribute, classmethod(changed) if of_class else changed)
+    with caplog.at_level(logging.INFO):
+        outcomes = {o.name: o.why for o in plugin.register()}
+    assert outcomes.pop(name).startswith("its parameters changed: with")
+    assert f"{name}: left, its parameters changed" in caplog.text
+    assert getattr(owner, attribute)(*names) == "theirs"  # the engine's own, as it was
+    assert not any("parameters" in why for why in outcomes.values())  # the others do not care
 
 
 def _context(tokens=5, dtype=torch.float32):
@@ -187,7 +219,8 @@ def _parameters(root, hook):
     for file in files if owner else files[:1]:  # the base class of DFlash's proposer
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else ():
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                return tuple(a.arg for a in node.args.args)
+                of_class = any(getattr(d, "id", "") == "classmethod" for d in node.decorator_list)
+                return tuple(a.arg for a in node.args.args)[of_class:]
     return None
 
 

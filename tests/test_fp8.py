@@ -160,6 +160,8 @@ def test_layers_whose_caches_differ_are_refused():
     one = torch.tensor(1.0)
     for error, match, caches in [
         (TypeError, r"caches\[1\] must have the dtype of caches\[0\]", [PagedKV(*views[0]), PagedKV(*plain[1])]),
+        (ValueError, r"caches\[1\] must have the strides of caches\[0\]",
+         [PagedKV(*plain[0]), PagedKV(plain[1][0], plain[1][1].transpose(1, 2).contiguous().transpose(1, 2))]),
         (ValueError, r"caches\[1\].k_scale must be as large as that of caches\[0\], none; got 1",
          [PagedKV(*views[0]), PagedKV(*views[1], one)]),
         (ValueError, r"caches\[1\].v_scale must be as large as that of caches\[0\], 1; got 3",

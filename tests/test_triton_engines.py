@@ -71,13 +71,22 @@ def test_the_registry_calls_us(engine):
         utils.compute_dflash_sampling_correct_drafts_and_bonus)
 
 
-def test_a_changed_method_is_left(engine, monkeypatch):
-    worker, _, registry = engine
-    monkeypatch.setattr(worker._DflashDraftSampler, "__call__", lambda self, hidden_states, step: None)
+@pytest.mark.parametrize("name", ["context_kv", "draft_head", "sampling"])
+def test_a_changed_signature_leaves_that_hook_alone(engine, monkeypatch, name):
+    worker, utils, registry = engine
+    owner, attribute = {"context_kv": (worker.DFlashWorkerV2, "_append_target_hidden_fused"),
+                        "draft_head": (worker._DflashDraftSampler, "__call__"),
+                        "sampling": (utils, "compute_dflash_sampling_correct_drafts_and_bonus")}[name]
+    monkeypatch.setattr(owner, attribute, lambda self, step: None)
+    outcomes = {o.name: o.why for o in plugin.register()}
+    assert outcomes.pop(name).startswith("its parameters changed: without ")
+    assert set(outcomes.values()) == {""} and len(registry._hooks) == 2
+
+
+def test_a_hook_is_turned_off_by_name(engine, monkeypatch):
     monkeypatch.setenv("DFLASH_SGLANG_DISABLE", "sampling")
-    why = [o.why for o in plugin.register()]
-    assert why == ["", "its parameters changed: without input_ids and with step", "disabled by DFLASH_SGLANG_DISABLE"]
-    assert len(registry._hooks) == 1
+    assert [o.why for o in plugin.register()] == ["", "", "disabled by DFLASH_SGLANG_DISABLE"]
+    assert len(engine[2]._hooks) == 2
 
 
 class MHATokenToKVPool:
@@ -264,6 +273,74 @@ def test_accept_and_prepare_are_sglangs():
     assert torch.equal(found.new_lens.long(), new)
     kept = torch.arange(q) < out[1][:, None]
     assert torch.equal(found.tokens[kept], tokens[kept])
+
+
+def inputs_of_vllm(theirs, block_table, contexts, anchors, rows, rejected, steps=3, max_reqs=5, page=4, max_len=40):
+    """Everything that prepare_dflash_inputs of the V2 runner writes, for requests whose target pass ended with
+    `rejected` rows that do not count. contexts: tokens before each block."""
+    lens = torch.tensor([3, 4, 2])
+    ends = lens.cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    positions = torch.cat([torch.arange(c + r - n, c + r) for c, r, n in zip(contexts, rejected, lens, strict=True)])
+    width, most = steps + 1, 32
+    out = {name: torch.full((n,), 99, dtype=dtype) for name, n, dtype in (
+        ("input_ids", most, torch.int32), ("positions", most, torch.int64), ("is_padding", most, torch.bool),
+        ("query_start_loc", max_reqs + 1, torch.int32), ("seq_lens", max_reqs, torch.int32),
+        ("query_slots", most, torch.int64), ("context_positions", 9, torch.int64), ("context_slots", 9, torch.int64),
+        ("sample_indices", max_reqs * steps, torch.int64), ("sample_pos", max_reqs * steps, torch.int64),
+        ("sample_rows", max_reqs * steps, torch.int64), ("temperature", max_reqs, torch.float32),
+        ("seeds", max_reqs, torch.int64))}
+    last = torch.full((max_reqs,), 98, dtype=torch.int64)
+    last[rows] = anchors
+    batch = types.SimpleNamespace(num_reqs=3, num_scheduled_tokens=lens.numpy(), positions=positions,
+                                  query_start_loc=starts.int(), idx_mapping=rows.int())
+    theirs.prepare_dflash_inputs(
+        types.SimpleNamespace(**out), out["query_slots"], out["context_positions"], out["context_slots"],
+        out["sample_indices"], out["sample_pos"], out["sample_rows"], out["temperature"], out["seeds"], batch,
+        torch.ones(3, dtype=torch.int32), torch.tensor(rejected, dtype=torch.int32), last, torch.zeros_like(last),
+        torch.arange(max_reqs) / 8, torch.arange(max_reqs), block_table, page, 0, 1, 1, 77, width, steps, max_reqs,
+        most, max_len)
+    return out, positions
+
+
+@pytest.fixture
+def speculator():
+    path = "v1/worker/gpu/spec_decode/dflash/speculator.py"
+    source("vllm", path)
+    return gpu_peers.load("vllm", path)
+
+
+def test_prepare_is_vllms_where_they_overlap(speculator):
+    """Not hooked: three of the thirteen things that its one launch writes, and those for tokens that have a page."""
+    contexts, anchors, rows = [9, 15, 2], torch.tensor([11, 12, 13]), torch.tensor([4, 0, 2])
+    table = torch.tensor([[5, 7, 9, 3, 0], [8, 2, 4, 6, 1], [10, 11, 0, 0, 0]], dtype=torch.int32)
+    out, positions = inputs_of_vllm(speculator, table, contexts, anchors, rows, [0, 2, 1])
+    made = prepare_block(anchors, torch.tensor(contexts, dtype=torch.int32), 4, 77, page_size=4,
+                         page_table=table.where(table > 0, -1))  # its page 0 is nobody's
+    assert torch.equal(made.ids.flatten().int(), out["input_ids"][:12])
+    assert torch.equal(made.positions.flatten(), out["positions"][:12])
+    assert torch.equal(made.slots.flatten(), out["query_slots"][:12])
+    # What is left to it: rows of the context, where a rejected one is kept out of the cache, ...
+    assert positions[out["context_slots"] >= 0].tolist() == [6, 7, 8, 13, 14, 1]
+    assert out["context_slots"][5:7].tolist() == [-1, -1] and out["context_positions"][5:7].tolist() == [0, 0]
+    # ... where to sample, for whom, lengths, and the padding of a graph's buffers.
+    assert out["sample_indices"].tolist() == [1, 2, 3, 5, 6, 7, 9, 10, 11] + [0] * 6
+    assert out["sample_rows"].tolist() == [4, 4, 4, 0, 0, 0, 2, 2, 2] + [-1] * 6
+    assert out["sample_pos"][:9].tolist() == [10, 11, 12, 16, 17, 18, 3, 4, 5]
+    assert out["seq_lens"].tolist() == [13, 19, 6, 0, 0] and out["query_start_loc"].tolist() == [0, 4, 8, 12, 12, 12]
+    assert out["is_padding"].tolist() == [False] * 12 + [True] * 20 and (out["query_slots"][12:] == -1).all()
+    assert out["temperature"][rows].tolist() == [0.5, 0, 0.25] and out["seeds"][rows].tolist() == rows.tolist()
+
+
+def test_prepare_differs_from_vllms_at_the_longest_text(speculator):
+    """Past the model's length it repeats the last position and writes to the table's last page, ours writes nothing."""
+    contexts, anchors, rows = [18, 17, 2], torch.tensor([11, 12, 13]), torch.tensor([4, 0, 2])
+    table = torch.arange(1, 16, dtype=torch.int32).view(3, 5)
+    out, _ = inputs_of_vllm(speculator, table, contexts, anchors, rows, [0, 0, 0], max_len=20)
+    made = prepare_block(anchors, torch.tensor(contexts, dtype=torch.int32), 4, 77, page_table=table, page_size=4)
+    assert out["positions"][:4].tolist() == [18, 19, 19, 19] and made.positions[0].tolist() == [18, 19, 20, 21]
+    assert out["query_slots"][:4].tolist() == [22, 23, 20, 21] and made.slots[0].tolist() == [22, 23, -1, -1]
+    assert out["seq_lens"][0] == 20
 
 
 @pytest.fixture

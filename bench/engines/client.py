@@ -26,45 +26,72 @@ def card(base: str, model: str) -> str:
     return response.choices[0].message.content
 
 
-async def streamed(client: AsyncOpenAI, model: str, question: str = QUESTION, leave_after: int | None = None) -> str:
+async def streamed(client: AsyncOpenAI, model: str, question: str = QUESTION) -> list[str]:
+    """The pieces as they came."""
     stream = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], max_tokens=TOKENS, temperature=0.0, stream=True)
-    pieces = []
-    async for chunk in stream:
-        pieces.append(chunk.choices[0].delta.content or "")
-        if leave_after and len(pieces) == leave_after:
+    return [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
+
+
+async def leaves(client: AsyncOpenAI, model: str, base: str) -> dict:
+    """Asks for a text as long as the engine's limit, reads a little, closes the connection, and waits until no more
+    tokens are made: fewer than were asked for, if the engine has dropped the request."""
+    before = metrics(base)
+    stream = await client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=LIMIT - 64, temperature=0.0,
+        stream=True, extra_body={"ignore_eos": True})
+    pieces = 0
+    async for _ in stream:
+        pieces += 1
+        if pieces == 3:
             await stream.close()
             break
-    return "".join(pieces)
+    made, last = metrics(base)["tokens"], -1.0
+    while made != last:
+        await asyncio.sleep(5)
+        made, last = metrics(base)["tokens"], made
+    return {"pieces_read": pieces, "tokens_asked": LIMIT - 64, "tokens_made": made - before["tokens"]}
 
 
 async def scenes(base: str, model: str) -> dict:
-    client = AsyncOpenAI(base_url=f"{base}/v1", api_key="EMPTY", max_retries=0)
-    plain, found = card(base, model), {}
-    found["chat"] = bool(plain.strip())
-    found["streaming gives the same text"] = await streamed(client, model) == plain
+    """What should happen and whether it did, and what was seen."""
+    client = AsyncOpenAI(base_url=f"{base}/v1", api_key="EMPTY", max_retries=0, timeout=1800)
+    plain, found, seen = card(base, model), {}, {}
+    found["chat completions answer"] = bool(plain.strip())
+    pieces = await streamed(client, model)
+    seen["pieces"] = len(pieces)
+    found["streaming gives the same text, in pieces"] = "".join(pieces) == plain and len(pieces) > 3
     questions = [f"What is {n} times {n + 1}?" for n in range(AT_ONCE)]
-    began = time.perf_counter()
-    texts = await asyncio.gather(*(streamed(client, model, q) for q in questions))
-    found[f"{AT_ONCE} at once"] = sum(bool(text.strip()) for text in texts) == AT_ONCE
-    seconds = time.perf_counter() - began
-    await streamed(client, model, leave_after=2)
-    found["a client leaves; the next is served"] = await streamed(client, model) == plain
+    began, before = time.perf_counter(), metrics(base)
+    texts = ["".join(p) for p in await asyncio.gather(*(streamed(client, model, q) for q in questions))]
+    seen |= {"seconds_at_once": round(time.perf_counter() - began, 2), "answers": sum(bool(t.strip()) for t in texts),
+             "different_answers": len(set(texts)), "tokens_at_once": metrics(base)["tokens"] - before["tokens"]}
+    found[f"{AT_ONCE} at once are all answered"] = (seen["answers"] == AT_ONCE
+                                                    and seen["different_answers"] > AT_ONCE / 2)
+    seen["left"] = left = await leaves(client, model, base)
+    found["a client leaves: its request ends early"] = 0 < left["tokens_made"] < left["tokens_asked"] / 2
+    found["the next one gets the same text"] = "".join(await streamed(client, model)) == plain
     try:
         await streamed(client, model, "word " * 2 * LIMIT)
         found["a prompt that is too long is refused"] = False
-    except BadRequestError:
-        found["a prompt that is too long is refused"] = await streamed(client, model) == plain
-    return {"scenes": found, "seconds_at_once": round(seconds, 2)}
+    except BadRequestError as error:
+        seen["refusal"] = [error.status_code, str(error.body.get("message") if isinstance(error.body, dict) else error)]
+        found["a prompt that is too long is refused"] = error.status_code == 400
+    found["and the next one gets the same text"] = "".join(await streamed(client, model)) == plain
+    return {"scenes": found, "seen": seen}
+
+
+COUNTERS = {"vllm:spec_decode_num_drafts_total": "drafts", "vllm:spec_decode_num_draft_tokens_total": "draft_tokens",
+            "vllm:spec_decode_num_accepted_tokens_total": "accepted_tokens",
+            "vllm:generation_tokens_total": "tokens"}
 
 
 def metrics(base: str) -> dict[str, float]:
-    text = urllib.request.urlopen(f"{base}/metrics", timeout=60).read().decode()
+    text = urllib.request.urlopen(f"{base}/metrics", timeout=300).read().decode()
     found = {}
     for line in text.splitlines():
-        if line.startswith("vllm:spec_decode_num_") and "_per_pos" not in line and "_created" not in line:
-            name, value = line.split("{")[0], line.rsplit(" ", 1)[1]
-            found[name.removeprefix("vllm:spec_decode_num_").removesuffix("_total")] = float(value)
+        if name := COUNTERS.get(line.split("{")[0]):
+            found[name] = float(line.rsplit(" ", 1)[1])
     return found
 
 

@@ -1,6 +1,6 @@
 """vLLM with our plugin and without it: the same prompts, drafts, K/V and times; and a server that real clients use.
 
-    python bench/engines/run.py [--only serve|trace] [--rounds N] [--eager] [--json OUT]
+    python bench/engines/run.py [--only serve|trace|alone] [--rounds N] [--eager] [--json OUT]
 
 `make engine-vllm` makes the environment and the wheel that this installs beside the engine.
 """
@@ -51,21 +51,35 @@ def environment(plugin: bool, threads: int, **more: str) -> dict[str, str]:
     return found | ({"PYTHONPATH": str(OVERLAY)} if plugin else {})
 
 
-def trace(plugin: bool, options: argparse.Namespace, enable: str = "") -> dict:
+def trace(way: str, options: argparse.Namespace) -> dict:
+    """One run: with the plugin, with its attention too, without it, or without it but with the norms mended."""
+    plugin = way in ("with", "attention")
     tokenizer = load_tokenizer("smollm2")
     prompts = [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": q}])) for q in QUESTIONS]
     job = {"model": str(MODEL), "draft": str(DRAFT), "drafted": DRAFTED, "tokens": options.tokens,
-           "eager": options.eager, "prompts": prompts}
-    log = PEERS / f"last-trace-{'on' if plugin else 'off'}.log"
+           "eager": options.eager, "prompts": prompts, "own_norms": way == "mended"}
+    log = PEERS / f"last-trace-{way}.log"
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
         question, reply = Path(folder, "job.json"), Path(folder, "reply.json")
         question.write_text(json.dumps(job), encoding="utf-8")
-        more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DFLASH_VLLM_ENABLE": enable}
+        more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DFLASH_VLLM_ENABLE": "attention" if way == "attention" else ""}
         done = subprocess.run([PYTHON, HERE / "trace.py", question, reply], stdout=output, stderr=output,
                               env=environment(plugin, options.threads, **more), timeout=options.timeout)
         if done.returncode:
             raise SystemExit(f"vLLM ended with {done.returncode}; see {log.relative_to(ROOT)}")
         return json.loads(reply.read_text(encoding="utf-8")) | {"plugin": said(log)}
+
+
+def alone(options: argparse.Namespace) -> dict:
+    """Context K/V and attention by themselves."""
+    log = PEERS / "last-alone.log"
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
+        reply = Path(folder, "reply.json")
+        done = subprocess.run([PYTHON, HERE / "alone.py", reply], stdout=output, stderr=output,
+                              env=environment(True, options.threads), timeout=options.timeout)
+        if done.returncode:
+            raise SystemExit(f"alone.py ended with {done.returncode}; see {log.relative_to(ROOT)}")
+        return json.loads(reply.read_text(encoding="utf-8"))
 
 
 def said(log: Path) -> list[str]:
@@ -127,21 +141,36 @@ def stop(server: subprocess.Popen, patience: float = 30) -> None:
             continue
 
 
-def compare(on: list[dict], off: list[dict]) -> dict:
-    """Bits of the first run of each, times of all of them."""
-    a, b = on[0], off[0]
-    pairs = list(zip(a["steps"], b["steps"], strict=False))
-    different = next((i for i, (x, y) in enumerate(pairs) if x["drafts"] != y["drafts"] or x["kv"] != y["kv"]), None)
-    parts = {}
-    for name in a["parts"]:
-        parts[name] = {who: round(1e6 * statistics.median(t for run in runs for t in run["parts"][name]), 1)
-                       for who, runs in (("with", on), ("without", off))}
-    return {"same_text": a["texts"] == b["texts"], "same_text_in_a_batch": a["batched"] == b["batched"],
-            "steps_with": len(a["steps"]), "steps_without": len(b["steps"]), "first_different_step": different,
-            "beside": a["beside"], "us": parts,
-            **{f"{key}_{who}": value for who, runs in (("with", on), ("without", off)) for key, value in {
-                "acceptance_length": round(1 + runs[0]["accepted"] / runs[0]["drafts"], 4),
-                "tokens_per_s": round(statistics.median(r["tokens"] / r["seconds"] for r in runs), 2)}.items()}}
+def step_by_step(a: dict, b: dict) -> dict[str, int]:
+    """Two runs' drafts and K/V rows where both have a step, or a row, at the same position of the same prompt."""
+    counts = dict.fromkeys(("steps", "same_steps", "ids", "same_ids", "rows", "same_rows"), 0)
+    for x, y in zip(a["alone"], b["alone"], strict=True):
+        for one, many, key in (("steps", "ids", "steps"), (None, "rows", "rows")):
+            mine, theirs = dict(x[key]), dict(y[key])
+            for at in mine.keys() & theirs.keys():
+                same = sum(p == q for p, q in zip(mine[at], theirs[at], strict=True))
+                counts[many] += len(mine[at])
+                counts[f"same_{many}"] += same
+                if one:
+                    counts[one] += 1
+                    counts[f"same_{one}"] += same == len(mine[at])
+    return counts
+
+
+def compare(runs: dict[str, list[dict]]) -> dict:
+    """Bits of the first run of each way, times of all of them. Ways: with, attention, without, and without but with the
+    norms mended."""
+    first = {way: found[0] for way, found in runs.items()}
+    pairs = [(a, b) for a in ("with", "attention") for b in ("without", "mended") if a in first and b in first]
+    return {"same_text": len({json.dumps(f["texts"]) for f in first.values()}) == 1,
+            "same_text_in_a_batch": len({json.dumps(f["batched"]) for f in first.values()}) == 1,
+            "step_by_step": {f"{a} / {b}": step_by_step(first[a], first[b]) for a, b in pairs},
+            "beside": first["with"]["beside"], "backends": {way: f["backends"] for way, f in first.items()},
+            "us": {name: {way: round(1e6 * statistics.median(t for run in found for t in run["parts"][name]), 1)
+                          for way, found in runs.items()} for name in first["with"]["parts"]},
+            "acceptance_length": {w: round(1 + f["accepted"] / f["drafts"], 4) for w, f in first.items()},
+            "tokens_per_s": {w: round(statistics.median(r["tokens"] / r["seconds"] for r in found), 2)
+                             for w, found in runs.items()}}
 
 
 def command(options: argparse.Namespace) -> str:
@@ -152,13 +181,12 @@ def command(options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("serve", "trace"))
-    parser.add_argument("--rounds", type=int, default=2, help="runs with and without the plugin, in turn")
+    parser.add_argument("--only", choices=("serve", "trace", "alone"))
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turn")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=900)
-    parser.add_argument("--enable", default="", help="hooks to measure although they are off by default")
     parser.add_argument("--note", default="", help="what a reader of the figures must know, such as a busy machine")
     parser.add_argument("--json", type=Path, default=results_folder() / "engine-vllm.json")
     options = parser.parse_args()
@@ -170,16 +198,18 @@ def main() -> None:
         "cpu": cpu_model(), "threads": options.threads, "commit": commit(), "eager": options.eager,
         "rounds": options.rounds, "note": options.note, "command": command(options),
         "date": time.strftime("%Y-%m-%d")}}
-    if options.only != "trace":
-        result["serve"] = serve(options)
-        OUT.print(json.dumps(result["serve"], indent=1), markup=False)
-    if options.only != "serve":
-        runs = {True: [], False: []}
+    for name, measure in (("alone", alone), ("serve", serve)):
+        if options.only in (None, name):
+            result[name] = measure(options)
+            OUT.print(json.dumps(result[name], indent=1), markup=False)
+    if options.only in (None, "trace"):
+        ways = ["without", "with", "attention"]
+        runs = {way: [] for way in ways}
         for number in range(options.rounds):
-            for plugin in (False, True) if number % 2 == 0 else (True, False):
-                runs[plugin].append(trace(plugin, options, options.enable))
-        result["compare"] = compare(runs[True], runs[False])
-        result["header"]["versions"] = runs[True][0]["versions"]
+            for way in ways if number % 2 == 0 else reversed(ways):
+                runs[way].append(trace(way, options))
+        result["compare"] = compare(runs | {"mended": [trace("mended", options)]})
+        result["header"]["versions"] = runs["with"][0]["versions"]
         OUT.print(json.dumps(result["compare"], indent=1), markup=False)
     if options.only:
         result = (json.loads(options.json.read_text()) if options.json.is_file() else {}) | {

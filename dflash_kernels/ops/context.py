@@ -93,7 +93,11 @@ def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
     if len(caches) > MAX_LAYERS:
         raise NotImplementedError(f"{op}: caches must be at most {MAX_LAYERS} layers; got {len(caches)}")
     first = caches[0]
+    check_cache(op, "caches[0]", first, kv, None, None)
+    wanted = None if check.values_checked() else _layout(first)
     for layer, cache in enumerate(caches):
+        if type(cache) is PagedKV and _layout(cache) == wanted:  # what costs a call of few rows its time is this loop
+            continue
         name = f"caches[{layer}]"
         check_cache(op, name, cache, kv, None, None)
         if cache.k.shape != first.k.shape:
@@ -110,6 +114,13 @@ def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
                 raise ValueError(f"{op}: {name}.{which} must be as large as that of caches[0], "
                                  f"{'none' if want is None else want}; got {'none' if have is None else have}")
     return first
+
+
+def _layout(cache: PagedKV) -> tuple:
+    """What all layers' caches must agree in; of v, what PagedKV leaves open."""
+    k, k_scale, v_scale = cache.k, cache.k_scale, cache.v_scale
+    return (k.shape, k.stride(), cache.v.stride(), k.dtype, k.device, None if k_scale is None else k_scale.numel(),
+            None if v_scale is None else v_scale.numel())
 
 
 def _check_written_positions(op, positions, slots, cos_sin, commit_lens, cache):

@@ -27,9 +27,10 @@ class Hook:
     """One function of an engine and what replaces it.
 
     name: what the log and the DISABLE variable call it. target: "module:function" or "module:Class.method".
-    parameters: the original's, by name and in order; a tuple of alternatives where releases differ. versions: the first
-    (major, minor) it was written for, and the first that it was not. build(original) -> replacement. keep() -> why the
-    original stays on this platform, or None. off: why it is left unless asked for by name, or None.
+    parameters: the original's, by name and in order, without a classmethod's class; a tuple of alternatives where
+    releases differ. versions: the first (major, minor) it was written for, and the first that it was not.
+    build(original) -> replacement. keep() -> why the original stays on this platform, or None. off: why it is left
+    unless asked for by name, or None.
     """
 
     name: str
@@ -103,9 +104,11 @@ def _install(hook: Hook, version: str, disabled: set[str], enabled: set[str], pr
     parameters = tuple(inspect.signature(original).parameters)
     if parameters not in hook.parameters:
         return f"its parameters changed: {_difference(hook.parameters[-1], parameters)}"
+    of_class = isinstance(inspect.getattr_static(owner, attribute), classmethod)
+    original = original.__func__ if of_class else original
     replacement = functools.update_wrapper(hook.build(original), original)
     setattr(replacement, MARK, original)
-    place(hook, owner, attribute, original, replacement)
+    place(hook, owner, attribute, original, classmethod(replacement) if of_class else replacement)
     return ""
 
 

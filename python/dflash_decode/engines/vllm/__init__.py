@@ -9,9 +9,9 @@ LOG = logging.getLogger("vllm.dflash_kernels")  # under "vllm" its handlers and 
 
 
 def hooks() -> tuple[Hook, ...]:
-    from . import context, head, verify, verify_v2
+    from . import attention, context, head, verify, verify_v2
 
-    return context.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK
+    return context.HOOK, attention.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK
 
 
 def register() -> list[Outcome]:

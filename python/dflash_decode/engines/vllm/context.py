@@ -15,7 +15,7 @@ from dflash_kernels import PagedKV, write_context_kv
 from ..hooks import Hook, plan
 
 LOG = logging.getLogger("vllm.dflash_kernels")
-SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER")  # keys, then values, side by side in a head's last dimension
+SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "DFLASH")  # keys, then values, side by side in a head's last dimension
 
 
 KEPT = 64  # tokens of a decoding step, for which rows and views are made once
@@ -68,10 +68,12 @@ def decide(model: Any) -> Plan | str:
     scale = getattr(model.layers[0].self_attn, "v_scale", None)
     cos_sin = model._rope_cos_sin_cache.to(dtype).contiguous()
     caches = None
-    if model._fused_kv_weight.device.type != "cpu":  # there keys are stored transposed or in tiles
-        backends = {layer.attn_backend.get_name() for layer in layers}
-        if not backends <= set(SPLIT_BACKENDS):
-            return f"the cache of {', '.join(sorted(backends))}"
+    backends = {layer.attn_backend.get_name() for layer in layers}
+    if backends <= {"CPU_ATTN"}:  # its keys are stored transposed or in tiles
+        pass
+    elif not backends <= set(SPLIT_BACKENDS):
+        return f"the cache of {', '.join(sorted(backends))}"
+    else:
         caches = views([layer.kv_cache for layer in layers], model._head_dim)
         if len({(c.k.shape, c.k.stride()) for c in caches}) > 1:
             return "draft layers with caches of different shapes"
