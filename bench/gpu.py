@@ -23,7 +23,7 @@ BUDGET, SANITIZER = 8 * 60, 90  # seconds for everything, and at most for comput
 PARTS = ("tests", "ops", "step")
 STEPS = {
     "tests": [["-m", "pytest", "tests/gpu", "--maxfail=20", "-p", "no:cacheprovider"]],
-    "ops": [["bench/run.py", "memory", "linear", "attention", "sample", "--device", "cuda", "--runs", "20"]],
+    "ops": [["bench/run.py", "memory", "small", "linear", "attention", "sample", "--device", "cuda", "--runs", "20"]],
     "step": [["bench/run.py", "draft", "--device", "cuda", "--runs", "20"]],
 }
 SANITIZED = ["-m", "pytest", "tests/gpu/test_ops_gpu.py", "-k", "sample and f32", "-p", "no:cacheprovider"]
