@@ -9,6 +9,7 @@ from decode_runs import PROMPTS, VOCAB, Oracle, collect, requests, run
 from dflash_decode.draft import Drafter
 from dflash_decode.loop import Decoder
 from dflash_decode.requests import Request
+from dflash_decode.step import block_width
 from dflash_kernels import StepGraph
 from dflash_kernels.testing import same_bits
 
@@ -68,6 +69,21 @@ def test_a_stop_token_ends_the_text_inside_an_accepted_block():
         assert {key: value[0] for key, value in got.items()} == want
         assert got[4][:2] == (long[:at + 1], "stop")
         assert {value[1] for value in got.values()} == {"stop", "length"}
+
+
+def test_blocks_are_shorter_while_many_requests_run():
+    _, target = make_target("qwen3", torch.bfloat16)
+    wanted = [Request(i, PROMPTS[i % len(PROMPTS)], 12 + 16 * (i < 2), ()) for i in range(32)]
+    plain = run(target, None, wanted, max_context=80, max_batch=32)
+    oracle = Oracle.knowing(target, {key: value[0] for key, value in plain.items()}, 0.0, block_size=8)
+    for size, at_first in ((None, 1), (8, 8)):
+        got = run(target, oracle, wanted, max_context=80, max_batch=32, block_size=size)
+        assert {key: value[0] for key, value in got.items()} == {key: value[0] for key, value in plain.items()}
+        assert {value[2][0] for value in got.values()} == {at_first}
+        assert max(got[0][2]) == 8  # all but two have left
+    device = torch.device
+    assert [block_width(8, batch, device("cpu")) for batch in (1, 4, 8, 16, 32, 64)] == [8, 8, 4, 2, 1, 1]
+    assert block_width(5, 4, device("cpu")) == 5 and block_width(8, 64, device("cuda")) == 8
 
 
 def test_requests_arrive_and_leave_at_any_step():

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from .draft import Drafter
 from .kv import OutOfPages, PagePool
 from .requests import Event, Live, Request, admit
-from .step import Prefill, Step, prefill_size
+from .step import Prefill, Step, block_width, prefill_size
 from .targets import Target
 from .verify import first_token, verifier_for
 
@@ -19,8 +19,9 @@ RULES, SAMPLE_FROM = ("token", "block"), ("greedy", "request")
 
 
 class Decoder:
-    """block_size: Q, at most the drafter's own. max_batch: requests decoded together. num_pages: default room for
-    max_batch requests of max_context tokens. Pages are taken when a request starts, for all that it may write.
+    """block_size: Q, at most the drafter's own. None: that, and on a CPU less where many requests run at once, which
+    changes no text (and is left where drafts are drawn). max_batch: requests decoded together. num_pages: default
+    room for max_batch requests of max_context tokens. Pages are taken when a request starts, for all that it may write.
 
     sample_from: how drafts of sampled requests are made. "greedy": the likeliest, and the text for a seed is plain
     sampling's token by token. "request": drawn as the request draws, which keeps the target's law, not the text, and
@@ -31,8 +32,8 @@ class Decoder:
                  prefill_rows: int = 256, sample_from: str = "greedy", rule: str = "token"):
         self.width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter and not 1 <= self.width <= drafter.block_size:
-            raise ValueError(f"Decoder: block_size must be between 1 and the drafter's {drafter.block_size}; "
-                             f"got {block_size}")
+            most = drafter.block_size
+            raise ValueError(f"Decoder: block_size must be between 1 and the drafter's {most}; got {block_size}")
         sizes = {"max_batch": max_batch, "prefill_rows": prefill_rows, "page_size": page_size,
                  "max_context": target.max_context if max_context is None else max_context}
         for name, value in sizes.items():
@@ -43,6 +44,7 @@ class Decoder:
                 raise ValueError(f"Decoder: {name} must be one of {', '.join(known)}; got {value!r}")
         self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
         self.draw, self.rule = sample_from == "request", rule
+        self.adapts = block_size is None and self.width > 1 and not self.draw
         self.max_context = min(target.max_context, sizes["max_context"])
         pages = -(-self.max_context // page_size)
         self.pool = PagePool(max_batch * pages if num_pages is None else num_pages, page_size)
@@ -120,11 +122,11 @@ class Decoder:
         batch, active = 1 << (len(self._active) - 1).bit_length(), list(self._active)
         kind = verifier_for(active)
         if (batch, kind) not in self._steps:
-            verifier = kind(self.target, batch, self.width, self.rule)
-            self._steps[batch, kind] = Step(self.target, self.drafter, *self.kv, batch, self.width,
-                                            self.pool.page_size, self.max_pages, verifier, self.draw)
+            width = block_width(self.width, batch, self.target.device) if self.adapts else self.width
+            options = self.pool.page_size, self.max_pages, kind(self.target, batch, width, self.rule), self.draw
+            self._steps[batch, kind] = Step(self.target, self.drafter, *self.kv, batch, width, *options)
         step = self._steps[batch, kind]
-        step.fill([(r.anchor, r.context, min(self.width, r.limit - r.emitted)) for r in active])
+        step.fill([(r.anchor, r.context, min(step.width, r.limit - r.emitted)) for r in active])
         if self._seated != (step, active):
             step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active], active)
             self._seated = (step, active)

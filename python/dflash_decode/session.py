@@ -68,6 +68,7 @@ class Session:
     tokenizer: Tokenizer
     drafter: Drafter | None
     block_size: int
+    adapts: bool = False  # to how many requests run at once, up to block_size
 
     @classmethod
     def load(cls, model: str, draft: str = AUTO, *, block_size: int | None = None, dtype: str = "bfloat16",
@@ -90,7 +91,7 @@ class Session:
         width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter is not None and width > drafter.block_size:
             raise ValueError(f"--block-size must be at most the drafter's {drafter.block_size}; got {width}")
-        return cls(model, draft, target, tokenizer, drafter, width)
+        return cls(model, draft, target, tokenizer, drafter, width, block_size is None)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The ids of a user's message, in the model's chat template where it has one."""
@@ -113,7 +114,7 @@ class Session:
                                  f"got {len(prompt)}")
         longest = max(map(len, prompts), default=1)
         decoder = Decoder(self.target, self.drafter if speculative else None,
-                          block_size=self.block_size if speculative and self.drafter else None,
+                          block_size=self.block_size if speculative and self.drafter and not self.adapts else None,
                           max_batch=min(concurrency, max(len(prompts), 1)),
                           max_context=min(room, longest + max_new_tokens), sample_from=sample_from, rule=rule)
         self._warm(decoder, prompts, sampling)

@@ -12,6 +12,8 @@ from .requests import Live
 from .targets import Target
 from .verify import GreedyVerifier
 
+VERIFY_ROWS = 32
+
 
 class Recorded:
     """Work that is recorded the first time that it is done and replayed from then on, where that is possible."""
@@ -37,7 +39,7 @@ class Recorded:
 
 
 class Step:
-    """Draft, verify, commit: `batch` requests, blocks of `width` tokens; without a drafter, a plain step of width 1.
+    """Draft, verify, commit: `batch` requests, blocks of `width` tokens; of width 1 or with no drafter, a plain step.
     verifier: greedy if None. draw: drafts are drawn from the drafter's law, as the verifier's requests draw theirs.
 
     Inputs, to be filled in place: anchors (B,) int64, the last token of each request, not yet in the target's cache;
@@ -57,12 +59,12 @@ class Step:
 
         self.work = Recorded(device, target, drafter, self.verifier)
         self.draft = drafter.make_draft(batch, width, draft_kv, page_size,
-                                        self.verifier.params if draw else None) if drafter else None
+                                        self.verifier.params if draw else None) if drafter and width > 1 else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
         self.forward = target.make_pass(batch, width, target_kv, drafter.taps if drafter else ())
-        self.block = self.draft.block if drafter else PreparedBlock(
+        self.block = self.draft.block if self.draft else PreparedBlock(
             ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width), rows=None)
-        self.anchors = self.draft.anchors if drafter else ids(batch)
+        self.anchors = self.draft.anchors if self.draft else ids(batch)
         self.context_lens, self.block_lens = ids(batch, dtype=torch.int32), ids(batch, dtype=torch.int32)
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
 
@@ -142,3 +144,9 @@ def prefill_size(left: int, most: int, device: torch.device) -> int:
     size = max(1 << (left - 1).bit_length(), 16)
     step = max(size // 16, 16) if device.type == "cpu" else size
     return min(most, -(-left // step) * step)
+
+
+def block_width(most: int, batch: int, device: torch.device) -> int:
+    """Tokens of a block for `batch` requests. A CPU computes some 32 rows while it reads the weights; more take longer:
+    eight requests of SmolLM2 at once gain 1.27 times in blocks of 8, 1.51 times in blocks of 4."""
+    return max(1, min(most, VERIFY_ROWS // batch)) if device.type == "cpu" else most
