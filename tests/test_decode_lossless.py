@@ -215,7 +215,7 @@ def test_p17_p19_caches_after_ragged_steps_are_those_of_one_prefill(fault, monke
             return context
 
         monkeypatch.setattr(oracle, "make_context", off_by_one)
-    decoder = Decoder(target, oracle, max_context=80, page_size=4, prefill_rows=16, max_batch=8)
+    decoder = Decoder(target, oracle, max_context=80, page_size=4, prefill_rows=16, max_batch=8, block_size=6)
     oracle.decoder = decoder
     for cache in decoder.kv[1]:
         cache.k.fill_(float("nan"))
