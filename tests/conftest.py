@@ -34,6 +34,31 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of a tiny target and a drafter for it, by what the command line calls them."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("models")
+    return {"model": str(tiny.write_target(folder / "target")), "draft": str(tiny.write_drafter(folder / "draft"))}
+
+
+@pytest.fixture
+def call(capfd):
+    """Runs the command in this process: (exit code, standard output, standard error)."""
+    from dflash_decode import cli
+
+    threads = torch.get_num_threads()
+
+    def run(*arguments):
+        code = cli.run([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    yield run
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tell(request):
     """tell(line): shown below the tests' dots, whatever is captured."""

@@ -26,7 +26,7 @@ import torch
 FILES = {
     "sglang": ["kernels/ops/speculative/dflash.py", "kernels/ops/speculative/fused_kv_materialize.py",
                "kernels/ops/speculative/reject_sampling.py",
-               # tests/test_triton_engines.py takes functions out of these
+               # tests/test_triton_engines*.py take functions out of these
                "srt/plugins/hook_registry.py", "srt/speculative/dflash_worker_v2.py", "srt/speculative/dflash_utils.py",
                "srt/mem_cache/memory_pool.py"],
     "vllm": ["v1/worker/gpu/spec_decode/dflash/speculator.py", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py",

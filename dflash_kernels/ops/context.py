@@ -95,7 +95,7 @@ def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
     first = caches[0]
     check_cache(op, "caches[0]", first, kv, None, None)
     wanted = None if check.values_checked() else _layout(first)
-    for layer, cache in enumerate(caches):
+    for layer, cache in enumerate(caches[1:], 1):
         if type(cache) is PagedKV and _layout(cache) == wanted:  # what costs a call of few rows its time is this loop
             continue
         name = f"caches[{layer}]"
