@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-import tiny
 from chat_server import VLLM, FakeChat
 
 pytest.importorskip("typer")
@@ -22,12 +21,6 @@ from dflash_decode.answerers import OurLoop
 from dflash_decode.bench import Prompt
 from dflash_decode.session import Session
 from dflash_decode.weights import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {"model": str(tiny.write_target(folder / "target")), "draft": str(tiny.write_drafter(folder / "draft"))}
 
 
 @pytest.fixture(scope="module")
