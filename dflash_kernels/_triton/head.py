@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
-from ._math import PLAIN, of_order_key, order_key, tanh
-from .linear import CHUNK, PRODUCTS, config, configs, pointers, product, tile_constants
+from ._math import of_order_key, order_key, tanh
+from .linear import CHUNK, PRODUCTS, config, configs, options, pointers, product, tile_constants
 
 BEST_BLOCK, BEST_WARPS = 1024, 4  # candidates of a row at a time. Estimated: a vocabulary in three steps
 MERGE_BLOCK, MERGE_WARPS = 128, 4  # rows a program. Estimated
@@ -116,7 +116,8 @@ def lm_head_argmax(x, weight, scales, bias, out_features, num_valid, scale, soft
     best = torch.empty((rows, blocks), dtype=torch.int64, device=x.device)
     lm_head_argmax_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
         x, weight, scales, bias, best, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, scale, softcap,
-        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages, **PLAIN)
+        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages,
+        **options(scales))
     best_of_blocks_kernel[rows,](best, out_ids, out_values, blocks, id_offset, BLOCK=BEST_BLOCK, num_warps=BEST_WARPS)
 
 
@@ -131,12 +132,12 @@ def cases():
     sizes = {"rows": "i32", "num_valid": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
              "blocks": "i32", "scale": "fp32", "softcap": "fp32"}
     for dtype, weight, itemsize in PRODUCTS:
-        name, signature, absent = pointers(dtype, weight)
+        name, signature, absent, chosen = pointers(dtype, weight)
         for rows, c in configs(itemsize).items():
             constants = tile_constants(c) | {"SOFTCAP": True} | absent
             yield Case(f"lm_head_argmax {rows} rows {name}", lm_head_argmax_kernel,
                        signature | {"best": "*i64"} | sizes | dict.fromkeys(constants, "constexpr"), constants, c.warps,
-                       c.stages, PLAIN)
+                       c.stages, chosen)
     signature = {"best": "*i64", "out_ids": "*i64", "out_values": "*fp32", "blocks": "i32", "id_offset": "i64",
                  "BLOCK": "constexpr"}
     yield Case("lm_head_argmax best_of_blocks", best_of_blocks_kernel, signature, {"BLOCK": BEST_BLOCK}, BEST_WARPS, 3)

@@ -42,18 +42,19 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight in 8 bits, symmetric, one scale a row, for pack_weight: (int8 (N, K), scales (N,) float32).
+    """A weight in 8 bits, symmetric, with one scale a row, for pack_weight.
 
-    weight (N, K): float32, bfloat16 or float16, any strides. Left as it is.
+    weight (N, K): float32, bfloat16 or float16, finite, any strides. Left as it is.
 
-    A row's largest magnitude becomes 127, so each element is off by at most that magnitude / 254; a row of zeros has
-    the scale 1. A drafter can take that: drafts only propose, the text is the target's.
+    Returns (int8 (N, K), scales (N,) float32). A row's largest magnitude becomes 127, so each element is off by at most
+    that magnitude / 254; a row of zeros has the scale 1. It is meant for drafters: what they draft may change, the text
+    that the target accepts does not.
     Raises TypeError for a dtype, ValueError for a shape or a weight that is not finite. Allocates: call it outside
     graphs. Graph-safe: no. Source: reference/linear.py, `quantize`.
     """
     op = "quantize_weight"
     check.tensor(op, "weight", weight, check.FLOATS, "(N, K)", (None, None))
-    if weight.numel() == 0 or not bool(weight.isfinite().all()):
+    if weight.numel() == 0 or weight.device.type != "meta" and not bool(weight.isfinite().all()):
         raise ValueError(f"{op}: weight must be finite and not empty; got {check.describe(weight)}")
     return reference.linear.quantize(weight)
 
