@@ -10,7 +10,7 @@ from importlib.metadata import version
 import xllamacpp
 from job import DFLASH, Job, Question, Reply, serve
 
-WHOLE = "its timings are an answer's as a whole, so a step is their mean and has no parts"
+WHOLE = "it tells the time of an answer only, of which a step is the mean"
 
 
 def load(job: Job):

@@ -154,7 +154,8 @@ class Measurement:
             for turn in list(self.running):
                 with self.surviving(turn):
                     asked = Question(unit.prompts[:1], self.options.max_new_tokens, watched=True)
-                    self.watched.setdefault(turn, []).append(self.running[turn].ask(asked))
+                    reply = self.running[turn].ask(asked)
+                    self.watched.setdefault(turn, []).append(reply)
                     yield
 
     def surviving(self, turn: peers.Turn) -> "_Surviving":
