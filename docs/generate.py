@@ -233,7 +233,8 @@ def protocol_block(folder: Path) -> str:
         if r.get("kind") != "protocol":
             continue
         who = r.get("base_url") or f"{r['model']} with {Path(r['draft']).name}, block {r['block_size']}, {machine(r)}"
-        lines += [f"{who}, greedy, at most {r['max_new_tokens']} new tokens.", ""]
+        asked = f"the first {r['limit']}" if r["limit"] else "all"
+        lines += [f"{who}, greedy, at most {r['max_new_tokens']} new tokens, {asked} prompts of each file.", ""]
         for title, key, form in (("tokens/s", "tokens_per_s", ".1f"),
                                  ("acceptance length", "acceptance_length", ".3f")):
             lines += [f"| {title}, at once | " + " | ".join(TASKS.values()) + " |", "|---" * (len(TASKS) + 1) + "|"]

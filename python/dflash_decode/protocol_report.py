@@ -1,5 +1,6 @@
 """The protocol at work: who answers, a progress bar, the card's two tables, the figures as a file."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[i
             report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command goes on with "
                           "the rest")
         elif json_out is not None:
-            write_json(json_out, {"kind": "protocol", **about, "rows": rows})
+            name = {"draft": Path(about["draft"]).name} if "draft" in about else {}  # its folder is this machine's
+            write_json(json_out, {"kind": "protocol", **about, **name, "rows": rows})
     print_tables(rows)
 
 
@@ -74,7 +76,9 @@ class Watch:
     def __init__(self):
         columns = (TextColumn("[dim]{task.description}[/dim]"), BarColumn(), MofNCompleteColumn(),
                    TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=report.err, disable=not report.err.is_terminal, transient=True)
+        # By itself the bar forgets after 30 seconds, which one answer of 4,096 tokens may take.
+        self.progress = Progress(*columns, console=report.err, disable=not report.err.is_terminal, transient=True,
+                                 speed_estimate_period=math.inf)
         self.stage, self.bar = None, None
 
     def __enter__(self) -> "Watch":
@@ -93,7 +97,7 @@ class Watch:
         rate = f"{stage.tokens / stage.seconds:.1f} tokens/s" if stage.seconds else ""
         self.progress.update(self.bar, completed=stage.done, rate=rate)
         if rate and stage.done == stage.total and not report.err.is_terminal:
-            report.err.print(f"{name}: {stage.total} prompts, {rate}")
+            report.err.print(f"{name}: {stage.total} prompt{'s' * (stage.total > 1)}, {rate}")
 
 
 def print_tables(rows: list[dict]) -> None:
