@@ -237,3 +237,10 @@ def test_the_time_that_is_left_of_long_answers(monkeypatch):
             watch(stage)
         watch.progress.refresh()
     assert "2/5" in shown.getvalue() and "0:02:00" in shown.getvalue()
+
+
+def test_fewer_prompts_than_requests_at_once_are_told():
+    row = {"acceptance_from": "steps", "retries": 0, "runs": 1, "task": "gsm8k"}
+    assert protocol_report.notes([row | {"of": 32, "concurrency": 32}]) == []
+    assert protocol_report.notes([row | {"of": 24, "concurrency": c} for c in (1, 32)]) == [
+        "there are fewer prompts than requests at once: GSM8K 24 of 32"]

@@ -136,6 +136,9 @@ def notes(rows: Iterable[dict]) -> list[str]:
     rows, found = list(rows), []
     if sources := {row["acceptance_from"] for row in rows} - {"steps", NOT_REPORTED}:
         found.append(f"the acceptance length is the server's own: {', '.join(sorted(sources))}, whoever asked")
+    if few := [f"{TASKS.get(row['task'], row['task'])} {row['of']} of {row['concurrency']}" for row in rows
+               if row["of"] < row["concurrency"]]:
+        found.append(f"there are fewer prompts than requests at once: {', '.join(few)}")
     if retries := sum(row["retries"] for row in rows):
         found.append(f"{retries} requests were sent again; their time counts")
     if any(row["runs"] > 1 for row in rows):
