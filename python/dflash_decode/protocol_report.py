@@ -56,8 +56,9 @@ def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[i
             report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command goes on with "
                           "the rest")
         elif json_out is not None:
-            name = {"draft": Path(about["draft"]).name} if "draft" in about else {}  # its folder is this machine's
-            write_json(json_out, {"kind": "protocol", **about, **name, "rows": rows})
+            names = {key: Path(about[key]).name for key in ("model", "draft")  # folders are a machine's own
+                     if key in about and Path(about[key]).is_absolute()}
+            write_json(json_out, {"kind": "protocol", **about, **names, "rows": rows})
     print_tables(rows)
 
 
