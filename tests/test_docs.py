@@ -229,7 +229,7 @@ def plant(results):
     rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
             for c, length in ((1, 2.5), (32, None))]
     (folder / "protocol.json").write_text(json.dumps({
-        "kind": "protocol", "base_url": "http://x", "max_new_tokens": 4096, "rows": rows}))
+        "kind": "protocol", "base_url": "http://x", "model": "m", "max_new_tokens": 4096, "limit": 24, "rows": rows}))
     return results
 
 
@@ -260,6 +260,7 @@ def test_blocks_of_planted_results(tmp_path):
     assert made.peer_tables.summary(results) == []
     assert made.draw.peers({f.stem: json.loads(f.read_text()) for f in results.glob("*/a-peers.json")}) is None
     protocol = made.protocol_block(results)
+    assert protocol.startswith("m at http://x, greedy, at most 4096 new tokens, the first 24 prompts of each file.\n")
     assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol
     assert "| 32 |  | not reported |  |  |" in protocol
     assert made.kernel_table(results) == []  # nothing is a headline; the peers' header names no device

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from chat_server import VLLM, FakeChat
@@ -160,6 +161,7 @@ def test_the_command_with_our_loop(models, tmp_path, capfd):
     assert "331.1" in shown and "3.561" in shown and "MT-Bench, 3 at once: 3 prompts" in err and "\x1b" not in shown
     found = json.loads(out.read_text())
     assert found["kind"] == "protocol" and len(found["rows"]) == 4 and found["max_new_tokens"] == 5
+    assert [found[name] for name in ("model", "draft")] == [Path(models[name]).name for name in ("model", "draft")]
     assert found["prompts"] == ["prompts.jsonl"] and found["block_size"] == 4 and "cpu" in found
     assert cli.run([str(w) for w in words]) == 0
     assert "14 of 14 prompts are in" in capfd.readouterr().err
@@ -222,3 +224,23 @@ def test_a_bar_with_the_time_that_is_left(monkeypatch):
     text = shown.getvalue()
     assert "GSM8K, 8 at once" in text and "3/4" in text and "150.0 tokens/s" in text and "0:00" in text
     assert "MT-Bench, 8 at once" in text and "6/9" in text
+
+
+def test_the_time_that_is_left_of_long_answers(monkeypatch):
+    shown, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(report, "err", Console(file=shown, force_terminal=True, width=100))
+    with protocol_report.Watch() as watch:
+        watch.progress.get_time = lambda: now[0]
+        stage = protocol.Stage("gsm8k", 1, 5, 0)
+        for done in range(3):
+            stage.done, now[0] = done, 40.0 * done
+            watch(stage)
+        watch.progress.refresh()
+    assert "2/5" in shown.getvalue() and "0:02:00" in shown.getvalue()
+
+
+def test_fewer_prompts_than_requests_at_once_are_told():
+    row = {"acceptance_from": "steps", "retries": 0, "runs": 1, "task": "gsm8k"}
+    assert protocol_report.notes([row | {"of": 32, "concurrency": 32}]) == []
+    assert protocol_report.notes([row | {"of": 24, "concurrency": c} for c in (1, 32)]) == [
+        "there are fewer prompts than requests at once: GSM8K 24 of 32"]

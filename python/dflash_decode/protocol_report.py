@@ -1,5 +1,6 @@
 """The protocol at work: who answers, a progress bar, the card's two tables, the figures as a file."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[i
             report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command goes on with "
                           "the rest")
         elif json_out is not None:
-            write_json(json_out, {"kind": "protocol", **about, "rows": rows})
+            names = {key: Path(about[key]).name for key in ("model", "draft")  # folders are a machine's own
+                     if key in about and Path(about[key]).is_absolute()}
+            write_json(json_out, {"kind": "protocol", **about, **names, "rows": rows})
     print_tables(rows)
 
 
@@ -75,7 +78,9 @@ class Watch:
     def __init__(self):
         columns = (TextColumn("[dim]{task.description}[/dim]"), BarColumn(), MofNCompleteColumn(),
                    TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=report.err, disable=not report.err.is_terminal, transient=True)
+        # By itself the bar forgets after 30 seconds, which one answer of 4,096 tokens may take.
+        self.progress = Progress(*columns, console=report.err, disable=not report.err.is_terminal, transient=True,
+                                 speed_estimate_period=math.inf)
         self.stage, self.bar = None, None
 
     def __enter__(self) -> "Watch":
@@ -94,7 +99,7 @@ class Watch:
         rate = f"{stage.tokens / stage.seconds:.1f} tokens/s" if stage.seconds else ""
         self.progress.update(self.bar, completed=stage.done, rate=rate)
         if rate and stage.done == stage.total and not report.err.is_terminal:
-            report.err.print(f"{name}: {stage.total} prompts, {rate}")
+            report.err.print(f"{name}: {stage.total} prompt{'s' * (stage.total > 1)}, {rate}")
 
 
 def print_tables(rows: list[dict]) -> None:
@@ -133,6 +138,9 @@ def notes(rows: Iterable[dict]) -> list[str]:
     rows, found = list(rows), []
     if sources := {row["acceptance_from"] for row in rows} - {"steps", NOT_REPORTED}:
         found.append(f"the acceptance length is the server's own: {', '.join(sorted(sources))}, whoever asked")
+    if few := [f"{TASKS.get(row['task'], row['task'])} {row['of']} of {row['concurrency']}" for row in rows
+               if row["of"] < row["concurrency"]]:
+        found.append(f"there are fewer prompts than requests at once: {', '.join(few)}")
     if retries := sum(row["retries"] for row in rows):
         found.append(f"{retries} requests were sent again; their time counts")
     if any(row["runs"] > 1 for row in rows):
