@@ -83,6 +83,16 @@ def test_generate_json(call, models):
     assert found["versions"]["torch"] == torch.__version__ and found["speedup"] > 0
 
 
+@pytest.mark.parametrize("dtype,weights,int8", [
+    ("bfloat16", None, True), ("float32", None, False), ("bfloat16", "model", False), ("float32", "int8", True)])
+def test_a_drafter_is_kept_in_8_bits_beside_a_model_in_16(call, models, dtype, weights, int8):
+    named = () if weights is None else ("--draft-weights", weights)
+    code, out, _ = call("generate", "--prompt", "hello", "--model", models["model"], "--draft", models["draft"],
+                        "--max-new-tokens", 9, "--compare", "--json", "--threads", 1, "--dtype", dtype, *named)
+    found = json.loads(out)
+    assert code == 0 and found["draft_int8"] is int8 and found["identical_to_plain"]
+
+
 def test_generate_plain(call, models):
     code, out, err = call("generate", "--model", models["model"], "--prompt", "hi", "--max-new-tokens", 5)
     assert code == 0 and err == "" and "acceptance" not in out and "drafter" not in out

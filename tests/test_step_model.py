@@ -111,7 +111,7 @@ def planted(folder: Path):
     folder.mkdir()
     write("linear", [{"op": "linear", "case": f"smollm2 {name}{bits}, {n} rows", "us": us, "gbps": share / 10,
                       "pct_of_limit": share} for name in ("head 49152x576", "down 576x1536")
-                     for n, us in ((1, 100), (8, 100), (16, 180)) for bits, share in (("", 50.0), (" in 8 bits", 40.0))])
+                     for n, us in ((1, 100), (8, 100), (16, 180)) for bits, share in (("", 50.0), (" in 8 bits", 40))])
     write("attention", [{"op": "block_attention", "case": f"smollm2 context 512, Q {n}", "gbps": 2.0} for n in (1, 8)])
     write("step", [{"op": op, "case": f"SmolLM2, context {c}", "us": 1000.0} for op, c in
                    (("plain step", 0), ("plain step", 100), ("verify pass", 0), ("DFlash step", 0),
