@@ -186,6 +186,8 @@ def test_the_command_with_a_server(tmp_path, capfd, monkeypatch):
     (["--extra-body", "{}x"], "--extra-body must be a JSON object"),
     (["--extra-body", '{"a": 1}'], "--extra-body needs --base-url"),
     (["--base-url", "http://x", "--draft", "none"], "--draft is for our loop"),
+    (["--base-url", "http://x", "--block-size", "8"], "--block-size is for our loop"),
+    (["--base-url", "http://x", "--draft-weights", "auto"], "--draft-weights is for our loop"),
     (["--journal", "/no/such/folder/j"], "--journal must be a file in a directory")])
 def test_commands_written_wrongly(tmp_path, capfd, words, message):
     assert cli.run(["bench", "protocol", "--prompts", str(prompts_file(tmp_path)), *words]) == 2

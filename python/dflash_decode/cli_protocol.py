@@ -25,7 +25,11 @@ from .options import (
 )
 
 
+OUR_LOOPS = ("draft", "draft_weights", "block_size", "dtype", "device", "threads")  # a server has its own
+
+
 def protocol(
+    context: typer.Context,
     prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; the '
                                                      "card's tasks are math500, gsm8k, humaneval and mt_bench.")],
     model: Annotated[str | None, typer.Option(help="As for generate, smollm2 if not given; with --base-url the model's "
@@ -53,8 +57,9 @@ def protocol(
     extra = read_extra(extra_body)
     if base_url is None and extra:
         raise UsageError("--extra-body needs --base-url")
-    if base_url is not None and draft != "auto":
-        raise UsageError("--draft is for our loop; the server of --base-url has its own")
+    for name in OUR_LOOPS if base_url is not None else ():
+        if context.get_parameter_source(name).name != "DEFAULT":
+            raise UsageError(f"--{name.replace('_', '-')} is for our loop; the server of --base-url has its own")
     set_threads(threads)
     check_device(device)
     from . import bench, protocol_report
