@@ -24,7 +24,6 @@ from .options import (
     set_threads,
 )
 
-
 OUR_LOOPS = ("draft", "draft_weights", "block_size", "dtype", "device", "threads")  # a server has its own
 
 
