@@ -155,7 +155,8 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_t
             begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context, head_dim,
             factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
             False, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
-        if tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0) > 0:
+        # As integers: for the same look at booleans Triton 3.9 keeps a stack frame.
+        if tl.max(tl.max(acc.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0) >= 0x7F800000:
             top, total, acc = attend_all(
                 begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context,
                 head_dim, factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row,
