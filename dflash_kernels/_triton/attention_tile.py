@@ -51,8 +51,8 @@ def load_rows(at, mask, kind: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def address_of(cache, block, cached, d, SOURCE: tl.constexpr):
-    """Numbers d of rows at `cache`, or where not cached at `block`. Whole addresses are selected, not those of rows:
-    what is selected between rows has no alignment in Triton 3.9, which then loads number by number, without prefetch."""
+    """Where the numbers d are of rows at `cache`, or at `block` if not cached. Triton 3.9 takes a selection of rows'
+    addresses for unaligned, and would load number by number with no prefetch: so d is added before."""
     if SOURCE == "cache":
         at = cache + d
     elif SOURCE == "block":
