@@ -30,6 +30,7 @@ def cases(sizes: Sizes):
             yield linear_case(sizes, name, rows, plain, packed)
             if name.endswith("head"):
                 yield head_case(sizes, name, rows, plain, packed)
+            yield int8_case(sizes, name, rows, plain)
     for name, (n, k) in TOPK_GEOMETRIES[sizes.name].items():
         plain, packed = weights_of(sizes, n, k)
         for rows in TOPK_ROWS[sizes.name]:
@@ -51,6 +52,24 @@ def linear_case(sizes, name, rows, weights, packed):
                 sizes.peers_of("linear", problem),
                 agreeing(lambda: F.linear(x.float(), weights[0].float()), lambda: F.linear(x, weights[0])),
                 headline=rows in (1, 8) and "gate_up" in name)
+
+
+def int8_case(sizes, name, rows, weights):
+    """A weight in 8 bits, against torch widening it, and on a CPU against its own product for such weights."""
+    n, k = weights[0].shape
+    x, out = sizes.random(rows, k), torch.empty(rows, n, dtype=sizes.dtype)
+    quantized = [dk.quantize_weight(w) for w in weights]
+    packed, halves = [dk.pack_weight(*q) for q in quantized], [(q, scales.to(sizes.dtype)) for q, scales in quantized]
+    problem = SimpleNamespace(plain=lambda x, q, s: (F.linear(x, q.to(x.dtype)) * s,), args=lambda i: (x, *halves[i]))
+    peers = sizes.peers_of("linear", problem)
+    if sizes.device == "cpu" and sizes.dtype == torch.bfloat16:
+        peers["torch int8"] = lambda i: (torch.ops.aten._weight_int8pack_mm(x, *halves[i]),)
+    q, scales = quantized[0]
+    wide = q * scales[:, None]
+    return Case("linear", f"{name} {n}x{k} in 8 bits, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
+                linear_op.bytes(rows, n, k, 2, 1), len(packed), linear_op.flops(rows, n, k), peers,
+                agreeing(lambda: F.linear(x.float(), wide), lambda: F.linear(x, q.to(x.dtype)) * halves[0][1]),
+                headline=rows == 8 and "gate_up" in name)
 
 
 def head_case(sizes, name, rows, weights, packed):

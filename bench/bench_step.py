@@ -3,14 +3,16 @@
 Each is a recorded step, replayed on the same memory. The floor of a pass is its weights' bytes over the read bandwidth.
 """
 
+from pathlib import Path
+
 from cases import Case, Sizes, packed_bytes
 
 import dflash_kernels as dk
-from dflash_decode.draft import Drafter
+from dflash_decode.draft import Drafter, read_vocabulary
 from dflash_decode.kv import PagePool
 from dflash_decode.step import Step
 from dflash_decode.targets.native import NativeTarget
-from dflash_decode.weights import load_checkpoint
+from dflash_decode.weights import drafter_of, load_checkpoint, read_directory
 
 BLOCK, CONTEXT, PAGE = 8, 256, 64
 
@@ -30,9 +32,10 @@ def recorded(step, context):
 def cases(sizes: Sizes):
     checkpoint = load_checkpoint("smollm2")
     target = NativeTarget(checkpoint.config, checkpoint.tensors, device=sizes.device, max_context=2048)
-    drafter = Drafter.random(target, num_layers=3, block_size=BLOCK)
+    found = read_directory(Path(drafter_of("smollm2")))
+    drafter = Drafter(found.config, found.tensors, target, read_vocabulary(found.source), int8=sizes.device == "cpu")
     layers, head = packed_bytes(*target._layers), target.head.data.nbytes
-    draft = packed_bytes(drafter, *drafter.layers)  # with the head, which the drafter reads again
+    draft = packed_bytes(drafter, *drafter.layers)
     caches = [m.cache.allocate(64, PAGE) for m in (target, drafter)]
     for k in (t for kv in caches for cache in kv for t in (cache.k, cache.v)):
         k.normal_()
@@ -44,5 +47,6 @@ def cases(sizes: Sizes):
                replays=True)
     yield Case("verify pass", f"SmolLM2, context {CONTEXT}, {BLOCK} rows", lambda i: verify.replay(), layers + head,
                peers=base, headline=True, replays=True)
-    yield Case("DFlash step", f"SmolLM2, context {CONTEXT}, 3 draft layers, block {BLOCK}", lambda i: dflash.replay(),
+    drafted = "its drafter in 8 bits" if drafter.int8 else "its drafter"
+    yield Case("DFlash step", f"SmolLM2, context {CONTEXT}, {drafted}, block {BLOCK}", lambda i: dflash.replay(),
                layers + head + draft, peers=base, headline=True, replays=True)

@@ -6,9 +6,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from step_model import GEOMETRIES, MACHINES, Geometry, Layers, fits, step
 
 from dflash_decode.protocol import CARD_ACCEPTANCE, CARD_THROUGHPUT
+from dflash_decode.step import block_width
 
 RESULTS = Path(__file__).parent / "results"
 TILE_ROWS = 16  # the CPU products are measured up to here; each row more costs what the last eight of them did
@@ -22,32 +24,34 @@ ELSEWHERE += [("qwen3-8b", "B200", 1, c, rate, length, 500, "sgl-project/sglang#
 
 @dataclass(frozen=True)
 class Parts:
-    """A CPU as its op benchmarks saw it. limit: read bandwidth, GB/s; linear: share of it by rows; row_s: seconds that
-    one weight costs for each further row; attention: GB/s over K and V by block length."""
+    """A CPU as its op benchmarks saw it. limit: read bandwidth, GB/s; linear: share of it by rows, for each number of
+    bytes of a weight; row_s: seconds that one weight costs for each further row; attention: GB/s over K and V by block
+    length."""
 
     limit: float
-    linear: dict[int, float]
+    linear: dict[int, dict[int, float]]
     row_s: float
     attention: dict[int, float]
 
-    def product(self, weights: float, rows: int) -> float:
-        """Microseconds of bfloat16 products with `rows` rows."""
-        measured = [n for n in sorted(self.linear) if n <= min(rows, TILE_ROWS)]
-        read = 2 * weights / (self.limit * 1e9 * self.linear[measured[-1]])
+    def product(self, weights: float, rows: int, element: int = 2) -> float:
+        """Microseconds of bfloat16 rows' products with weights of `element` bytes."""
+        shares = self.linear[element]
+        measured = [n for n in sorted(shares) if n <= min(rows, TILE_ROWS)]
+        read = element * weights / (self.limit * 1e9 * shares[measured[-1]])
         return 1e6 * (read + max(0, rows - TILE_ROWS) * weights * self.row_s)
 
-    def layers(self, layers: Layers, batch: int, block: int, context: int) -> float:
+    def layers(self, layers: Layers, batch: int, block: int, context: int, element: int = 2) -> float:
         """Microseconds of a pass: products and the context's K and V."""
-        reads = batch * context * layers.kv_bytes() / (self.attention[block] * 1e3)
-        return self.product(layers.weights(batch * block), batch * block) + reads
+        nearest = min(self.attention, key=lambda q: abs(q - block))
+        reads = batch * context * layers.kv_bytes() / (self.attention[nearest] * 1e3)
+        return self.product(layers.weights(batch * block), batch * block, element) + reads
 
     def target(self, g: Geometry, batch: int, block: int, context: int) -> float:
         return self.layers(g.target, batch, block, context) + self.product(g.head, batch * block)
 
-    def draft(self, g: Geometry, batch: int, context: int, head: int) -> float:
-        rows = batch * g.block
-        projected = g.features + g.draft.layers * g.draft.kv_weights
-        return self.layers(g.draft, batch, g.block, context) + self.product(head, rows) + self.product(projected, rows)
+    def draft(self, g: Geometry, batch: int, block: int, context: int, element: int) -> float:
+        streamed = g.draft_head + g.features + g.draft.layers * g.draft.kv_weights
+        return self.layers(g.draft, batch, block, context, element) + self.product(streamed, batch * block, element)
 
 
 def load(folder: Path, name: str) -> dict | None:
@@ -58,23 +62,23 @@ def load(folder: Path, name: str) -> dict | None:
 def parts(folder: Path, geometry: str = "smollm2") -> Parts | None:
     """None where the folder lacks a measurement that it takes."""
     linear, attention = (load(folder, name) for name in ("linear", "attention"))
-    shares, head, rates = {}, {}, {}
+    shares, head, rates = {1: {}, 2: {}}, {}, {}
     for row in (linear or {"rows": []})["rows"]:
-        match = re.fullmatch(rf"{geometry} (\w+) (\d+)x(\d+), (\d+) rows", row["case"])
+        match = re.fullmatch(rf"{geometry} (\w+) (\d+)x(\d+)( in 8 bits)?, (\d+) rows", row["case"])
         if match and row["op"] == "linear":
-            rows = int(match[4])
-            shares.setdefault(rows, []).append(row["pct_of_limit"] / 100)
-            if match[1] == "head":
+            rows, element = int(match[5]), 1 if match[4] else 2
+            shares[element].setdefault(rows, []).append(row["pct_of_limit"] / 100)
+            if match[1] == "head" and element == 2:
                 head[rows] = row["us"] / 1e6 / (int(match[2]) * int(match[3]))
     for row in (attention or {"rows": []})["rows"]:
         match = re.fullmatch(rf"{geometry} context 512, Q (\d+)", row["case"])
         if match:
             rates[int(match[1])] = row["gbps"]
-    if not {1, 8, TILE_ROWS} <= shares.keys() or not {8, TILE_ROWS} <= head.keys() or not {1, 8} <= rates.keys():
+    if any(not {1, 8, TILE_ROWS} <= s.keys() for s in (*shares.values(), head)) or not {1, 8} <= rates.keys():
         return None
     limit = statistics.median(r["gbps"] / r["pct_of_limit"] * 100 for r in linear["rows"])
-    return Parts(limit, {n: statistics.median(s) for n, s in shares.items()},
-                 max(head[TILE_ROWS] - head[8], 0.0) / (TILE_ROWS - 8), rates)
+    medians = {element: {n: statistics.median(s) for n, s in by_rows.items()} for element, by_rows in shares.items()}
+    return Parts(limit, medians, max(head[TILE_ROWS] - head[8], 0.0) / (TILE_ROWS - 8), rates)
 
 
 def checks(folder: Path) -> list[tuple[str, float, float, str]]:
@@ -88,15 +92,16 @@ def checks(folder: Path) -> list[tuple[str, float, float, str]]:
         if row["op"] in ("plain step", "verify pass", "DFlash step") and context:
             block, context = 1 if row["op"] == "plain step" else g.block, int(context[1])
             model = p.target(g, 1, block, context)
-            if row["op"] == "DFlash step":  # the benchmark's drafter reads the whole head
-                model += p.draft(g, 1, context, g.head)
+            if row["op"] == "DFlash step":
+                model += p.draft(g, 1, block, context, 1 if "8 bits" in row["case"] else 2)
             found.append((f"{row['op']}, context {context}", row["us"], model, "µs"))
     for concurrency in (1, 8):
         r = load(folder, f"decode-c{concurrency}")
         if r and (r["model"], r["block_size"]) == (g.name, g.block):
+            block = block_width(g.block, concurrency, torch.device("cpu")) if r.get("adapts") else g.block
             plain = p.target(g, concurrency, 1, DECODE_CONTEXT)
-            ours = p.target(g, concurrency, g.block, DECODE_CONTEXT) + p.draft(g, concurrency, DECODE_CONTEXT,
-                                                                              g.draft_head)
+            ours = p.target(g, concurrency, block, DECODE_CONTEXT) + p.draft(
+                g, concurrency, block, DECODE_CONTEXT, 1 if r.get("draft_int8") else 2)
             where = f"{concurrency} at once"
             found += [(f"plain decoding, {where}", r["plain_tokens_per_s"], concurrency / plain * 1e6, "tokens/s"),
                       (f"decoding with the drafter, {where}", r["tokens_per_s"],

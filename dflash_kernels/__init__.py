@@ -7,7 +7,7 @@ from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
 from .ops.head import lm_head_argmax, lm_head_topk, merge_argmax, merge_topk
-from .ops.linear import linear, pack_weight
+from .ops.linear import linear, pack_weight, quantize_weight
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
 from .ops.sample import sample_draft, verify_sample
@@ -43,6 +43,7 @@ __all__ = [
     "pack_weight",
     "prepare_block",
     "qk_norm_rope",
+    "quantize_weight",
     "rms_norm",
     "sample_draft",
     "silu_and_mul",

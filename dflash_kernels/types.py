@@ -87,39 +87,60 @@ class PackedWeight:
     """A linear layer's (N, K) weight, laid out once for streaming by `linear` and `lm_head_argmax`; see pack_weight.
 
     data: on CUDA (N, K), row-major; elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h.
+    scales (N,) float32: the weight is scales[:, None] * data, of int8. None: it is data, of a float type.
     """
 
     data: torch.Tensor
     out_features: int
     in_features: int
+    scales: torch.Tensor | None = None
 
     def __post_init__(self):
         n, k = self.out_features, self.in_features
         for name, size in (("out_features", n), ("in_features", k)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"PackedWeight: {name} must be a positive int; got {size!r}")
-        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in _FLOATS:
-            raise TypeError(f"PackedWeight: data must be a float32, bfloat16 or float16 tensor; got {self.data!r}")
+        dtypes = _FLOATS if self.scales is None else (torch.int8,)
+        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in dtypes:
+            want = "float32, bfloat16 or float16" if self.scales is None else "int8, as there are scales"
+            got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
+            raise TypeError(f"PackedWeight: data must be a tensor of {want}; got {got}")
+        self._check_scales()
         blocks = (n + 15) // 16
         if self.data.device.type == "cuda":
             shape = (n, k)
         elif self.data.dtype == torch.bfloat16:
             shape = (blocks, (k + 31) // 32 * 16, 16, 2)
+        elif self.data.dtype == torch.int8:
+            shape = (blocks, (k + 31) // 32 * 32, 16)
         else:
             shape = (blocks, k, 16)
         if self.data.shape != shape or not self.data.is_contiguous():
             raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
 
+    def _check_scales(self):
+        t = self.scales
+        if t is None:
+            return
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
+            got = t.dtype if isinstance(t, torch.Tensor) else repr(t)
+            raise TypeError(f"PackedWeight: scales must be a tensor of float32; got {got}")
+        if t.shape != (self.out_features,) or not t.is_contiguous() or t.device != self.data.device:
+            raise ValueError(f"PackedWeight: scales must be contiguous ({self.out_features},) on {self.data.device}; "
+                             f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
+
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """The rows `index` (n,) int64 of the weight, unpacked: (n, K). Not graph-safe."""
+        """The rows `index` (n,) int64 of the weight, unpacked: (n, K), float32 of int8. Not graph-safe."""
         if self.data.dim() == 2:
-            return self.data[index]
-        return self.data[index // 16, :, index % 16].flatten(1)[:, :self.in_features]
+            found = self.data[index]
+        else:
+            found = self.data[index // 16, :, index % 16].flatten(1)[:, :self.in_features]
+        return found if self.scales is None else found * self.scales[index, None]
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ def draw_acceptance(figure, data) -> None:
 
 STAGES = ("draft layers", "draft head", "draft context")
 WHOLE = ("plain step", "verify pass", "DFlash step")
+DECODER_PARTS = (("target", "verify_ms"), ("draft", "draft_ms"), ("rest", "rest_ms"))
 
 
 def place(case: str) -> str:
@@ -175,7 +176,8 @@ def place(case: str) -> str:
 
 
 def steps(files: dict) -> Plot | None:
-    """Target and draft part of whole steps, and the draft by stage, for every batch and context that was measured."""
+    """Target and draft part of whole steps, and the draft by stage, for every batch and context that was measured; then
+    the steps of whole decoders that told their parts."""
     times: dict[str, dict[str, float]] = {}
     for row in measured_rows(files):
         if row["op"] in WHOLE or row["op"] in STAGES:
@@ -189,13 +191,20 @@ def steps(files: dict) -> Plot | None:
                                         "draft": round(t["DFlash step"] - t["verify pass"], 1)}
         if stages := {op: round(t[op], 1) for op in STAGES if op in t}:
             bars[f"draft: {where}"] = stages
+    for f in files.values():
+        for p in f.get("parts", ()) if (f.get("header") or {}).get("dtype") == "bfloat16" else ():
+            if p["verify_ms"] is not None:
+                bars[f"{p['peer']}, {p['mode']}, {p['threads']} thr."] = {
+                    part: round(1e3 * p[name], 1) for part, name in DECODER_PARTS if p[name] is not None}
     caption = "A step by part. The draft part of a DFlash step is what it takes over a verify pass."
+    if any("rest" in parts for parts in bars.values()):
+        caption += " Named decoders: their own passes, timed while they answer."
     return Plot({"bars": bars}, draw_steps, (7.5, 1.2 + 0.36 * len(bars)), caption) if bars else None
 
 
 def draw_steps(figure, data) -> None:
     axes, names = figure.subplots(), list(data["bars"])
-    kinds = list(dict.fromkeys(part for parts in data["bars"].values() for part in parts))
+    kinds = sorted(dict.fromkeys(part for parts in data["bars"].values() for part in parts), key="rest".__eq__)
     for i, kind in enumerate(kinds):
         before = [sum(data["bars"][n].get(k, 0) for k in kinds[:i]) for n in names]
         values = [data["bars"][n].get(kind, 0) for n in names]

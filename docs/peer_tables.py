@@ -10,9 +10,10 @@ EMPTY = "No results yet: `make peers` measures them."
 
 def peers_block(folder: Path) -> str:
     lines = []
-    for header, rows, missing in results(folder):
+    for header, rows, parts, missing in results(folder):
         # In float32 what is compared is texts and acceptance: nobody serves so, and not every decoder has it.
-        lines += [*about(header), *(rates(rows) if header["dtype"] == "bfloat16" else ()), *acceptance(rows),
+        timed = [*rates(rows), *step_parts(parts, rows)] if header["dtype"] == "bfloat16" else []
+        lines += [*about(header), *timed, *acceptance(rows),
                   *(f"Missing: {who}: {why}" for who, why in missing.items()), ""]
     return "\n".join(lines).rstrip() or EMPTY
 
@@ -20,7 +21,7 @@ def peers_block(folder: Path) -> str:
 def summary(folder: Path) -> list[str]:
     """All tasks together, in as few columns as say it, for the README."""
     lines = []
-    for h, rows, _ in results(folder):
+    for h, rows, *_ in results(folder):
         if h["dtype"] != "bfloat16":
             continue
         lines += [f"Other decoders on the same prompts ({h['max_new_tokens']} new tokens at most, "
@@ -31,10 +32,10 @@ def summary(folder: Path) -> list[str]:
     return lines
 
 
-def results(folder: Path) -> list[tuple[dict, list[dict], dict]]:
-    """Header, rows and missing peers of every result of the peers."""
+def results(folder: Path) -> list[tuple[dict, list[dict], list[dict], dict]]:
+    """Header, rows, steps by part and missing peers of every result of the peers."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
-    return [(r["header"], r["rows"], r["missing"]) for r in found
+    return [(r["header"], r["rows"], r.get("parts", []), r["missing"]) for r in found
             if isinstance(r, dict) and isinstance(r.get("header"), dict) and r["header"].get("kind") == "peers"]
 
 
@@ -74,6 +75,25 @@ def rates(rows: list[dict]) -> list[str]:
                      f"{r['tokens_per_s']:.1f} | {r['slowest']:.1f} to {r['fastest']:.1f} | {of} | {step} | "
                      f"{r['acceptance_length']:.2f} | {same} |")
     return [*lines, ""]
+
+
+def step_parts(parts: list[dict], rows: list[dict]) -> list[str]:
+    """Beside the step of the rounds, in which nobody watched."""
+    if not parts:
+        return []
+    rounds = {(r["peer"], r["mode"], r["threads"]): r["ms_per_step"] for r in whole(rows) if r["concurrency"] == 1}
+    lines = ["A step by part, ms: medians over the steps of each task's first prompt, answered once more after the "
+             "rounds with the passes timed. Draft: with its head and the context's keys and values; verify: the "
+             "target's pass and head; rest: acceptance, and what the host does.", "",
+             "| decoder | mode | threads | draft | verify | rest | step | mean step in the rounds |",
+             "|---|---|---|---|---|---|---|---|"]
+    for p in parts:
+        times = [p[f"{name}_ms"] for name in ("draft", "verify", "rest", "step")]
+        cells = " | ".join("" if ms is None else f"{ms:.1f}" for ms in
+                           [*times, rounds.get((p["peer"], p["mode"], p["threads"]))])
+        lines.append(f"| {NAMES.get(p['peer'], p['peer'])} | {p['mode']} | {p['threads']} | {cells} |")
+    why = dict.fromkeys((NAMES.get(p["peer"], p["peer"]), p["whole"]) for p in parts if p["whole"])
+    return [*lines, *(line for name, reason in why for line in ("", f"{name}: {reason}.")), ""]
 
 
 def acceptance(rows: list[dict]) -> list[str]:

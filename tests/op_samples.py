@@ -76,6 +76,10 @@ def sampling(b):
     return SamplingParams(heat, torch.arange(b), int32(*range(3, 3 + b)), shares, shares * 0.1)
 
 
+def int8_weight(n, k):
+    return dk.pack_weight(*dk.quantize_weight(torch.randn(n, k)))
+
+
 DRAFT, TARGET = [[1, 2, 3], [1, 2, 3]], [[2, 3, 4], [2, 9, 4]]
 
 SAMPLES = {
@@ -115,11 +119,20 @@ SAMPLES = {
     "linear_packed": Sample(dk.linear, lambda: {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(20, 16)), "bias": torch.randn(20),
         "out": boxed(3, 20)}, ("out",)),
+    "linear_int8": Sample(dk.linear, lambda: {
+        "x": torch.randn(3, 16), "weight": int8_weight(20, 16), "bias": torch.randn(20), "out": boxed(3, 20)},
+        ("out",)),
     "pack_weight": Sample(dk.pack_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
+    "pack_weight_int8": Sample(dk.pack_weight, lambda: {
+        "weight": torch.randint(-127, 128, (20, 16), dtype=torch.int8), "scales": torch.rand(20)}, ()),
+    "quantize_weight": Sample(dk.quantize_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
     "lm_head_argmax": Sample(dk.lm_head_argmax, lambda: {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "bias": torch.randn(40),
         "num_valid": 30, "scale": 0.5, "softcap": 3.0, "id_offset": 100, "out_ids": boxed(3, dtype=torch.int64),
         "out_values": boxed(3)}, ("out_ids", "out_values")),
+    "lm_head_argmax_int8": Sample(dk.lm_head_argmax, lambda: {
+        "x": torch.randn(3, 16), "weight": int8_weight(40, 16), "bias": torch.randn(40), "num_valid": 30, "scale": 0.5,
+        "softcap": 3.0, "out_ids": boxed(3, dtype=torch.int64), "out_values": boxed(3)}, ("out_ids", "out_values")),
     "merge_argmax": Sample(dk.merge_argmax, lambda: {
         "values": torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 2.0]]), "ids": torch.tensor([[5, 1, 2], [3, 9, 8]]),
         "out_ids": boxed(3, dtype=torch.int64), "out_values": boxed(3)}, ("out_ids", "out_values")),
@@ -127,6 +140,10 @@ SAMPLES = {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "k": 5, "bias": torch.randn(40),
         "num_valid": 30, "scale": 0.5, "softcap": 3.0, "id_offset": 100, "out_ids": torch.full((3, 5), 77),
         "out_values": torch.full((3, 5), 77.0), "out_lse": boxed(3)}, ("out_ids", "out_values", "out_lse")),
+    "lm_head_topk_int8": Sample(dk.lm_head_topk, lambda: {
+        "x": torch.randn(3, 16), "weight": int8_weight(40, 16), "k": 5, "num_valid": 30,
+        "out_ids": torch.full((3, 5), 77), "out_values": torch.full((3, 5), 77.0), "out_lse": boxed(3)},
+        ("out_ids", "out_values", "out_lse")),
     "merge_topk": Sample(dk.merge_topk, lambda: {
         "values": torch.tensor([[[3.0, 1.0], [2.0, 2.0]], [[1.0, 0.5], [4.0, 2.0]]]),
         "ids": torch.tensor([[[5, 1], [2, 3]], [[30, 90], [80, 70]]]), "lse": torch.randn(2, 2),

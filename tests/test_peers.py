@@ -185,11 +185,21 @@ def load(job):
     asked = []
     def answering(question):
         asked.append(question)
-        if job.threads == 2 and len(asked) == 6:
+        if job.threads == 2 and len(asked) == 6 or job.threads == 3 and question.watched:
             raise OSError("no more")
+        if question.watched:
+            for i in range(3):
+                forward()
         return Reply(0.5, [len(p[:question.max_new_tokens]) for p in question.prompts],
                      [p[:question.max_new_tokens] for p in question.prompts])
-    return answering, {"fake": "1"}
+    return answering, {"fake": "1"}, watch
+
+def forward():
+    pass
+
+def watch(passes):
+    global forward
+    forward = passes.part("verify", forward, opens=True)
 
 serve(load)
 """
@@ -201,7 +211,8 @@ def fakes(tmp_path, monkeypatch):
     model, draft = tiny.write_target(tmp_path / "model"), tiny.write_drafter(tmp_path / "draft")
     here = tmp_path / "peers"
     here.mkdir()
-    shutil.copy(PEERS / "job.py", here)
+    for name in ("job.py", "passes.py"):
+        shutil.copy(PEERS / name, here)
     (here / "peer_ours.py").write_text(FAKE)
     monkeypatch.setattr(peer, "HERE", here)
     monkeypatch.setattr(peer, "ENVIRONMENTS", tmp_path / "environments")
@@ -220,6 +231,7 @@ def fakes(tmp_path, monkeypatch):
 def test_a_run(fakes, tmp_path, capsys):
     result = fakes()
     driver.show(result)
+    out = capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(result))
     assert [(r["peer"], r["mode"], r["task"], r["concurrency"], r["prompts"], r["tokens"], r["rounds"])
             for r in result["rows"]] == [
@@ -228,6 +240,9 @@ def test_a_run(fakes, tmp_path, capsys):
     assert result["header"]["command"] == "python bench/peers/run.py --prompts prompts.jsonl --draft draft " \
         "--max-new-tokens 5 --concurrency 1 3 --rounds 2 --threads 1"
     assert result["header"]["block_size"] == 4 and result["header"]["versions"] == {"ours": {"fake": "1"}}
+    parts, = result["parts"]
+    assert [parts[name] for name in ("peer", "mode", "threads", "prompts", "steps")] == ["ours", "plain", 1, 2, 2]
+    assert parts["draft_ms"] is None and 0 <= parts["verify_ms"] <= parts["step_ms"] and "verify, ms" in out
     why = result["missing"]
     assert set(why) == {"ours, dflash, 1 thread", "vllm, plain, 1 thread", "vllm, dflash, 1 thread",
                         "llama, plain, 1 thread", "llama, dflash, 1 thread"}
@@ -240,6 +255,18 @@ def test_a_peer_that_breaks_on_the_way_keeps_its_rounds(fakes, capsys):
     # A warm-up, then a question for the prompts' passes and one for the answers in each round of each task.
     assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
     assert result["missing"]["ours, plain, 2 threads"].startswith("OSError: no more; see build/peers/last-ours-plain-2")
+
+
+def test_a_peer_that_breaks_when_it_is_watched_keeps_its_rows(fakes, capsys):
+    result = fakes(threads=3, only=["ours"], draft=None, concurrency=[1], rounds=1)
+    assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
+    assert result["parts"] == [] and result["missing"]["ours, plain, 3 threads"].startswith("OSError: no more")
+
+
+def test_many_at_once_have_no_parts(fakes, capsys):
+    result = fakes(only=["ours"], draft=None, concurrency=[2], rounds=1)
+    driver.show(result)
+    assert result["rows"] and result["parts"] == []
 
 
 def test_a_peer_without_the_dtype_is_missing(fakes, capsys):

@@ -109,11 +109,13 @@ def planted(folder: Path):
         (folder / f"{name}.json").write_text(json.dumps({"rows": rows}))
 
     folder.mkdir()
-    write("linear", [{"op": "linear", "case": f"smollm2 {name}, {n} rows", "us": us, "gbps": 5.0, "pct_of_limit": 50.0}
-                     for name in ("head 49152x576", "down 576x1536") for n, us in ((1, 100), (8, 100), (16, 180))])
+    write("linear", [{"op": "linear", "case": f"smollm2 {name}{bits}, {n} rows", "us": us, "gbps": share / 10,
+                      "pct_of_limit": share} for name in ("head 49152x576", "down 576x1536")
+                     for n, us in ((1, 100), (8, 100), (16, 180)) for bits, share in (("", 50.0), (" in 8 bits", 40.0))])
     write("attention", [{"op": "block_attention", "case": f"smollm2 context 512, Q {n}", "gbps": 2.0} for n in (1, 8)])
     write("step", [{"op": op, "case": f"SmolLM2, context {c}", "us": 1000.0} for op, c in
-                   (("plain step", 0), ("plain step", 100), ("verify pass", 0), ("DFlash step", 0))])
+                   (("plain step", 0), ("plain step", 100), ("verify pass", 0), ("DFlash step", 0),
+                    ("DFlash step", "1, in 8 bits"))])
     (folder / "decode-c8.json").write_text(json.dumps({
         "model": "smollm2", "block_size": 8, "plain_tokens_per_s": 100.0, "tokens_per_s": 200.0,
         "acceptance_length": 2.0}))
@@ -123,15 +125,18 @@ def planted(folder: Path):
 def test_checks_against_planted_results(tmp_path):
     folder = planted(tmp_path / "machine")
     p = tables.parts(folder)
-    assert p.limit == pytest.approx(10.0) and p.linear == {1: 0.5, 8: 0.5, 16: 0.5} and p.attention == {1: 2.0, 8: 2.0}
+    assert p.limit == pytest.approx(10.0) and p.attention == {1: 2.0, 8: 2.0}
+    assert p.linear == {element: {1: share, 8: share, 16: share} for element, share in ((1, 0.4), (2, 0.5))}
     assert p.row_s == pytest.approx(80e-6 / 8 / (49152 * 576))
     found = {what: (measured, model) for what, measured, model, _ in tables.checks(folder)}
     weights = 2 * 134_479_872 / 5e9 * 1e6  # at half of 10 GB/s
     assert found["plain step, context 0"] == (1000.0, pytest.approx(weights))
     assert found["plain step, context 100"][1] == pytest.approx(weights + 100 * 30 * 2 * 3 * 64 * 2 / 2e3)
     assert found["verify pass, context 0"][1] == pytest.approx(weights)  # 8 rows: bytes alone
-    draft = SMOL.draft.weights(1) + SMOL.features + SMOL.head + 3 * SMOL.draft.kv_weights
+    draft = SMOL.draft.weights(1) + SMOL.features + SMOL.draft_head + 3 * SMOL.draft.kv_weights
     assert found["DFlash step, context 0"][1] == pytest.approx(weights + 2 * draft / 5e3)
+    keys = (30 + 3) * 2 * 3 * 64 * 2 / 2e3
+    assert found["DFlash step, context 1"][1] == pytest.approx(weights + draft / 4e3 + keys)
     measured, model = found["decoding with the drafter, 8 at once"]
     assert measured == 200.0 and 0 < model < 8 * 2 / (weights / 1e6)
     assert p.product(1e6, 64) == pytest.approx(p.product(1e6, 16) + 48 * 1e6 * p.row_s * 1e6)

@@ -19,11 +19,11 @@ def problem(dtype, rows, n, k):
     return torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)
 
 
-def run(x, w, bias=None, num_valid=None, scale=1.0, softcap=0.0, id_offset=0):
+def run(x, w, bias=None, num_valid=None, scale=1.0, softcap=0.0, id_offset=0, scales=None):
     n, boxes = w.shape[0], (torch.full((x.shape[0] + 2,), 77), torch.full((x.shape[0] + 2,), 77.0))
     ids, values = (t[1:-1] for t in boxes)
     valid = n if num_valid is None else num_valid
-    assert triton_head.lm_head_argmax(x, w, bias, n, valid, scale, softcap, id_offset, ids, values) is None
+    assert triton_head.lm_head_argmax(x, w, scales, bias, n, valid, scale, softcap, id_offset, ids, values) is None
     assert all((t[[0, -1]] == 77).all() for t in boxes)
     return ids, values
 
@@ -34,7 +34,7 @@ def test_equals_argmax_of_linear(dtype, rows, n, k):
     x, w, b = problem(dtype, rows, n, k)
     for bias in (None, b):
         logits = torch.empty(rows, n, dtype=dtype)
-        triton_linear.linear(x, w, bias, n, logits)
+        triton_linear.linear(x, w, None, bias, n, logits)
         ids, values = run(x, w, bias)
         assert torch.equal(ids, logits.argmax(-1)) and torch.equal(values, logits.max(-1).values.float())
 
@@ -70,7 +70,7 @@ def test_p32_padded_vocabulary_tail_never_wins(dtype):
 def test_p36_multiplier_comes_before_the_soft_cap(dtype):
     x, w, b = problem(dtype, 5, 100, 64)
     want_ids, want = torch.empty(5, dtype=torch.int64), torch.empty(5, dtype=torch.float64)
-    reference.head.lm_head_argmax(*doubles(x, w, b), 100, 100, -3.0, 5.0, 0, want_ids, want)
+    reference.head.lm_head_argmax(*doubles(x, w), None, *doubles(b), 100, 100, -3.0, 5.0, 0, want_ids, want)
     ids, values = run(x, w, b, scale=-3.0, softcap=5.0)
     torch.testing.assert_close(values.double(), want, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
     if dtype == torch.float32:
@@ -102,10 +102,10 @@ def inside(outputs):
     return [t[1:-1] for t in outputs]
 
 
-def run_topk(x, w, wanted, bias=None, num_valid=None, scale=1.0, softcap=0.0, id_offset=0):
+def run_topk(x, w, wanted, bias=None, num_valid=None, scale=1.0, softcap=0.0, id_offset=0, scales=None):
     outputs, n = boxes(x.shape[0], wanted), w.shape[0]
-    assert triton_topk.lm_head_topk(x, w, bias, n, n if num_valid is None else num_valid, scale, softcap, id_offset,
-                                    *inside(outputs)) is None
+    assert triton_topk.lm_head_topk(x, w, scales, bias, n, n if num_valid is None else num_valid, scale, softcap,
+                                    id_offset, *inside(outputs)) is None
     return inside(outputs)
 
 
@@ -118,9 +118,9 @@ def assert_is_first(got, logits, k):
     assert_within_budget(got[2], logits.double().logsumexp(-1), logits.float().logsumexp(-1), ulps=2, name="lse")
 
 
-def linear(x, w, bias=None):
+def linear(x, w, bias=None, scales=None):
     logits = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype)
-    triton_linear.linear(x, w, bias, w.shape[0], logits)
+    triton_linear.linear(x, w, scales, bias, w.shape[0], logits)
     return logits
 
 
@@ -139,6 +139,15 @@ def test_topk_is_the_first_k_of_linear(dtype, rows, n, k, wanted):
     if rows:
         ids, values = run(x, w, b)
         assert torch.equal(got[0][:, 0], ids) and torch.equal(got[1][:, 0], values)
+
+
+def test_a_weight_in_8_bits(dtype):
+    x, w, b = problem(dtype, 20, 170, 48)
+    q, scales = reference.linear.quantize(w)
+    logits = linear(x, q, b, scales)
+    ids, values = run(x, q, b, scales=scales)
+    assert torch.equal(ids, logits.argmax(-1)) and torch.equal(values, logits.max(-1).values.float())
+    assert_is_first(run_topk(x, q, 3, b, scales=scales), logits, 3)
 
 
 SPECIAL = [{40: NAN, 3: NAN, 399: NAN, 200: INF}, {17: INF, 390: INF, 5: -INF}, dict.fromkeys(range(398), -INF),

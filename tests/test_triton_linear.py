@@ -19,9 +19,9 @@ def problem(dtype, rows, n, k):
     return x, w, torch.randn(n).to(dtype)
 
 
-def run(x, w, bias=None, out=None):
+def run(x, w, bias=None, out=None, scales=None):
     out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype) if out is None else out
-    assert triton_linear.linear(x, w, bias, w.shape[0], out) is None
+    assert triton_linear.linear(x, w, scales, bias, w.shape[0], out) is None
     return out
 
 
@@ -33,8 +33,22 @@ def test_matches_reference(dtype, rows, n, k, biased):
     x, w, b = problem(dtype, rows, n, k)
     b = b if biased else None
     want = torch.empty(rows, n, dtype=torch.float64)
-    reference.linear.linear(*doubles(x, w, b), n, want)
+    reference.linear.linear(*doubles(x, w), None, *doubles(b), n, want)
     assert_within_budget(run(x, w, b), want, F.linear(x, w, b) if rows else None, ulps=2)
+
+
+@pytest.mark.parametrize("rows,n,k", [(1, 1, 1), (3, 70, 45), (40, 65, 64), (130, 20, 48), (2, 20, CHUNK + 1)])
+def test_a_weight_in_8_bits(dtype, rows, n, k):
+    x, w, b = problem(dtype, rows, n, k)
+    q, scales = reference.linear.quantize(w)
+    for bias in (b, None):
+        want = torch.empty(rows, n, dtype=torch.float64)
+        reference.linear.linear(*doubles(x), q, *doubles(scales, bias), n, want)
+        like = F.linear(x, (q * scales[:, None]).to(dtype), bias)
+        assert_within_budget(run(x, q, bias, scales=scales), want, like, ulps=2)
+    # Where the scales are powers of two nothing is rounded, so the bits are those of the weight that they make.
+    scales = torch.exp2(torch.randint(-6, 3, (n,)).float())
+    assert same_bits(run(x, q, b, scales=scales), run(x, (q * scales[:, None]).to(dtype), b))
 
 
 def test_chunks_added_here_and_in_a_second_launch_are_the_same_bits(dtype, monkeypatch):
@@ -42,6 +56,10 @@ def test_chunks_added_here_and_in_a_second_launch_are_the_same_bits(dtype, monke
     split = run(x, w, b)
     monkeypatch.setattr(triton_linear, "SPLIT_BELOW", 0)
     assert same_bits(run(x, w, b), split)
+    q, scales = reference.linear.quantize(w)
+    whole = run(x, q, b, scales=scales)
+    monkeypatch.undo()
+    assert same_bits(run(x, q, b, scales=scales), whole)
 
 
 def test_a_row_sees_none_of_its_neighbours(dtype):

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+from passes import Passes
+
 PLAIN, DFLASH = "plain", "dflash"
 
 
@@ -30,11 +32,13 @@ class Job:
 
 @dataclass
 class Question:
-    """prompts: token ids, the same for every peer, so that none uses its own template; at_once of them together."""
+    """prompts: token ids, the same for every peer, so that none uses its own template; at_once of them together.
+    watched: steps are timed by part, which is for one prompt and for a peer's last questions: it stays watched."""
 
     prompts: list[list[int]]
     max_new_tokens: int
     at_once: int = 1
+    watched: bool = False
 
 
 @dataclass
@@ -42,16 +46,20 @@ class Reply:
     """seconds: for all prompts. counts: new tokens of each, with the stop token; tokens: which they are, None from a
     peer that does not tell. steps: target passes that checked drafts, for each prompt, or of all prompts together if
     the peer tells no more; accepted: in how many of them the draft at position 1, 2, ... of the block was accepted.
-    Both empty in plain mode."""
+    Both empty in plain mode. parts: of a watched question, the seconds of each step: "step" in all, and "draft" and
+    "verify" where they can be told apart; whole: why they cannot."""
 
     seconds: float
     counts: list[int]
     tokens: list[list[int]] | None = None
     steps: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    whole: str = ""
 
 
 Answering = Callable[[Question], Reply]
+Watch = Callable[[Passes], None]
 
 
 def accepted_drafts(commits: list[int], block_size: int) -> list[int]:
@@ -59,9 +67,11 @@ def accepted_drafts(commits: list[int], block_size: int) -> list[int]:
     return [sum(n > i for n in commits) for i in range(1, block_size)]
 
 
-def serve(load: Callable[[Job], tuple[Answering, dict[str, str]]]) -> None:
+def serve(load: Callable[[Job], tuple[Answering, dict[str, str], Watch | None]]) -> None:
     """The main function of a peer, which is given the number of its end of the socket: load(job) gives a function that
-    answers, and versions. What goes wrong ends it, and the last line of its log says why."""
+    answers, versions, and a function that has the decoder's passes timed from then on. That one raises
+    NotImplementedError with the reason where it cannot; None: the answers themselves tell what there is to tell. What
+    goes wrong ends the peer, and the last line of its log says why."""
     end = socket.socket(fileno=int(sys.argv[1]))
     end.set_inheritable(False)  # a child of ours must not keep the driver waiting when we are gone
     lines = end.makefile("rw", encoding="utf-8")
@@ -70,7 +80,28 @@ def serve(load: Callable[[Job], tuple[Answering, dict[str, str]]]) -> None:
         lines.write(json.dumps(value) + "\n")
         lines.flush()
 
-    answering, versions = load(Job(**json.loads(lines.readline())))
+    answering, versions, watch = load(Job(**json.loads(lines.readline())))
     say(versions)
+    watched = None if watch is None else Watched(answering, watch)
     for line in lines:
-        say(asdict(answering(Question(**json.loads(line)))))
+        asked = Question(**json.loads(line))
+        say(asdict((watched if asked.watched and watched else answering)(asked)))
+
+
+class Watched:
+    """Answers as before, with the steps by part."""
+
+    def __init__(self, answering: Answering, watch: Watch):
+        self.answering, self.watch, self.passes, self.whole = answering, watch, None, ""
+
+    def __call__(self, asked: Question) -> Reply:
+        if self.passes is None:
+            self.passes = Passes()
+            try:
+                self.watch(self.passes)
+            except NotImplementedError as error:
+                self.whole = str(error)
+        self.passes.prompt()
+        reply = self.answering(asked)
+        reply.parts, reply.whole = self.passes.taken(), self.whole
+        return reply

@@ -7,6 +7,7 @@ import dflash.model as reference
 import torch
 import transformers
 from job import Job, Question, Reply, accepted_drafts, serve
+from passes import DRAFT, VERIFY, Passes
 
 
 def load(job: Job):
@@ -29,7 +30,12 @@ def load(job: Job):
         return Reply(time.perf_counter() - began, [*map(len, tokens)], tokens, steps,
                      accepted_drafts(commits, job.block_size))
 
-    return answering, {name: version(name) for name in ("dflash", "transformers", "torch")}
+    def watch(passes: Passes) -> None:
+        target.forward = passes.part(VERIFY, target.forward, opens=True)
+        drafter.forward = passes.part(DRAFT, drafter.forward)  # with the projected features and their keys and values
+        drafter.compute_logits = passes.part(DRAFT, drafter.compute_logits)
+
+    return answering, {name: version(name) for name in ("dflash", "transformers", "torch")}, watch
 
 
 if __name__ == "__main__":

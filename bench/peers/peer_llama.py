@@ -10,6 +10,8 @@ from importlib.metadata import version
 import xllamacpp
 from job import DFLASH, Job, Question, Reply, serve
 
+WHOLE = "it tells the time of an answer only, of which a step is the mean"
+
 
 def load(job: Job):
     params = xllamacpp.CommonParams()
@@ -25,7 +27,7 @@ def load(job: Job):
     server = xllamacpp.Server(params)
 
     def answering(asked: Question) -> Reply:
-        began, counts, steps = time.perf_counter(), [], []
+        began, counts, steps, parts = time.perf_counter(), [], [], []
         for prompt in asked.prompts:
             found = server.handle_completions({"prompt": prompt, "n_predict": asked.max_new_tokens, "temperature": 0.0,
                                                "cache_prompt": False})
@@ -33,10 +35,14 @@ def load(job: Job):
                 raise ValueError(f"llama.cpp refuses: {found}")
             counts.append(found["usage"]["completion_tokens"])
             # It tells no steps: each gives one token more than it accepts, and the first token is the prompt's.
-            steps.append(counts[-1] - 1 - found["timings"].get("draft_n_accepted", 0))
-        return Reply(time.perf_counter() - began, counts, steps=steps if job.mode == DFLASH else [])
+            timings = found["timings"]
+            steps.append(counts[-1] - 1 - timings.get("draft_n_accepted", 0))
+            if steps[-1]:  # its clock for new tokens starts where the prompt's first one is there
+                parts += [{"step": timings["predicted_ms"] / 1e3 / steps[-1]}] * steps[-1]
+        return Reply(time.perf_counter() - began, counts, steps=steps if job.mode == DFLASH else [],
+                     **({"parts": parts, "whole": WHOLE} if asked.watched else {}))
 
-    return answering, {"xllamacpp": version("xllamacpp"), "llama.cpp": xllamacpp.get_system_info().strip(" |\n")}
+    return answering, {"xllamacpp": version("xllamacpp"), "llama.cpp": xllamacpp.get_system_info().strip(" |\n")}, None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import torch
 from job import PLAIN, Job, Question, Reply, accepted_drafts, serve
+from watched_step import watch
 
 import dflash_kernels
 from dflash_decode.session import NONE, Session
@@ -22,7 +23,7 @@ def load(job: Job):
                      accepted_drafts(run.steps, session.block_size))
 
     info = dflash_kernels.build_info()
-    return answering, {"dflash-kernels": info["version"], "torch": info["torch"], "isa": info["isa"]}
+    return answering, {"dflash-kernels": info["version"], "torch": info["torch"], "isa": info["isa"]}, watch
 
 
 if __name__ == "__main__":

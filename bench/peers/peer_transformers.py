@@ -6,6 +6,7 @@ from importlib.metadata import version
 import torch
 import transformers
 from job import Job, Question, Reply, serve
+from passes import VERIFY, Passes
 
 
 def load(job: Job):
@@ -23,7 +24,10 @@ def load(job: Job):
             tokens.append(found[0, len(prompt):].tolist())
         return Reply(time.perf_counter() - began, [*map(len, tokens)], tokens)
 
-    return answering, {name: version(name) for name in ("transformers", "torch")}
+    def watch(passes: Passes) -> None:
+        model.forward = passes.part(VERIFY, model.forward, opens=True)
+
+    return answering, {name: version(name) for name in ("transformers", "torch")}, watch
 
 
 if __name__ == "__main__":

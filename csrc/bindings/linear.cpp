@@ -12,26 +12,32 @@ int64_t plain_stride(const Tensor& weight) {
   return weight.size(0) == 1 ? weight.size(1) : weight.stride(0);
 }
 
-GemmParams gemm_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
-  return {{x.data_ptr(), x.stride(0)}, x.size(0),
-          x.size(1),                   out_features,
-          weight.data_ptr(),           plain_stride(weight),
-          bias ? bias->data_ptr() : nullptr, dtype_of(x, "x")};
+GemmParams gemm_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+                   const std::optional<Tensor>& bias, int64_t out_features) {
+  return {{x.data_ptr(), x.stride(0)},
+          x.size(0),
+          x.size(1),
+          out_features,
+          weight.data_ptr(),
+          plain_stride(weight),
+          data<const float>(scales),
+          bias ? bias->data_ptr() : nullptr,
+          dtype_of(x, "x")};
 }
 
-void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-            const Tensor& out) {
-  const LinearParams p{gemm_of(x, weight, bias, out_features), {out.data_ptr(), out.stride(0)}};
-  launch(linear_kernels, p, {x, weight, bias, out});
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+            const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out) {
+  const LinearParams p{gemm_of(x, weight, scales, bias, out_features), {out.data_ptr(), out.stride(0)}};
+  launch(linear_kernels, p, {x, weight, scales, bias, out});
 }
 
-void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                    int64_t num_valid, double scale, double softcap, int64_t id_offset, const Tensor& out_ids,
-                    const Tensor& out_values) {
+void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+                    const std::optional<Tensor>& bias, int64_t out_features, int64_t num_valid, double scale,
+                    double softcap, int64_t id_offset, const Tensor& out_ids, const Tensor& out_values) {
   const LmHeadArgmaxParams p{
-      {gemm_of(x, weight, bias, out_features), num_valid, float(scale), float(softcap)},
+      {gemm_of(x, weight, scales, bias, out_features), num_valid, float(scale), float(softcap)},
       id_offset, data<int64_t>(out_ids), data<float>(out_values)};
-  launch(lm_head_argmax_kernels, p, {x, weight, bias, out_ids, out_values});
+  launch(lm_head_argmax_kernels, p, {x, weight, scales, bias, out_ids, out_values});
 }
 
 void merge_argmax(const Tensor& values, const Tensor& ids, const Tensor& out_ids, const Tensor& out_values) {
@@ -40,13 +46,14 @@ void merge_argmax(const Tensor& values, const Tensor& ids, const Tensor& out_ids
   launch(merge_argmax_kernels, p, {values, ids, out_ids, out_values});
 }
 
-void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                  int64_t num_valid, double scale, double softcap, int64_t id_offset, const Tensor& out_ids,
-                  const Tensor& out_values, const Tensor& out_lse) {
-  const LmHeadTopkParams p{{gemm_of(x, weight, bias, out_features), num_valid, float(scale), float(softcap)},
+void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+                  const std::optional<Tensor>& bias, int64_t out_features, int64_t num_valid, double scale,
+                  double softcap, int64_t id_offset, const Tensor& out_ids, const Tensor& out_values,
+                  const Tensor& out_lse) {
+  const LmHeadTopkParams p{{gemm_of(x, weight, scales, bias, out_features), num_valid, float(scale), float(softcap)},
                            id_offset,           out_ids.size(1),         data<int64_t>(out_ids),
                            data<float>(out_values), data<float>(out_lse)};
-  launch(lm_head_topk_kernels, p, {x, weight, bias, out_ids, out_values, out_lse});
+  launch(lm_head_topk_kernels, p, {x, weight, scales, bias, out_ids, out_values, out_lse});
 }
 
 void merge_topk(const Tensor& values, const Tensor& ids, const Tensor& lse, const Tensor& out_ids,

@@ -2,12 +2,17 @@
 //
 // Floor: the weight's bytes over the read bandwidth. W is packed so that 16 outputs form a block whose bytes lie in
 // the order they are used ([N/16][K/2][16][2] for bf16, so that one 64-byte line holds a pair of k for 16 outputs and
-// 16 lines are one AMX tile; [N/16][K][16] for f32 and f16). Each thread walks four blocks at once, a quarter of its
+// 16 lines are one AMX tile; [N/16][K][16] for f32, f16 and, K filled up to whole tiles, int8). Each thread walks four blocks at once, a quarter of its
 // range apart: four long streams use more of the memory than one does.
 //
 // Every output is one accumulator that runs over k in order, so its bits depend on its row of x and its row of W
 // alone: not on how many rows there are, how they are grouped into registers or tiles, or on the number of threads.
+//
+// An int8 weight is half of bf16's bytes and becomes x's type on its way into registers, exactly; its scales wait for
+// the sums. Widening it takes about three cycles of a core for a line of 32, less than reading them does.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/gemm_micro.h"
 #include "cpu/gemm_params.h"
@@ -26,6 +31,7 @@ inline int64_t padded_k(int64_t K) { return ceil_div(K, 32) * 32; }
 // Packed elements of one block.
 template <class T> inline int64_t block_elements(int64_t K) { return kBlock * K; }
 template <> inline int64_t block_elements<bf16>(int64_t K) { return kBlock * padded_k(K); }
+template <> inline int64_t block_elements<int8_t>(int64_t K) { return kBlock * padded_k(K); }
 
 // Packs rows [n0, n0 + 16) of a row-major weight as pack_weight does.
 inline void pack_block(const bf16* w, int64_t stride, int64_t n0, int64_t N, int64_t K, bf16* to) {
@@ -54,7 +60,7 @@ inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, i
   return to;
 }
 
-template <class T>
+template <class T, class Weight = T>
 struct Operand {
   using X = float;
   static int64_t depth(int64_t K) { return K; }
@@ -62,13 +68,13 @@ struct Operand {
     return widen(x, stride, rows, K, ld, scratch);
   }
   template <int R, int S>
-  static void group(const X* x, int64_t ld, const T* const* w, int64_t K, float* c, int64_t ldc) {
-    micro<T, R, S>(x, ld, w, K, c, ldc);
+  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, float* c, int64_t ldc) {
+    micro<Weight, R, S>(x, ld, w, K, c, ldc);
   }
 };
 
 template <>
-struct Operand<bf16> {
+struct Operand<bf16, bf16> {
   static int64_t depth(int64_t K) { return padded_k(K); }
 #if DFLASH_BF16_DOT
   using X = bf16;
@@ -103,37 +109,52 @@ struct Operand<bf16> {
 #endif
 };
 
+template <>
+struct Operand<bf16, int8_t> : Operand<bf16, bf16> {
+#if !defined(__AMX_BF16__)
+  template <int R, int S>
+  static void group(const X* x, int64_t ld, const int8_t* const* w, int64_t K, float* c, int64_t ldc) {
+#if DFLASH_BF16_DOT
+    micro_dot<R, S>(x, ld, w, K, c, ldc);
+#else
+    micro<int8_t, R, S>(x, ld, w, K, c, ldc);
+#endif
+  }
+#endif
+};
+
 // `rows` <= MAX rows in one register group.
-template <class T, int S, int MAX>
-inline void one_group(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c,
-                      int64_t ldc) {
-  if (rows == MAX) return Operand<T>::template group<MAX, S>(x, ld, w, K, c, ldc);
-  if constexpr (MAX > 1) one_group<T, S, MAX - 1>(x, ld, rows, w, K, c, ldc);
+template <class T, class Weight, int S, int MAX>
+inline void one_group(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K,
+                      float* c, int64_t ldc) {
+  if (rows == MAX) return Operand<T, Weight>::template group<MAX, S>(x, ld, w, K, c, ldc);
+  if constexpr (MAX > 1) one_group<T, Weight, S, MAX - 1>(x, ld, rows, w, K, c, ldc);
 }
 
 // Up to 16 rows, in register groups of about equal size.
-template <class T, int S, int MAX>
-inline void row_groups(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c,
-                       int64_t ldc) {
+template <class T, class Weight, int S, int MAX>
+inline void row_groups(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K,
+                       float* c, int64_t ldc) {
   for (int groups = int(ceil_div(rows, MAX)), r = 0; groups > 0; --groups) {
     const int m = int(ceil_div(rows - r, groups));
-    one_group<T, S, MAX>(x + r * ld, ld, m, w, K, c + r * ldc, ldc);
+    one_group<T, Weight, S, MAX>(x + r * ld, ld, m, w, K, c + r * ldc, ldc);
     r += m;
   }
 }
 
-template <class T, int S>
-inline void tile(const typename Operand<T>::X* x, int64_t ld, int rows, const T* const* w, int64_t K, float* c) {
+template <class T, class Weight, int S>
+inline void tile(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K,
+                 float* c) {
 #if defined(__AMX_BF16__)
   if constexpr (kTiles<T>) return micro_tiles<S>(x, ld, w, K, c);
   else
 #endif
   if constexpr (Vec::W == 16) {
-    row_groups<T, S, 6>(x, ld, rows, w, K, c, S * kBlock);  // at most 24 of 32 registers accumulate
+    row_groups<T, Weight, S, 6>(x, ld, rows, w, K, c, S * kBlock);  // at most 24 of 32 registers accumulate
   } else if (rows == 1) {
-    one_group<T, S, 1>(x, ld, 1, w, K, c, S * kBlock);  // 8 of 16
+    one_group<T, Weight, S, 1>(x, ld, 1, w, K, c, S * kBlock);  // 8 of 16
   } else {
-    for (int s = 0; s < S; ++s) row_groups<T, 1, 4>(x, ld, rows, w + s, K, c + s * kBlock, S * kBlock);
+    for (int s = 0; s < S; ++s) row_groups<T, Weight, 1, 4>(x, ld, rows, w + s, K, c + s * kBlock, S * kBlock);
   }
 }
 
@@ -141,59 +162,82 @@ inline void tile(const typename Operand<T>::X* x, int64_t ld, int rows, const T*
 
 // Calls epilogue(c, ldc, r0, rows, n0) for every tile: c holds float32 sums, row r of the tile at c + r * ldc, for
 // output rows r0 ... r0 + rows and outputs n0 ... n0 + 16.
-template <class T, int S, class Epilogue>
-inline void group_of_blocks(const GemmParams& p, const typename Operand<T>::X* x, int64_t ld, int64_t r0, int64_t rows,
-                            const int64_t* blocks, ThreadMemory& packing, Epilogue& epilogue) {
-  const T* w[S];
-  const int64_t size = block_elements<T>(p.K);
-  if (p.weight_stride == 0) {
-    for (int s = 0; s < S; ++s) w[s] = static_cast<const T*>(p.weight) + blocks[s] * size;
-  } else {
-    T* to = static_cast<T*>(packing.get(S * size * sizeof(T) + kPrefetchBytes));
-    for (int s = 0; s < S; ++s) {
-      pack_block(static_cast<const T*>(p.weight), p.weight_stride, blocks[s] * kBlock, p.N, p.K, to + s * size);
-      w[s] = to + s * size;
-    }
-  }
+template <class T, class Weight, int S, class Epilogue>
+inline void tiles_of_blocks(const GemmParams& p, const typename Operand<T, Weight>::X* x, int64_t ld, int64_t r0,
+                            int64_t rows, const int64_t* blocks, const Weight* const* w, Epilogue& epilogue) {
   alignas(64) float c[kTileRows * S * kBlock];
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int m = int(rows - r < kTileRows ? rows - r : kTileRows);
 #if defined(__AMX_BF16__)
     if (kTiles<T> && (r == 0 || m != kTileRows)) configure_tiles(m);
 #endif
-    tile<T, S>(x + r * ld, ld, m, w, Operand<T>::depth(p.K), c);
+    tile<T, Weight, S>(x + r * ld, ld, m, w, Operand<T, Weight>::depth(p.K), c);
     for (int s = 0; s < S; ++s) epilogue(c + s * kBlock, S * kBlock, r0 + r, m, blocks[s] * kBlock);
   }
+}
+
+template <class T, class Weight, int S, class Epilogue>
+inline void group_of_blocks(const GemmParams& p, const typename Operand<T, Weight>::X* x, int64_t ld, int64_t r0,
+                            int64_t rows, const int64_t* blocks, ThreadMemory& packing, Epilogue& epilogue) {
+  const Weight* w[S];
+  const int64_t size = block_elements<Weight>(p.K);
+  const auto* weight = static_cast<const Weight*>(p.weight);
+  if (p.weight_stride == 0) {
+    for (int s = 0; s < S; ++s) w[s] = weight + blocks[s] * size;
+#if defined(__AMX_BF16__)
+    if constexpr (kTiles<T> && std::is_same_v<Weight, int8_t>)
+      if (rows > kTileRows) {  // widened once for all tiles of rows
+        T* to = static_cast<T*>(packing.get(S * size * sizeof(T) + kPrefetchBytes));
+        const T* wide[S];
+        for (int s = 0; s < S; wide[s] = to + s * size, ++s)
+          for (int64_t at = 0; at < size; at += kTileElements) widen_tile(w[s] + at, to + s * size + at);
+        return tiles_of_blocks<T, T, S>(p, x, ld, r0, rows, blocks, wide, epilogue);
+      }
+#endif
+  } else if constexpr (std::is_same_v<T, Weight>) {
+    T* to = static_cast<T*>(packing.get(S * size * sizeof(T) + kPrefetchBytes));
+    for (int s = 0; s < S; ++s) {
+      pack_block(weight, p.weight_stride, blocks[s] * kBlock, p.N, p.K, to + s * size);
+      w[s] = to + s * size;
+    }
+  }
+  tiles_of_blocks<T, Weight, S>(p, x, ld, r0, rows, blocks, w, epilogue);
 }
 
 // Blocks that each of the streams over [begin, end) walks, a multiple of `unit`; the rest are walked after them.
 inline int64_t stream_length(int64_t begin, int64_t end, int64_t unit) { return (end - begin) / kStreams / unit * unit; }
 
-// Blocks [begin, end) of the weight for all rows, on the calling thread. UNIT neighbours, counted from `begin`, are in
-// one stream and come in order.
-template <class T, int64_t UNIT = 1, class Epilogue>
-inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
+template <class T, class Weight, int64_t UNIT, class Epilogue>
+inline void gemm_blocks_of(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
   static thread_local ThreadMemory rows_scratch, pack_scratch;
   for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
     const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
     int64_t ld;
-    const auto* x =
-        Operand<T>::prepare(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride, rows, p.K, &ld, rows_scratch);
+    const auto* x = Operand<T, Weight>::prepare(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride, rows,
+                                                p.K, &ld, rows_scratch);
     const int64_t quarter = stream_length(begin, end, UNIT);
     for (int64_t i = 0; i < quarter; ++i) {
       const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i, begin + 3 * quarter + i};
-      group_of_blocks<T, kStreams>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
+      group_of_blocks<T, Weight, kStreams>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
     }
     int64_t b = begin + quarter * kStreams;
     for (; b + 2 <= end; b += 2) {
       const int64_t blocks[2] = {b, b + 1};
-      group_of_blocks<T, 2>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
+      group_of_blocks<T, Weight, 2>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
     }
-    if (b < end) group_of_blocks<T, 1>(p, x, ld, r0, rows, &b, pack_scratch, epilogue);
+    if (b < end) group_of_blocks<T, Weight, 1>(p, x, ld, r0, rows, &b, pack_scratch, epilogue);
   }
 #if defined(__AMX_BF16__)
   if (kTiles<T>) _tile_release();
 #endif
+}
+
+// Blocks [begin, end) of the weight for all rows, on the calling thread. UNIT neighbours, counted from `begin`, are in
+// one stream and come in order.
+template <class T, int64_t UNIT = 1, class Epilogue>
+inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
+  if (p.scales) return gemm_blocks_of<T, int8_t, UNIT>(p, begin, end, epilogue);
+  gemm_blocks_of<T, T, UNIT>(p, begin, end, epilogue);
 }
 
 inline int64_t gemm_block_count(const GemmParams& p) { return ceil_div(p.N, kBlock); }

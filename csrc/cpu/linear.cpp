@@ -15,6 +15,7 @@ void run(const LinearParams& p) {
       for (int v = 0; v < kBlock && n0 + v < g.N; v += Vec::W) {
         const int m = int(g.N - n0 - v);
         Vec y = load(c + r * ldc + v);
+        if (g.scales) y = y * load_n(g.scales + n0 + v, m);
         if (bias) y = y + load_n(bias + n0 + v, m);
         store_n(out + v, y, m);
       }

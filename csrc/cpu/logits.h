@@ -12,6 +12,7 @@ constexpr int64_t kNoId = INT64_MAX;
 // The logits of m <= Vec::W outputs from n on, before they are rounded to T; what lies past them is not theirs.
 template <class T>
 inline Vec finish_logits(const LogitParams& p, Vec y, int64_t n, int m) {
+  if (p.gemm.scales) y = y * load_n(p.gemm.scales + n, m);
   if (p.gemm.bias) y = y + load_n(static_cast<const T*>(p.gemm.bias) + n, m);
   if (p.scale != 1.0f) y = y * set1(p.scale);
   if (p.softcap > 0.0f) y = vtanh(y / set1(p.softcap)) * set1(p.softcap);

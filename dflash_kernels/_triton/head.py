@@ -13,16 +13,18 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
-from ._math import PLAIN, of_order_key, order_key, tanh
-from .linear import CHUNK, config, configs, product, tile_constants
+from ._math import of_order_key, order_key, tanh
+from .linear import CHUNK, PRODUCTS, config, configs, options, pointers, product, tile_constants
 
 BEST_BLOCK, BEST_WARPS = 1024, 4  # candidates of a row at a time. Estimated: a vocabulary in three steps
 MERGE_BLOCK, MERGE_WARPS = 128, 4  # rows a program. Estimated
 
 
 @triton.jit
-def logits_of(total, bias, at, num_valid, scale, softcap, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
+def logits_of(total, scales, bias, at, num_valid, scale, softcap, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
     """The sums (ROWS, BLOCK_N) of outputs `at` as the model has its logits, in float32."""
+    if scales is not None:
+        total *= tl.load(scales + at, at < num_valid, 0.0)[None, :]
     if bias is not None:
         total += tl.load(bias + at, at < num_valid, 0.0).to(tl.float32)[None, :]
     total *= scale
@@ -50,31 +52,31 @@ def value_of(candidate):
 
 
 @triton.jit
-def _best(total, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS: tl.constexpr,
+def _best(total, scales, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS: tl.constexpr,
           BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
     row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
-    logits = logits_of(total, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
+    logits = logits_of(total, scales, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
     found = tl.max(candidates(logits, at, num_valid), 1)
     tl.store(best + row.to(tl.int64) * blocks + tl.program_id(1), found, row < rows)
 
 
 @triton.jit
-def lm_head_argmax_kernel(x, weight, bias, best, rows, num_valid, k, x_stride, w_stride, blocks, scale, softcap,
-                          ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                          CHUNK: tl.constexpr, SOFTCAP: tl.constexpr):
+def lm_head_argmax_kernel(x, weight, scales, bias, best, rows, num_valid, k, x_stride, w_stride, blocks, scale,
+                          softcap, ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr):
     row0, n0 = tl.program_id(0) * ROWS * TILES, tl.program_id(1) * BLOCK_N
     dtype: tl.constexpr = x.dtype.element_ty
     sum0, sum1, sum2, sum3 = product(x, weight, row0, n0, 0, k, rows, num_valid, x_stride, w_stride, ROWS, TILES,
                                      BLOCK_N, BLOCK_K, CHUNK)
-    _best(sum0, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N, SOFTCAP, dtype)
+    _best(sum0, scales, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N, SOFTCAP, dtype)
     if TILES > 1:
-        _best(sum1, bias, best, row0 + ROWS, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N, SOFTCAP,
-              dtype)
+        _best(sum1, scales, bias, best, row0 + ROWS, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N,
+              SOFTCAP, dtype)
     if TILES > 2:
-        _best(sum2, bias, best, row0 + 2 * ROWS, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N, SOFTCAP,
-              dtype)
-        _best(sum3, bias, best, row0 + 3 * ROWS, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N, SOFTCAP,
-              dtype)
+        _best(sum2, scales, bias, best, row0 + 2 * ROWS, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N,
+              SOFTCAP, dtype)
+        _best(sum3, scales, bias, best, row0 + 3 * ROWS, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N,
+              SOFTCAP, dtype)
 
 
 @triton.jit
@@ -104,7 +106,7 @@ def merge_argmax_kernel(values, ids, out_ids, out_values, shards, rows, BLOCK: t
     tl.store(out_values + row, of_order_key(key), mask)
 
 
-def lm_head_argmax(x, weight, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values):
+def lm_head_argmax(x, weight, scales, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values):
     """Allocates 8 bytes a row and block of the vocabulary, as a graph may: they belong to its pool."""
     rows, k = x.shape
     if rows == 0:
@@ -113,8 +115,9 @@ def lm_head_argmax(x, weight, bias, out_features, num_valid, scale, softcap, id_
     blocks = triton.cdiv(num_valid, c.BLOCK_N)
     best = torch.empty((rows, blocks), dtype=torch.int64, device=x.device)
     lm_head_argmax_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
-        x, weight, bias, best, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, scale, softcap,
-        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages, **PLAIN)
+        x, weight, scales, bias, best, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, scale, softcap,
+        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages,
+        **options(scales))
     best_of_blocks_kernel[rows,](best, out_ids, out_values, blocks, id_offset, BLOCK=BEST_BLOCK, num_warps=BEST_WARPS)
 
 
@@ -128,13 +131,13 @@ def merge_argmax(values, ids, out_ids, out_values):
 def cases():
     sizes = {"rows": "i32", "num_valid": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
              "blocks": "i32", "scale": "fp32", "softcap": "fp32"}
-    for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+    for dtype, weight, itemsize in PRODUCTS:
+        name, signature, absent, chosen = pointers(dtype, weight)
         for rows, c in configs(itemsize).items():
-            constants = tile_constants(c) | {"SOFTCAP": True}
-            signature = {"x": "*" + dtype, "weight": "*" + dtype, "bias": "*" + dtype, "best": "*i64", **sizes,
-                         **dict.fromkeys(constants, "constexpr")}
-            yield Case(f"lm_head_argmax {rows} rows {dtype}", lm_head_argmax_kernel, signature, constants, c.warps,
-                       c.stages, PLAIN)
+            constants = tile_constants(c) | {"SOFTCAP": True} | absent
+            yield Case(f"lm_head_argmax {rows} rows {name}", lm_head_argmax_kernel,
+                       signature | {"best": "*i64"} | sizes | dict.fromkeys(constants, "constexpr"), constants, c.warps,
+                       c.stages, chosen)
     signature = {"best": "*i64", "out_ids": "*i64", "out_values": "*fp32", "blocks": "i32", "id_offset": "i64",
                  "BLOCK": "constexpr"}
     yield Case("lm_head_argmax best_of_blocks", best_of_blocks_kernel, signature, {"BLOCK": BEST_BLOCK}, BEST_WARPS, 3)

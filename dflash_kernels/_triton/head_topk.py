@@ -17,7 +17,7 @@ import triton.language as tl
 from ._aot import Case
 from ._math import PLAIN, exp, of_order_key, order_key, tree_sum
 from .head import candidates, logits_of, output_of, value_of
-from .linear import CHUNK, config, configs, product, tile_constants
+from .linear import CHUNK, PRODUCTS, config, configs, options, pointers, product, tile_constants
 
 BLOCKS, BLOCKS_WARPS = 4096, 8  # of a row's blocks at a time. Estimated: a vocabulary of 262,144 in one step
 # ptxas, left alone, spills some bytes of a thread for the sake of more programs, whose number is that of the rows.
@@ -43,10 +43,10 @@ def exp_below(x, base):
 
 
 @triton.jit
-def _first(total, bias, lists, firsts, sums, row0, n0, rows, num_valid, blocks, wanted, scale, softcap,
+def _first(total, scales, bias, lists, firsts, sums, row0, n0, rows, num_valid, blocks, wanted, scale, softcap,
            ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
     row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
-    logits = logits_of(total, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
+    logits = logits_of(total, scales, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
     place, mask = row.to(tl.int64) * blocks + tl.program_id(1), row < rows
     valid = tl.where((at < num_valid)[None, :], logits, float("-inf"))
     # Where a logit is NaN the maximum may be anything, and the sum is NaN.
@@ -61,23 +61,23 @@ def _first(total, bias, lists, firsts, sums, row0, n0, rows, num_valid, blocks, 
 
 
 @triton.jit
-def lm_head_topk_kernel(x, weight, bias, lists, firsts, sums, rows, num_valid, k, x_stride, w_stride, blocks, wanted,
-                        scale, softcap, ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+def lm_head_topk_kernel(x, weight, scales, bias, lists, firsts, sums, rows, num_valid, k, x_stride, w_stride, blocks,
+                        wanted, scale, softcap, ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr):
     row0, n0 = tl.program_id(0) * ROWS * TILES, tl.program_id(1) * BLOCK_N
     dtype: tl.constexpr = x.dtype.element_ty
     sum0, sum1, sum2, sum3 = product(x, weight, row0, n0, 0, k, rows, num_valid, x_stride, w_stride, ROWS, TILES,
                                      BLOCK_N, BLOCK_K, CHUNK)
-    _first(sum0, bias, lists, firsts, sums, row0, n0, rows, num_valid, blocks, wanted, scale, softcap, ROWS, BLOCK_N,
-           SOFTCAP, dtype)
+    _first(sum0, scales, bias, lists, firsts, sums, row0, n0, rows, num_valid, blocks, wanted, scale, softcap, ROWS,
+           BLOCK_N, SOFTCAP, dtype)
     if TILES > 1:
-        _first(sum1, bias, lists, firsts, sums, row0 + ROWS, n0, rows, num_valid, blocks, wanted, scale, softcap, ROWS,
-               BLOCK_N, SOFTCAP, dtype)
+        _first(sum1, scales, bias, lists, firsts, sums, row0 + ROWS, n0, rows, num_valid, blocks, wanted, scale,
+               softcap, ROWS, BLOCK_N, SOFTCAP, dtype)
     if TILES > 2:
-        _first(sum2, bias, lists, firsts, sums, row0 + 2 * ROWS, n0, rows, num_valid, blocks, wanted, scale, softcap,
-               ROWS, BLOCK_N, SOFTCAP, dtype)
-        _first(sum3, bias, lists, firsts, sums, row0 + 3 * ROWS, n0, rows, num_valid, blocks, wanted, scale, softcap,
-               ROWS, BLOCK_N, SOFTCAP, dtype)
+        _first(sum2, scales, bias, lists, firsts, sums, row0 + 2 * ROWS, n0, rows, num_valid, blocks, wanted, scale,
+               softcap, ROWS, BLOCK_N, SOFTCAP, dtype)
+        _first(sum3, scales, bias, lists, firsts, sums, row0 + 3 * ROWS, n0, rows, num_valid, blocks, wanted, scale,
+               softcap, ROWS, BLOCK_N, SOFTCAP, dtype)
 
 
 @triton.jit
@@ -137,7 +137,8 @@ def merge_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, ro
     tl.store(out_lse + row + tl.arange(0, 1), base + tl.log(tl.reshape(total, (1,))))
 
 
-def lm_head_topk(x, weight, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values, out_lse):
+def lm_head_topk(x, weight, scales, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values,
+                 out_lse):
     """Allocates 8 K + 12 bytes a row and block of the vocabulary, as a graph may: they belong to its pool."""
     (rows, k), wanted = x.shape, out_ids.shape[1]
     if rows == 0:
@@ -148,9 +149,9 @@ def lm_head_topk(x, weight, bias, out_features, num_valid, scale, softcap, id_of
     firsts = torch.empty((rows, blocks), dtype=torch.int64, device=x.device)
     sums = torch.empty((rows, blocks), dtype=torch.float32, device=x.device)
     lm_head_topk_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
-        x, weight, bias, lists, firsts, sums, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, wanted, scale,
-        softcap, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages,
-        **PLAIN)
+        x, weight, scales, bias, lists, firsts, sums, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, wanted,
+        scale, softcap, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps,
+        num_stages=c.stages, **options(scales))
     first_of_blocks_kernel[rows,](lists, firsts, sums, out_ids, out_values, out_lse, blocks, wanted, id_offset,
                                   BLOCK_N=c.BLOCK_N, BLOCK=BLOCKS, K=triton.next_power_of_2(wanted),
                                   num_warps=BLOCKS_WARPS, **BLOCKS_OPTIONS)
@@ -169,15 +170,15 @@ def cases():
              "blocks": "i32", "wanted": "i32", "scale": "fp32", "softcap": "fp32"}
     lists = {"lists": "*i64", "firsts": "*i64", "sums": "*fp32"}
     out = {"out_ids": "*i64", "out_values": "*fp32", "out_lse": "*fp32"}
-    for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+    for dtype, weight, itemsize in PRODUCTS:
+        name, signature, absent, chosen = pointers(dtype, weight)
         for rows, c in configs(itemsize).items():
             if rows > TALLEST[itemsize]:
                 continue
-            constants = tile_constants(c) | {"SOFTCAP": True}
-            signature = {"x": "*" + dtype, "weight": "*" + dtype, "bias": "*" + dtype, **lists, **sizes,
-                         **dict.fromkeys(constants, "constexpr")}
-            yield Case(f"lm_head_topk {rows} rows {dtype}", lm_head_topk_kernel, signature, constants, c.warps,
-                       c.stages, PLAIN)
+            constants = tile_constants(c) | {"SOFTCAP": True} | absent
+            yield Case(f"lm_head_topk {rows} rows {name}", lm_head_topk_kernel,
+                       signature | lists | sizes | dict.fromkeys(constants, "constexpr"), constants, c.warps, c.stages,
+                       chosen)
     for wanted in (1, 16, 64):
         constants = {"BLOCK_N": 64, "BLOCK": BLOCKS, "K": wanted}
         signature = {**lists, **out, "blocks": "i32", "wanted": "i32", "id_offset": "i64",

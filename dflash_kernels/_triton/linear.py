@@ -14,6 +14,8 @@ A row's bits do not depend on the rows beside it, because every configuration co
   So it is the same whether one program adds them or each has its own program and a second launch adds (`split`), and
   lm_head_argmax, which never splits, sees the bits that linear writes.
 - Rows and columns past the end are zeros in a tile of the same size.
+
+A weight in 8 bits is half of the bytes. It becomes x's type in registers, exactly, and its scales multiply the sums.
 """
 
 from typing import NamedTuple
@@ -52,6 +54,14 @@ CONFIGS = {
 }
 
 
+# ptxas, left alone, spills some bytes of a thread that widens 8 bits, for the sake of more programs at a time.
+WIDENING = PLAIN | {"maxnreg": 192}
+
+
+def options(scales) -> dict:
+    return PLAIN if scales is None else WIDENING
+
+
 def configs(itemsize: int) -> dict[int, Config]:
     """By the most rows, ascending."""
     return {rows: c for (width, rows), c in CONFIGS.items() if width == itemsize}
@@ -81,7 +91,7 @@ def product(x, weight, row0, n0, begin, end, rows, n, x_stride, w_stride, ROWS: 
     w_rows = weight + out.to(tl.int64) * w_stride
     for k in range(begin, end, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
-        w = tl.load(w_rows[None, :] + at[:, None], (out < n)[None, :] & (at < end)[:, None], 0.0)
+        w = tl.load(w_rows[None, :] + at[:, None], (out < n)[None, :] & (at < end)[:, None], 0).to(x.dtype.element_ty)
         part0 = tl.dot(rows_of(x, row0, at, rows, end, x_stride, ROWS), w, part0, input_precision="ieee")
         if TILES > 1:
             part1 = tl.dot(rows_of(x, row0 + ROWS, at, rows, end, x_stride, ROWS), w, part1, input_precision="ieee")
@@ -99,8 +109,10 @@ def product(x, weight, row0, n0, begin, end, rows, n, x_stride, w_stride, ROWS: 
 
 
 @triton.jit
-def _store(total, bias, out, row0, n0, rows, n, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _store(total, scales, bias, out, row0, n0, rows, n, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
+    if scales is not None:
+        total *= tl.load(scales + at, at < n, 0.0)[None, :]
     if bias is not None:
         total += tl.load(bias + at, at < n, 0.0).to(tl.float32)[None, :]
     to = out + row.to(tl.int64)[:, None] * out_stride + at[None, :]
@@ -108,7 +120,7 @@ def _store(total, bias, out, row0, n0, rows, n, out_stride, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def linear_kernel(x, weight, bias, out, rows, n, k, x_stride, w_stride, out_stride, chunk_stride, chunk_size,
+def linear_kernel(x, weight, scales, bias, out, rows, n, k, x_stride, w_stride, out_stride, chunk_stride, chunk_size,
                   ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   CHUNK: tl.constexpr):
     """chunk_size: of K for a program; all of it, or CHUNK, whose sums then lie chunk_stride apart in out."""
@@ -117,21 +129,23 @@ def linear_kernel(x, weight, bias, out, rows, n, k, x_stride, w_stride, out_stri
     out += chunk.to(tl.int64) * chunk_stride
     sum0, sum1, sum2, sum3 = product(x, weight, row0, n0, begin, tl.minimum(begin + chunk_size, k), rows, n, x_stride,
                                      w_stride, ROWS, TILES, BLOCK_N, BLOCK_K, CHUNK)
-    _store(sum0, bias, out, row0, n0, rows, n, out_stride, ROWS, BLOCK_N)
+    _store(sum0, scales, bias, out, row0, n0, rows, n, out_stride, ROWS, BLOCK_N)
     if TILES > 1:
-        _store(sum1, bias, out, row0 + ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
+        _store(sum1, scales, bias, out, row0 + ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
     if TILES > 2:
-        _store(sum2, bias, out, row0 + 2 * ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
-        _store(sum3, bias, out, row0 + 3 * ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
+        _store(sum2, scales, bias, out, row0 + 2 * ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
+        _store(sum3, scales, bias, out, row0 + 3 * ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
 
 
 @triton.jit
-def add_chunks_kernel(part, bias, out, n, chunks, chunk_stride, out_stride, BLOCK: tl.constexpr):
+def add_chunks_kernel(part, scales, bias, out, n, chunks, chunk_stride, out_stride, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(chunks):
         total += tl.load(part + row * n + at, at < n, 0.0)
         part += chunk_stride
+    if scales is not None:
+        total *= tl.load(scales + at, at < n, 0.0)
     if bias is not None:
         total += tl.load(bias + at, at < n, 0.0).to(tl.float32)
     tl.store(out + row * out_stride + at, total.to(out.dtype.element_ty), at < n)
@@ -140,7 +154,7 @@ def add_chunks_kernel(part, bias, out, n, chunks, chunk_stride, out_stride, BLOC
 ADD_BLOCK, ADD_WARPS = 512, 4  # estimated: 16-byte accesses
 
 
-def linear(x, weight, bias, out_features, out):
+def linear(x, weight, scales, bias, out_features, out):
     """Where K is split it allocates the chunks' float32 sums, as a graph may: they belong to its pool."""
     (rows, k), n = x.shape, out_features
     if rows == 0:
@@ -150,11 +164,11 @@ def linear(x, weight, bias, out_features, out):
     split = chunks > 1 and across < SPLIT_BELOW
     to = torch.empty((chunks, rows, n), dtype=torch.float32, device=x.device) if split else out[None]
     linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), across, chunks if split else 1](
-        x, weight, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0), to.stride(1), to.stride(0),
-        CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, num_warps=c.warps, num_stages=c.stages,
-        **PLAIN)
+        x, weight, None if split else scales, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0),
+        to.stride(1), to.stride(0), CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK,
+        num_warps=c.warps, num_stages=c.stages, **options(scales))
     if split:
-        add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, bias, out, n, chunks, rows * n, out.stride(0),
+        add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, scales, bias, out, n, chunks, rows * n, out.stride(0),
                                                            BLOCK=ADD_BLOCK, num_warps=ADD_WARPS, **PLAIN)
 
 
@@ -162,20 +176,32 @@ def tile_constants(c: Config) -> dict:
     return {"ROWS": c.ROWS, "TILES": c.TILES, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "CHUNK": CHUNK}
 
 
+def pointers(dtype: str, weight: str) -> tuple[str, dict, dict, dict]:
+    """For cases(): what a product of rows of `dtype` and a weight of `weight` is called, the signature of its pointers,
+    those of them that are None, and its options."""
+    absent = {} if weight == "i8" else {"scales": None}
+    signature = {"x": "*" + dtype, "weight": "*" + weight, "scales": "*fp32", "bias": "*" + dtype}
+    return dtype if weight == dtype else f"{dtype} x {weight}", signature, absent, PLAIN if absent else WIDENING
+
+
+PRODUCTS = [(dtype, weight, itemsize) for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2))
+            for weight in (dtype, "i8")]
+
+
 def cases():
     sizes = {"rows": "i32", "n": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
              "out_stride": "i32:16", "chunk_stride": "i32:16", "chunk_size": "i32:16"}
-    for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+    for dtype, weight, itemsize in PRODUCTS:
+        product_name, signature, absent, chosen = pointers(dtype, weight)
         for rows, c in configs(itemsize).items():
-            constants = tile_constants(c)
             for out in (dtype, "fp32") if dtype == "bf16" else (dtype,):
-                signature = {"x": "*" + dtype, "weight": "*" + dtype, "bias": "*" + dtype, "out": "*" + out, **sizes,
-                             **dict.fromkeys(constants, "constexpr")}
-                if out != dtype:
-                    signature["bias"], constants = "constexpr", constants | {"bias": None}
-                name = f"linear {rows} rows {dtype}" + (" split" if out != dtype else "")
-                yield Case(name, linear_kernel, signature, constants, c.warps, c.stages, PLAIN)
-        signature = {"part": "*fp32", "bias": "*" + dtype, "out": "*" + dtype, "n": "i32:16", "chunks": "i32",
-                     "chunk_stride": "i32:16", "out_stride": "i32:16", "BLOCK": "constexpr"}
-        yield Case(f"linear add_chunks {dtype}", add_chunks_kernel, signature, {"BLOCK": ADD_BLOCK}, ADD_WARPS, 3,
-                   PLAIN)
+                split = out != dtype
+                constants = tile_constants(c) | ({"scales": None, "bias": None} if split else absent)
+                yield Case(f"linear {rows} rows {product_name}" + " split" * split, linear_kernel,
+                           signature | {"out": "*" + out} | sizes | dict.fromkeys(constants, "constexpr"), constants,
+                           c.warps, c.stages, chosen)
+        constants = {"BLOCK": ADD_BLOCK} | absent
+        signature = {"part": "*fp32", "scales": "*fp32", "bias": "*" + dtype, "out": "*" + dtype, "n": "i32:16",
+                     "chunks": "i32", "chunk_stride": "i32:16", "out_stride": "i32:16"}
+        yield Case(f"linear add_chunks {product_name}", add_chunks_kernel,
+                   signature | dict.fromkeys(constants, "constexpr"), constants, ADD_WARPS, 3, PLAIN)

@@ -24,7 +24,7 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     """The most likely token of each row, and its logit.
 
     x (..., H): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
-    weight: a PackedWeight of the (V, H) head, or the (V, H) tensor itself (slower). dtype of x.
+    weight: a PackedWeight of the (V, H) head, of x's dtype or in 8 bits, or the (V, H) tensor itself (slower).
     bias (V,): dtype of x, or None.
     num_valid: rows of the head from this one on are padding and never win. Default V.
     scale, softcap: logit <- cap * tanh(scale * logit / cap); softcap 0 means none. Multiplier first, then the cap.
@@ -35,12 +35,12 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     Source: reference/head.py; the tie rule is torch.argmax's.
     """
     op = "lm_head_argmax"
-    data, n = weight_of(op, x, weight, bias)
+    data, scales, n = weight_of(op, x, weight, bias)
     options = _check_logits(op, n, num_valid, scale, softcap, id_offset)
     ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, x.shape[:-1], torch.int64))
     values = check.contiguous(
         op, "out_values", check.output(op, "out_values", out_values, x, x.shape[:-1], torch.float32))
-    _lm_head_argmax(check.as_rows(op, "x", x), data, bias, n, *options, ids.view(-1), values.view(-1))
+    _lm_head_argmax(check.as_rows(op, "x", x), data, scales, bias, n, *options, ids.view(-1), values.view(-1))
     return ids, values
 
 
@@ -57,8 +57,8 @@ def _check_logits(op, rows, num_valid, scale, softcap, id_offset):
 
 
 _lm_head_argmax = define(
-    "lm_head_argmax(Tensor x, Tensor weight, Tensor? bias, int out_features, int num_valid, float scale, float softcap,"
-    " int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
+    "lm_head_argmax(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, int num_valid,"
+    " float scale, float softcap, int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
     reference.head.lm_head_argmax,
 )
 
@@ -110,7 +110,7 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     ValueError for a shape, layout or device. Graph-safe. Source: reference/head.py.
     """
     op = "lm_head_topk"
-    data, n = weight_of(op, x, weight, bias)
+    data, scales, n = weight_of(op, x, weight, bias)
     options, k = _check_logits(op, n, num_valid, scale, softcap, id_offset), check.integer(op, "k", k, 1)
     if k > (most := min(MAX_K, options[0])):
         raise ValueError(f"{op}: k must be between 1 and {most}; got {k}")
@@ -118,13 +118,14 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, shape, torch.int64))
     values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, x, shape, torch.float32))
     lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, x, shape[:-1], torch.float32))
-    _lm_head_topk(check.as_rows(op, "x", x), data, bias, n, *options, ids.view(-1, k), values.view(-1, k), lse.view(-1))
+    _lm_head_topk(check.as_rows(op, "x", x), data, scales, bias, n, *options, ids.view(-1, k), values.view(-1, k),
+                  lse.view(-1))
     return ids, values, lse
 
 
 _lm_head_topk = define(
-    "lm_head_topk(Tensor x, Tensor weight, Tensor? bias, int out_features, int num_valid, float scale, float softcap,"
-    " int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values, Tensor(c!) out_lse) -> ()",
+    "lm_head_topk(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, int num_valid, float scale,"
+    " float softcap, int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values, Tensor(c!) out_lse) -> ()",
     reference.head.lm_head_topk,
 )
 
@@ -160,9 +161,10 @@ _merge_topk = define("merge_topk(Tensor values, Tensor ids, Tensor lse, Tensor(a
                      " Tensor(c!) out_lse) -> ()", reference.head.merge_topk)
 
 
-def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> int:
-    """Bytes that must move: the weight once, the rows, and k ids and values a row."""
-    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows * k
+def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1, weight_itemsize: int | None = None) -> int:
+    """Bytes that must move: the weight once, the rows, and k ids and values a row. weight_itemsize: bytes of the
+    weight's elements, if they are others."""
+    return (weight_itemsize or itemsize) * vocab * hidden + itemsize * rows * hidden + 12 * rows * k
 
 
 def flops(rows: int, vocab: int, hidden: int) -> int:

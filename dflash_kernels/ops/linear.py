@@ -2,6 +2,8 @@
 
     linear(x) = x W^T + bias,  float32 sums over k in one fixed order, one rounding at the end
 
+    W in 8 bits is scales[:, None] * int8:  linear(x) = scales * (x int8^T) + bias, at half of the bytes
+
 A row of the result has the same bits whatever other rows are computed beside it. That is what makes a verify pass of Q
 rows agree bit for bit with Q passes of one row, which library GEMMs do not (they choose another kernel for another
 number of rows).
@@ -16,23 +18,45 @@ from ..types import PackedWeight
 from . import _checks as check
 
 
-def pack_weight(weight: torch.Tensor) -> PackedWeight:
+def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
     """Lays a weight out in the order in which `linear` and `lm_head_argmax` read it. Do it once, when loading.
 
-    weight (N, K): float32, bfloat16 or float16, any strides.
+    weight (N, K): float32, bfloat16 or float16, or int8 with scales, any strides.
+    scales (N,): float32, what each row of an int8 weight is multiplied by; see quantize_weight.
 
     Returns a PackedWeight with as many bytes. On a CPU it is a copy in blocks (N rounded up to 16, K to 32 for
-    bfloat16), in huge pages that weights share, and the original can be freed. On CUDA rows stream as they are: it is
-    the weight itself where that is contiguous, not a copy.
+    bfloat16 and int8), in huge pages that weights share, and the original can be freed. On CUDA rows stream as they
+    are: it is the weight itself where that is contiguous, not a copy.
     Raises TypeError for a dtype, ValueError for a shape. Allocates: call it outside graphs.
     Graph-safe: no. Source: reference/linear.py, `pack`.
     """
-    check.tensor("pack_weight", "weight", weight, check.FLOATS, "(N, K)", (None, None))
+    op = "pack_weight"
+    check.tensor(op, "weight", weight, check.FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
     if weight.numel() == 0:
-        raise ValueError(f"pack_weight: weight must not be empty; got {check.describe(weight)}")
-    if weight.device.type == "cuda":
-        return PackedWeight(weight.contiguous(), *weight.shape)
-    return PackedWeight(place(reference.linear.pack(weight)), *weight.shape)
+        raise ValueError(f"{op}: weight must not be empty; got {check.describe(weight)}")
+    if scales is not None:
+        check.tensor(op, "scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
+        scales = scales.contiguous()
+    data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
+    return PackedWeight(data, *weight.shape, scales)
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in 8 bits, symmetric, with one scale a row, for pack_weight.
+
+    weight (N, K): float32, bfloat16 or float16, finite, any strides. Left as it is.
+
+    Returns (int8 (N, K), scales (N,) float32). A row's largest magnitude becomes 127, so each element is off by at most
+    that magnitude / 254; a row of zeros has the scale 1. It is meant for drafters: what they draft may change, the text
+    that the target accepts does not.
+    Raises TypeError for a dtype, ValueError for a shape or a weight that is not finite. Allocates: call it outside
+    graphs. Graph-safe: no. Source: reference/linear.py, `quantize`.
+    """
+    op = "quantize_weight"
+    check.tensor(op, "weight", weight, check.FLOATS, "(N, K)", (None, None))
+    if weight.numel() == 0 or weight.device.type != "meta" and not bool(weight.isfinite().all()):
+        raise ValueError(f"{op}: weight must be finite and not empty; got {check.describe(weight)}")
+    return reference.linear.quantize(weight)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None, *,
@@ -40,8 +64,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Ten
     """x W^T + bias, bit-identical per row whatever the number of rows.
 
     x (..., K): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
-    weight: a PackedWeight (fast), or (N, K) with a contiguous last dimension (packed on the fly: same bits, slower).
-        dtype of x.
+    weight: a PackedWeight (fast), of x's dtype or in 8 bits, or (N, K) of x's dtype with a contiguous last dimension
+        (packed on the fly: same bits, slower).
     bias (N,): dtype of x, contiguous, or None.
     out (..., N): written; must not overlap x. Allocated when None.
 
@@ -49,22 +73,24 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Ten
     Source: reference/linear.py.
     """
     op = "linear"
-    data, n = weight_of(op, x, weight, bias)
+    data, scales, n = weight_of(op, x, weight, bias)
     out = check.output(op, "out", out, x, (*x.shape[:-1], n))
-    _linear(check.as_rows(op, "x", x), data, bias, n, check.as_rows(op, "out", out))
+    _linear(check.as_rows(op, "x", x), data, scales, bias, n, check.as_rows(op, "out", out))
     return out
 
 
 def weight_of(op: str, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
-              bias: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-    """The weight's memory and its number of outputs, after checking x, weight and bias against each other."""
+              bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """The weight's memory, its scales and its number of outputs, after checking x, weight and bias against each
+    other."""
+    scales = None
     if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:
         raise TypeError(f"{op}: x must be float32, bfloat16 or float16 (..., K); got {check.describe(x)}")
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have shape (..., K); got {check.describe(x)}")
     if isinstance(weight, PackedWeight):
-        data, n, k = weight.data, weight.out_features, weight.in_features
-        if data.dtype != x.dtype:
+        data, scales, n, k = weight.data, weight.scales, weight.out_features, weight.in_features
+        if scales is None and data.dtype != x.dtype:
             raise TypeError(f"{op}: weight must be {x.dtype}, as x is; got packed {data.dtype}")
         if k != x.shape[-1]:
             raise ValueError(f"{op}: x must have {k} = weight's K columns; got {check.describe(x)}")
@@ -80,16 +106,18 @@ def weight_of(op: str, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
             raise ValueError(f"{op}: weight must not be empty; got {check.describe(data)}")
     if bias is not None:
         check.contiguous(op, "bias", check.tensor(op, "bias", bias, x.dtype, "(N,)", (n,), x.device))
-    return data, n
+    return data, scales, n
 
 
 _linear = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, int out_features, Tensor(a!) out) -> ()", reference.linear.linear)
+    "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, Tensor(a!) out) -> ()",
+    reference.linear.linear)
 
 
-def bytes(rows: int, n: int, k: int, itemsize: int) -> int:
-    """Bytes that must move: the weight once, and the rows."""
-    return itemsize * (n * k + rows * (n + k))
+def bytes(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int | None = None) -> int:
+    """Bytes that must move: the weight once, and the rows. weight_itemsize: bytes of the weight's elements, if they
+    are others."""
+    return (weight_itemsize or itemsize) * n * k + itemsize * rows * (n + k)
 
 
 def flops(rows: int, n: int, k: int) -> int:

@@ -9,13 +9,20 @@ BLOCK = 16
 
 
 def pack(weight):
-    """(N, K) -> (ceil(N/16), ceil(K/32)*16, 16, 2) for bfloat16, (ceil(N/16), K, 16) otherwise; zeros fill the rest."""
+    """(N, K) -> (ceil(N/16), ceil(K/32)*16, 16, 2) for bfloat16, (ceil(N/16), ceil(K/32)*32, 16) for int8,
+    (ceil(N/16), K, 16) otherwise; zeros fill the rest."""
     n, k = weight.shape
-    pairs = weight.dtype == torch.bfloat16
-    padded = F.pad(weight, (0, -k % 32 if pairs else 0, 0, -n % BLOCK))
-    if pairs:
+    tiled = weight.dtype in (torch.bfloat16, torch.int8)
+    padded = F.pad(weight, (0, -k % 32 if tiled else 0, 0, -n % BLOCK))
+    if weight.dtype == torch.bfloat16:
         return padded.view(-1, BLOCK, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
-    return padded.view(-1, BLOCK, k).transpose(1, 2).contiguous()
+    return padded.view(-1, BLOCK, padded.shape[1]).transpose(1, 2).contiguous()
+
+
+def quantize(weight):
+    top = weight.abs().amax(1).float()
+    scales = torch.where(top > 0, top / 127, 1.0)
+    return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
 
 
 def unpack(data, n, k):
@@ -24,7 +31,10 @@ def unpack(data, n, k):
     return data.transpose(1, 2).reshape(-1, data.shape[1])[:n, :k]
 
 
-def linear(x, weight, bias, out_features, out):
+def linear(x, weight, scales, bias, out_features, out):
     if weight.dim() > 2:
         weight = unpack(weight, out_features, x.shape[-1])
-    out.copy_(F.linear(wide(x), wide(weight), None if bias is None else wide(bias)))
+    sums = F.linear(wide(x), weight.to(wide(x).dtype))
+    if scales is not None:
+        sums = sums * scales
+    out.copy_(sums if bias is None else sums + wide(bias))

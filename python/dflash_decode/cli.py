@@ -21,6 +21,7 @@ from .options import (
     Debug,
     Device,
     Draft,
+    DraftWeights,
     DType,
     Dtype,
     From,
@@ -33,6 +34,7 @@ from .options import (
     TopK,
     TopP,
     UsageError,
+    Weights,
     Where,
     check_device,
     check_files,
@@ -66,6 +68,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the user says; '-' reads it from standard input.")],
     model: Model = "smollm2",
     draft: Draft = "auto",
+    draft_weights: DraftWeights = Weights.auto,
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
@@ -102,7 +105,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
     how = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
     session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
-                           status=report.status)
+                           draft_weights=draft_weights.value, status=report.status)
     report.start_text(session)
     ids = session.prompt_ids(text)
     stream, pieces = session.tokenizer.stream(), []
@@ -142,6 +145,7 @@ def bench_decode(
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
     max_new_tokens: MaxNewTokens = 256,
+    draft_weights: DraftWeights = Weights.auto,
     block_size: BlockSize = None,
     temperature: Annotated[list[float], typer.Option(min=0, help="0: greedy; may be given several times.")] = [0.0],  # noqa: B006
     top_k: TopK = 0,
@@ -185,7 +189,7 @@ def bench_decode(
     samplings = [Sampling(value, top_k, top_p, min_p, seed) for value in temperature]
     rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
     session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
-                           status=report.status)
+                           draft_weights=draft_weights.value, status=report.status)
     report.start_text(session)
     with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
         def on_task(task, what):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dflash_kernels import (
+    PackedWeight,
     PagedKV,
     PreparedBlock,
     Proposal,
@@ -21,6 +22,7 @@ from dflash_kernels import (
     lm_head_topk,
     pack_weight,
     prepare_block,
+    quantize_weight,
     rms_norm,
     sample_draft,
     write_context_kv,
@@ -41,6 +43,8 @@ class Drafter:
     `fc`, `hidden_norm`, `norm`, and if it has its own: `embed_tokens`, `lm_head`, `d2t`), with or without `model.`.
     vocabulary (n,) int: the target's tokens that this drafter can draft. With it the draft head is these rows of the
     target's head, so that a step streams n rows instead of all; None: all.
+    int8: its weights, and its head where that is not all of the target's, are kept in 8 bits (quantize_weight), at half
+    of the bytes a step. The drafts may be others, the text is not.
 
     The embedding and the head are the target's where the checkpoint has none. Raises ValueError for a tensor that is
     missing, unexpected or of another shape, and where the drafter does not fit the target.
@@ -49,10 +53,11 @@ class Drafter:
     graph_safe = True
 
     def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target,
-                 vocabulary: torch.Tensor | None = None):
+                 vocabulary: torch.Tensor | None = None, *, int8: bool = False):
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
         _check_fits(c, target)
+        self.int8, self.pack = int8, _pack_int8 if int8 else pack_weight
         self.geometry = g = Geometry(
             hidden=c.hidden_size, intermediate=c.intermediate_size, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
@@ -60,15 +65,15 @@ class Drafter:
         self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
         plain = {name.removeprefix("model."): t for name, t in tensors.items()}
         taker = Tensors(plain, self.dtype, self.device, _WHAT)
-        self.fc = pack_weight(taker.take("fc.weight", c.hidden_size, len(c.target_layer_ids) * c.target_hidden_size))
+        self.fc = self.pack(taker.take("fc.weight", c.hidden_size, len(c.target_layer_ids) * c.target_hidden_size))
         self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
         self.norm = taker.take("norm.weight", c.hidden_size)
         self.layers, context = [], []
         for i, mask in enumerate(c.masks):
-            layer, parts = take_layer(taker, f"layers.{i}.", g, mask)
+            layer, parts = take_layer(taker, f"layers.{i}.", g, mask, self.pack)
             self.layers.append(layer)
             context.append(parts)
-        self.context_kv = pack_weight(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
+        self.context_kv = self.pack(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
         self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
         self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
         self._take_vocabulary(taker, target)
@@ -101,7 +106,7 @@ class Drafter:
         rows = target.vocab_size
         if "lm_head.weight" in tensors:
             rows = c.draft_vocab_size
-            self.head, self.head_bias = pack_weight(tensors.take("lm_head.weight", rows, c.hidden_size)), None
+            self.head, self.head_bias = self.pack(tensors.take("lm_head.weight", rows, c.hidden_size)), None
         tensors.drop("t2d")  # the same map, as a mask over the target's ids
         if "d2t" in tensors:
             ids = torch.arange(rows, device=self.device) + tensors.take("d2t", rows).long()
@@ -124,7 +129,7 @@ class Drafter:
             got = f"{tuple(ids.shape)}, {int(ids.min())} to {int(ids.max())}" if ids.numel() else "none"
             raise ValueError(f"{_WHAT}: draft vocabulary must be ids (n,) below {target.vocab_size}; got {got}")
         self.ids_of_draft, self.num_valid = ids, len(ids)
-        self.head = pack_weight(self.head.rows(ids))
+        self.head = self.pack(self.head.rows(ids))
         self.head_bias = None if self.head_bias is None else self.head_bias[ids].contiguous()
 
     def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
@@ -150,6 +155,10 @@ class Drafter:
         tensors = {name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 0.02
                    for name, size in tensor_shapes(read).items()}
         return cls(read, tensors, target)
+
+
+def _pack_int8(weight: torch.Tensor) -> PackedWeight:
+    return pack_weight(*quantize_weight(weight))
 
 
 class ContextPass:

@@ -6,7 +6,7 @@ with each addition fused into the norm that follows it. All memory of a pass ove
 when the pass is made, so that a graph can capture it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +94,8 @@ class Geometry:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask) -> tuple[Layer, list[torch.Tensor | None]]:
+def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
+               pack: Callable[[torch.Tensor], PackedWeight] = pack_weight) -> tuple[Layer, list[torch.Tensor | None]]:
     """One layer's weights, packed; and [k weight, v weight, k bias, v bias] as they are used, unpacked."""
     kv = g.num_kv_heads * g.head_dim
 
@@ -115,11 +116,11 @@ def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask) -> t
                   for n in ("q_norm", "k_norm")]
     layer = Layer(
         input_norm=tensors.take(f"{prefix}input_layernorm.weight", g.hidden),
-        qkv=pack_weight(torch.cat((q, k, v))), qkv_bias=_cat(q_bias, k_bias, v_bias),
-        q_norm=head_norms[0], k_norm=head_norms[1], o=pack_weight(o), o_bias=o_bias,
+        qkv=pack(torch.cat((q, k, v))), qkv_bias=_cat(q_bias, k_bias, v_bias),
+        q_norm=head_norms[0], k_norm=head_norms[1], o=pack(o), o_bias=o_bias,
         post_norm=tensors.take(f"{prefix}post_attention_layernorm.weight", g.hidden),
-        gate_up=pack_weight(torch.cat((gate, up))), gate_up_bias=_cat(gate_bias, up_bias),
-        down=pack_weight(down), down_bias=down_bias, mask=mask,
+        gate_up=pack(torch.cat((gate, up))), gate_up_bias=_cat(gate_bias, up_bias),
+        down=pack(down), down_bias=down_bias, mask=mask,
         sinks=tensors.take(f"{prefix}self_attn.attention_sink_bias", g.num_heads) if mask.sinks else None,
     )
     return layer, [k, v, k_bias, v_bias]

@@ -30,7 +30,8 @@ def moved(value, to, memo):
     """The value with to(...) applied to whole storages, so that views, their strides and canaries stay what they are.
     memo: storages' addresses and what became of them."""
     if isinstance(value, PackedWeight):
-        return dk.pack_weight(to(reference.linear.unpack(value.data, value.out_features, value.in_features)))
+        rows = reference.linear.unpack(value.data, value.out_features, value.in_features)
+        return dk.pack_weight(to(rows), value.scales)
     if isinstance(value, PagedKV) and value.is_fp8:  # as it is, whatever the model's dtype
         to = torch.clone
     if dataclasses.is_dataclass(value):
@@ -53,11 +54,11 @@ def with_rows(func, args):
     """The call with its weight in rows, as a GPU has it: the blocks that were noted are the CPU's."""
     if "out_features" not in [a.name for a in func._schema.arguments] or args[1].dim() == 2:
         return args
-    x, blocks, bias, n, *rest = args
-    return (x, reference.linear.unpack(blocks, n, x.shape[1]).contiguous(), bias, n, *rest)
+    x, blocks, scales, bias, n, *rest = args
+    return (x, reference.linear.unpack(blocks, n, x.shape[1]).contiguous(), scales, bias, n, *rest)
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLES if n != "pack_weight"])
+@pytest.mark.parametrize("name", [n for n in SAMPLES if SAMPLES[n].written])
 def test_sample_matches_reference(name, dtype):
     sample, memo = SAMPLES[name], {}
     arguments = sample.arguments()

@@ -1,0 +1,310 @@
+"""bench/peers: steps by part, of decoders that are made up, of ours, and of the reference where it is installed."""
+
+import sys
+import time
+from types import SimpleNamespace
+
+import job
+import pytest
+import sums
+import tiny
+import torch
+import watched_step
+from passes import DRAFT, VERIFY, Passes
+
+import dflash_decode.loop as loop
+from dflash_decode.session import NONE, Session
+from dflash_kernels import StepGraph
+
+TOKENS = 12
+SLOW = 0.02
+
+
+class Clock:
+    """Tells what `work` has added up."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        self.now += seconds
+
+
+def test_a_step_goes_from_one_target_pass_to_the_next():
+    clock = Clock()
+    passes = Passes(clock)
+    forward, head = passes.part(VERIFY, clock.work, opens=True), passes.part(VERIFY, clock.work)
+    draft = passes.part(DRAFT, clock.work)
+    for long in (100.0, 50.0):  # two prompts, whose passes and first drafts are no steps
+        passes.prompt()
+        forward(long), draft(long)
+        for i in range(3):
+            forward(4.0 + i), clock.work(0.25), head(1.0), clock.work(0.5), draft(2.0), clock.work(0.125)
+    once = [{"step": 7.875 + i, VERIFY: 5.0 + i, DRAFT: 2.0} for i in range(2)]  # the third has no end
+    assert passes.taken() == once + once and passes.taken() == []
+
+
+def test_a_part_inside_another_is_counted_once():
+    clock = Clock()
+    passes = Passes(clock)
+    head = passes.part(DRAFT, clock.work)
+    forward = passes.part(VERIFY, lambda: head(3.0), opens=True)
+    for _ in range(3):
+        forward(), head(1.0)
+    assert passes.taken() == [{"step": 4.0, VERIFY: 3.0, DRAFT: 1.0}]
+
+
+def test_a_pass_that_fails_is_over():
+    passes, clock = Passes(), Clock()
+    with pytest.raises(ZeroDivisionError):
+        passes.part(VERIFY, lambda: 1 / 0, opens=True)()
+    passes._clock = clock
+    for _ in range(3):
+        passes.part(VERIFY, clock.work, opens=True)(1.0)
+    assert passes.taken()[-1] == {"step": 1.0, VERIFY: 1.0}
+
+
+def test_parts_are_medians_over_all_steps():
+    steps = [{"step": 10.0, VERIFY: 6.0, DRAFT: 1.0}, {"step": 12.0, VERIFY: 7.0, DRAFT: 2.0},
+             {"step": 30.0, VERIFY: 8.0, DRAFT: 3.0}]
+    replies = [job.Reply(1.0, [4], parts=steps[:2]), job.Reply(1.0, [2], parts=steps[2:])]
+    for _ in range(2):  # the driver asks after every answer
+        assert sums.parts_row(("x", "dflash", 2), replies) == {
+            "peer": "x", "mode": "dflash", "threads": 2, "prompts": 2, "steps": 3, "draft_ms": 2000.0,
+            "verify_ms": 7000.0, "rest_ms": 3000.0, "step_ms": 12000.0, "whole": ""}
+
+
+def test_parts_of_peers_that_tell_less():
+    plain = sums.parts_row(("x", "plain", 1), [job.Reply(1.0, [2], parts=[{"step": 2.0, VERIFY: 1.5}])])
+    assert (plain["draft_ms"], plain["verify_ms"], plain["rest_ms"]) == (None, 1500.0, 500.0)
+    whole = sums.parts_row(("x", "plain", 1), [job.Reply(1.0, [2], parts=[{"step": 2.0}], whole="why")] * 2)
+    assert (whole["verify_ms"], whole["rest_ms"], whole["step_ms"], whole["whole"]) == (None, None, 2000.0, "why")
+    none = sums.parts_row(("x", "plain", 1), [job.Reply(1.0, [1])])
+    assert none["steps"] == 0 and none["step_ms"] is None
+
+
+def test_a_decoder_is_watched_from_the_first_such_question_on():
+    made, model = [], SimpleNamespace(forward=lambda: None)
+
+    def watch(passes):
+        made.append(passes)
+        model.forward = passes.part(VERIFY, model.forward, opens=True)
+
+    def answering(asked):
+        for _ in range(asked.max_new_tokens):
+            model.forward()
+        return job.Reply(1.0, [asked.max_new_tokens])
+
+    watched = job.Watched(answering, watch)
+    counts = [len(watched(job.Question([[1]], n, watched=True)).parts) for n in (5, 1, 4)]
+    assert counts == [3, 0, 2] and len(made) == 1
+
+
+def test_a_decoder_that_cannot_be_watched_answers_and_says_why():
+    def watch(passes):
+        raise NotImplementedError("it hides")
+
+    reply = job.Watched(lambda asked: job.Reply(1.0, [3]), watch)(job.Question([[1]], 3, watched=True))
+    assert (reply.counts, reply.parts, reply.whole) == ([3], [], "it hides")
+
+
+@pytest.fixture
+def files(tmp_path):
+    return str(tiny.write_target(tmp_path / "target")), str(tiny.write_drafter(tmp_path / "draft"))
+
+
+def slowed(function):
+    def slow(*args, **kwargs):
+        time.sleep(SLOW)
+        return function(*args, **kwargs)
+    return slow
+
+
+def least(steps):
+    """Of each part in any step: what is planted is in all of them, what a busy machine adds is not."""
+    return {name: min(sums.with_rest(step).get(name, 0.0) for step in steps) for name in ("draft", "verify", "rest")}
+
+
+def ours(monkeypatch, files, mode=job.DFLASH, plant=lambda session: None, prompts=([5, 6, 7],)):
+    """(passes, then tokens and steps of each answer unwatched and watched) of our loop."""
+    for name in ("Step", "Prefill"):
+        monkeypatch.setattr(loop, name, getattr(loop, name))
+    session = Session.load(files[0], files[1] if mode == job.DFLASH else NONE, block_size=4)
+    plant(session)
+
+    def answer():
+        return [(a.tokens, a.steps) for a in session.run(prompts, max_new_tokens=TOKENS).answers]
+
+    before, passes = answer(), Passes()
+    watched_step.watch(passes)
+    return passes, before, answer()
+
+
+@pytest.mark.parametrize("mode", [job.PLAIN, job.DFLASH])
+def test_our_steps_by_part(monkeypatch, files, mode):
+    made = []
+
+    class Noted(watched_step.Pieces):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(watched_step, "Pieces", Noted)
+    passes, before, after = ours(monkeypatch, files, mode, prompts=([5, 6, 7], [9] * 20))
+    assert before == after
+    steps = passes.taken()
+    # Head and pass, with a drafter draft and context too; and what is before, between and after them.
+    assert {len(each.replays) for each in made} == {9 if mode == job.DFLASH else 5} or not StepGraph.available("cpu")
+    # A prompt's pass is no step, and an answer's last step has no end.
+    assert len(steps) == sum(len(answer[1]) - 1 for answer in after)
+    names = {"step", VERIFY, DRAFT} if mode == job.DFLASH else {"step", VERIFY}
+    for step in steps:
+        assert step.keys() == names and 0 < sum(step.values()) - step["step"] < step["step"]
+
+
+@pytest.mark.parametrize("name", ["verify", "head", "draft", "context", "rest"])
+def test_what_is_slow_shows_in_its_part(monkeypatch, files, name):
+    """Called, not replayed, so that a call can be made slow."""
+    def plant(session):
+        target, drafter = session.target, session.drafter
+        target.graph_safe = False
+        if name == "head":
+            target.next_ids = slowed(target.next_ids)
+        elif name == "rest":
+            monkeypatch.setattr(loop.Decoder, "_emit", slowed(loop.Decoder._emit))
+        else:
+            owner, make = {"verify": (target, "make_pass"), "draft": (drafter, "make_draft"),
+                           "context": (drafter, "make_context")}[name]
+            inner = getattr(owner, make)
+
+            def made(*args):
+                one = inner(*args)
+                one.run = slowed(one.run)
+                return one
+
+            setattr(owner, make, made)
+
+    passes, *_ = ours(monkeypatch, files, plant=plant)
+    where = {"head": "verify", "context": "draft"}.get(name, name)
+    assert [part for part, seconds in least(passes.taken()).items() if seconds >= SLOW] == [where]
+
+
+def answers(peer, made_for):
+    """One question's reply before and after the peer is watched."""
+    answering, _, watch = peer.load(made_for)
+    asked = job.Question([[5, 6, 7]], TOKENS, watched=True)
+    return answering(asked), job.Watched(answering, watch)(asked)
+
+
+def a_job(mode, model, draft):
+    return job.Job(mode, model, draft, 4, 64, 1, torch.get_num_threads(), [263], "float32")
+
+
+def test_transformers_steps_are_its_passes(files):
+    pytest.importorskip("transformers")
+    import peer_transformers
+
+    before, after = answers(peer_transformers, a_job(job.PLAIN, files[0], None))
+    assert before.tokens == after.tokens and len(after.parts) == after.counts[0] - 2
+    assert all(step.keys() == {"step", VERIFY} and step[VERIFY] < step["step"] for step in after.parts)
+
+
+@pytest.mark.parametrize("slow", ["target", "drafter", "head"])
+def test_the_references_steps_by_part(files, monkeypatch, slow):
+    pytest.importorskip("dflash")
+    import peer_dflash
+
+    # The head of both is the target's: in a target pass it is the target's time, after the drafter's pass the draft's.
+    import transformers
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    loaded = peer_dflash.reference.DFlashDraftModel.from_pretrained
+
+    def target(*args, **kwargs):
+        model = load(*args, **kwargs)
+        if slow == "target":
+            model.model.forward = slowed(model.model.forward)
+        if slow == "head":
+            model.lm_head.forward = slowed(model.lm_head.forward)
+        return model
+
+    def drafter(*args, **kwargs):
+        model = loaded(*args, **kwargs)
+        if slow == "drafter":
+            model.forward = slowed(model.forward)
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", target)
+    monkeypatch.setattr(peer_dflash.reference.DFlashDraftModel, "from_pretrained", drafter)
+    before, after = answers(peer_dflash, a_job(job.DFLASH, *files))
+    assert before.tokens == after.tokens and len(after.parts) == after.steps[0] - 1 > 0
+    assert [part for part, seconds in least(after.parts).items() if seconds >= SLOW] == {
+        "target": ["verify"], "drafter": ["draft"], "head": ["draft", "verify"]}[slow]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=object, SamplingParams=object))
+    monkeypatch.delitem(sys.modules, "peer_vllm", raising=False)
+    import peer_vllm
+
+    yield peer_vllm
+    sys.modules.pop("peer_vllm", None)
+
+
+def test_vllm_steps_by_part(vllm):
+    clock = Clock()
+    passes = Passes(clock)
+    runner = SimpleNamespace(_model_forward=clock.work, model=SimpleNamespace(compute_logits=clock.work),
+                             drafter=SimpleNamespace(propose=clock.work))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=SimpleNamespace(
+        driver_worker=SimpleNamespace(worker=SimpleNamespace(model_runner=runner)))))
+    vllm.watch_runner(vllm.runner_of(llm), True, passes)
+    for _ in range(3):
+        runner._model_forward(4.0), runner.model.compute_logits(2.0), runner.drafter.propose(1.0), clock.work(0.5)
+    assert passes.taken() == [{"step": 7.5, VERIFY: 6.0, DRAFT: 1.0}]
+
+
+def test_a_vllm_that_cannot_be_watched_says_why(vllm):
+    passes, elsewhere = Passes(), SimpleNamespace(llm_engine=SimpleNamespace(model_executor=None))
+    with pytest.raises(NotImplementedError, match="cannot be reached in this process: .*driver_worker"):
+        vllm.runner_of(elsewhere)
+    other = SimpleNamespace(model=SimpleNamespace(compute_logits=len))
+    with pytest.raises(NotImplementedError, match="otherwise than the runner of vLLM's V1"):
+        vllm.watch_runner(other, False, passes)
+    undrafted = SimpleNamespace(_model_forward=len, model=SimpleNamespace(compute_logits=len))
+    with pytest.raises(NotImplementedError):
+        vllm.watch_runner(undrafted, True, passes)
+    assert undrafted._model_forward is len
+
+
+@pytest.mark.parametrize("mode, steps, ms", [(job.PLAIN, 9, 20.0), (job.DFLASH, 6, 30.0)])
+def test_llama_tells_whole_steps(monkeypatch, mode, steps, ms):
+    timings = {"predicted_ms": 180.0} | ({"draft_n_accepted": 3} if mode == job.DFLASH else {})
+
+    class Server:
+        def __init__(self, params):
+            pass
+
+        def handle_completions(self, asked):
+            return {"usage": {"completion_tokens": 10}, "timings": timings}
+
+    def params():
+        pools = {name: SimpleNamespace() for name in ("cpuparams", "cpuparams_batch")}
+        draft = SimpleNamespace(mparams=SimpleNamespace(), **pools)
+        return SimpleNamespace(model=SimpleNamespace(), speculative=SimpleNamespace(draft=draft), **pools)
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", SimpleNamespace(
+        CommonParams=params, Server=Server, get_system_info=lambda: "AVX2 |",
+        common_speculative_type=SimpleNamespace(COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH=1)))
+    monkeypatch.delitem(sys.modules, "peer_llama", raising=False)
+    import peer_llama
+
+    monkeypatch.setattr(peer_llama, "version", lambda name: "1")
+    answering, _, watch = peer_llama.load(a_job(mode, "m", "d"))
+    row = sums.parts_row(("llama", mode, 2), [answering(job.Question([[1]], 10, watched=True))])
+    assert watch is None and (row["steps"], row["step_ms"], row["verify_ms"]) == (steps, ms, None)
+    assert "an answer only" in row["whole"] and answering(job.Question([[1]], 10)).parts == []
+    monkeypatch.delitem(sys.modules, "peer_llama")
