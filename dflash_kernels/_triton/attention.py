@@ -62,11 +62,11 @@ CONFIGS = {
     (2, 64): Config(32, 64, 64, 8, 7),
     (2, 128): Config(32, 64, 128, 8, 5),
     (2, 256): Config(16, 32, 256, 8, 5),
-    (4, 64): Config(16, 16, 32, 4, 5),
+    (4, 64): Config(16, 16, 32, 8, 5),
     (4, 128): Config(16, 16, 32, 8, 5),
     (4, 256): Config(16, 16, 16, 8, 5),
 }
-MERGE_ROWS, MERGE_AHEAD, MERGE_WARPS = 4, 8, 4  # rows a program, and spans of each that it asks for at once. Estimated
+MERGE_ROWS, MERGE_AHEAD = 4, 8  # rows a program, and spans of each that it asks for at once. Estimated
 # With fewer tiles of rows than SPLIT_BELOW programs share out spans: estimated, two a multiprocessor. Programs and
 # memory (256 MB) follow the page table's width then, and each program that finds no span costs a launch's share.
 SPLIT_BELOW, SPLIT_PROGRAMS, SPLIT_FLOATS = 256, 1 << 14, 64 << 20
@@ -208,6 +208,11 @@ def serves(itemsize: int, head_dim: int, fp8: bool) -> bool:
     return not (fp8 and itemsize == 4 and head_dim > 64)
 
 
+def merge_warps(row_bytes: int) -> int:
+    """Wider rows are more numbers a thread, and MERGE_AHEAD times those do not fit its registers."""
+    return max(4, row_bytes // 128)
+
+
 def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
                     scale, causal, left, right, sinks, softcap, out):
     """Where spans are shared out it allocates what they leave to merge, as a graph may: it is in its pool."""
@@ -245,7 +250,7 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, head_dim,
             left, right, num_pages, capacity, *out.stride()[:3], spans, c.BLOCK_M, SPAN, MERGE_ROWS, block_d,
-            MERGE_AHEAD, num_warps=MERGE_WARPS, **PLAIN)
+            MERGE_AHEAD, num_warps=merge_warps(block_d * out.element_size()), **PLAIN)
 
 
 _TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
@@ -281,4 +286,4 @@ def cases():
                 yield _case(name, block_attention_kernel, dtype, constants, c.warps, c.stages, fp8)
             constants = {"BLOCK_M": c.BLOCK_M, "SPAN": SPAN, "ROWS": MERGE_ROWS, "BLOCK_D": dim, "AHEAD": MERGE_AHEAD}
             name = f"block_attention merge_spans {dim} {dtype}"
-            yield _case(name, merge_spans_kernel, dtype, constants, MERGE_WARPS, 3)
+            yield _case(name, merge_spans_kernel, dtype, constants, merge_warps(dim * itemsize), 3)
