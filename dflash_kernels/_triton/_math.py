@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 
 PLAIN = {"enable_fp_fusion": False}
-# Left to itself, the ptxas of Triton 3.9 spills a few bytes where that makes room for one more block. Up to 8 warps.
-NO_SPILLS = PLAIN | {"maxnreg": 255}
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -68,3 +66,7 @@ def order_key(value):
 @triton.jit
 def of_order_key(key):
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+# Left to itself, ptxas spills a few bytes where that makes room for one more block. For up to 8 warps.
+NO_SPILLS = PLAIN | {"maxnreg": 255}

@@ -40,7 +40,7 @@ import triton.language as tl
 
 from ._aot import Case
 from ._fp8 import as_bytes, native_fp8, scale_kind
-from ._math import PLAIN
+from ._math import NO_SPILLS, PLAIN
 from .attention_tile import attend_all, merge
 
 SPAN = 512
@@ -245,7 +245,7 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], units, unit_size,
         scale_kind(k_scale), scale_kind(v_scale), native_fp8(q.device), page_size, c.BLOCK_M, c.BLOCK_N, block_d,
         min(c.CHUNK_D, block_d), SPAN, softcap > 0, c.stages,
-        num_warps=c.warps, num_stages=c.stages, **PLAIN)
+        num_warps=c.warps, num_stages=c.stages, **(NO_SPILLS if q.element_size() == 4 else PLAIN))
     if split:
         merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, head_dim,
@@ -265,7 +265,8 @@ def _case(name, kernel, dtype, constants, warps, stages, fp8=False):
     kinds = dict.fromkeys(_TENSORS, "*" + dtype) | dict.fromkeys(_MULTIPLES, "i32:16") | _TYPES
     kinds |= dict.fromkeys(("k_cache", "v_cache"), "*u8") if fp8 else {}
     kinds |= dict.fromkeys(constants, "constexpr")
-    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages, PLAIN)
+    options = NO_SPILLS if kernel is block_attention_kernel and dtype == "fp32" else PLAIN
+    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages, options)
 
 
 def _native(arch):
