@@ -6,6 +6,7 @@ import sampling_law
 import torch
 
 from dflash_kernels.testing import every_isa, use_isa
+from dflash_kernels.testing.interpreter import accept_newer_numpy
 
 # Triton decides when it is first imported whether kernels are interpreted, so the tests that interpret them run in a
 # process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/test_triton_norm.py`.
@@ -13,6 +14,8 @@ _triton_tests = {p.name for p in Path(__file__).parent.glob("test_triton*.py")}
 _compiled = {"test_triton.py", "test_triton_aot.py"}
 TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[int]]()
 collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    accept_newer_numpy()
 
 
 @pytest.fixture(params=every_isa())

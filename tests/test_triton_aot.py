@@ -22,6 +22,16 @@ def test_compiles_for_every_architecture_without_spills_and_within_shared_memory
     assert not wrong, "\n".join(wrong)
 
 
+def test_attention_prefetches_keys_and_values():
+    """Two tiles of each are in shared memory. Addresses that a compiler takes for unaligned are not prefetched, and
+    need not spill either."""
+    for index, case in enumerate(_aot.cases("attention")):
+        if tile := case.constexprs.get("BLOCK_N"):
+            itemsize = {"*u8": 1, "*fp32": 4}.get(case.signature["k_cache"], 2)
+            found, least = _aot.report("attention", index, 90, CACHE), 4 * tile * case.constexprs["BLOCK_D"] * itemsize
+            assert found.shared >= least, f"{found.name}: {found.shared} bytes of shared memory, not {least}"
+
+
 def test_spills_stack_and_too_much_shared_memory_are_complaints():
     good = _aot.Report("k", 90, registers=32, spills=0, stack=0, shared=227 << 10)
     assert good.complaint() == ""

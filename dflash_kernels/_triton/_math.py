@@ -66,3 +66,7 @@ def order_key(value):
 @triton.jit
 def of_order_key(key):
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+# Left to itself, ptxas spills a few bytes where that makes room for one more block. For up to 8 warps.
+NO_SPILLS = PLAIN | {"maxnreg": 255}

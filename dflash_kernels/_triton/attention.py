@@ -40,7 +40,7 @@ import triton.language as tl
 
 from ._aot import Case
 from ._fp8 import as_bytes, native_fp8, scale_kind
-from ._math import PLAIN
+from ._math import NO_SPILLS, PLAIN
 from .attention_tile import attend_all, merge
 
 SPAN = 512
@@ -62,11 +62,11 @@ CONFIGS = {
     (2, 64): Config(32, 64, 64, 8, 7),
     (2, 128): Config(32, 64, 128, 8, 5),
     (2, 256): Config(16, 32, 256, 8, 5),
-    (4, 64): Config(16, 16, 32, 4, 5),
+    (4, 64): Config(16, 16, 32, 8, 5),
     (4, 128): Config(16, 16, 32, 8, 5),
     (4, 256): Config(16, 16, 16, 8, 5),
 }
-MERGE_ROWS, MERGE_AHEAD, MERGE_WARPS = 4, 8, 4  # rows a program, and spans of each that it asks for at once. Estimated
+MERGE_ROWS, MERGE_AHEAD = 4, 8  # rows a program, and spans of each that it asks for at once. Estimated
 # With fewer tiles of rows than SPLIT_BELOW programs share out spans: estimated, two a multiprocessor. Programs and
 # memory (256 MB) follow the page table's width then, and each program that finds no span costs a launch's share.
 SPLIT_BELOW, SPLIT_PROGRAMS, SPLIT_FLOATS = 256, 1 << 14, 64 << 20
@@ -155,7 +155,8 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_t
             begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context, head_dim,
             factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
             False, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
-        if tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0) > 0:
+        # As integers: for the same look at booleans Triton 3.9 keeps a stack frame.
+        if tl.max(tl.max(acc.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0) >= 0x7F800000:
             top, total, acc = attend_all(
                 begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context,
                 head_dim, factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row,
@@ -207,6 +208,11 @@ def serves(itemsize: int, head_dim: int, fp8: bool) -> bool:
     return not (fp8 and itemsize == 4 and head_dim > 64)
 
 
+def merge_warps(row_bytes: int) -> int:
+    """Wider rows are more numbers a thread, and MERGE_AHEAD times those do not fit its registers."""
+    return max(4, row_bytes // 128)
+
+
 def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
                     scale, causal, left, right, sinks, softcap, out):
     """Where spans are shared out it allocates what they leave to merge, as a graph may: it is in its pool."""
@@ -239,12 +245,12 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], units, unit_size,
         scale_kind(k_scale), scale_kind(v_scale), native_fp8(q.device), page_size, c.BLOCK_M, c.BLOCK_N, block_d,
         min(c.CHUNK_D, block_d), SPAN, softcap > 0, c.stages,
-        num_warps=c.warps, num_stages=c.stages, **PLAIN)
+        num_warps=c.warps, num_stages=c.stages, **(NO_SPILLS if q.element_size() == 4 else PLAIN))
     if split:
         merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, head_dim,
             left, right, num_pages, capacity, *out.stride()[:3], spans, c.BLOCK_M, SPAN, MERGE_ROWS, block_d,
-            MERGE_AHEAD, num_warps=MERGE_WARPS, **PLAIN)
+            MERGE_AHEAD, num_warps=merge_warps(block_d * out.element_size()), **PLAIN)
 
 
 _TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
@@ -259,7 +265,8 @@ def _case(name, kernel, dtype, constants, warps, stages, fp8=False):
     kinds = dict.fromkeys(_TENSORS, "*" + dtype) | dict.fromkeys(_MULTIPLES, "i32:16") | _TYPES
     kinds |= dict.fromkeys(("k_cache", "v_cache"), "*u8") if fp8 else {}
     kinds |= dict.fromkeys(constants, "constexpr")
-    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages, PLAIN)
+    options = NO_SPILLS if kernel is block_attention_kernel and dtype == "fp32" else PLAIN
+    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages, options)
 
 
 def _native(arch):
@@ -280,4 +287,4 @@ def cases():
                 yield _case(name, block_attention_kernel, dtype, constants, c.warps, c.stages, fp8)
             constants = {"BLOCK_M": c.BLOCK_M, "SPAN": SPAN, "ROWS": MERGE_ROWS, "BLOCK_D": dim, "AHEAD": MERGE_AHEAD}
             name = f"block_attention merge_spans {dim} {dtype}"
-            yield _case(name, merge_spans_kernel, dtype, constants, MERGE_WARPS, 3)
+            yield _case(name, merge_spans_kernel, dtype, constants, merge_warps(dim * itemsize), 3)

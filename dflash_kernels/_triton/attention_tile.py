@@ -50,32 +50,37 @@ def load_rows(at, mask, kind: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def scores(q, from_q, ok, from_k, there, head_dim, NATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-           BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr):
+def address_of(cache, block, cached, d, SOURCE: tl.constexpr):
+    """Where the numbers d are of rows at `cache`, or at `block` if not cached. Triton 3.9 takes a selection of rows'
+    addresses for unaligned, and would load number by number with no prefetch: so d is added before."""
+    if SOURCE == "cache":
+        at = cache + d
+    elif SOURCE == "block":
+        at = block + d
+    else:
+        at = tl.where(cached, cache + d, block + d)
+    return at
+
+
+@triton.jit
+def scores(q, from_q, ok, cache, block, cached, there, head_dim, SOURCE: tl.constexpr, NATIVE: tl.constexpr,
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr):
     """q . k, along all of D at once, or CHUNK_D of it at a time: without tensor cores a thread keeps whole rows."""
+    cache, block, cached = cache[None, :], block[None, :], cached[None, :]
     if CHUNK_D == BLOCK_D:
         d = tl.arange(0, BLOCK_D)
-        keys = load_rows(from_k[None, :] + d[:, None], there[None, :] & (d < head_dim)[:, None], q.dtype, NATIVE)
+        from_k = address_of(cache, block, cached, d[:, None], SOURCE)
+        keys = load_rows(from_k, there[None, :] & (d < head_dim)[:, None], q.dtype, NATIVE)
         score = tl.dot(q, keys, input_precision="ieee")
     else:
         score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for chunk in tl.static_range(BLOCK_D // CHUNK_D):
             d = chunk * CHUNK_D + tl.arange(0, CHUNK_D)
+            from_k = address_of(cache, block, cached, d[:, None], SOURCE)
             rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
-            keys = load_rows(from_k[None, :] + d[:, None], there[None, :] & (d < head_dim)[:, None], q.dtype, NATIVE)
+            keys = load_rows(from_k, there[None, :] & (d < head_dim)[:, None], q.dtype, NATIVE)
             score = tl.dot(rows, keys, score, input_precision="ieee")
     return score
-
-
-@triton.jit
-def row_addresses(block, cache, cached, page, row, after, block_row, cache_page, cache_row, SOURCE: tl.constexpr):
-    if SOURCE == "cache":
-        at = cache + (page * cache_page + row * cache_row)
-    elif SOURCE == "block":
-        at = block + after * block_row
-    else:
-        at = tl.where(cached, cache + (page * cache_page + row * cache_row), block + after * block_row)
-    return at
 
 
 @triton.jit
@@ -100,9 +105,8 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, 
             page = tl.load(pages + at // PAGE, inside & cached, 0)
             exists = ((page >= 0) & (page < num_pages)) | (at >= context)
         page, row, after = page.to(tl.int64), (at % PAGE).to(tl.int64), (at - context).to(tl.int64)
-        from_k = row_addresses(k, k_cache, cached, page, row, after, k_row, kc_page, kc_row, SOURCE)
-        score = scores(q, from_q, ok, from_k, inside & exists, head_dim, NATIVE, BLOCK_M, BLOCK_N, BLOCK_D,
-                       CHUNK_D) * factor
+        score = scores(q, from_q, ok, k_cache + (page * kc_page + row * kc_row), k + after * k_row, cached,
+                       inside & exists, head_dim, SOURCE, NATIVE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D) * factor
         if SOFTCAP:
             score = tanh(score) * softcap
         seen = (inside[None, :] & (at[None, :] >= (position - left)[:, None])
@@ -112,9 +116,9 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, 
         shift = tl.where(new == float("-inf"), 0.0, new)
         weight, fade = tl.exp2(score - shift[:, None]), tl.exp2(top - shift)
         top, total = new, tl.fma(total, fade, tl.sum(weight, 1))
-        from_v = row_addresses(v, v_cache, cached, page, row, after, v_row, vc_page, vc_row, SOURCE)
-        values = load_rows(from_v[:, None] + d[None, :], (inside & exists)[:, None] & (d < head_dim)[None, :], q.dtype,
-                           NATIVE)
+        from_v = address_of((v_cache + (page * vc_page + row * vc_row))[:, None], (v + after * v_row)[:, None],
+                            cached[:, None], d[None, :], SOURCE)
+        values = load_rows(from_v, (inside & exists)[:, None] & (d < head_dim)[None, :], q.dtype, NATIVE)
         acc *= fade[:, None]
         if EXACT:
             finite = tl.abs(values.to(tl.float32)) < float("inf")

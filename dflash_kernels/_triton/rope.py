@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._aot import Case
 from ._fp8 import as_bytes, scale_kind, stored
-from ._math import DTYPES, PLAIN, inverse_rms, tree_sum
+from ._math import DTYPES, NO_SPILLS, PLAIN, inverse_rms, tree_sum
 
 # widest head: (heads a program, warps). Estimated: 16-byte accesses of bfloat16, and sums within a warp but for the
 # widest heads.
@@ -190,7 +190,7 @@ def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, 
         *k_strides, *v_strides, num_pages, page_size, max_pos, num_heads, num_kv_heads, head_dim, rotary,
         float(head_dim), eps, NORM_Q=q_weight is not None, NORM_K=k_weight is not None, CACHED=cached, FP8=fp8,
         K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale), INTERLEAVED=interleaved, ROUND_EACH=round_each,
-        **tile(head_dim, rotary), HEADS=heads, num_warps=warps, **PLAIN)
+        **tile(head_dim, rotary), HEADS=heads, num_warps=warps, **(PLAIN if rotary else NO_SPILLS))
 
 
 # flags of the cases: normed, cached, interleaved, rounded after the norm
@@ -231,4 +231,5 @@ def cases():
         signature |= dict.fromkeys(("num_pages", "max_pos", "heads", "kv_heads"), "i32")
         signature |= {"count": "fp32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
         signature = {n: signature[n] for n in qk_norm_rope_kernel.arg_names}
-        yield Case(f"qk_norm_rope {name} {dtype}", qk_norm_rope_kernel, signature, constexprs, warps, 3, PLAIN)
+        yield Case(f"qk_norm_rope {name} {dtype}", qk_norm_rope_kernel, signature, constexprs, warps, 3,
+                   PLAIN if rotary else NO_SPILLS)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
-from ._math import DTYPES, PLAIN, order_key, tree_sum
+from ._math import DTYPES, NO_SPILLS, PLAIN, order_key, tree_sum
 from .sample_accept import (
     PROPOSAL,
     PX,
@@ -233,8 +233,7 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
     rows_kernel[rows,](
         *raw, draft_ids, context_lens, temperature, seeds, top_k, top_p, min_p, *proposal, block_lens, workspace, stats,
         *strides, draft_ids.stride(0), *p_strides, *c_strides, *d_strides, block, vocab, chunks, k, plane,
-        RAGGED=ragged, SHIFT=shift, CHUNKS=every, K=triton.next_power_of_2(k), TILE=tile, num_warps=warps,
-        **PLAIN)
+        RAGGED=ragged, SHIFT=shift, CHUNKS=every, K=triton.next_power_of_2(k), TILE=tile, num_warps=warps, **NO_SPILLS)
     constants = {"RAGGED": ragged, "BLOCK_RULE": block_rule, "BLOCK": triton.next_power_of_2(block)}
     if draft_candidates is None and (draft_probs is not None or draft_logits is not None) and block > 1:
         tile, warps = sizes["residual"]
@@ -244,7 +243,7 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
     accept_kernel[requests,](
         *raw, draft_ids, context_lens, seeds, *proposal, block_lens, workspace, stats, accept_lens, commit_lens, tokens,
         bonus, new_lens, *strides, draft_ids.stride(0), *p_strides, *c_strides, *d_strides, tokens.stride(0), block,
-        vocab, chunks, k, plane, **constants, CHUNKS=every, num_warps=sizes["accept"][1], **PLAIN)
+        vocab, chunks, k, plane, **constants, CHUNKS=every, num_warps=sizes["accept"][1], **NO_SPILLS)
 
 
 def sample_draft(values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs):
@@ -272,7 +271,8 @@ def _case(name, kernel, warps, dtype="fp32", without=(), **constants):
                          "vocab": "i32:16"}
     constants |= dict.fromkeys(n for n in without if n in kernel.arg_names)
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
-    return Case(name, kernel, signature, constants, warps, 3, PLAIN)
+    return Case(name, kernel, signature, constants, warps, 3,
+                NO_SPILLS if kernel in (rows_kernel, accept_kernel) else PLAIN)
 
 
 def cases():

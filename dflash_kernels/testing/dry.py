@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _triton
 from .._library import REFERENCES
+from .interpreter import accept_newer_numpy
 
 DEVICE = torch.device("cuda", 0)
 NAME = "dry"
@@ -246,6 +247,7 @@ def _interpret_on_held() -> None:
     patched once for each kernel, not at every call and back: that is half of the interpreter's time."""
     from triton.runtime import interpreter
 
+    accept_newer_numpy()
     interpreter._patch_lang = functools.cache(functools.partial(_patch_for_good, interpreter._patch_lang))
     GridExecutor = interpreter.GridExecutor  # noqa: N806
     interpret = GridExecutor.__call__
