@@ -117,7 +117,7 @@ def lm_head_argmax(x, weight, scales, bias, out_features, num_valid, scale, soft
     lm_head_argmax_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
         x, weight, scales, bias, best, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, scale, softcap,
         c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages,
-        **options(scales))
+        **options(c, scales))
     best_of_blocks_kernel[rows,](best, out_ids, out_values, blocks, id_offset, BLOCK=BEST_BLOCK, num_warps=BEST_WARPS)
 
 
@@ -132,12 +132,12 @@ def cases():
     sizes = {"rows": "i32", "num_valid": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
              "blocks": "i32", "scale": "fp32", "softcap": "fp32"}
     for dtype, weight, itemsize in PRODUCTS:
-        name, signature, absent, chosen = pointers(dtype, weight)
+        name, signature, absent = pointers(dtype, weight)
         for rows, c in configs(itemsize).items():
             constants = tile_constants(c) | {"SOFTCAP": True} | absent
             yield Case(f"lm_head_argmax {rows} rows {name}", lm_head_argmax_kernel,
                        signature | {"best": "*i64"} | sizes | dict.fromkeys(constants, "constexpr"), constants, c.warps,
-                       c.stages, chosen)
+                       c.stages, options(c, None if absent else weight))
     signature = {"best": "*i64", "out_ids": "*i64", "out_values": "*fp32", "blocks": "i32", "id_offset": "i64",
                  "BLOCK": "constexpr"}
     yield Case("lm_head_argmax best_of_blocks", best_of_blocks_kernel, signature, {"BLOCK": BEST_BLOCK}, BEST_WARPS, 3)

@@ -151,7 +151,7 @@ def lm_head_topk(x, weight, scales, bias, out_features, num_valid, scale, softca
     lm_head_topk_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
         x, weight, scales, bias, lists, firsts, sums, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, wanted,
         scale, softcap, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps,
-        num_stages=c.stages, **options(scales))
+        num_stages=c.stages, **options(c, scales))
     first_of_blocks_kernel[rows,](lists, firsts, sums, out_ids, out_values, out_lse, blocks, wanted, id_offset,
                                   BLOCK_N=c.BLOCK_N, BLOCK=BLOCKS, K=triton.next_power_of_2(wanted),
                                   num_warps=BLOCKS_WARPS, **BLOCKS_OPTIONS)
@@ -171,14 +171,14 @@ def cases():
     lists = {"lists": "*i64", "firsts": "*i64", "sums": "*fp32"}
     out = {"out_ids": "*i64", "out_values": "*fp32", "out_lse": "*fp32"}
     for dtype, weight, itemsize in PRODUCTS:
-        name, signature, absent, chosen = pointers(dtype, weight)
+        name, signature, absent = pointers(dtype, weight)
         for rows, c in configs(itemsize).items():
             if rows > TALLEST[itemsize]:
                 continue
             constants = tile_constants(c) | {"SOFTCAP": True} | absent
             yield Case(f"lm_head_topk {rows} rows {name}", lm_head_topk_kernel,
                        signature | lists | sizes | dict.fromkeys(constants, "constexpr"), constants, c.warps, c.stages,
-                       chosen)
+                       options(c, None if absent else weight))
     for wanted in (1, 16, 64):
         constants = {"BLOCK_N": 64, "BLOCK": BLOCKS, "K": wanted}
         signature = {**lists, **out, "blocks": "i32", "wanted": "i32", "id_offset": "i64",

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ._aot import Case
-from ._math import PLAIN
+from ._math import NO_SPILLS, PLAIN
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
 SPLIT_BELOW = 512  # programs: with fewer, each chunk is a program of its own. Estimated: four for a multiprocessor
@@ -54,14 +54,6 @@ CONFIGS = {
 }
 
 
-# ptxas, left alone, spills some bytes of a thread that widens 8 bits, for the sake of more programs at a time.
-WIDENING = PLAIN | {"maxnreg": 192}
-
-
-def options(scales) -> dict:
-    return PLAIN if scales is None else WIDENING
-
-
 def configs(itemsize: int) -> dict[int, Config]:
     """By the most rows, ascending."""
     return {rows: c for (width, rows), c in CONFIGS.items() if width == itemsize}
@@ -70,6 +62,11 @@ def configs(itemsize: int) -> dict[int, Config]:
 def config(rows: int, itemsize: int) -> Config:
     found = configs(itemsize)
     return found[next((size for size in found if rows <= size), max(found))]
+
+
+def options(c: Config, scales) -> dict:
+    """Two tiles, and a weight that is widened in registers, are where ptxas spills if it may."""
+    return PLAIN if scales is None and c.TILES != 2 else NO_SPILLS
 
 
 @triton.jit
@@ -166,7 +163,7 @@ def linear(x, weight, scales, bias, out_features, out):
     linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), across, chunks if split else 1](
         x, weight, None if split else scales, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0),
         to.stride(1), to.stride(0), CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK,
-        num_warps=c.warps, num_stages=c.stages, **options(scales))
+        num_warps=c.warps, num_stages=c.stages, **options(c, scales))
     if split:
         add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, scales, bias, out, n, chunks, rows * n, out.stride(0),
                                                            BLOCK=ADD_BLOCK, num_warps=ADD_WARPS, **PLAIN)
@@ -176,12 +173,12 @@ def tile_constants(c: Config) -> dict:
     return {"ROWS": c.ROWS, "TILES": c.TILES, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "CHUNK": CHUNK}
 
 
-def pointers(dtype: str, weight: str) -> tuple[str, dict, dict, dict]:
+def pointers(dtype: str, weight: str) -> tuple[str, dict, dict]:
     """For cases(): what a product of rows of `dtype` and a weight of `weight` is called, the signature of its pointers,
-    those of them that are None, and its options."""
+    and those of them that are None."""
     absent = {} if weight == "i8" else {"scales": None}
     signature = {"x": "*" + dtype, "weight": "*" + weight, "scales": "*fp32", "bias": "*" + dtype}
-    return dtype if weight == dtype else f"{dtype} x {weight}", signature, absent, PLAIN if absent else WIDENING
+    return dtype if weight == dtype else f"{dtype} x {weight}", signature, absent
 
 
 PRODUCTS = [(dtype, weight, itemsize) for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2))
@@ -192,14 +189,14 @@ def cases():
     sizes = {"rows": "i32", "n": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
              "out_stride": "i32:16", "chunk_stride": "i32:16", "chunk_size": "i32:16"}
     for dtype, weight, itemsize in PRODUCTS:
-        product_name, signature, absent, chosen = pointers(dtype, weight)
+        product_name, signature, absent = pointers(dtype, weight)
         for rows, c in configs(itemsize).items():
             for out in (dtype, "fp32") if dtype == "bf16" else (dtype,):
                 split = out != dtype
                 constants = tile_constants(c) | ({"scales": None, "bias": None} if split else absent)
                 yield Case(f"linear {rows} rows {product_name}" + " split" * split, linear_kernel,
                            signature | {"out": "*" + out} | sizes | dict.fromkeys(constants, "constexpr"), constants,
-                           c.warps, c.stages, chosen)
+                           c.warps, c.stages, options(c, None if absent else weight))
         constants = {"BLOCK": ADD_BLOCK} | absent
         signature = {"part": "*fp32", "scales": "*fp32", "bias": "*" + dtype, "out": "*" + dtype, "n": "i32:16",
                      "chunks": "i32", "chunk_stride": "i32:16", "out_stride": "i32:16"}
