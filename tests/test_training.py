@@ -263,6 +263,22 @@ def test_a_checkpoint_starts_a_run_with_its_weights(target, drafter, tmp_path):
         torch.testing.assert_close(tensor, drafter.tensors()[name], rtol=1e-2, atol=0)
 
 
+def test_a_result_keeps_a_share_of_its_start(target, written, drafter, tmp_path):
+    _, features = written
+    checkpoint.write(tmp_path / "start", drafter, target, torch.arange(9))
+    start = load_checkpoint(tmp_path / "start").tensors
+    trained = TrainedDrafter(drafter.shape, target.norm, features.scale, seed=5)
+    before = {name: t.clone().float() for name, t in trained.tensors().items()}
+    recipe = optimise.Recipe(vocabulary=64, start_share=0.25)
+    training = optimise.Training(trained, target, features, recipe, tmp_path)
+    training.history = [{"loss": 1.5}]
+    training.average(start)
+    for name, tensor in trained.tensors().items():
+        torch.testing.assert_close(tensor.float(), 0.75 * before[name] + 0.25 * start[name].float(), rtol=2e-2,
+                                   atol=1e-3)
+    assert training.history[-1]["loss"] == 1.5 and training.history[-1]["acceptance"] >= 1
+
+
 def test_pieces_join_to_the_file_they_were(tmp_path):
     whole = tmp_path / "model.gguf"
     whole.write_bytes(bytes(range(256)) * 10)

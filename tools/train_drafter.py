@@ -56,6 +56,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
     p.add_argument("--blocks-per-text", type=int, default=Recipe.blocks)
     p.add_argument("--matrix-rate", type=float, default=Recipe.matrix_rate, help="Muon's learning rate")
+    p.add_argument("--vector-rate", type=float, default=Recipe.vector_rate, help="AdamW's")
+    p.add_argument("--decay-from", type=float, default=Recipe.decay_from, help="share of the time with full rates")
+    p.add_argument("--start-share", type=float, default=Recipe.start_share,
+                   help="of the weights of --start in the result, an average")
     p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
     p.add_argument("--negatives", type=int, default=Recipe.negatives, help="others that a step pushes down")
     p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, whose size is 1")
@@ -112,7 +116,8 @@ def main() -> None:
     print(f"{len(features)} texts, {len(features.ids)} tokens with features", flush=True)
     recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
                     vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
-                    noise=args.noise, early_share=args.early_share)
+                    noise=args.noise, early_share=args.early_share, vector_rate=args.vector_rate,
+                    decay_from=args.decay_from, start_share=args.start_share)
     shape = Shape.of(target, args.layers, features.taps, args.block_size, mask)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:
@@ -121,6 +126,8 @@ def main() -> None:
     if training.resume():
         print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
     training.run()
+    if args.start and args.start_share:
+        training.average(read_directory(args.start).tensors)
     out = args.work / "checkpoint"
     checkpoint.write(out, drafter, target, training.vocabulary.ids, args.shard_mb)
     checkpoint.write_record(out, training, (row["prompt"] for row in written), args.start)

@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Recipe:
     decay_from: float = 0.5  # of the time, from where the learning rates fall linearly to 0
     hard: float = 0.5  # share of the loss on the text's own token; the rest on the target's likeliest
     noise: float = 0.1  # normal, added to the features, whose size is 1: a text is seen several times
+    start_share: float = 0.0  # of the weights that the run started from in its result
     seed: int = 0
 
 
@@ -217,6 +218,17 @@ class Training:
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(f"step {self.step}: the loss is {value}")
         return value
+
+    def average(self, start: Mapping[str, torch.Tensor]) -> None:
+        """The result becomes recipe.start_share of the weights `start` and the rest of those that were trained: what a
+        run forgets of the one before, it keeps in part. The saved state stays the trained one."""
+        trained = {name: weight.clone() for name, weight in self.drafter.state_dict().items()}
+        self.drafter.load_tensors(start)
+        with torch.no_grad():
+            for name, weight in self.drafter.state_dict().items():
+                if weight.is_floating_point():
+                    weight.copy_(torch.lerp(trained[name], weight, self.recipe.start_share))
+        self.history.append(self.evaluate() | {"loss": self.history[-1]["loss"]})
 
     def run(self, evaluations: int = 24) -> None:
         """Trains until `recipe.minutes` of training are reached, those of earlier runs counted."""
