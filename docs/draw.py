@@ -108,7 +108,7 @@ def peers(files: dict) -> Plot | None:
     rows = []
     for f in files.values():
         if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers" and \
-                f["header"]["dtype"] == "bfloat16":
+                f["header"]["dtype"] == "bfloat16" and f["header"]["rounds"] > 1:
             whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
             rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} at once",
                       r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]

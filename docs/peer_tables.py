@@ -11,18 +11,23 @@ EMPTY = "No results yet: `make peers` measures them."
 def peers_block(folder: Path) -> str:
     lines = []
     for header, rows, parts, missing in results(folder):
-        # In float32 what is compared is texts and acceptance: nobody serves so, and not every decoder has it.
-        timed = [*rates(rows), *step_parts(parts, rows)] if header["dtype"] == "bfloat16" else []
+        timed = [*rates(rows), *step_parts(parts, rows)] if is_timed(header) else []
         lines += [*about(header), *timed, *acceptance(rows),
                   *(f"Missing: {who}: {why}" for who, why in missing.items()), ""]
     return "\n".join(lines).rstrip() or EMPTY
+
+
+def is_timed(header: dict) -> bool:
+    """A rate is a median of rounds. One round is for texts and acceptance, and so is float32, which nobody serves and
+    not every decoder has."""
+    return header["dtype"] == "bfloat16" and header["rounds"] > 1
 
 
 def summary(folder: Path) -> list[str]:
     """All tasks together, in as few columns as say it, for the README."""
     lines = []
     for h, rows, *_ in results(folder):
-        if h["dtype"] != "bfloat16":
+        if not is_timed(h):
             continue
         lines += [f"Other decoders on the same prompts ({h['max_new_tokens']} new tokens at most, "
                   f"{counted(h['threads'], 'thread')}; [how](docs/performance.md#against-others)):", "",
