@@ -76,4 +76,14 @@ def step_cases(sizes, name, d, batch):
         "draft context": (lambda i: context.run(features, draft.block.positions, draft.block.slots, whole),
                           packed_bytes(d) - head, False)}
     for stage, (run, moved, headline) in stages.items():
-        yield Case(stage, label, run, moved, headline=headline)
+        if sizes.name == "cpu" and dk.StepGraph.available():
+            yield Case(stage, label, replay_of(run), moved, headline=headline, replays=True)
+        else:
+            yield Case(stage, label, run, moved, headline=headline)
+
+
+def replay_of(run):
+    graph = dk.StepGraph()
+    with graph.capture():
+        run(0)
+    return lambda i: graph.replay()

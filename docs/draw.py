@@ -84,7 +84,8 @@ def bandwidth(files: dict) -> Plot | None:
     ops: dict[str, list[float]] = {}
     for row in measured_rows(files):
         ops.setdefault(row["op"], []).append(round(row["pct_of_limit"], 1))
-    caption = "Achieved bandwidth, one mark a case, in percent of the limit measured in the same run."
+    caption = "Achieved bandwidth, one mark a case, in percent of the limit measured in the same run. " \
+              "What stays in the caches may exceed it."
     return Plot({"ops": ops}, draw_bandwidth, (7.5, 1.1 + 0.32 * len(ops)), caption) if ops else None
 
 
