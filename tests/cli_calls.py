@@ -2,11 +2,17 @@
 
 import json
 import os
+import signal
 import sys
 
 
 def one_line(err):
     return err.startswith("dflash-kernels: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def heed_interrupts():
+    """Before a program that is to be interrupted: what runs in the background ignores that, and so would its child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def prompts_file(tmp_path, *tasks, turns=("hello",)):

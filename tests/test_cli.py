@@ -10,7 +10,7 @@ import time
 import pytest
 import tiny
 import torch
-from cli_calls import environment, one_line, prompts_file
+from cli_calls import environment, heed_interrupts, one_line, prompts_file
 
 pytest.importorskip("typer")
 
@@ -285,7 +285,7 @@ def test_interrupt_of_the_process(models, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--prompts", str(rows),
                                 "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", "100",
                                 "--json", str(tmp_path / "x.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=environment())
+                               text=True, env=environment(), preexec_fn=heed_interrupts)
     time.sleep(6)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

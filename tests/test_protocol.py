@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import VLLM, FakeChat
+from cli_calls import heed_interrupts
 
 pytest.importorskip("typer")
 
@@ -199,7 +200,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
         words = ["bench", "protocol", "--prompts", str(prompts_file(tmp_path)), "--base-url", fake.url, "--journal",
                  str(tmp_path / "j"), "--concurrency", "2", "--max-new-tokens", "30"]
         first = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", *words], stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True,
+                                 stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
                                  env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
         while first.poll() is None and not ((tmp_path / "j").exists() and '"id"' in (tmp_path / "j").read_text()):
             time.sleep(0.02)
