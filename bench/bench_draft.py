@@ -7,7 +7,7 @@ step, so their times add up to it but for what the gaps between launches cost.
 from types import SimpleNamespace
 
 import torch
-from cases import Case, Sizes, packed_bytes
+from cases import Case, Sizes, captured, packed_bytes
 
 import dflash_kernels as dk
 from dflash_decode.config import read_draft_config
@@ -77,13 +77,6 @@ def step_cases(sizes, name, d, batch):
                           packed_bytes(d) - head, False)}
     for stage, (run, moved, headline) in stages.items():
         if sizes.name == "cpu" and dk.StepGraph.available():
-            yield Case(stage, label, replay_of(run), moved, headline=headline, replays=True)
+            yield Case(stage, label, captured(run, "cpu"), moved, headline=headline, replays=True)
         else:
             yield Case(stage, label, run, moved, headline=headline)
-
-
-def replay_of(run):
-    graph = dk.StepGraph()
-    with graph.capture():
-        run(0)
-    return lambda i: graph.replay()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from peer_tables import is_timed
+
 KEYWORD = "Data"  # of the PNG's text chunk
 # Their greys differ; lines also differ by dash and marker, parts of a bar by hatching.
 TONES = ("#14213d", "#e9b44c", "#7a3b9d", "#f6e7c1", "#d1603d")
@@ -109,7 +111,7 @@ def peers(files: dict) -> Plot | None:
     rows = []
     for f in files.values():
         if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers" and \
-                f["header"]["dtype"] == "bfloat16" and f["header"]["rounds"] > 1:
+                is_timed(f["header"]):
             whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
             rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} at once",
                       r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]

@@ -161,10 +161,9 @@ _merge_topk = define("merge_topk(Tensor values, Tensor ids, Tensor lse, Tensor(a
                      " Tensor(c!) out_lse) -> ()", reference.head.merge_topk)
 
 
-def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1, weight_itemsize: int | None = None) -> int:
-    """Bytes that must move: the weight once, the rows, and k ids and values a row. weight_itemsize: bytes of the
-    weight's elements, if they are others."""
-    return (weight_itemsize or itemsize) * vocab * hidden + itemsize * rows * hidden + 12 * rows * k
+def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> int:
+    """Bytes that must move: the weight once, the rows, and k ids and values a row."""
+    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows * k
 
 
 def flops(rows: int, vocab: int, hidden: int) -> int:
