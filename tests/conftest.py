@@ -63,6 +63,22 @@ def call(capfd):
 
 
 @pytest.fixture
+def by_threads():
+    """by_threads(call): what it gives with 1, 2 and 3 threads."""
+    threads = torch.get_num_threads()
+
+    def run(call):
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(call())
+        return found
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def tell(request):
     """tell(line): shown below the tests' dots, whatever is captured."""
     return request.config.stash.setdefault(TOLD, []).append

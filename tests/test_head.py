@@ -132,15 +132,10 @@ def test_p36_multiplier_then_cap_and_the_offset_of_a_shard(isa, dtype):
         assert torch.equal(dk.lm_head_topk(x, w, 4, bias=b, **options)[0], want[0])
 
 
-def test_bits_do_not_depend_on_threads(isa, dtype):
+def test_bits_do_not_depend_on_threads(isa, dtype, by_threads):
     x, w, b = problem(dtype, 70, 3000)
-    packed, before, got = dk.pack_weight(w), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            got.append(dk.lm_head_topk(x, packed, 16, bias=b))
-    finally:
-        torch.set_num_threads(before)
+    packed = dk.pack_weight(w)
+    got = by_threads(lambda: dk.lm_head_topk(x, packed, 16, bias=b))
     assert all(same_bits(a, t) for other in got[1:] for a, t in zip(got[0], other, strict=True))
     again = dk.lm_head_topk(x, packed, 16, bias=b)
     assert all(same_bits(a, t) for a, t in zip(got[0], again, strict=True))

@@ -59,13 +59,10 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(isa, dtype, n, k):
         assert same_bits(dk.linear(x[start:start + width], packed, b), whole[start:start + width])
 
 
-def test_bits_do_not_depend_on_threads(isa, dtype):
+def test_bits_do_not_depend_on_threads(isa, dtype, by_threads):
     x, q, scales, _ = problem(dtype, 5, 600, 256)
-    packed, before, got = dk.pack_weight(q, scales), torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        got.append(dk.linear(x, packed))
-    torch.set_num_threads(before)
+    packed = dk.pack_weight(q, scales)
+    got = by_threads(lambda: dk.linear(x, packed))
     assert same_bits(got[0], got[1]) and same_bits(got[0], got[2])
 
 

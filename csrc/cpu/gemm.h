@@ -2,8 +2,8 @@
 //
 // Floor: the weight's bytes over the read bandwidth. W is packed so that 16 outputs form a block whose bytes lie in
 // the order they are used ([N/16][K/2][16][2] for bf16, so that one 64-byte line holds a pair of k for 16 outputs and
-// 16 lines are one AMX tile; [N/16][K][16] for f32, f16 and, K filled up to whole tiles, int8). Each thread walks four blocks at once, a quarter of its
-// range apart: four long streams use more of the memory than one does.
+// 16 lines are one AMX tile; [N/16][K][16] for f32, f16 and, K filled up to whole tiles, int8). Each thread walks four
+// blocks at once, a quarter of its range apart: four long streams use more of the memory than one does.
 //
 // Every output is one accumulator that runs over k in order, so its bits depend on its row of x and its row of W
 // alone: not on how many rows there are, how they are grouped into registers or tiles, or on the number of threads.
@@ -73,8 +73,8 @@ struct Operand {
   }
 };
 
-template <>
-struct Operand<bf16, bf16> {
+template <class Weight>
+struct Operand<bf16, Weight> {
   static int64_t depth(int64_t K) { return padded_k(K); }
 #if DFLASH_BF16_DOT
   using X = bf16;
@@ -99,25 +99,12 @@ struct Operand<bf16, bf16> {
 #endif
 #if !defined(__AMX_BF16__)
   template <int R, int S>
-  static void group(const X* x, int64_t ld, const bf16* const* w, int64_t K, float* c, int64_t ldc) {
+  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, float* c, int64_t ldc) {
 #if DFLASH_BF16_DOT
     micro_dot<R, S>(x, ld, w, K, c, ldc);
 #else
-    micro_pairs<R, S>(x, ld, w, K, c, ldc);
-#endif
-  }
-#endif
-};
-
-template <>
-struct Operand<bf16, int8_t> : Operand<bf16, bf16> {
-#if !defined(__AMX_BF16__)
-  template <int R, int S>
-  static void group(const X* x, int64_t ld, const int8_t* const* w, int64_t K, float* c, int64_t ldc) {
-#if DFLASH_BF16_DOT
-    micro_dot<R, S>(x, ld, w, K, c, ldc);
-#else
-    micro<int8_t, R, S>(x, ld, w, K, c, ldc);
+    if constexpr (std::is_same_v<Weight, bf16>) micro_pairs<R, S>(x, ld, w, K, c, ldc);
+    else micro<Weight, R, S>(x, ld, w, K, c, ldc);
 #endif
   }
 #endif
