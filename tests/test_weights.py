@@ -205,8 +205,8 @@ def test_cache_is_used_and_follows_the_file(tmp_path, monkeypatch):
     write_gguf(file)
     first = load_checkpoint(file)
     kept = gguf_file.cached(file)
-    assert sorted(f.name for f in kept.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json",
-                                                      "tokenizer_config.json"]
+    assert sorted(f.name for f in kept.iterdir()) == [
+        "config.json", "converted-from", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     with monkeypatch.context() as patched:
         patched.setattr(gguf_file, "open_file", lambda path: pytest.fail("the cache was not used"))
         second = load_checkpoint(file)
@@ -216,6 +216,22 @@ def test_cache_is_used_and_follows_the_file(tmp_path, monkeypatch):
     assert set(load_checkpoint(file).tensors) == set(first.tensors)
     write_gguf(file, "qwen3")
     assert load_checkpoint(file).config["model_type"] == "qwen3"
+
+
+def test_cache_keeps_nothing_of_files_that_are_gone_or_changed(tmp_path):
+    files = {name: tmp_path / f"{name}.gguf" for name in ("gone", "changed", "stays", "linked")}
+    files["linked"].symlink_to(files["stays"])
+    for name in ("gone", "changed", "stays"):
+        write_gguf(files[name])
+        load_checkpoint(files[name])
+    old = {name: gguf_file.cached(file) for name, file in files.items()}
+    assert all(old.values()) and old["linked"] == old["stays"]
+    files["gone"].unlink()
+    write_gguf(files["changed"], "qwen3")
+    load_checkpoint(files["changed"])
+    assert set(gguf_file.cache_dir().iterdir()) == {old["stays"], gguf_file.cached(files["changed"])} - {old["changed"]}
+    load_checkpoint(files["linked"])
+    assert old["stays"].is_dir()
 
 
 def test_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_
     tl.store(to, tl.div_rn(acc, total[:, None]).to(out.dtype.element_ty), ok[:, None] & (d < head_dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "capacity", "table_row", "units"])
 def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_table, context_lens, block_lens,
                            context_starts, sinks, out, part, part_top, width, group, kv_heads, head_dim, factor,
                            softcap, left, right, num_pages, capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head,
@@ -170,7 +170,7 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_t
             tl.store(part + slot[:, None] * head_dim + d[None, :], acc, ok[:, None] & (d < head_dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "capacity", "spans"])
 def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads,
                        head_dim, left, right, num_pages, capacity, o_b, o_row, o_head, spans, BLOCK_M: tl.constexpr,
                        SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr):

@@ -27,7 +27,7 @@ def copy_row(table, rows, width, row_stride, out, token_id, BLOCK: tl.constexpr)
     tl.store(out + at, tl.load(source + at, mask, 0), at < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ids_stride", "positions_stride", "slots_stride", "table_stride", "max_pages", "block"])
 def prepare_block_kernel(anchor_ids, context_lens, page_table, block_lens, embedding, ids, positions, slots, rows,
                          anchor_stride, table_stride, embedding_stride, ids_stride, positions_stride, slots_stride,
                          rows_outer_stride, rows_stride, mask_token_id, page_size, max_pages, block, vocab, width,
@@ -53,7 +53,7 @@ def prepare_block_kernel(anchor_ids, context_lens, page_table, block_lens, embed
                  tl.where(live, token_id, -1), BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ids_stride", "inner"])
 def embed_tokens_kernel(ids, table, out, ids_stride, table_stride, out_outer_stride, out_stride, inner, vocab, width,
                         BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)

@@ -53,7 +53,7 @@ def scale_of(bases, index, SCALE: tl.constexpr):
         return bases
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_layer_stride", "block"])
 def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, commit_lens, row_stride,
                             slots_layer_stride, block, k_page, k_row, k_head, v_page, v_row, v_head, num_pages,
                             page_size, max_pos, layers, kv_heads, dim, rotary, count, eps, v_scale,

@@ -60,7 +60,7 @@ def _best(total, scales, bias, best, row0, n0, rows, num_valid, blocks, scale, s
     tl.store(best + row.to(tl.int64) * blocks + tl.program_id(1), found, row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def lm_head_argmax_kernel(x, weight, scales, bias, best, rows, num_valid, k, x_stride, w_stride, blocks, scale,
                           softcap, ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
                           BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr):
@@ -91,7 +91,7 @@ def best_of_blocks_kernel(best, out_ids, out_values, blocks, id_offset, BLOCK: t
     tl.store(out_values + row, value_of(top))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_argmax_kernel(values, ids, out_ids, out_values, shards, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows

@@ -60,7 +60,7 @@ def _first(total, scales, bias, lists, firsts, sums, row0, n0, rows, num_valid, 
         left = tl.where(left == found[:, None], TAKEN, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def lm_head_topk_kernel(x, weight, scales, bias, lists, firsts, sums, rows, num_valid, k, x_stride, w_stride, blocks,
                         wanted, scale, softcap, ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr):
@@ -113,7 +113,7 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
     tl.store(out_lse + row + tl.arange(0, 1), base + tl.log(tl.reshape(tree_sum(total[None, :]), (1,))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted, BLOCK: tl.constexpr,
                       SHARDS: tl.constexpr):
     """BLOCK, SHARDS: powers of two, at least shards * wanted and shards."""

@@ -116,7 +116,7 @@ def _store(total, scales, bias, out, row0, n0, rows, n, out_stride, ROWS: tl.con
     tl.store(to, total.to(out.dtype.element_ty), (row < rows)[:, None] & (at < n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(x, weight, scales, bias, out, rows, n, k, x_stride, w_stride, out_stride, chunk_stride, chunk_size,
                   ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   CHUNK: tl.constexpr):

@@ -63,7 +63,7 @@ CONFIGS = {"chunks": (4, 8), "rows": (4, 8), "residual": (2, 8), "accept": (1, 4
 KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that are always 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block", "columns", "plane"])
 def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens, planes, l_b, l_i, s_b, s_i, b_b, b_i,
                   m_b, m_i, block, columns, vocab, chunks, plane, RAGGED: tl.constexpr, TILE: tl.constexpr):
     """planes: tops, and `plane` elements on, sums. Of chunks with nothing to draw, and of greedy requests, the sum is
@@ -118,7 +118,7 @@ def _draft(x, law, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunk
     tl.store(stats + QX, tl.where(valid, qx, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_b", "block", "plane"])
 def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, temperature, seeds, top_k, top_p, min_p,
                 probs, candidates, draft_logits, block_lens, planes, stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i,
                 x_b, p_b, p_i, c_b, c_i, d_b, d_i, block, vocab, chunks, k, plane, RAGGED: tl.constexpr,
@@ -164,7 +164,7 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
                        stats, tops_at, plane, k, vocab, chunks, CHUNKS, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "o_b"])
 def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs, slots,
                         k, o_b, K: tl.constexpr):
     b, i = (tl.program_id(0) // slots).to(tl.int64), tl.program_id(0) % slots

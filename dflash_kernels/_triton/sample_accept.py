@@ -66,7 +66,7 @@ def kept(share, stats):
     return tl.where((share > 0) & (px > 0), grown, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block", "plane"])
 def residual_kernel(logits, seen, penalty, bias, bitmask, context_lens, seeds, probs, draft_logits, block_lens, planes,
                     stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, p_b, p_i, d_b, d_i, block, vocab, chunks, plane,
                     RAGGED: tl.constexpr, BLOCK_RULE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
@@ -162,7 +162,7 @@ def _last(row, law, share, residual, mass, proposal, tops_at, stats, plane, u, k
     return chunk * CHUNK + pick_weight(w, rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_b", "t_b", "block", "plane"])
 def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, seeds, probs, candidates,
                   draft_logits, block_lens, planes, stats, accept_lens, commit_lens, tokens, bonus, new_lens, l_b, l_i,
                   s_b, s_i, b_b, b_i, m_b, m_i, x_b, p_b, p_i, c_b, c_i, d_b, d_i, t_b, block, vocab, chunks, k, plane,

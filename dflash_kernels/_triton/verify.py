@@ -17,7 +17,7 @@ PROGRAMS = 528  # rows are cut into parts until there are so many: four for each
 LAST = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block", "parts"])
 def argmax_parts_kernel(logits, block_lens, keys, outer_stride, row_stride, block, vocab, part, parts,
                         RAGGED: tl.constexpr, BLOCK: tl.constexpr):
     """Each part's winner as a key that orders as torch.argmax does: NaN above all, then the value, then lower ids."""
@@ -42,7 +42,7 @@ def argmax_parts_kernel(logits, block_lens, keys, outer_stride, row_stride, bloc
         tl.store(keys + row * parts + tl.program_id(1), tl.max(key, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draft_stride", "target_stride", "tokens_stride", "block", "parts"])
 def verify_kernel(draft_ids, target_ids, keys, context_lens, block_lens, accept_lens, commit_lens, tokens, bonus,
                   new_lens, draft_stride, target_stride, tokens_stride, block, parts, RAGGED: tl.constexpr,
                   FROM_KEYS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):

@@ -2,7 +2,8 @@
 
 The converted form is an ordinary Hugging Face directory under the user's cache directory ($DFLASH_CACHE, else
 $XDG_CACHE_HOME/dflash_kernels, else ~/.cache/dflash_kernels), keyed by the file's path, size and time of change, and
-moved into place whole, so that a reader never sees a half-written one.
+moved into place whole, so that a reader never sees a half-written one. Writing one removes those whose file is gone or
+has changed since.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from .gguf_reader import field, open_file
 from .weights import Checkpoint, CheckpointError, brief, read_directory
 
+_SOURCE = "converted-from"  # the file in a converted directory that names the GGUF file
 _FORMAT = 1  # raise it when the conversion changes: it is part of the cache key
 _CACHE_LIMIT = 2 << 30  # bytes of bfloat16; larger models are dequantised each time, not copied into the home folder
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -71,9 +73,9 @@ def cached(path: Path) -> Path | None:
 
 
 def _key(path: Path) -> Path:
-    stat = path.stat()
-    text = f"{_FORMAT}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    return cache_dir() / f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    source, stat = path.resolve(), path.stat()
+    text = f"{_FORMAT}|{source}|{stat.st_size}|{stat.st_mtime_ns}"
+    return cache_dir() / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _keep(path: Path, config: dict, tensors: dict, reader) -> None:
@@ -81,19 +83,28 @@ def _keep(path: Path, config: dict, tensors: dict, reader) -> None:
     from .gguf_tokenizer import tokenizer_files
 
     target, temporary = _key(path), None
+    notes = {"config.json": json.dumps(config, indent=1), _SOURCE: str(path.resolve())}
     try:
         files = tokenizer_files(path, reader)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
         save_file(tensors, temporary / "model.safetensors")
-        for name, content in (files | {"config.json": json.dumps(config, indent=1)}).items():
+        for name, content in (files | notes).items():
             (temporary / name).write_text(content, encoding="utf-8")
         os.rename(temporary, target)
+        _remove_stale()
     except (OSError, CheckpointError):
         pass
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale() -> None:
+    for note in cache_dir().glob(f"*/{_SOURCE}"):
+        source = Path(note.read_text(encoding="utf-8"))
+        if not source.is_file() or _key(source) != note.parent:
+            shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def read_config(path: Path, reader) -> dict:
