@@ -29,8 +29,9 @@ class Hook:
     name: what the log and the DISABLE variable call it. target: "module:function" or "module:Class.method".
     parameters: the original's, by name and in order, without a classmethod's class; a tuple of alternatives where
     releases differ. versions: the first (major, minor) it was written for, and the first that it was not.
-    build(original) -> replacement. keep() -> why the original stays on this platform, or None. off: why it is left
-    unless asked for by name, or None.
+    build(original) -> replacement. off() -> why it is left unless asked for by name, or None. prepare(): gives the
+    engine, where it is not off, what is needed beside the replacement. keep() -> why the original then stays on this
+    platform, or None.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Hook:
     build: Callable[[Callable], Callable]
     keep: Callable[[], str | None] = lambda: None
     off: Callable[[], str | None] = lambda: None
+    prepare: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,10 @@ def _install(hook: Hook, version: str, disabled: set[str], enabled: set[str], pr
     found = re.match(r"(\d+)\.(\d+)", version)
     if not found or not first <= (int(found[1]), int(found[2])) < after:
         return f"version {version} is not of {first[0]}.{first[1]} to before {after[0]}.{after[1]}"
-    off = None if hook.name in enabled else hook.off()
-    if why := off or hook.keep():
+    if hook.name not in enabled and (why := hook.off()):
+        return why
+    hook.prepare()
+    if why := hook.keep():
         return why
     module_name, _, path = hook.target.partition(":")
     module = importlib.import_module(module_name)

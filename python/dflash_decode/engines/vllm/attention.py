@@ -39,8 +39,6 @@ def is_drafter(config: Any, selected: Any, layer: Any) -> bool:
 
 
 def build(original):
-    enter_registry()
-
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
         from vllm.config import get_current_vllm_config
 
@@ -66,9 +64,9 @@ def keep() -> str | None:
 
     if current_platform.is_cpu():
         return None
-    enter_registry()
     return f'not run on a GPU yet; "attention_backend": "{NAME}" in the speculative configuration asks for it'
 
 
 HOOK = Hook("attention", "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
-            (("selected_backend", "attn_selector_config", "num_heads"),), ((0, 32), (0, 34)), build, keep, off)
+            (("selected_backend", "attn_selector_config", "num_heads"),), ((0, 32), (0, 34)), build, keep, off,
+            enter_registry)
