@@ -60,7 +60,7 @@ def case(sizes, name, heads, kv_heads, dim, context, width, batch):
     some = [t[ends] for t in gathered[0]]
     agrees = agreeing(lambda: plain(*(t.float() for t in some)), lambda: plain(*some))
     problem = SimpleNamespace(plain=plain, args=lambda i: gathered[i], gathered=gathered, context=context, width=width,
-                              page=PAGE, headline=(name, context) in HEADLINES)
+                              page=PAGE, headline=width > 1 and (name, context) in HEADLINES)
     pairs = batch * sum(context + i + 1 for i in range(width))
     requests = "" if batch == 1 else f", {batch} requests"
     return Case("block_attention", f"{name} context {context}, Q {width}{requests}", run, moved, copies,

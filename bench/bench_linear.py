@@ -51,7 +51,7 @@ def linear_case(sizes, name, rows, weights, packed):
                 linear_op.bytes(rows, n, k, 2), len(packed), linear_op.flops(rows, n, k),
                 sizes.peers_of("linear", problem),
                 agreeing(lambda: F.linear(x.float(), weights[0].float()), lambda: F.linear(x, weights[0])),
-                headline=rows in (1, 8) and "gate_up" in name)
+                headline=rows == 8 and "gate_up" in name)
 
 
 def int8_case(sizes, name, rows, weights):
@@ -86,7 +86,7 @@ def head_case(sizes, name, rows, weights, packed):
     return Case("lm_head_argmax", f"{name} {n}x{k}, {rows} rows",
                 lambda i: dk.lm_head_argmax(x, packed[i], out_ids=ids, out_values=values),
                 head_op.bytes(rows, n, k, 2), len(packed), head_op.flops(rows, n, k),
-                sizes.peers_of("lm_head_argmax", problem), check, headline=rows in (1, 8, 16, 128))
+                sizes.peers_of("lm_head_argmax", problem), check, headline=rows in (8, 128))
 
 
 def topk_case(sizes, name, rows, weights, packed):

@@ -44,6 +44,8 @@ def describe(cuda: ModuleType | None) -> str:
     """What the CUDA C++ kernels are compiled for, or why they are not there."""
     if cuda:
         built = cuda.build_info()
+        if not usable(cuda):
+            return f"built with CUDA {built['cuda']}, not used: this torch has CUDA {torch.version.cuda}"
         return f"CUDA {built['cuda']}: " + " ".join(f"sm_{a}" for a in built["architectures"].split())
     built = importlib.util.find_spec("._cuda", __package__)
     return "built, not loaded: this torch has no CUDA" if built else "not built"

@@ -23,20 +23,6 @@ def is_timed(header: dict) -> bool:
     return header["dtype"] == "bfloat16" and header["rounds"] > 1
 
 
-def summary(folder: Path) -> list[str]:
-    """All tasks together, in as few columns as say it, for the README."""
-    lines = []
-    for h, rows, *_ in results(folder):
-        if not is_timed(h):
-            continue
-        lines += [f"Other decoders on the same prompts ({h['max_new_tokens']} new tokens at most, "
-                  f"{counted(h['threads'], 'thread')}; [how](docs/performance.md#against-others)):", "",
-                  "| decoder | mode | threads | at once | tokens/s | acceptance length |", "|---|---|---|---|---|---|"]
-        lines += [f"| {NAMES.get(r['peer'], r['peer'])} | {r['mode']} | {r['threads']} | {r['concurrency']} | "
-                  f"{r['tokens_per_s']:.1f} | {r['acceptance_length']:.2f} |" for r in whole(rows)] + [""]
-    return lines
-
-
 def results(folder: Path) -> list[tuple[dict, list[dict], list[dict], dict]]:
     """Header, rows, steps by part and missing peers of every result of the peers."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]

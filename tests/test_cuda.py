@@ -100,7 +100,7 @@ SAY = """
 import sys, torch
 sys.path.insert(0, "dflash_kernels")
 import _cuda
-torch.version.cuda = torch.version.cuda or _cuda.build_info()["cuda"]
+torch.version.cuda = _cuda.build_info()["cuda"]
 {before}
 import dflash_kernels
 from dflash_kernels import _gpu, _library
@@ -140,6 +140,7 @@ def test_without_triton_it_answers_what_it_can(tmp_path):
 
 
 @needs_library
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a version of CUDA of its own")
 def test_beside_a_torch_of_another_cuda_it_answers_nothing(tmp_path):
-    assert said(tmp_path, 'torch.version.cuda = "1.0"')[1:3] == ["False", "triton"]
+    _, callable_alone, answer, built = said(tmp_path, 'torch.version.cuda = "1.0"')
+    assert (callable_alone, answer) == ("False", "triton")
+    assert re.match(r"built with CUDA \d+\.\d+, not used: this torch has CUDA 1\.0$", built)
