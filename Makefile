@@ -11,6 +11,7 @@
 #   make peer-kernels  SGLang's and vLLM's own kernels, 750 KB, for tests and the table of make gpu; carry build/peers/kernels there
 #   make peers     PROMPTS=files and the same drafter through dflash, transformers, vLLM and llama.cpp, beside us
 #   make engine-vllm  vLLM's CPU build serves SmolLM2 with our plugin, and runs with it and without, step by step
+#   make other-torch TORCH=2.10.0  the tests again, the same library under another torch: 3 GB with its CUDA
 #   make aot       registers and shared memory of the GPU kernels, compiled for four architectures
 #   make clean     removes what was built (not .venv, not the peers' environments)
 #
@@ -25,9 +26,11 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 PEERS := build/peers
 OVERLAY := build/engines/overlay
+TORCH ?= 2.10.0
+OTHER := build/torch-$(TORCH)
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
+.PHONY: demo test other-torch build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -75,12 +78,15 @@ lint: $(STAMPS)/dev
 sanitize: $(STAMPS)/dev
 	$(PY) tests/sanitize.py $(ARGS)
 
+other-torch: build $(OTHER)/installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(OTHER)/bin/python -m pytest $(ARGS)
+
 aot: $(STAMPS)/package $(STAMPS)/dev
 	$(PY) -m dflash_kernels._triton._aot bench/results/aot
 	if command -v nvcc; then $(PY) tests/ptxas.py bench/results/aot; fi
 
 clean:
-	find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} + 2>/dev/null || true
+	find build -mindepth 1 -maxdepth 1 ! -name peers ! -name 'torch-*' -exec rm -rf {} + 2>/dev/null || true
 	rm -rf dist *.egg-info python/*.egg-info dflash_kernels/*.so $(STAMPS)/build
 	find dflash_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -109,6 +115,13 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/deps
 
 $(STAMPS)/build: $(SOURCES) $(STAMPS)/package
 	$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+$(OTHER)/installed: requirements/build.txt requirements/dev.txt requirements/cuda.txt requirements/model.txt
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	grep -hvE '^(torch|triton|-r)' $^ >$(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(OTHER)/requirements.txt
 	touch $@
 
 # A peer that cannot be installed is missing from the table, which says why from the log; the next run tries again.
