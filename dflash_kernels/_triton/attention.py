@@ -14,6 +14,8 @@ costs time where its bandwidth is under 4 times the memory's. One tile of 64 or 
   1,168 on sm_100 and 2,080 on sm_120; 64 rows with tiles of 32 keys still spill 496 on sm_80 and 620 on sm_120. The
   loop that looks for values which are not finite takes most of it: without it 128 rows by 32 keys spill 12 bytes on
   sm_80 and none on sm_90.
+- Two tiles of 32 rows that share each tile of keys need the query in registers twice: with 128 numbers 104 bytes are
+  spilled on sm_80, 64 on sm_90, 72 on sm_100 and 144 on sm_120, with 64 numbers none, none, 4 and 68.
 - From 64 rows on a product is wgmma on sm_90 and tcgen05 on sm_100. A small block, whose tile must stay small, would
   take mma.sync, and the bits of a row could depend on how many others there are.
 
@@ -41,7 +43,7 @@ import triton.language as tl
 from ._aot import Case
 from ._fp8 import as_bytes, native_fp8, scale_kind
 from ._math import NO_SPILLS, PLAIN
-from .attention_tile import attend_all, merge
+from .attention_tile import attend_all, merge, nothing_seen
 
 SPAN = 512
 FAR = 1 << 29  # a distance that no two positions have; sums of it and a position stay below 2**31
@@ -117,10 +119,10 @@ def scale_of(scales, h, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head):
+def _finish(out, softmax, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head):
     head = h * group + row % group
     sink, one = sink_of(sinks, head, ok)
-    top, total, acc = merge(sink, one, tl.zeros_like(acc), top, total, acc)
+    top, total, acc = merge((sink, one, tl.zeros_like(softmax[2])), softmax)
     total = tl.where(lost & (row // group < left), float("nan"), tl.where(total == 0.0, 1.0, total))
     to = out + (row // group).to(tl.int64)[:, None] * o_row + head.to(tl.int64)[:, None] * o_head + d[None, :]
     tl.store(to, tl.div_rn(acc, total[:, None]).to(out.dtype.element_ty), ok[:, None] & (d < head_dim)[None, :])
@@ -138,36 +140,34 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_t
     tiles = tl.cdiv(width * group, BLOCK_M)
     request_head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(0) % tiles * BLOCK_M
-    context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
-    first, end = bounds(row0, context, start, rows, group, left, right, BLOCK_M)
+    context, start, live, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
+    first, end = bounds(row0, context, start, live, group, left, right, BLOCK_M)
     row, d = row0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    ok, position = row < rows * group, context + row // group
+    ok = row < live * group
     from_q = q + b * q_b + (row // group).to(tl.int64) * q_row + (h * group + row % group) * q_head
-    q_rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
-    k, v, out = k + b * k_b + h * k_head, v + b * v_b + h * v_head, out + b * o_b
-    k_cache, v_cache, pages = k_cache + h * kc_head, v_cache + h * vc_head, page_table + b * table_row
+    rows = (tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0), from_q, ok,
+            context + row // group)
+    keys = (k + b * k_b + h * k_head, v + b * v_b + h * v_head, k_row, v_row, k_cache + h * kc_head,
+            v_cache + h * vc_head, kc_page, kc_row, vc_page, vc_row, page_table + b * table_row)
+    sight, extent, out = (context, first, end, left, right), (head_dim, num_pages), out + b * o_b
     k_scale, v_scale = scale_of(k_scales, h, K_SCALE), scale_of(v_scales, h, V_SCALE)
     unit = first // unit_size + tl.program_id(1)
-    if (row0 < rows * group) & (unit * unit_size < end):
+    if (row0 < live * group) & (unit * unit_size < end):
         begin = tl.maximum(unit * unit_size, first) // BLOCK_N
         stop = tl.cdiv(tl.minimum((unit + 1) * unit_size, end), BLOCK_N)
-        top, total, acc = attend_all(
-            begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context, head_dim,
-            factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row,
-            False, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
+        softmax = attend_all(begin, stop, rows, keys, sight, extent, factor, k_scale, v_scale, softcap, False, NATIVE,
+                             PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
         # As integers: for the same look at booleans Triton 3.9 keeps a stack frame.
-        if tl.max(tl.max(acc.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0) >= 0x7F800000:
-            top, total, acc = attend_all(
-                begin, stop, q_rows, from_q, ok, position, d, first, end, k, v, k_cache, v_cache, pages, context,
-                head_dim, factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row,
-                vc_page, vc_row, True, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
+        if tl.max(tl.max(softmax[2].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0) >= 0x7F800000:
+            softmax = attend_all(begin, stop, rows, keys, sight, extent, factor, k_scale, v_scale, softcap, True,
+                                 NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
         if units == 1:
-            _finish(out, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
+            _finish(out, softmax, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
         else:
             slot = (request_head * units + unit) * (width * group) + row
-            tl.store(part_top + slot * 2, top, ok)
-            tl.store(part_top + slot * 2 + 1, total, ok)
-            tl.store(part + slot[:, None] * head_dim + d[None, :], acc, ok[:, None] & (d < head_dim)[None, :])
+            tl.store(part_top + slot * 2, softmax[0], ok)
+            tl.store(part_top + slot * 2 + 1, softmax[1], ok)
+            tl.store(part + slot[:, None] * head_dim + d[None, :], softmax[2], ok[:, None] & (d < head_dim)[None, :])
 
 
 @triton.jit(do_not_specialize=["width", "capacity", "spans"])
@@ -180,17 +180,15 @@ def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts,
     first, end = bounds(row0 // BLOCK_M * BLOCK_M, context, start, rows, group, left, right, BLOCK_M)
     row, d = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     ok, last_span = row < rows * group, tl.cdiv(end, SPAN)
-    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    softmax = nothing_seen(ROWS, BLOCK_D)
     for begin in range(first // SPAN, last_span, AHEAD):
         for span in tl.static_range(AHEAD):
             there = tl.where(begin + span < last_span, ok, False)
             slot = (request_head * spans + begin + span) * (width * group) + row
-            top, total, acc = merge(
-                top, total, acc, tl.load(part_top + slot * 2, there, float("-inf")),
-                tl.load(part_top + slot * 2 + 1, there, 0.0),
-                tl.load(part + slot[:, None] * head_dim + d[None, :], there[:, None] & (d < head_dim)[None, :], 0.0))
-    _finish(out + b * o_b, top, total, acc, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
+            softmax = merge(softmax, (
+                tl.load(part_top + slot * 2, there, float("-inf")), tl.load(part_top + slot * 2 + 1, there, 0.0),
+                tl.load(part + slot[:, None] * head_dim + d[None, :], there[:, None] & (d < head_dim)[None, :], 0.0)))
+    _finish(out + b * o_b, softmax, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
 
 
 def config(itemsize: int, head_dim: int, fp8: bool) -> Config:

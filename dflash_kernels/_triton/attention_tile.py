@@ -1,5 +1,12 @@
 """The inner loop of block_attention: tiles of keys, and the merging of softmaxes.
 
+What goes together is a tuple:
+    rows    q, where q is from, which rows exist, their positions
+    softmax top, total, acc
+    keys    k, v, their rows' strides; the caches of both, the strides of their pages and rows; the page table
+    sight   context, first, last, left, right: a row sees keys of [first, last) from position - left to position + right
+    extent  head_dim, num_pages
+
 A value that is not finite must reach only the rows that see it, and 0 * NaN is NaN. The loop that prefetches does not
 look: where its sums are not finite, which is rare and ends in NaN anyway, they are computed again, EXACT: such values
 go through the tensor cores as zeros, and a second product says which rows see one. Both give a row the same bits.
@@ -17,12 +24,18 @@ from ._math import tanh
 
 
 @triton.jit
-def merge(top, total, acc, other_top, other_total, other):
+def nothing_seen(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    return (tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32),
+            tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
+
+
+@triton.jit
+def merge(one, other):
     """The softmax of two sets of keys, later keys second. One that saw nothing is (-inf, 0, 0) and changes no bit."""
-    new = tl.maximum(top, other_top)
+    new = tl.maximum(one[0], other[0])
     shift = tl.where(new == float("-inf"), 0.0, new)
-    a, b = tl.exp2(top - shift), tl.exp2(other_top - shift)
-    return new, tl.fma(other_total, b, total * a), tl.fma(other, b[:, None], acc * a[:, None])
+    a, b = tl.exp2(one[0] - shift), tl.exp2(other[0] - shift)
+    return new, tl.fma(other[1], b, one[1] * a), tl.fma(other[2], b[:, None], one[2] * a[:, None])
 
 
 @triton.jit
@@ -63,36 +76,39 @@ def address_of(cache, block, cached, d, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def scores(q, from_q, ok, cache, block, cached, there, head_dim, SOURCE: tl.constexpr, NATIVE: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr):
-    """q . k, along all of D at once, or CHUNK_D of it at a time: without tensor cores a thread keeps whole rows."""
-    cache, block, cached = cache[None, :], block[None, :], cached[None, :]
-    if CHUNK_D == BLOCK_D:
-        d = tl.arange(0, BLOCK_D)
-        from_k = address_of(cache, block, cached, d[:, None], SOURCE)
-        keys = load_rows(from_k, there[None, :] & (d < head_dim)[:, None], q.dtype, NATIVE)
-        score = tl.dot(q, keys, input_precision="ieee")
-    else:
-        score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for chunk in tl.static_range(BLOCK_D // CHUNK_D):
-            d = chunk * CHUNK_D + tl.arange(0, CHUNK_D)
-            from_k = address_of(cache, block, cached, d[:, None], SOURCE)
-            rows = tl.load(from_q[:, None] + d[None, :], ok[:, None] & (d < head_dim)[None, :], 0.0)
-            keys = load_rows(from_k, there[None, :] & (d < head_dim)[:, None], q.dtype, NATIVE)
-            score = tl.dot(rows, keys, score, input_precision="ieee")
-    return score
+def keys_of(cache, block, cached, there, head_dim, d, kind: tl.constexpr, SOURCE: tl.constexpr, NATIVE: tl.constexpr):
+    """Numbers d of keys, (D, N)."""
+    at = address_of(cache[None, :], block[None, :], cached[None, :], d[:, None], SOURCE)
+    return load_rows(at, there[None, :] & (d < head_dim)[:, None], kind, NATIVE)
 
 
 @triton.jit
-def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, ok, position, d, first, last, k, v,
-           k_cache, v_cache, pages, context, head_dim, factor, v_scale, softcap, left, right, num_pages, k_row, v_row,
-           kc_page, kc_row, vc_page, vc_row, EXACT: tl.constexpr, SOURCE: tl.constexpr, NATIVE: tl.constexpr,
-           PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-           CHUNK_D: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
-    """The softmax (top, total, acc) of a span that is not over yet, and that of the spans before it, after the tiles
-    [begin, end) of keys. No row sees a key outside [first, last). SOURCE: "cache", "block" or "both"."""
-    never, nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+def weigh(score, softmax, position, at, inside, exists, sight, factor, softcap, SOFTCAP: tl.constexpr):
+    """Scores as the softmax has them, their weights, and the softmax without the weighted values."""
+    score *= factor
+    if SOFTCAP:
+        score = tanh(score) * softcap
+    seen = (inside[None, :] & (at[None, :] >= (position - sight[3])[:, None])
+            & (at[None, :] <= (position + sight[4])[:, None]))
+    score = tl.where(seen, tl.where(exists[None, :], score, float("nan")), float("-inf"))
+    new = tl.maximum(softmax[0], tl.max(score, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    weight, fade = tl.exp2(score - shift[:, None]), tl.exp2(softmax[0] - shift)
+    return score, weight, (new, tl.fma(softmax[1], fade, tl.sum(weight, 1)), softmax[2] * fade[:, None])
+
+
+@triton.jit
+def attend(begin, end, softmax, merged, rows, keys, sight, extent, factor, v_scale, softcap, EXACT: tl.constexpr,
+           SOURCE: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr,
+           SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
+    """The softmax of a span that is not over yet, and that of the spans before it, after the tiles [begin, end) of
+    keys. SOURCE: "cache", "block" or "both"."""
+    k, v, k_row, v_row, k_cache, v_cache, kc_page, kc_row, vc_page, vc_row, pages = keys
+    q, from_q, ok, position = rows
+    context, first, last = sight[0], sight[1], sight[2]
+    head_dim, num_pages = extent
+    d = tl.arange(0, BLOCK_D)
     for tile in tl.range(begin, end, num_stages=STAGES):
         at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside, cached = (at >= first) & (at < last), at < context
@@ -105,21 +121,22 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, 
             page = tl.load(pages + at // PAGE, inside & cached, 0)
             exists = ((page >= 0) & (page < num_pages)) | (at >= context)
         page, row, after = page.to(tl.int64), (at % PAGE).to(tl.int64), (at - context).to(tl.int64)
-        score = scores(q, from_q, ok, k_cache + (page * kc_page + row * kc_row), k + after * k_row, cached,
-                       inside & exists, head_dim, SOURCE, NATIVE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D) * factor
-        if SOFTCAP:
-            score = tanh(score) * softcap
-        seen = (inside[None, :] & (at[None, :] >= (position - left)[:, None])
-                & (at[None, :] <= (position + right)[:, None]))
-        score = tl.where(seen, tl.where(exists[None, :], score, float("nan")), float("-inf"))
-        new = tl.maximum(top, tl.max(score, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        weight, fade = tl.exp2(score - shift[:, None]), tl.exp2(top - shift)
-        top, total = new, tl.fma(total, fade, tl.sum(weight, 1))
-        from_v = address_of((v_cache + (page * vc_page + row * vc_row))[:, None], (v + after * v_row)[:, None],
-                            cached[:, None], d[None, :], SOURCE)
-        values = load_rows(from_v, (inside & exists)[:, None] & (d < head_dim)[None, :], q.dtype, NATIVE)
-        acc *= fade[:, None]
+        in_cache, in_block, there = k_cache + (page * kc_page + row * kc_row), k + after * k_row, inside & exists
+        if CHUNK_D == BLOCK_D:
+            columns = keys_of(in_cache, in_block, cached, there, head_dim, d, q.dtype, SOURCE, NATIVE)
+            score = tl.dot(q, columns, input_precision="ieee")
+        else:  # without tensor cores a thread keeps whole rows, and has not the registers for all of D
+            score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for chunk in tl.static_range(BLOCK_D // CHUNK_D):
+                part = chunk * CHUNK_D + tl.arange(0, CHUNK_D)
+                some = tl.load(from_q[:, None] + part[None, :], ok[:, None] & (part < head_dim)[None, :], 0.0)
+                columns = keys_of(in_cache, in_block, cached, there, head_dim, part, q.dtype, SOURCE, NATIVE)
+                score = tl.dot(some, columns, score, input_precision="ieee")
+        score, weight, softmax = weigh(score, softmax, position, at, inside, exists, sight, factor, softcap, SOFTCAP)
+        top, total, acc = softmax
+        at_value = address_of((v_cache + (page * vc_page + row * vc_row))[:, None], (v + after * v_row)[:, None],
+                              cached[:, None], d[None, :], SOURCE)
+        values = load_rows(at_value, there[:, None] & (d < head_dim)[None, :], q.dtype, NATIVE)
         if EXACT:
             finite = tl.abs(values.to(tl.float32)) < float("inf")
             acc = tl.dot(weight.to(values.dtype), tl.where(finite, values, 0.0), acc, input_precision="ieee")
@@ -130,36 +147,29 @@ def attend(begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, 
         if SOURCE == "cache":
             over = over & ((tile + 1) * BLOCK_N <= context)
         if over:
-            all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, total, acc * v_scale)
-            top, total, acc = never, nothing, zero
-    return top, total, acc * v_scale, all_top, all_total, all_acc
+            merged = merge(merged, (top, total, acc * v_scale))
+            top, total, acc = nothing_seen(BLOCK_M, BLOCK_D)
+        softmax = (top, total, acc)
+    return (softmax[0], softmax[1], softmax[2] * v_scale), merged
 
 
 @triton.jit
-def attend_all(begin, end, q, from_q, ok, position, d, first, last, k, v, k_cache, v_cache, pages, context, head_dim,
-               factor, k_scale, v_scale, softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page,
-               vc_row, EXACT: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr,
-               SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
-    """The softmax (top, total, acc) of the tiles [begin, end) of keys."""
-    top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    all_top, all_total, all_acc = top, total, acc
-    if k_cache.dtype.element_ty == tl.uint8:
-        top, total, acc, all_top, all_total, all_acc = attend(
-            begin, tl.minimum(end, tl.cdiv(context, BLOCK_N)), top, total, acc, all_top, all_total, all_acc, q, from_q,
-            ok, position, d, first, last, k, v, k_cache, v_cache, pages, context, head_dim, factor * k_scale, v_scale,
-            softcap, left, right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row, EXACT, "cache", NATIVE,
-            PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
-        top, total, acc, all_top, all_total, all_acc = attend(
-            tl.maximum(begin, context // BLOCK_N), end, top, total, acc, all_top, all_total, all_acc, q, from_q, ok,
-            position, d, first, last, k, v, k_cache, v_cache, pages, context, head_dim, factor, 1.0, softcap, left,
-            right, num_pages, k_row, v_row, kc_page, kc_row, vc_page, vc_row, EXACT, "block", NATIVE, PAGE, BLOCK_M,
-            BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
-    else:
-        top, total, acc, all_top, all_total, all_acc = attend(
-            begin, end, top, total, acc, all_top, all_total, all_acc, q, from_q, ok, position, d, first, last, k, v,
-            k_cache, v_cache, pages, context, head_dim, factor, 1.0, softcap, left, right, num_pages, k_row, v_row,
-            kc_page, kc_row, vc_page, vc_row, EXACT, "both", NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN,
+def attend_all(begin, end, rows, keys, sight, extent, factor, k_scale, v_scale, softcap, EXACT: tl.constexpr,
+               NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr,
+               STAGES: tl.constexpr):
+    """The softmax of the tiles [begin, end) of keys."""
+    softmax, context = nothing_seen(BLOCK_M, BLOCK_D), sight[0]
+    if keys[4].dtype.element_ty == tl.uint8:
+        softmax, merged = attend(
+            begin, tl.minimum(end, tl.cdiv(context, BLOCK_N)), softmax, softmax, rows, keys, sight, extent,
+            factor * k_scale, v_scale, softcap, EXACT, "cache", NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN,
             SOFTCAP, STAGES)
-    return merge(all_top, all_total, all_acc, top, total, acc)
+        softmax, merged = attend(
+            tl.maximum(begin, context // BLOCK_N), end, softmax, merged, rows, keys, sight, extent, factor, 1.0,
+            softcap, EXACT, "block", NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
+    else:
+        softmax, merged = attend(
+            begin, end, softmax, softmax, rows, keys, sight, extent, factor, 1.0, softcap, EXACT, "both", NATIVE, PAGE,
+            BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
+    return merge(merged, softmax)
