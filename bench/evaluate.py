@@ -1,7 +1,7 @@
 """Decoding with a drafter beside plain decoding, one request and many at a time, into bench/results/<device>/.
 
-    python bench/evaluate.py PROMPTS.jsonl ... [--draft DIR] [--limit N] [--max-new-tokens N] [--concurrency N ...]
-                             [--temperature T ...]
+    python bench/evaluate.py PROMPTS.jsonl ... [--draft DIR] [--weights int8] [--limit N] [--max-new-tokens N]
+                             [--concurrency N ...] [--temperature T ...]
 """
 
 import subprocess
@@ -16,6 +16,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+", type=Path)
     parser.add_argument("--draft", default="auto")
+    parser.add_argument("--weights", choices=["model", "int8"], default="model")
     parser.add_argument("--limit", type=int, help="the first N prompts of each file")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
@@ -24,8 +25,10 @@ def main() -> None:
     folder = results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     name = "decode" if options.temperature == [0.0] else "decode-sampled"
+    name += "-int8" * (options.weights == "int8")
     for concurrency in options.concurrency:
         command = [sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--draft", options.draft,
+                   "--weights", options.weights,
                    "--max-new-tokens", str(options.max_new_tokens), "--concurrency", str(concurrency),
                    "--json", str(folder / f"{name}-c{concurrency}.json")]
         command += [word for value in options.temperature for word in ("--temperature", str(value))]

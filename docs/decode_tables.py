@@ -24,7 +24,8 @@ def run_line(r: dict, drawn: str) -> str:
     drafter = "random weights" if r["draft"] == "random" else r["draft"]
     drafter += " in 8 bits" if r.get("draft_int8") else ""
     block = f"{'blocks of at most' if r.get('adapts') and r['concurrency'] > 1 else 'block'} {r['block_size']}"
-    return (f"{r['model']} with {drafter}, {r['dtype']}, {block}, {drawn}, at most "
+    model = r["model"] + " in 8 bits" * (r.get("weights") == "int8")
+    return (f"{model} with {drafter}, {r['dtype']}, {block}, {drawn}, at most "
             f"{r['max_new_tokens']} new tokens, {r['concurrency']} at once, "
             f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.")
 

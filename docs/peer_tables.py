@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 ALL, OURS, DFLASH = "all", "ours", "dflash"
-NAMES = {"dflash": "dflash's own loop", "llama": "llama.cpp, 4 bits", "vllm": "vLLM's CPU build"}
+OURS_TOO = "ours8"  # our loop on other weights
+NAMES = {OURS_TOO: "ours, 8 bits", "dflash": "dflash's own loop", "llama": "llama.cpp, 4 bits",
+         "vllm": "vLLM's CPU build"}
 EMPTY = "No results yet: `make peers` measures them."
 
 

@@ -28,26 +28,34 @@ def kernels(machine: Path) -> list[str]:
 def texts(machine: Path) -> list[str]:
     found = sorted((r for r in decode_tables.decode_results(machine) if not r.get("temperature")),
                    key=lambda r: r["concurrency"])
-    return [f"| text, {r['concurrency']} at once | {r['model']}, {r['requests']} prompts, {r['acceptance_length']:.2f} "
-            f"tokens a step | {r['tokens_per_s']:.1f} tokens/s | | {r['speedup']:.2f} x plain decoding, "
-            f"{'the same text' if r['identical_to_plain'] else str(r['different_requests']) + ' texts differ'} |"
-            for r in found]
+    lines = []
+    for r in found:
+        same = "the same text" if r["identical_to_plain"] else f"{r['different_requests']} texts differ"
+        lines.append(f"| text, {r['concurrency']} at once | {r['model']}{in_8_bits(r)}, {r['requests']} prompts, "
+                     f"{r['acceptance_length']:.2f} tokens a step | {r['tokens_per_s']:.1f} tokens/s | | "
+                     f"{r['speedup']:.2f} x plain decoding, {same} |")
+    return lines
+
+
+def in_8_bits(r: dict) -> str:
+    return " in 8 bits" if r.get("weights") == "int8" else ""
 
 
 def others(machine: Path) -> list[str]:
-    """Our rate on the peers' prompts, and how many times each peer's best it is."""
+    """Our rates on the peers' prompts, and how many times each peer's best they are."""
     lines = []
     for header, rows, *_ in peer_tables.results(machine):
-        alone = [r for r in peer_tables.whole(rows) if r["concurrency"] == 1]
-        ours = next((r for r in alone if (r["peer"], r["mode"]) == (peer_tables.OURS, peer_tables.DFLASH)), None)
-        if ours is None or not peer_tables.is_timed(header):
+        if not peer_tables.is_timed(header):
             continue
-        best = {}
-        for r in alone:
-            if r["peer"] != peer_tables.OURS:
-                name = peer_tables.NAMES.get(r["peer"], r["peer"]) + ", plain" * (r["mode"] == "plain")
+        best, ours = {}, {}
+        for r in (r for r in peer_tables.whole(rows) if r["concurrency"] == 1):
+            name = peer_tables.NAMES.get(r["peer"], r["peer"]) + ", plain" * (r["mode"] == "plain")
+            if r["peer"] not in (peer_tables.OURS, peer_tables.OURS_TOO):
                 best[name] = max(best.get(name, 0.0), r["tokens_per_s"])
-        ratios = "; ".join(f"{ours['tokens_per_s'] / rate:.2f} x {name}" for name, rate in best.items())
-        lines.append(f"| text, beside others | {header['model']}, {ours['prompts']} prompts in turn | "
-                     f"{ours['tokens_per_s']:.1f} tokens/s | | {ratios} |")
+            elif r["mode"] == peer_tables.DFLASH:
+                ours[name] = r
+        lines += [f"| text, beside others | {header['model']}, {name}, {r['prompts']} prompts in turn | "
+                  f"{r['tokens_per_s']:.1f} tokens/s | | "
+                  + "; ".join(f"{r['tokens_per_s'] / rate:.2f} x {peer}" for peer, rate in best.items()) + " |"
+                  for name, r in ours.items()]
     return lines

@@ -93,6 +93,21 @@ def test_a_drafter_is_kept_in_8_bits_beside_a_model_in_16(call, models, dtype, w
     assert code == 0 and found["draft_int8"] is int8 and found["identical_to_plain"]
 
 
+@pytest.mark.parametrize("weights", ["model", "int8"])
+@pytest.mark.parametrize("kept", ["model", "int8"])
+def test_a_model_in_8_bits_is_lossless(call, models, weights, kept):
+    code, out, _ = call("generate", "--prompt", "hello", "--model", models["model"], "--draft", models["draft"],
+                        "--max-new-tokens", 9, "--compare", "--json", "--weights", weights, "--draft-weights", kept)
+    found = json.loads(out)
+    assert code == 0 and found["weights"] == weights and found["identical_to_plain"]
+
+
+def test_weights_that_are_not_there_are_refused(call, models):
+    assert call("generate", "--prompt", "hi", "--weights", "int4")[0] == 2
+    with pytest.raises(ValueError, match="weights must be one of model, int8; got 'int4'"):
+        session.Session.load(models["model"], weights="int4")
+
+
 def test_generate_plain(call, models):
     code, out, err = call("generate", "--model", models["model"], "--prompt", "hi", "--max-new-tokens", 5)
     assert code == 0 and err == "" and "acceptance" not in out and "drafter" not in out
@@ -124,6 +139,8 @@ def test_a_model_that_runs_on_transformers(call, tmp_path):
                  "--max-new-tokens", 6, "--compare"]
     code, out, err = call(*arguments)
     assert code == 0 and "layers are transformers'" in err and "identical to plain decoding: yes" in out
+    code, _, err = call(*arguments, "--weights", "int8")
+    assert code == 1 and "weights in 8 bits need a model_type of llama" in err and one_line(err)
     (folder / "config.json").write_text('{"model_type": "klingon"}')
     code, _, err = call(*arguments)
     assert code == 1 and "klingon" in err and one_line(err)

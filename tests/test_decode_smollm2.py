@@ -81,6 +81,21 @@ def test_the_trained_drafter_is_lossless_and_worth_its_time_in_16_and_in_8_bits(
     assert lengths[0] > 1.4 and lengths[1] > 0.95 * lengths[0]
 
 
+def test_a_model_in_8_bits_is_lossless_and_close_to_the_one_in_16(target, requests, plain):
+    from dflash_decode.targets.native import NativeTarget
+    from dflash_decode.weights import load_checkpoint
+
+    found = load_checkpoint("smollm2")
+    eight = NativeTarget(found.config, found.tensors, dtype=torch.bfloat16, max_context=1024, int8=True)
+    alone = run(eight, None, requests, max_batch=1, page_size=16)
+    for drafter, concurrency in ((trained(eight, int8=True), 1), (trained(eight), 8)):
+        got = run(eight, drafter, requests, max_batch=concurrency, page_size=16)
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in alone.items()}
+    first = [n for key, (tokens, *_) in alone.items()
+             for n in [next((i for i, (a, b) in enumerate(zip(tokens, plain[key][0], strict=False)) if a != b), 40)]]
+    assert sum(first) / len(first) > 15  # tokens until the texts part
+
+
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_speculative_text_is_plain_text(target, requests, plain, concurrency):
     texts = {key: value[0] for key, value in plain.items()}

@@ -280,31 +280,45 @@ def test_a_vllm_that_cannot_be_watched_says_why(vllm):
     assert undrafted._model_forward is len
 
 
+SERVER = """#!{python}
+import http.server, json, sys
+print("system_info: n_threads = 2 | CPU : AVX512 = 1 | AMX_INT8 = 1 |", flush=True)
+options = dict(zip(sys.argv[1:], sys.argv[2:]))
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, value):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def do_GET(self):
+        self.answer("ok")
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        drafts = {{"draft_n_accepted": 3}} if options.get("--spec-draft-n-max") == "3" else {{}}
+        self.answer({{"tokens_predicted": asked["n_predict"], "timings": {{"predicted_ms": 180.0}} | drafts}})
+
+http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
+"""
+
+
 @pytest.mark.parametrize("mode, steps, ms", [(job.PLAIN, 9, 20.0), (job.DFLASH, 6, 30.0)])
-def test_llama_tells_whole_steps(monkeypatch, mode, steps, ms):
-    timings = {"predicted_ms": 180.0} | ({"draft_n_accepted": 3} if mode == job.DFLASH else {})
-
-    class Server:
-        def __init__(self, params):
-            pass
-
-        def handle_completions(self, asked):
-            return {"usage": {"completion_tokens": 10}, "timings": timings}
-
-    def params():
-        pools = {name: SimpleNamespace() for name in ("cpuparams", "cpuparams_batch")}
-        draft = SimpleNamespace(mparams=SimpleNamespace(), **pools)
-        return SimpleNamespace(model=SimpleNamespace(), speculative=SimpleNamespace(draft=draft), **pools)
-
-    monkeypatch.setitem(sys.modules, "xllamacpp", SimpleNamespace(
-        CommonParams=params, Server=Server, get_system_info=lambda: "AVX2 |",
-        common_speculative_type=SimpleNamespace(COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH=1)))
-    monkeypatch.delitem(sys.modules, "peer_llama", raising=False)
+def test_llama_tells_whole_steps(monkeypatch, tmp_path, mode, steps, ms):
     import peer_llama
 
-    monkeypatch.setattr(peer_llama, "version", lambda name: "1")
-    answering, _, watch = peer_llama.load(a_job(mode, "m", "d"))
-    row = sums.parts_row(("llama", mode, 2), [answering(job.Question([[1]], 10, watched=True))])
-    assert watch is None and (row["steps"], row["step_ms"], row["verify_ms"]) == (steps, ms, None)
-    assert "an answer only" in row["whole"] and answering(job.Question([[1]], 10)).parts == []
-    monkeypatch.delitem(sys.modules, "peer_llama")
+    server, ends = tmp_path / "llama-server", []
+    server.write_text(SERVER.format(python=sys.executable))
+    server.chmod(0o755)
+    monkeypatch.setattr(peer_llama, "SERVER", server)
+    monkeypatch.setattr(peer_llama, "HOME", tmp_path)
+    monkeypatch.setattr(peer_llama.atexit, "register", ends.append)
+    answering, versions, watch = peer_llama.load(a_job(mode, "m", "d"))
+    try:
+        row = sums.parts_row(("llama", mode, 2), [answering(job.Question([[1]], 10, watched=True))])
+        assert watch is None and (row["steps"], row["step_ms"], row["verify_ms"]) == (steps, ms, None)
+        assert "an answer only" in row["whole"] and answering(job.Question([[1]], 10)).parts == []
+        assert versions["llama.cpp"] == "CPU : AVX512 = 1 | AMX_INT8 = 1"
+    finally:
+        for end in ends:
+            end()

@@ -28,6 +28,7 @@ class Job:
     threads: int
     stop_ids: list[int]
     dtype: str
+    weights: str = "model"
 
 
 @dataclass

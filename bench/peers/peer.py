@@ -17,9 +17,10 @@ ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """own: it has an environment of its own. reads: the form of the models that it loads. also_one_thread: plain
-    decoding with one thread too, which for 4-bit weights need not be the slower. batches: it answers several requests
-    at once."""
+    """own: it is installed apart, with a Python of its own or as a program. reads: the form of the models that it
+    loads. also_one_thread: plain decoding with one thread too, which for 4-bit weights need not be the slower. batches:
+    it answers several requests at once. script: of peer_<script>.py, the name if empty. weights: what our loop keeps
+    the model's in."""
 
     name: str
     reads: str
@@ -28,13 +29,18 @@ class Peer:
     also_one_thread: bool = False
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     batches: bool = False
+    script: str = ""
+    weights: str = "model"
 
     @property
     def python(self) -> Path:
-        return ENVIRONMENTS / self.name / "bin" / "python" if self.own else Path(sys.executable)
+        own = ENVIRONMENTS / self.name / "bin" / "python"
+        return own if own.exists() else Path(sys.executable)
 
 
-PEERS = (Peer("ours", "model", batches=True), Peer("dflash", "folder", modes=(DFLASH,)),
+PEERS = (Peer("ours", "model", batches=True),
+         Peer("ours8", "model", dtypes=("bfloat16",), batches=True, script="ours", weights="int8"),
+         Peer("dflash", "folder", modes=(DFLASH,)),
          Peer("transformers", "folder", modes=(PLAIN,)), Peer("vllm", "folder", own=True, batches=True),
          Peer("llama", "gguf", own=True, also_one_thread=True, dtypes=("bfloat16",)))
 
@@ -93,7 +99,7 @@ class Running:
         self.log, self.timeout = ENVIRONMENTS / f"last-{turn.peer.name}-{turn.mode}-{turn.threads}.log", timeout
         ours, theirs = socket.socketpair()
         ours.settimeout(timeout)
-        command = [turn.peer.python, HERE / f"peer_{turn.peer.name}.py", str(theirs.fileno())]
+        command = [turn.peer.python, HERE / f"peer_{turn.peer.script or turn.peer.name}.py", str(theirs.fileno())]
         with self.log.open("wb") as output, theirs:
             self.process = subprocess.Popen(command, env=environment(turn), stdin=subprocess.DEVNULL, stdout=output,
                                             stderr=output, pass_fds=[theirs.fileno()])

@@ -1,39 +1,47 @@
-"""llama.cpp through xllamacpp: the GGUF file as it is, 4 bits, one request at a time, with its own DFlash where there
-is a drafter.
+"""llama.cpp's own server, built for this machine: the GGUF file as it is, 4 bits, one request at a time, with its own
+DFlash where there is a drafter."""
 
-The wheel's llama.cpp is built for AVX2: it has no code for AVX-512 or AMX.
-"""
-
+import atexit
+import ctypes
+import json
+import re
+import signal
+import socket
+import subprocess
 import time
-from importlib.metadata import version
+import urllib.error
+import urllib.request
+from pathlib import Path
 
-import xllamacpp
 from job import DFLASH, Job, Question, Reply, serve
 
+HOME = Path(__file__).resolve().parents[2] / "build" / "peers" / "llama"
+SERVER = HOME / "build" / "bin" / "llama-server"
 WHOLE = "it tells the time of an answer only, of which a step is the mean"
+PR_SET_PDEATHSIG = 1
 
 
 def load(job: Job):
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = job.model, job.longest + job.block_size, 1
-    pools = [params.cpuparams, params.cpuparams_batch]
-    if job.mode == DFLASH:
-        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
-        draft = params.speculative.draft
-        draft.mparams.path, draft.n_max = job.draft, job.block_size - 1
-        pools += [draft.cpuparams, draft.cpuparams_batch]
-    for pool in pools:
-        pool.n_threads = job.threads
-    server = xllamacpp.Server(params)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base, log = f"http://127.0.0.1:{port}", HOME / f"server-{port}.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen([SERVER, *map(str, options(job, port))], stdin=subprocess.DEVNULL, stdout=output,
+                                  stderr=output, preexec_fn=end_with_the_peer)
+    atexit.register(server.terminate)
+    while not ready(base):
+        if server.poll() is not None:
+            raise RuntimeError(f"llama-server ended with {server.returncode}; see {log}")
+        time.sleep(0.1)
+    said = log.read_text(encoding="utf-8", errors="replace")
 
     def answering(asked: Question) -> Reply:
         began, counts, steps, parts = time.perf_counter(), [], [], []
         for prompt in asked.prompts:
-            found = server.handle_completions({"prompt": prompt, "n_predict": asked.max_new_tokens, "temperature": 0.0,
-                                               "cache_prompt": False})
-            if "usage" not in found:
-                raise ValueError(f"llama.cpp refuses: {found}")
-            counts.append(found["usage"]["completion_tokens"])
+            found = post(f"{base}/completion", {"prompt": prompt, "n_predict": asked.max_new_tokens, "temperature": 0.0,
+                                                "cache_prompt": False})
+            counts.append(found["tokens_predicted"])
             # It tells no steps: each gives one token more than it accepts, and the first token is the prompt's.
             timings = found["timings"]
             steps.append(counts[-1] - 1 - timings.get("draft_n_accepted", 0))
@@ -42,7 +50,44 @@ def load(job: Job):
         return Reply(time.perf_counter() - began, counts, steps=steps if job.mode == DFLASH else [],
                      **({"parts": parts, "whole": WHOLE} if asked.watched else {}))
 
-    return answering, {"xllamacpp": version("xllamacpp"), "llama.cpp": xllamacpp.get_system_info().strip(" |\n")}, None
+    return answering, versions(said), None
+
+
+def options(job: Job, port: int) -> list:
+    found = ["--model", job.model, "--ctx-size", job.longest + job.block_size, "--parallel", 1, "--threads",
+             job.threads, "--threads-batch", job.threads, "--host", "127.0.0.1", "--port", port, "--offline"]
+    if job.mode == DFLASH:
+        found += ["--model-draft", job.draft, "--spec-type", "draft-dflash", "--spec-draft-n-max", job.block_size - 1,
+                  "--spec-draft-threads", job.threads, "--spec-draft-threads-batch", job.threads]
+    return found
+
+
+def end_with_the_peer() -> None:
+    """A peer that is killed cannot end its server."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def ready(base: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{base}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def post(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"llama.cpp refuses: {error.read().decode(errors='replace')}") from None
+
+
+def versions(log: str) -> dict[str, str]:
+    """The sources' release, and what the server says that it was built for."""
+    source = next(HOME.glob("source/*.tar.gz"), Path("unknown"))
+    info = re.search(r"system_info:.*?\| *(.*)", log)
+    return {"llama.cpp of": source.name.removesuffix(".tar.gz"), "llama.cpp": info[1].strip(" |") if info else ""}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dflash_decode.session import NONE, Session
 def load(job: Job):
     torch.set_num_threads(job.threads)
     plain = job.mode == PLAIN
-    session = Session.load(job.model, NONE if plain else job.draft, dtype=job.dtype,
+    session = Session.load(job.model, NONE if plain else job.draft, dtype=job.dtype, weights=job.weights,
                            block_size=None if plain else job.block_size)
 
     def answering(asked: Question) -> Reply:

@@ -119,7 +119,8 @@ class Measurement:
         for turn in order:
             draft = None if turn.mode == PLAIN else drafts.get(turn.peer.reads)
             job = Job(turn.mode, models.get(turn.peer.reads, ""), draft, self.header["block_size"], longest,
-                      at_once if turn.peer.batches else 1, turn.threads, stop_ids, self.options.dtype)
+                      at_once if turn.peer.batches else 1, turn.threads, stop_ids, self.options.dtype,
+                      turn.peer.weights)
             began = time.perf_counter()
             with self.surviving(turn):
                 self.running[turn] = running = peers.Running(turn, job, self.options.timeout)

@@ -52,6 +52,7 @@ class OurLoop:
         self.session, self.max_new_tokens = session, max_new_tokens
         self.about = {"model": session.model, "draft": session.draft, "block_size": session.block_size,
                       "dtype": str(session.target.dtype).removeprefix("torch."),
+                      "weights": session.weights,
                       "draft_int8": session.drafter is not None and session.drafter.int8,
                       "device": session.target.device.type, "max_new_tokens": max_new_tokens}
 

@@ -123,7 +123,7 @@ def header(session: Session, **options) -> dict:
     info = build_info()
     return {
         "kind": "decode", "model": session.model, "draft": Path(session.draft).name, "block_size": session.block_size,
-        "draft_int8": session.drafter is not None and session.drafter.int8,
+        "weights": session.weights, "draft_int8": session.drafter is not None and session.drafter.int8,
         "adapts": session.adapts and options.get("sample_from") != "request",  # drawn drafts fill whole blocks
         "dtype": str(session.target.dtype).removeprefix("torch."), **options,
         "cpu": cpu_model(), "threads": torch.get_num_threads(), "isa": info["isa"],

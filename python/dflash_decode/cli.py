@@ -21,6 +21,7 @@ from .options import (
     Debug,
     Device,
     Draft,
+    DraftersWeights,
     DraftWeights,
     DType,
     Dtype,
@@ -28,6 +29,7 @@ from .options import (
     MaxNewTokens,
     MinP,
     Model,
+    ModelWeights,
     Rule,
     SampleFrom,
     Threads,
@@ -68,7 +70,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the user says; '-' reads it from standard input.")],
     model: Model = "smollm2",
     draft: Draft = "auto",
-    draft_weights: DraftWeights = Weights.auto,
+    weights: ModelWeights = Weights.model,
+    draft_weights: DraftWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
@@ -105,7 +108,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
     how = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
     session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
-                           draft_weights=draft_weights.value, status=report.status)
+                           weights=weights.value, draft_weights=draft_weights.value,
+                           status=report.status)
     report.start_text(session)
     ids = session.prompt_ids(text)
     stream, pieces = session.tokenizer.stream(), []
@@ -145,7 +149,8 @@ def bench_decode(
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
     max_new_tokens: MaxNewTokens = 256,
-    draft_weights: DraftWeights = Weights.auto,
+    weights: ModelWeights = Weights.model,
+    draft_weights: DraftWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
     temperature: Annotated[list[float], typer.Option(min=0, help="0: greedy; may be given several times.")] = [0.0],  # noqa: B006
     top_k: TopK = 0,
@@ -158,7 +163,7 @@ def bench_decode(
     device: Where = Device.cpu,
     threads: Threads = None,
     peers: Annotated[str | None, typer.Option(help="Instead: our loop and these decoders in turn, each in a process of "
-                                              "its own, of dflash,transformers,vllm,llama, or all. Needs the source "
+                                              "its own, of ours8,dflash,transformers,vllm,llama, or all. Needs the source "
                                               "repository; its `make peers` installs them.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     debug: Debug = False,
@@ -171,8 +176,8 @@ def bench_decode(
     draft = drafter_of(model, draft)
     if peers is not None:
         check_files(prompts, {"--json": json_out})
-        if temperature != [0.0] or dtype is DType.float16 or device is not Device.cpu:
-            raise UsageError("--peers are compared on the CPU, greedy, in bfloat16 or float32")
+        if temperature != [0.0] or dtype is DType.float16 or device is not Device.cpu or weights is not Weights.model:
+            raise UsageError("--peers are compared on the CPU, greedy, in bfloat16 or float32; ours in 8 bits is one")
         return cli_repository.peers(peers, prompts, {
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
             "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype.value, "json": json_out})
@@ -189,7 +194,8 @@ def bench_decode(
     samplings = [Sampling(value, top_k, top_p, min_p, seed) for value in temperature]
     rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
     session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
-                           draft_weights=draft_weights.value, status=report.status)
+                           weights=weights.value, draft_weights=draft_weights.value,
+                           status=report.status)
     report.start_text(session)
     with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
         def on_task(task, what):

@@ -11,10 +11,12 @@ from .options import (
     Debug,
     Device,
     Draft,
+    DraftersWeights,
     DraftWeights,
     DType,
     Dtype,
     MaxNewTokens,
+    ModelWeights,
     Threads,
     UsageError,
     Weights,
@@ -24,7 +26,7 @@ from .options import (
     set_threads,
 )
 
-OUR_LOOPS = ("draft", "draft_weights", "block_size", "dtype", "device", "threads")  # a server has its own
+OUR_LOOPS = ("draft", "weights", "draft_weights", "block_size", "dtype", "device", "threads")  # a server has its own
 
 
 def protocol(
@@ -34,7 +36,8 @@ def protocol(
     model: Annotated[str | None, typer.Option(help="As for generate, smollm2 if not given; with --base-url the model's "
                                                    "name there, its first if not given.")] = None,
     draft: Draft = "auto",
-    draft_weights: DraftWeights = Weights.auto,
+    weights: ModelWeights = Weights.model,
+    draft_weights: DraftWeights = DraftersWeights.auto,
     base_url: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead of our loop, with the "
                                                       "key in OPENAI_API_KEY if that is set.")] = None,
     extra_body: Annotated[str | None, typer.Option(help="JSON object: more fields of the server's requests.")] = None,
@@ -68,7 +71,7 @@ def protocol(
         answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
     else:
         answerer = protocol_report.our_loop(model or "smollm2", draft, block_size, max_new_tokens, dtype.value,
-                                            device.value, draft_weights.value)
+                                            device.value, weights.value, draft_weights.value)
     protocol_report.run(answerer, rows, list(dict.fromkeys(concurrency or (1, 32))), journal, json_out,
                         {"prompts": [file.name for file in prompts], "limit": limit})
 

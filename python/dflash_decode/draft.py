@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from dflash_kernels import (
-    PackedWeight,
     PagedKV,
     PreparedBlock,
     Proposal,
@@ -20,9 +19,7 @@ from dflash_kernels import (
     linear,
     lm_head_argmax,
     lm_head_topk,
-    pack_weight,
     prepare_block,
-    quantize_weight,
     rms_norm,
     sample_draft,
     write_context_kv,
@@ -31,7 +28,7 @@ from dflash_kernels import (
 from .config import DraftConfig, read_draft_config
 from .kv import CacheShape
 from .targets import Target
-from .transformer import Geometry, LayersPass, Tensors, take_layer
+from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
 from .weights import CheckpointError, read_json
 
 _WHAT = "draft checkpoint"
@@ -57,7 +54,7 @@ class Drafter:
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
         _check_fits(c, target)
-        self.int8, self.pack = int8, _pack_int8 if int8 else pack_weight
+        self.int8, self.pack = int8, packer(int8)
         self.geometry = g = Geometry(
             hidden=c.hidden_size, intermediate=c.intermediate_size, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
@@ -129,7 +126,7 @@ class Drafter:
             got = f"{tuple(ids.shape)}, {int(ids.min())} to {int(ids.max())}" if ids.numel() else "none"
             raise ValueError(f"{_WHAT}: draft vocabulary must be ids (n,) below {target.vocab_size}; got {got}")
         self.ids_of_draft, self.num_valid = ids, len(ids)
-        self.head = self.pack(self.head.rows(ids))
+        self.head = self.pack(self.head.rows(ids).to(self.dtype))
         self.head_bias = None if self.head_bias is None else self.head_bias[ids].contiguous()
 
     def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
@@ -155,10 +152,6 @@ class Drafter:
         tensors = {name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 0.02
                    for name, size in tensor_shapes(read).items()}
         return cls(read, tensors, target)
-
-
-def _pack_int8(weight: torch.Tensor) -> PackedWeight:
-    return pack_weight(*quantize_weight(weight))
 
 
 class ContextPass:

@@ -30,6 +30,11 @@ class Rule(str, Enum):
 
 
 class Weights(str, Enum):
+    model = "model"
+    int8 = "int8"
+
+
+class DraftersWeights(str, Enum):
     auto = "auto"
     int8 = "int8"
     model = "model"
@@ -44,8 +49,12 @@ class DType(str, Enum):
 Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
 Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
                                          "model, or none; 'random': random weights; 'none': plain decoding.")]
-DraftWeights = Annotated[Weights, typer.Option(help="What the drafter's weights are kept in: 8 bits, the model's "
-                                                   "dtype, or 'auto': 8 bits on a CPU. The text is the same.")]
+ModelWeights = Annotated[Weights, typer.Option("--weights", help="Keep the model's weights as they are, or in 8 bits: "
+                                               "half of the bytes to read, and another model, whose text differs "
+                                               "here and there. With a drafter or without, its text is the same.")]
+DraftWeights = Annotated[DraftersWeights, typer.Option(help="What the drafter's weights are kept in: 8 bits, the "
+                                                            "model's dtype, or 'auto': 8 bits on a CPU. The text is "
+                                                            "the same.")]
 BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]

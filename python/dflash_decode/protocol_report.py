@@ -23,12 +23,12 @@ CARD = "MiniMax-M2.7 on 4 B200"
 
 
 def our_loop(model: str, draft: str, block_size: int, max_new_tokens: int, dtype: str, device: str,
-             draft_weights: str = "auto") -> OurLoop:
+             weights: str = "model", draft_weights: str = "auto") -> OurLoop:
     from .weights import drafter_of
 
     plain = drafter_of(model, draft) == "none"
     session = Session.load(model, draft, block_size=None if plain else block_size, dtype=dtype, device=device,
-                           draft_weights=draft_weights, status=report.status)
+                           weights=weights, draft_weights=draft_weights, status=report.status)
     report.start_text(session)
     return OurLoop(session, max_new_tokens)
 

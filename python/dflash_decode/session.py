@@ -19,7 +19,7 @@ from .weights import AUTO, Checkpoint, CheckpointError, brief, drafter_of, find_
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANDOM, NONE = "random", "none"
-DRAFT_WEIGHTS = ("auto", "int8", "model")
+WEIGHTS, DRAFT_WEIGHTS = ("model", "int8"), ("auto", "int8", "model")
 
 
 @dataclass
@@ -70,20 +70,23 @@ class Session:
     drafter: Drafter | None
     block_size: int
     adapts: bool = False  # to how many requests run at once, up to block_size
+    weights: str = "model"  # what the model's are kept in
 
     @classmethod
     def load(cls, model: str, draft: str = AUTO, *, block_size: int | None = None, dtype: str = "bfloat16",
-             device: str = "cpu",
-             draft_weights: str = "auto", status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
+             device: str = "cpu", weights: str = "model", draft_weights: str = "auto",
+             status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
         """draft: a drafter's directory, "auto" (the one that comes with this package for the model, or none), "random"
-        or "none". device: "cpu" or a CUDA device. draft_weights: in "int8", as the "model"'s, or "auto": in 8 bits on a
-        CPU beside a model in 16, where reading them takes half of the time. status(text) is entered while the part that
+        or "none". device: "cpu" or a CUDA device. weights: "model" keeps the model's as they are, "int8" in 8 bits:
+        half of the bytes a step, and another model, whose text differs here and there. draft_weights: the drafter's, in
+        "int8", as the "model"'s, or "auto": in 8 bits on a CPU beside a model in 16, where reading them takes half of
+        the time; the text is the same. status(text) is entered while the part that
         it names is loaded. Raises CheckpointError for what cannot be read, ValueError for what does not fit together.
         """
         draft = drafter_of(model, draft)
         with status(f"loading {model}"):
-            target = _target(model, DTYPES[dtype], torch.device(device))
+            target = _target(model, DTYPES[dtype], torch.device(device), weights)
             tokenizer = load_tokenizer(model)
         drafter = None
         if draft == RANDOM:
@@ -95,7 +98,7 @@ class Session:
         width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter is not None and width > drafter.block_size:
             raise ValueError(f"--block-size must be at most the drafter's {drafter.block_size}; got {width}")
-        return cls(model, draft, target, tokenizer, drafter, width, block_size is None)
+        return cls(model, draft, target, tokenizer, drafter, width, block_size is None, weights)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The ids of a user's message, in the model's chat template where it has one."""
@@ -147,14 +150,19 @@ class Session:
                 raise ValueError(f"prompt {event.id + 1}: {event.error}")
 
 
-def _target(model: str, dtype: torch.dtype, device: torch.device) -> Target:
+def _target(model: str, dtype: torch.dtype, device: torch.device, weights: str) -> Target:
     """Our own layers where the model is of a family that they serve, transformers' where they do not."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
     where = find_model(model)
-    if where.is_dir() and read_json(where / "config.json").get("model_type") not in (None, *FAMILIES):
+    if where.is_dir() and (kind := read_json(where / "config.json").get("model_type")) not in (None, *FAMILIES):
+        if weights == "int8":
+            raise CheckpointError(f"{where}: weights in 8 bits need a model_type of {', '.join(FAMILIES)}; "
+                                  f"got {kind!r}")
         return _hf_target(where, dtype, device)
     found = load_checkpoint(model, dtype)
     try:
-        return NativeTarget(found.config, found.tensors, dtype=dtype, device=device)
+        return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == "int8")
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error
 

@@ -19,6 +19,7 @@ from dflash_kernels import (
     linear,
     pack_weight,
     qk_norm_rope,
+    quantize_weight,
     rms_norm,
     silu_and_mul,
 )
@@ -94,8 +95,13 @@ class Geometry:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
+def packer(int8: bool) -> Callable[[torch.Tensor], PackedWeight]:
+    """How weights are kept: as they are, or in 8 bits with a scale for each row."""
+    return (lambda weight: pack_weight(*quantize_weight(weight))) if int8 else pack_weight
+
+
 def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
-               pack: Callable[[torch.Tensor], PackedWeight] = pack_weight) -> tuple[Layer, list[torch.Tensor | None]]:
+               pack: Callable[[torch.Tensor], PackedWeight]) -> tuple[Layer, list[torch.Tensor | None]]:
     """One layer's weights, packed; and [k weight, v weight, k bias, v bias] as they are used, unpacked."""
     kv = g.num_kv_heads * g.head_dim
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dflash_kernels import PagedKV, embed_tokens, linear, lm_head_argmax, pack_weight
+from dflash_kernels import PagedKV, embed_tokens, linear, lm_head_argmax
 
 from ..config import LayerMask
 from ..kv import CacheShape
 from ..rope import read_rope
-from ..transformer import Geometry, LayersPass, Tensors, take_layer
+from ..transformer import Geometry, LayersPass, Tensors, packer, take_layer
 
 _WHAT = "target config"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -26,7 +26,9 @@ class NativeTarget:
     """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; with or without per-head norms and biases.
 
     config: a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3. tensors: by Hugging Face names.
-    dtype: that of the embedding when None. max_context: longest prompt plus answer, at most the model's own.
+    dtype: that of the embedding when None. max_context: longest prompt plus answer, at most the model's own. int8: the
+    weights of products are kept in 8 bits, with a scale for each row (quantize_weight): half of the bytes a step, and
+    another model.
     Raises ValueError for a missing or wrong field or tensor, NotImplementedError for a field that would change the
     arithmetic into something that is not built.
     """
@@ -35,7 +37,7 @@ class NativeTarget:
     head_bias = None
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
-                 device: torch.device | str = "cpu", max_context: int | None = None):
+                 device: torch.device | str = "cpu", max_context: int | None = None, int8: bool = False):
         g, layers = _geometry(config)
         self.num_layers, self.hidden_size, self.vocab_size = layers, g.hidden, _whole(config, "vocab_size")
         self.max_context = _whole(config, "max_position_embeddings")
@@ -51,13 +53,15 @@ class NativeTarget:
         self.cache = CacheShape(layers, g.num_kv_heads, g.head_dim, dtype, self.device)
         taker = Tensors(tensors, dtype, self.device, "target checkpoint")
         taker.drop("rotary_emb.inv_freq")
+        self.int8, pack = int8, packer(int8)
         self.embedding = taker.take(name, self.vocab_size, g.hidden).contiguous()
         if config.get("tie_word_embeddings"):
             taker.drop("lm_head.weight")
-            self.head = pack_weight(self.embedding)
+            self.head = pack(self.embedding)
         else:
-            self.head = pack_weight(taker.take("lm_head.weight", self.vocab_size, g.hidden))
-        self._layers = [take_layer(taker, f"model.layers.{i}.", g, LayerMask(causal=True))[0] for i in range(layers)]
+            self.head = pack(taker.take("lm_head.weight", self.vocab_size, g.hidden))
+        self._layers = [take_layer(taker, f"model.layers.{i}.", g, LayerMask(causal=True), pack)[0]
+                        for i in range(layers)]
         self._norm = taker.take("model.norm.weight", g.hidden)
         taker.finish()
         self._rope = read_rope(config, g.head_dim, _WHAT)
