@@ -163,8 +163,8 @@ def bench_decode(
     device: Where = Device.cpu,
     threads: Threads = None,
     peers: Annotated[str | None, typer.Option(help="Instead: our loop and these decoders in turn, each in a process of "
-                                              "its own, of ours8,dflash,transformers,vllm,llama, or all. Needs the source "
-                                              "repository; its `make peers` installs them.")] = None,
+                                              "its own, of ours8,dflash,transformers,vllm,llama, or all. Needs the "
+                                              "source repository; its `make peers` installs them.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     debug: Debug = False,
 ) -> None:
