@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,13 @@ def test_packing_does_not_follow_the_default_device(monkeypatch):
     with torch.device("meta"):
         assert same_bits(dk.pack_weight(w).rows(torch.arange(45, device="cpu")), w)
     assert same_bits(dk.pack_weight(w).rows(torch.arange(45)), w)
+
+
+def test_what_is_packed_does_not_keep_a_parameter_alive():
+    weight = torch.nn.Parameter(torch.randn(45, 70))
+    gone, packed = weakref.ref(weight), [dk.pack_weight(weight), dk.pack_weight(*dk.quantize_weight(weight))]
+    del weight
+    assert gone() is None and not any(p.data.requires_grad for p in packed) and not packed[1].scales.requires_grad
 
 
 def test_packed_weights_share_memory_without_overlap():
