@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -120,6 +122,40 @@ def test_replays_of_two_python_threads_do_not_mix():
     for t in threads:
         t.join()
     assert not wrong
+
+
+OUT_OF_MEMORY = """
+import resource, threading, torch, dflash_kernels as dk
+torch.set_num_threads(2)
+x, packed = torch.randn(200_000, 32), dk.pack_weight(torch.randn(64, 32))
+graph, errors = dk.StepGraph(), []
+with graph.capture():
+    out = dk.lm_head_topk(x, packed, 64)
+
+def attempt(call):
+    try:
+        call()
+    except RuntimeError as error:
+        errors.append(str(error))
+
+def all_attempts():
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+    attempt(graph.replay)
+    attempt(lambda: dk.lm_head_topk(x, packed, 64, out_ids=out[0], out_values=out[1], out_lse=out[2]))
+    dk.lm_head_topk(x[:4], packed, 64)
+
+thread = threading.Thread(target=all_attempts)
+thread.start()
+thread.join()
+print(len(errors), "out of memory: a thread needs" in errors[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_no_memory_for_a_threads_scratch_is_an_error():
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "2 True\n", (run.returncode, run.stdout, run.stderr[-2000:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
