@@ -55,6 +55,15 @@ def test_other_ops_are_refused_in_a_capture():
     assert len(graph) == 1
 
 
+def test_a_replay_is_refused_in_a_capture():
+    x, w, inner, outer = torch.randn(2, 64), torch.ones(64), dk.StepGraph(), dk.StepGraph()
+    with inner.capture():
+        dk.rms_norm(x, w)
+    with pytest.raises(RuntimeError, match="a replay cannot be captured"), outer.capture():
+        inner.replay()
+    inner.replay()
+
+
 def test_captures_do_not_nest():
     a, b = dk.StepGraph(), dk.StepGraph()
     with a.capture(), pytest.raises(RuntimeError, match="already being recorded"), b.capture():

@@ -163,6 +163,10 @@ PyObject* py_record_end(PyObject*, PyObject*) {
 PyObject* py_replay(PyObject*, PyObject* capsule) {
   const Recorder* recorder = unwrap(capsule);
   if (!recorder) return nullptr;
+  if (t_recorder) {
+    PyErr_SetString(PyExc_RuntimeError, "StepGraph: a replay cannot be captured; capture the step itself");
+    return nullptr;
+  }
   std::string error;
   Py_BEGIN_ALLOW_THREADS
   try {
