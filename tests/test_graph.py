@@ -75,6 +75,13 @@ def test_stream_read_reads_every_byte(isa):
     assert _library.native.stream_read(words.data_ptr(), words.numel() * 8) == int(words.sum())
 
 
+def test_stream_read_is_not_captured():
+    words, graph = torch.zeros(1 << 12, dtype=torch.int64), dk.StepGraph()
+    with graph.capture():
+        _library.native.stream_read(words.data_ptr(), words.numel() * 8)
+    assert len(graph) == 0
+
+
 def test_an_op_without_a_kernel_cannot_be_captured(monkeypatch):
     for name in ("NAMES", "REFERENCES"):
         monkeypatch.setattr(_library, name, type(getattr(_library, name))())
