@@ -38,7 +38,7 @@ def place(t: torch.Tensor) -> torch.Tensor:
 
 
 def _advised(nbytes: int) -> torch.Tensor:
-    raw = torch.empty(nbytes + _HUGE, dtype=torch.uint8)
+    raw = torch.empty(nbytes + _HUGE, dtype=torch.uint8, device="cpu")  # engines load models under another default
     start = -raw.data_ptr() % _HUGE
     if sys.platform == "linux":
         # Advice: where it is refused, ordinary pages do.

@@ -35,11 +35,12 @@ class StepGraph:
         step()
     graph.replay()
 
-    device: where the step's tensors are, "cpu" or a CUDA device. `capture` runs the step for real, on either. Tensors
-    that its launches touch are kept alive by the graph. On a CPU any op other than dflash ops, views and allocations
-    raises RuntimeError, because it would not be replayed. On CUDA a step must have run once before, uncaptured, so that
-    its kernels are loaded. Without the C++ library, or without the GPU, `available(device)` is False and the step is to
-    be called directly.
+    device: where the step's tensors are, "cpu" or a CUDA device. `capture` runs the step for real, on either. On a CPU
+    the graph keeps the tensors that its launches touch alive, and any op other than dflash ops, views and allocations
+    raises RuntimeError, because it would not be replayed; so does the replay of another graph. On CUDA the graph keeps
+    the memory that the step allocates, and its inputs are the caller's to keep; a step must have run once before,
+    uncaptured, so that its kernels are loaded. Without the C++ library, or without the GPU, `available(device)` is
+    False and the step is to be called directly.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -86,7 +87,7 @@ class StepGraph:
         recording.replay()  # a CUDA capture only notes
 
     def replay(self) -> None:
-        """Runs the captured launches again on the same memory. Raises RuntimeError before a capture."""
+        """Runs the captured launches again on the same memory. Raises RuntimeError before a capture, and in one."""
         if self._recording is None:
             raise RuntimeError("StepGraph: nothing is captured yet")
         if self.device.type == "cuda":

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -53,6 +55,15 @@ def test_other_ops_are_refused_in_a_capture():
     assert len(graph) == 1
 
 
+def test_a_replay_is_refused_in_a_capture():
+    x, w, inner, outer = torch.randn(2, 64), torch.ones(64), dk.StepGraph(), dk.StepGraph()
+    with inner.capture():
+        dk.rms_norm(x, w)
+    with pytest.raises(RuntimeError, match="a replay cannot be captured"), outer.capture():
+        inner.replay()
+    inner.replay()
+
+
 def test_captures_do_not_nest():
     a, b = dk.StepGraph(), dk.StepGraph()
     with a.capture(), pytest.raises(RuntimeError, match="already being recorded"), b.capture():
@@ -62,6 +73,13 @@ def test_captures_do_not_nest():
 def test_stream_read_reads_every_byte(isa):
     words = torch.arange(1 << 16, dtype=torch.int64)
     assert _library.native.stream_read(words.data_ptr(), words.numel() * 8) == int(words.sum())
+
+
+def test_stream_read_is_not_captured():
+    words, graph = torch.zeros(1 << 12, dtype=torch.int64), dk.StepGraph()
+    with graph.capture():
+        _library.native.stream_read(words.data_ptr(), words.numel() * 8)
+    assert len(graph) == 0
 
 
 def test_an_op_without_a_kernel_cannot_be_captured(monkeypatch):
@@ -120,6 +138,40 @@ def test_replays_of_two_python_threads_do_not_mix():
     for t in threads:
         t.join()
     assert not wrong
+
+
+OUT_OF_MEMORY = """
+import resource, threading, torch, dflash_kernels as dk
+torch.set_num_threads(2)
+x, packed = torch.randn(200_000, 32), dk.pack_weight(torch.randn(64, 32))
+graph, errors = dk.StepGraph(), []
+with graph.capture():
+    out = dk.lm_head_topk(x, packed, 64)
+
+def attempt(call):
+    try:
+        call()
+    except RuntimeError as error:
+        errors.append(str(error))
+
+def all_attempts():
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+    attempt(graph.replay)
+    attempt(lambda: dk.lm_head_topk(x, packed, 64, out_ids=out[0], out_values=out[1], out_lse=out[2]))
+    dk.lm_head_topk(x[:4], packed, 64)
+
+thread = threading.Thread(target=all_attempts)
+thread.start()
+thread.join()
+print(len(errors), "out of memory: a thread needs" in errors[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_no_memory_for_a_threads_scratch_is_an_error():
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "2 True\n", (run.returncode, run.stdout, run.stderr[-2000:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,10 +1,12 @@
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dflash_kernels as dk
-from dflash_kernels import reference
+from dflash_kernels import _memory, reference
 from dflash_kernels.testing import assert_within_budget, doubles, same_bits
 
 SHAPES = [(1, 1, 1), (1, 16, 32), (3, 17, 33), (8, 100, 64), (16, 64, 96), (17, 130, 40), (70, 48, 33), (0, 32, 32)]
@@ -41,6 +43,21 @@ def test_on_cuda_a_packed_weight_is_the_weight_itself(dtype):
         w = torch.empty(45, 70, dtype=dtype, device="cuda")
         assert dk.pack_weight(w).data is w
         assert dk.linear(torch.empty(3, 70, dtype=dtype, device="cuda"), dk.pack_weight(w)).shape == (3, 45)
+
+
+def test_packing_does_not_follow_the_default_device(monkeypatch):
+    monkeypatch.setattr(_memory, "_block", None)
+    w = torch.randn(45, 70)
+    with torch.device("meta"):
+        assert same_bits(dk.pack_weight(w).rows(torch.arange(45, device="cpu")), w)
+    assert same_bits(dk.pack_weight(w).rows(torch.arange(45)), w)
+
+
+def test_what_is_packed_does_not_keep_a_parameter_alive():
+    weight = torch.nn.Parameter(torch.randn(45, 70))
+    gone, packed = weakref.ref(weight), [dk.pack_weight(weight), dk.pack_weight(*dk.quantize_weight(weight))]
+    del weight
+    assert gone() is None and not any(p.data.requires_grad for p in packed) and not packed[1].scales.requires_grad
 
 
 def test_packed_weights_share_memory_without_overlap():

@@ -123,6 +123,7 @@ def test_bad_input_names_what_was_expected_and_got():
         (r"proposal must be a Proposal; got", TypeError, {"proposal": probs}),
         (r"proposal must have probs, or probs and ids, or logits", ValueError, {"proposal": Proposal(ids=ids)}),
         (r"proposal.ids must have shape \(B, Q - 1, K\)", ValueError, {"proposal": Proposal(probs, ids[..., :3])}),
+        (r"proposal.probs must have K >= 1; got", ValueError, {"proposal": Proposal(probs[..., :0], ids[..., :0])}),
         (r"proposal.probs must have shape \(B, Q - 1, V\)", ValueError, {"proposal": Proposal(probs)}),
         (r"adjustments must have seen and repetition_penalty", ValueError, {"adjustments": LogitAdjustments(words)}),
         (r"adjustments.bitmask must have shape", ValueError, {"adjustments": LogitAdjustments(bitmask=words[:, :2])}),

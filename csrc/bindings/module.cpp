@@ -7,6 +7,7 @@
 #endif
 
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <string>
 
@@ -30,6 +31,11 @@ void parallel_for_raw(int64_t begin, int64_t end, int64_t grain, void (*body)(in
 int num_threads() {
   const Team* team = Team::current();
   return team ? team->threads() : static_cast<int>(torch::stable::get_num_threads());
+}
+
+void out_of_memory(size_t bytes) {
+  STD_TORCH_CHECK(false, "dflash_kernels: out of memory: a thread needs ", bytes, " bytes to work in");
+  std::abort();  // not reached, but the compiler cannot know
 }
 
 namespace {
@@ -96,10 +102,8 @@ void replay_in_a_team(const Recorder& recorder) {
   Team team(threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
     if (begin != 0) return team.follow();
-    Team::current() = &team;
+    const Team::Leading leading(team);
     recorder.replay();
-    Team::current() = nullptr;
-    team.end();
   });
 }
 
@@ -159,10 +163,21 @@ PyObject* py_record_end(PyObject*, PyObject*) {
 PyObject* py_replay(PyObject*, PyObject* capsule) {
   const Recorder* recorder = unwrap(capsule);
   if (!recorder) return nullptr;
+  if (t_recorder) {
+    PyErr_SetString(PyExc_RuntimeError, "StepGraph: a replay cannot be captured; capture the step itself");
+    return nullptr;
+  }
+  std::string error;
   Py_BEGIN_ALLOW_THREADS
-  replay_in_a_team(*recorder);
+  try {
+    replay_in_a_team(*recorder);
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
   Py_END_ALLOW_THREADS
-  Py_RETURN_NONE;
+  if (error.empty()) Py_RETURN_NONE;
+  PyErr_SetString(PyExc_RuntimeError, error.c_str());
+  return nullptr;
 }
 
 PyObject* py_record_size(PyObject*, PyObject* capsule) {
@@ -177,7 +192,7 @@ PyObject* py_stream_read(PyObject*, PyObject* args) {
   uint64_t sum = 0;
   const StreamReadParams p{reinterpret_cast<const void*>(address), bytes, &sum};
   Py_BEGIN_ALLOW_THREADS
-  launch(stream_read_kernels, p, {});
+  best_of(stream_read_kernels)(p);  // not recorded: the sum is on this stack
   Py_END_ALLOW_THREADS
   return PyLong_FromUnsignedLongLong(sum);
 }

@@ -25,6 +25,19 @@ class Team {
     return team;
   }
 
+  // Makes the calling thread the leader; the others are let go however it ends.
+  class Leading {
+   public:
+    explicit Leading(Team& team) : team_(team) { current() = &team; }
+    ~Leading() {
+      current() = nullptr;
+      team_.end();
+    }
+
+   private:
+    Team& team_;
+  };
+
   explicit Team(int threads) : threads_(threads) {}
   int threads() const { return threads_; }
 
@@ -51,7 +64,8 @@ class Team {
   void end() { over_.store(true, std::memory_order_release); }
 
  private:
-  bool take_chunk() {
+  // An exception out of a body would leave the others waiting for its chunk for ever: it ends the process.
+  bool take_chunk() noexcept {
     uint64_t tickets = tickets_.load(std::memory_order_acquire);
     do {
       if ((tickets & 0xffffffff) == 0) return false;

@@ -4,6 +4,12 @@
 #include <cstdint>
 #include <cstdlib>
 
+namespace dflash {
+
+[[noreturn]] void out_of_memory(size_t bytes);  // throws; in csrc/bindings/module.cpp
+
+}  // namespace dflash
+
 namespace dflash::DFLASH_ISA {
 namespace {
 
@@ -16,8 +22,11 @@ class ThreadMemory {
   void* get(size_t bytes) {
     if (bytes > size_) {
       std::free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = std::aligned_alloc(4096, size_);
+      size_ = 0;
+      const size_t size = (bytes + 4095) / 4096 * 4096;
+      memory_ = std::aligned_alloc(4096, size);
+      if (!memory_) out_of_memory(size);
+      size_ = size;
     }
     return memory_;
   }

@@ -37,7 +37,7 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     if scales is not None:
         check.tensor(op, "scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
         scales = scales.contiguous()
-    data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
+    data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight.detach()))
     return PackedWeight(data, *weight.shape, scales)
 
 
@@ -56,7 +56,7 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check.tensor(op, "weight", weight, check.FLOATS, "(N, K)", (None, None))
     if weight.numel() == 0 or weight.device.type != "meta" and not bool(weight.isfinite().all()):
         raise ValueError(f"{op}: weight must be finite and not empty; got {check.describe(weight)}")
-    return reference.linear.quantize(weight)
+    return reference.linear.quantize(weight.detach())
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None, *,

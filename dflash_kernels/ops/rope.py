@@ -88,8 +88,8 @@ def check_rotation(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | Non
         return
     check.tensor(op, "cos_sin", cos_sin, {torch.float32, rows.dtype}, "(max_pos, R)", (None, None), rows.device)
     check.contiguous(op, "cos_sin", cos_sin)
-    if cos_sin.shape[0] == 0 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
-        raise ValueError(f"{op}: cos_sin must have shape (max_pos, R) with max_pos > 0, R even and <= {head_dim}; "
+    if cos_sin.numel() == 0 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
+        raise ValueError(f"{op}: cos_sin must have shape (max_pos, R), max_pos > 0 and R > 0, even and <= {head_dim}; "
                          f"got {check.describe(cos_sin)}")
 
 

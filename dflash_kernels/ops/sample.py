@@ -154,6 +154,8 @@ def _check_proposal(op, proposal, sizes, device):
         check.dense_last(op, "proposal.probs", check.tensor(
             op, "proposal.probs", probs, torch.float32, shape, (b, n, vocab if ids is None else None), device))
     if ids is not None:
+        if probs.shape[2] < 1:
+            raise ValueError(f"{op}: proposal.probs must have K >= 1; got {check.describe(probs)}")
         check.dense_last(op, "proposal.ids",
                          check.tensor(op, "proposal.ids", ids, torch.int64, shape, probs.shape, device))
     if logits is not None:
