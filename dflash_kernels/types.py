@@ -130,6 +130,10 @@ class PackedWeight:
             raise ValueError(f"PackedWeight: scales must be contiguous ({self.out_features},) on {self.data.device}; "
                              f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
 
+    def __reduce__(self):
+        """Copied or saved alone: its data may stand in a larger block of memory with other weights."""
+        return PackedWeight, (self.data.clone(), self.out_features, self.in_features, self.scales)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
