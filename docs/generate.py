@@ -37,8 +37,8 @@ def with_block(page: str, name: str, block: str) -> str:
 
 def ops_page() -> str:
     parts = ["# Ops", "", "Made by `make docs` from the docstrings. B requests, Q block length, T tokens, "
-             "Hq/Hkv heads, D head dim, P page size, V vocabulary, H hidden, L draft layers. No op has a gradient: what "
-             "it returns does not require one, whatever its inputs do.", ""]
+             "Hq/Hkv heads, D head dim, P page size, V vocabulary, H hidden, L draft layers. No op has a gradient: "
+             "what it returns does not require one, whatever its inputs do.", ""]
     for name in dflash_kernels.__all__:
         item = getattr(dflash_kernels, name)
         signature = "" if inspect.isclass(item) else str(inspect.signature(item)).replace("torch.Tensor", "Tensor")
