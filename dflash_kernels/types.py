@@ -130,6 +130,12 @@ class PackedWeight:
             raise ValueError(f"PackedWeight: scales must be contiguous ({self.out_features},) on {self.data.device}; "
                              f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
 
+    def __reduce__(self):
+        # On a CPU weights share memory (_memory.py): a copy or a pickle takes one weight's bytes, not all of them.
+        whole = self.data.untyped_storage().nbytes() == self.data.nbytes
+        return PackedWeight, (self.data if whole else self.data.clone(), self.out_features, self.in_features,
+                              self.scales)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype

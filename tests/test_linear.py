@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,16 @@ def test_packed_weights_share_memory_without_overlap():
     assert all(start % 64 == 0 for start, _ in spans)
     for p, w in zip(packed, weights, strict=True):
         assert same_bits(reference.linear.unpack(p.data, *w.shape), w)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda packed: pickle.loads(pickle.dumps(packed))],
+                         ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_packed_weight_has_its_own_bytes_alone(copied):
+    x, w = torch.randn(3, 64), torch.randn(40, 64)
+    for packed in (dk.pack_weight(w), dk.pack_weight(*dk.quantize_weight(w))):
+        found = copied(packed)
+        assert found.data.untyped_storage().nbytes() == packed.data.nbytes
+        assert same_bits(dk.linear(x, found), dk.linear(x, packed))
 
 
 @pytest.mark.parametrize("n,k", [(96, 64), (80, 45)])
