@@ -35,6 +35,14 @@ def test_bench_decode(call, models, tmp_path, concurrency):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("kind", ["decode", "protocol"])
+def test_a_task_may_be_called_anything(call, models, tmp_path, kind):
+    code, out, err = call("bench", kind, "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", 3,
+                          "--prompts", prompts_file(tmp_path, "a [/b] [red]"), "--concurrency", 1, "--block-size", 4,
+                          *(["--journal", tmp_path / "journal.jsonl"] if kind == "protocol" else []))
+    assert code == 0 and "a [/b] [red]" in out, err
+
+
 def test_bench_decode_by_temperature(call, models, tmp_path):
     out_file = tmp_path / "out.json"
     arguments = ["bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
