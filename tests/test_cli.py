@@ -173,6 +173,7 @@ def test_prompt_from_standard_input(models):
     (["generate", "--prompt", "x", "--block-size", "33"], 2, "--block-size"),
     (["generate", "--prompt", "x", "--temperature", "-1"], 2, "--temperature"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "nan"], 2, "--temperature"),
+    (["generate", "--prompt", "x\udcff", "--model", "MODEL"], 1, "text must be valid Unicode; got '\\udcff'"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "inf"], 1, "temperature must be a finite"),
     (["generate", "--prompt", "x", "--top-p", "1.5"], 2, "--top-p"),
     (["generate", "--prompt", "x", "--top-k", "-1"], 2, "--top-k"),
