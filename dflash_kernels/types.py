@@ -131,8 +131,10 @@ class PackedWeight:
                              f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
 
     def __reduce__(self):
-        """Copied or saved alone: its data may stand in a larger block of memory with other weights."""
-        return PackedWeight, (self.data.clone(), self.out_features, self.in_features, self.scales)
+        # On a CPU weights share memory (_memory.py): a copy or a pickle takes one weight's bytes, not all of them.
+        whole = self.data.untyped_storage().nbytes() == self.data.nbytes
+        return PackedWeight, (self.data if whole else self.data.clone(), self.out_features, self.in_features,
+                              self.scales)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,6 +11,7 @@ from cli_calls import environment, one_line, prompts_file
 pytest.importorskip("typer")
 
 from dflash_decode import bench, cli_repository, results, session
+from dflash_decode.weights import CheckpointError
 
 # ---- bench ---------------------------------------------------------------------------------------------------------
 
@@ -32,6 +33,14 @@ def test_bench_decode(call, models, tmp_path, concurrency):
     for key in ("cpu", "threads", "isa", "versions", "commit", "model", "draft", "prompts", "limit"):
         assert key in found
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind", ["decode", "protocol"])
+def test_a_task_may_be_called_anything(call, models, tmp_path, kind):
+    code, out, err = call("bench", kind, "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", 3,
+                          "--prompts", prompts_file(tmp_path, "a [/b] [red]"), "--concurrency", 1, "--block-size", 4,
+                          *(["--journal", tmp_path / "journal.jsonl"] if kind == "protocol" else []))
+    assert code == 0 and "a [/b] [red]" in out, err
 
 
 def test_bench_decode_by_temperature(call, models, tmp_path):
@@ -72,6 +81,15 @@ def test_bench_limit(tmp_path):
     file = prompts_file(tmp_path, "a", "b")
     assert [p.id for p in bench.read_prompts(file, 4)] == ["a/0", "a/1", "a/2", "b/0"]
     assert bench.read_prompts(file)[0].text == "hello 0"
+
+
+def test_prompts_are_read_as_json_lines_are_written(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('\ufeff{"turns": ["one\u2028two"]}\r\n\r\n{"turns": ["three"]}'.encode())
+    assert [(p.id, p.text) for p in bench.read_prompts(file)] == [("1", "one\u2028two"), ("3", "three")]
+    file.write_text('{"turns": "a text, not a list of texts"}')
+    with pytest.raises(CheckpointError, match="prompts.jsonl:1: expected"):
+        bench.read_prompts(file)
 
 
 def test_written_whole_or_not_at_all(tmp_path):

@@ -1,8 +1,5 @@
 """Weights in 8 bits: quantised by row, and the same bits in every batch."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,13 +110,3 @@ def test_bad_input_names_what_was_expected_and_got():
         dk.PackedWeight(data, 4, 8, torch.ones(5))
     with pytest.raises(ValueError, match=r"linear: x must have 8 = weight's K columns; got float32 \(2, 9\)"):
         dk.linear(torch.randn(2, 9), dk.PackedWeight(data, 4, 8, scales))
-
-
-def test_a_packed_weight_is_saved_without_what_stands_beside_it():
-    w = torch.randn(32, 64, dtype=torch.bfloat16)
-    for packed in (dk.pack_weight(w), dk.pack_weight(*dk.quantize_weight(w))):
-        saved = pickle.dumps(packed)
-        assert len(saved) < 20_000
-        for other in (pickle.loads(saved), copy.deepcopy(packed)):
-            assert same_bits(other.data, packed.data) and other.data.data_ptr() != packed.data.data_ptr()
-            assert same_bits(other.rows(torch.arange(32)), packed.rows(torch.arange(32)))

@@ -18,6 +18,7 @@ from ..types import PackedWeight
 from . import _checks as check
 
 
+@torch.no_grad()  # what is packed is for inference: a graph would keep the parameter alive
 def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
     """Lays a weight out in the order in which `linear` and `lm_head_argmax` read it. Do it once, when loading.
 
@@ -41,6 +42,7 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     return PackedWeight(data, *weight.shape, scales)
 
 
+@torch.no_grad()
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight in 8 bits, symmetric, with one scale a row, for pack_weight.
 

@@ -31,7 +31,8 @@ class Prompt:
 def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
     """The user's messages of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # A byte order mark is not text; and only a line feed ends a row, as a JSON string may hold other separators.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: expected a file of JSON lines; got {error}") from None
     prompts = []
@@ -43,7 +44,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
         try:
             row = json.loads(line)
             turns = row["turns"]
-            if not turns or not all(isinstance(turn, str) for turn in turns):
+            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
                 raise ValueError("no text")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f'{file}:{number}: expected {{"task": ..., "id": ..., "turns": [text, ...]}}; '

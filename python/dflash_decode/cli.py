@@ -200,7 +200,7 @@ def bench_decode(
     with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
         def on_task(task, what):
             if shown:
-                shown.update(f"[dim]{task}, {what} ...[/dim]")
+                shown.update(f"[dim]{report.escape(task)}, {what} ...[/dim]")
 
         results = [bench.bench_decode(session, rows, concurrency=concurrency, max_new_tokens=max_new_tokens,
                                       sampling=sampling, sample_from=sample_from.value, rule=rule.value,

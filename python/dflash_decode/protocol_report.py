@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -91,7 +92,7 @@ class Watch:
         self.progress.stop()
 
     def __call__(self, stage: Stage) -> None:
-        name = f"{TASKS.get(stage.task, stage.task)}, {stage.concurrency} at once"
+        name = escape(f"{TASKS.get(stage.task, stage.task)}, {stage.concurrency} at once")
         if stage is not self.stage:
             if self.bar is not None:
                 self.progress.remove_task(self.bar)
@@ -109,7 +110,7 @@ def print_tables(rows: list[dict]) -> None:
 
     def show(title: str, key: str, card: dict, form: str):
         table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
-        for column in ("concurrency", *(TASKS.get(task, task) for task in tasks)):
+        for column in ("concurrency", *(escape(TASKS.get(task, task)) for task in tasks)):
             table.add_column(column, justify="left" if column == "concurrency" else "right")
         for concurrency in dict.fromkeys(c for c, _ in found):
             cells = [cell(found.get((concurrency, task)), key, form) for task in tasks]

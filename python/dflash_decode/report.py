@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dflash_kernels import build_info
@@ -42,7 +43,7 @@ def status(text: str) -> Iterator[None]:
     if not err.is_terminal:
         yield
         return
-    with err.status(f"[dim]{text} ...[/dim]"):
+    with err.status(f"[dim]{escape(text)} ...[/dim]"):
         yield
 
 
@@ -83,7 +84,7 @@ def print_info(found: dict) -> None:
 
 
 def notice(text: str) -> None:
-    err.print(f"[yellow]note:[/yellow] {text}")
+    err.print(f"[yellow]note:[/yellow] {escape(text)}")
 
 
 def start_text(session: Session) -> None:
@@ -127,7 +128,7 @@ def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | Non
     if drawn:
         line("sampling", how(sampling) + f", seed {answer.seed}")
     if session.drafter:
-        line("drafter", "random weights (untrained)" if session.draft == RANDOM else Path(session.draft).name)
+        line("drafter", "random weights (untrained)" if session.draft == RANDOM else escape(Path(session.draft).name))
         line("acceptance length", f"{run.acceptance_length:.2f} of {session.block_size}, {len(run.steps)} steps")
         counts = run.histogram(session.block_size)
         for n, count in enumerate(counts, 1):
@@ -178,7 +179,7 @@ def print_bench(results: list[dict]) -> None:
     for result in results:
         for task, r in [*result["tasks"].items(), ("all", result)]:
             same = "yes" if r["identical_to_plain"] else f"{r['different_requests']} differ"
-            table.add_row(*(f"{result['temperature']:g}",) * drawn, task, str(r["requests"]), str(r["tokens"]),
+            table.add_row(*(f"{result['temperature']:g}",) * drawn, escape(task), str(r["requests"]), str(r["tokens"]),
                           f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
                           f"{r['plain_tokens_per_s']:.1f}", f"{r['speedup']:.2f}", same)
     out.print(table)

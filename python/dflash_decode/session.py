@@ -15,7 +15,17 @@ from .sampling import GREEDY, Sampling, check_sampling
 from .targets import Target
 from .targets.native import FAMILIES, NativeTarget
 from .tokenizer import Tokenizer, load_tokenizer
-from .weights import AUTO, Checkpoint, CheckpointError, brief, drafter_of, find_model, load_checkpoint, read_json
+from .weights import (
+    AUTO,
+    Checkpoint,
+    CheckpointError,
+    CheckpointNotFound,
+    brief,
+    drafter_of,
+    find_model,
+    load_checkpoint,
+    read_json,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANDOM, NONE = "random", "none"
@@ -85,6 +95,9 @@ class Session:
         it names is loaded. Raises CheckpointError for what cannot be read, ValueError for what does not fit together.
         """
         draft = drafter_of(model, draft)
+        if draft not in (RANDOM, NONE) and not Path(draft).expanduser().exists():
+            raise CheckpointNotFound(f"draft must be a drafter's directory, {AUTO!r}, {RANDOM!r} or {NONE!r}; "
+                                     f"got {draft!r}, which does not exist")
         with status(f"loading {model}"):
             target = _target(model, DTYPES[dtype], torch.device(device), weights)
             tokenizer = load_tokenizer(model)

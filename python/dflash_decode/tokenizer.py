@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +32,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised. add_special_tokens puts BOS before it
-        where the model wants one (a chat template writes its own)."""
+        where the model wants one (a chat template writes its own). Raises ValueError for a lone surrogate: Python's
+        sign for bytes that are not text."""
+        if bad := re.search("[\ud800-\udfff]", text):
+            at = bad.start()
+            raise ValueError(f"text must be valid Unicode; got {text[at]!r} in {text[max(at - 20, 0):at + 20]!r}")
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
