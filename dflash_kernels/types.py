@@ -8,7 +8,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedKV:
     """One layer's paged K/V cache.
 
@@ -82,7 +82,7 @@ class PagedKV:
         return self.k.shape[3]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A linear layer's (N, K) weight, laid out once for streaming by `linear` and `lm_head_argmax`; see pack_weight.
 
@@ -149,7 +149,7 @@ class PackedWeight:
         return found if self.scales is None else found * self.scales[index, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedBlock:
     """What prepare_block writes: the inputs of one draft (or target) pass over B blocks of Q tokens.
 
@@ -164,7 +164,7 @@ class PreparedBlock:
     rows: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verified:
     """What verify_greedy and verify_sample write: how much of each of B drafted blocks is accepted.
 
@@ -181,7 +181,7 @@ class Verified:
     new_lens: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SamplingParams:
     """How each of B requests draws its tokens; all on the device of the logits, contiguous.
 
@@ -197,7 +197,7 @@ class SamplingParams:
     min_p: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Proposal:
     """The distribution q that each draft token was drawn from, in one of three forms.
 
@@ -211,7 +211,7 @@ class Proposal:
     logits: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LogitAdjustments:
     """What an engine changes in the target's logits before it samples, applied in this order; None is left out.
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -323,3 +324,30 @@ def test_demo(call):
                           "Write a quicksort in Python.", "--compare", "--max-new-tokens", 40)
     assert code == 0 and "weights are random" in err
     assert "quicksort" in out.lower() and "acceptance length: 1.0" in out and "identical to plain decoding: yes" in out
+
+
+# ---- where it runs -------------------------------------------------------------------------------------------------
+
+
+def test_version(call):
+    from dflash_kernels import build_info
+
+    assert call("--version") == (0, build_info()["version"] + "\n", "")
+
+
+def test_a_closed_output_is_no_crash():
+    command = f"exec {shlex.quote(sys.executable)} -m dflash_decode.cli info >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=environment()).returncode == 0
+
+
+def test_an_output_that_is_not_unicode_gets_the_text_escaped(models):
+    ran = subprocess.run([sys.executable, "-m", "dflash_decode.cli", "generate", "--prompt", "hi", "--model",
+                          models["model"], "--draft", models["draft"], "--max-new-tokens", "4", "--compare"],
+                         env=environment(PYTHONIOENCODING="ascii"), capture_output=True, text=True)
+    assert ran.returncode == 0 and "\\u2588" in ran.stdout, ran.stderr
+
+
+def test_an_instruction_set_that_is_set_to_nothing_is_not_set():
+    ran = subprocess.run([sys.executable, "-c", "import dflash_kernels as d; print(d.build_info()['isa'])"],
+                         env=environment(DFLASH_ISA=""), capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr

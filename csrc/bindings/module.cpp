@@ -219,7 +219,7 @@ Recorder* Recorder::active() { return t_recorder; }
 }  // namespace dflash
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  if (const char* forced = std::getenv("DFLASH_ISA")) {
+  if (const char* forced = std::getenv("DFLASH_ISA"); forced && *forced) {
     dflash::Isa isa;
     if (!dflash::parse_isa(forced, &isa) || isa > dflash::best_isa()) {
       PyErr_Format(PyExc_ImportError, "DFLASH_ISA must be one of the sets this CPU has (up to %s); got %s",

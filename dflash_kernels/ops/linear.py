@@ -38,7 +38,8 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     if scales is not None:
         check.tensor(op, "scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
         scales = scales.contiguous()
-    data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight.detach()))
+    weight = weight.detach()
+    data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
     return PackedWeight(data, *weight.shape, scales)
 
 

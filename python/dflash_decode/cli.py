@@ -9,6 +9,7 @@ import secrets
 import sys
 import warnings
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,19 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
 app.add_typer(bench_app, name="bench")
 
 INTERRUPTED = 130
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(version("dflash-kernels"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True,
+                                                  help="Show the version and exit.")] = False) -> None:
+    pass
+
 
 # Heavy modules are imported inside the commands: --help and usage errors answer at once.
 
@@ -267,6 +281,12 @@ def fail(message: str, code: int) -> int:
 
 
 def main() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     sys.exit(run(sys.argv[1:]))
 
