@@ -105,3 +105,30 @@ def test_a_model_without_attention_is_refused():
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB)
     with pytest.raises((NotImplementedError, ValueError), match="HFTarget|attention"):
         HFTarget(transformers.MambaForCausalLM(config))
+
+
+@pytest.mark.parametrize(("name", "changes", "match"), [
+    ("Phimoe", {"sliding_window": 8, "num_local_experts": 4}, "window of 8"),
+    ("FalconH1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_d_head": 16, "mamba_n_groups": 1,
+                  "mamba_chunk_size": 16}, "keeps a state"),
+])
+def test_what_the_pages_cannot_hold_or_hide_is_refused(name, changes, match):
+    """Each layer attends through the interface, so the text would be wrong without a word."""
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(NotImplementedError, match=match):
+        texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 4)
+
+
+def test_a_window_that_nothing_reaches_is_no_obstacle():
+    model = make_phimoe(512)
+    want = plain_text(model, PROMPTS[1], 8)
+    assert texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 8) == [want]
+
+
+def make_phimoe(window):
+    torch.manual_seed(0)
+    model = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(
+        **COMMON, sliding_window=window, num_local_experts=4)).eval()
+    randomise(model)
+    return model
