@@ -132,3 +132,24 @@ def make_phimoe(window):
         **COMMON, sliding_window=window, num_local_experts=4)).eval()
     randomise(model)
     return model
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("Llama", {}), ("Cohere", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 4.0}),
+    ("HyperCLOVAX", {"logits_scaling": 4.0}), ("Gemma2", {"head_dim": 32, "final_logit_softcapping": 2.0}),
+])
+def test_logits_are_those_of_the_models_own_class(name, changes):
+    """Greedy text does not show their scale; what a temperature draws does."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    randomise(model)
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        rows, want = model.base_model(ids).last_hidden_state[0], model(ids).logits[0]
+    target = HFTarget(model)
+    found, best, values = torch.empty_like(want), torch.empty(len(rows)).long(), torch.empty(len(rows))
+    target.logits(rows, found)
+    target.next_ids(rows, best, values)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(values, want.max(-1).values)

@@ -54,6 +54,7 @@ class HFTarget:
         self.max_context = min(max_context or longest, longest)
         self.head = pack_weight(head.weight.detach())
         self.head_bias = None if head.bias is None else head.bias.detach()
+        self._scale = _logit_scale(config)
         self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -64,10 +65,13 @@ class HFTarget:
         return HFPass(self, caches, taps)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
-        lm_head_argmax(rows, self.head, bias=self.head_bias, softcap=self._softcap, out_ids=ids, out_values=values)
+        lm_head_argmax(rows, self.head, bias=self.head_bias, scale=self._scale, softcap=self._softcap, out_ids=ids,
+                       out_values=values)
 
     def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         linear(rows, self.head, self.head_bias, out=out)
+        if self._scale != 1.0:
+            out.mul_(self._scale)
         if self._softcap:
             out.copy_(self._softcap * torch.tanh(out.float() / self._softcap))
 
@@ -130,6 +134,14 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     window = (-1, -1) if sliding_window is None else (int(sliding_window) - 1, -1)
     return now.attend(module.layer_idx, query, key, value, scaling=scaling, window=window, sinks=s_aux,
                       softcap=float(softcap or 0.0), causal=bool(is_causal)), None
+
+
+def _logit_scale(config) -> float:
+    """What the model's own class does to the head's product, which the draws of a temperature depend on."""
+    if getattr(config, "logit_scale", None):  # Cohere
+        return float(config.logit_scale)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite, MiniCPM and HyperCLOVA X
+    return scaling if config.model_type.startswith("hyperclovax") else 1.0 / scaling
 
 
 def _register() -> None:
