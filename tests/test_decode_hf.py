@@ -80,6 +80,16 @@ def test_a_difference_is_reported_with_its_margin():
     assert first_difference(target, PROMPTS[0], plain, plain[:5]).margin is None
 
 
+def test_a_margin_is_of_the_logits_that_chose():
+    """The head's bias belongs to them."""
+    model = make_phimoe(512)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    best, second = logits.topk(2).indices.tolist()
+    found = first_difference(HFTarget(model), PROMPTS[0], [best], [second])
+    assert found.margin == pytest.approx(float(logits[best] - logits[second]), rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "minimax_m2"])
 def test_in_bfloat16_any_difference_is_a_near_tie(kind, record_property):
     target = HFTarget(make(kind, torch.bfloat16))
