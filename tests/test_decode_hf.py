@@ -139,7 +139,7 @@ def test_a_window_that_nothing_reaches_is_no_obstacle():
 def make_phimoe(window):
     torch.manual_seed(0)
     model = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(
-        **COMMON, sliding_window=window, num_local_experts=4)).eval()
+        **COMMON, sliding_window=window, num_local_experts=4, lm_head_bias=True)).eval()
     randomise(model)
     return model
 
