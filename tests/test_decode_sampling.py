@@ -299,11 +299,30 @@ def test_p38_a_row_is_adjusted_by_the_drafts_before_it(fault, monkeypatch):
         assert all(b > a or a == VOCAB - 1 for a, b in zip(known[i], known[i][1:], strict=False))
     if fault:
         right = adjust.Adjuster.fill
-        monkeypatch.setattr(adjust.Adjuster, "fill", lambda self, b, s, prompt, text, drafts: right(
-            self, b, s, prompt, text, drafts[:1] * len(drafts)))
+        monkeypatch.setattr(adjust.Adjuster, "fill", lambda self, b, s, prompt, text, drafts, stops: right(
+            self, b, s, prompt, text, drafts[:1] * len(drafts), stops))
     got = texts(run(target, Oracle.knowing(target, known, 0.2), wanted, max_batch=8, max_context=80))
     assert (got == plain) != fault
     assert all(got[i] == plain[i] for i in (3, 4))
+
+
+def test_a_grammar_is_not_asked_what_follows_a_stop_token():
+    """A matcher that has ended raises when it is asked again, and that would end everybody's step."""
+    _, target = make_target("llama")
+    prompt = PROMPTS[0]
+    text = plainly(target, [Request(0, prompt, 12, (), Sampling(1.0, seed=6))])[0][0]
+    stop = next(token for i, token in enumerate(text) if 2 <= i <= 5 and token not in text[:i])
+    asked = []
+
+    class Anything:
+        def fill_bitmask(self, tokens, words):
+            assert stop not in tokens
+            asked.append(len(tokens))
+
+    wanted = [Request(0, prompt, 40, (stop,), Sampling(1.0, seed=6, grammar=Anything()))]
+    known = {0: text + [1] * 30}
+    got = texts(run(target, Oracle.knowing(target, known, 0.0), wanted, max_batch=1, max_context=80))
+    assert got[0][0] == text[:text.index(stop) + 1] and asked
 
 
 def test_bits_are_packed_as_the_op_reads_them():
