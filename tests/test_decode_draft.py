@@ -357,6 +357,16 @@ def test_a_drafter_for_another_target_is_refused():
         Drafter({**config, "dflash_config": nested}, tensors, target)
 
 
+def test_a_mask_token_beyond_the_drafters_own_embedding_is_refused():
+    """Read as zeros it would only cost acceptance, which nobody sees."""
+    config, (_, target) = draft_config({"vocab_size": VOCAB - 7}), make_target("llama")
+    tensors = random_tensors(config, torch.float32) | {"embed_tokens.weight": torch.randn(VOCAB - 7, HIDDEN)}
+    Drafter(config, tensors, target)
+    nested = {**config["dflash_config"], "mask_token_id": VOCAB - 7}
+    with pytest.raises(ValueError, match=f"mask_token_id must be below the {VOCAB - 7} rows of embed_tokens.weight"):
+        Drafter({**config, "dflash_config": nested}, tensors, target)
+
+
 def test_p37_a_pickled_mask_embedding_is_refused_and_not_ignored(tmp_path):
     refuse_side_files(tmp_path)
     (tmp_path / "mask_embedding.pt").touch()

@@ -80,6 +80,16 @@ def test_a_difference_is_reported_with_its_margin():
     assert first_difference(target, PROMPTS[0], plain, plain[:5]).margin is None
 
 
+def test_a_margin_is_of_the_logits_that_chose():
+    """The head's bias belongs to them."""
+    model = make_phimoe(512)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    best, second = logits.topk(2).indices.tolist()
+    found = first_difference(HFTarget(model), PROMPTS[0], [best], [second])
+    assert found.margin == pytest.approx(float(logits[best] - logits[second]), rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "minimax_m2"])
 def test_in_bfloat16_any_difference_is_a_near_tie(kind, record_property):
     target = HFTarget(make(kind, torch.bfloat16))
@@ -105,3 +115,51 @@ def test_a_model_without_attention_is_refused():
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB)
     with pytest.raises((NotImplementedError, ValueError), match="HFTarget|attention"):
         HFTarget(transformers.MambaForCausalLM(config))
+
+
+@pytest.mark.parametrize(("name", "changes", "match"), [
+    ("Phimoe", {"sliding_window": 8, "num_local_experts": 4}, "window of 8"),
+    ("FalconH1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_d_head": 16, "mamba_n_groups": 1,
+                  "mamba_chunk_size": 16}, "keeps a state"),
+])
+def test_what_the_pages_cannot_hold_or_hide_is_refused(name, changes, match):
+    """Each layer attends through the interface, so the text would be wrong without a word."""
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(NotImplementedError, match=match):
+        texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 4)
+
+
+def test_a_window_that_nothing_reaches_is_no_obstacle():
+    model = make_phimoe(512)
+    want = plain_text(model, PROMPTS[1], 8)
+    assert texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 8) == [want]
+
+
+def make_phimoe(window):
+    torch.manual_seed(0)
+    model = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(
+        **COMMON, sliding_window=window, num_local_experts=4, lm_head_bias=True)).eval()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("Llama", {}), ("Cohere", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 4.0}),
+    ("HyperCLOVAX", {"logits_scaling": 4.0}), ("Gemma2", {"head_dim": 32, "final_logit_softcapping": 2.0}),
+])
+def test_logits_are_those_of_the_models_own_class(name, changes):
+    """Greedy text does not show their scale; what a temperature draws does."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    randomise(model)
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        rows, want = model.base_model(ids).last_hidden_state[0], model(ids).logits[0]
+    target = HFTarget(model)
+    found, best, values = torch.empty_like(want), torch.empty(len(rows)).long(), torch.empty(len(rows))
+    target.logits(rows, found)
+    target.next_ids(rows, best, values)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(values, want.max(-1).values)

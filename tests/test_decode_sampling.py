@@ -299,11 +299,50 @@ def test_p38_a_row_is_adjusted_by_the_drafts_before_it(fault, monkeypatch):
         assert all(b > a or a == VOCAB - 1 for a, b in zip(known[i], known[i][1:], strict=False))
     if fault:
         right = adjust.Adjuster.fill
-        monkeypatch.setattr(adjust.Adjuster, "fill", lambda self, b, s, prompt, text, drafts: right(
-            self, b, s, prompt, text, drafts[:1] * len(drafts)))
+        monkeypatch.setattr(adjust.Adjuster, "fill", lambda self, b, s, prompt, text, drafts, stops: right(
+            self, b, s, prompt, text, drafts[:1] * len(drafts), stops))
     got = texts(run(target, Oracle.knowing(target, known, 0.2), wanted, max_batch=8, max_context=80))
     assert (got == plain) != fault
     assert all(got[i] == plain[i] for i in (3, 4))
+
+
+def test_a_grammar_is_not_asked_what_follows_a_stop_token():
+    """A matcher that has ended raises when it is asked again, and that would end everybody's step."""
+    _, target = make_target("llama")
+    prompt = PROMPTS[0]
+    text = plainly(target, [Request(0, prompt, 12, (), Sampling(1.0, seed=6))])[0][0]
+    stop = next(token for i, token in enumerate(text) if 2 <= i <= 5 and token not in text[:i])
+    asked = []
+
+    class Anything:
+        def fill_bitmask(self, tokens, words):
+            assert stop not in tokens
+            asked.append(len(tokens))
+
+    wanted = [Request(0, prompt, 40, (stop,), Sampling(1.0, seed=6, grammar=Anything()))]
+    known = {0: text + [1] * 30}
+    got = texts(run(target, Oracle.knowing(target, known, 0.0), wanted, max_batch=1, max_context=80))
+    assert got[0][0] == text[:text.index(stop) + 1] and asked
+
+
+def test_a_request_that_fails_as_it_starts_leaves_nothing_behind():
+    _, target = make_target("llama")
+
+    class Broken:
+        def fill_bitmask(self, tokens, words):
+            raise RuntimeError("a broken grammar")
+
+    want = plainly(target, [Request("good", PROMPTS[1], 8)])["good"][0]
+    decoder = Decoder(target, None, max_batch=2, max_context=64)
+    decoder.submit(Request("good", PROMPTS[1], 8))
+    events = decoder.step()
+    decoder.submit(Request("bad", PROMPTS[2], 8, (), Sampling(grammar=Broken())))
+    with pytest.raises(RuntimeError, match="a broken grammar"):
+        decoder.step()
+    while decoder._active:
+        events += decoder.step()
+    assert [token for event in events for token in event.tokens] == want
+    assert decoder.pool.free_pages == decoder.pool.num_pages
 
 
 def test_bits_are_packed_as_the_op_reads_them():

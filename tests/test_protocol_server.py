@@ -1,5 +1,6 @@
 """The model cards' protocol asked of a server: what is sent, what is read from its metrics, what goes wrong there."""
 
+import io
 import threading
 import time
 
@@ -145,3 +146,15 @@ def test_counters_of_all_engines_add_up():
 
 def test_nothing_drafted_is_no_acceptance_length():
     assert Drafting("vllm counters").length is None and Drafting("g", gauge=0.0).length is None
+
+
+def test_a_stream_that_breaks_off_before_its_usage_is_dropped():
+    """It may go well the next time; a stream that is whole and has no usage never will."""
+    finished = b'data: {"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n'
+    asked = object.__new__(chat.ChatServer)
+    asked.url = "http://here"
+    with pytest.raises(chat.Dropped, match="broke off after 1 characters"):
+        asked._reply(io.BytesIO(finished))
+    with pytest.raises(chat.ServerError, match="expected usage.completion_tokens") as found:
+        asked._reply(io.BytesIO(finished + b"data: [DONE]\n\n"))
+    assert not isinstance(found.value, chat.Dropped)

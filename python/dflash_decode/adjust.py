@@ -1,7 +1,7 @@
 """Penalties, biases and grammars as the tensors that verify_sample reads, a row for each position of a block."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -29,8 +29,9 @@ class Adjuster:
         self.width, self.vocab = width, vocab
 
     def fill(self, b: int, sampling: Sampling, prompt: Sequence[int], text: Sequence[int],
-             drafts: Sequence[int]) -> None:
-        """Request b of the batch: what it was asked, what it has answered, and the drafts of its block."""
+             drafts: Sequence[int], stops: Collection[int] = ()) -> None:
+        """Request b of the batch: what it was asked, what it has answered, the drafts of its block, and the tokens that
+        would end it."""
         a, width = self.adjustments, self.width
         a.repetition_penalty[b] = sampling.repetition_penalty
         counts, bias = Counter(text), torch.zeros((width, self.vocab))
@@ -49,13 +50,15 @@ class Adjuster:
             seen[i:, token] = True
         a.bias[b].copy_(bias)
         a.seen[b].copy_(pack_bits(seen))
-        a.bitmask[b].copy_(self._mask(sampling, text, drafts))
+        a.bitmask[b].copy_(self._mask(sampling, text, drafts, stops))
 
-    def _mask(self, sampling, text, drafts):
+    def _mask(self, sampling, text, drafts, stops):
         words = torch.full(self.adjustments.bitmask.shape[1:], -1, dtype=torch.int32)
         for i in range(self.width if sampling.grammar else 0):
             sampling.grammar.fill_bitmask([*text, *drafts[:i]], words[i])
-            # Nothing can come after a draft that is not allowed: it is rejected.
-            if i < len(drafts) and not int(words[i, drafts[i] // 32]) >> drafts[i] % 32 & 1:
+            # Nothing comes after a draft that is not allowed, which is rejected, or that ends the answer: a grammar
+            # that has ended may refuse to be asked.
+            if i < len(drafts) and (drafts[i] in stops
+                                    or not int(words[i, drafts[i] // 32]) >> drafts[i] % 32 & 1):
                 break
         return words

@@ -84,15 +84,18 @@ class ChatServer:
             return self._reply(response)
 
     def _reply(self, response: http.client.HTTPResponse) -> Reply:
-        pieces, finish, usage = [], None, None
+        pieces, finish, usage, whole = [], None, None, False
         for event in _events(response):
+            if event is None:
+                whole = True
+                break
             if "error" in event:
                 raise ServerError(f"{self.url}: {_message(event)}")
             usage = event.get("usage") or usage
             for choice in event.get("choices") or ():
                 pieces.append((choice.get("delta") or {}).get("content") or "")
                 finish = choice.get("finish_reason") or finish
-        if finish is None:
+        if finish is None or not (usage or whole):  # the usage comes after the reason, and [DONE] after that
             raise Dropped(f"{self.url}: the stream broke off after {sum(map(len, pieces))} characters")
         if not usage or not isinstance(usage.get("completion_tokens"), int):
             raise ServerError(f"{self.url}: expected usage.completion_tokens at the end of the stream "
@@ -154,13 +157,14 @@ class _Exchange:
             raise Dropped(f"{self.what}: {brief(error)}") from None
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[dict]:
-    """The JSON objects of a stream of server-sent events, up to its end or [DONE]."""
+def _events(response: http.client.HTTPResponse) -> Iterator[dict | None]:
+    """The JSON objects of a stream of server-sent events, and None for its [DONE]."""
     while line := response.readline():
         if not line.startswith(b"data:"):
             continue
         data = line[5:].strip()
         if data == b"[DONE]":
+            yield None
             return
         try:
             event = json.loads(data)

@@ -98,6 +98,9 @@ class Drafter:
         elif target.hidden_size != c.hidden_size:
             raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is "
                              f"not the target's {target.hidden_size}; got nothing")
+        if c.mask_token_id >= len(self.embedding):  # such a row would be read as zeros
+            raise ValueError(f"draft config: mask_token_id must be below the {len(self.embedding)} rows of "
+                             f"embed_tokens.weight; got {c.mask_token_id}")
         if c.input_embedding_scale != 1.0:
             self.embedding = self.embedding * c.input_embedding_scale
         rows = target.vocab_size

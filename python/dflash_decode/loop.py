@@ -73,6 +73,9 @@ class Decoder:
                 events.append(self._start(self._waiting[0]))
             except OutOfPages:
                 break
+            except BaseException:  # with no anchor it would fail every later step
+                self._leave(self._active[-1], [], "error")
+                raise
         return events + self._decode() if self._active else events
 
     def stream(self, requests: Iterable[Request | None]) -> Iterator[Event]:
@@ -82,8 +85,7 @@ class Decoder:
         try:
             while more or self._waiting or self._active or self._left:
                 while more and len(self._waiting) + len(self._active) < self.max_batch:
-                    request = next(source, self)
-                    more = request is not self
+                    more = (request := next(source, self)) is not self
                     if not more or request is None:
                         break
                     try:
@@ -106,12 +108,11 @@ class Decoder:
         self._active.append(self._waiting.popleft())
         table = pool.table_row(live.pages, self.max_pages)
         while live.context < len(prompt):
-            rows = prefill_size(len(prompt) - live.context, self.prefill_rows, self.target.device)
-            if rows not in self._prefills:
-                sizes = rows, pool.page_size, self.max_pages
-                self._prefills[rows] = Prefill(self.target, self.drafter, *self.kv, *sizes)
-            chunk = list(prompt[live.context:live.context + rows])
-            row = self._prefills[rows](chunk, live.context, table)
+            n = prefill_size(len(prompt) - live.context, self.prefill_rows, self.target.device)
+            if n not in self._prefills:
+                self._prefills[n] = Prefill(self.target, self.drafter, *self.kv, n, pool.page_size, self.max_pages)
+            chunk = list(prompt[live.context:live.context + n])
+            row = self._prefills[n](chunk, live.context, table)
             live.context += len(chunk)
         kind = verifier_for([live])
         if kind not in self._firsts:
@@ -140,9 +141,8 @@ class Decoder:
 
     def _emit(self, live: Live, tokens: list[int]) -> Event:
         live.text += tokens
-        if tokens[-1] in live.request.stop_tokens:
-            return self._leave(live, tokens, "stop")
-        return self._leave(live, tokens, "length") if live.emitted >= live.limit else live.event(tokens)
+        why = "stop" if tokens[-1] in live.request.stop_tokens else "length" if live.emitted >= live.limit else None
+        return self._leave(live, tokens, why) if why else live.event(tokens)
 
     def _leave(self, live: Live, tokens: list[int], why: str) -> Event:
         (self._active if live in self._active else self._waiting).remove(live)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dflash_kernels import linear, prepare_block
+from dflash_kernels import prepare_block
 
 from .kv import PagePool
 from .targets import Target
@@ -56,4 +56,6 @@ def _next_logits(target: Target, tokens: Sequence[int]) -> torch.Tensor:
     nothing, whole = (torch.tensor([n], dtype=torch.int32, device=target.device) for n in (0, len(tokens)))
     block = prepare_block(ids[:, 0], nothing, len(tokens), 0, page_table=table, page_size=pool.page_size)
     rows, _ = target.make_pass(1, len(tokens), caches).run(ids, block.positions, block.slots, table, nothing, whole)
-    return linear(rows[-1:], target.head)[0].float()
+    logits = torch.empty((1, target.vocab_size), dtype=target.dtype, device=target.device)
+    target.logits(rows[-1:], logits)
+    return logits[0].float()

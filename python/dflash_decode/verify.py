@@ -107,5 +107,6 @@ class AdjustedVerifier(SampledVerifier):
 
     def run(self, rows: torch.Tensor, ids: torch.Tensor, *where, **options) -> Verified:
         for b, (live, block) in enumerate(zip(self.requests, ids.tolist(), strict=False)):
-            self.adjuster.fill(b, live.sampling, live.request.prompt, live.text, block[1:])
+            asked = live.request
+            self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:], asked.stop_tokens)
         return super().run(rows, ids, *where, **options)

@@ -24,8 +24,9 @@ class HFTarget:
     """model: a transformers PreTrainedModel for causal language modelling, on any device, in eval mode.
 
     Its attention implementation is switched to ours for good. Raises NotImplementedError for a model whose layers do
-    not all attend through transformers' attention interface (linear attention, MLA with unequal head dims), ValueError
-    for one without an output head.
+    not all attend through transformers' attention interface (linear attention, MLA with unequal head dims), that keeps
+    a state beside K and V, or whose masks have windows that its attention is not told of; ValueError for one without an
+    output head.
     """
 
     graph_safe = False
@@ -39,6 +40,10 @@ class HFTarget:
         if not model._can_set_attn_implementation() or longest is None:
             raise NotImplementedError(f"HFTarget: {type(model).__name__} does not take its attention from "
                                       "transformers' attention interface")
+        # A class may be of hybrids and this model have attention alone: a state comes with a short convolution.
+        if getattr(model, "_is_stateful", False) and any(name.endswith("conv1d") for name, _ in model.named_modules()):
+            raise NotImplementedError(f"HFTarget: {type(model).__name__} keeps a state beside its keys and values, "
+                                      "which has no pages")
         _register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.base = model.eval(), model.base_model
@@ -49,6 +54,7 @@ class HFTarget:
         self.max_context = min(max_context or longest, longest)
         self.head = pack_weight(head.weight.detach())
         self.head_bias = None if head.bias is None else head.bias.detach()
+        self._scale = _logit_scale(config)
         self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -59,10 +65,13 @@ class HFTarget:
         return HFPass(self, caches, taps)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
-        lm_head_argmax(rows, self.head, bias=self.head_bias, softcap=self._softcap, out_ids=ids, out_values=values)
+        lm_head_argmax(rows, self.head, bias=self.head_bias, scale=self._scale, softcap=self._softcap, out_ids=ids,
+                       out_values=values)
 
     def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         linear(rows, self.head, self.head_bias, out=out)
+        if self._scale != 1.0:
+            out.mul_(self._scale)
         if self._softcap:
             out.copy_(self._softcap * torch.tanh(out.float() / self._softcap))
 
@@ -119,13 +128,26 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
                                   f"{value.shape[-1]}")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if sliding_window is None and attention_mask is not None and int(attention_mask) < now.target.max_context:
+        raise NotImplementedError(f"HFTarget: a window of {int(attention_mask)} that is in the mask alone is not "
+                                  "supported")
     window = (-1, -1) if sliding_window is None else (int(sliding_window) - 1, -1)
     return now.attend(module.layer_idx, query, key, value, scaling=scaling, window=window, sinks=s_aux,
                       softcap=float(softcap or 0.0), causal=bool(is_causal)), None
 
 
+def _logit_scale(config) -> float:
+    """What the model's own class does to the head's product, which the draws of a temperature depend on."""
+    if getattr(config, "logit_scale", None):  # Cohere
+        return float(config.logit_scale)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite, MiniCPM and HyperCLOVA X
+    return scaling if config.model_type.startswith("hyperclovax") else 1.0 / scaling
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     AttentionInterface.register(IMPLEMENTATION, _attention)
-    # What is visible follows from lengths and pages; no mask is built.
-    AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, **_kwargs: None)
+    # What is visible follows from lengths and pages. Instead of a mask the attention gets the mask's window, as some
+    # models tell it of no other.
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, local_size=None, **_kwargs:
+                                    None if local_size is None else torch.tensor(local_size))
