@@ -124,6 +124,14 @@ def test_gguf_roundtrip(tmp_path, arch):
     assert found.config["rms_norm_eps"] == 1e-6 and found.config["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize("name, value", [("attn_factor", 1.2), ("yarn_beta_fast", 16.0), ("yarn_log_multiplier", 0.1)])
+def test_gguf_scaling_that_we_do_not_have_is_refused_by_name(tmp_path, name, value):
+    settings = {"type": "yarn", "factor": 4.0, "yarn_beta_fast": 32.0} | {name: value}
+    write_gguf(tmp_path / "m.gguf", **{f"ARCH__rope__scaling__{key}": setting for key, setting in settings.items()})
+    with pytest.raises(CheckpointError, match=rf"rope.scaling.{name} must be [\d.]+; got {value:g}"):
+        load_checkpoint(tmp_path / "m.gguf")
+
+
 def test_gguf_untied_head_partial_rope_and_scaling(tmp_path):
     tensors = {n: np.ones(s, np.float32) for n, s in names_and_shapes("qwen3")}
     tensors["output.weight"] = np.zeros((VOCAB, HIDDEN), np.float32)

@@ -26,6 +26,9 @@ _SOURCE = "converted-from"  # the file in a converted directory that names the G
 _FORMAT = 1  # raise it when the conversion changes: it is part of the cache key
 _CACHE_LIMIT = 2 << 30  # bytes of bfloat16; larger models are dequantised each time, not copied into the home folder
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Further settings of rope scaling, and the values at which they say what "type" and "factor" say alone.
+_YARN = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_beta_fast": 32.0,
+         "yarn_beta_slow": 1.0, "yarn_log_multiplier": 0.0}
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -134,6 +137,9 @@ def read_config(path: Path, reader) -> dict:
         rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", float, 1.0),
                  "original_max_position_embeddings": get("rope.scaling.original_context_length", int,
                                                          get("context_length"))}
+    for name, neutral in _YARN.items():
+        if (value := get(f"rope.scaling.{name}", float, neutral)) != neutral:
+            raise CheckpointError(f"{path}: {arch}.rope.scaling.{name} must be {neutral:g}; got {value:g}")
     rotary = get("rope.dimension_count", int, head_dim)
     if rotary != head_dim:
         rope["partial_rotary_factor"] = rotary / head_dim

@@ -70,11 +70,11 @@ class Decoder:
         events, self._left = self._left, []
         while self._waiting and len(self._active) < self.max_batch:
             try:
-                events.append(self._start(self._waiting[0]))
+                events.append(self._start(live := self._waiting[0]))
             except OutOfPages:
                 break
             except BaseException:  # with no anchor it would fail every later step
-                self._leave(self._active[-1], [], "error")
+                self._leave(live, [], "error")
                 raise
         return events + self._decode() if self._active else events
 
