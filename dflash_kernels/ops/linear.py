@@ -18,7 +18,6 @@ from ..types import PackedWeight
 from . import _checks as check
 
 
-@torch.no_grad()  # what is packed is for inference: a graph would keep the parameter alive
 def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
     """Lays a weight out in the order in which `linear` and `lm_head_argmax` read it. Do it once, when loading.
 
@@ -37,13 +36,12 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
         raise ValueError(f"{op}: weight must not be empty; got {check.describe(weight)}")
     if scales is not None:
         check.tensor(op, "scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
-        scales = scales.contiguous()
-    weight = weight.detach()
+        scales = _without_graph(scales).contiguous()
+    weight = _without_graph(weight)
     data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
     return PackedWeight(data, *weight.shape, scales)
 
 
-@torch.no_grad()
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight in 8 bits, symmetric, with one scale a row, for pack_weight.
 
@@ -59,7 +57,12 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check.tensor(op, "weight", weight, check.FLOATS, "(N, K)", (None, None))
     if weight.numel() == 0 or weight.device.type != "meta" and not bool(weight.isfinite().all()):
         raise ValueError(f"{op}: weight must be finite and not empty; got {check.describe(weight)}")
-    return reference.linear.quantize(weight.detach())
+    return reference.linear.quantize(_without_graph(weight))
+
+
+def _without_graph(parameter: torch.Tensor) -> torch.Tensor:
+    """What is made of it is for inference; a graph would keep the parameter alive."""
+    return parameter.detach() if parameter.requires_grad else parameter
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None, *,
