@@ -42,7 +42,6 @@ def main() -> int:
         why |= dict.fromkeys(new)
         print("".join(f"  {line}\n" for line in new), end="", flush=True)
         if not options.no_write and not options.json:
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"{name}.json", result(head, rows, [name], options))
     if options.json:
         write_json(options.json, result(head, found, options.names, options))

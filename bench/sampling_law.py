@@ -182,9 +182,7 @@ def main() -> None:
               "temperature": options.temperature, "top_p": options.top_p, "ways": found}
     print(found["plain"], found["greedy drafts"])
     if not options.no_write:
-        folder = results_folder("cpu")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "sampling_law.json", result)
+        write_json(results_folder("cpu") / "sampling_law.json", result)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,8 @@ def test_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         results.write_json(file, {"a": object()})
     assert file.read_text() == "before" and [f.name for f in tmp_path.iterdir()] == ["x.json"]
+    results.write_json(tmp_path / "a" / "machine" / "x.json", {"a": 1})
+    assert (tmp_path / "a" / "machine" / "x.json").read_text() == '{\n "a": 1\n}\n'
 
 
 # ---- what the repository measures ------------------------------------------------------------------------------------

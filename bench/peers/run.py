@@ -279,7 +279,6 @@ def parsed() -> argparse.Namespace:
     draft = drafter_of(options.model, options.draft)
     options.draft = None if draft == "none" else draft
     if options.json is None and not options.no_write:
-        results_folder().mkdir(parents=True, exist_ok=True)
         options.json = results_folder() / ("peers.json" if options.dtype == BFLOAT16 else "peers-float32.json")
     return options
 

@@ -32,7 +32,8 @@ def commit() -> str | None:
 
 
 def write_json(file: Path, value: dict) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all, in a new folder if need be: a machine's first results have none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
