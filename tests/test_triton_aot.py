@@ -25,11 +25,21 @@ def test_compiles_for_every_architecture_without_spills_and_within_shared_memory
 def test_attention_prefetches_keys_and_values():
     """Two tiles of each are in shared memory. Addresses that a compiler takes for unaligned are not prefetched, and
     need not spill either."""
-    for index, case in enumerate(_aot.cases("attention")):
+    for index, case in enumerate(case.on(90) for case in _aot.cases("attention")):
         if tile := case.constexprs.get("BLOCK_N"):
             itemsize = {"*u8": 1, "*fp32": 4}.get(case.signature["k_cache"], 2)
             found, least = _aot.report("attention", index, 90, CACHE), 4 * tile * case.constexprs["BLOCK_D"] * itemsize
             assert found.shared >= least, f"{found.name}: {found.shared} bytes of shared memory, not {least}"
+
+
+def test_attention_issues_its_instructions_while_keys_arrive():
+    """An H100's multiprocessor gets 3.35 TB/s / 132, at 1.755 GHz, and issues 4 instructions a clock at best. The loop
+    over whole tiles is the shortest with products."""
+    case = next(c for c in _aot.cases("attention") if c.name == "block_attention 128 bf16").on(90)
+    loops = [x for x in _aot.loops(_aot.compiled(case, 90)[0]) if any("HGMMA" in word for word in x)]
+    arriving = 2 * 2 * 128 * case.constexprs["BLOCK_N"] / (3.35e12 / 132 / 1.755e9)  # clocks for the tile's K and V
+    issued = min(map(len, loops)) * case.num_warps
+    assert len(loops) >= 3 and 0 < issued < 0.7 * 4 * arriving, (issued, 4 * arriving)
 
 
 def test_spills_stack_and_too_much_shared_memory_are_complaints():

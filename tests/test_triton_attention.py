@@ -11,9 +11,11 @@ from dflash_kernels.types import PagedKV
 CANARY = 7.0
 
 
-@pytest.fixture(params=[torch.float32, torch.float16], ids=["f32", "f16"])
-def dtype(request):
-    return request.param
+@pytest.fixture(params=[(torch.float32, 8), (torch.float16, 8), (torch.float16, 9)], ids=["f32", "f16", "f16 sm_90"])
+def dtype(request, monkeypatch):
+    """With the tiles of a generation of chips."""
+    monkeypatch.setattr(triton_attention, "generation", lambda device: request.param[1])
+    return request.param[0]
 
 
 @pytest.fixture
@@ -57,6 +59,19 @@ def test_several_spans_match_reference(dtype, options, short_spans):
                                                            (3, 1, 20, 128, 30), (7, 1, 33, 16, 5), (4, 4, 1, 3, 2)])
 def test_geometries(dtype, heads, kv_heads, dim, page, width):
     check(Case([66, 5], width=width, heads=heads, kv_heads=kv_heads, dim=dim, page=page, dtype=dtype), window=(40, 1))
+
+
+@pytest.mark.parametrize("dim,dtype,major,fp8", [(128, torch.float16, 12, False), (128, torch.float16, 9, False),
+                                                 (128, torch.float16, 10, True),
+                                                 (256, torch.float32, 10, False), (256, torch.float32, 12, False)])
+def test_tiles_that_one_generation_has(dim, dtype, major, fp8, monkeypatch):
+    monkeypatch.setattr(triton_attention, "generation", lambda device: major)
+    case = Case([166, 5], width=9, heads=5, kv_heads=1, dim=dim, dtype=dtype)
+    if fp8:
+        fp8_cases.check_read(run, fp8_cases.quantise(case, "head"), window=(140, 1))
+    else:
+        check(case, window=(140, 1))
+        check(case, softcap=3.0)
 
 
 def test_sinks(dtype):
@@ -161,6 +176,10 @@ def test_p21_a_context_past_the_table_is_nan_where_it_is_seen(dtype):
     case.lens[0], case.table[0, 0] = 20, 2**30
     got = run(case)
     assert got[0].isnan().all() and not got[1].isnan().any()
+    case = Case([300, 300], dim=16, dtype=dtype)  # in a tile that all rows see
+    case.table[1, 9] = -1
+    assert torch.equal(run(case).isnan(), case.expect().isnan())
+    assert same_bits(run(case, window=(120, -1)), run(Case([300, 300], dim=16, dtype=dtype), window=(120, -1)))
 
 
 def test_empty_batches_and_blocks_and_no_cache(dtype):

@@ -14,8 +14,10 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,16 +31,24 @@ NOUNS = tuple(dict.fromkeys(where.split(":")[0] for where in LAUNCHERS.values())
 
 class Case(NamedTuple):
     """One kernel as one configuration compiles it. signature has a type for each argument that is not a constexpr,
-    "constexpr" for the others; options are the compiler's, such as enable_fp_fusion. A constexpr may be a function of
-    the architecture."""
+    "constexpr" for the others; options are the compiler's, such as enable_fp_fusion. A constexpr, num_warps and
+    num_stages may be functions of the architecture."""
 
     name: str
     kernel: Any
     signature: dict
     constexprs: dict
-    num_warps: int
-    num_stages: int
+    num_warps: int | Callable[[int], int]
+    num_stages: int | Callable[[int], int]
     options: dict = {}  # noqa: RUF012
+
+    def on(self, arch: int) -> "Case":
+        """As `arch` has it."""
+        def value(x):
+            return x(arch) if callable(x) else x
+
+        return self._replace(constexprs={n: value(x) for n, x in self.constexprs.items()},
+                             num_warps=value(self.num_warps), num_stages=value(self.num_stages))
 
 
 class Report(NamedTuple):
@@ -68,8 +78,7 @@ def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = N
     """Compiles case `index` of a noun. cache: a folder of earlier reports, keyed by everything they depend on."""
     import triton
 
-    case = cases(noun)[index]
-    case = case._replace(constexprs={n: c(arch) if callable(c) else c for n, c in case.constexprs.items()})
+    case = cases(noun)[index].on(arch)
     facts = (case.name, case.kernel.cache_key, case.signature, case.constexprs, case[4:], arch, triton.__version__)
     kept = Path(cache, hashlib.sha256(repr(facts).encode()).hexdigest() + ".json") if cache else None
     if kept and kept.exists():
@@ -83,7 +92,8 @@ def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = N
     return found
 
 
-def _compile(case: Case, arch: int) -> Report:
+def compiled(case: Case, arch: int) -> tuple[Any, str]:
+    """Triton's compiled kernel, and what ptxas said of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,9 +105,27 @@ def _compile(case: Case, arch: int) -> Report:
     # Compiled anew, into a folder of its own: a cached kernel comes without the log of ptxas.
     with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log),
           _environment(TRITON_CACHE_DIR=folder, TRITON_DUMP_PTXAS_LOG="1")):
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Report(case.name, arch, *(_number(p, log.getvalue()) for p in (
-        r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")), compiled.metadata.shared)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), log.getvalue()
+
+
+def _compile(case: Case, arch: int) -> Report:
+    kernel, log = compiled(case, arch)
+    return Report(case.name, arch, *(_number(p, log) for p in (
+        r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")), kernel.metadata.shared)
+
+
+def loops(kernel: Any) -> list[list[str]]:
+    """The machine's instructions in each loop of a compiled kernel, from the branch's target to the branch."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-sass", file.name], check=True,
+                              capture_output=True, text=True).stdout
+    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
+    back = [(int(m[1], 16), at) for at, word in lines if (m := re.search(r"\bBRA\b.*0x([0-9a-f]+)", word))]
+    return [[word for at, word in lines if begin <= at <= end] for begin, end in back if begin < end]
 
 
 def _specialised(case: Case) -> tuple[dict, dict]:

@@ -7,9 +7,10 @@ What goes together is a tuple:
     sight   context, first, last, left, right: a row sees keys of [first, last) from position - left to position + right
     extent  head_dim, num_pages
 
-A value that is not finite must reach only the rows that see it, and 0 * NaN is NaN. The loop that prefetches does not
-look: where its sums are not finite, which is rare and ends in NaN anyway, they are computed again, EXACT: such values
-go through the tensor cores as zeros, and a second product says which rows see one. Both give a row the same bits.
+A value that is not finite must reach only the rows that see it, and 0 * NaN is NaN. The loops do not look: where their
+sums are not finite, or a page did not exist, which is rare and ends in NaN anyway, all is computed again, EXACT: such
+values go through the tensor cores as zeros, and a second product says which rows see one. Both give a row the same
+bits. The second time goes through the keys once for a few columns of the values: in the registers of the first.
 
 Keys of an fp8 cache and keys of the block go through separate loops, as one is scaled and the other is not: a key
 head's k_scale is part of its scores' factor, and what its values add up to takes v_scale when a softmax of the context
@@ -83,14 +84,16 @@ def keys_of(cache, block, cached, there, head_dim, d, kind: tl.constexpr, SOURCE
 
 
 @triton.jit
-def weigh(score, softmax, position, at, inside, exists, sight, factor, softcap, SOFTCAP: tl.constexpr):
+def weigh(score, softmax, sight, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, mask, factor, softcap):
     """Scores as the softmax has them, their weights, and the softmax without the weighted values."""
     score *= factor
     if SOFTCAP:
         score = tanh(score) * softcap
-    seen = (inside[None, :] & (at[None, :] >= (position - sight[3])[:, None])
-            & (at[None, :] <= (position + sight[4])[:, None]))
-    score = tl.where(seen, tl.where(exists[None, :], score, float("nan")), float("-inf"))
+    if MASKED:
+        position, at, inside, exists = mask
+        seen = (inside[None, :] & (at[None, :] >= (position - sight[3])[:, None])
+                & (at[None, :] <= (position + sight[4])[:, None]))
+        score = tl.where(seen, tl.where(exists[None, :], score, float("nan")), float("-inf"))
     new = tl.maximum(softmax[0], tl.max(score, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     weight, fade = tl.exp2(score - shift[:, None]), tl.exp2(softmax[0] - shift)
@@ -98,12 +101,12 @@ def weigh(score, softmax, position, at, inside, exists, sight, factor, softcap, 
 
 
 @triton.jit
-def attend(begin, end, softmax, merged, rows, keys, sight, extent, factor, v_scale, softcap, EXACT: tl.constexpr,
-           SOURCE: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+def attend(begin, end, softmax, merged, rows, keys, sight, extent, factor, v_scale, softcap, columns,
+           EXACT: tl.constexpr, SOURCE: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr,
            SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
     """The softmax of a span that is not over yet, and that of the spans before it, after the tiles [begin, end) of
-    keys. SOURCE: "cache", "block" or "both"."""
+    keys, of which some rows may not see some. SOURCE: "cache", "block" or "both"."""
     k, v, k_row, v_row, k_cache, v_cache, kc_page, kc_row, vc_page, vc_row, pages = keys
     q, from_q, ok, position = rows
     context, first, last = sight[0], sight[1], sight[2]
@@ -123,53 +126,105 @@ def attend(begin, end, softmax, merged, rows, keys, sight, extent, factor, v_sca
         page, row, after = page.to(tl.int64), (at % PAGE).to(tl.int64), (at - context).to(tl.int64)
         in_cache, in_block, there = k_cache + (page * kc_page + row * kc_row), k + after * k_row, inside & exists
         if CHUNK_D == BLOCK_D:
-            columns = keys_of(in_cache, in_block, cached, there, head_dim, d, q.dtype, SOURCE, NATIVE)
-            score = tl.dot(q, columns, input_precision="ieee")
+            key = keys_of(in_cache, in_block, cached, there, head_dim, d, q.dtype, SOURCE, NATIVE)
+            score = tl.dot(q, key, input_precision="ieee")
         else:  # without tensor cores a thread keeps whole rows, and has not the registers for all of D
             score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for chunk in tl.static_range(BLOCK_D // CHUNK_D):
                 part = chunk * CHUNK_D + tl.arange(0, CHUNK_D)
                 some = tl.load(from_q[:, None] + part[None, :], ok[:, None] & (part < head_dim)[None, :], 0.0)
-                columns = keys_of(in_cache, in_block, cached, there, head_dim, part, q.dtype, SOURCE, NATIVE)
-                score = tl.dot(some, columns, score, input_precision="ieee")
-        score, weight, softmax = weigh(score, softmax, position, at, inside, exists, sight, factor, softcap, SOFTCAP)
-        top, total, acc = softmax
+                key = keys_of(in_cache, in_block, cached, there, head_dim, part, q.dtype, SOURCE, NATIVE)
+                score = tl.dot(some, key, score, input_precision="ieee")
+        score, weight, softmax = weigh(score, softmax, sight, True, SOFTCAP, (position, at, inside, exists), factor,
+                                       softcap)
         at_value = address_of((v_cache + (page * vc_page + row * vc_row))[:, None], (v + after * v_row)[:, None],
-                              cached[:, None], d[None, :], SOURCE)
-        values = load_rows(at_value, there[:, None] & (d < head_dim)[None, :], q.dtype, NATIVE)
+                              cached[:, None], columns[None, :], SOURCE)
+        values = load_rows(at_value, there[:, None] & (columns < head_dim)[None, :], q.dtype, NATIVE)
         if EXACT:
             finite = tl.abs(values.to(tl.float32)) < float("inf")
-            acc = tl.dot(weight.to(values.dtype), tl.where(finite, values, 0.0), acc, input_precision="ieee")
+            acc = tl.dot(weight.to(values.dtype), tl.where(finite, values, 0.0), softmax[2], input_precision="ieee")
             acc += _not_finite(values, score, SOURCE == "cache")
         else:
-            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
+            acc = tl.dot(weight.to(values.dtype), values, softmax[2], input_precision="ieee")
         over = (tile + 1) * BLOCK_N % SPAN == 0
         if SOURCE == "cache":
             over = over & ((tile + 1) * BLOCK_N <= context)
-        if over:
-            merged = merge(merged, (top, total, acc * v_scale))
-            top, total, acc = nothing_seen(BLOCK_M, BLOCK_D)
-        softmax = (top, total, acc)
-    return (softmax[0], softmax[1], softmax[2] * v_scale), merged
+        softmax, merged = end_of_span(over, (softmax[0], softmax[1], acc), merged, v_scale)
+    return softmax, merged
 
 
 @triton.jit
-def attend_all(begin, end, rows, keys, sight, extent, factor, k_scale, v_scale, softcap, EXACT: tl.constexpr,
-               NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr,
-               STAGES: tl.constexpr):
-    """The softmax of the tiles [begin, end) of keys."""
-    softmax, context = nothing_seen(BLOCK_M, BLOCK_D), sight[0]
-    if keys[4].dtype.element_ty == tl.uint8:
-        softmax, merged = attend(
-            begin, tl.minimum(end, tl.cdiv(context, BLOCK_N)), softmax, softmax, rows, keys, sight, extent,
-            factor * k_scale, v_scale, softcap, EXACT, "cache", NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN,
-            SOFTCAP, STAGES)
-        softmax, merged = attend(
-            tl.maximum(begin, context // BLOCK_N), end, softmax, merged, rows, keys, sight, extent, factor, 1.0,
-            softcap, EXACT, "block", NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
+def end_of_span(over, softmax, merged, v_scale):
+    if over:
+        merged = merge(merged, (softmax[0], softmax[1], softmax[2] * v_scale))
+        softmax = nothing_seen(softmax[2].shape[0], softmax[2].shape[1])
+    return softmax, merged
+
+
+@triton.jit
+def attend_whole(begin, end, softmax, merged, missing, rows, keys, sight, extent, factor, v_scale, softcap,
+                 NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                 SPAN: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
+    """As attend, of tiles in the cache that every row sees whole. missing counts keys whose page does not exist."""
+    k_cache, v_cache, kc_page, kc_row, vc_page, vc_row, pages = keys[4:]
+    q = rows[0]
+    head_dim, num_pages = extent
+    d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        if BLOCK_N % PAGE == 0:
+            slot, row = tile * (BLOCK_N // PAGE) + n // PAGE, n % PAGE
+        else:
+            slot, row = (tile * BLOCK_N + n) // PAGE, (tile * BLOCK_N + n) % PAGE
+        page = tl.load(pages + slot)
+        exists = (page >= 0) & (page < num_pages)
+        missing += tl.where(exists, 0, 1)
+        page, row = page.to(tl.int64), row.to(tl.int64)
+        in_cache = k_cache + row * kc_row + page * kc_page
+        key = keys_of(in_cache, in_cache, exists, exists, head_dim, d, q.dtype, "cache", NATIVE)
+        _, weight, softmax = weigh(tl.dot(q, key, input_precision="ieee"), softmax, sight, False, SOFTCAP, (), factor,
+                                   softcap)
+        at_value = (v_cache + row * vc_row + page * vc_page)[:, None] + d[None, :]
+        values = load_rows(at_value, exists[:, None] & (d < head_dim)[None, :], q.dtype, NATIVE)
+        acc = tl.dot(weight.to(values.dtype), values, softmax[2], input_precision="ieee")
+        softmax, merged = end_of_span((tile + 1) * BLOCK_N % SPAN == 0, (softmax[0], softmax[1], acc), merged, v_scale)
+    return softmax, merged, missing
+
+
+@triton.jit
+def attend_all(begin, whole, stop, rows, keys, sight, extent, factor, k_scale, v_scale, softcap, columns,
+               EXACT: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr,
+               SOFTCAP: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr):
+    """The softmax of the tiles [begin, stop) of keys for some columns of the values, and the largest of its sums as an
+    integer: from 0x7F800000 on it is to be taken anew, EXACT. Rows see the tiles from `whole` on whole, up to the last
+    one that the context fills."""
+    FP8: tl.constexpr = keys[4].dtype.element_ty == tl.uint8
+    SOURCE: tl.constexpr = "cache" if FP8 else "both"
+    softmax, context, edge = nothing_seen(BLOCK_M, columns.shape[0]), sight[0], stop
+    merged, missing = softmax, tl.zeros((BLOCK_N,), tl.int32)
+    if FP8:
+        edge = tl.minimum(stop, tl.cdiv(context, BLOCK_N))
+    if not WHOLE:
+        softmax, merged = attend(begin, edge, softmax, merged, rows, keys, sight, extent, factor * k_scale, v_scale,
+                                 softcap, columns, EXACT, SOURCE, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D,
+                                 SPAN, SOFTCAP, STAGES)
     else:
+        whole = tl.minimum(tl.maximum(whole, begin), edge)
+        after = tl.maximum(tl.minimum(context // BLOCK_N, edge), whole)
+        for side in tl.range(2):  # the tiles before and those behind are one piece of code
+            softmax, merged = attend(
+                tl.where(side == 0, begin, after), tl.where(side == 0, whole, edge), softmax, merged, rows, keys,
+                sight, extent, factor * k_scale, v_scale, softcap, columns, False, SOURCE, NATIVE, PAGE, BLOCK_M,
+                BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 2)
+            softmax, merged, missing = attend_whole(
+                whole, tl.where(side == 0, after, whole), softmax, merged, missing, rows, keys, sight, extent,
+                factor * k_scale, v_scale, softcap, NATIVE, PAGE, BLOCK_N, BLOCK_D, SPAN, SOFTCAP, STAGES)
+    if FP8:
         softmax, merged = attend(
-            begin, end, softmax, softmax, rows, keys, sight, extent, factor, 1.0, softcap, EXACT, "both", NATIVE, PAGE,
-            BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, STAGES)
-    return merge(merged, softmax)
+            tl.maximum(begin, context // BLOCK_N), stop, (softmax[0], softmax[1], softmax[2] * v_scale), merged, rows,
+            keys, sight, extent, factor, 1.0, softcap, columns, EXACT, "block", NATIVE, PAGE, BLOCK_M, BLOCK_N,
+            BLOCK_D, CHUNK_D, SPAN, SOFTCAP, 1)
+    softmax = merge(merged, softmax)
+    # As integers: for the same look at booleans Triton 3.9 keeps a stack frame.
+    largest = tl.max(tl.max(softmax[2].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+    return softmax, tl.where(tl.max(missing, 0) > 0, 0x7FFFFFFF, largest)
