@@ -75,7 +75,7 @@ def _put(softmax, d, parts, sinks, lost, left, place, out, o_row, o_head, units)
 
 @triton.jit
 def _sight(b, row0, lens, group, left, right, unit_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(rows, lost, begin, whole, stop, sight): the tiles [begin, stop) of the program's unit, of which every row sees
+    """(live, lost, unit, begin, whole, stop, sight): the tiles [begin, stop) of the program's unit, of which rows see
     those from `whole` on whole, as far as they are of the context."""
     context_lens, block_lens, context_starts, width, capacity, num_pages = lens
     context, start, live, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
