@@ -1,8 +1,4 @@
-import contextlib
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,39 +12,10 @@ from dflash_kernels.testing.interpreter import accept_newer_numpy
 # process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/test_triton_norm.py`.
 _triton_tests = {p.name for p in Path(__file__).parent.glob("test_triton*.py")}
 _compiled = {"test_triton.py", "test_triton_aot.py"}
-AOT_CACHE, COMPILES = Path(__file__).resolve().parent.parent / "build" / "aot", "test_compiles_for_every_architecture"
-AHEAD = pytest.StashKey[subprocess.Popen]()
 TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[int]]()
 collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
 if os.environ.get("TRITON_INTERPRET") == "1":
     accept_newer_numpy()
-
-
-def pytest_collection_finish(session):
-    """GPU kernels are compiled ahead of their test, which takes minutes, on what the others leave of the cores."""
-    if session.config.option.collectonly or not any(item.name.startswith(COMPILES) for item in session.items):
-        return
-    code = f"import os; os.nice(19); from dflash_kernels._triton import _aot; _aot.report_all({str(AOT_CACHE)!r}, 1)"
-    session.config.stash[AHEAD] = subprocess.Popen([sys.executable, "-c", code], start_new_session=True,
-                                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def pytest_unconfigure(config):
-    end_compiling(config)
-
-
-def end_compiling(config):
-    if (ahead := config.stash.get(AHEAD, None)) and ahead.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(ahead.pid, signal.SIGKILL)
-        ahead.wait()
-
-
-@pytest.fixture
-def aot_cache(request):
-    """Where reports of compiled kernels are kept. What was compiled ahead is there; no more is."""
-    end_compiling(request.config)
-    return AOT_CACHE
 
 
 @pytest.fixture(params=every_isa())
