@@ -57,6 +57,7 @@ def test_packing_does_not_follow_the_default_device(monkeypatch):
 
 def test_what_is_packed_does_not_keep_a_parameter_alive():
     weight = torch.nn.Parameter(torch.randn(45, 70))
+    assert not dk.quantize_weight(weight)[1].requires_grad
     gone, packed = weakref.ref(weight), [dk.pack_weight(weight), dk.pack_weight(*dk.quantize_weight(weight))]
     del weight
     assert gone() is None and not any(p.data.requires_grad for p in packed) and not packed[1].scales.requires_grad

@@ -16,9 +16,10 @@ keys of 128 bfloat16 numbers take to arrive, one multiprocessor of 132 issues 9,
 
 A row's bits depend on its query, its position and the keys that it sees, on nothing else:
 
-- The tile is the same for every Q, batch and option, so on one chip a product is always the same instruction in the
-  same layout, which treats rows alike. Tiles of keys start at multiples of BLOCK_N of the ABSOLUTE position, and
-  a key that a row does not see has weight 0 and changes no bit: whether a tile was masked does not show.
+- On one chip the tile is the same for every Q, batch and option but the soft cap, which is the model's own. So a product
+  is always the same instruction in the same layout, which treats rows alike. Tiles of keys start at multiples of
+  BLOCK_N of the ABSOLUTE position, and a key that a row does not see has weight 0 and changes no bit: whether a tile
+  was masked does not show.
 - SPAN positions are one softmax, from nothing, and spans are merged in order. Whether programs share out the spans and
   a second launch merges them (few requests) or one program does both (many) is chosen by shapes alone and moves no bit.
   Multiply-adds of a merge are fused by name, so that both places round alike.
