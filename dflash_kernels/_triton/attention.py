@@ -16,7 +16,7 @@ keys of 128 bfloat16 numbers take to arrive, one multiprocessor of 132 issues 9,
 
 A row's bits depend on its query, its position and the keys that it sees, on nothing else:
 
-- On one chip the tile is the same for every Q, batch and option but the soft cap, which is the model's own. So a product
+- On one chip the tile is the same for every Q, batch and option but the soft cap, which is the model's own. A product
   is always the same instruction in the same layout, which treats rows alike. Tiles of keys start at multiples of
   BLOCK_N of the ABSOLUTE position, and a key that a row does not see has weight 0 and changes no bit: whether a tile
   was masked does not show.
