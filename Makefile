@@ -37,7 +37,7 @@ demo: build $(STAMPS)/model
 	$(VENV)/bin/dflash-kernels generate --model smollm2 --prompt "$(PROMPT)" --compare
 
 test: build $(STAMPS)/dev $(STAMPS)/model
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --dist worksteal $(ARGS)
 
 build: $(STAMPS)/build
 

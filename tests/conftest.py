@@ -1,6 +1,11 @@
 import os
 from pathlib import Path
 
+# A worker of pytest-xdist shares the cores with the others: two threads of a kernel would wait for each other. Read
+# when torch is imported, and by the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import sampling_law
 import torch
@@ -88,6 +93,33 @@ def tell(request):
 def interpreted(request):
     """interpreted(n): n more tests ran in Triton's interpreter."""
     return request.config.stash.setdefault(INTERPRETED, []).append
+
+
+def pytest_collection_modifyitems(items):
+    """Interpreted kernels first: each of those tests takes up to a minute, and the last to end would end alone."""
+    items.sort(key=lambda item: item.path.name != "test_triton.py")
+
+
+def pytest_sessionfinish(session):
+    """A worker hands what its tests told to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        stash = session.config.stash
+        session.config.workeroutput |= {"told": stash.get(TOLD, []), "interpreted": stash.get(INTERPRETED, []),
+                                        "p_values": sampling_law.SEEN, "notes": sampling_law.NOTES}
+
+
+class _Workers:
+    def pytest_testnodedown(self, node, error):
+        output, stash = getattr(node, "workeroutput", {}), node.config.stash
+        stash.setdefault(TOLD, []).extend(output.get("told", []))
+        stash.setdefault(INTERPRETED, []).extend(output.get("interpreted", []))
+        sampling_law.SEEN += output.get("p_values", [])
+        sampling_law.NOTES += output.get("notes", [])
+
+
+def pytest_configure(config):
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_Workers())
 
 
 def pytest_terminal_summary(terminalreporter):
