@@ -75,6 +75,8 @@ def objection(draft, logits, lens, params, proposal, adjustments, rule, width, g
     last, tokens = int(got.bonus), got.tokens[0].tolist()
     if width <= 0:
         return None if (a, int(got.commit_lens), last) == (0, 0, -1) else "a padded request commits"
+    ended = [i for i, x in enumerate(draft[0, :width].tolist()) if i and not 0 <= x < logits.shape[-1]]
+    width, n = (ended[0], ended[0] - 1) if ended else (width, n)
     if tokens != draft[0, 1:a + 1].tolist() + [last] + [-1] * (draft.shape[1] - a - 1):
         return "tokens are not the accepted drafts and the last one"
     if int(got.commit_lens) != a + 1 or int(got.new_lens) != int(lens) + a + 1 or a > n:
@@ -104,8 +106,7 @@ def _last(p, q, a, n, last, u, share):
 
 
 def _px_qx(p, q, i, x):
-    inside = 0 <= x < p.shape[-1]
-    return (float(p[i, x]), float(q[i, x])) if inside else (0.0, 0.0)
+    return float(p[i, x]), float(q[i, x])
 
 
 def _by_token(p, q, x, u, a, n, last, sample):

@@ -306,6 +306,18 @@ def test_p38_a_row_is_adjusted_by_the_drafts_before_it(fault, monkeypatch):
     assert all(got[i] == plain[i] for i in (3, 4))
 
 
+@pytest.mark.parametrize("hole", [-1, VOCAB, 2**40])
+def test_rows_behind_a_draft_that_is_no_token_are_adjusted_for_nothing(hole):
+    """It is nobody's last token: -1 had marked the vocabulary's, and VOCAB ended the step."""
+    settings, found = dataclasses.replace(PENALTIES, grammar=Ascending()), []
+    for drafts in ([3, hole, 5], [3]):
+        adjuster = adjust.Adjuster(1, 4, VOCAB, torch.device("cpu"))
+        adjuster.fill(0, settings, [1, 2], [4], drafts)
+        a = adjuster.adjustments
+        found.append([t[:, :2] for t in (a.seen, a.bias, a.bitmask)] + [a.seen[:, 2:], a.bias[:, 2:]])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_a_grammar_is_not_asked_what_follows_a_stop_token():
     """A matcher that has ended raises when it is asked again, and that would end everybody's step."""
     _, target = make_target("llama")

@@ -3,6 +3,7 @@ import pytest
 import torch
 from attention_cases import NAN, Case, ints
 from test_attention import check_window_edges
+from test_attention_limits import BEYOND, check_a_context_beyond_the_table, check_scores_of_minus_524288
 
 from dflash_kernels._triton import attention as triton_attention
 from dflash_kernels.testing import assert_within_budget, same_bits
@@ -274,3 +275,11 @@ def test_p23_fp8_rows_have_the_same_bits_however_they_come(dtype, options, short
             assert same_bits(part, whole[:, :n].contiguous())
     monkeypatch.setattr(triton_attention, "SPLIT_BELOW", 0)
     assert same_bits(run(case, **options), whole)
+
+
+def test_scores_of_minus_524288_are_a_mean_and_no_zeros(dtype, short_spans):
+    check_scores_of_minus_524288(run, contexts=(70, 0), dtype=dtype)
+
+
+def test_a_context_beyond_the_page_table_ends_and_is_nan(dtype):
+    check_a_context_beyond_the_table(run, BEYOND[-1], dtype=dtype)

@@ -23,6 +23,9 @@ struct Request {
     rows = p.block_lens ? clamp(p.block_lens[b], 0, p.width) : p.width;
     start = p.context_starts ? clamp(p.context_starts[b], 0, context) : 0;
     if (p.page_size == 0) start = context;  // no cache; a cache of no pages still has a page size
+    // Of a context that the table cannot hold, whoever sees any of it sees the last token, which has no page. That one
+    // alone is looked at.
+    if (start < context && (context - 1) / p.page_size >= p.max_pages) start = context - 1;
   }
   // Visible positions of query i: [first(i), last(i)).
   int64_t first(const AttentionParams& p, int64_t i) const {

@@ -20,13 +20,22 @@ struct Ready {
   float *tops, *masses, *drafted_tops, *rest;
 };
 
+// Live tokens of a block, which ends at its first draft that is no token: nothing was proposed there.
+int64_t proposed_width(const VerifySampleParams& p, int64_t b) {
+  const int64_t width = width_of(p, b);
+  const int64_t* block = p.draft_ids + b * p.draft_stride;
+  for (int64_t i = 1; i < width; ++i)
+    if (block[i] < 0 || block[i] >= p.vocab) return i;
+  return width;
+}
+
 struct Request {
   const VerifySampleParams& p;
   int64_t b, width, threads;
   Filters filters;
 
   Request(const VerifySampleParams& params, int64_t request, int64_t together)
-      : p(params), b(request), width(width_of(params, request)), threads(together),
+      : p(params), b(request), width(proposed_width(params, request)), threads(together),
         filters(filters_of(params.sampling, request)) {}
 
   bool greedy() const { return double(filters.temperature) < kGreedy; }

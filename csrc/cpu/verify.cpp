@@ -17,7 +17,7 @@ void verify_request(const VerifyGreedyParams& p, int64_t b, const Target& target
   while (commit < width) {
     last = target(b, commit);
     tokens[commit++] = last;
-    if (commit == width || draft[commit] != last) break;
+    if (commit == width || draft[commit] != last || last < 0) break;
   }
   commit_block(p, b, commit, last);
 }

@@ -169,8 +169,10 @@ def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens,
                   RAGGED: tl.constexpr, BLOCK_RULE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     width, start = width_of(b, block_lens, block, RAGGED), tl.load(context_lens + b)
-    drafts, rows, n = width - 1, b * block, tl.arange(0, BLOCK)
-    drafted = tl.load(draft_ids + b * x_b + n + 1, n < drafts, -1)
+    rows, n = b * block, tl.arange(0, BLOCK)
+    drafted = tl.load(draft_ids + b * x_b + n + 1, n + 1 < width, -1)
+    # A block ends at its first id that is no token: nothing was proposed there.
+    drafts = tl.min(tl.where((drafted >= 0) & (drafted < vocab), BLOCK, n), 0)
     accept, last = tl.full((), 0, tl.int32), tl.full((), -1, tl.int32)
     stats += rows * STATS
     if (probs is None) and (draft_logits is None):

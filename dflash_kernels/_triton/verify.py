@@ -58,7 +58,7 @@ def verify_kernel(draft_ids, target_ids, keys, context_lens, block_lens, accept_
     else:
         target = tl.load(target_ids + b * target_stride + i, i < width, -1)
     drafted = tl.load(draft_ids + b * draft_stride + i + 1, i + 1 < width, -1)
-    stops = (i + 1 >= width) | (drafted != target)
+    stops = (drafted < 0) | (drafted != target)  # what is past the block is -1
     accept = tl.min(tl.where(stops, i, BLOCK), axis=0)
     commit = tl.where(width > 0, accept + 1, 0)
     tl.store(tokens + b * tokens_stride + i, tl.where(i < commit, target, -1), i < block)

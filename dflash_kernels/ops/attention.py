@@ -43,9 +43,11 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
         float8_e4m3fn cache up to D = 64; NotImplementedError above.
     page_table (B, max_pages): int32, page ids in position order, last dimension contiguous. None only with cache=None.
         Entries outside a request's visible context are never read.
-    context_lens (B,): int32, committed tokens of each request; also the position of its first query.
-    block_lens (B,): int32, valid rows of each block; None: Q. Rows past it are invisible and not written.
-    context_starts (B,): int32, first context position that holds data; None: 0.
+    context_lens (B,): int32, committed tokens of each request; also the position of its first query. Below 0 is 0. Of a
+        context beyond max_pages * P nothing is read: rows that see any of it are NaN, and the others as they would be.
+    block_lens (B,): int32, valid rows of each block; None: Q. Rows past it are invisible and not written. Clamped to
+        [0, Q].
+    context_starts (B,): int32, first context position that holds data; None: 0. Clamped to [0, context_lens].
     scale: multiplies q.k; None: 1 / sqrt(D).
     causal: key positions after the query's are invisible. Off by default: a draft block is bidirectional.
     window: (left, right) distances, in tokens, both inclusive; -1 is unlimited. A checkpoint's sliding_window w counts

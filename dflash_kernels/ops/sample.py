@@ -38,7 +38,8 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     """Accepted lengths, emitted tokens, bonus tokens and new context lengths of B drafted blocks, sampled.
 
     draft_ids (B, Q): int64, rows at any stride: the block that the target ran over; column 0 is the anchor. With Q = 1
-        this is plain sampling. An id outside [0, V) is never accepted.
+        this is plain sampling. A block ends at its first id outside [0, V), such as the -1 of an engine that proposes
+        nothing, as if block_lens said so: what follows counts for nothing, and the token there is drawn from p.
     logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
         vocabulary is a view). A row after the first rejection need not be read.
     context_lens (B,): int32, contiguous: tokens before the anchor.

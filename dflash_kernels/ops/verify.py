@@ -22,7 +22,8 @@ def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, cont
                   out: Verified | None = None) -> Verified:
     """Accepted lengths, emitted tokens, bonus tokens and new context lengths of B drafted blocks.
 
-    draft_ids (B, Q): int64, rows at any stride: the block that the target ran over; column 0 is the anchor.
+    draft_ids (B, Q): int64, rows at any stride: the block that the target ran over; column 0 is the anchor. An id that
+        is no token, such as -1 where nothing is proposed, is never accepted, whatever target_ids has there.
     target_ids (B, Q): int64, rows at any stride: the target's next token after each of them; None with logits.
     context_lens (B,): int32, contiguous: tokens before the anchor.
     logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded

@@ -19,6 +19,8 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         if k_cache is None:
             start = context
         else:
+            if start < context and context > page_table.shape[1] * k_cache.shape[1]:
+                start = context - 1  # without a page, and whoever sees any of the context sees it: nothing is walked
             keys = torch.cat([_context_rows(k_cache, k_scale, page_table[b], start, context), keys])
             values = torch.cat([_context_rows(v_cache, v_scale, page_table[b], start, context), values])
         key_at = torch.arange(start, context + rows, device=q.device)

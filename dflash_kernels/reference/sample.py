@@ -160,7 +160,9 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
     positions = starts + 1 + i
     p = law(adjusted(logits, seen, repetition_penalty, bias, bitmask), temperature, top_k, top_p, min_p)
     sampled = uniform(seeds, positions, SAMPLE)
-    x, live = draft_ids[:, 1:], i[1:] < widths[:, None]
+    x = draft_ids[:, 1:]
+    # A block ends at its first id that is no token: nothing was proposed there.
+    live = ((x >= 0) & (x < vocab) & (i[1:] < widths[:, None])).long().cumprod(1).bool()
     if draft_probs is None and draft_logits is None:
         target = draw(p, sampled)
         accept = ((x == target[:, :-1]) & live).long().cumprod(1).sum(1)
@@ -168,7 +170,7 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
     else:
         q = proposal(draft_ids, vocab, draft_probs, draft_candidates, draft_logits, temperature)
         px, qx, u = _at(p, x), _at(q, x), uniform(seeds, positions[:, :-1], ACCEPT, starts)
-        drafts = (widths.long() - 1).clamp_min(0)
+        drafts = live.sum(1)
         accept, share = _by_block(p, q, px, qx, u, drafts) if block_rule else _by_token(px, qx, u, live)
         where = accept[:, None, None].expand(-1, 1, vocab)
         own = p.gather(1, where)[:, 0]

@@ -9,7 +9,8 @@ def verify_greedy(draft_ids, target_ids, logits, context_lens, block_lens, accep
     q = draft_ids.shape[1]
     i = torch.arange(q, device=draft_ids.device)
     widths = torch.full_like(context_lens, q) if block_lens is None else block_lens.clamp(0, q)
-    agrees = (draft_ids[:, 1:] == target[:, :-1]) & (i[1:] < widths[:, None])
+    drafts = draft_ids[:, 1:]
+    agrees = (drafts == target[:, :-1]) & (drafts >= 0) & (i[1:] < widths[:, None])
     accept = agrees.long().cumprod(1).sum(1)
     live = widths > 0
     commit = torch.where(live, accept + 1, 0)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -33,6 +34,7 @@ class Adjuster:
         """Request b of the batch: what it was asked, what it has answered, the drafts of its block, and the tokens that
         would end it."""
         a, width = self.adjustments, self.width
+        drafts = list(takewhile(range(self.vocab).__contains__, drafts))  # where verify_sample ends the block too
         a.repetition_penalty[b] = sampling.repetition_penalty
         counts, bias = Counter(text), torch.zeros((width, self.vocab))
         seen = torch.zeros((width, self.vocab), dtype=torch.bool)
@@ -54,7 +56,7 @@ class Adjuster:
 
     def _mask(self, sampling, text, drafts, stops):
         words = torch.full(self.adjustments.bitmask.shape[1:], -1, dtype=torch.int32)
-        for i in range(self.width if sampling.grammar else 0):
+        for i in range(len(drafts) + 1 if sampling.grammar else 0):
             sampling.grammar.fill_bitmask([*text, *drafts[:i]], words[i])
             # Nothing comes after a draft that is not allowed, which is rejected, or that ends the answer: a grammar
             # that has ended may refuse to be asked.
