@@ -51,17 +51,16 @@ def regular(file: Path) -> os.stat_result:
 
 def read_text(file: Path, most: int = MOST_JSON) -> str:
     """The text of a regular UTF-8 file of at most `most` bytes, or CheckpointError."""
-    size = regular(file).st_size
+    if (size := regular(file).st_size) > most:
+        raise CheckpointError(f"{file}: expected at most {most:,} bytes; got {size:,}")
     try:
         with open(file, "rb") as opened:
-            content = opened.read(most + 1)
+            content = opened.read(most + 1)  # some files have no size
         if len(content) <= most:
             return content.decode("utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: expected this file; got none") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: expected text in UTF-8; got {brief(error)}") from None
-    raise CheckpointError(f"{file}: expected at most {most:,} bytes; got {max(size, most + 1):,}")
+    raise CheckpointError(f"{file}: expected at most {most:,} bytes; got more")
 
 
 def read_json(file: Path) -> dict:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .fields import FLOAT_MIN, Fields, shown
+from .fields import FLOAT_MAX, FLOAT_MIN, Fields, shown
 
 _LENGTH = "original_max_position_embeddings"
 # Rope type -> its parameters, and whether they must be there.
@@ -43,7 +43,7 @@ class Rope:
     def check(self, what: str) -> None:
         """Raises ValueError where the parameters, each in its range, give no angle together."""
         inverse, factor = self._frequencies()
-        if not bool(torch.isfinite(inverse).all()) or not FLOAT_MIN <= factor < math.inf:
+        if not bool(torch.isfinite(inverse).all()) or not FLOAT_MIN <= factor <= FLOAT_MAX:
             raise ValueError(f"{what}: rope of type {self.kind!r} must give finite frequencies; got theta "
                              f"{self.theta:g} with {shown(dict(self.parameters))}")
 
@@ -119,7 +119,8 @@ def read_rope(config: Mapping, head_dim: int, what: str) -> Rope:
     """
     f = Fields(what, config)
     new, old = f.table("rope_parameters", {}), f.table("rope_scaling", {})
-    if any(isinstance(value, Mapping) for value in new.values()):
+    known = _HARMLESS.union(*_KEYS.values())
+    if any(isinstance(value, Mapping) and name not in known for name, value in new.items()):
         raise NotImplementedError(f"{what}: rope_parameters for each layer type are not supported; got "
                                   f"{shown(dict(new))}")
     scaling, every = Fields(what, new, old), Fields(what, new, config, old)
