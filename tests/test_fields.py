@@ -178,7 +178,7 @@ def test_configs_that_are_no_objects(tensors):
     ({"rope_type": "yarn", "rope_theta": 1 + 1e-9, "factor": 2.0}, "rope_theta must be a number above 1; got 1.0000"),
     ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 2}, "beta_fast must be at least beta_slow = 2"),
     ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate must be true or false; got 1"),
-    ({"rope_type": "yarn", "factor": 1e38, "mscale": 3e38, "mscale_all_dim": 1e-3}, "finite frequencies; got theta 10000"),
+    ({"rope_type": "yarn", "factor": 1e38, "mscale": 3e38, "mscale_all_dim": 1e-3}, "finite frequencies; got theta"),
     ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
       "original_max_position_embeddings": 64}, "high_freq_factor must be above low_freq_factor = 4; got 4"),
     ({"rope_type": "linear"}, "factor must be a number above 0; got nothing"),

@@ -143,8 +143,9 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype) -> dict[s
     _check_names(path, config, {stored.name for stored in reader.tensors})
     tensors = {}
     for stored in reader.tensors:
-        if not 1 <= len(stored.shape) <= 2:
-            raise CheckpointError(f"{path}: {stored.name} must have 1 or 2 dimensions; got {len(stored.shape)}")
+        if not 1 <= len(stored.shape) <= 2 or not stored.n_elements:
+            raise CheckpointError(f"{path}: {stored.name} must have 1 or 2 dimensions, none of them 0; "
+                                  f"got {stored.shape.tolist()}")
         try:
             values = dequantize(stored.data, stored.tensor_type)
         except Exception as error:
