@@ -30,7 +30,7 @@ from .fields import MOST, Fields
 from .kv import CacheShape
 from .rope import RopeTable
 from .targets import Target
-from .transformer import Geometry, LayersPass, Tensors, packer, take_layer, tokens_in
+from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
 from .weights import CheckpointError, read_json
 
 _WHAT = "draft checkpoint"
@@ -79,11 +79,7 @@ class Drafter:
         if vocabulary is not None:
             self._restrict(vocabulary, target)
         taker.finish()
-        self._table = RopeTable(c.rope, target.max_context, self.device)
-
-    def cos_sin(self, width: int, caches: Sequence[PagedKV]) -> torch.Tensor:
-        """The rotary table for passes of `width` tokens on these pages."""
-        return self._table.reaching(tokens_in(caches) + width)
+        self.table = RopeTable(c.rope, target.max_context, self.device)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -171,7 +167,7 @@ class ContextPass:
         like = {"dtype": drafter.dtype, "device": drafter.device}
         self.projected, self.context = (torch.zeros((rows, drafter.config.hidden_size), **like) for _ in range(2))
         self.kv = torch.zeros((rows, drafter.context_kv.out_features), **like)
-        self.cos_sin = drafter.cos_sin(width, caches)
+        self.cos_sin = drafter.table.reaching(caches, width)
 
     def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
             commit_lens: torch.Tensor) -> None:
@@ -198,7 +194,7 @@ class DraftPass:
                  params: SamplingParams | None = None):
         self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
         self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm,
-                                 drafter.cos_sin(width, caches), c.rope.interleaved, batch, width, caches)
+                                 drafter.table.reaching(caches, width), c.rope.interleaved, batch, width, caches)
         rows, guesses, device = batch * width, batch * (width - 1), drafter.device
 
         def ids(*shape):

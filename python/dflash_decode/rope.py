@@ -1,10 +1,12 @@
 """Rotary embeddings as configs describe them, turned into one cos/sin table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from dflash_kernels import PagedKV
 
 from .fields import FLOAT_MAX, FLOAT_MIN, Fields, shown
 
@@ -67,9 +69,10 @@ class RopeTable:
         self._rope, self._most, self._device = rope, most, device
         self._table: torch.Tensor | None = None
 
-    def reaching(self, positions: int) -> torch.Tensor:
-        """A table of at least `positions` rows, or of `most`. It never moves: a longer one is another tensor."""
-        need = min(positions, self._most)
+    def reaching(self, caches: Sequence[PagedKV], width: int) -> torch.Tensor:
+        """A table for passes of `width` tokens on these pages: a row for every position that they hold and for a block
+        that sticks out, but `most` rows at most. It never moves: a longer one is another tensor."""
+        need = min(caches[0].k.shape[0] * caches[0].page_size + width, self._most)
         if self._table is None or len(self._table) < need:
             doubled = 1 << (need - 1).bit_length()  # passes of other sizes need a few rows more, and share it
             self._table = self._rope.table(min(doubled, self._most), self._device)

@@ -151,11 +151,6 @@ def _cat(*parts):
     return None if parts[0] is None else torch.cat(parts)
 
 
-def tokens_in(caches: Sequence[PagedKV]) -> int:
-    """How many tokens these pages hold, and so what every position in them is below."""
-    return caches[0].k.shape[0] * caches[0].page_size
-
-
 class LayersPass:
     """A pass of some layers over B blocks of Q tokens, T = B * Q rows, with its own memory.
 

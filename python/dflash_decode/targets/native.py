@@ -10,7 +10,7 @@ from ..config import LayerMask
 from ..fields import MOST_LAYERS, Fields, head_dim_of, shown
 from ..kv import CacheShape
 from ..rope import RopeTable, read_rope
-from ..transformer import Geometry, LayersPass, Tensors, packer, take_layer, tokens_in
+from ..transformer import Geometry, LayersPass, Tensors, packer, take_layer
 
 _WHAT = "target config"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -74,7 +74,7 @@ class NativeTarget:
         self._table = RopeTable(self._rope, self.max_context, self.device)
 
     def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "NativePass":
-        table = self._table.reaching(tokens_in(caches) + width)
+        table = self._table.reaching(caches, width)
         layers = LayersPass(self.geometry, self._layers, self._norm, table, self._rope.interleaved, batch, width,
                             caches, taps=taps)
         return NativePass(self.embedding, layers)
