@@ -205,8 +205,8 @@ def trial(bases: Bases, seed: str) -> tuple[str, str]:
             load(Path(name))
             return kind, "loaded"
         except CheckpointError as error:
-            long = len(str(error)) > 2000
-            return kind, f"an error of {len(str(error))} characters" if long else "refused"
+            str(error).encode()
+            return kind, "refused" if len(str(error)) <= 1000 else f"an error of {len(str(error))} characters"
         except BaseException as error:
             return kind, f"{type(error).__name__}: {str(error)[:200]}"
         finally:

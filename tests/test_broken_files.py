@@ -5,6 +5,7 @@ import os
 import struct
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,16 @@ def test_a_shard_of_a_strange_name(tmp_path, name):
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
     assert len(str(caught.value)) < 1000
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "\ud800"])
+def test_a_tensor_of_a_strange_name(tmp_path, name):
+    folder = sharded(tmp_path / "m")
+    index(folder, a="s0.safetensors", **{name: "s1.safetensors"})
+    with pytest.raises(CheckpointError, match=r"index.json: expected 2 tensors .* \(said to be in s1") as caught:
+        load_checkpoint(folder)
+    assert len(str(caught.value)) <= 1000
     str(caught.value).encode()
 
 
@@ -235,6 +246,15 @@ def test_gguf_names_are_checked_before_anything_is_dequantised(tmp_path, monkeyp
     write_gguf(tmp_path / "m.gguf", drop=names[-1:])
     with pytest.raises(CheckpointError, match=f"expected a tensor {names[-1]}"):
         load_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (32, 0), (2, 4, 32)])
+def test_gguf_tensors_of_other_shapes(tmp_path, shape):
+    tensors = {n: np.ones(s, np.float32) for n, s in names_and_shapes("llama")}
+    for name in ("blk.0.attn_q.weight", "token_embd.weight"):
+        write_gguf(tmp_path / "m.gguf", tensors=tensors | {name: np.ones(shape, np.float32)})
+        with pytest.raises(CheckpointError, match=rf"m\.gguf: {name} must have .*2 dimensions.*; got "):
+            load_checkpoint(tmp_path / "m.gguf")
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------

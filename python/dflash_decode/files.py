@@ -14,7 +14,8 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of a kind that is not read."""
 
     def __init__(self, message: str):
-        # Half a character, as JSON can name a tensor, prints nowhere.
+        # A file's names are as long as it likes, and half a character, which JSON can hold, prints nowhere.
+        message = message if len(message) <= 1000 else f"{message[:700]} ... {message[-295:]}"
         super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
