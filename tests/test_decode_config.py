@@ -73,7 +73,7 @@ def test_p7_use_swa_slides_every_layer_and_leaves_causality_to_the_type():
 
 def test_p4_a_window_is_never_dropped_in_silence():
     slides = {"layer_types": ["sliding_attention"] * 2}
-    with pytest.raises(ValueError, match="sliding_window must be an integer .*got None"):
+    with pytest.raises(ValueError, match="sliding_window must be an integer .*got nothing"):
         masks(**slides)
     with pytest.raises(ValueError, match="use_sliding_window must not be false"):
         masks(sliding_window=9, use_sliding_window=False, **slides)
@@ -130,7 +130,7 @@ def test_missing_and_wrong_fields_are_named(name):
     ({"lilicorr_enabled": True}, NotImplementedError, "lilicorr_enabled, which belongs to LiLiCorr"),
     ({"sample_from_anchor": True}, NotImplementedError, "sample_from_anchor"),
     ({"mystery": 0}, NotImplementedError, "dflash_config.mystery is not supported; got 0"),
-    ({"attention_value_scale": "x"}, ValueError, "attention_value_scale must be a number; got 'x'"),
+    ({"attention_value_scale": "x"}, ValueError, "attention_value_scale must be a number above 0; got 'x'"),
 ])
 def test_p40_unknown_and_unsupported_fields_raise_by_name(nested, error, match):
     with pytest.raises(error, match=match):

