@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
@@ -300,16 +299,33 @@ def test_interrupt_in_a_bench_writes_nothing(call, models, tmp_path, monkeypatch
     assert [f.name for f in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
+TELLS_WHEN_IT_DECODES = """
+import sys
+from dflash_decode import cli, session
+
+class Told(session.Decoder):
+    steps = 0
+
+    def step(self):
+        Told.steps += 1
+        if Told.steps == 9:
+            print("decoding", file=sys.stderr, flush=True)
+        return super().step()
+
+session.Decoder = Told
+cli.main()
+"""
+
+
 def test_interrupt_of_the_process(models, tmp_path):
     rows = prompts_file(tmp_path, *(f"t{i}" for i in range(5000)))
-    process = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--prompts", str(rows),
+    process = subprocess.Popen([sys.executable, "-c", TELLS_WHEN_IT_DECODES, "bench", "decode", "--prompts", str(rows),
                                 "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", "100",
                                 "--json", str(tmp_path / "x.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env=environment(), preexec_fn=heed_interrupts)
-    time.sleep(6)
-    assert process.poll() is None
+    assert process.stderr.readline() == "decoding\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == 130 and err.endswith("dflash-kernels: interrupted\n") and out == ""
     assert "Traceback" not in err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["prompts.jsonl"]
