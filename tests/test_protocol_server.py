@@ -21,7 +21,7 @@ HANGS = 60.0  # seconds after which a test that waits for what does not come fai
 
 
 def served(fake, max_new_tokens=100, **options):
-    return Server(chat.ChatServer(fake.url, timeout=HANGS), max_new_tokens, {}, **({"patience": 0.0} | options))
+    return Server(chat.ChatServer(fake.url, timeout=10 * HANGS), max_new_tokens, {}, **({"patience": 0.0} | options))
 
 
 # ---- a server ------------------------------------------------------------------------------------------------------
@@ -180,8 +180,21 @@ def test_stopping_does_not_wait_for_streams(tmp_path):
         threading.Thread(target=abort).start()
         with pytest.raises(chat.Dropped):
             next(answers)
-        assert not go.is_set() and not any(t.is_alive() for t in threading.enumerate() if t.name.endswith("(_work)"))
+        assert fake.requests == 0 and working() == []
         go.set()
+
+
+def test_one_refusal_breaks_the_other_answers_off():
+    go = threading.Event()
+    with FakeChat(wait=lambda request: go.wait(HANGS), faults=[400]) as fake:
+        with pytest.raises(chat.ServerError, match="no, 400"):
+            next(served(fake, tries=1)._stream(ONE, 4))
+        assert fake.requests == 0 and working() == []
+        go.set()
+
+
+def working():
+    return [t for t in threading.enumerate() if t.name.endswith("(_work)")]
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
