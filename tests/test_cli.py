@@ -104,7 +104,7 @@ def test_a_model_in_8_bits_is_lossless(call, models, weights, kept):
 
 def test_weights_that_are_not_there_are_refused(call, models):
     assert call("generate", "--prompt", "hi", "--weights", "int4")[0] == 2
-    with pytest.raises(ValueError, match="weights must be one of model, int8; got 'int4'"):
+    with pytest.raises(ValueError, match="Session.load: weights must be one of model, int8; got 'int4'"):
         session.Session.load(models["model"], weights="int4")
 
 
@@ -204,10 +204,10 @@ def test_prompt_from_standard_input(models):
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "no/such"], 2,
      "draft must be a drafter's directory, 'auto', 'random' or 'none'; got 'no/such', which does not exist"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT", "--block-size", "5"], 1,
-     "--block-size must be at most the drafter's 4; got 5"),
+     "block_size must be at most the drafter's 4; got 5"),
     (["generate", "--prompt", "x" * 200, "--model", "MODEL"], 1, "shorter than the model's context of 128 tokens"),
-    (["generate", "--prompt", "x", "--model", "DRAFT"], 1, "target config: model_type must be one of"),
-    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "MODEL"], 1, "config"),
+    (["generate", "--prompt", "x", "--model", "DRAFT"], 1, "model must be a target model; got a drafter"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "MODEL"], 1, "draft must be a DFlash drafter"),
     (["bench", "decode"], 2, "Missing option '--prompts'"),
     (["bench", "decode", "--prompts", "no/such"], 2, "--prompts must be a file; got 'no/such', which does not exist"),
     (["bench", "decode", "--prompts", "MODEL"], 2, "which is a directory"),
