@@ -2,7 +2,7 @@
 
 import json
 import threading
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -25,10 +25,12 @@ GAUGE = 'sglang:spec_accept_length{{model_name="m",tp_rank="0"}} 2.75\n'
 class FakeChat:
     """answer(messages) -> text; a token a character. The first comes from the prompt, then four with every draft,
     three of them drafted; spurned: drafts of which none was. faults: what to do to the next requests, "drop", "half",
-    "silent", a status, or None."""
+    "silent" (until this server ends), a status, or None. wait(request) is called after each piece of an answer."""
 
-    def __init__(self, metrics: str = "", pause: float = 0.0, faults=(), usage: bool = True):
-        self.metrics, self.pause, self.faults, self.usage = metrics, pause, list(faults), usage
+    def __init__(self, metrics: str = "", wait: Callable[[dict], object] = lambda request: None, faults=(),
+                 usage: bool = True):
+        self.metrics, self.wait, self.faults, self.usage = metrics, wait, list(faults), usage
+        self.over = threading.Event()
         self.lock, self.running, self.most, self.seen = threading.Lock(), 0, 0, []
         self.requests = self.tokens = self.drafts = self.spurned = 0
         fake = self
@@ -61,6 +63,7 @@ class FakeChat:
         return self
 
     def __exit__(self, *_error):
+        self.over.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -87,7 +90,7 @@ class FakeChat:
         if isinstance(fault, int):
             return reply(handler, fault, json.dumps({"error": {"message": f"no, {fault}", "type": "x"}}))
         if fault == "silent":
-            time.sleep(2)
+            self.over.wait()
         if fault in ("drop", "silent"):
             handler.close_connection = True
             return handler.connection.close()
@@ -99,7 +102,7 @@ class FakeChat:
         pieces = [text[i:i + 4] for i in range(0, len(text), 4)]
         for piece in pieces[:1] if fault == "half" else pieces:
             event(handler, {"choices": [{"delta": {"content": piece}, "finish_reason": None}]})
-            time.sleep(self.pause)
+            self.wait(body)
         if fault == "half":
             handler.close_connection = True
             return handler.connection.close()

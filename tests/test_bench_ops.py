@@ -8,6 +8,7 @@ import cases
 import cpu_peers
 import pytest
 import torch
+from clocks import Clock
 
 import dflash_kernels
 
@@ -103,24 +104,24 @@ def test_where_nothing_compiles_it_is_said_once(monkeypatch):
 
 
 def test_a_slow_peer_does_some_of_the_copies_and_is_timed_less_often(monkeypatch):
-    monkeypatch.setattr(cases, "SLOW", 0.004)
-    calls = []
+    clock, calls = Clock(), []
+    monkeypatch.setattr(cases, "time", SimpleNamespace(perf_counter=clock))
 
     def slow(i):
         calls.append(i)
-        torch.zeros(1).add_(sum(range(40_000)))
+        clock.work(cases.SLOW / 5.5)
         return torch.zeros(1)
 
     case = cases.Case("op", "c", lambda i: torch.zeros(1), 4, copies=64, peers={"torch": slow})
     call, count = cases.ready(case, "torch", slow, "cpu")
-    assert 1 <= count < 64
+    assert count == 5
     calls.clear()
     call(0)
     call(1)
     assert calls == [i % 64 for i in range(2 * count)]
     assert cases.affordable({"a": slow}, 3) == 3
-    monkeypatch.setattr(cases, "SECONDS", 0.0)
-    assert cases.affordable({"a": slow}, 100) == cases.MIN_RUNS
+    assert cases.affordable({"a": lambda i: clock.work(cases.SECONDS / 20.5)}, 100) == 20
+    assert cases.affordable({"a": lambda i: clock.work(cases.SECONDS)}, 100) == cases.MIN_RUNS
 
 
 def test_a_time_is_of_one_copy(monkeypatch):

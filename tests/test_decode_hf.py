@@ -5,13 +5,16 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import tiny  # noqa: E402
 from decode_models import COMMON, VOCAB, plain_text, randomise  # noqa: E402
 
 from dflash_decode.draft import Drafter  # noqa: E402
 from dflash_decode.loop import Decoder  # noqa: E402
 from dflash_decode.lossless import first_difference  # noqa: E402
 from dflash_decode.requests import Request  # noqa: E402
+from dflash_decode.session import Session  # noqa: E402
 from dflash_decode.targets.hf import HFTarget  # noqa: E402
+from dflash_decode.weights import CheckpointError  # noqa: E402
 
 KINDS = {
     "llama": ("Llama", {}),
@@ -120,7 +123,7 @@ def test_a_model_without_attention_is_refused():
 @pytest.mark.parametrize(("name", "changes", "match"), [
     ("Phimoe", {"sliding_window": 8, "num_local_experts": 4}, "window of 8"),
     ("FalconH1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_d_head": 16, "mamba_n_groups": 1,
-                  "mamba_chunk_size": 16}, "keeps a state"),
+                  "mamba_chunk_size": 16}, "a kind that is not supported, hybrid"),
 ])
 def test_what_the_pages_cannot_hold_or_hide_is_refused(name, changes, match):
     """Each layer attends through the interface, so the text would be wrong without a word."""
@@ -128,6 +131,59 @@ def test_what_the_pages_cannot_hold_or_hide_is_refused(name, changes, match):
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with pytest.raises(NotImplementedError, match=match):
         texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 4)
+
+
+@pytest.mark.parametrize(("kind", "words"), {
+    "deepseek_v3": "keeps latent vectors, not keys and values (MLA, kv_lora_rank = 512), which have no pages",
+    "glm4_moe_lite": "keeps latent vectors",  # keys and values of 256 dimensions both
+    "mimo_v2_flash": "has keys of 192 and values of 128 dimensions",
+    "lfm3": "has layers of a kind that is not supported, conv: all must be full or sliding attention",
+    "qwen3_next": "has layers of a kind that is not supported, linear_attention",
+    "qwen3_5": "has layers of a kind that is not supported, linear_attention",
+    "gemma4": "has layers with keys of several shapes, and pages have one",
+    "gemma4_text": "has layers with keys of several shapes",
+    "llama4": "attends in chunks of 8192 tokens",
+    "mllama": "has layers that attend to images alone",
+    "xlstm": "keeps a state beside its keys and values",
+    "falcon": "does not take its attention from transformers' attention interface",
+    "bert": "does not attend causally, as its config makes it an encoder",
+    "llava": "model_type 'llava' is a multimodal model, with vision_config; a target must be a causal language model",
+    "qwen2_audio": "model_type 'qwen2_audio' is a multimodal model, with audio_config",
+    "t5": "model_type 't5' reads with an encoder; a target must be a causal language model of text",
+    "vit": "model_type 'vit' is not a causal language model",
+    "klingon": "cannot read config.json: The checkpoint you are trying to load has model type `klingon`",
+}.items())
+def test_a_model_that_is_no_target_is_refused_by_its_config_alone(tmp_path, kind, words):
+    """There are no weights: a message about them would come too late."""
+    folder = tiny.write_target(tmp_path)
+    (folder / "model.safetensors").unlink()
+    if kind == "klingon":
+        (folder / "config.json").write_text('{"model_type": "klingon"}')
+    elif kind in transformers.CONFIG_MAPPING:
+        transformers.CONFIG_MAPPING[kind]().save_pretrained(folder)
+    else:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    with pytest.raises(CheckpointError) as error:
+        Session.load(folder)
+    message = str(error.value)
+    assert message.startswith(f"{folder}: ") and words in message, message
+    assert "\n" not in message and len(message) < len(str(folder)) + 260, message
+
+
+def test_the_text_of_a_multimodal_model_is_a_target():
+    text = {**COMMON, "head_dim": 32, "layer_types": ["full_attention"] * COMMON["num_hidden_layers"]}
+    seen = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14}
+    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=seen))
+    randomise(model.eval())
+    want = plain_text(model, PROMPTS[1], 8)
+    assert texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 8) == [want]
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", None, torch.nn.Linear(1, 1)], ids=["name", "none", "module"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(TypeError, match="HFTarget: model must be a transformers model for causal language modelling"):
+        HFTarget(model)
 
 
 def test_a_window_that_nothing_reaches_is_no_obstacle():

@@ -1,7 +1,6 @@
 """bench/peers: steps by part, of decoders that are made up, of ours, and of the reference where it is installed."""
 
 import sys
-import time
 from types import SimpleNamespace
 
 import job
@@ -10,6 +9,7 @@ import sums
 import tiny
 import torch
 import watched_step
+from clocks import Clock, Ticks
 from passes import DRAFT, VERIFY, Passes
 
 import dflash_decode.loop as loop
@@ -17,20 +17,6 @@ from dflash_decode.session import NONE, Session
 from dflash_kernels import StepGraph
 
 TOKENS = 12
-SLOW = 0.02
-
-
-class Clock:
-    """Tells what `work` has added up."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def work(self, seconds):
-        self.now += seconds
 
 
 def test_a_step_goes_from_one_target_pass_to_the_next():
@@ -116,19 +102,20 @@ def files(tmp_path):
     return str(tiny.write_target(tmp_path / "target")), str(tiny.write_drafter(tmp_path / "draft"))
 
 
-def slowed(function):
+def slowed(function, clock):
+    """The function, which alone takes time: a second."""
     def slow(*args, **kwargs):
-        time.sleep(SLOW)
+        clock.work(1.0)
         return function(*args, **kwargs)
     return slow
 
 
-def least(steps):
-    """Of each part in any step: what is planted is in all of them, what a busy machine adds is not."""
-    return {name: min(sums.with_rest(step).get(name, 0.0) for step in steps) for name in ("draft", "verify", "rest")}
+def seconds(steps):
+    """What each step took, by part."""
+    return [{name: sums.with_rest(step).get(name, 0.0) for name in ("draft", "verify", "rest")} for step in steps]
 
 
-def ours(monkeypatch, files, mode=job.DFLASH, plant=lambda session: None, prompts=([5, 6, 7],)):
+def ours(monkeypatch, files, clock, mode=job.DFLASH, plant=lambda session: None, prompts=([5, 6, 7],)):
     """(passes, then tokens and steps of each answer unwatched and watched) of our loop."""
     for name in ("Step", "Prefill"):
         monkeypatch.setattr(loop, name, getattr(loop, name))
@@ -138,7 +125,7 @@ def ours(monkeypatch, files, mode=job.DFLASH, plant=lambda session: None, prompt
     def answer():
         return [(a.tokens, a.steps) for a in session.run(prompts, max_new_tokens=TOKENS).answers]
 
-    before, passes = answer(), Passes()
+    before, passes = answer(), Passes(clock)
     watched_step.watch(passes)
     return passes, before, answer()
 
@@ -153,7 +140,7 @@ def test_our_steps_by_part(monkeypatch, files, mode):
             made.append(self)
 
     monkeypatch.setattr(watched_step, "Pieces", Noted)
-    passes, before, after = ours(monkeypatch, files, mode, prompts=([5, 6, 7], [9] * 20))
+    passes, before, after = ours(monkeypatch, files, Ticks(), mode, prompts=([5, 6, 7], [9] * 20))
     assert before == after
     steps = passes.taken()
     # Head and pass, with a drafter draft and context too; and what is before, between and after them.
@@ -168,13 +155,15 @@ def test_our_steps_by_part(monkeypatch, files, mode):
 @pytest.mark.parametrize("name", ["verify", "head", "draft", "context", "rest"])
 def test_what_is_slow_shows_in_its_part(monkeypatch, files, name):
     """Called, not replayed, so that a call can be made slow."""
+    clock = Clock()
+
     def plant(session):
         target, drafter = session.target, session.drafter
         target.graph_safe = False
         if name == "head":
-            target.next_ids = slowed(target.next_ids)
+            target.next_ids = slowed(target.next_ids, clock)
         elif name == "rest":
-            monkeypatch.setattr(loop.Decoder, "_emit", slowed(loop.Decoder._emit))
+            monkeypatch.setattr(loop.Decoder, "_emit", slowed(loop.Decoder._emit, clock))
         else:
             owner, make = {"verify": (target, "make_pass"), "draft": (drafter, "make_draft"),
                            "context": (drafter, "make_context")}[name]
@@ -182,21 +171,21 @@ def test_what_is_slow_shows_in_its_part(monkeypatch, files, name):
 
             def made(*args):
                 one = inner(*args)
-                one.run = slowed(one.run)
+                one.run = slowed(one.run, clock)
                 return one
 
             setattr(owner, make, made)
 
-    passes, *_ = ours(monkeypatch, files, plant=plant)
-    where = {"head": "verify", "context": "draft"}.get(name, name)
-    assert [part for part, seconds in least(passes.taken()).items() if seconds >= SLOW] == [where]
+    passes, *_ = ours(monkeypatch, files, clock, plant=plant)
+    where, steps = {"head": "verify", "context": "draft"}.get(name, name), passes.taken()
+    assert steps and seconds(steps) == [{"draft": 0.0, "verify": 0.0, "rest": 0.0, where: 1.0}] * len(steps)
 
 
-def answers(peer, made_for):
+def answers(peer, made_for, clock):
     """One question's reply before and after the peer is watched."""
     answering, _, watch = peer.load(made_for)
     asked = job.Question([[5, 6, 7]], TOKENS, watched=True)
-    return answering(asked), job.Watched(answering, watch)(asked)
+    return answering(asked), job.Watched(answering, watch, clock)(asked)
 
 
 def a_job(mode, model, draft):
@@ -207,7 +196,7 @@ def test_transformers_steps_are_its_passes(files):
     pytest.importorskip("transformers")
     import peer_transformers
 
-    before, after = answers(peer_transformers, a_job(job.PLAIN, files[0], None))
+    before, after = answers(peer_transformers, a_job(job.PLAIN, files[0], None), Ticks())
     assert before.tokens == after.tokens and len(after.parts) == after.counts[0] - 2
     assert all(step.keys() == {"step", VERIFY} and step[VERIFY] < step["step"] for step in after.parts)
 
@@ -217,6 +206,7 @@ def test_the_references_steps_by_part(files, monkeypatch, slow):
     pytest.importorskip("dflash")
     import peer_dflash
 
+    clock = Clock()
     # The head of both is the target's: in a target pass it is the target's time, after the drafter's pass the draft's.
     import transformers
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -225,23 +215,23 @@ def test_the_references_steps_by_part(files, monkeypatch, slow):
     def target(*args, **kwargs):
         model = load(*args, **kwargs)
         if slow == "target":
-            model.model.forward = slowed(model.model.forward)
+            model.model.forward = slowed(model.model.forward, clock)
         if slow == "head":
-            model.lm_head.forward = slowed(model.lm_head.forward)
+            model.lm_head.forward = slowed(model.lm_head.forward, clock)
         return model
 
     def drafter(*args, **kwargs):
         model = loaded(*args, **kwargs)
         if slow == "drafter":
-            model.forward = slowed(model.forward)
+            model.forward = slowed(model.forward, clock)
         return model
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", target)
     monkeypatch.setattr(peer_dflash.reference.DFlashDraftModel, "from_pretrained", drafter)
-    before, after = answers(peer_dflash, a_job(job.DFLASH, *files))
+    before, after = answers(peer_dflash, a_job(job.DFLASH, *files), clock)
     assert before.tokens == after.tokens and len(after.parts) == after.steps[0] - 1 > 0
-    assert [part for part, seconds in least(after.parts).items() if seconds >= SLOW] == {
-        "target": ["verify"], "drafter": ["draft"], "head": ["draft", "verify"]}[slow]
+    took = {"target": {"verify": 1.0}, "drafter": {"draft": 1.0}, "head": {"draft": 1.0, "verify": 1.0}}[slow]
+    assert seconds(after.parts) == [{"draft": 0.0, "verify": 0.0, "rest": 0.0} | took] * len(after.parts)
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_server import VLLM, FakeChat
@@ -83,7 +85,7 @@ class Scripted:
 
     def __init__(self, monkeypatch, until=None):
         self.about, self.now, self.until = {"who": "me"}, 0.0, until
-        monkeypatch.setattr(protocol.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(protocol, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def counters(self):
         return None
@@ -196,7 +198,9 @@ def test_commands_written_wrongly(tmp_path, capfd, words, message):
 
 
 def test_interrupted_and_resumed(tmp_path, capfd):
-    with FakeChat(VLLM, pause=0.05) as fake:
+    """Once three questions were asked, no answer goes on until the process that asked is gone."""
+    go = threading.Event()
+    with FakeChat(VLLM, wait=lambda request: len(fake.seen) > 4 and go.wait()) as fake:  # one is the warm-up's
         words = ["bench", "protocol", "--prompts", str(prompts_file(tmp_path)), "--base-url", fake.url, "--journal",
                  str(tmp_path / "j"), "--concurrency", "2", "--max-new-tokens", "30"]
         first = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", *words], stdout=subprocess.PIPE,
@@ -205,10 +209,11 @@ def test_interrupted_and_resumed(tmp_path, capfd):
         while first.poll() is None and not ((tmp_path / "j").exists() and '"id"' in (tmp_path / "j").read_text()):
             time.sleep(0.02)
         first.send_signal(signal.SIGINT)
-        out, err = first.communicate(timeout=30)
+        out, err = first.communicate()
+        go.set()
         assert first.returncode == 130 and "Traceback" not in err and "the same command goes on" in err
         kept = (tmp_path / "j").read_text().count('"id"')
-        assert 1 <= kept < 7
+        assert 1 <= kept <= 3
         assert cli.run(words) == 0
     out, err = capfd.readouterr()
     assert f"{kept} of 7 prompts are in" in err and "a run was interrupted" in err and "4.000" in out

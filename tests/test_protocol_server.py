@@ -1,11 +1,12 @@
 """The model cards' protocol asked of a server: what is sent, what is read from its metrics, what goes wrong there."""
 
 import io
+import json
 import threading
-import time
 
 import pytest
 from chat_server import GAUGE, SGLANG, VLLM, FakeChat
+from clocks import Clock
 
 pytest.importorskip("rich")
 
@@ -16,9 +17,11 @@ from dflash_decode.answerers import Server
 from dflash_decode.bench import Prompt
 from dflash_decode.served_metrics import Drafting, drafting
 
+HANGS = 60.0  # seconds after which a test that waits for what does not come fails
+
 
 def served(fake, max_new_tokens=100, **options):
-    return Server(chat.ChatServer(fake.url, timeout=5.0), max_new_tokens, {}, **({"patience": 0.01} | options))
+    return Server(chat.ChatServer(fake.url, timeout=10 * HANGS), max_new_tokens, {}, **({"patience": 0.0} | options))
 
 
 # ---- a server ------------------------------------------------------------------------------------------------------
@@ -58,8 +61,14 @@ def test_acceptance_of_others(tmp_path, metrics, length, source):
 
 def test_concurrency_is_what_was_asked_for(tmp_path):
     prompts = [Prompt("t", str(i), ("x",)) for i in range(9)]
-    with FakeChat(pause=0.1) as fake:
-        measured(served(fake), prompts, [3], tmp_path / "j")
+    three = threading.Barrier(3)  # nobody's answer goes on before three are under way
+
+    def wait(request):
+        if request["max_tokens"] == 100:  # the warm-up is alone
+            three.wait(HANGS)
+
+    with FakeChat(wait=wait) as fake:
+        measured(served(fake, tries=1), prompts, [3], tmp_path / "j")
     assert fake.most == 3
 
 
@@ -70,16 +79,48 @@ def test_what_may_go_well_the_next_time_is_sent_again(tmp_path):
 
 
 def test_a_server_that_is_silent_for_too_long(tmp_path):
+    """It never answers, however long the machine takes to find out."""
     with FakeChat(faults=["silent"]) as fake:
-        server = chat.ChatServer(fake.url, timeout=0.2)
         with pytest.raises(chat.Dropped, match="timed out"):
-            server.chat([{"role": "user", "content": "x"}], 5)
-        assert server.chat([{"role": "user", "content": "x"}], 6) == chat.Reply("answer", 6, 7, "stop")
+            chat.ChatServer(fake.url, "m", timeout=0.1).chat([{"role": "user", "content": "x"}], 5)
+        patient = chat.ChatServer(fake.url, timeout=HANGS)
+        assert patient.chat([{"role": "user", "content": "x"}], 6) == chat.Reply("answer", 6, 7, "stop")
 
 
-def test_slow_is_not_silent():
-    with FakeChat(pause=0.1) as fake:
-        assert chat.ChatServer(fake.url, timeout=0.3).chat([{"role": "user", "content": "x"}], 99).tokens == 13
+@pytest.mark.parametrize("pause", [0.1, 0.4])
+def test_slow_is_not_silent(monkeypatch, pause):
+    """A timeout of 0.3 s is for the wait before each line, not for the answer: on a clock of the test's own."""
+    clock, events = Clock(), [{"choices": [{"delta": {"content": c}}]} for c in "answer"]
+    events += [{"choices": [{"finish_reason": "stop"}]}, {"usage": {"completion_tokens": 6}}]
+    lines = iter([b"data: " + json.dumps(event).encode() + b"\n" for event in events])
+
+    class Connection:
+        status = 200
+
+        def __init__(self, host, port, timeout):
+            self.timeout, self.sock = timeout, self
+
+        def connect(self, *_args):
+            pass
+
+        request = close = connect
+
+        def getresponse(self):
+            return self
+
+        def readline(self):
+            clock.work(min(pause, self.timeout))
+            if pause > self.timeout:
+                raise TimeoutError("timed out")
+            return next(lines, b"")
+
+    server = chat.ChatServer("http://x", "m", timeout=0.3)
+    monkeypatch.setattr(server, "_connect", Connection)
+    if pause > 0.3:
+        with pytest.raises(chat.Dropped, match="timed out"):
+            server.chat([], 9)
+    else:
+        assert server.chat([], 9) == chat.Reply("answer", 6, None, "stop") and clock.now > 0.8
 
 
 @pytest.mark.parametrize("fault, words", [(400, "400 Bad Request: no, 400"), (401, "401 Unauthorized: no, 401")])
@@ -120,15 +161,40 @@ def test_a_url_with_or_without_v1_a_key_and_more_fields():
 
 
 def test_stopping_does_not_wait_for_streams(tmp_path):
-    with FakeChat(pause=1.0) as fake:
-        server = served(fake, max_new_tokens=20)
+    """Four answers that stay where they are are broken off, and their threads end."""
+    streaming, go = threading.Barrier(5), threading.Event()
+
+    def wait(request):
+        if not go.is_set():
+            streaming.wait(HANGS)
+            go.wait(HANGS)
+
+    with FakeChat(wait=wait) as fake:
+        server = served(fake, max_new_tokens=20, tries=1)
         answers = server._stream(ONE, 4)
-        threading.Timer(0.3, lambda: server.chat.abort()).start()
-        began = time.monotonic()
+
+        def abort():
+            streaming.wait(HANGS)
+            server.chat.abort()
+
+        threading.Thread(target=abort).start()
         with pytest.raises(chat.Dropped):
             next(answers)
-        assert time.monotonic() - began < 1.0
-        assert not any(t.is_alive() for t in threading.enumerate() if t.name.endswith("(_work)"))
+        assert fake.requests == 0 and working() == []
+        go.set()
+
+
+def test_one_refusal_breaks_the_other_answers_off():
+    go = threading.Event()
+    with FakeChat(wait=lambda request: go.wait(HANGS), faults=[400]) as fake:
+        with pytest.raises(chat.ServerError, match="no, 400"):
+            next(served(fake, tries=1)._stream(ONE, 4))
+        assert fake.requests == 0 and working() == []
+        go.set()
+
+
+def working():
+    return [t for t in threading.enumerate() if t.name.endswith("(_work)")]
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------

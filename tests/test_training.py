@@ -5,10 +5,12 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from clocks import Ticks
 from tiny import VOCAB, write_target
 
 from dflash_decode.draft import Drafter
@@ -190,9 +192,10 @@ def test_batch_labels_are_the_tokens_after_the_anchor(written):
     assert torch.allclose(shares, torch.ones_like(shares), atol=1e-2)
 
 
-def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path):
+def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path, monkeypatch):
     _, features = written
-    recipe = optimise.Recipe(texts=4, blocks=4, vocabulary=64, negatives=0, minutes=1e-4)
+    monkeypatch.setattr(optimise, "time", SimpleNamespace(perf_counter=Ticks()))  # a step takes a second
+    recipe = optimise.Recipe(texts=4, blocks=4, vocabulary=64, negatives=0, minutes=1 / 60)
 
     def make():
         drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)

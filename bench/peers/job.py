@@ -6,6 +6,7 @@ Standard library only: every peer's environment runs it.
 import json
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -92,12 +93,12 @@ def serve(load: Callable[[Job], tuple[Answering, dict[str, str], Watch | None]])
 class Watched:
     """Answers as before, with the steps by part."""
 
-    def __init__(self, answering: Answering, watch: Watch):
-        self.answering, self.watch, self.passes, self.whole = answering, watch, None, ""
+    def __init__(self, answering: Answering, watch: Watch, clock: Callable[[], float] = time.perf_counter):
+        self.answering, self.watch, self.clock, self.passes, self.whole = answering, watch, clock, None, ""
 
     def __call__(self, asked: Question) -> Reply:
         if self.passes is None:
-            self.passes = Passes()
+            self.passes = Passes(self.clock)
             try:
                 self.watch(self.passes)
             except NotImplementedError as error:

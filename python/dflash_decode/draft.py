@@ -25,6 +25,7 @@ from dflash_kernels import (
     write_context_kv,
 )
 
+from .arguments import check_target, kind
 from .config import DraftConfig, read_draft_config
 from .fields import MOST, Fields
 from .kv import CacheShape
@@ -45,14 +46,20 @@ class Drafter:
     int8: its weights, and its head where that is not all of the target's, are kept in 8 bits (quantize_weight), at half
     of the bytes a step. The drafts may be others, the text is not.
 
-    The embedding and the head are the target's where the checkpoint has none. Raises ValueError for a tensor that is
-    missing, unexpected or of another shape, and where the drafter does not fit the target.
+    The embedding and the head are the target's where the checkpoint has none. Raises TypeError for an argument of
+    another type, ValueError for a tensor that is missing, unexpected or of another shape, and where the drafter does
+    not fit the target.
     """
 
     graph_safe = True
 
     def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target,
                  vocabulary: torch.Tensor | None = None, *, int8: bool = False):
+        check_target("Drafter", target)
+        kind("Drafter", "config", config, (DraftConfig, Mapping), "a DraftConfig, or a config.json as a dict")
+        kind("Drafter", "tensors", tensors, Mapping, "a mapping of names to tensors")
+        kind("Drafter", "vocabulary", vocabulary, (torch.Tensor, type(None)), "a tensor of token ids (n,) or None")
+        kind("Drafter", "int8", int8, bool, "True or False")
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
         _check_fits(c, target)

@@ -8,6 +8,7 @@ Plain decoding is the same loop with no drafter; a sampled request's text is pla
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 
+from .arguments import check_target, choice, kind, whole
 from .draft import Drafter
 from .kv import OutOfPages, PagePool
 from .requests import Event, Live, Request, admit
@@ -30,22 +31,23 @@ class Decoder:
     def __init__(self, target: Target, drafter: Drafter | None = None, *, block_size: int | None = None,
                  max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 64,
                  prefill_rows: int = 256, sample_from: str = "greedy", rule: str = "token"):
+        check_target("Decoder", target)
+        kind("Decoder", "drafter", drafter, (Drafter, type(None)), "a Drafter or None")
+        block_size = None if block_size is None else whole("Decoder", "block_size", block_size, 1)
         self.width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter and not 1 <= self.width <= drafter.block_size:
             most = drafter.block_size
             raise ValueError(f"Decoder: block_size must be between 1 and the drafter's {most}; got {block_size}")
-        sizes = {"max_batch": max_batch, "prefill_rows": prefill_rows, "page_size": page_size,
-                 "max_context": target.max_context if max_context is None else max_context}
-        for name, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"Decoder: {name} must be an integer of at least 1; got {value!r}")
-        for name, value, known in (("sample_from", sample_from, SAMPLE_FROM), ("rule", rule, RULES)):
-            if value not in known:
-                raise ValueError(f"Decoder: {name} must be one of {', '.join(known)}; got {value!r}")
+        max_batch, prefill_rows, page_size, max_context = (whole("Decoder", name, value, 1) for name, value in (
+            ("max_batch", max_batch), ("prefill_rows", prefill_rows), ("page_size", page_size),
+            ("max_context", target.max_context if max_context is None else max_context)))
+        num_pages = None if num_pages is None else whole("Decoder", "num_pages", num_pages, 1)
+        choice("Decoder", "sample_from", sample_from, SAMPLE_FROM)
+        choice("Decoder", "rule", rule, RULES)
         self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
         self.draw, self.rule = sample_from == "request", rule
         self.adapts = block_size is None and self.width > 1 and not self.draw
-        self.max_context = min(target.max_context, sizes["max_context"])
+        self.max_context = min(target.max_context, max_context)
         pages = -(-self.max_context // page_size)
         self.pool = PagePool(max_batch * pages if num_pages is None else num_pages, page_size)
         self.max_pages, self.prefill_rows = min(pages, self.pool.num_pages), prefill_rows

@@ -20,7 +20,7 @@ class Grammar(Protocol):
 class Sampling:
     """How one request's tokens are drawn; the meaning of the filters together is verify_sample's.
 
-    temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
+    temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
     seed: the text depends on it, the prompt and these settings alone, never on what else runs. None: a fresh one, which
         the request's events tell.
     repetition_penalty: logits of tokens in prompt or answer are divided by it if positive, else multiplied. 1 is none.
@@ -38,6 +38,10 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
+
+    def __post_init__(self):
+        if type(self.top_k) is int and self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
 
     @property
     def adjusts(self) -> bool:

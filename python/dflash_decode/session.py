@@ -1,15 +1,19 @@
 """A model, its tokenizer and a drafter, loaded and ready: what the command line and the benchmark share."""
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from .arguments import choice, exists, kind, path_text, read_device, read_dtype, stored_dtype, whole
 from .draft import Drafter, read_vocabulary, refuse_side_files
-from .loop import Decoder
+from .inputs import shown
+from .loop import RULES, SAMPLE_FROM, Decoder
+from .prompts import read_prompt, read_prompts
 from .requests import Request
 from .sampling import GREEDY, Sampling, check_sampling
 from .targets import Target
@@ -27,16 +31,17 @@ from .weights import (
     read_json,
 )
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANDOM, NONE = "random", "none"
 WEIGHTS, DRAFT_WEIGHTS = ("model", "int8"), ("auto", "int8", "model")
 
 
 @dataclass
 class Answer:
-    """steps: how many tokens each step committed, the prompt's pass apart. seed: None where nothing was drawn."""
+    """text: the tokens as text. steps: how many tokens each step committed, the prompt's pass apart. seed: None where
+    nothing was drawn."""
 
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     steps: tuple[int, ...] = ()
     finish: str = ""
     seed: int | None = None
@@ -83,51 +88,79 @@ class Session:
     weights: str = "model"  # what the model's are kept in
 
     @classmethod
-    def load(cls, model: str, draft: str = AUTO, *, block_size: int | None = None, dtype: str = "bfloat16",
-             device: str = "cpu", weights: str = "model", draft_weights: str = "auto",
+    def load(cls, model: str | os.PathLike, draft: str | os.PathLike = AUTO, *, block_size: int | None = None,
+             dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", weights: str = "model",
+             draft_weights: str = "auto",
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
-        """draft: a drafter's directory, "auto" (the one that comes with this package for the model, or none), "random"
-        or "none". device: "cpu" or a CUDA device. weights: "model" keeps the model's as they are, "int8" in 8 bits:
-        half of the bytes a step, and another model, whose text differs here and there. draft_weights: the drafter's, in
-        "int8", as the "model"'s, or "auto": in 8 bits on a CPU beside a model in 16, where reading them takes half of
-        the time; the text is the same. status(text) is entered while the part that
-        it names is loaded. Raises CheckpointError for what cannot be read, ValueError for what does not fit together.
+        """model: a directory with config.json and safetensors, a .gguf file, or a known name. draft: a drafter's
+        directory, "auto" (the one that comes with this package for the model, or none), "random" or "none". dtype:
+        torch.bfloat16, float16 or float32, a name of one of them ("bf16", "half", "fp32"), or "auto", what the model's
+        config.json says. device: "cpu" or a CUDA device. weights: "model" keeps the model's as they are, "int8" in 8
+        bits: half of the bytes a step, and another model, whose text differs here and there. draft_weights: the
+        drafter's, in "int8", as the "model"'s, or "auto": in 8 bits on a CPU beside a model in 16, where reading them
+        takes half of the time; the text is the same. status(text) is entered while the part that it names is loaded.
+
+        Arguments are checked before anything is loaded. Raises TypeError and ValueError for arguments that are wrong or
+        do not fit together, CheckpointError for what cannot be read.
         """
-        draft = drafter_of(model, draft)
-        if draft not in (RANDOM, NONE) and not Path(draft).expanduser().exists():
+        what = "Session.load"
+        model, draft = (path_text(what, name, value) for name, value in (("model", model), ("draft", draft)))
+        draft, device, dtype = drafter_of(model, draft), read_device(what, device), read_dtype(what, dtype)
+        choice(what, "weights", weights, WEIGHTS)
+        choice(what, "draft_weights", draft_weights, DRAFT_WEIGHTS)
+        block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
+        if draft not in (RANDOM, NONE) and not exists(draft):
             raise CheckpointNotFound(f"draft must be a drafter's directory, {AUTO!r}, {RANDOM!r} or {NONE!r}; "
-                                     f"got {draft!r}, which does not exist")
+                                     f"got {shown(draft)}, which does not exist")
+        where = find_model(model)
+        config = read_json(where / "config.json") if where.is_dir() else {}
+        if "dflash_config" in config:
+            raise CheckpointError(f"{where}: model must be a target model; got a drafter, which belongs in draft")
+        dtype = stored_dtype(where, config) if dtype is None else dtype
         with status(f"loading {model}"):
-            target = _target(model, DTYPES[dtype], torch.device(device), weights)
             tokenizer = load_tokenizer(model)
+            target = _target(model, config.get("model_type"), dtype, device, weights)
         drafter = None
         if draft == RANDOM:
             with status("making a drafter of random weights"):
                 drafter = Drafter.random(target, **({} if block_size is None else {"block_size": block_size}))
         elif draft != NONE:
             with status(f"loading {draft}"):
-                drafter = _drafter(load_checkpoint(draft, DTYPES[dtype]), target, _int8(draft_weights, target))
+                drafter = _drafter(load_checkpoint(draft, dtype), target, _int8(draft_weights, target))
         width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter is not None and width > drafter.block_size:
-            raise ValueError(f"--block-size must be at most the drafter's {drafter.block_size}; got {width}")
+            raise ValueError(f"block_size must be at most the drafter's {drafter.block_size}; got {width}")
         return cls(model, draft, target, tokenizer, drafter, width, block_size is None, weights)
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a user's message, in the model's chat template where it has one."""
-        if self.tokenizer.chat_template:
-            return self.tokenizer.encode(self.tokenizer.apply_chat_template([{"role": "user", "content": text}]))
-        return self.tokenizer.encode(text, add_special_tokens=True)
+    def prompt_ids(self, prompt: object) -> list[int]:
+        """The token ids of a prompt: of a text as a user's message, or of a list of messages {"role": ..., "content":
+        ...}, in the model's chat template; a text where the model has none, after its BOS. Token ids, in a list, a
+        tensor or array (n,) or (1, n), or in what a tokenizer of transformers answers, are taken as they are.
 
-    def run(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, concurrency: int = 1,
-            speculative: bool = True, on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None,
+        Raises TypeError for anything else, ValueError for no token and for ids that the model does not have,
+        CheckpointError where messages have no template or it fails."""
+        return read_prompt(self.tokenizer, self.target.vocab_size, prompt, "Session.prompt_ids: prompt")
+
+    def run(self, prompts: object, *, max_new_tokens: int, concurrency: int = 1, speculative: bool = True,
+            on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None,
             sampling: Sampling = GREEDY, sample_from: str = "greedy", rule: str = "token") -> Run:
-        """Answers all prompts, `concurrency` at a time. on_tokens(prompt's index, new tokens) is called as they come.
-        sampling: of all prompts; prompt i draws with seed + i, or with a fresh seed if there is none.
-        sample_from, rule: as for Decoder.
-        Raises ValueError for a prompt that does not fit the model's context; nothing is answered then."""
-        check_sampling(sampling, "sampling", self.target.vocab_size)
-        room = self.target.max_context
+        """Answers all prompts, `concurrency` at a time. prompts: a list of what prompt_ids takes, or one such prompt.
+        max_new_tokens: of each answer, at least 1; the context's end ends it sooner. on_tokens(prompt's index, new
+        tokens) is called as they come. sampling: of all prompts; prompt i draws with seed + i, or with a fresh seed if
+        there is none. sample_from, rule: as for Decoder.
+
+        Raises TypeError and ValueError, before anything is answered, for arguments that are wrong and for a prompt
+        that does not fit the model's context."""
+        what, room = "Session.run", self.target.max_context
+        max_new_tokens = whole(what, "max_new_tokens", max_new_tokens, 1)
+        concurrency = whole(what, "concurrency", concurrency, 1)
+        kind(what, "speculative", speculative, bool, "True or False")
+        kind(what, "on_tokens", on_tokens, Callable, "a function of a prompt's index and its new tokens")
+        choice(what, "sample_from", sample_from, SAMPLE_FROM)
+        choice(what, "rule", rule, RULES)
+        check_sampling(sampling, what, self.target.vocab_size)
+        prompts = read_prompts(self.tokenizer, self.target.vocab_size, prompts, what)
         for i, prompt in enumerate(prompts):
             if len(prompt) >= room:
                 raise ValueError(f"prompt {i + 1} must be shorter than the model's context of {room} tokens; "
@@ -148,7 +181,10 @@ class Session:
             if event.finish is not None:
                 answer.steps, answer.finish, answer.seed = event.acceptance_lengths, event.finish, event.seed
             on_tokens(event.id, event.tokens)
-        return Run(answers, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        for answer in answers:
+            answer.text = self.tokenizer.decode(answer.tokens)
+        return Run(answers, seconds)
 
     def _requests(self, prompts, max_new_tokens, sampling) -> Iterator[Request]:
         for i, prompt in enumerate(prompts):
@@ -163,16 +199,15 @@ class Session:
                 raise ValueError(f"prompt {event.id + 1}: {event.error}")
 
 
-def _target(model: str, dtype: torch.dtype, device: torch.device, weights: str) -> Target:
-    """Our own layers where the model is of a family that they serve, transformers' where they do not."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
-    where = find_model(model)
-    if where.is_dir() and (kind := read_json(where / "config.json").get("model_type")) not in (None, *FAMILIES):
+def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str) -> Target:
+    """Our own layers where the model is of a family that they serve, transformers' where they do not. model_type: of
+    its config.json; None where that has none, and for a GGUF file."""
+    if model_type not in (None, *FAMILIES):
+        where = find_model(model)
         if weights == "int8":
             raise CheckpointError(f"{where}: weights in 8 bits need a model_type of {', '.join(FAMILIES)}; "
-                                  f"got {kind!r}")
-        return _hf_target(where, dtype, device)
+                                  f"got {shown(model_type)}")
+        return _hf_target(where, model_type, dtype, device)
     found = load_checkpoint(model, dtype)
     try:
         return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == "int8")
@@ -180,32 +215,30 @@ def _target(model: str, dtype: torch.dtype, device: torch.device, weights: str) 
         raise CheckpointError(f"{found.source}: {error}") from error
 
 
-def _hf_target(folder: Path, dtype: torch.dtype, device: torch.device) -> Target:
+def _hf_target(folder: Path, model_type: object, dtype: torch.dtype, device: torch.device) -> Target:
     try:
-        import transformers
+        import transformers  # noqa: F401
     except ImportError:
-        kind = read_json(folder / "config.json")["model_type"]
-        raise CheckpointError(f"{folder}: model_type {kind!r} needs transformers: "
+        raise CheckpointError(f"{folder}: model_type {shown(model_type)} needs transformers: "
                               "pip install 'dflash-kernels[hf]'") from None
-    from .targets.hf import HFTarget
+    from .targets.hf_loading import load_hf
 
-    transformers.utils.logging.disable_progress_bar()
     try:
-        return HFTarget(transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True).to(device))
-    except (ValueError, NotImplementedError, OSError, KeyError) as error:
+        return load_hf(folder, dtype, device)
+    except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{folder}: {brief(error)}") from error
 
 
 def _int8(draft_weights: str, target: Target) -> bool:
-    if draft_weights not in DRAFT_WEIGHTS:
-        raise ValueError(f"draft_weights must be one of {', '.join(DRAFT_WEIGHTS)}; got {draft_weights!r}")
     if draft_weights != "auto":
         return draft_weights == "int8"
     return target.device.type == "cpu" and target.dtype.itemsize == 2
 
 
 def _drafter(found: Checkpoint, target: Target, int8: bool) -> Drafter:
+    if not {"dflash_config", "block_size"} & found.config.keys():
+        raise CheckpointError(f"{found.source}: draft must be a DFlash drafter, whose config.json has dflash_config or "
+                              f"block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
         refuse_side_files(found.source)
         return Drafter(found.config, found.tensors, target, read_vocabulary(found.source), int8=int8)

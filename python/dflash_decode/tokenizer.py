@@ -108,7 +108,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def _from_directory(folder: Path, source: str) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise CheckpointError(f"{file}: expected this file; got none")
+        raise CheckpointError(f"{file}: expected this file; got none{_without_tokenizer(folder)}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library's own exception type is bare Exception
@@ -126,6 +126,16 @@ def _from_directory(folder: Path, source: str) -> Tokenizer:
     if not all(isinstance(e, int) for e in ends):
         raise CheckpointError(f"{folder}: eos_token_id must be an integer or a list of them; got {ends}")
     return Tokenizer(backend, config, source, ends)
+
+
+def _without_tokenizer(folder: Path) -> str:
+    """What to do about it."""
+    others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+              if (folder / name).is_file()]
+    if others:
+        return (f", but {others[0]}: make it with transformers, AutoTokenizer.from_pretrained(FOLDER)"
+                ".save_pretrained(FOLDER)")
+    return "; it comes with the model: download it too, with `hf download`"
 
 
 def _optional(file: Path) -> dict:

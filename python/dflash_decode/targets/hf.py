@@ -16,6 +16,8 @@ from dflash_kernels import PagedKV, block_attention, linear, lm_head_argmax, pac
 from ..kv import CacheShape
 
 IMPLEMENTATION = "paged_block_attention"  # a name with "flash" in it would be taken for a FlashAttention
+_ATTENDS = ("full_attention", "sliding_attention", "chunked_attention")  # kinds of layers
+_SEVERAL_SHAPES = "has layers with keys of several shapes, and pages have one"
 _NOT_OURS = ("position_bias", "head_mask", "relative_position_bias")
 _current = threading.local()
 
@@ -23,27 +25,21 @@ _current = threading.local()
 class HFTarget:
     """model: a transformers PreTrainedModel for causal language modelling, on any device, in eval mode.
 
-    Its attention implementation is switched to ours for good. Raises NotImplementedError for a model whose layers do
-    not all attend through transformers' attention interface (linear attention, MLA with unequal head dims), that keeps
-    a state beside K and V, or whose masks have windows that its attention is not told of; ValueError for one without an
-    output head.
+    Its attention implementation is switched to ours for good. Raises TypeError for what is no such model,
+    NotImplementedError for one whose layers do not all attend through transformers' attention interface (linear
+    attention, convolutions, MLA, layers of several head dims), that keeps a state beside K and V, or whose masks have
+    windows that its attention is not told of; ValueError for one without an output head.
     """
 
     graph_safe = False
 
     def __init__(self, model, *, max_context: int | None = None):
-        config = model.config.get_text_config()
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"HFTarget: model must have an output head; got {type(model).__name__}")
+        refuse_model(model)
+        config, head = model.config.get_text_config(), model.get_output_embeddings()
         longest = getattr(config, "max_position_embeddings", max_context)
-        if not model._can_set_attn_implementation() or longest is None:
-            raise NotImplementedError(f"HFTarget: {type(model).__name__} does not take its attention from "
-                                      "transformers' attention interface")
-        # A class may be of hybrids and this model have attention alone: a state comes with a short convolution.
-        if getattr(model, "_is_stateful", False) and any(name.endswith("conv1d") for name, _ in model.named_modules()):
-            raise NotImplementedError(f"HFTarget: {type(model).__name__} keeps a state beside its keys and values, "
-                                      "which has no pages")
+        if longest is None:
+            raise ValueError(f"HFTarget: max_context must be given, as the config of {type(model).__name__} has no "
+                             "max_position_embeddings; got None")
         _register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.base = model.eval(), model.base_model
@@ -134,6 +130,55 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     window = (-1, -1) if sliding_window is None else (int(sliding_window) - 1, -1)
     return now.attend(module.layer_idx, query, key, value, scaling=scaling, window=window, sinks=s_aux,
                       softcap=float(softcap or 0.0), causal=bool(is_causal)), None
+
+
+def refuse_model(model) -> None:
+    """Raises for a model that cannot be a target, which may be on the meta device: its weights say nothing of that."""
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise TypeError(f"HFTarget: model must be a transformers model for causal language modelling; got a "
+                        f"{type(model).__name__}")
+    config, name = model.config.get_text_config(), type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"HFTarget: model must have an output head; got {name}")
+    if model.config.is_encoder_decoder or config.is_encoder_decoder:
+        raise NotImplementedError(f"HFTarget: {name} reads its prompt with an encoder, which has no pages")
+    if why := _layers_apart(config):
+        raise NotImplementedError(f"HFTarget: {name} {why}")
+    if not model._can_set_attn_implementation():
+        raise NotImplementedError(f"HFTarget: {name} does not take its attention from transformers' attention "
+                                  "interface")
+    # A class may be of hybrids and this model have attention alone: a state comes with a short convolution, or all
+    # layers have one.
+    if getattr(model, "_is_stateful", False) and (not getattr(config, "layer_types", None) or any(
+            module.endswith("conv1d") for module, _ in model.named_modules())):
+        raise NotImplementedError(f"HFTarget: {name} keeps a state beside its keys and values, which has no pages")
+    if any(getattr(module, "is_causal", None) is False for module in model.get_decoder().modules()):
+        raise NotImplementedError(f"HFTarget: {name} does not attend causally, as its config makes it an encoder")
+
+
+def _layers_apart(config) -> str | None:
+    """Why pages of keys and values, of one shape and as many as tokens, are not what the layers keep."""
+    try:
+        heads, _, head_dim, of_values, elsewhere, rank = (getattr(config, name, None) for name in (
+            "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "global_head_dim", "kv_lora_rank"))
+    except RuntimeError:  # transformers' own for a field that differs between layers
+        return _SEVERAL_SHAPES
+    if rank is not None:
+        return f"keeps latent vectors, not keys and values (MLA, kv_lora_rank = {rank}), which have no pages"
+    if elsewhere not in (None, head_dim):
+        return _SEVERAL_SHAPES
+    if None not in (head_dim, of_values) and head_dim != of_values and heads is not None:
+        return f"has keys of {head_dim} and values of {of_values} dimensions, which must have as many"
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENDS))
+    if others:
+        return f"has layers of a kind that is not supported, {', '.join(others)}: all must be full or sliding attention"
+    if getattr(config, "cross_attention_layers", None):
+        return "has layers that attend to images alone, which is not supported"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and chunk \
+            and chunk < config.max_position_embeddings:
+        return f"attends in chunks of {chunk} tokens, which is not supported"
+    return None
 
 
 def _logit_scale(config) -> float:

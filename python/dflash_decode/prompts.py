@@ -1,0 +1,96 @@
+"""What users have for a prompt, text, messages or token ids, as token ids."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .inputs import integer, is_token_list, items, shown
+from .tokenizer import Tokenizer
+
+_KINDS = "a text, a list of messages {'role': ..., 'content': ...}, or token ids"
+_ONE_BY_ONE = "give each prompt's ids by itself, in a list and without padding"
+
+
+def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> list[int]:
+    """The token ids of one prompt. Errors begin with `what`, which names it."""
+    if isinstance(prompt, str):
+        return _of_text(tokenizer, prompt)
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:  # what a tokenizer of transformers answers
+        return _of_ids(vocab, _unpadded(prompt, what), what)
+    if isinstance(prompt, Mapping):
+        prompt = [prompt]
+    if is_token_list(prompt) and not len(prompt):
+        raise ValueError(f"{what} must have at least 1 token; got {shown(prompt)}")
+    if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+        return _of_messages(tokenizer, prompt, what)
+    return _of_ids(vocab, prompt, what)
+
+
+def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: object, what: str) -> list[list[int]]:
+    """The token ids of several prompts, or of the one that is given in the place of a list."""
+    if is_single(prompts):
+        return [read_prompt(tokenizer, vocab, prompts, f"{what}: the prompt")]
+    if getattr(prompts, "ndim", 1) != 1:  # rows of one length: what is padding is not to be seen
+        raise ValueError(f"{what}: token ids must have shape (n,) or (1, n); got {tuple(prompts.shape)}: {_ONE_BY_ONE}")
+    if isinstance(prompts, (bytes, bytearray)) or not hasattr(prompts, "__iter__"):
+        raise TypeError(f"{what}: prompts must be a list, each of them {_KINDS}; got {shown(prompts)}")
+    return [read_prompt(tokenizer, vocab, prompt, f"{what}: prompt {i}") for i, prompt in enumerate(prompts, 1)]
+
+
+def is_single(prompts: object) -> bool:
+    """Whether it is one prompt: a text, a message or several, token ids. An empty list is no prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    if isinstance(prompts, torch.Tensor) or hasattr(prompts, "__array__"):
+        return prompts.ndim < 2 or len(prompts) == 1
+    return isinstance(prompts, Sequence) and len(prompts) > 0 and not isinstance(prompts, (bytes, bytearray)) and (
+        isinstance(prompts[0], Mapping) and "input_ids" not in prompts[0]
+        or isinstance(prompts[0], (bool, float, type(None))) or integer(prompts[0]) is not None)
+
+
+def _of_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    if tokenizer.chat_template:
+        return _of_template(tokenizer, [{"role": "user", "content": text}])
+    return tokenizer.encode(text, add_special_tokens=True)
+
+
+def _of_messages(tokenizer: Tokenizer, messages: Sequence, what: str) -> list[int]:
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(f"{what}: message {i} must be {{'role': ..., 'content': ...}}; got {shown(message)}")
+    return _of_template(tokenizer, [dict(message) for message in messages])
+
+
+def _of_template(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    return tokenizer.encode(tokenizer.apply_chat_template(messages))
+
+
+def _unpadded(encoded: Mapping, what: str) -> object:
+    """The ids of a tokenizer's answer. Padding would be part of the prompt."""
+    mask = encoded.get("attention_mask")
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise ValueError(f"{what}: input_ids must be without padding; got an attention_mask with zeros")
+    return encoded["input_ids"]
+
+
+def _of_ids(vocab: int, ids: object, what: str) -> list[int]:
+    if isinstance(ids, torch.Tensor) or hasattr(ids, "__array__"):
+        if ids.ndim == 2 and len(ids) == 1:  # a batch of one, as tokenizers return it
+            ids = ids[0]
+        if ids.ndim != 1:
+            raise ValueError(f"{what}: token ids must have shape (n,) or (1, n); got {tuple(ids.shape)}: {_ONE_BY_ONE}")
+    elif isinstance(ids, Sequence) and len(ids) == 1 and is_token_list(ids[0]):
+        ids = ids[0]
+    if not is_token_list(ids):
+        raise TypeError(f"{what} must be {_KINDS}; got {shown(ids)}")
+    if not len(ids):
+        raise ValueError(f"{what} must have at least 1 token; got {shown(ids)}")
+    given = items(ids)
+    found = [integer(token) for token in given]
+    for token, value in zip(given, found, strict=True):
+        if value is None:
+            several = " in a list: several prompts are for run()" if isinstance(token, Sequence) else ""
+            raise TypeError(f"{what} must be {_KINDS}; got {shown(token)}{several}")
+        if not 0 <= value < vocab:
+            raise ValueError(f"{what} must hold token ids in [0, {vocab}); got {value}")
+    return found
