@@ -29,5 +29,5 @@ def take(engine: str, path: str, names: list[str], namespace: dict) -> dict:
             node.body = [n for n in node.body if getattr(n, "name", None) == method]
             node.bases, node.decorator_list = [], []
         body.append(node)
-    exec(compile(ast.Module(body, []), path, "exec"), namespace)
+    exec(compile(ast.Module(body, []), str(source(engine, path)), "exec"), namespace)
     return namespace

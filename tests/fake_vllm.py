@@ -1,11 +1,15 @@
 """The parts of vLLM's V1 runner that our hooks touch, small enough to read, with its names, layouts and roundings."""
 
+import dataclasses
 import sys
 import types
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from dflash_decode.engines import sources
+from dflash_decode.engines import vllm as plugin
 
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN, PAGE, PAGES, VOCAB, DRAFTED = 3, 2, 16, 32, 4, 6, 50, 3
 
@@ -41,13 +45,18 @@ class Layer:
         self.impl = self
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slots):
-        for t, slot in enumerate(slots.tolist()):
-            if slot >= 0:
-                kv_cache[slot // PAGE, :, slot % PAGE] = torch.cat([key[t], value[t]], -1)
+        there = slots >= 0
+        slots = slots[there]
+        kv_cache[slots // PAGE, :, slots % PAGE] = torch.cat([key[there], value[there]], -1).to(kv_cache.dtype)
+
+
+def config(method="dflash"):
+    return types.SimpleNamespace(speculative_config=types.SimpleNamespace(method=method), use_v2_model_runner=False)
 
 
 class DFlashQwen3Model:
-    def __init__(self, dtype=torch.float32, heads_first=True, v_scale=None, neox=True):
+    def __init__(self, dtype=torch.float32, heads_first=True, v_scale=None, neox=True, method="dflash"):
+        self.vllm_config = config(method)
         g = torch.Generator().manual_seed(5)
 
         def weight(*shape):
@@ -97,12 +106,17 @@ class DFlashQwen3Model:
                 layer.impl.do_kv_cache_update(layer, k[i], v[i], layer.kv_cache, slots)
 
 
+class DFlashQwen3ForCausalLM:
+    def compute_logits(self, hidden_states):
+        return self.logits_processor(self.lm_head, hidden_states)
+
+
 class UnquantizedEmbeddingMethod:
     pass
 
 
 class SpecDecodeBaseProposer:
-    def __init__(self, offsets=None, dtype=torch.float32, **changes):
+    def __init__(self, vllm_config, device, runner=None, offsets=None, dtype=torch.float32, **changes):
         g = torch.Generator().manual_seed(7)
         weight = torch.randn(VOCAB + 6, HIDDEN, generator=g).to(dtype)
         weight[VOCAB:] *= 100  # padding that would win
@@ -131,8 +145,24 @@ class SpecDecodeBaseProposer:
         return self.model.compute_logits(hidden_states).argmax(-1)
 
 
-class DFlashProposer(SpecDecodeBaseProposer):
-    pass
+class Runner:
+    """A model runner, by its batch: sampling metadata are made anew whenever requests come or go."""
+
+    def __init__(self, all_greedy=True):
+        metadata = types.SimpleNamespace(all_greedy=all_greedy, calls=0)
+        self.input_batch = types.SimpleNamespace(sampling_metadata=metadata)
+
+
+def make(proposer, *args, method="dflash", device="cpu", runner=None, **kwargs):
+    """As the engine makes its proposer."""
+    return proposer(config(method), torch.device(device), runner, *args, **kwargs)
+
+
+class RejectionSampler:
+    """The V2 runner's."""
+
+    def __init__(self, sampler, spec_config, device):
+        self.sampler = sampler
 
 
 def rejection_sample(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits,
@@ -147,7 +177,7 @@ def rejection_sample(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_dra
             if answers[start + i] != draft_token_ids[start + i]:
                 break
         else:
-            out[b, n] = bonus_token_ids[b, 0]
+            out[b, n] = bonus_token_ids.flatten()[b]  # (B, 1) or (B,)
         start += n
     return out
 
@@ -200,10 +230,9 @@ def attention_modules(device):
         def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
             return cls.__name__, getattr(selected_backend, "name", None)
 
-    platform = types.SimpleNamespace(is_cpu=lambda: device == "cpu", is_cuda_alike=lambda: device == "cuda")
-    config = types.SimpleNamespace(speculative_config=types.SimpleNamespace(method="dflash"), use_v2_model_runner=False)
+    platform, current = types.SimpleNamespace(is_cpu=lambda: device == "cpu"), config()
     return {
-        "vllm.config": {"get_current_vllm_config": lambda: config, "current": config},
+        "vllm.config": {"get_current_vllm_config": lambda: current, "current": current},
         "vllm.platforms": {"current_platform": platform}, "vllm.platforms.cpu": {"CpuPlatform": CpuPlatform},
         "vllm.v1.attention": {}, "vllm.v1.attention.backends": {},
         "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": names, "register_backend": register_backend},
@@ -221,17 +250,22 @@ def v2_rejection_sample(target_logits, draft_logits, draft_sampled, cu_num_logit
 
 
 def install(monkeypatch, version="0.32.0+cpu", device="cpu"):
-    """Puts it where vLLM would be."""
-    model = type("DFlashQwen3Model", (DFlashQwen3Model,), dict(DFlashQwen3Model.__dict__))
-    proposer = type("DFlashProposer", (SpecDecodeBaseProposer,), {})
+    """Puts it where vLLM would be, and its sources into our hooks as those of a version that was read."""
+    model, base, causal, sampler = (type(c.__name__, (c,), {}) for c in (
+        DFlashQwen3Model, SpecDecodeBaseProposer, DFlashQwen3ForCausalLM, RejectionSampler))
+    proposer, speculator = (type(name, (base,), {}) for name in ("DFlashProposer", "DFlashSpeculator"))
+    gpu = "vllm.v1.worker.gpu.spec_decode"
     contents = {
         "vllm": {"__version__": version}, "vllm._custom_ops": {"rms_norm": rms_norm},
         "vllm.model_executor": {}, "vllm.model_executor.models": {},
-        "vllm.model_executor.models.qwen3_dflash": {"DFlashQwen3Model": model},
+        "vllm.model_executor.models.qwen3_dflash": {"DFlashQwen3Model": model, "DFlashQwen3ForCausalLM": causal},
         "vllm.v1": {}, "vllm.v1.spec_decode": {}, "vllm.v1.spec_decode.dflash": {"DFlashProposer": proposer},
+        "vllm.v1.spec_decode.llm_base_proposer": {"SpecDecodeBaseProposer": base},
         "vllm.v1.sample": {}, "vllm.v1.sample.rejection_sampler": {"rejection_sample": rejection_sample},
-        "vllm.v1.worker": {}, "vllm.v1.worker.gpu": {}, "vllm.v1.worker.gpu.spec_decode": {},
-        "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": {"rejection_sample": v2_rejection_sample},
+        "vllm.v1.worker": {}, "vllm.v1.worker.gpu": {}, gpu: {}, f"{gpu}.dflash": {},
+        f"{gpu}.dflash.speculator": {"DFlashSpeculator": speculator},
+        f"{gpu}.rejection_sampler": {"RejectionSampler": sampler},
+        f"{gpu}.rejection_sampler_utils": {"rejection_sample": v2_rejection_sample},
     } | attention_modules(device)
     for name, names in contents.items():
         module = types.ModuleType(name)
@@ -241,4 +275,9 @@ def install(monkeypatch, version="0.32.0+cpu", device="cpu"):
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
+    for hook in plugin.hooks():
+        read = {"0.32.0": sources.digest(sources.of_function(sources.resolve(s)[2]) for s in hook.sources)}
+        monkeypatch.setattr(sys.modules[hook.ours.__module__], "HOOK", dataclasses.replace(hook, read=read))
+    if device == "cuda":
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     return model, proposer, sys.modules["vllm.v1.sample.rejection_sampler"]

@@ -15,19 +15,22 @@ from dflash_decode.engines.vllm import attention
 HEADS, WIDTH = 4, 3
 
 
+def why(name, device="cpu"):
+    """What is said of a hook when a process has loaded the plugin and makes a proposer."""
+    plugin.register()
+    arguments = {"vllm_config": fake.config(), "device": torch.device(device)}
+    return next(o.why for o in plugin.seen(arguments, plugin.V1) if o.name == name)
+
+
 @pytest.fixture
 def install(monkeypatch):
     """Puts the stand-in there with the hook on; returns its modules by their last name."""
     def run(device="cpu", enable="attention", version="0.32.0"):
         fake.install(monkeypatch, version, device)
         monkeypatch.setenv("DFLASH_VLLM_ENABLE", enable)
-        monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
-        return types.SimpleNamespace(config=sys.modules["vllm.config"].current, why=why,
+        return types.SimpleNamespace(config=sys.modules["vllm.config"].current, why=lambda: why("attention", device),
                                      names=sys.modules["vllm.v1.attention.backends.registry"].AttentionBackendEnum,
                                      platform=sys.modules["vllm.platforms.cpu"].CpuPlatform)
-
-    def why():
-        return next(o.why for o in plugin.register() if o.name == "attention")
 
     backend = "dflash_decode.engines.vllm.attention_backend"
     monkeypatch.delitem(sys.modules, backend, raising=False)
@@ -74,19 +77,28 @@ def test_what_it_does_not_cover_stays_with_the_engine(install, caplog, layer, wh
 
 def test_off_by_itself_on_a_cpu_and_by_name_on_a_gpu(install):
     engine = install(enable="")
-    assert engine.why() == "slower than the engine's own on a CPU" and "DFLASH" not in engine.names.__members__
+    assert engine.why() == "slower than the engine's own on cpu"
+    assert engine.platform.get_attn_backend_cls(None, DRAFTER) == ("CpuPlatform", None)
     engine = install("cuda", enable="")
     for _ in range(2):  # a process may load plugins twice, and the registry takes a name once
-        assert engine.why().startswith('not run on a GPU yet; "attention_backend": "DFLASH" in the speculative')
+        assert engine.why() == '"attention_backend": "DFLASH" in the speculative configuration asks for it'
     assert engine.names.__members__["DFLASH"] == attention.CLASS
     assert engine.platform.get_attn_backend_cls(None, DRAFTER) == ("CpuPlatform", None)
 
 
-def test_a_changed_registry_leaves_it(install, monkeypatch):
+def test_the_name_is_there_before_a_configuration_is_read(install):
+    """It may hold the name, and is read before there is a proposer."""
+    engine = install(enable="")
+    plugin.register()
+    assert engine.names.__members__["DFLASH"] == attention.CLASS
+
+
+def test_a_changed_registry_leaves_it(install, monkeypatch, caplog):
     engine = install()
     monkeypatch.setattr(sys.modules["vllm.v1.attention.backends.registry"], "register_backend",
                         lambda backend, factory: None)
-    assert engine.why() == "TypeError: register_backend takes backend, factory"
+    assert engine.why() == "the engine's registry has no DFLASH"
+    assert "TypeError: register_backend takes backend, factory" in caplog.text
     assert engine.platform.get_attn_backend_cls(None, DRAFTER) == ("CpuPlatform", None)
 
 
@@ -168,7 +180,7 @@ def test_context_kv_goes_straight_into_its_pages(backend):
     model, theirs = sys.modules["vllm.model_executor.models.qwen3_dflash"].DFlashQwen3Model(), fake.DFlashQwen3Model()
     for layer in model._attn_layers:
         layer.attn_backend, layer.impl = backend.DFlashAttentionBackend, None
-    assert next(o.why for o in plugin.register() if o.name == "context_kv") == ""
+    assert why("context_kv") == ""
     given = torch.randn(5, fake.HIDDEN), torch.arange(7, 12), torch.tensor([9, 3, -1, 22, 1])
     model.precompute_and_store_context_kv(*given)
     theirs.precompute_and_store_context_kv(*given)

@@ -1,128 +1,20 @@
 """Both plugins against the engines' own functions, taken from their wheels and run in Triton's interpreter."""
 
-import importlib.util
-import sys
-import threading
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_files import source, take
+from engine_files import take
+from sglang_parts import DIM, HEADS, HIDDEN, OPS, by_path, drafts, install, loaded, worker_with
 
-from dflash_decode.engines import sglang as plugin
 from dflash_decode.engines.sglang import context, sampling
 from dflash_kernels import Verified, prepare_block, verify_greedy
-
-WORKER, OPS = "srt/speculative/dflash_worker_v2.py", "kernels/ops/speculative/"
-LAYERS, HEADS, DIM, HIDDEN, ROWS = 3, 2, 16, 32, 24
-
-
-def by_path(name, path):
-    spec = importlib.util.spec_from_file_location(name, source("sglang", path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def engine(monkeypatch):
-    """SGLang's package with its real HookRegistry and the real code of what is hooked, and nothing else."""
-    for name in ("sglang", "sglang.srt", "sglang.srt.plugins", "sglang.srt.speculative", "sglang.version",
-                 "sglang.srt.speculative.dflash_utils", "sglang.srt.speculative.dflash_worker_v2"):
-        module = types.ModuleType(name)
-        module.__path__ = []
-        monkeypatch.setitem(sys.modules, name, module)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
-    registry = by_path("sglang.srt.plugins.hook_registry", "srt/plugins/hook_registry.py")
-    monkeypatch.setitem(sys.modules, registry.__name__, registry)
-    sys.modules["sglang.version"].__version__ = "0.5.23"
-    worker, utils = (sys.modules[f"sglang.srt.speculative.dflash_{n}"] for n in ("worker_v2", "utils"))
-    take("sglang", WORKER, ["_DflashDraftSampler", "DFlashWorkerV2._append_target_hidden_fused"], worker.__dict__)
-    worker.torch, worker.KVWriteLoc = torch, lambda loc, physical: loc
-    take("sglang", "srt/speculative/dflash_utils.py", ["compute_dflash_sampling_correct_drafts_and_bonus"],
-         utils.__dict__)
-    utils.torch = torch
-    monkeypatch.setenv("DFLASH_SGLANG_ENABLE", "sampling")
-    worker.compute_dflash_sampling_correct_drafts_and_bonus = utils.compute_dflash_sampling_correct_drafts_and_bonus
-    return worker, utils, registry.HookRegistry
-
-
-def loaded(engine):
-    outcomes = plugin.register()
-    assert [(o.name, o.why) for o in outcomes] == [("context_kv", ""), ("draft_head", ""), ("sampling", "")]
-    engine[2].apply_hooks()
-
-
-def test_the_registry_calls_us(engine):
-    worker, utils, registry = engine
-    loaded(engine)
-    assert plugin.register() and all(len(hooks) == 1 for hooks in registry._hooks.values())  # twice is once
-    sampler = worker._DflashDraftSampler(weight=torch.randn(50, HIDDEN), block_size=4, num_org=50, org_vocab_start=0,
-                                         max_bs=2)
-    sampler(torch.randn(8, HIDDEN))
-    assert sampler._dflash_draft_head[0] is not None
-    # The copy that the worker imported by name is replaced too.
-    assert worker.compute_dflash_sampling_correct_drafts_and_bonus is (
-        utils.compute_dflash_sampling_correct_drafts_and_bonus)
-
-
-@pytest.mark.parametrize("name", ["context_kv", "draft_head", "sampling"])
-def test_a_changed_signature_leaves_that_hook_alone(engine, monkeypatch, name):
-    worker, utils, registry = engine
-    owner, attribute = {"context_kv": (worker.DFlashWorkerV2, "_append_target_hidden_fused"),
-                        "draft_head": (worker._DflashDraftSampler, "__call__"),
-                        "sampling": (utils, "compute_dflash_sampling_correct_drafts_and_bonus")}[name]
-    monkeypatch.setattr(owner, attribute, lambda self, step: None)
-    outcomes = {o.name: o.why for o in plugin.register()}
-    assert outcomes.pop(name).startswith("its parameters changed: without ")
-    assert set(outcomes.values()) == {""} and len(registry._hooks) == 2
-
-
-def test_a_hook_is_turned_off_by_name(engine, monkeypatch):
-    monkeypatch.setenv("DFLASH_SGLANG_DISABLE", "sampling")
-    assert [o.why for o in plugin.register()] == ["", "", "disabled by DFLASH_SGLANG_DISABLE"]
-    assert len(engine[2]._hooks) == 2
-
-
-class MHATokenToKVPool:
-    """Row-per-token buffers, and the writes of SGLang's pool where there is no GPU."""
-
-    use_hnd, kv_cache_layout, start_layer = False, "nhd", 30
-
-    def __init__(self, dtype):
-        self.k_buffer, self.v_buffer = ([torch.zeros(ROWS, HEADS, DIM, dtype=dtype) for _ in range(LAYERS)]
-                                        for _ in range(2))
-
-    def set_kv_buffer(self, layer, loc, k, v, k_scale=None, v_scale=None, layer_id_override=None):
-        self.k_buffer[layer.layer_id - self.start_layer][loc] = k
-        self.v_buffer[layer.layer_id - self.start_layer][loc] = v
-
-
-def worker_with(engine, dtype, rotary, v_scale=None):
-    worker = engine[0].DFlashWorkerV2.__new__(engine[0].DFlashWorkerV2)
-    generator = torch.Generator().manual_seed(4)
-    table = torch.randn(64, rotary, generator=generator)
-    rotary_emb = types.SimpleNamespace(rotary_dim=rotary, is_neox_style=True, cos_sin_cache=table)
-    width, layers = HEADS * DIM, []
-    for i in range(LAYERS):
-        inner = types.SimpleNamespace(layer_id=30 + i, k_scale=None, v_scale=None)
-        weight = torch.randn(2 * width + 2 * width, HIDDEN, generator=generator).to(dtype)
-        norm = types.SimpleNamespace(weight=torch.randn(DIM, generator=generator).to(dtype), variance_epsilon=1e-6)
-        layers.append(types.SimpleNamespace(self_attn=types.SimpleNamespace(
-            attn=inner, num_kv_heads=HEADS, head_dim=DIM, rotary_emb=rotary_emb, k_norm=norm, q_size=2 * width,
-            kv_size=width, v_scale=v_scale, qkv_proj=types.SimpleNamespace(weight=weight))))
-    pool = type("MHATokenToKVPool", (MHATokenToKVPool,), {})(dtype)
-    namespace = {"torch": torch, "_is_cuda": False, "_is_hip": False}
-    take("sglang", "srt/mem_cache/memory_pool.py", ["MHATokenToKVPool.set_kv_buffer_prefix_valid"], namespace)
-    type(pool).set_kv_buffer_prefix_valid = namespace["MHATokenToKVPool"].set_kv_buffer_prefix_valid
-    worker.draft_model = types.SimpleNamespace(layers=layers)
-    worker.draft_model_runner = types.SimpleNamespace(token_to_kv_pool=pool)
-    helper = by_path("fused_kv_materialize", OPS + "fused_kv_materialize.py").FusedKVMaterializeHelper
-    worker._fused_kv_helper = helper(layers, rotary_emb, HEADS, DIM, torch.device("cpu"), max_position_hint=64)
-    return worker, pool
+    return install(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype, rotary", [(torch.float32, DIM), (torch.float16, DIM), (torch.float32, DIM // 2)])
@@ -143,12 +35,38 @@ def test_context_kv_writes_what_sglang_writes(engine, dtype, rotary, prefix):
     assert torch.equal(found.v_buffer[0], expected.v_buffer[0])
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("after", [False, True], ids=["before the first write", "after it"])
+def test_a_fault_in_context_kv(engine, monkeypatch, caplog, prefix, after):
+    theirs, expected = worker_with(engine, torch.float32, DIM)
+    slots, tried = torch.tensor([[3, 9, 4, 17], [1, 22, 5, 6]]), []
+    given = [torch.randn(8, HIDDEN), torch.arange(8) + 5, slots.flatten(),
+             *([slots, torch.tensor([2, 4], dtype=torch.int32)] * prefix)]
+    written = slots[0, :2].tolist() + slots[1].tolist() if prefix else slots.flatten().tolist()
+
+    def broken(kv, positions, slots, caches, **options):
+        tried.append(kv)
+        for cache in caches[:2] if after else ():
+            cache.k[written], cache.v[written] = 77.0, 77.0
+        raise RuntimeError("write_context_kv is broken")
+
+    theirs._append_target_hidden_fused(*given)
+    loaded(engine)
+    monkeypatch.setattr(context, "write_context_kv", broken)
+    ours, found = worker_with(engine, torch.float32, DIM)
+    for _ in range(2):
+        ours._append_target_hidden_fused(*given)
+        for a, b in zip(found.k_buffer + found.v_buffer, expected.k_buffer + expected.v_buffer, strict=True):
+            assert torch.equal(a, b)
+    assert len(tried) == 1 and [r.levelname for r in caplog.records].count("WARNING") == 1
+
+
 def test_context_kv_scales_values_as_the_layers_do(engine):
     """The engine's fused helper drops a checkpoint's attention_value_scale, its own per-layer path does not."""
     ours, pool = worker_with(engine, torch.float32, DIM, v_scale=0.5)
     hidden = torch.randn(2, HIDDEN)
     slots = torch.tensor([4, 7])
-    context.write(ours._fused_kv_helper, context.decide(ours), hidden, torch.arange(2), slots, None, None)
+    context.write(ours._fused_kv_helper, context.decide(ours), hidden, torch.arange(2), slots, None)
     weight = ours.draft_model.layers[1].self_attn.qkv_proj.weight[-HEADS * DIM:]
     torch.testing.assert_close(pool.v_buffer[1][slots].flatten(1), 0.5 * F.linear(hidden, weight))
 
@@ -162,35 +80,6 @@ def test_context_kv_says_what_it_does_not_cover(engine, change, why):
     worker, pool = worker_with(engine, torch.float32, DIM)
     change(worker, pool)
     assert why in context.decide(worker)
-
-
-class Group:
-    """Ranks as threads of one process."""
-
-    def __init__(self, ranks):
-        self.world_size, self.barrier, self.parts = ranks, threading.Barrier(ranks), {}
-
-    def of(self, rank):
-        def gather(out, local):
-            self.parts[rank] = local.clone()
-            self.barrier.wait(30)
-            out.copy_(torch.cat([self.parts[r] for r in range(self.world_size)]))
-            self.barrier.wait(30)
-
-        return types.SimpleNamespace(world_size=self.world_size, all_gather_into_tensor=gather)
-
-
-def drafts(engine, ranks, hidden, weight):
-    group, width = Group(ranks), len(weight) // ranks
-    samplers = [engine[0]._DflashDraftSampler(
-        weight=weight[r * width:(r + 1) * width], block_size=4, num_org=width, org_vocab_start=r * width,
-        max_bs=hidden.shape[0] // 4, tp_group=group.of(r) if ranks > 1 else None) for r in range(ranks)]
-    threads = [threading.Thread(target=sampler, args=(hidden,)) for sampler in samplers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return [sampler.out.tolist() for sampler in samplers]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -211,7 +100,7 @@ def test_sampling_follows_sglangs_law(engine):
                      {"torch": torch, "F": F})
     draws, vocab, width = 20_000, 12, 3
     info = types.SimpleNamespace(temperatures=torch.full((draws, 1), 0.7), top_ks=torch.full((draws,), 5),
-                                 need_top_k_sampling=True, need_top_p_sampling=False)
+                                 top_ps=torch.ones(draws), need_top_k_sampling=True, need_top_p_sampling=False)
     logits = torch.randn(width, vocab).repeat(draws, 1)
     one = types.SimpleNamespace(temperatures=info.temperatures[:1], top_ks=info.top_ks[:1], need_top_k_sampling=True,
                                 need_top_p_sampling=False)
@@ -228,19 +117,6 @@ def test_sampling_follows_sglangs_law(engine):
     assert (counts[law[0] == 0] == 0).all()
     chi = ((counts - expected) ** 2 / expected.clamp_min(1e-9))[law[0] > 0].sum()
     assert chi < 30, chi  # 4 degrees of freedom: 1e-5 is 28.5
-
-
-def test_sampling_leaves_relaxed_thresholds(engine):
-    seen = []
-    replacement = sampling.build(lambda **given: seen.append(given) or "theirs")
-    assert replacement(candidates=None, next_token_logits=None, sampling_info=None, threshold_single=0.9,
-                       threshold_acc=1.0) == "theirs"
-    assert seen[0]["threshold_single"] == 0.9
-
-
-def test_sampling_is_off_by_itself(engine, monkeypatch):
-    monkeypatch.delenv("DFLASH_SGLANG_ENABLE")
-    assert [o.why for o in plugin.register()] == ["", "", "not run on a GPU yet"]
 
 
 def test_params_in_the_engines_shapes():

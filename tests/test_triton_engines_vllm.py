@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_files import source
 
+from dflash_decode.engines.hooks import LEFT
 from dflash_decode.engines.vllm import verify_v2
 from dflash_kernels import prepare_block
 
@@ -105,7 +106,13 @@ def batch(requests, drafted, vocab, temperature):
             "num_speculative_steps": drafted}
 
 
-def test_vllm_v2_greedy(rejection):
+@pytest.fixture
+def dflash(monkeypatch):
+    """Whoever calls has a sampler for DFlash; tests/test_engines_faults.py asks who does."""
+    monkeypatch.setattr(verify_v2, "of_dflash", lambda temperature: True)
+
+
+def test_vllm_v2_greedy(rejection, dflash):
     given = batch(4, 3, 33, torch.zeros(4))
     target = given["target_logits"].argmax(-1).view(4, 4)
     block = given["draft_sampled"].view(4, 4)
@@ -114,7 +121,7 @@ def test_vllm_v2_greedy(rejection):
         block[b, n + 1:] = (target[b, n:-1] + 1) % 33
     block[3, 1:] = -1  # drafts that a grammar refused
     tokens, counts = rejection(**given)
-    ours, found = verify_v2.build(None)(**given)
+    ours, found = verify_v2.rejection_sample(**given)
     assert found.tolist() == counts.tolist() == [1, 2, 4, 1] and found.dtype == counts.dtype
     assert ours.dtype == tokens.dtype and ours.shape == tokens.shape
     for b, n in enumerate(counts.tolist()):
@@ -122,14 +129,14 @@ def test_vllm_v2_greedy(rejection):
 
 
 @pytest.mark.parametrize("block_rule", [False, True])
-def test_vllm_v2_sampled(block_rule):
+def test_vllm_v2_sampled(dflash, block_rule):
     """Chi-square of the first token against the law; a greedy request among the sampled ones stays greedy."""
     draws, vocab = 20_000, 9
     temperature = torch.ones(draws)
     temperature[0] = 0
     given = batch(draws, 2, vocab, temperature)
     law = given["target_logits"][0].double().softmax(-1)
-    tokens, counts = verify_v2.build(None)(**given, use_block_verification=block_rule)
+    tokens, counts = verify_v2.rejection_sample(**given, use_block_verification=block_rule)
     assert tokens[0, 0] == law.argmax() and counts.min() >= 1
     observed = torch.bincount(tokens[1:, 0], minlength=vocab).double()
     expected = law * (draws - 1)
@@ -141,9 +148,11 @@ def test_vllm_v2_sampled(block_rule):
 
 
 @pytest.mark.parametrize("change", [{"draft_logits": 1}, {"synthetic_conditional_rates": 1}, {"contexts": 1},
-                                    {"fly_window_size": 4}, {"cu_num_logits": torch.tensor([0, 3, 8])}])
-def test_vllm_v2_leaves_to_the_original(change):
+                                    {"fly_window_size": 4}, {"cu_num_logits": torch.tensor([0, 3, 8])},
+                                    {"draft_sampled": torch.zeros(2, 4).int()}, {"idx_mapping": torch.zeros(3).int()},
+                                    {"pos": torch.zeros(8)}, {"seed": torch.zeros(4, 1).long()}])
+def test_vllm_v2_leaves_to_the_original(dflash, change):
     given = batch(2, 3, 33, torch.zeros(2)) | change
     if "cu_num_logits" in change:
         given["target_logits"] = given["target_logits"][:7]
-    assert verify_v2.build(lambda *args, **kwargs: "theirs")(**given) == "theirs"
+    assert verify_v2.rejection_sample(**given) is LEFT

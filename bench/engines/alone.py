@@ -50,7 +50,8 @@ def model(layers: list[SimpleNamespace]) -> DFlashQwen3Model:
         _fused_kv_weight=torch.randn(LAYERS * 2 * KV_HEADS * DIM, HIDDEN).bfloat16(), _fused_kv_bias=None,
         _rms_norm_eps=1e-5, _rope_head_size=DIM, _rope_is_neox=True, _attn_layers=layers,
         _rope_cos_sin_cache=torch.cat([angles.cos(), angles.sin()], -1).bfloat16(),
-        layers=[SimpleNamespace(self_attn=SimpleNamespace(v_scale=None))])
+        layers=[SimpleNamespace(self_attn=SimpleNamespace(v_scale=None))],
+        vllm_config=SimpleNamespace(speculative_config=SimpleNamespace(method="dflash")))
     return made
 
 
@@ -68,7 +69,7 @@ def medians(calls: dict) -> dict[str, float]:
 
 def context_kv(tokens: int) -> dict:
     theirs = DFlashQwen3Model.precompute_and_store_context_kv
-    replacement = context.build(theirs)
+    replacement = context.precompute_and_store_context_kv
     on_cpu, on_pages = (model([layer(ours) for _ in range(LAYERS)]) for ours in (False, True))
     states, positions = torch.randn(tokens, HIDDEN).bfloat16(), torch.arange(tokens) + 100
     slots = torch.arange(tokens) + PAGE

@@ -1,24 +1,30 @@
-"""The gate between an engine's private functions and our replacements.
+"""The gate between an engine's private functions and our replacements, and the way back from them.
 
-Engines move their internals between releases, so a hook is installed only where the engine's version, the original's
-parameters and the platform are those that it was written for. Otherwise the original stays, and the log says why.
-What a hook needs of the model is decided once for each object that it works on, from configuration alone: ranks of one
-group have one configuration, so they decide alike and no collective changes its order or shape between them.
+Engines move their internals between releases, so a hook is installed only where the engine's version was read, the
+functions are still those, and the hook was measured faster on the platform or is asked for by name. Otherwise the
+original stays, and the log says why. What a hook needs of the model is decided once for each object that it works on;
+what a call brings that it was not written for is left to the original, and so is everything from the first exception
+on.
+
+Ranks of one group never wait for each other in vain: a replacement has no collective before its `finish`, which has
+those of the original in the same order and shapes, so it does not matter which of the two a rank runs.
 """
 
 import functools
-import importlib
 import inspect
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+from . import sources
+
+if TYPE_CHECKING:  # imported where it is used: this module is part of what every process of an engine loads
+    import torch
 
 MARK = "dflash_original"
+LEFT = object()  # what a replacement returns for a call that it leaves to the original; it has then changed nothing
 Placing = Callable[["Hook", Any, str, Callable, Callable], None]  # hook, owner, attribute, original, replacement
 
 
@@ -26,110 +32,172 @@ Placing = Callable[["Hook", Any, str, Callable, Callable], None]  # hook, owner,
 class Hook:
     """One function of an engine and what replaces it.
 
-    name: what the log and the DISABLE variable call it. target: "module:function" or "module:Class.method".
-    parameters: the original's, by name and in order, without a classmethod's class; a tuple of alternatives where
-    releases differ. versions: the first (major, minor) it was written for, and the first that it was not.
-    build(original) -> replacement. off() -> why it is left unless asked for by name, or None. prepare(): gives the
-    engine, where it is not off, what is needed beside the replacement. keep() -> why the original then stays on this
-    platform, or None.
+    name: what the log and the environment's variables call it. target: "module:function" or "module:Class.method".
+    ours: takes the original's arguments; returns its result, or LEFT. An exception means that the original is called
+    after it, so what ours had written by then must be what the original writes too. read: the digest of the functions'
+    sources in each version of the engine that was read. measured: of each platform (see platform_of) where it was,
+    whether it is faster than the original. defined: where the target's source is, if not at the target. beside: other
+    functions whose work ours does too. keep() -> why the original stays on this engine's platform, or None. prepare():
+    is called before it is put in place. draws: its results are drawn by random numbers of its own, so that a rank which
+    goes back alone would part from the others. finish(result, arguments): makes ours' result the original's, with the
+    original's collectives; what fails there fails as it would in the original.
     """
 
     name: str
     target: str
-    parameters: tuple[tuple[str, ...], ...]
-    versions: tuple[tuple[int, int], tuple[int, int]]
-    build: Callable[[Callable], Callable]
+    ours: Callable
+    read: Mapping[str, str]
+    measured: Mapping[str, bool] = field(default_factory=dict)
+    defined: str = ""
+    beside: tuple[str, ...] = ()
     keep: Callable[[], str | None] = lambda: None
-    off: Callable[[], str | None] = lambda: None
     prepare: Callable[[], None] = lambda: None
+    draws: bool = False
+    finish: Callable | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.defined or self.target, *self.beside
+
+    def unread(self, version: str) -> str | None:
+        """Why it does not know this version; what follows a plus sign says how it was built."""
+        if version.partition("+")[0] in self.read:
+            return None
+        return f"version {version} was not read; {', '.join(self.read)} {'were' if len(self.read) > 1 else 'was'}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """why: empty where replaced."""
+    """why: empty where replaced. available: whether asking for it by name is all that is missing."""
 
     name: str
     target: str
     why: str = ""
+    available: bool = False
 
     def __str__(self):
         return f"{self.name}: {f'left, {self.why}' if self.why else 'replaced'} ({self.target})"
 
 
-def install(hooks: Iterable[Hook], version: str, environment: Mapping[str, str], prefix: str,
-            log: logging.Logger, place: Placing | None = None) -> list[Outcome]:
-    """Installs what can be and logs a line for each hook. Never raises; a second call finds everything in place.
+@dataclass(frozen=True)
+class Choice:
+    """What `<prefix>_DISABLE` and `<prefix>_ENABLE` in the environment say, comma-separated names of hooks."""
 
-    prefix: of the variables `<prefix>_DISABLE` and `<prefix>_ENABLE`, comma-separated names; the latter brings back
-    hooks that are off by themselves. place: puts a replacement in, where the engine has its own way.
+    prefix: str
+    disabled: frozenset[str]
+    enabled: frozenset[str]
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str], prefix: str, known: Iterable[str], log: logging.Logger) -> "Choice":
+        known, given = list(known), []
+        for variable in (f"{prefix}_DISABLE", f"{prefix}_ENABLE"):
+            names = {name.strip() for name in environment.get(variable, "").split(",")} - {""}
+            if unknown := names.difference(known):
+                log.warning("dflash-kernels: %s must be of %s; got %s", variable, ",".join(known),
+                            ",".join(sorted(unknown)))
+            given.append(frozenset(names))
+        return cls(prefix, *given)
+
+
+def platform_of(device: "torch.device") -> str:
+    """"cpu", a GPU's generation ("sm_90"), or the name of another kind of device."""
+    import torch
+
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return "rocm"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def install(hooks: Iterable[Hook], version: str, platform: str, choice: Choice, log: logging.Logger,
+            place: Placing | None = None) -> list[Outcome]:
+    """Installs what can be and says so in the log: a line for each hook, one for all that may be asked for. Never
+    raises; a second call finds everything in place.
+
+    place: puts a replacement in, where the engine has its own way.
     """
-    hooks = list(hooks)
-    disabled, enabled = (_names(environment, f"{prefix}_{what}", hooks, log) for what in ("DISABLE", "ENABLE"))
     outcomes = []
     for hook in hooks:
         try:
-            why = _install(hook, version, disabled, enabled, prefix, place or _set)
+            found = _install(hook, version, platform, choice, log, place or _set)
         except Exception as error:  # an exception in an engine's plugin would end the engine's process
-            why = f"{type(error).__name__}: {error}"
-        outcomes.append(Outcome(hook.name, hook.target, why))
-        log.info("dflash-kernels: %s", outcomes[-1])
+            found = Outcome(hook.name, hook.target, f"{type(error).__name__}: {error}")
+        outcomes.append(found)
+        if not found.available:
+            log.info("dflash-kernels: %s", found)
+    if names := ",".join(found.name for found in outcomes if found.available):
+        log.info("dflash-kernels: not measured on %s yet, and so left: %s; %s_ENABLE=%s replaces them", platform,
+                 names.replace(",", ", "), choice.prefix, names)
     return outcomes
 
 
-def _names(environment: Mapping[str, str], variable: str, hooks: list[Hook], log: logging.Logger) -> set[str]:
-    given = {name.strip() for name in environment.get(variable, "").split(",")} - {""}
-    unknown = given - {hook.name for hook in hooks}
-    if unknown:
-        log.warning("dflash-kernels: %s must be of %s; got %s", variable, ",".join(hook.name for hook in hooks),
-                    ",".join(sorted(unknown)))
-    return given
-
-
-def _install(hook: Hook, version: str, disabled: set[str], enabled: set[str], prefix: str, place: Placing) -> str:
-    """Why the original stays; empty where it is replaced."""
-    if hook.name in disabled:
-        return f"disabled by {prefix}_DISABLE"
-    first, after = hook.versions
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if not found or not first <= (int(found[1]), int(found[2])) < after:
-        return f"version {version} is not of {first[0]}.{first[1]} to before {after[0]}.{after[1]}"
-    if hook.name not in enabled and (why := hook.off()):
-        return why
-    hook.prepare()
-    if why := hook.keep():
-        return why
-    module_name, _, path = hook.target.partition(":")
-    module = importlib.import_module(module_name)
-    *owners, attribute = path.split(".")
-    owner = functools.reduce(getattr, owners, module)
-    original = getattr(owner, attribute)
+def _install(hook: Hook, version: str, platform: str, choice: Choice, log: logging.Logger, place: Placing) -> Outcome:
+    left = functools.partial(Outcome, hook.name, hook.target)
+    if hook.name in choice.disabled:
+        return left(f"disabled by {choice.prefix}_DISABLE")
+    if why := hook.unread(version) or hook.keep():
+        return left(why)
+    faster = hook.measured.get(platform)
+    if not faster and hook.name not in choice.enabled:
+        return left(f"not measured on {platform} yet" if faster is None else
+                    f"slower than the engine's own on {platform}", available=faster is None)
+    owner, attribute, original = sources.resolve(hook.target)
     if hasattr(original, MARK):
-        return ""
-    parameters = tuple(inspect.signature(original).parameters)
-    if parameters not in hook.parameters:
-        return f"its parameters changed: {_difference(hook.parameters[-1], parameters)}"
-    of_class = isinstance(inspect.getattr_static(owner, attribute), classmethod)
-    original = original.__func__ if of_class else original
-    replacement = functools.update_wrapper(hook.build(original), original)
+        return left()
+    texts = [sources.of_function(f) for f in (original, *(sources.resolve(b)[2] for b in hook.beside))]
+    if sources.digest(texts) != hook.read[version.partition("+")[0]]:
+        return left(f"its source is not that of {version}")
+    replacement = guarded(hook.name, hook.ours, original, log, hook.draws, hook.finish)
+    functools.update_wrapper(replacement, original)
     setattr(replacement, MARK, original)
+    hook.prepare()
+    of_class = isinstance(inspect.getattr_static(owner, attribute), classmethod)
     place(hook, owner, attribute, original, classmethod(replacement) if of_class else replacement)
-    return ""
+    return left()
+
+
+def guarded(name: str, ours: Callable, theirs: Callable, log: logging.Logger, draws: bool = False,
+            finish: Callable | None = None) -> Callable:
+    """ours, then finish; for a call that ours leaves or fails in, and in this process for all that follow a failure,
+    theirs.
+
+    Where it draws and there are several ranks, the failure ends this rank instead, and the engine with it.
+    """
+    failed = False
+
+    def call(*args, **kwargs):
+        nonlocal failed
+        if not failed:
+            try:
+                found = ours(*args, **kwargs)
+            except Exception as error:
+                failed = True
+                log.warning("dflash-kernels: %s: failed, and is off in this process from now on. %s: %s",
+                            name, type(error).__name__, error, exc_info=True)
+                if draws and _ranks() > 1:
+                    raise
+            else:
+                if found is not LEFT:
+                    return finish(found, *args, **kwargs) if finish else found
+        return theirs(*args, **kwargs)
+
+    return call
+
+
+def _ranks() -> int:
+    import torch
+
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
 
 
 def _set(hook: Hook, owner: Any, attribute: str, original: Callable, replacement: Callable) -> None:
     """`from module import function` elsewhere in the engine made copies of the name, which are replaced too."""
     setattr(owner, attribute, replacement)
-    if not inspect.isclass(owner):
-        _rebind(hook.target.partition(".")[0], attribute, original, replacement)
-
-
-def _difference(expected: tuple[str, ...], found: tuple[str, ...]) -> str:
-    gone, new = [p for p in expected if p not in found], [p for p in found if p not in expected]
-    said = [f"without {', '.join(gone)}"] * bool(gone) + [f"with {', '.join(new)}"] * bool(new)
-    return " and ".join(said) or f"in another order, {', '.join(found)}"
-
-
-def _rebind(package: str, attribute: str, original: Callable, replacement: Callable) -> None:
+    if inspect.isclass(owner):
+        return
+    package = hook.target.partition(".")[0]
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == package and getattr(module, "__dict__", {}).get(attribute) is original:
             setattr(module, attribute, replacement)
@@ -141,15 +209,14 @@ def plan(owner: Any, name: str, decide: Callable[[Any], Any], log: logging.Logge
     decide returns a plan or says, as a str, what of the configuration is not covered. What it prepares would be only
     recorded while a CUDA graph is captured, so then the original runs, and the next call decides.
     """
+    import torch
+
     key = f"_dflash_{name}"
     kept = owner.__dict__.get(key)
     if kept is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
-        try:
-            found = decide(owner)
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
+        found = decide(owner)
         why = found if isinstance(found, str) else None
         log.info("dflash-kernels: %s: %s for this model", name, f"left, {why}" if why else "in use")
         kept = owner.__dict__[key] = (None if why else found,)

@@ -11,7 +11,7 @@ import torch
 
 from dflash_kernels import PagedKV, write_context_kv
 
-from ..hooks import Hook, plan
+from ..hooks import LEFT, Hook, plan
 
 LOG = logging.getLogger("sglang.dflash_kernels")
 
@@ -43,34 +43,47 @@ def decide(worker: Any) -> Plan | str:
     return Plan(caches, eps.pop(), scales.pop())
 
 
-def build(original):
-    def _append_target_hidden_fused(self, ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d=None,
-                                    commit_lens=None):
-        made = plan(self, "context_kv", decide, LOG)
-        if made is None or self._fused_kv_helper is None:
-            return original(self, ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
-        write(self._fused_kv_helper, made, ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
+def fits(helper: Any, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+         commit_lens: torch.Tensor | None) -> bool:
+    """Whether the engine's tensors are those that this was written for. slots (T,), or (B, Q) with
+    commit_lens (B,)."""
+    ids = (torch.int32, torch.int64)
+    blocks = commit_lens is None or (slots.dim() == 2 and commit_lens.shape == slots.shape[:1]
+                                     and commit_lens.dtype in ids)
+    return (blocks and hidden.dim() == 2 and hidden.shape[1] == helper.flat_kv_weight_t.shape[0]
+            and positions.numel() == slots.numel() == hidden.shape[0]
+            and positions.dtype in ids and slots.dtype in ids)
 
-    return _append_target_hidden_fused
+
+def _append_target_hidden_fused(self, ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d=None,
+                                commit_lens=None):
+    if self._fused_kv_helper is None:
+        return LEFT
+    made = plan(self, "context_kv", decide, LOG)
+    prefix = ctx_cache_loc_2d is not None and commit_lens is not None
+    slots, commit_lens = (ctx_cache_loc_2d, commit_lens) if prefix else (ctx_cache_loc, None)
+    if made is None or not fits(self._fused_kv_helper, ctx_hidden, ctx_positions, slots, commit_lens):
+        return LEFT
+    write(self._fused_kv_helper, made, ctx_hidden, ctx_positions, slots, commit_lens)
 
 
 def write(helper: Any, made: Plan, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
-          slots_2d: torch.Tensor | None, commit_lens: torch.Tensor | None) -> None:
-    """hidden (T, H), normed. slots_2d (B, Q) with commit_lens (B,): the first commit_lens[b] rows of each block."""
-    prefix = slots_2d is not None and commit_lens is not None
-    slots = (slots_2d if prefix else slots).reshape(-1).long()
+          commit_lens: torch.Tensor | None) -> None:
+    """hidden (T, H), normed. slots (T,); or (B, Q) with commit_lens (B,): the first commit_lens[b] rows of each
+    block."""
     if not slots.numel():
         return
     weight = helper.flat_kv_weight_t
     kv = torch.mm(hidden.to(weight.dtype), weight)
     longest = helper.max_position_hint
     table = helper._ensure_rope_cache(longest if longest is not None else int(positions.max()))
-    write_context_kv(kv, positions.reshape(-1).long(), slots, made.caches, k_weights=helper.k_norm_weights,
-                     cos_sin=table if table.dtype in (kv.dtype, torch.float32) else table.float(), eps=made.eps,
-                     commit_lens=commit_lens.int() if prefix else None, v_scale=made.v_scale, rounding="end")
+    write_context_kv(kv, positions.reshape(-1).long(), slots.reshape(-1).long(), made.caches,
+                     k_weights=helper.k_norm_weights, eps=made.eps, v_scale=made.v_scale, rounding="end",
+                     cos_sin=table if table.dtype in (kv.dtype, torch.float32) else table.float(),
+                     commit_lens=None if commit_lens is None else commit_lens.int())
 
 
-HOOK = Hook(
-    "context_kv", "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2._append_target_hidden_fused",
-    (("self", "ctx_hidden", "ctx_positions", "ctx_cache_loc", "ctx_cache_loc_2d", "commit_lens"),), ((0, 5), (0, 6)),
-    build)
+HELPER = "sglang.kernels.ops.speculative.fused_kv_materialize:FusedKVMaterializeHelper"
+HOOK = Hook("context_kv", "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2._append_target_hidden_fused",
+            _append_target_hidden_fused, read={"0.5.23": "590699dd1e91d749"},
+            beside=(f"{HELPER}.__init__", f"{HELPER}._ensure_rope_cache", f"{HELPER}.materialize"))

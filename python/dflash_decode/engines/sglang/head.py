@@ -11,7 +11,7 @@ import torch
 
 from dflash_kernels import PackedWeight, lm_head_argmax, pack_weight
 
-from ..hooks import Hook, plan
+from ..hooks import LEFT, Hook, plan
 
 LOG = logging.getLogger("sglang.dflash_kernels")
 
@@ -29,20 +29,21 @@ def decide(sampler: Any) -> Plan | str:
     return Plan(pack_weight(weight))
 
 
-def build(original):
-    def __call__(self, hidden_states, input_ids=None):
-        made = plan(self, "draft_head", decide, LOG)
-        if made is None:
-            return original(self, hidden_states, input_ids)
-        # The first row of a block is the anchor, which is known.
-        rows = hidden_states.view(-1, self.block_size, hidden_states.shape[-1])[:, 1:].flatten(0, 1)
-        ids, values = lm_head_argmax(rows.to(self.weight.dtype), made.weight, id_offset=self.org_vocab_start)
-        n = ids.shape[0]
-        if self.tp_size > 1:
-            ids = gather(self, ids, values)
-        self.out[:n].copy_(ids)
+def winners(self, hidden_states, input_ids=None):
+    """This rank's best id and logit for each row; no collective yet, so that a failure may still go the other way."""
+    made = plan(self, "draft_head", decide, LOG)
+    if (made is None or hidden_states.dim() != 2 or hidden_states.shape[1] != self.weight.shape[1]
+            or hidden_states.shape[0] % self.block_size):
+        return LEFT
+    # The first row of a block is the anchor, which is known.
+    rows = hidden_states.view(-1, self.block_size, hidden_states.shape[-1])[:, 1:].flatten(0, 1)
+    return lm_head_argmax(rows.to(self.weight.dtype), made.weight, id_offset=self.org_vocab_start)
 
-    return __call__
+
+def choose(found, self, hidden_states, input_ids=None):
+    ids, values = found
+    n = ids.shape[0]
+    self.out[:n].copy_(gather(self, ids, values) if self.tp_size > 1 else ids)
 
 
 def gather(sampler: Any, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -56,5 +57,5 @@ def gather(sampler: Any, ids: torch.Tensor, values: torch.Tensor) -> torch.Tenso
     return found.view(ranks, n).gather(0, winner)[0]
 
 
-HOOK = Hook("draft_head", "sglang.srt.speculative.dflash_worker_v2:_DflashDraftSampler.__call__",
-            (("self", "hidden_states", "input_ids"),), ((0, 5), (0, 6)), build)
+HOOK = Hook("draft_head", "sglang.srt.speculative.dflash_worker_v2:_DflashDraftSampler.__call__", winners,
+            read={"0.5.23": "3057b3281555c511"}, finish=choose)

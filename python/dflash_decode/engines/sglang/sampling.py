@@ -10,7 +10,7 @@ import torch
 
 from dflash_kernels import SamplingParams, verify_sample
 
-from ..hooks import Hook
+from ..hooks import LEFT, Hook
 
 
 def params_of(info: Any, device: torch.device) -> SamplingParams:
@@ -22,38 +22,40 @@ def params_of(info: Any, device: torch.device) -> SamplingParams:
     return SamplingParams(temperature, seeds, top_k, top_p)
 
 
-def build(original):
-    def compute_dflash_sampling_correct_drafts_and_bonus(
-            *, candidates, next_token_logits, sampling_info, max_top_k=None, uniform_top_k_value=None,
-            threshold_single=None, threshold_acc=None, uniform_samples=None, uniform_samples_for_final_sampling=None,
-            use_sparse_topk=True):
-        if threshold_single is None or threshold_acc is None:
-            from sglang.srt.speculative import dflash_utils
-
-            spec = dflash_utils.get_spec()
-            single = spec.speculative_accept_threshold_single if threshold_single is None else threshold_single
-            total = spec.speculative_accept_threshold_acc if threshold_acc is None else threshold_acc
-        else:
-            single, total = threshold_single, threshold_acc
-        given = uniform_samples is not None or uniform_samples_for_final_sampling is not None
-        if (single, total) != (1.0, 1.0) or given:  # below 1 the engine accepts more than the law allows
-            return original(
-                candidates=candidates, next_token_logits=next_token_logits, sampling_info=sampling_info,
-                max_top_k=max_top_k, uniform_top_k_value=uniform_top_k_value, threshold_single=threshold_single,
-                threshold_acc=threshold_acc, uniform_samples=uniform_samples,
-                uniform_samples_for_final_sampling=uniform_samples_for_final_sampling, use_sparse_topk=use_sparse_topk)
-        requests, width = candidates.shape
-        found = verify_sample(
-            candidates.long(), next_token_logits.view(requests, width, -1),
-            torch.zeros(requests, dtype=torch.int32, device=candidates.device),
-            params_of(sampling_info, candidates.device))
-        return found.accept_lens, found.bonus
-
-    return compute_dflash_sampling_correct_drafts_and_bonus
+def fits(candidates: torch.Tensor, logits: torch.Tensor, info: Any) -> bool:
+    """Whether the engine's tensors are those that this was written for."""
+    ids, each = (torch.int32, torch.int64), (info.temperatures, info.top_ks, info.top_ps)
+    return (candidates.dim() == 2 and candidates.numel() > 0 and candidates.dtype in ids and logits.dim() == 2
+            and logits.shape[0] == candidates.numel() and logits.is_contiguous()
+            and candidates.device == logits.device
+            and all(values.numel() == candidates.shape[0] for values in each))
 
 
-HOOK = Hook(
-    "sampling", "sglang.srt.speculative.dflash_utils:compute_dflash_sampling_correct_drafts_and_bonus",
-    (("candidates", "next_token_logits", "sampling_info", "max_top_k", "uniform_top_k_value", "threshold_single",
-      "threshold_acc", "uniform_samples", "uniform_samples_for_final_sampling", "use_sparse_topk"),),
-    ((0, 5), (0, 6)), build, off=lambda: "not run on a GPU yet")
+def compute_dflash_sampling_correct_drafts_and_bonus(
+        *, candidates, next_token_logits, sampling_info, max_top_k=None, uniform_top_k_value=None,
+        threshold_single=None, threshold_acc=None, uniform_samples=None, uniform_samples_for_final_sampling=None,
+        use_sparse_topk=True):
+    if threshold_single is None or threshold_acc is None:
+        from sglang.srt.speculative import dflash_utils
+
+        spec = dflash_utils.get_spec()
+        single = spec.speculative_accept_threshold_single if threshold_single is None else threshold_single
+        total = spec.speculative_accept_threshold_acc if threshold_acc is None else threshold_acc
+    else:
+        single, total = threshold_single, threshold_acc
+    given = uniform_samples is not None or uniform_samples_for_final_sampling is not None
+    if ((single, total) != (1.0, 1.0) or given  # below 1 the engine accepts more than the law allows
+            or not fits(candidates, next_token_logits, sampling_info)):
+        return LEFT
+    requests, width = candidates.shape
+    found = verify_sample(
+        candidates.long(), next_token_logits.view(requests, width, -1),
+        torch.zeros(requests, dtype=torch.int32, device=candidates.device),
+        params_of(sampling_info, candidates.device))
+    return found.accept_lens, found.bonus
+
+
+UTILS = "sglang.srt.speculative.dflash_utils"
+HOOK = Hook("sampling", f"{UTILS}:compute_dflash_sampling_correct_drafts_and_bonus",
+            compute_dflash_sampling_correct_drafts_and_bonus, read={"0.5.23": "de2c63ee0548c6c4"},
+            beside=(f"{UTILS}:build_speculative_verify_target_probs",), draws=True)

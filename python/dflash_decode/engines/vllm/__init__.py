@@ -1,28 +1,70 @@
-"""vLLM's plugin: `vllm.general_plugins` calls register() in each of its processes."""
+"""vLLM's plugin: `vllm.general_plugins` calls register() in each of its processes.
+
+Nothing is replaced, and nothing of vLLM or torch imported, before vLLM makes the proposer of a DFlash configuration.
+"""
 
 import logging
 import os
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from ..hooks import Hook, Outcome, install
+from ..watch import when_imported, when_made
+
+if TYPE_CHECKING:
+    from ..hooks import Hook, Outcome
 
 LOG = logging.getLogger("vllm.dflash_kernels")  # under "vllm" its handlers and level apply
+PREFIX = "DFLASH_VLLM"
+V1 = ("context_kv", "attention", "draft_head", "verify")
+V2 = ("context_kv", "verify_v2")
+REGISTRY = "vllm.v1.attention.backends.registry"
+PROPOSERS = {"vllm.v1.spec_decode.dflash": ("DFlashProposer", V1),
+             "vllm.v1.worker.gpu.spec_decode.dflash.speculator": ("DFlashSpeculator", V2)}
 
 
-def hooks() -> tuple[Hook, ...]:
+def hooks() -> tuple["Hook", ...]:
     from . import attention, context, head, verify, verify_v2
 
     return context.HOOK, attention.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK
 
 
-def register() -> list[Outcome]:
-    """Replaces what dflash_kernels covers; see docs/engines.md. Never raises, and may be called again.
+def register() -> None:
+    """Waits for a DFlash configuration, and then replaces what dflash_kernels covers; see docs/engines.md. Never
+    raises, and may be called again.
 
     `DFLASH_VLLM_DISABLE=name,...` leaves single hooks out, `DFLASH_VLLM_ENABLE` brings in what is off by itself.
     """
-    try:
-        import vllm
+    for module in PROPOSERS:
+        when_imported(module, _watch, LOG)
+    when_imported(REGISTRY, _enter, LOG)
 
-        return install(hooks(), vllm.__version__, os.environ, "DFLASH_VLLM", LOG)
-    except Exception as error:
-        LOG.warning("dflash-kernels: nothing replaced, %s: %s", type(error).__name__, error)
+
+def _watch(module: ModuleType) -> None:
+    when_made(getattr(module, PROPOSERS[module.__name__][0]),
+              lambda arguments: seen(arguments, PROPOSERS[module.__name__][1]), LOG)
+
+
+def seen(arguments: Mapping[str, Any], names: tuple[str, ...]) -> list["Outcome"]:
+    """arguments: of a proposer of vLLM's, by name. names: of the hooks for its runner. Installs them if it is DFlash's:
+    methods derived from it have the same class."""
+    if arguments["vllm_config"].speculative_config.method != "dflash":
         return []
+    from ..hooks import Choice, install, platform_of
+    from . import verify
+
+    if arguments.get("runner") is not None:
+        verify.RUNNERS.add(arguments["runner"])
+    every = hooks()
+    choice = Choice.of(os.environ, PREFIX, [hook.name for hook in every], LOG)
+    return install([hook for hook in every if hook.name in names], sys.modules["vllm"].__version__,
+                   platform_of(arguments["device"]), choice, LOG)
+
+
+def _enter(registry: ModuleType) -> None:
+    """The name of our attention backend, which a configuration may hold that is read before there is a proposer."""
+    from . import attention
+
+    if not attention.HOOK.unread(sys.modules["vllm"].__version__):
+        attention.enter(registry)

@@ -7,21 +7,18 @@ says which one is wrapped, and gives ours to layers whose configuration is that 
 
 import inspect
 import logging
+from types import ModuleType
 from typing import Any
 
-import torch
-
-from ..hooks import Hook
+from ..hooks import LEFT, Hook
 
 LOG = logging.getLogger("vllm.dflash_kernels")
 NAME, CLASS = "DFLASH", "dflash_decode.engines.vllm.attention_backend.DFlashAttentionBackend"
 REGISTER = ("backend", "class_path", "is_mamba")
 
 
-def enter_registry() -> None:
+def enter(registry: ModuleType) -> None:
     """Enters the backend's name in vLLM's registry, once; raises where that is not the one that we know."""
-    from vllm.v1.attention.backends import registry
-
     found = tuple(inspect.signature(registry.register_backend).parameters)
     if found != REGISTER:
         raise TypeError(f"register_backend takes {', '.join(found)}")
@@ -38,24 +35,16 @@ def is_drafter(config: Any, selected: Any, layer: Any) -> bool:
     return named or (selected is None and layer.use_non_causal and getattr(speculative, "method", None) == "dflash")
 
 
-def build(original):
-    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
-        from vllm.config import get_current_vllm_config
+def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+    from vllm.config import get_current_vllm_config
 
-        if not is_drafter(get_current_vllm_config(), selected_backend, attn_selector_config):
-            return original(cls, selected_backend, attn_selector_config, num_heads)
-        from .attention_backend import DFlashAttentionBackend
+    if not is_drafter(get_current_vllm_config(), selected_backend, attn_selector_config):
+        return LEFT
+    from .attention_backend import DFlashAttentionBackend
 
-        reasons = DFlashAttentionBackend.validate_configuration(device_capability=None,
-                                                                **attn_selector_config._asdict())
-        LOG.info("dflash-kernels: attention: %s for this model", f"left, {', '.join(reasons)}" if reasons else "in use")
-        return original(cls, None, attn_selector_config, num_heads) if reasons else CLASS
-
-    return get_attn_backend_cls
-
-
-def off() -> str | None:
-    return None if torch.cuda.is_available() else "slower than the engine's own on a CPU"
+    reasons = DFlashAttentionBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+    LOG.info("dflash-kernels: attention: %s for this model", f"left, {', '.join(reasons)}" if reasons else "in use")
+    return LEFT if reasons else CLASS
 
 
 def keep() -> str | None:
@@ -63,10 +52,11 @@ def keep() -> str | None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return None
-    return f'not run on a GPU yet; "attention_backend": "{NAME}" in the speculative configuration asks for it'
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        return None if NAME in AttentionBackendEnum.__members__ else f"the engine's registry has no {NAME}"
+    return f'"attention_backend": "{NAME}" in the speculative configuration asks for it'
 
 
-HOOK = Hook("attention", "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
-            (("selected_backend", "attn_selector_config", "num_heads"),), ((0, 32), (0, 34)), build, keep, off,
-            enter_registry)
+HOOK = Hook("attention", "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", get_attn_backend_cls,
+            read={"0.32.0": "e0e5d9d19c023dd9", "0.33.0": "c10ec67a457e7c78"}, measured={"cpu": False}, keep=keep)

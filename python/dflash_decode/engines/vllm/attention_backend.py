@@ -11,9 +11,27 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType
 
 from dflash_kernels import PagedKV, block_attention, write_context_kv
+from dflash_kernels.reference import attention as plain_attention
+from dflash_kernels.reference import context as plain_context
 
-from .attention import NAME
+from ..hooks import guarded
+from .attention import LOG, NAME
 from .context import views
+
+
+def _plain_attention(q, k, v, cache, page_table, context_lens, *, scale, causal, sinks, softcap, out):
+    plain_attention.block_attention(q, k, v, cache.k, cache.v, None, None, page_table, context_lens, None, None, scale,
+                                    causal, -1, -1, sinks, softcap, out)
+
+
+def _plain_write(kv, positions, slots, caches, *, cos_sin):
+    plain_context.write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches], None, None, None,
+                                   cos_sin, None, 0.0, 1.0, False, True)
+
+
+# No backend of the engine reads these pages: where an op fails, its specification in torch goes on, slowly.
+_attend = guarded("attention", block_attention, _plain_attention, LOG)
+_write = guarded("attention", write_context_kv, _plain_write, LOG)
 
 
 class DFlashAttentionBackend(AttentionBackend):
@@ -104,11 +122,11 @@ class DFlashAttention(AttentionImpl[DFlashMetadata]):
         requests = made.context_lens.shape[0]
         q, k, v, out = (t[:requests * made.width].unflatten(0, (requests, made.width))
                         for t in (query, key, value, output))
-        block_attention(q, k, v, self.paged(kv_cache), made.page_table, made.context_lens, scale=self.scale,
-                        causal=bool(made.causal), sinks=self.sinks, softcap=self.softcap, out=out)
+        _attend(q, k, v, self.paged(kv_cache), made.page_table, made.context_lens, scale=self.scale,
+                causal=bool(made.causal), sinks=self.sinks, softcap=self.softcap, out=out)
         return output
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Context K/V (T, Hkv, D), rotated already, where the engine's own precomputation writes them."""
         kv = torch.stack([key, value], 1).flatten(1)
-        write_context_kv(kv, slot_mapping, slot_mapping, [self.paged(kv_cache)], cos_sin=None)
+        _write(kv, slot_mapping, slot_mapping, [self.paged(kv_cache)], cos_sin=None)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dflash_kernels import PagedKV, write_context_kv
 
-from ..hooks import Hook, plan
+from ..hooks import LEFT, Hook, plan
 
 LOG = logging.getLogger("vllm.dflash_kernels")
 SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "DFLASH")  # keys, then values, side by side in a head's last dimension
@@ -51,6 +51,8 @@ class Plan:
 
 def decide(model: Any) -> Plan | str:
     """model: vLLM's DFlashQwen3Model, its buffers built and its caches bound."""
+    if model.vllm_config.speculative_config.method != "dflash":
+        return f"the drafter of {model.vllm_config.speculative_config.method}"
     if type(model)._project_context_kv.__module__ != type(model).precompute_and_store_context_kv.__module__:
         return f"{type(model).__name__} projects in its own way"
     if type(model)._normalize_context_k.__module__ != type(model).precompute_and_store_context_kv.__module__:
@@ -117,27 +119,34 @@ def write_through(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Ten
         layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, where)
 
 
-def build(original):
-    def precompute_and_store_context_kv(self, context_states, context_positions, context_slot_mapping=None):
-        slots, per_layer = context_slot_mapping, isinstance(context_slot_mapping, (list, tuple))
-        # Without slots it measures memory, before there are caches; without buffers weights are made up.
-        if slots is None or (per_layer and any(s is None for s in slots)) or not hasattr(self, "_num_attn_layers"):
-            return original(self, context_states, context_positions, context_slot_mapping)
-        made = plan(self, "context_kv", decide, LOG)
-        if made is None:
-            return original(self, context_states, context_positions, context_slot_mapping)
-        kv = project(self, context_states)
-        if made.caches is None:
-            return write_through(self, made, kv, context_positions,
-                                 list(slots) if per_layer else [slots] * self._num_attn_layers)
-        caches = [layer.kv_cache for layer in self._attn_layers]
-        if caches[0].data_ptr() != made.address:  # the engine slept and woke with its caches elsewhere
-            made.caches, made.address = views(caches, self._head_dim), caches[0].data_ptr()
-        write(self, made, kv, context_positions, torch.stack(list(slots)) if per_layer else slots, made.caches)
-
-    return precompute_and_store_context_kv
+def fits(model: Any, states: torch.Tensor, positions: torch.Tensor, slots: list[torch.Tensor]) -> bool:
+    """Whether the engine's arguments are those that this was written for."""
+    weight = model._fused_kv_weight
+    return (states.dim() == 2 and states.dtype == weight.dtype and states.shape[1] == weight.shape[1]
+            and len(slots) == model._num_attn_layers
+            and all(t.shape == states.shape[:1] and t.dtype == torch.int64 and t.device == states.device
+                    for t in (positions, *slots)))
 
 
-HOOK = Hook(
-    "context_kv", "vllm.model_executor.models.qwen3_dflash:DFlashQwen3Model.precompute_and_store_context_kv",
-    (("self", "context_states", "context_positions", "context_slot_mapping"),), ((0, 32), (0, 34)), build)
+def precompute_and_store_context_kv(self, context_states, context_positions, context_slot_mapping=None):
+    slots, per_layer = context_slot_mapping, isinstance(context_slot_mapping, (list, tuple))
+    # Without slots it measures memory, before there are caches; without buffers weights are made up.
+    if slots is None or (per_layer and any(s is None for s in slots)) or not hasattr(self, "_num_attn_layers"):
+        return LEFT
+    made = plan(self, "context_kv", decide, LOG)
+    each = list(slots) if per_layer else [slots] * self._num_attn_layers
+    if made is None or not fits(self, context_states, context_positions, each):
+        return LEFT
+    kv = project(self, context_states)
+    if made.caches is None:
+        return write_through(self, made, kv, context_positions, each)
+    caches = [layer.kv_cache for layer in self._attn_layers]
+    if caches[0].data_ptr() != made.address:  # the engine slept and woke with its caches elsewhere
+        made.caches, made.address = views(caches, self._head_dim), caches[0].data_ptr()
+    write(self, made, kv, context_positions, torch.stack(each) if per_layer else slots, made.caches)
+
+
+MODEL = "vllm.model_executor.models.qwen3_dflash:DFlashQwen3Model"
+HOOK = Hook("context_kv", f"{MODEL}.precompute_and_store_context_kv", precompute_and_store_context_kv,
+            read={"0.32.0": "5bfcc6aca47658e6", "0.33.0": "5bfcc6aca47658e6"}, measured={"cpu": True},
+            beside=(f"{MODEL}._project_context_kv", f"{MODEL}._normalize_context_k"))

@@ -8,7 +8,7 @@ import torch
 
 from dflash_kernels import PackedWeight, lm_head_argmax, pack_weight
 
-from ..hooks import Hook, plan
+from ..hooks import LEFT, Hook, plan
 
 LOG = logging.getLogger("vllm.dflash_kernels")
 
@@ -45,17 +45,16 @@ def decide(proposer: Any) -> Plan | str:
     return Plan(pack_weight(weight), min(processor.org_vocab_size, weight.shape[0]), targets)
 
 
-def build(original):
-    def _greedy_sample(self, hidden_states):
-        made = plan(self, "draft_head", decide, LOG)
-        if made is None:
-            return original(self, hidden_states)
-        ids, _ = lm_head_argmax(hidden_states, made.weight, num_valid=made.num_valid)
-        return ids if made.targets is None else made.targets[ids]
-
-    return _greedy_sample
+def _greedy_sample(self, hidden_states):
+    made = plan(self, "draft_head", decide, LOG)
+    if made is None or hidden_states.dim() != 2 or hidden_states.dtype != self.dtype:
+        return LEFT
+    ids, _ = lm_head_argmax(hidden_states, made.weight, num_valid=made.num_valid)
+    return ids if made.targets is None else made.targets[ids]
 
 
 # On the class of DFlash's proposer alone: other methods keep the base class's.
-HOOK = Hook("draft_head", "vllm.v1.spec_decode.dflash:DFlashProposer._greedy_sample", (("self", "hidden_states"),),
-            ((0, 32), (0, 34)), build)
+HOOK = Hook("draft_head", "vllm.v1.spec_decode.dflash:DFlashProposer._greedy_sample", _greedy_sample,
+            read={"0.32.0": "c0f0a4f5513d58e6", "0.33.0": "c0f0a4f5513d58e6"}, measured={"cpu": True},
+            defined="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._greedy_sample",
+            beside=("vllm.model_executor.models.qwen3_dflash:DFlashQwen3ForCausalLM.compute_logits",))

@@ -1,14 +1,21 @@
 """rejection_sample -> verify_greedy, where all requests are greedy. vLLM's V1 runner."""
 
+import weakref
+from typing import Any
+
 import torch
 
 from dflash_kernels import verify_greedy
 
-from ..hooks import Hook
+from ..hooks import LEFT, Hook
 
-COMMON = ("draft_token_ids", "num_draft_tokens", "max_spec_len", "cu_num_draft_tokens", "draft_probs", "target_logits",
-          "bonus_token_ids", "sampling_metadata", "synthetic_mode", "synthetic_conditional_rates", "use_fp64_gumbel")
-FLY = ("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k")  # from 0.33 on
+RUNNERS = weakref.WeakSet()  # the engine's model runners with a DFlash proposer
+
+
+def of_dflash(metadata: Any) -> bool:
+    """Whether a batch's sampling metadata are those of a runner with DFlash: all methods share the function."""
+    batches = (getattr(runner, "input_batch", None) for runner in RUNNERS)
+    return any(getattr(batch, "sampling_metadata", None) is metadata for batch in batches)
 
 
 def verify(drafts: torch.Tensor, logits: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
@@ -25,21 +32,25 @@ def verify(drafts: torch.Tensor, logits: torch.Tensor, bonus: torch.Tensor) -> t
     return torch.cat([tokens, bonus.where(whole, -1)], 1).int()
 
 
-def build(original):
-    def rejection_sample(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs,
-                         target_logits, bonus_token_ids, sampling_metadata, synthetic_mode=False,
-                         synthetic_conditional_rates=None, use_fp64_gumbel=False, **fly):
-        # No collective is near: requests of one rank alone may decide.
-        if (not sampling_metadata.all_greedy or synthetic_mode or fly.get("fly_window_size") is not None
-                or max_spec_len < 1 or any(n != max_spec_len for n in num_draft_tokens)):
-            return original(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs,
-                            target_logits, bonus_token_ids, sampling_metadata, synthetic_mode,
-                            synthetic_conditional_rates, use_fp64_gumbel, **fly)
-        shape = len(num_draft_tokens), max_spec_len
-        return verify(draft_token_ids.view(shape).long(), target_logits.view(*shape, -1), bonus_token_ids)
-
-    return rejection_sample
+def fits(drafts: torch.Tensor, logits: torch.Tensor, bonus: torch.Tensor, requests: int, width: int) -> bool:
+    """Whether the engine's tensors are those that this was written for; its own function takes other ones too."""
+    rows, ids = requests * width, (torch.int32, torch.int64)
+    return (drafts.shape == (rows,) and drafts.dtype in ids and bonus.shape == (requests, 1) and bonus.dtype in ids
+            and logits.dim() == 2 and logits.shape[0] == rows and logits.dtype == torch.float32
+            and logits.is_contiguous() and drafts.device == logits.device == bonus.device)
 
 
-HOOK = Hook("verify", "vllm.v1.sample.rejection_sampler:rejection_sample", (COMMON, COMMON + FLY), ((0, 32), (0, 34)),
-            build)
+def rejection_sample(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits,
+                     bonus_token_ids, sampling_metadata, synthetic_mode=False, synthetic_conditional_rates=None,
+                     use_fp64_gumbel=False, fly_window_size=None, fly_entropy_threshold=None, fly_entropy_top_k=3):
+    requests, width = len(num_draft_tokens), max_spec_len
+    if (not sampling_metadata.all_greedy or synthetic_mode or fly_window_size is not None or width < 1
+            or any(n != width for n in num_draft_tokens) or not of_dflash(sampling_metadata)
+            or not fits(draft_token_ids, target_logits, bonus_token_ids, requests, width)):
+        return LEFT
+    return verify(draft_token_ids.view(requests, width).long(), target_logits.view(requests, width, -1),
+                  bonus_token_ids)
+
+
+HOOK = Hook("verify", "vllm.v1.sample.rejection_sampler:rejection_sample", rejection_sample,
+            read={"0.32.0": "adadcc804bccf89c", "0.33.0": "b47ac231920275d0"}, measured={"cpu": True})

@@ -4,38 +4,52 @@ Greedy and sampled requests in one batch, by token or by block; drafts without l
 Sampled tokens follow the same law by other random numbers.
 """
 
+import logging
+import weakref
+from typing import Any
+
 import torch
 
 from dflash_kernels import SamplingParams, verify_sample
 
-from ..hooks import Hook
+from ..hooks import LEFT, Hook
+from ..watch import when_imported, when_made
 
-COMMON = ("target_logits", "draft_logits", "draft_sampled", "cu_num_logits", "pos", "idx_mapping",
-          "expanded_idx_mapping", "expanded_local_pos", "temperature", "seed", "num_speculative_steps",
-          "synthetic_conditional_rates", "use_fp64", "use_block_verification", "contexts", "watermarking",
-          "watermarking_skip_mask", "watermark_key")
-FLY = ("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k")  # from 0.33 on
+LOG = logging.getLogger("vllm.dflash_kernels")
+SAMPLERS = weakref.WeakSet()  # the engine's rejection samplers of a DFlash configuration
 
 
-def build(original):
-    def rejection_sample(target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping,
-                         expanded_idx_mapping, expanded_local_pos, temperature, seed, num_speculative_steps,
-                         synthetic_conditional_rates=None, use_fp64=False, use_block_verification=False,
-                         contexts=None, watermarking=None, watermarking_skip_mask=None, watermark_key=None, **fly):
-        requests, width = cu_num_logits.shape[0] - 1, num_speculative_steps + 1
-        # No request has more rows than width, so a full count says that all have as many.
-        if (draft_logits is not None or synthetic_conditional_rates is not None or contexts is not None
-                or fly.get("fly_window_size") or target_logits.shape[0] != requests * width):
-            return original(target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping,
-                            expanded_idx_mapping, expanded_local_pos, temperature, seed, num_speculative_steps,
-                            synthetic_conditional_rates, use_fp64, use_block_verification, contexts, watermarking,
-                            watermarking_skip_mask, watermark_key, **fly)
-        found = verify(target_logits.view(requests, width, -1), draft_sampled.view(requests, width),
-                       pos.view(requests, width), temperature[idx_mapping], seed[idx_mapping],
-                       "block" if use_block_verification else "token")
-        return found.tokens, found.commit_lens
+def rejection_sample(target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping, expanded_idx_mapping,
+                     expanded_local_pos, temperature, seed, num_speculative_steps, synthetic_conditional_rates=None,
+                     use_fp64=False, use_block_verification=False, contexts=None, watermarking=None,
+                     watermarking_skip_mask=None, watermark_key=None, fly_window_size=0, fly_entropy_threshold=0.3,
+                     fly_entropy_top_k=3):
+    requests, width = cu_num_logits.shape[0] - 1, num_speculative_steps + 1
+    if (draft_logits is not None or synthetic_conditional_rates is not None or contexts is not None or fly_window_size
+            or not of_dflash(temperature)
+            or not fits(target_logits, draft_sampled, pos, idx_mapping, temperature, seed, requests, width)):
+        return LEFT
+    found = verify(target_logits.view(requests, width, -1), draft_sampled.view(requests, width),
+                   pos.view(requests, width), temperature[idx_mapping], seed[idx_mapping],
+                   "block" if use_block_verification else "token")
+    return found.tokens, found.commit_lens
 
-    return rejection_sample
+
+def of_dflash(temperature: torch.Tensor) -> bool:
+    """Whether the engine's temperatures are those of a sampler for DFlash: all methods share the function."""
+    return any(sampler.sampler.sampling_states.temperature.gpu is temperature for sampler in SAMPLERS)
+
+
+def fits(logits: torch.Tensor, drafts: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor,
+         temperature: torch.Tensor, seeds: torch.Tensor, requests: int, width: int) -> bool:
+    """Whether the engine's tensors are those that this was written for. No request has more rows than width, so a full
+    count says that all have as many."""
+    count, ids = (requests * width,), (torch.int32, torch.int64)
+    return (requests > 0 and logits.dim() == 2 and logits.shape[:1] == drafts.shape == positions.shape == count
+            and logits.dtype == torch.float32 and logits.is_contiguous() and drafts.dtype in ids
+            and positions.dtype in ids and rows.shape == (requests,) and rows.dtype in ids
+            and temperature.dim() == 1 and temperature.dtype == torch.float32
+            and seeds.shape == temperature.shape and seeds.dtype == torch.int64)
 
 
 def verify(logits: torch.Tensor, block: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor,
@@ -47,11 +61,18 @@ def verify(logits: torch.Tensor, block: torch.Tensor, positions: torch.Tensor, t
                          SamplingParams(heat, seeds.long().contiguous()), rule=rule)
 
 
-def keep() -> str | None:
-    from vllm.platforms import current_platform
+def note(arguments: Any) -> None:
+    if arguments["spec_config"].method == "dflash":
+        SAMPLERS.add(arguments["self"])
 
-    return None if current_platform.is_cuda_alike() else "the V2 runner is for GPUs"
+
+def watch() -> None:
+    when_imported("vllm.v1.worker.gpu.spec_decode.rejection_sampler", _watch, LOG)
 
 
-HOOK = Hook("verify_v2", "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils:rejection_sample",
-            (COMMON, COMMON + FLY), ((0, 32), (0, 34)), build, keep, lambda: "not run on a GPU yet")
+def _watch(module: Any) -> None:
+    when_made(module.RejectionSampler, note, LOG)
+
+
+HOOK = Hook("verify_v2", "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils:rejection_sample", rejection_sample,
+            read={"0.32.0": "d194f0c309af49e7", "0.33.0": "faa739d2e427f323"}, prepare=watch, draws=True)

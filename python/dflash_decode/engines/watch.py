@@ -1,0 +1,79 @@
+"""Acts when an engine imports one of its modules or makes one of its objects; imports nothing of the engine itself."""
+
+import functools
+import importlib.abc
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+Then = Callable[[ModuleType], None]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds a module as the others do, and has what waits for it called once the module has run."""
+
+    def __init__(self):
+        self.waiting: dict[str, list[tuple[Then, logging.Logger]]] = {}
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self.waiting:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in list(sys.meta_path)
+                  if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for found in others if found), None)
+        if spec and hasattr(spec.loader, "exec_module"):
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                del spec.loader.exec_module  # the class's own again
+                execute(module)
+                for then, log in self.waiting.pop(name, ()):
+                    _quietly(then, module, log)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+_FINDER = _Finder()
+
+
+def when_imported(name: str, then: Then, log: logging.Logger) -> None:
+    """Calls then(module) once: now if the module is there, or right after its import. The same `then` waits once.
+
+    What it raises becomes a line in the log: it stands in the way of nobody's import.
+    """
+    module = sys.modules.get(name)
+    if module is not None:
+        return _quietly(then, module, log)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    waiting = _FINDER.waiting.setdefault(name, [])
+    if (then, log) not in waiting:
+        waiting.append((then, log))
+
+
+def when_made(cls: type, then: Callable[[Mapping[str, Any]], None], log: logging.Logger) -> None:
+    """Calls then(arguments) before each object of cls is initialised, with what it is given by name. Never raises;
+    the same class is watched once."""
+    original = cls.__init__
+    if hasattr(original, "dflash_watched"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        _quietly(lambda _: then(signature.bind(self, *args, **kwargs).arguments), None, log)
+        original(self, *args, **kwargs)
+
+    __init__.dflash_watched = original
+    cls.__init__ = __init__
+
+
+def _quietly(then: Callable[[Any], None], value: Any, log: logging.Logger) -> None:
+    try:
+        then(value)
+    except Exception as error:  # it would end the engine's process
+        log.warning("dflash-kernels: nothing replaced, %s: %s", type(error).__name__, error)
