@@ -1,6 +1,8 @@
 """Every GPU kernel in every configuration of its table, compiled for four architectures without a GPU."""
 
+import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,19 @@ def test_attention_issues_its_instructions_while_keys_arrive():
     arriving = 2 * 2 * 128 * case.constexprs["BLOCK_N"] / (3.35e12 / 132 / 1.755e9)  # clocks for the tile's K and V
     issued = min(map(len, loops)) * case.num_warps
     assert len(loops) >= 3 and 0 < issued < 0.7 * 4 * arriving, (issued, 4 * arriving)
+
+
+def test_linear_counts_on_no_more_programs_than_a_multiprocessor_holds():
+    """Of sm_90: 64 K registers, which a warp gets in eights for each thread, and 228 KB of shared memory, of which a
+    block takes one more."""
+    linear, held = importlib.import_module("dflash_kernels._triton.linear"), {}
+    for index, case in enumerate(_aot.cases("linear")):
+        if found := re.fullmatch(r"linear (\d+) rows (bf16|fp32)", case.name):
+            r, size = _aot.report("linear", index, 90, CACHE), (4 if found[2] == "fp32" else 2, int(found[1]))
+            threads = 32 * linear.CONFIGS[size].warps
+            held[size] = min((64 << 10) // (-(-r.registers // 8) * 8 * threads), (228 << 10) // (r.shared + 1024))
+    assert held.keys() == linear.CONFIGS.keys()
+    assert all(1 <= linear.CONFIGS[size].fill <= most for size, most in held.items()), held
 
 
 def test_spills_stack_and_too_much_shared_memory_are_complaints():
