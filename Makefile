@@ -12,7 +12,7 @@
 #   make peers     PROMPTS=files and the same drafter through dflash, transformers, vLLM and llama.cpp, beside us
 #   make engine-vllm  vLLM's CPU build serves SmolLM2 with our plugin, and runs with it and without, step by step
 #   make other-torch TORCH=2.10.0  the tests again, the same library under another torch: 3 GB with its CUDA
-#   make aot       registers and shared memory of the GPU kernels, compiled for four architectures
+#   make aot       registers and shared memory of the GPU kernels, compiled for four architectures, and their loops
 #   make clean     removes what was built (not .venv, not the peers' environments)
 #
 # PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
@@ -83,6 +83,7 @@ other-torch: build $(OTHER)/installed
 
 aot: $(STAMPS)/package $(STAMPS)/dev
 	$(PY) -m dflash_kernels._triton._aot bench/results/aot
+	$(PY) -m dflash_kernels._triton._loops bench/results/aot
 	if command -v nvcc; then $(PY) tests/ptxas.py bench/results/aot; fi
 
 clean:

@@ -15,7 +15,7 @@ GEOMETRIES = {"cpu": {"smollm2 head": (49152, 576), "smollm2 gate_up": (3072, 57
                   "qwen3-8b o": (4096, 4096)},
           "cuda": {"qwen3-8b gate_up": (24576, 4096), "qwen3-8b down": (4096, 12288), "qwen3-8b head": (151936, 4096),
                    "minimax-m2.7 fc": (3072, 15360), "minimax-m2.7 head": (200064, 3072)},
-          "tiny": {"tiny gate_up": (96, 64), "tiny head": (200, 64)}}
+          "tiny": {"tiny gate_up": (96, 64), "tiny down": (20, 1100), "tiny head": (200, 64)}}
 ROWS = {"cpu": (1, 4, 8, 16), "cuda": (8, 64, 128), "tiny": (3,)}
 TOPK_GEOMETRIES = {"cpu": {"smollm2 head": (49152, 576), "qwen3-0.6b head": (151936, 1024)},
                "cuda": {"smollm2 head": (49152, 576), "qwen3-8b head": (151936, 4096)},
@@ -43,12 +43,22 @@ def weights_of(sizes, n, k):
     return plain, [dk.pack_weight(w) for w in plain]
 
 
+def bytes_of(sizes, rows, n, k, weight_itemsize=2):
+    """With the partial sums of a GPU that shares K out: they are read and written, too."""
+    chunks = 0
+    if sizes.device == "cuda":
+        from dflash_kernels._triton.linear import shared
+
+        chunks = shared(rows, n, k, 2, weight_itemsize, torch.device("cuda", torch.cuda.current_device()))
+    return linear_op.bytes(rows, n, k, 2, weight_itemsize, chunks)
+
+
 def linear_case(sizes, name, rows, weights, packed):
     n, k = weights[0].shape
     x, out = sizes.random(rows, k), torch.empty(rows, n, dtype=sizes.dtype)
     problem = SimpleNamespace(plain=lambda x, w: (F.linear(x, w),), args=lambda i: (x, weights[i]))
     return Case("linear", f"{name} {n}x{k}, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
-                linear_op.bytes(rows, n, k, 2), len(packed), linear_op.flops(rows, n, k),
+                bytes_of(sizes, rows, n, k), len(packed), linear_op.flops(rows, n, k),
                 sizes.peers_of("linear", problem),
                 agreeing(lambda: F.linear(x.float(), weights[0].float()), lambda: F.linear(x, weights[0])),
                 headline=rows == 8 and "gate_up" in name)
@@ -67,7 +77,7 @@ def int8_case(sizes, name, rows, weights):
     q, scales = quantized[0]
     wide = q * scales[:, None]
     return Case("linear", f"{name} {n}x{k} in 8 bits, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
-                linear_op.bytes(rows, n, k, 2, 1), len(packed), linear_op.flops(rows, n, k), peers,
+                bytes_of(sizes, rows, n, k, 1), len(packed), linear_op.flops(rows, n, k), peers,
                 agreeing(lambda: F.linear(x.float(), wide), lambda: F.linear(x, q.to(x.dtype)) * halves[0][1]),
                 headline=rows == 8 and "gate_up" in name)
 

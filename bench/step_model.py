@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-KERNELS_A_LAYER = 9  # ours: two norms, four products, q/k norm and RoPE, attention, activation
+# Launches of ours, as tests/test_step_model.py counts them for Qwen3-8B: a layer's two norms, q/k norm and RoPE,
+# activation, attention and the merging of its spans, four products, and for three of them the sum of K's chunks. Beside
+# the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
+KERNELS_A_LAYER, KERNELS_A_PASS, KERNELS_OF_DRAFTING = 13, 6, 11
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,13 @@ def step(g: Geometry, machine: Machine, batch: int, context: int, block: int | N
         draft_kv=drafted * cache(d),
         draft_head=drafted * us(2 * g.draft_head, 2 * rows * g.draft_head),
         draft_context=drafted * us(2 * projected, 2 * rows * projected), all_reduce=reduce(t) + drafted * reduce(d),
-        gaps=(t.layers + drafted * d.layers) * KERNELS_A_LAYER * machine.gap_us)
+        gaps=launches(g, drafting) * machine.gap_us)
+
+
+def launches(g: Geometry, drafting: bool = True) -> int:
+    """Kernels of a step."""
+    layers = g.target.layers + drafting * g.draft.layers
+    return layers * KERNELS_A_LAYER + KERNELS_A_PASS + drafting * KERNELS_OF_DRAFTING
 
 
 def acceptance_of(histogram: Sequence[int], block: int | None = None) -> float:

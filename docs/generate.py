@@ -55,7 +55,8 @@ def pages() -> dict[Path, str]:
             docs / "performance.md": {
                 "limits": kernel_tables.limits_block(results), "decode": decode_tables.decode_block(results),
                 "peers": peer_tables.peers_block(results), "protocol": decode_tables.protocol_block(results),
-                "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results)}}
+                "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results),
+                "loops": (results / "aot" / "loops.md").read_text(encoding="utf-8")}}
     for card in (ROOT / "python" / "dflash_decode" / "drafters").glob("*/README.md"):
         made[card] = {"results": decode_tables.card_block(results, card.parent.name)}
     found = {docs / "ops.md": ops_page(), docs / "cases.md": kernel_tables.cases_page(results)}

@@ -3,7 +3,7 @@
 import torch
 
 from dflash_kernels import block_attention, reference
-from dflash_kernels.testing import assert_within_budget, doubles
+from dflash_kernels.testing import assert_within_budget, doubles, same_bits
 from dflash_kernels.types import PagedKV
 
 NAN = float("nan")
@@ -65,3 +65,27 @@ class Case:
 
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
+
+
+def check_rows_beside_what_is_not_finite(run, case, left):
+    """case: one request, its first context longer than `left`. A value that is infinite or NaN, or a key that is NaN,
+    which some rows of the block see and some do not: those that do not have the bits of a run without it."""
+    context, options = case.contexts[0], {"causal": True, "window": (left, -1)}
+    clean = run(case, **options)
+    assert clean.isfinite().all()
+    for which, bad in (("v", float("inf")), ("v", -float("inf")), ("v", NAN), ("k", NAN)):
+        for at in (context - left + 1, context + 3):
+            places = [getattr(case, which)[0][at]]
+            if at < context:
+                places.append(getattr(case.cache, which)[int(case.table[0, at // case.page]), at % case.page])
+            kept = [place.clone() for place in places]
+            for place in places:
+                place.fill_(NAN if case.cache.is_fp8 else bad)  # fp8 has no infinity
+            got = run(case, **options)
+            for place, value in zip(places, kept, strict=True):
+                place.copy_(value)
+            for i in range(case.width):
+                if context + i - left <= at <= context + i:
+                    assert not got[0, i].isfinite().any(), (which, bad, at, i)
+                else:
+                    assert same_bits(got[0, i], clean[0, i]), (which, bad, at, i)

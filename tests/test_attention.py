@@ -1,6 +1,6 @@
 import pytest
 import torch
-from attention_cases import NAN, Case, ints
+from attention_cases import NAN, Case, check_rows_beside_what_is_not_finite, ints
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -174,6 +174,11 @@ def test_nan_reaches_exactly_the_rows_that_see_it(isa, dtype):
     assert got[0, 2, 1].isnan().all()
     got[0, 2, 1] = clean[0, 2, 1]
     assert same_bits(got, clean)
+
+
+def test_a2_a_row_beside_one_that_sees_what_is_not_finite_has_its_bits(isa, dtype):
+    case = Case([310], width=6, dtype=dtype)
+    check_rows_beside_what_is_not_finite(lambda case, **options: case.run(**options), case, 300)
 
 
 def test_an_empty_batch_and_an_empty_block(isa, dtype):

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import step_model as m
 import step_tables as tables
+import torch
+from launches import launches
+from random_model import random_drafter, random_target
+
+from dflash_decode.step import Step
 
 SMOL, QWEN, MINIMAX = (m.GEOMETRIES[name] for name in ("smollm2", "qwen3-8b", "minimax-m2.7"))
 UNIT = m.Machine("unit", gbps=1, tflops=1e9, link_gbps=1, memory=1000, share=1.0, reduce_us=0.0, gap_us=0.0)
@@ -83,7 +88,23 @@ def test_tensor_parallelism_divides_and_reduces():
 def test_plain_decoding_has_no_draft():
     s = m.step(QWEN, m.MACHINES["H100"], 1, 500, block=1, tp=2, drafting=False)
     assert s.draft == s.draft_kv == s.draft_head == s.draft_context == 0
-    assert s.gaps == 36 * m.KERNELS_A_LAYER * 1.0 and s.all_reduce > 0
+    assert s.gaps == 474 * 1.0 and s.all_reduce > 0
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_launches_are_those_of_a_step(batch):
+    """On meta tensors, at Qwen3-8B's geometry with room for 40,960 tokens: 510 and 591 while K was shared out whatever
+    the number of rows."""
+    pytest.importorskip("triton")
+    target = random_target(QWEN, "meta", torch.bfloat16, 40960)
+    drafter = random_drafter(QWEN, target)
+    caches = [made.cache.allocate(64, 16) for made in (target, drafter)]
+    for drafting, width in ((False, 1), (False, QWEN.block), (True, QWEN.block)):
+        made = (drafter, *caches) if drafting else (None, caches[0], ())
+        with launches() as noted:
+            Step(target, *made, batch, width, 16, 2560).run()
+        assert len(noted) == m.launches(QWEN, drafting)
+    assert (m.launches(QWEN, False), m.launches(QWEN)) == (474, 550)
 
 
 def test_the_roofline_is_a_limit():

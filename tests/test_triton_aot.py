@@ -1,6 +1,8 @@
 """Every GPU kernel in every configuration of its table, compiled for four architectures without a GPU."""
 
+import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dflash_kernels._triton import LAUNCHERS, _aot, load  # noqa: E402
+from dflash_kernels._triton import LAUNCHERS, _aot, _loops, load  # noqa: E402
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 
@@ -40,6 +42,30 @@ def test_attention_issues_its_instructions_while_keys_arrive():
     arriving = 2 * 2 * 128 * case.constexprs["BLOCK_N"] / (3.35e12 / 132 / 1.755e9)  # clocks for the tile's K and V
     issued = min(map(len, loops)) * case.num_warps
     assert len(loops) >= 3 and 0 < issued < 0.7 * 4 * arriving, (issued, 4 * arriving)
+
+
+def test_linear_counts_on_no_more_programs_than_a_multiprocessor_holds():
+    """Of sm_90: 64 K registers, which a warp gets in eights for each thread, and 228 KB of shared memory, of which a
+    block takes one more."""
+    linear, held = importlib.import_module("dflash_kernels._triton.linear"), {}
+    for index, case in enumerate(_aot.cases("linear")):
+        if found := re.fullmatch(r"linear (\d+) rows (bf16|fp32)", case.name):
+            r, size = _aot.report("linear", index, 90, CACHE), (4 if found[2] == "fp32" else 2, int(found[1]))
+            threads = 32 * linear.CONFIGS[size].warps
+            held[size] = min((64 << 10) // (-(-r.registers // 8) * 8 * threads), (228 << 10) // (r.shared + 1024))
+    assert held.keys() == linear.CONFIGS.keys()
+    assert all(1 <= linear.CONFIGS[size].fill <= most for size, most in held.items()), held
+
+
+def test_b6_shared_memory_bounds_linear_from_65_rows_on():
+    """As counted by hand: for 8 KB of weights each of 8 warps loads 34 times four matrices of 128 bytes, 3 numbers for
+    all its threads, and copies 6 times 512 bytes."""
+    found = _loops.loop(*_loops.LOOPS["the same, 65 to 128 rows"])
+    assert found.nbytes == 8192 and found.shared_clocks == 8 * (34 * 4 + 3 + 6 * 4) > 2 * found.arriving
+    assert _loops.shared_clocks("@P0 LDGSTS.E.BYPASS.128 [R1], [R2.64]", 4) == 16
+    assert _loops.shared_clocks("HGMMA.64x32x16.F32.BF16 R72, gdesc[UR8], RZ, !UPT, gsb0 ", 8) == 2 * 96 * 32 / 128
+    assert _loops.shared_clocks("HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR8].tnspB, R24", 4) == 64 * 32 / 128
+    assert _loops.shared_clocks("LDG.E.128 R4, [R2.64]", 8) == _loops.shared_clocks("LDGDEPBAR", 8) == 0
 
 
 def test_spills_stack_and_too_much_shared_memory_are_complaints():

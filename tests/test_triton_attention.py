@@ -1,7 +1,7 @@
 import fp8_cases
 import pytest
 import torch
-from attention_cases import NAN, Case, ints
+from attention_cases import NAN, Case, check_rows_beside_what_is_not_finite, ints
 from test_attention import check_window_edges
 from test_attention_limits import BEYOND, check_a_context_beyond_the_table, check_scores_of_minus_524288
 
@@ -167,6 +167,15 @@ def test_what_is_not_finite_reaches_exactly_the_rows_that_see_it(dtype, bad):
         for h in range(2):
             reached = i + 1 >= 3 or (i, h) == (0, 1)
             assert got[0, i, h].isnan().all() if reached else same_bits(got[0, i, h], clean[0, i, h])
+
+
+def test_a2_a_row_beside_one_that_sees_what_is_not_finite_has_its_bits(dtype):
+    check_rows_beside_what_is_not_finite(run, Case([310], width=6, heads=2, kv_heads=1, dim=16, dtype=dtype), 300)
+
+
+def test_a2_a_row_beside_one_that_sees_what_is_not_finite_has_its_bits_over_an_fp8_cache(dtype):
+    case = Case([150], width=6, heads=2, kv_heads=1, dim=16, dtype=dtype)
+    check_rows_beside_what_is_not_finite(run, fp8_cases.quantise(case, "none"), 140)
 
 
 def test_p21_a_context_past_the_table_is_nan_where_it_is_seen(dtype):

@@ -1,9 +1,13 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import launches
 
 from dflash_kernels import reference
 from dflash_kernels._triton import linear as triton_linear
+from dflash_kernels.ops import linear as op
 from dflash_kernels.testing import assert_within_budget, doubles, same_bits
 
 CHUNK = triton_linear.CHUNK
@@ -12,6 +16,12 @@ CHUNK = triton_linear.CHUNK
 @pytest.fixture(params=[torch.float32, torch.float16], ids=["f32", "f16"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def on_chip(monkeypatch):
+    """on_chip(n): n multiprocessors. A million share K out as far as it goes, none never."""
+    return lambda n: monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: n)
 
 
 def problem(dtype, rows, n, k):
@@ -51,15 +61,54 @@ def test_a_weight_in_8_bits(dtype, rows, n, k):
     assert same_bits(run(x, q, b, scales=scales), run(x, (q * scales[:, None]).to(dtype), b))
 
 
-def test_chunks_added_here_and_in_a_second_launch_are_the_same_bits(dtype, monkeypatch):
-    x, w, b = problem(dtype, 3, 40, 2 * CHUNK + 100)
-    split = run(x, w, b)
-    monkeypatch.setattr(triton_linear, "SPLIT_BELOW", 0)
-    assert same_bits(run(x, w, b), split)
+# every configuration, alone, full and over its end, and the tails of N, of K and of a chunk
+@pytest.mark.parametrize("rows,n,k", [(1, 70, CHUNK + 1), (3, 40, 2 * CHUNK + 100), (16, 1, 2 * CHUNK),
+                                      (17, 33, CHUNK + 1), (33, 20, 2 * CHUNK), (64, 3, CHUNK + 40),
+                                      (65, 17, CHUNK + 1), (129, 1, CHUNK + 32)])
+def test_chunks_added_here_and_in_a_second_launch_are_the_same_bits(dtype, rows, n, k, on_chip):
+    x, w, b = problem(dtype, rows, n, k)
     q, scales = reference.linear.quantize(w)
-    whole = run(x, q, b, scales=scales)
-    monkeypatch.undo()
-    assert same_bits(run(x, q, b, scales=scales), whole)
+    on_chip(10**6)
+    assert triton_linear.shared(rows, n, k, x.element_size(), w.element_size(), x.device) == -(-k // CHUNK)
+    apart = run(x, w, b), run(x, q, scales=scales)
+    on_chip(0)
+    assert triton_linear.shared(rows, n, k, x.element_size(), w.element_size(), x.device) == 0
+    assert all(map(same_bits, apart, (run(x, w, b), run(x, q, scales=scales))))
+
+
+QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+# rows: launches of one layer's products, their programs, and MB of partial sums beside 386 MB of weights. With K shared
+# out below 512 column tiles, whatever the rows, they were 8 launches; 2,944 programs, for 512 rows 11,776; 2, 24, 96,
+# 193 and 772 MB.
+LAYERS = {1: (7, 1_792, 1), 16: (7, 1_792, 12), 64: (7, 1_792, 46), 128: (7, 1_792, 92), 512: (4, 2_432, 0)}
+
+
+@pytest.mark.parametrize("rows", LAYERS)
+def test_b5_how_far_k_is_shared_out_follows_the_rows(rows, on_chip):
+    on_chip(132)
+    moved = 0
+    with launches() as noted:
+        for n, k in QWEN3_8B.values():
+            x, w, out = (torch.empty(*size, dtype=torch.bfloat16, device="meta")
+                         for size in ((rows, k), (n, k), (rows, n)))
+            triton_linear.linear(x, w, None, None, n, out)
+            chunks = triton_linear.shared(rows, n, k, 2, 2, x.device)
+            assert noted[-1 - (chunks > 0)] == ("linear_kernel", noted[-1 - (chunks > 0)][1][:2] + (max(chunks, 1),))
+            moved += op.bytes(rows, n, k, 2, chunks=chunks) - op.bytes(rows, n, k, 2)
+    programs = sum(math.prod(grid) for kernel, grid in noted if kernel == "linear_kernel")
+    assert (len(noted), programs, round(moved / 1e6)) == LAYERS[rows]
+
+
+def test_b5_few_programs_are_shared_out_and_many_are_not(on_chip):
+    def chunks(rows, n, k, weight_itemsize=2):
+        return triton_linear.shared(rows, n, k, 2, weight_itemsize, torch.device("meta"))
+
+    on_chip(132)
+    assert chunks(1, 4096, CHUNK) == 0 and chunks(1, 4096, CHUNK + 1) == 2
+    assert chunks(16, 24576, 4096) == 0, "384 programs, where 396 fit"
+    assert chunks(512, 4096, 12288) == 0, "256 programs, where 264 fit, and partial sums of twice the weight"
+    assert chunks(256, 6144, 4096) == 0, "192 programs, where 264 fit, but partial sums of as much as the weight"
+    assert chunks(8, 4096, 4096) == 4 and chunks(8, 4096, 4096, 1) == 4
 
 
 def test_a_row_sees_none_of_its_neighbours(dtype):

@@ -11,13 +11,14 @@ A row's bits do not depend on the rows beside it, because every configuration co
   wgmma or tcgen05 on some. That instruction treats its 16 rows alike, and a tile's products are chained along k, 16 at
   a time, from one end to the other. In float32 an output is one chain of multiply-adds along k.
 - K is cut into chunks of CHUNK, whatever N and the number of rows. A chunk starts from zero; chunks are added in order.
-  So it is the same whether one program adds them or each has its own program and a second launch adds (`split`), and
-  lm_head_argmax, which never splits, sees the bits that linear writes.
+  So it is the same whether one program adds them or each has its own program and a second launch adds (`shared`), and
+  lm_head_argmax, which never does, sees the bits that linear writes. Which of the two is faster is for `shared` to say.
 - Rows and columns past the end are zeros in a tile of the same size.
 
 A weight in 8 bits is half of the bytes. It becomes x's type in registers, exactly, and its scales multiply the sums.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,11 @@ from ._aot import Case
 from ._math import NO_SPILLS, PLAIN
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
-SPLIT_BELOW = 512  # programs: with fewer, each chunk is a program of its own. Estimated: four for a multiprocessor
 
 
 class Config(NamedTuple):
-    """ROWS * TILES rows of x and BLOCK_N rows of the weight a program, BLOCK_K of both at a time."""
+    """ROWS * TILES rows of x and BLOCK_N rows of the weight a program, BLOCK_K of both at a time. fill: programs on a
+    multiprocessor that keep its memory busy."""
 
     ROWS: int
     TILES: int
@@ -40,17 +41,18 @@ class Config(NamedTuple):
     BLOCK_K: int
     warps: int
     stages: int
+    fill: int
 
 
 # (bytes of an element, rows at most); more rows are more programs. All estimated: 60 to 96 KB in flight a block, which
-# the smallest chips can hold, and at most 128 sums a thread.
+# the smallest chips can hold, at most 128 sums a thread, and as many programs as sm_90 holds at once.
 CONFIGS = {
-    (2, 16): Config(16, 1, 64, 128, 4, 4),
-    (2, 32): Config(32, 1, 64, 128, 4, 4),
-    (2, 64): Config(32, 2, 64, 64, 4, 4),
-    (2, 128): Config(32, 4, 64, 64, 8, 3),
-    (4, 16): Config(16, 1, 32, 32, 4, 4),
-    (4, 64): Config(16, 4, 32, 32, 4, 4),
+    (2, 16): Config(16, 1, 64, 128, 4, 4, 3),
+    (2, 32): Config(32, 1, 64, 128, 4, 4, 3),
+    (2, 64): Config(32, 2, 64, 64, 4, 4, 2),
+    (2, 128): Config(32, 4, 64, 64, 8, 3, 2),
+    (4, 16): Config(16, 1, 32, 32, 4, 4, 8),
+    (4, 64): Config(16, 4, 32, 32, 4, 4, 4),
 }
 
 
@@ -151,16 +153,37 @@ def add_chunks_kernel(part, scales, bias, out, n, chunks, chunk_stride, out_stri
 ADD_BLOCK, ADD_WARPS = 512, 4  # estimated: 16-byte accesses
 
 
+SECOND_LAUNCH = 0.1  # of the time that the weight takes. Estimated: 2.5 us beside 8 to 64
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def shared(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int, device: torch.device) -> int:
+    """How many chunks of K have programs of their own, and their sums a second launch; 0 where a program does all.
+
+    With too few programs to fill the chip the weight takes as many times longer. Shared out they are more, but each
+    float32 sum is written and read: bytes that grow with the rows, while the weight's do not."""
+    c, chunks = config(rows, itemsize), triton.cdiv(k, CHUNK)
+    programs = triton.cdiv(rows, c.ROWS * c.TILES) * triton.cdiv(n, c.BLOCK_N)
+    room, sums = c.fill * multiprocessors(device), 8 * rows * chunks / (weight_itemsize * k)
+    apart = max(1.0, room / (programs * chunks)) + sums + SECOND_LAUNCH
+    return chunks if apart < max(1.0, room / programs) else 0
+
+
 def linear(x, weight, scales, bias, out_features, out):
-    """Where K is split it allocates the chunks' float32 sums, as a graph may: they belong to its pool."""
+    """Where K is shared out it allocates the chunks' float32 sums, as a graph may: they belong to its pool."""
     (rows, k), n = x.shape, out_features
     if rows == 0:
         return
     c = config(rows, x.element_size())
-    chunks, across = triton.cdiv(k, CHUNK), triton.cdiv(n, c.BLOCK_N)
-    split = chunks > 1 and across < SPLIT_BELOW
+    chunks = shared(rows, n, k, x.element_size(), weight.element_size(), x.device)
+    split = chunks > 0
     to = torch.empty((chunks, rows, n), dtype=torch.float32, device=x.device) if split else out[None]
-    linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), across, chunks if split else 1](
+    linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), triton.cdiv(n, c.BLOCK_N), max(chunks, 1)](
         x, weight, None if split else scales, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0),
         to.stride(1), to.stride(0), CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK,
         num_warps=c.warps, num_stages=c.stages, **options(c, scales))

@@ -120,10 +120,10 @@ _linear = define(
     reference.linear.linear)
 
 
-def bytes(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int | None = None) -> int:
-    """Bytes that must move: the weight once, and the rows. weight_itemsize: bytes of the weight's elements, if they
-    are others."""
-    return (weight_itemsize or itemsize) * n * k + itemsize * rows * (n + k)
+def bytes(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int | None = None, chunks: int = 0) -> int:
+    """Bytes that move: the weight once, and the rows. weight_itemsize: bytes of the weight's elements, if they are
+    others. chunks: of K whose float32 sums go through memory, written and read (_triton/linear.py, `shared`)."""
+    return (weight_itemsize or itemsize) * n * k + itemsize * rows * (n + k) + 8 * chunks * rows * n
 
 
 def flops(rows: int, n: int, k: int) -> int:
