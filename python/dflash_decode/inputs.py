@@ -1,0 +1,62 @@
+"""What callers give, as plain Python values, and what is shown of it where it is wrong."""
+
+import numbers
+import operator
+import reprlib
+from collections.abc import Collection, Mapping, Sequence, Set
+
+import torch
+
+FLOAT32 = torch.finfo(torch.float32)
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def shown(value: object) -> str:
+    """The value as an error names it: never long, and never an error of its own."""
+    try:
+        return _short.repr(value)
+    except Exception:  # an integer of 5,000 digits has no repr, nor has an object whose own raises
+        return f"a value of type {type(value).__name__}"
+
+
+def said(error: BaseException) -> str:
+    """An error's kind and text, never long."""
+    kind = type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an error of the caller's own may have none
+        return kind
+    return f"{kind}: {text if len(text) <= 200 else text[:197] + '...'}"
+
+
+def integer(value: object) -> int | None:
+    """An integer of Python's or numpy's; None for anything else, bools and whole floats among it."""
+    if type(value) is int:
+        return value
+    return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def number(value: object) -> float | None:
+    """A number of Python's or numpy's, infinite where float has no room for it; None for anything else."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def is_token_list(value: object, ordered: bool = True) -> bool:
+    """Whether it may hold token ids: a sequence, or a tensor or array of one dimension; a set too, where order does not
+    matter. Text and bytes are none."""
+    if isinstance(value, torch.Tensor) or hasattr(value, "__array__"):
+        return value.ndim == 1
+    if isinstance(value, (str, bytes, bytearray, Mapping)):
+        return False
+    return isinstance(value, Sequence if ordered else (Sequence, Set))
+
+
+def items(value: Collection) -> list:
+    """What a token list holds: ids, if the caller is right."""
+    return value.tolist() if hasattr(value, "tolist") else list(value)
