@@ -1,12 +1,13 @@
-"""A KeyboardInterrupt between any two lines leaves everything right: nothing is being captured, no page is lost, and the
-decoder goes on, or decodes the next requests, with the texts that it would have had.
+"""A KeyboardInterrupt between any two lines leaves everything right: nothing is being captured, no page is lost, and
+the decoder goes on, or decodes the next requests, with the texts that it would have had.
 
 Every line of the loop's files that a short decode runs is interrupted once, where it runs first, while the exception is
-kept, as a shell keeps its last one. `python tests/test_interrupts.py` interrupts every execution of every line, and then
-between all bytecodes.
+kept, as a shell keeps its last one. `python tests/test_interrupts.py` interrupts every execution of every line, and
+then between all bytecodes.
 """
 
 import itertools
+import linecache
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,9 @@ from dflash_kernels.testing import same_bits
 
 pytestmark = pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
 LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
-FILES = {str(LOOP / f"{name}.py") for name in ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify",
-                                               "draft", "transformer", "targets/native")} | {
-    str(KERNELS / "graph.py")}
+NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify", "draft", "transformer",
+         "targets/native")
+FILES = {str(KERNELS / "graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
 
 
 class Tracer:
@@ -59,12 +60,18 @@ class Tracer:
                 frame.f_code.co_filename, frame.f_lineno)
             self.seen[place] = self.seen.get(place, 0) + 1
             if place == self.at and self.seen[place] == self.left:
-                self.fired, at = True, frame
-                while at and at.f_code.co_name != "_tell":
-                    at = at.f_back
-                self.telling = at is not None
+                self.fired, self.telling = True, self._telling(frame)
                 raise KeyboardInterrupt
         return self._line
+
+
+    def _telling(self, frame):
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if self.opcodes and line.strip() == "return self._tell()":
+            return True
+        while frame and frame.f_code.co_name != "_tell":
+            frame = frame.f_back
+        return frame is not None
 
 
 class Even:

@@ -128,6 +128,7 @@ class Decoder:
         """Every request leaves; every page is free again."""
         self._requests.clear()
         self.pool.keep(())
+        self._unseat()
 
     def _start(self, live: Live) -> None:
         prompt, pool = live.request.prompt, self.pool
@@ -163,7 +164,7 @@ class Decoder:
         step = self._steps[batch, kind]
         step.fill([(r.anchor, r.context, min(step.width, r.limit - r.emitted)) for r in active])
         if self._seated != (step, active):
-            self._seated = None
+            self._unseat()
             step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active], active)
             self._seated = (step, active)
         verified = step()
@@ -175,13 +176,20 @@ class Decoder:
         """Whatever has no event yet; those that have ended leave."""
         news = [live for live in self._requests if live.has_news]
         events = [live.event() for live in news]
+        if any(event.finish for event in events):  # first, so that an interrupt leaves nobody out with pages in hand
+            self._unseat()
+            self.pool.keep(live.pages for live in self._requests if not live.finish)
         for live in news:
             live.told = live.emitted
             if live.finish:
                 self._requests.remove(live)
-        if any(event.finish for event in events):
-            self.pool.keep(live.pages for live in self._requests)
         return events
+
+    def _unseat(self) -> None:
+        """No step knows of a request any more, so that nothing keeps those that have left."""
+        seated, self._seated = self._seated, None
+        if seated:
+            seated[0].verifier.seat(())
 
 
 def _bucket(requests: int) -> int:

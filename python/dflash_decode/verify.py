@@ -31,7 +31,9 @@ def first_token(verifier: "GreedyVerifier", live: Live, row: torch.Tensor) -> in
     ids = torch.tensor([[prompt[-1]]], device=row.device)
     before = torch.tensor([len(prompt) - 1], dtype=torch.int32, device=row.device)
     verifier.seat([live])
-    return int(verifier.run(row, ids, before).bonus)
+    token = int(verifier.run(row, ids, before).bonus)
+    verifier.seat(())
+    return token
 
 
 class GreedyVerifier:
