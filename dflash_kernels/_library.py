@@ -33,7 +33,6 @@ native = _load("._C", "C++")
 cuda = _load("._cuda", "CUDA C++") if torch.version.cuda else None
 if torch.version.cuda:
     _gpu.install(_lib, cuda)
-capturing = 0  # StepGraphs that are being captured: a reference called then would be missing from the replay
 NAMES: list[str] = []
 REFERENCES: dict[str, Callable] = {}
 
@@ -53,6 +52,12 @@ def _warn_reference(device: str) -> None:
     warnings.warn(f"dflash_kernels runs its float32 reference, which is correct and slow: {what}.", stacklevel=4)
 
 
+def capturing() -> bool:
+    """Whether launches are being noted for a replay, in which a reference called now would be missing."""
+    return native is not None and native.recording() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def define(schema: str, reference: Callable) -> Callable:
     """Defines op `schema` with `reference` as its answer where nothing faster is built; returns the callable op.
 
@@ -62,7 +67,7 @@ def define(schema: str, reference: Callable) -> Callable:
     _lib.define(schema)
 
     def fallback(*args, **kwargs):
-        if capturing:
+        if capturing():
             raise RuntimeError(f"StepGraph: {name} has no kernel here to capture; only its reference would run")
         first = next(a for a in args if isinstance(a, torch.Tensor))
         _warn_reference(first.device.type)

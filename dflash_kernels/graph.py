@@ -7,12 +7,11 @@ tables and tokens are read from tensors when the step runs, so they are changed 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _library
 from ._library import native
 
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand",
@@ -35,16 +34,20 @@ class StepGraph:
         step()
     graph.replay()
 
-    device: where the step's tensors are, "cpu" or a CUDA device. `capture` runs the step for real, on either. On a CPU
-    the graph keeps the tensors that its launches touch alive, and any op other than dflash ops, views and allocations
-    raises RuntimeError, because it would not be replayed; so does the replay of another graph. On CUDA the graph keeps
-    the memory that the step allocates, and its inputs are the caller's to keep; a step must have run once before,
-    uncaptured, so that its kernels are loaded. Without the C++ library, or without the GPU, `available(device)` is
-    False and the step is to be called directly.
+    device: where the step's tensors are, "cpu" or a CUDA device. On a CPU `capture` runs the step for real, the graph
+    keeps the tensors that its launches touch alive, and any op other than dflash ops, views and allocations raises
+    RuntimeError, because it would not be replayed; so does the replay of another graph. On CUDA `capture` runs nothing,
+    only `replay` does, and a step must have run once before, uncaptured, so that its kernels are loaded; the graph
+    keeps the memory that the step allocates, and its inputs are the caller's to keep.
+    pool: torch.cuda.graph_pool_handle(), for graphs that share that memory: they must be replayed one after the other,
+    on one stream, and what one has allocated is read before another is replayed. None: memory of its own.
+
+    An exception in a capture, an interrupt among them, ends it, and the graph is as it was. Without the C++ library, or
+    without the GPU, `available(device)` is False and the step is to be called directly.
     """
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
+        self.device, self.pool = torch.device(device), pool
         self._recording = None
 
     @staticmethod
@@ -53,38 +56,32 @@ class StepGraph:
         kind = torch.device(device).type
         return native is not None if kind == "cpu" else kind == "cuda" and torch.cuda.is_available()
 
-    @contextmanager
-    def capture(self) -> Iterator[None]:
-        """Runs the block once and notes its launches. Raises RuntimeError when nested or unavailable."""
+    @property
+    def captured(self) -> bool:
+        """Whether there is something to replay."""
+        return self._recording is not None
+
+    def capture(self) -> AbstractContextManager[None]:
+        """Notes the launches of the `with` block. Raises RuntimeError when nested or unavailable."""
         if not self.available(self.device):
             what = "the C++ library is not built" if self.device.type == "cpu" else f"{self.device} is not there"
             raise RuntimeError(f"StepGraph: {what}; call the step directly")
-        with self._capture_cuda() if self.device.type == "cuda" else self._capture_cpu():
-            yield
+        return self._capture_cuda() if self.device.type == "cuda" else native.Capture(self, _OnlyOurOps())
 
     @contextmanager
-    def _capture_cpu(self):
-        recording = native.record_begin()
-        _library.capturing += 1
+    def _capture_cuda(self) -> Iterator[None]:
+        recording, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with _OnlyOurOps():
+            with torch.cuda.device(self.device), torch.cuda.graph(recording, pool=self.pool):
                 yield
-        finally:
-            _library.capturing -= 1
-            native.record_end()
+        finally:  # torch's own exit does both, unless an interrupt came between its lines
+            try:
+                if torch.cuda.is_current_stream_capturing():
+                    recording.capture_end()
+            finally:
+                if torch.cuda.current_stream(self.device) != before:
+                    torch.cuda.set_stream(before)
         self._recording = recording
-
-    @contextmanager
-    def _capture_cuda(self):
-        recording = torch.cuda.CUDAGraph()
-        _library.capturing += 1
-        try:
-            with torch.cuda.device(self.device), torch.cuda.graph(recording):
-                yield
-        finally:
-            _library.capturing -= 1
-        self._recording = recording
-        recording.replay()  # a CUDA capture only notes
 
     def replay(self) -> None:
         """Runs the captured launches again on the same memory. Raises RuntimeError before a capture, and in one."""

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from dflash_kernels import PreparedBlock, embed_tokens, prepare_block, reference
-from dflash_kernels._library import native
+from dflash_kernels import PreparedBlock, StepGraph, embed_tokens, prepare_block, reference
 from dflash_kernels.testing import same_bits
 
 MASK = 90
@@ -185,20 +184,20 @@ def test_embed_tokens_looks_ids_up_by_ids(isa):
     assert embed_tokens(ids, d2t[:, None]).tolist() == [[[3_000_002], [29_000_080]], [[0], [0]]]
 
 
-@pytest.mark.skipif(native is None, reason="recorded steps need the C++ library")
+@pytest.mark.skipif(not StepGraph.available(), reason="recorded steps need the C++ library")
 def test_p20_a_recorded_block_follows_lengths_and_tables_that_change(isa, dtype):
     anchors, lens, table = batch(8, 4, max_pages=20)
     embedding, widths = torch.randn(100, 16).to(dtype), int32(8, 8, 8, 8, 8)
     options = {"page_table": table, "page_size": 4, "block_lens": widths, "embedding": embedding}
     out = prepare_block(anchors, lens, 8, MASK, **options)
-    recording = native.record_begin()
-    prepare_block(anchors, lens, 8, MASK, out=out, **options)
-    native.record_end()
+    graph = StepGraph()
+    with graph.capture():
+        prepare_block(anchors, lens, 8, MASK, out=out, **options)
     anchors.copy_(torch.tensor([5, 4, 3, 2, 1]))
     lens.copy_(int32(1, 0, 20, 7, 8))
     widths.copy_(int32(8, 0, 1, 7, 8))
     table.copy_(torch.randperm(100).to(torch.int32).view(5, 20))
-    native.replay(recording)
+    graph.replay()
     for name, t in fields(from_reference(anchors, lens, 8, table, 4, widths, embedding)):
         assert same_bits(getattr(out, name), t), name
 

@@ -119,8 +119,7 @@ class Served:
         for cache in self.kv:
             cache.k.fill_(float("nan"))
             cache.v.fill_(float("nan"))
-        pool.free([pool.allocate(12)[i] for i in (2, 0, 1)])
-        self.tables = torch.stack([pool.table_row(pool.allocate(max(n, 0) + 8), max_pages) for n in lengths])
+        self.tables = torch.stack([pool.table_row(pool.allocate(max(n, 0) + 8)[::-1], max_pages) for n in lengths])
         self.lens = torch.zeros(self.batch, dtype=torch.int32)
         torch.manual_seed(2)
         self.features = [torch.randn(n, len(TAPS) * HIDDEN).to(drafter.dtype) for n in lengths]

@@ -11,7 +11,7 @@ def test_pages_are_given_once_and_come_back():
     with pytest.raises(OutOfPages, match="1 tokens need 1 pages of 4; 0 of 5 are free"):
         pool.allocate(1)
     assert pool.allocate(0) == []
-    pool.free(one)
+    pool.keep([two])
     assert pool.free_pages == 3 and sorted(pool.allocate(12)) == sorted(one)
 
 
@@ -22,12 +22,17 @@ def test_all_or_none():
     assert pool.free_pages == 5
 
 
-def test_a_page_cannot_be_freed_twice():
+@pytest.mark.parametrize("lists", [[[0], [0]], [[1, 1]], [[2]], [[-1]]])
+def test_a_page_has_one_owner(lists):
     pool = PagePool(2, 1)
     pages = pool.allocate(1)
-    pool.free(pages)
-    with pytest.raises(ValueError, match="must be allocated to be freed"):
-        pool.free(pages)
+    with pytest.raises(ValueError, match="pages must be distinct, of 2, to be kept"):
+        pool.keep(lists)
+    assert pool.free_pages == 1
+    pool.keep([pages, []])
+    assert pool.free_pages == 1
+    pool.keep(())
+    assert pool.free_pages == 2
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])

@@ -146,7 +146,8 @@ def test_one_bad_request_does_not_disturb_the_others():
         "long": "request 'long': prompt must be shorter than the context of 80 tokens; got 80",
         "id": f"request 'id': prompt must hold token ids in [0, {VOCAB}); got {VOCAB}",
         "none": "request 'none': max_new_tokens must be an integer of at least 1; got 0",
-        "text": f"request 'text': prompt must hold token ids in [0, {VOCAB}); got 'h'",
+        "text": "request 'text': prompt must be a sequence of token ids, or a tensor or array of one dimension; "
+                "got 'hello'",
     }
     got = collect(event for event in events if event.finish != "error")
     assert got == run(target, None, good, max_context=80)
@@ -233,7 +234,7 @@ def test_p17_p19_caches_after_ragged_steps_are_those_of_one_prefill(fault, monke
         once = Decoder(target, oracle, max_context=80, page_size=4, prefill_rows=64, max_batch=1)
         monkeypatch.setattr(once, "drafter", Drafter.random(target, num_layers=2, block_size=6))
         once.submit(Request("once", text, 2))
-        once._start(once._waiting[0])
+        once._start(once._requests[0])
         pairs = zip(cached(decoder, live), cached(once, once._active[0]), strict=True)
         differs |= not all(same_bits(a, b) for a, b in pairs)
     assert differs == fault

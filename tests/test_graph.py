@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dflash_kernels as dk
 from dflash_kernels import _library
@@ -182,3 +183,58 @@ def test_a_device_that_is_not_there_is_named():
         pass
     with pytest.raises(RuntimeError, match="nothing is captured yet"):
         graph.replay()
+
+
+def test_a_capture_that_nobody_ends_is_over_when_it_is_dropped():
+    graph, before = dk.StepGraph(), torch._C._len_torch_dispatch_stack()
+    capture = graph.capture()
+    capture.__enter__()
+    assert _library.native.recording()
+    with pytest.raises(RuntimeError, match="only dflash ops"):
+        torch.zeros(2)
+    del capture
+    assert not _library.native.recording() and torch._C._len_torch_dispatch_stack() == before
+    assert torch.zeros(2).sum() == 0 and not graph.captured
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_interrupt_in_a_capture_ends_it_and_keeps_the_graph_as_it_was(kept):
+    """Whether or not somebody keeps the exception, and with it the frames; and whatever modes the block has left on."""
+    graph, x, w = dk.StepGraph(), torch.randn(2, 64), torch.ones(64)
+    for _ in range(2):
+        try:
+            with graph.capture():
+                dk.rms_norm(x, w)
+                torch._C._push_on_torch_dispatch_stack(TorchDispatchMode())
+                raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            last = interrupt if kept else None
+        assert not _library.native.recording() and torch._C._len_torch_dispatch_stack() == 0, last
+        assert torch.zeros(2).sum() == 0 and not graph.captured
+    with graph.capture():
+        dk.rms_norm(x, w)
+    assert len(graph) == 1
+    with pytest.raises(KeyboardInterrupt), graph.capture():
+        raise KeyboardInterrupt
+    assert len(graph) == 1
+    graph.replay()
+
+
+def test_a_capture_of_one_thread_is_none_of_another_s(monkeypatch):
+    """A reference that another thread calls meanwhile is no part of the step."""
+    for name in ("NAMES", "REFERENCES"):
+        monkeypatch.setattr(_library, name, type(getattr(_library, name))())
+    op = _library.define("a_reference_elsewhere(Tensor x, Tensor(a!) out) -> ()", lambda x, out: None)
+    x, out, raised = torch.ones(2), torch.zeros(2), []
+
+    def elsewhere():
+        try:
+            op(x, out)
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    with dk.StepGraph().capture():
+        thread.start()
+        thread.join()
+    assert not raised

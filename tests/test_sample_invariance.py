@@ -5,8 +5,15 @@ import torch
 from sample_inputs import KINDS, block, int32, one_of, params, proposal, same, some_params
 from sample_margin import agree, one
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, Verified, sample_draft, verify_sample
-from dflash_kernels._library import native
+from dflash_kernels import (
+    LogitAdjustments,
+    Proposal,
+    SamplingParams,
+    StepGraph,
+    Verified,
+    sample_draft,
+    verify_sample,
+)
 from dflash_kernels.testing import same_bits
 
 NAN, INF = float("nan"), float("inf")
@@ -75,16 +82,16 @@ def test_one_hot_text_depends_on_neither_the_block_size_nor_the_drafts(vector_is
     assert len({tuple(t) for t in texts[0]}) > b // 2
 
 
-@pytest.mark.skipif(native is None, reason="recorded steps need the C++ library")
+@pytest.mark.skipif(not StepGraph.available(), reason="recorded steps need the C++ library")
 @pytest.mark.parametrize("kind", KINDS)
 def test_p20_a_recorded_verification_follows_what_changes(vector_isa, dtype, kind):
     logits = torch.randn(3, 4, 1030).to(dtype)
     draft, lens, widths, p, q = block(logits), int32(1, 2, 3), int32(4, 4, 4), params(3), proposal(kind, logits)
     ints = [torch.zeros(3, dtype=torch.int32) for _ in range(2)]
     out = Verified(*ints, torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), lens)
-    recording = native.record_begin()
-    verify_sample(draft, logits, lens, p, proposal=q, block_lens=widths, out=out)
-    native.record_end()
+    graph = StepGraph()
+    with graph.capture():
+        verify_sample(draft, logits, lens, p, proposal=q, block_lens=widths, out=out)
     logits.copy_(torch.randn(3, 4, 1030))
     draft.copy_(block(logits))
     lens.copy_(int32(9, 8, 7))
@@ -92,7 +99,7 @@ def test_p20_a_recorded_verification_follows_what_changes(vector_isa, dtype, kin
     p.seeds.add_(1000)
     p.temperature.copy_(torch.tensor([0.0, 1.0, 0.6]))
     want = verify_sample(draft, logits, lens.clone(), p, proposal=q, block_lens=widths)
-    native.replay(recording)
+    graph.replay()
     same(out, want)
 
 

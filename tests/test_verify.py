@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from dflash_kernels import Verified, prepare_block, reference, verify_greedy
-from dflash_kernels._library import native
+from dflash_kernels import StepGraph, Verified, prepare_block, reference, verify_greedy
 from dflash_kernels.testing import same_bits
 
 FIELDS = ("accept_lens", "commit_lens", "tokens", "bonus", "new_lens")
@@ -193,21 +192,21 @@ def test_a_request_alone_equals_the_same_request_in_a_batch(isa, dtype, q):
         assert_same(alone, Verified(*(getattr(whole, f)[one] for f in FIELDS)))
 
 
-@pytest.mark.skipif(native is None, reason="recorded steps need the C++ library")
+@pytest.mark.skipif(not StepGraph.available(), reason="recorded steps need the C++ library")
 def test_p20_a_recorded_verification_follows_lengths_that_change(isa, dtype):
     target = torch.randint(0, 30, (3, 4))
     draft, lens, widths = drafts_that_agree(target, [0, 3, 1]), int32(1, 2, 3), int32(4, 4, 4)
     logits, out = logits_for(target, 31, dtype), empty_like_result(3, 4)
-    recording = native.record_begin()
-    verify_greedy(draft, None, lens, logits=logits, block_lens=widths, out=out)
-    native.record_end()
+    graph = StepGraph()
+    with graph.capture():
+        verify_greedy(draft, None, lens, logits=logits, block_lens=widths, out=out)
     assert_same(out, from_reference(draft, None, lens, logits, widths))
     target = torch.randint(0, 30, (3, 4))
     draft.copy_(drafts_that_agree(target, [3, 1, 0]))
     logits.copy_(logits_for(target, 31, dtype))
     lens.copy_(int32(9, 8, 7))
     widths.copy_(int32(3, 0, 4))
-    native.replay(recording)
+    graph.replay()
     assert_same(out, from_reference(draft, None, lens, logits, widths))
 
 

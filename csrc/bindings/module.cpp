@@ -1,4 +1,4 @@
-// The Python module `dflash_kernels._C`: build facts, the instruction set, recorded steps. The ops themselves are
+// The Python module `dflash_kernels._C`: build facts and the instruction set. The ops themselves are
 // registered with torch by the other files of this folder when the library is loaded.
 #include <Python.h>
 
@@ -7,11 +7,10 @@
 #endif
 
 #include <cstdlib>
-#include <exception>
-#include <memory>
 #include <string>
 
 #include "bindings/host.h"
+#include "bindings/recording.h"
 #include "bindings/team.h"
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
@@ -93,20 +92,6 @@ Isa& isa_slot() {
   return isa;
 }
 
-thread_local Recorder* t_recorder = nullptr;
-
-// The thread that gets the first index leads and runs the launches; the others, as many as torch grants, follow.
-void replay_in_a_team(const Recorder& recorder) {
-  const int threads = num_threads();
-  if (threads <= 1 || Team::current()) return recorder.replay();
-  Team team(threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    if (begin != 0) return team.follow();
-    const Team::Leading leading(team);
-    recorder.replay();
-  });
-}
-
 // ---- Python functions ----------------------------------------------------------------------------------------------
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kIsaNames[static_cast<int>(active_isa())]); }
@@ -142,49 +127,6 @@ PyObject* py_build_info(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s,s:s}", "compiler", __VERSION__, "torch_abi", "2.10", "nvcc", DFLASH_NVCC);
 }
 
-constexpr const char* kCapsule = "dflash_kernels.Recorder";
-
-Recorder* unwrap(PyObject* capsule) { return static_cast<Recorder*>(PyCapsule_GetPointer(capsule, kCapsule)); }
-
-PyObject* py_record_begin(PyObject*, PyObject*) {
-  if (t_recorder) {
-    PyErr_SetString(PyExc_RuntimeError, "a step is already being recorded on this thread");
-    return nullptr;
-  }
-  t_recorder = new Recorder();
-  return PyCapsule_New(t_recorder, kCapsule, [](PyObject* c) { delete unwrap(c); });
-}
-
-PyObject* py_record_end(PyObject*, PyObject*) {
-  t_recorder = nullptr;
-  Py_RETURN_NONE;
-}
-
-PyObject* py_replay(PyObject*, PyObject* capsule) {
-  const Recorder* recorder = unwrap(capsule);
-  if (!recorder) return nullptr;
-  if (t_recorder) {
-    PyErr_SetString(PyExc_RuntimeError, "StepGraph: a replay cannot be captured; capture the step itself");
-    return nullptr;
-  }
-  std::string error;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    replay_in_a_team(*recorder);
-  } catch (const std::exception& e) {
-    error = e.what();
-  }
-  Py_END_ALLOW_THREADS
-  if (error.empty()) Py_RETURN_NONE;
-  PyErr_SetString(PyExc_RuntimeError, error.c_str());
-  return nullptr;
-}
-
-PyObject* py_record_size(PyObject*, PyObject* capsule) {
-  const Recorder* recorder = unwrap(capsule);
-  return recorder ? PyLong_FromSize_t(recorder->size()) : nullptr;
-}
-
 PyObject* py_stream_read(PyObject*, PyObject* args) {
   unsigned long long address;
   long long bytes;
@@ -202,8 +144,7 @@ PyMethodDef kMethods[] = {
     {"isas", py_isas, METH_NOARGS, "isas() -> list[str]: the sets this CPU has, lowest first"},
     {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): use this instruction set from now on"},
     {"build_info", py_build_info, METH_NOARGS, "build_info() -> dict[str, str]"},
-    {"record_begin", py_record_begin, METH_NOARGS, "record_begin() -> recording"},
-    {"record_end", py_record_end, METH_NOARGS, "record_end()"},
+    {"recording", py_recording, METH_NOARGS, "recording() -> bool: whether this thread's launches are being noted"},
     {"record_size", py_record_size, METH_O, "record_size(recording) -> int"},
     {"stream_read", py_stream_read, METH_VARARGS, "stream_read(address, bytes) -> int: reads memory once, sums its words"},
     {"replay", py_replay, METH_O, "replay(recording)"},
@@ -214,7 +155,6 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullp
 }  // namespace
 
 Isa active_isa() { return isa_slot(); }
-Recorder* Recorder::active() { return t_recorder; }
 
 }  // namespace dflash
 
@@ -228,5 +168,10 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
     }
     dflash::isa_slot() = isa;
   }
-  return PyModule_Create(&dflash::kModule);
+  PyObject* module = PyModule_Create(&dflash::kModule);
+  if (module && !dflash::add_capture(module)) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

@@ -1,5 +1,6 @@
 """Penalties, biases and grammars as the tensors that verify_sample reads, a row for each position of a block."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import takewhile
@@ -8,6 +9,7 @@ import torch
 
 from dflash_kernels import LogitAdjustments
 
+from .inputs import FLOAT32, said
 from .sampling import Sampling
 
 
@@ -15,6 +17,10 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """(..., V) bool -> (..., ceil(V / 32)) int32, bit v % 32 of word v // 32."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32)).long()
     return (padded << torch.arange(32)).sum(-1).int()
+
+
+class GrammarFailed(Exception):
+    """A request's grammar raised: its answer cannot go on."""
 
 
 class Adjuster:
@@ -32,7 +38,7 @@ class Adjuster:
     def fill(self, b: int, sampling: Sampling, prompt: Sequence[int], text: Sequence[int],
              drafts: Sequence[int], stops: Collection[int] = ()) -> None:
         """Request b of the batch: what it was asked, what it has answered, the drafts of its block, and the tokens that
-        would end it."""
+        would end it. Raises GrammarFailed."""
         a, width = self.adjustments, self.width
         drafts = list(takewhile(range(self.vocab).__contains__, drafts))  # where verify_sample ends the block too
         a.repetition_penalty[b] = sampling.repetition_penalty
@@ -41,7 +47,9 @@ class Adjuster:
 
         def value(token):
             taken = sampling.frequency_penalty * counts[token] + sampling.presence_penalty * (counts[token] > 0)
-            return sampling.logit_bias.get(token, 0.0) - taken
+            wanted = sampling.logit_bias.get(token, 0.0) - taken
+            # Penalties that float32 holds may be more together, or many times over; infinities are as they were asked.
+            return wanted if math.isinf(wanted) else max(-FLOAT32.max, min(wanted, FLOAT32.max))
 
         for token in {*counts, *sampling.logit_bias}:
             bias[:, token] = value(token)
@@ -57,7 +65,10 @@ class Adjuster:
     def _mask(self, sampling, text, drafts, stops):
         words = torch.full(self.adjustments.bitmask.shape[1:], -1, dtype=torch.int32)
         for i in range(len(drafts) + 1 if sampling.grammar else 0):
-            sampling.grammar.fill_bitmask([*text, *drafts[:i]], words[i])
+            try:
+                sampling.grammar.fill_bitmask([*text, *drafts[:i]], words[i])
+            except Exception as error:  # it is the caller's, and may raise anything
+                raise GrammarFailed(f"grammar: {said(error)}") from error
             # Nothing comes after a draft that is not allowed, which is rejected, or that ends the answer: a grammar
             # that has ended may refuse to be asked.
             if i < len(drafts) and (drafts[i] in stops

@@ -1,6 +1,8 @@
 """Pages: who owns which, and the caches that they index. Host side only."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 
@@ -23,6 +25,9 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device | str = "cpu"
 
+    def page_bytes(self, page_size: int) -> int:
+        return 2 * self.layers * self.kv_heads * page_size * self.head_dim * self.dtype.itemsize
+
     def allocate(self, num_pages: int, page_size: int) -> list[PagedKV]:
         # (page, head, row, dim) in memory: a head's keys of one page are one stretch for the attention to stream.
         shape = (num_pages, self.kv_heads, page_size, self.head_dim)
@@ -40,13 +45,11 @@ class PagePool:
             if type(value) is not int or value < 1:
                 raise ValueError(f"PagePool: {name} must be an integer of at least 1; got {value!r}")
         self.num_pages, self.page_size = num_pages, page_size
-        # Lowest ids first out, so that a short run touches little memory.
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._owned: set[int] = set()
+        self._out: set[int] = set()  # all that changes: an interrupt finds it as it was before or as it is after
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        return self.num_pages - len(self._out)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -54,20 +57,22 @@ class PagePool:
     def allocate(self, tokens: int) -> list[int]:
         """Pages for `tokens` tokens, all or none. Raises OutOfPages."""
         need = self.pages_for(tokens)
-        if need > len(self._free):
+        if need > self.free_pages:
             raise OutOfPages(f"PagePool: {tokens} tokens need {need} pages of {self.page_size}; "
-                             f"{len(self._free)} of {self.num_pages} are free")
-        pages = [self._free.pop() for _ in range(need)]
-        self._owned.update(pages)
+                             f"{self.free_pages} of {self.num_pages} are free")
+        # Lowest ids first, so that a short run touches little memory.
+        pages = list(islice((page for page in range(self.num_pages) if page not in self._out), need))
+        self._out.update(pages)
         return pages
 
-    def free(self, pages: list[int]) -> None:
-        """Takes pages back. Raises ValueError for a page that is not out."""
-        for page in pages:
-            if page not in self._owned:
-                raise ValueError(f"PagePool: page {page} must be allocated to be freed; got a free one")
-            self._owned.remove(page)
-            self._free.append(page)
+    def keep(self, owned: Iterable[Sequence[int]]) -> None:
+        """Every page that is in none of the lists is free again, whoever had it. Raises ValueError for lists that share
+        a page, or have one that this pool has not."""
+        pages = list(chain.from_iterable(owned))
+        out = set(pages)
+        if len(out) < len(pages) or out and not 0 <= min(out) <= max(out) < self.num_pages:
+            raise ValueError(f"PagePool: pages must be distinct, of {self.num_pages}, to be kept; got {pages}")
+        self._out = out
 
     @staticmethod
     def table_row(pages: list[int], max_pages: int) -> torch.Tensor:

@@ -5,16 +5,17 @@ anchor, lets the target check it, and commits what the target would have written
 Plain decoding is the same loop with no drafter; a sampled request's text is plain sampling's with the same seed.
 """
 
-from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
+from itertools import takewhile
 
 from .arguments import check_target, choice, kind, whole
 from .draft import Drafter
+from .inputs import said, shown
 from .kv import OutOfPages, PagePool
 from .requests import Event, Live, Request, admit
-from .step import Prefill, Step, block_width, prefill_size
+from .step import Prefill, Step, block_width, prefill_sizes
 from .targets import Target
-from .verify import first_token, verifier_for
+from .verify import GreedyVerifier, first_token, verifier_for
 
 RULES, SAMPLE_FROM = ("token", "block"), ("greedy", "request")
 
@@ -53,100 +54,146 @@ class Decoder:
         self.max_pages, self.prefill_rows = min(pages, self.pool.num_pages), prefill_rows
         self.kv = [model.cache.allocate(self.pool.num_pages, page_size) if model else ()
                    for model in (target, self.drafter)]
-        self._waiting, self._active, self._left = deque(), [], []
+        # All requests, in the order in which they came. What runs and what waits follows from them, and whose a page is
+        # from their lists, so that an interrupt can part no two things that must agree.
+        self._requests: list[Live] = []
         self._steps, self._prefills, self._firsts, self._seated = {}, {}, {}, None
 
+    @property
+    def _active(self) -> list[Live]:
+        return list(takewhile(lambda live: live.emitted, (live for live in self._requests if not live.finish)))
+
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises ValueError if it can never run; nothing is allocated then."""
-        if any(live.request.id == request.id for live in (*self._waiting, *self._active)):
-            raise ValueError(f"request {request.id!r}: id must be new; got that of a request that still runs")
-        self._waiting.append(admit(request, self.target.vocab_size, self.max_context, self.pool))
+        """Queues a request. Raises ValueError or TypeError if it can never run; nothing is allocated then."""
+        live = admit(request, self.target.vocab_size, self.max_context, self.pool)
+        if any(other.request.id == request.id for other in self._requests if not other.finish):
+            raise ValueError(f"request {shown(request.id)}: id must be new; got that of a request that still runs")
+        self._requests.append(live)
 
     def cancel(self, request_id: Hashable) -> None:
         """The request leaves before the next step."""
-        for live in [live for live in (*self._waiting, *self._active) if live.request.id == request_id]:
-            self._left.append(self._leave(live, [], "cancelled"))
+        for live in self._requests:
+            if live.request.id == request_id and not live.finish:
+                live.ended = "cancelled"
 
     def step(self) -> list[Event]:
-        """Starts whatever fits, then decodes one block for everyone."""
-        events, self._left = self._left, []
-        while self._waiting and len(self._active) < self.max_batch:
+        """Starts whatever fits, then decodes one block for everyone, and returns what is new. A request whose grammar
+        raises ends with an error event. After any other exception, an interrupt among them, the next step goes on where
+        this one came to, though events that it had ready to return may be lost."""
+        while len(active := self._active) < self.max_batch:
+            live = next((live for live in self._requests if not live.emitted and not live.finish), None)
             try:
-                events.append(self._start(live := self._waiting[0]))
+                if live is None:
+                    break
+                self._start(live)
             except OutOfPages:
                 break
-            except BaseException:  # with no anchor it would fail every later step
-                self._leave(live, [], "error")
+            except Exception as error:  # it would fail every later step
+                live.fail(said(error))
                 raise
-        return events + self._decode() if self._active else events
+        if active:
+            self._decode(active)
+        return self._tell()
 
     def stream(self, requests: Iterable[Request | None]) -> Iterator[Event]:
         """Pulls requests as there is room (None: no news yet) and yields events until all are done. Closing it frees
-        every page. A request that cannot run gives an error event and disturbs nobody."""
+        every page. A request that cannot run, or whose grammar raises, gives an error event and disturbs nobody; the
+        event of what is no Request has the id None. Where `requests` itself raises, nobody knows what else was to come:
+        every request leaves, and the exception comes out of here."""
         source, more = iter(requests), True
         try:
-            while more or self._waiting or self._active or self._left:
-                while more and len(self._waiting) + len(self._active) < self.max_batch:
+            while more or self._requests:
+                while more and sum(not live.finish for live in self._requests) < self.max_batch:
                     more = (request := next(source, self)) is not self
                     if not more or request is None:
                         break
-                    try:
-                        self.submit(request)
-                    except (TypeError, ValueError) as error:
-                        yield Event(request.id, [], "error", error=str(error))
+                    if refused := self._refusal(request):
+                        yield refused
                 yield from self.step()
         finally:
-            self.close()
+            try:
+                self.close()
+            finally:
+                self.close()  # an interrupt may have ended the first before it began
+
+    def _refusal(self, request: object) -> Event | None:
+        """Submits it; the event of an error."""
+        try:
+            return self.submit(request)
+        except (TypeError, ValueError) as error:
+            why = str(error)
+        except Exception as error:  # its parts are the caller's, and may raise anything when they are read
+            why = said(error)
+        return Event(request.id if isinstance(request, Request) else None, [], "error", error=why)
 
     def close(self) -> None:
         """Every request leaves; every page is free again."""
-        for live in (*self._waiting, *self._active):
-            self._leave(live, [], "cancelled")
-        self._left = []
+        self._requests.clear()
+        self.pool.keep(())
+        self._unseat()
 
-    def _start(self, live: Live) -> Event:
+    def _start(self, live: Live) -> None:
         prompt, pool = live.request.prompt, self.pool
-        live.pages = pool.allocate(len(prompt) + live.limit)
-        self._active.append(self._waiting.popleft())
-        table = pool.table_row(live.pages, self.max_pages)
-        while live.context < len(prompt):
-            n = prefill_size(len(prompt) - live.context, self.prefill_rows, self.target.device)
-            if n not in self._prefills:
-                self._prefills[n] = Prefill(self.target, self.drafter, *self.kv, n, pool.page_size, self.max_pages)
-            chunk = list(prompt[live.context:live.context + n])
-            row = self._prefills[n](chunk, live.context, table)
-            live.context += len(chunk)
-        kind = verifier_for([live])
+        if not live.pages:
+            pool.keep(other.pages for other in self._requests if not other.finish)
+            live.pages = pool.allocate(len(prompt) + live.limit)
+        table, done = pool.table_row(live.pages, self.max_pages), 0
+        for size in prefill_sizes(len(prompt), self.prefill_rows, self.target.device):
+            if size not in self._prefills:
+                self._prefills[size] = self._make_prefill(size)
+            chunk = prompt[done:done + size]
+            row = self._prefills[size](chunk, done, table)
+            done += len(chunk)
+        kind = verifier_for([live.sampling])
         if kind not in self._firsts:
             self._firsts[kind] = kind(self.target, 1, 1)
-        return self._emit(live, [first_token(self._firsts[kind], live, row)])
+        token = first_token(self._firsts[kind], live, row)
+        if not live.finish:
+            live.take([token])
 
-    def _decode(self) -> list[Event]:
-        batch, active = 1 << (len(self._active) - 1).bit_length(), list(self._active)
-        kind = verifier_for(active)
+    def _make_prefill(self, rows: int) -> Prefill:
+        return Prefill(self.target, self.drafter, *self.kv, rows, self.pool.page_size, self.max_pages)
+
+    def _make_step(self, batch: int, kind: type[GreedyVerifier]) -> Step:
+        width = block_width(self.width, batch, self.target.device) if self.adapts else self.width
+        return Step(self.target, self.drafter, *self.kv, batch, width, self.pool.page_size, self.max_pages,
+                    kind(self.target, batch, width, self.rule), self.draw)
+
+    def _decode(self, active: list[Live]) -> None:
+        batch, kind = _bucket(len(active)), verifier_for([live.sampling for live in active])
         if (batch, kind) not in self._steps:
-            width = block_width(self.width, batch, self.target.device) if self.adapts else self.width
-            options = self.pool.page_size, self.max_pages, kind(self.target, batch, width, self.rule), self.draw
-            self._steps[batch, kind] = Step(self.target, self.drafter, *self.kv, batch, width, *options)
+            self._steps[batch, kind] = self._make_step(batch, kind)
         step = self._steps[batch, kind]
         step.fill([(r.anchor, r.context, min(step.width, r.limit - r.emitted)) for r in active])
         if self._seated != (step, active):
+            self._unseat()
             step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active], active)
             self._seated = (step, active)
-        verified, events = step(), []
+        verified = step()
         for live, count, tokens in zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), strict=False):
-            kept = next((i + 1 for i in range(count) if tokens[i] in live.request.stop_tokens), count)
-            live.context += kept
-            live.acceptance.append(kept)
-            events.append(self._emit(live, tokens[:kept]))
+            if not live.finish:
+                live.take(tokens[:next((i + 1 for i in range(count) if tokens[i] in live.request.stop_tokens), count)])
+
+    def _tell(self) -> list[Event]:
+        """Whatever has no event yet; those that have ended leave."""
+        news = [live for live in self._requests if live.has_news]
+        events = [live.event() for live in news]
+        if any(event.finish for event in events):  # first, so that an interrupt leaves nobody out with pages in hand
+            self._unseat()
+            self.pool.keep(live.pages for live in self._requests if not live.finish)
+        for live in news:
+            live.told = live.emitted
+            if live.finish:
+                self._requests.remove(live)
         return events
 
-    def _emit(self, live: Live, tokens: list[int]) -> Event:
-        live.text += tokens
-        why = "stop" if tokens[-1] in live.request.stop_tokens else "length" if live.emitted >= live.limit else None
-        return self._leave(live, tokens, why) if why else live.event(tokens)
+    def _unseat(self) -> None:
+        """No step knows of a request any more, so that nothing keeps those that have left."""
+        seated, self._seated = self._seated, None
+        if seated:
+            seated[0].verifier.seat(())
 
-    def _leave(self, live: Live, tokens: list[int], why: str) -> Event:
-        (self._active if live in self._active else self._waiting).remove(live)
-        self.pool.free(live.pages)
-        return live.event(tokens, why)
+
+def _bucket(requests: int) -> int:
+    """The batch that serves so many: one recorded step for each power of two."""
+    return 1 << (requests - 1).bit_length()

@@ -3,14 +3,17 @@
 import secrets
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+from .inputs import integer, is_token_list, items, shown
 from .kv import PagePool
 from .sampling import GREEDY, Sampling, check_sampling
 
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids. stop_tokens: generation ends after any of these. sampling: how tokens are drawn."""
+    """prompt: token ids, in a sequence, or a tensor or array of one dimension. stop_tokens: generation ends after any
+    of these; a set will do. sampling: how tokens are drawn. All is read when the request is submitted."""
 
     id: Hashable
     prompt: Sequence[int]
@@ -35,53 +38,116 @@ class Event:
 
 @dataclass(eq=False)
 class Live:
-    """A request that waits or runs. sampling: the request's, with a seed; context: tokens in the target's cache; text:
-    what it has emitted, the last of which is the anchor, not yet in the cache; limit: tokens that it may emit."""
+    """A request that waits or runs. request: as it was read, in plain Python values; sampling: its own, with a seed;
+    limit: tokens that it may emit; told: how many of them its events have told.
+
+    What a step adds is there as a whole or not at all, wherever an interrupt comes: `take` commits it by one append."""
 
     request: Request
     limit: int
     sampling: Sampling
     pages: list[int] = field(default_factory=list)
-    context: int = 0
-    text: list[int] = field(default_factory=list)
-    acceptance: list[int] = field(default_factory=list)
+    told: int = 0
+    ended: str | None = None  # from outside: cancelled or error
+    error: str | None = None
+    _tokens: list[int] = field(default_factory=list)
+    _ends: list[int] = field(default_factory=list)  # how many tokens count after the prompt's pass and after each step
 
-    @property
-    def anchor(self) -> int:
-        return self.text[-1]
+    def take(self, tokens: Sequence[int]) -> None:
+        """What the prompt's pass or a step emits."""
+        done = self.emitted
+        self._tokens[done:] = tokens
+        self._ends.append(done + len(tokens))
+
+    def fail(self, why: str) -> None:
+        """The request ends with an error."""
+        self.error = f"request {shown(self.request.id)}: {why}"
+        self.ended = "error"
 
     @property
     def emitted(self) -> int:
-        return len(self.text)
+        return self._ends[-1] if self._ends else 0
 
-    def event(self, tokens: list[int], finish: str | None = None) -> Event:
-        return Event(self.request.id, tokens, finish, tuple(self.acceptance) if finish else (),
-                     seed=self.sampling.seed if self.sampling.temperature > 0 else None)
+    @property
+    def text(self) -> list[int]:
+        return self._tokens[:self.emitted]
+
+    @property
+    def anchor(self) -> int:
+        """The last token, which is not yet in the target's cache."""
+        return self._tokens[self.emitted - 1]
+
+    @property
+    def context(self) -> int:
+        """Tokens in the target's cache, once the prompt's are."""
+        return len(self.request.prompt) + self.emitted - 1
+
+    @property
+    def finish(self) -> str | None:
+        if self.ended or not self._ends:
+            return self.ended
+        return "stop" if self.anchor in self.request.stop_tokens else "length" if self.emitted >= self.limit else None
+
+    @property
+    def has_news(self) -> bool:
+        return self.finish is not None or self.told < self.emitted
+
+    def event(self) -> Event:
+        """What its events have not told yet."""
+        finish, tokens = self.finish, self._tokens[self.told:self.emitted]
+        return Event(self.request.id, tokens, finish, tuple(b - a for a, b in pairwise(self._ends)) if finish else (),
+                     self.error, self.sampling.seed if self.sampling.temperature > 0 else None)
 
 
 def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Live:
     """The request, ready to wait. Raises ValueError, or TypeError, if it can never run."""
-    check_sampling(request.sampling, f"request {request.id!r}", vocab)
-    sampling = request.sampling
+    if not isinstance(request, Request):
+        raise TypeError(f"request must be a Request; got {shown(request)}")
+    what = f"request {shown(request.id)}"
+    try:
+        hash(request.id)
+    except TypeError:
+        raise TypeError(f"{what}: id must be hashable; got a {type(request.id).__name__}") from None
+    sampling = check_sampling(request.sampling, what, vocab)
     if sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(63) if sampling.temperature > 0 else 0)
-    return Live(request, _limit(request, vocab, max_context, pool), sampling)
-
-
-def _limit(request: Request, vocab: int, max_context: int, pool: PagePool) -> int:
-    """How many tokens the request may emit."""
-    what, n = f"request {request.id!r}", len(request.prompt)
-    if n == 0:
-        raise ValueError(f"{what}: prompt must have at least 1 token; got 0")
-    bad = next((t for t in request.prompt if type(t) is not int or not 0 <= t < vocab), None)
-    if bad is not None:
-        raise ValueError(f"{what}: prompt must hold token ids in [0, {vocab}); got {bad!r}")
-    if n >= max_context:
-        raise ValueError(f"{what}: prompt must be shorter than the context of {max_context} tokens; got {n}")
-    if type(request.max_new_tokens) is not int or request.max_new_tokens < 1:
-        raise ValueError(f"{what}: max_new_tokens must be an integer of at least 1; got {request.max_new_tokens!r}")
-    limit = min(request.max_new_tokens, max_context - n)
+    prompt, stops = _prompt(request, vocab, max_context, what), _stops(request, vocab, what)
+    limit = integer(request.max_new_tokens)
+    if limit is None or limit < 1:
+        raise ValueError(f"{what}: max_new_tokens must be an integer of at least 1; "
+                         f"got {shown(request.max_new_tokens)}")
+    limit, n = min(limit, max_context - len(prompt)), len(prompt)
     if pool.pages_for(n + limit) > pool.num_pages:
         raise ValueError(f"{what}: prompt and answer must fit in {pool.num_pages} pages of {pool.page_size} tokens; "
                          f"got {n} + {limit} tokens")
-    return limit
+    return Live(replace(request, prompt=prompt, stop_tokens=stops, sampling=sampling), limit, sampling)
+
+
+def _prompt(request: Request, vocab: int, max_context: int, what: str) -> list[int]:
+    given = request.prompt
+    if not is_token_list(given):
+        raise TypeError(f"{what}: prompt must be a sequence of token ids, or a tensor or array of one dimension; "
+                        f"got {shown(given)}")
+    if len(given) == 0:
+        raise ValueError(f"{what}: prompt must have at least 1 token; got 0")
+    if len(given) >= max_context:
+        raise ValueError(f"{what}: prompt must be shorter than the context of {max_context} tokens; got {len(given)}")
+    found = items(given)
+    ids = [integer(token) for token in found]
+    bad = next((i for i, token in enumerate(ids) if token is None or not 0 <= token < vocab), None)
+    if bad is not None:
+        raise ValueError(f"{what}: prompt must hold token ids in [0, {vocab}); got {shown(found[bad])}")
+    return ids
+
+
+def _stops(request: Request, vocab: int, what: str) -> frozenset[int]:
+    given = request.stop_tokens
+    if not is_token_list(given, ordered=False):
+        raise TypeError(f"{what}: stop_tokens must be a collection of token ids; got {shown(given)}")
+    if len(given) > vocab:
+        raise ValueError(f"{what}: stop_tokens must be at most the vocabulary's {vocab}; got {len(given)}")
+    found = items(given)
+    stops = [integer(token) for token in found]
+    if None in stops:
+        raise ValueError(f"{what}: stop_tokens must hold token ids; got {shown(found[stops.index(None)])}")
+    return frozenset(stops)

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+
+from .inputs import FLOAT32, integer, number, shown
 
 
 class Grammar(Protocol):
@@ -53,28 +55,57 @@ class Sampling:
 GREEDY = Sampling()
 # Field: (lowest, highest).
 _RANGES = {
-    "temperature": (0.0, math.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-math.inf, math.inf),
-    "frequency_penalty": (-math.inf, math.inf), "repetition_penalty": (0.0, math.inf),
+    "temperature": (0.0, FLOAT32.max), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
+    "presence_penalty": (-FLOAT32.max, FLOAT32.max), "frequency_penalty": (-FLOAT32.max, FLOAT32.max),
+    "repetition_penalty": (FLOAT32.tiny, FLOAT32.max),
 }
+_SAID = {0.0: " of at least 0", FLOAT32.tiny: " above 0"}
 
 
-def check_sampling(sampling: Sampling, what: str, vocab: int | None = None) -> None:
-    """Raises TypeError or ValueError, which begin with `what`, for settings that mean nothing."""
+def check_sampling(sampling: Sampling, what: str, vocab: int | None = None) -> Sampling:
+    """The same settings in plain Python numbers. Raises TypeError or ValueError, which begin with `what`, for settings
+    that mean nothing, or that float32, in which they are applied, cannot hold."""
     if not isinstance(sampling, Sampling):
-        raise TypeError(f"{what}: sampling must be a Sampling; got {sampling!r}")
-    for name, (low, high) in _RANGES.items():
-        value = getattr(sampling, name)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or not low <= value <= high or (name == "repetition_penalty" and value == 0):
-            limits = "" if low == -math.inf else " of at least 0" if high == math.inf else f" from {low:g} to {high:g}"
-            limits = " above 0" if name == "repetition_penalty" else limits
-            raise ValueError(f"{what}: {name} must be a finite number{limits}; got {value!r}")
-    for name, value, end in (("top_k", sampling.top_k, 2**31), ("seed", sampling.seed, 2**63)):
-        if not (name == "seed" and value is None) and (type(value) is not int or not 0 <= value < end):
-            raise ValueError(f"{what}: {name} must be an integer from 0 to 2**{end.bit_length() - 1} - 1; "
-                             f"got {value!r}")
-    for token, bias in sampling.logit_bias.items():
-        if type(token) is not int or token < 0 or (vocab is not None and token >= vocab):
-            raise ValueError(f"{what}: logit_bias must be for token ids in [0, {vocab or 'V'}); got {token!r}")
-        if not isinstance(bias, (int, float)) or bias != bias:
-            raise ValueError(f"{what}: logit_bias must be numbers; got {bias!r} for token {token}")
+        raise TypeError(f"{what}: sampling must be a Sampling; got {shown(sampling)}")
+    read = {name: _number(getattr(sampling, name), name, what) for name in _RANGES}
+    read["top_k"] = _integer(sampling.top_k, "top_k", what, 31)
+    read["seed"] = None if sampling.seed is None else _integer(sampling.seed, "seed", what, 63)
+    grammar = sampling.grammar
+    if grammar is not None and not callable(getattr(grammar, "fill_bitmask", None)):
+        raise TypeError(f"{what}: grammar must have a method fill_bitmask; got {shown(grammar)}")
+    return replace(sampling, **read, logit_bias=_biases(sampling.logit_bias, what, vocab))
+
+
+def _integer(given: object, name: str, what: str, bits: int) -> int:
+    value = integer(given)
+    if value is None or not 0 <= value < 2**bits:
+        raise ValueError(f"{what}: {name} must be an integer from 0 to 2**{bits} - 1; got {shown(given)}")
+    return value
+
+
+def _number(given: object, name: str, what: str) -> float:
+    value, (low, high) = number(given), _RANGES[name]
+    if value is None or not low <= value <= high:
+        limits = f" from {low:g} to {high:g}" if high == 1 else _SAID.get(low, "")
+        if value is not None and abs(value) > FLOAT32.max and abs(given) != math.inf:
+            limits += f", at most {FLOAT32.max:g}"
+        elif value is not None and 0 < value < low:
+            limits += f", at least {low:g}"
+        raise ValueError(f"{what}: {name} must be a finite number{limits}; got {shown(given)}")
+    return value
+
+
+def _biases(given: object, what: str, vocab: int | None) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: logit_bias must be a mapping of token ids to numbers; got {shown(given)}")
+    biases = {}
+    for key, bias in given.items():
+        token, value = integer(key), number(bias)
+        if token is None or token < 0 or (vocab is not None and token >= vocab):
+            raise ValueError(f"{what}: logit_bias must be for token ids in [0, {vocab or 'V'}); got {shown(key)}")
+        # Infinities ban a token or leave no other; what float32 would round to one says something else.
+        if value is None or value != value or abs(value) > FLOAT32.max and abs(bias) != math.inf:
+            raise ValueError(f"{what}: logit_bias must be numbers that float32 can hold; got {shown(bias)} for token "
+                             f"{token}")
+        biases[token] = value
+    return biases

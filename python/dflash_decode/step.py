@@ -18,29 +18,26 @@ VERIFY_ROWS = 32
 class Recorded:
     """Work that is recorded the first time that it is done and replayed from then on, where that is possible."""
 
-    def __init__(self, device: torch.device | None, *parts):
-        """device: None to record nothing. parts: who does the work, each with `graph_safe`, or None."""
-        recordable = device is not None and all(part is None or part.graph_safe for part in parts)
-        self.graph = StepGraph(device) if recordable and StepGraph.available(device) else None
-        self.recorded = False
-        # A GPU's kernels are compiled and loaded by a first run, outside the graph.
-        self.loaded = device is None or device.type == "cpu"
+    def __init__(self, device: torch.device, *parts, pool: tuple[int, int] | None = None):
+        """parts: who does the work, each with `graph_safe`, or None. pool: as for StepGraph."""
+        recordable = all(part is None or part.graph_safe for part in parts)
+        self.graph = StepGraph(device, pool) if recordable and StepGraph.available(device) else None
 
     def done(self, work: Callable[[], None]) -> None:
-        if self.recorded:
-            self.graph.replay()
-        elif self.graph is None or not self.loaded:
-            self.loaded = True
+        if self.graph is None:
+            return work()
+        if self.graph.captured:
+            return self.graph.replay()
+        if self.graph.device.type == "cuda":
+            work()  # a capture runs nothing there, and can neither compile nor load a kernel
+        with self.graph.capture():
             work()
-        else:
-            with self.graph.capture():
-                work()
-            self.recorded = True
 
 
 class Step:
     """Draft, verify, commit: `batch` requests, blocks of `width` tokens; of width 1 or with no drafter, a plain step.
     verifier: greedy if None. draw: drafts are drawn from the drafter's law, as the verifier's requests draw theirs.
+    pool: as for StepGraph.
 
     Inputs, to be filled in place: anchors (B,) int64, the last token of each request, not yet in the target's cache;
     context_lens (B,) int32, tokens before it; block_lens (B,) int32, how many of the block's tokens count (0: no
@@ -50,14 +47,14 @@ class Step:
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
                  draft_kv: Sequence[PagedKV], batch: int, width: int, page_size: int, max_pages: int,
-                 verifier: GreedyVerifier | None = None, draw: bool = False):
+                 verifier: GreedyVerifier | None = None, draw: bool = False, pool: tuple[int, int] | None = None):
         self.target, self.batch, self.width, self.page_size = target, batch, width, page_size
         self.verifier, device = verifier or GreedyVerifier(target, batch, width), target.device
 
         def ids(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.work = Recorded(device, target, drafter, self.verifier)
+        self.work = Recorded(device, target, drafter, self.verifier, pool=pool)
         self.draft = drafter.make_draft(batch, width, draft_kv, page_size,
                                         self.verifier.params if draw else None) if drafter and width > 1 else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
@@ -102,13 +99,14 @@ class Step:
 
 
 class Prefill:
-    """Runs up to `rows` tokens of one prompt through the target, and what it says of them into the drafter's pages."""
+    """Runs up to `rows` tokens of one prompt through the target, and what it says of them into the drafter's pages.
+    pool: as for StepGraph."""
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
-                 draft_kv: Sequence[PagedKV], rows: int, page_size: int, max_pages: int):
+                 draft_kv: Sequence[PagedKV], rows: int, page_size: int, max_pages: int,
+                 pool: tuple[int, int] | None = None):
         self.target, self.rows, self.page_size, device = target, rows, page_size, target.device
-        # On a GPU a pass of so many rows hides its launches, and a graph per size would hold memory.
-        self.work = Recorded(device if device.type == "cpu" else None, target, drafter)
+        self.work = Recorded(device, target, drafter, pool=pool)
         self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
         self.forward = target.make_pass(1, rows, target_kv, drafter.taps if drafter else ())
         whole = {"dtype": torch.int64, "device": device}
@@ -138,12 +136,15 @@ class Prefill:
             self.context.run(features, block.positions, block.slots, live)
 
 
-def prefill_size(left: int, most: int, device: torch.device) -> int:
-    """Rows of the pass that takes the next of `left` tokens: a few sizes, of which each keeps its memory. A GPU reads
-    the weights for as long as it computes a few hundred rows; on a CPU every padded row costs its arithmetic."""
+def prefill_sizes(tokens: int, most: int, device: torch.device) -> list[int]:
+    """Rows of each pass that a prompt takes: a few sizes, of which each keeps its memory. A GPU reads the weights for
+    as long as it computes a few hundred rows; on a CPU every padded row costs its arithmetic."""
+    whole, left = divmod(tokens, most)
+    if not left:
+        return [most] * whole
     size = max(1 << (left - 1).bit_length(), 16)
     step = max(size // 16, 16) if device.type == "cpu" else size
-    return min(most, -(-left // step) * step)
+    return [most] * whole + [min(most, -(-left // step) * step)]
 
 
 def block_width(most: int, batch: int, device: torch.device) -> int:

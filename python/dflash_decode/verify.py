@@ -10,18 +10,19 @@ import torch
 
 from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, Verified, verify_greedy, verify_sample
 
-from .adjust import Adjuster
+from .adjust import Adjuster, GrammarFailed
 from .requests import Live
+from .sampling import Sampling
 from .targets import Target
 
 _FIELDS = {"temperature": "temperature", "seeds": "seed", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
-def verifier_for(requests: Sequence[Live]) -> type["GreedyVerifier"]:
-    """The least that these requests need."""
-    if any(live.sampling.adjusts for live in requests):
+def verifier_for(samplings: Sequence[Sampling]) -> type["GreedyVerifier"]:
+    """The least that these settings need."""
+    if any(sampling.adjusts for sampling in samplings):
         return AdjustedVerifier
-    return SampledVerifier if any(live.sampling.temperature > 0 for live in requests) else GreedyVerifier
+    return SampledVerifier if any(sampling.temperature > 0 for sampling in samplings) else GreedyVerifier
 
 
 def first_token(verifier: "GreedyVerifier", live: Live, row: torch.Tensor) -> int:
@@ -30,7 +31,9 @@ def first_token(verifier: "GreedyVerifier", live: Live, row: torch.Tensor) -> in
     ids = torch.tensor([[prompt[-1]]], device=row.device)
     before = torch.tensor([len(prompt) - 1], dtype=torch.int32, device=row.device)
     verifier.seat([live])
-    return int(verifier.run(row, ids, before).bonus)
+    token = int(verifier.run(row, ids, before).bonus)
+    verifier.seat(())
+    return token
 
 
 class GreedyVerifier:
@@ -92,7 +95,7 @@ class SampledVerifier(GreedyVerifier):
 
 class AdjustedVerifier(SampledVerifier):
     """What a row may emit depends on the drafts before it, so they are read between drafting and verifying: such a step
-    is not recorded."""
+    is not recorded. A request whose grammar raises has failed, and what its row says counts for nothing."""
 
     graph_safe = False
 
@@ -100,6 +103,7 @@ class AdjustedVerifier(SampledVerifier):
         super()._make(batch, width)
         self.adjuster = Adjuster(batch, width, self.target.vocab_size, self.device)
         self.adjustments = self.adjuster.adjustments
+        self.requests: list[Live] = []
 
     def seat(self, requests: Sequence[Live]) -> None:
         super().seat(requests)
@@ -107,6 +111,10 @@ class AdjustedVerifier(SampledVerifier):
 
     def run(self, rows: torch.Tensor, ids: torch.Tensor, *where, **options) -> Verified:
         for b, (live, block) in enumerate(zip(self.requests, ids.tolist(), strict=False)):
-            asked = live.request
-            self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:], asked.stop_tokens)
+            if live.finish is None:
+                asked = live.request
+                try:
+                    self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:], asked.stop_tokens)
+                except GrammarFailed as error:
+                    live.fail(str(error))
         return super().run(rows, ids, *where, **options)

@@ -82,8 +82,8 @@ class HFPass:
     def run(self, ids, positions, slots, page_table, context_lens, block_lens):
         self.slots, self.where = slots, (page_table, context_lens, block_lens)
         self.seen: set[int] = set()
-        _current.value = self
         try:
+            _current.value = self
             output = self.target.base(input_ids=ids, position_ids=positions, use_cache=False,
                                       output_hidden_states=bool(self.taps))
         finally:

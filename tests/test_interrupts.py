@@ -1,0 +1,220 @@
+"""A KeyboardInterrupt between any two lines leaves everything right: nothing is being captured, no page is lost, and
+the decoder goes on, or decodes the next requests, with the texts that it would have had.
+
+Every line of the loop's files that a short decode runs is interrupted once, where it runs first, while the exception is
+kept, as a shell keeps its last one. `python tests/test_interrupts.py` interrupts every execution of every line, and
+then between all bytecodes.
+"""
+
+import itertools
+import linecache
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from decode_runs import random_target
+
+import dflash_decode.loop
+import dflash_kernels as dk
+from dflash_decode.draft import Drafter
+from dflash_decode.loop import Decoder
+from dflash_decode.requests import Request
+from dflash_decode.sampling import Sampling
+from dflash_kernels import _library
+from dflash_kernels.testing import same_bits
+
+pytestmark = pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
+LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
+NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify", "draft", "transformer",
+         "targets/native")
+FILES = {str(KERNELS / "graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
+
+
+class Tracer:
+    """Notes the places where our files' code comes by, and raises at the n-th time at one of them."""
+
+    def __init__(self, at=None, nth=1, opcodes=False):
+        self.at, self.left, self.opcodes, self.seen, self.fired = at, nth, opcodes, {}, False
+        self.telling = False  # whether events were on their way, which are lost then
+
+    @contextmanager
+    def on(self):
+        sys.settrace(self._call)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    def _call(self, frame, event, _argument):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if self.opcodes:
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._line
+
+    def _line(self, frame, event, _argument):
+        if event == ("opcode" if self.opcodes else "line"):
+            place = (frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lasti) if self.opcodes else (
+                frame.f_code.co_filename, frame.f_lineno)
+            self.seen[place] = self.seen.get(place, 0) + 1
+            if place == self.at and self.seen[place] == self.left:
+                self.fired, self.telling = True, self._telling(frame)
+                raise KeyboardInterrupt
+        return self._line
+
+
+    def _telling(self, frame):
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if self.opcodes and line.strip() == "return self._tell()":
+            return True
+        while frame and frame.f_code.co_name != "_tell":
+            frame = frame.f_back
+        return frame is not None
+
+
+class Even:
+    """A grammar: even tokens."""
+
+    def fill_bitmask(self, tokens, words):
+        words.fill_(0x55555555)
+
+
+REQUESTS = [Request(0, [5, 6, 7], 4), Request(1, [9] * 18, 5, (), Sampling(0.9, seed=1)), Request(2, [3], 1),
+            Request(3, [8, 8], 3, (), Sampling(frequency_penalty=0.5, logit_bias={4: 1.0}, grammar=Even()))]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_models()
+
+
+def make_models():
+    target = random_target("llama", torch.float32, "cpu", hidden=16, inner=16, heads=1, kv_heads=1, layers=2)
+    return target, Drafter.random(target, num_layers=1, block_size=3)
+
+
+def decoder_of(models):
+    return Decoder(*models, max_batch=2, max_context=32, page_size=4, prefill_rows=16)
+
+
+def streamed(decoder):
+    texts = {}
+    for event in decoder.stream(iter(REQUESTS)):
+        assert event.error is None
+        texts.setdefault(event.id, []).extend(event.tokens)
+    return texts
+
+
+def stepped(decoder, told=None):
+    """The same, of a caller that steps itself, cancels one, and notes what it is told."""
+    told = {} if told is None else told
+    for request in (*REQUESTS, Request("leaves", [1], 20)):
+        decoder.submit(request)
+    go_on(decoder, told)
+    return told
+
+
+def go_on(decoder, told):
+    while decoder._requests:
+        for event in decoder.step():
+            told.setdefault(event.id, []).extend(event.tokens + [event.finish] * bool(event.finish))
+        decoder.cancel("leaves")
+
+
+def check(decoder, texts, replayed):
+    """After an interrupt, whose exception is still there."""
+    assert not _library.native.recording() and torch._C._len_torch_dispatch_stack() == 0
+    assert torch.zeros(3).sum() == 0
+    graph, out, want = replayed
+    out.fill_(float("nan"))
+    graph.replay()
+    assert same_bits(out, want)
+    decoder.close()
+    assert decoder.pool.free_pages == decoder.pool.num_pages
+    assert streamed(decoder) == texts
+    assert decoder.pool.free_pages == decoder.pool.num_pages
+
+
+def some_graph():
+    graph, x, weight = dk.StepGraph(), torch.randn(2, 16), torch.ones(16)
+    with graph.capture():
+        out = dk.rms_norm(x, weight)
+    return graph, out, out.clone()
+
+
+def interrupt_stream(models, texts, replayed, tracer):
+    decoder = decoder_of(models)
+    try:
+        with tracer.on():
+            streamed(decoder)
+    except KeyboardInterrupt as interrupt:
+        kept = interrupt
+        check(decoder, texts, replayed)
+        return kept
+
+
+def interrupt_steps(models, texts, replayed, tracer):
+    """The caller goes on stepping: what had been submitted is answered as if nothing had happened."""
+    decoder, told = decoder_of(models), {}
+    try:
+        with tracer.on():
+            stepped(decoder, told)
+    except KeyboardInterrupt as interrupt:
+        kept, lives = interrupt, list(decoder._requests)
+        go_on(decoder, told)
+        for live in lives:
+            if live.request.id in texts:
+                assert (live.text, live.finish) == (texts[live.request.id], "length")
+                assert tracer.telling or told[live.request.id] == [*live.text, "length"]
+        assert decoder.pool.free_pages == decoder.pool.num_pages
+        check(decoder, texts, replayed)
+        return kept
+
+
+WAYS = {interrupt_stream: streamed, interrupt_steps: stepped}
+
+
+def places(models, decode, **options):
+    tracer = Tracer(**options)
+    decoder = decoder_of(models)
+    with tracer.on():
+        decode(decoder)
+    return tracer.seen
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
+    texts, replayed = streamed(decoder_of(models)), some_graph()
+    assert {key: len(text) for key, text in texts.items()} == {r.id: r.max_new_tokens for r in REQUESTS}
+    lines = places(models, WAYS[way])
+    assert len(lines) > 300 and {file for file, _ in lines} == FILES
+    for place in lines:
+        if way is interrupt_steps and Path(place[0]).stem in ("transformer", "draft", "native"):
+            continue  # they know nothing of who calls
+        tracer = Tracer(place)
+        try:
+            way(models, texts, replayed, tracer)
+        except BaseException as error:
+            raise AssertionError(f"after an interrupt at {place}: {type(error).__name__}: {error}") from error
+        assert tracer.fired, place
+
+
+def main():
+    models = make_models()
+    texts, replayed = streamed(decoder_of(models)), some_graph()
+    for opcodes, (way, decode) in itertools.product((False, True), WAYS.items()):
+        seen, failed = places(models, decode, opcodes=opcodes), 0
+        cases = [(place, n) for place, count in seen.items() for n in range(1, (1 if opcodes else count) + 1)]
+        for place, n in cases:
+            try:
+                way(models, texts, replayed, Tracer(place, n, opcodes))
+            except BaseException as error:
+                failed += 1
+                print(f"{way.__name__}, {place}, time {n}: {type(error).__name__}: {str(error)[:200]}")
+        print(f"{way.__name__}, {'bytecodes' if opcodes else 'lines'}: {len(cases)} interrupts, {failed} failed")
+
+
+if __name__ == "__main__":
+    main()
