@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _library
+from . import _gpu, _library
 from ._library import native
 
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand",
@@ -39,8 +39,8 @@ class StepGraph:
     the graph keeps the tensors that its launches touch alive, and any op other than dflash ops, views and allocations
     raises RuntimeError, because it would not be replayed; so does the replay of another graph. On CUDA the graph keeps
     the memory that the step allocates, and its inputs are the caller's to keep; a step must have run once before,
-    uncaptured, so that its kernels are loaded. Without the C++ library, or without the GPU, `available(device)` is
-    False and the step is to be called directly.
+    uncaptured, so that its kernels are loaded. Without the C++ library, or without the GPU and its kernels,
+    `available(device)` is False and the step is to be called directly.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -49,9 +49,12 @@ class StepGraph:
 
     @staticmethod
     def available(device: torch.device | str = "cpu") -> bool:
-        """True where the C++ library is loaded, and for CUDA devices that are there."""
+        """True where the C++ library is loaded, and for CUDA devices that are there where the ops have kernels. Imports
+        triton where that is to be found out."""
         kind = torch.device(device).type
-        return native is not None if kind == "cpu" else kind == "cuda" and torch.cuda.is_available()
+        if kind == "cpu":
+            return native is not None
+        return kind == "cuda" and torch.cuda.is_available() and _gpu.problem() is None
 
     @contextmanager
     def capture(self) -> Iterator[None]:
