@@ -5,6 +5,7 @@ also be called as torch.ops.dflash_cuda.<op>, whichever is chosen here: that is 
 """
 
 import importlib.util
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
@@ -22,14 +23,22 @@ def usable(cuda: ModuleType | None) -> bool:
     return bool(cuda) and cuda.build_info()["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
 
 
-def install(lib: torch.library.Library, cuda: ModuleType | None) -> None:
-    """Registers for CUDA tensors, under dflash, the kernel of every op that has one."""
-    triton = importlib.util.find_spec("triton") is not None
+def install(lib: torch.library.Library, cuda: ModuleType | None, fallbacks: Mapping[str, Callable]) -> None:
+    """Registers for CUDA tensors, under dflash, the kernel of every op that has one; fallbacks[op] answers where Triton
+    turns out not to load."""
+    triton = _triton.found()
     ours = [op for op in (cuda.ops() if usable(cuda) else ()) if CHOICE[op][0] == "cuda" or not triton]
     for op in ours:
         cuda.register("dflash", op)
     if triton:
-        _triton.install(lib, without=ours)
+        _triton.install(lib, fallbacks, without=ours)
+
+
+def problem() -> str | None:
+    """Why ops on a GPU are answered by their reference; None where they have kernels. Imports triton."""
+    if torch.version.cuda is None and not _triton.installed:
+        return "there are GPU kernels for CUDA alone, which this torch is built without"
+    return _triton.problem()
 
 
 def define(schema: str, cuda: ModuleType | None) -> None:
@@ -40,7 +49,7 @@ def define(schema: str, cuda: ModuleType | None) -> None:
         cuda.register("dflash_cuda", op)
 
 
-def describe(cuda: ModuleType | None) -> str:
+def describe(cuda: ModuleType | None, error: str | None) -> str:
     """What the CUDA C++ kernels are compiled for, or why they are not there."""
     if cuda:
         built = cuda.build_info()
@@ -48,4 +57,6 @@ def describe(cuda: ModuleType | None) -> str:
             return f"built with CUDA {built['cuda']}, not used: this torch has CUDA {torch.version.cuda}"
         return f"CUDA {built['cuda']}: " + " ".join(f"sm_{a}" for a in built["architectures"].split())
     built = importlib.util.find_spec("._cuda", __package__)
+    if error:
+        return f"built, not loaded: {error}"
     return "built, not loaded: this torch has no CUDA" if built else "not built"

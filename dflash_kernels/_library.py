@@ -3,8 +3,8 @@
 Each op is defined once, in "out" form (it returns nothing and writes into tensors that the caller gives), so that
 nothing is allocated behind a CUDA graph's back. The float32 reference is registered for every device; the C++ library
 registers CPU kernels over it when it is loaded, and CUDA's are those that _gpu.py chooses. A device that ends up on the
-reference warns once and says why; a library that is there but does not load (a bad DFLASH_ISA, another torch's ABI) is
-an error, not a slow fallback.
+reference warns once and says why. A C++ library that is there but does not load (a bad DFLASH_ISA, another torch's ABI)
+is an error, not a slow fallback; what a GPU alone needs, Triton and the CUDA C++ library, stops nobody from importing.
 """
 
 import importlib
@@ -25,16 +25,26 @@ def _load(module: str, language: str):
         return None
     try:
         return importlib.import_module(module, __package__)
-    except ImportError as error:
+    except Exception as error:
         raise ImportError(f"dflash_kernels: the {language} library is built but does not load: {error}") from error
 
 
+def _load_cuda():
+    """The CUDA C++ library, or None, and why it does not load. Triton answers for it then."""
+    try:
+        return _load("._cuda", "CUDA C++"), None
+    except ImportError as error:
+        warnings.warn(f"{error}. Triton answers in its place.", stacklevel=2)
+        return None, str(error.__cause__)
+
+
 native = _load("._C", "C++")
-cuda = _load("._cuda", "CUDA C++") if torch.version.cuda else None
-if torch.version.cuda:
-    _gpu.install(_lib, cuda)
+cuda, cuda_error = _load_cuda() if torch.version.cuda else (None, None)
 NAMES: list[str] = []
 REFERENCES: dict[str, Callable] = {}
+FALLBACKS: dict[str, Callable] = {}  # the references, which warn, and refuse to be captured
+if torch.version.cuda:
+    _gpu.install(_lib, cuda, FALLBACKS)
 
 
 def _nothing(*_args, **_kwargs) -> None:
@@ -45,10 +55,10 @@ def _warn_reference(device: str) -> None:
     if device in _warned:
         return
     _warned.add(device)
-    what = {
-        "cpu": "the C++ kernels are not built (dflash_kernels._C is missing); install g++ and reinstall dflash-kernels",
-        "cuda": "triton, which the GPU kernels are written in, is missing; pip install triton",
-    }.get(device, f"there are no kernels for device {device!r}")
+    if device == "cpu":
+        what = "the C++ kernels are not built (dflash_kernels._C is missing); install g++ and reinstall dflash-kernels"
+    else:
+        what = (_gpu.problem() if device == "cuda" else None) or f"there are no kernels for device {device!r}"
     warnings.warn(f"dflash_kernels runs its float32 reference, which is correct and slow: {what}.", stacklevel=4)
 
 
@@ -77,5 +87,6 @@ def define(schema: str, reference: Callable) -> Callable:
     torch.library.register_fake(f"dflash::{name}", _nothing, lib=_lib)
     _gpu.define(schema, cuda)
     NAMES.append(name)
+    FALLBACKS[name] = fallback
     REFERENCES[name] = reference
     return getattr(torch.ops.dflash, name).default

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _gpu
 from ._library import native
 
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand",
@@ -43,7 +44,7 @@ class StepGraph:
     on one stream, and what one has allocated is read before another is replayed. None: memory of its own.
 
     An exception in a capture, an interrupt among them, ends it, and the graph is as it was. Without the C++ library, or
-    without the GPU, `available(device)` is False and the step is to be called directly.
+    without the GPU and its kernels, `available(device)` is False and the step is to be called directly.
     """
 
     def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
@@ -52,9 +53,12 @@ class StepGraph:
 
     @staticmethod
     def available(device: torch.device | str = "cpu") -> bool:
-        """True where the C++ library is loaded, and for CUDA devices that are there."""
+        """True where the C++ library is loaded, and for CUDA devices that are there where the ops have kernels. Imports
+        triton where that is to be found out."""
         kind = torch.device(device).type
-        return native is not None if kind == "cpu" else kind == "cuda" and torch.cuda.is_available()
+        if kind == "cpu":
+            return native is not None
+        return kind == "cuda" and torch.cuda.is_available() and _gpu.problem() is None
 
     @property
     def captured(self) -> bool:

@@ -31,7 +31,7 @@ def build_info() -> dict[str, object]:
         "isas": native.isas() if native else [],
         "compiler": built.get("compiler", ""),
         "nvcc": built.get("nvcc", ""),
-        "cuda_kernels": _gpu.describe(_library.cuda),
+        "cuda_kernels": _gpu.describe(_library.cuda, _library.cuda_error),
         "cuda": torch.cuda.is_available(),
         "threads": torch.get_num_threads(),
     }

@@ -16,7 +16,7 @@ inline void commit_block(const DraftedBlocks& p, int64_t b, int64_t count, int64
   p.accept_lens[b] = int32_t(count > 0 ? count - 1 : 0);
   p.commit_lens[b] = int32_t(count);
   p.bonus[b] = last;
-  p.new_lens[b] = p.context_lens[b] + int32_t(count);
+  p.new_lens[b] = int32_t(uint32_t(p.context_lens[b]) + uint32_t(count));  // any length may come; it wraps
 }
 
 }  // namespace

@@ -9,7 +9,8 @@ kernel anew when one of them is 1 or begins to divide by 16, in the midst of ser
 
 import functools
 import importlib
-from collections.abc import Callable, Collection
+import importlib.util
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -33,27 +34,59 @@ LAUNCHERS = {  # op: module:function
 }
 
 
+installed = False  # whether ops on CUDA tensors come here
+
+
+def found() -> bool:
+    """Whether there is a triton to import, which is not done here. Whether it loads, `problem` says."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # somebody put a module without a spec in its place
+        return True
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why these kernels cannot run, or None where they can. Imports triton, which may fail in any way: with what it
+    finds on the machine, with another version of torch, with a package of the same name."""
+    what = "triton, which the GPU kernels are written in,"
+    try:
+        importlib.import_module("triton")
+        importlib.import_module("triton.language")
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return f"{what} is missing; pip install triton"
+        return f"{what} does not load: {error}"
+    except Exception as error:
+        return f"{what} does not load: {type(error).__name__}: {error}"
+    return None
+
+
 @functools.cache
 def load(where: str) -> Callable:
     module, function = where.split(":")
     return getattr(importlib.import_module(f".{module}", __name__), function)
 
 
-def _on_its_device(where: str) -> Callable:
+def _on_its_device(op: str, fallbacks: Mapping[str, Callable]) -> Callable:
     """The dispatcher does not change devices for a Python kernel, and triton launches on the current one."""
 
     def launch(*args):
+        kernel = fallbacks[op] if problem() else load(LAUNCHERS[op])
         device = args[0].get_device()
         if device == torch.cuda.current_device():
-            return load(where)(*args)
+            return kernel(*args)
         with torch.cuda.device(device):
-            return load(where)(*args)
+            return kernel(*args)
 
     return launch
 
 
-def install(lib: torch.library.Library, without: Collection[str] = ()) -> None:
-    """Registers every launcher for CUDA tensors, but not those of the ops in `without`."""
-    for op, where in LAUNCHERS.items():
+def install(lib: torch.library.Library, fallbacks: Mapping[str, Callable], without: Collection[str] = ()) -> None:
+    """Registers every launcher for CUDA tensors, but not those of the ops in `without`. Where triton does not load,
+    which is known when it is first needed, fallbacks[op] answers instead."""
+    global installed
+    installed = True
+    for op in LAUNCHERS:
         if op not in without:
-            lib.impl(op, _on_its_device(where), "CUDA")
+            lib.impl(op, _on_its_device(op, fallbacks), "CUDA")

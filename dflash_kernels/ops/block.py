@@ -30,8 +30,8 @@ def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_si
     page_table (B, max_pages): int32, rows at any stride: the page of tokens [j * P, (j + 1) * P) of a request. Entries
         that no live token needs are not read; a negative entry is a page that the request does not own.
     page_size: P, tokens a page; with page_table only.
-    block_lens (B,): int32, contiguous: live tokens of each block; None means Q. Past it ids are MASK, positions 0,
-        slots -1 and rows zero.
+    block_lens (B,): int32, contiguous: live tokens of each block, clamped to [0, Q]; None means Q. Past it ids are
+        MASK, positions 0, slots -1 and rows zero.
     embedding (V, H): float32, bfloat16 or float16, rows at any stride. An id outside [0, V) gives a zero row.
     out: a PreparedBlock to write into (a graph's fixed addresses), with slots if and only if page_table is given and
         rows if and only if embedding is. Allocated when None. Nothing else is mutated.

@@ -44,7 +44,7 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     eps: added to the mean of squares.
     interleaved: RoPE pairs of neighbours instead of halves.
     commit_lens (B,): int32, contiguous; the T = B * Q rows are grouped by request, and row i of request b is written
-        only if i < commit_lens[b]. None: all rows.
+        only if i < commit_lens[b]: none below 1, all from Q on. None: all rows.
     v_scale: factor of V (a checkpoint's attention_value_scale), rounded once; at 1 the bits are copied. Not a cache's
         v_scale, by which V is divided afterwards.
     rounding: "each" rounds to the model dtype between K norm and RoPE (vLLM, Hugging Face), "end" does not (SGLang).

@@ -49,8 +49,8 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     adjustments: LogitAdjustments, read in the same pass.
     rule: "token" (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318) or "block" (Sun et al.,
         arXiv 2403.10444).
-    block_lens (B,): int32, contiguous: live tokens of each block; None means Q. A request of length 0 is padding: it
-        commits nothing.
+    block_lens (B,): int32, contiguous: live tokens of each block, clamped to [0, Q]; None means Q. A request of length
+        0 is padding: it commits nothing.
     out: a Verified to write into. Allocated when None. new_lens may be context_lens itself; nothing else may overlap.
     workspace: float32, contiguous, at least workspace_size(B, Q, V) elements, overwritten. Allocated when None.
 

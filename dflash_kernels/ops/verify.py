@@ -29,8 +29,8 @@ def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, cont
     logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
         vocabulary is a view). Their argmax stands for target_ids, in the same call. A row after the first mismatch
         need not be read.
-    block_lens (B,): int32, contiguous: live tokens of each block; None means Q. A request of length 0 is padding: it
-        commits nothing.
+    block_lens (B,): int32, contiguous: live tokens of each block, clamped to [0, Q]; None means Q. A request of length
+        0 is padding: it commits nothing.
     out: a Verified to write into (a graph's fixed addresses). Allocated when None. new_lens may be context_lens itself
         and tokens may be target_ids; nothing else may overlap.
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _triton
-from .._library import REFERENCES
+from .._library import FALLBACKS, REFERENCES
 from .interpreter import accept_newer_numpy
 
 DEVICE = torch.device("cuda", 0)
@@ -271,7 +271,7 @@ def install() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
         raise RuntimeError("dry: triton is imported already, and does not interpret; set TRITON_INTERPRET=1")
-    _triton.install(SimpleNamespace(impl=lambda op, launcher, _key: _launchers.__setitem__(op, launcher)))
+    _triton.install(SimpleNamespace(impl=lambda op, launcher, _key: _launchers.__setitem__(op, launcher)), FALLBACKS)
     _interpret_on_held()
     stand_ins = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
