@@ -122,6 +122,16 @@ def test_a_disk_that_is_full_at_any_step_is_a_slower_start_and_one_warning(tmp_p
     assert all(torch.equal(t, again.tensors[n]) for n, t in found.tensors.items())
 
 
+def test_a_user_without_a_home_has_a_slower_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    for chosen in ("", "~no-such-user/cache"):
+        monkeypatch.setenv("DFLASH_CACHE", chosen)
+        with pytest.warns(UserWarning, match="cannot be kept: there is no home directory, and DFLASH_CACHE names"):
+            assert load_checkpoint(model(tmp_path)).tensors
+        assert gguf_cache.cached(tmp_path / "m.gguf") is None and load_tokenizer(tmp_path / "m.gguf").stop_ids == (0,)
+
+
 def test_a_full_disk_under_the_real_writer(tmp_path, own_cache):
     """RLIMIT_FSIZE: the weights of this model are longer than a file may be."""
     file = model(tmp_path)
