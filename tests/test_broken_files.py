@@ -279,13 +279,31 @@ def test_a_context_longer_than_memory_costs_what_is_used_of_it(tmp_path, most):
     from dflash_decode.requests import Request
 
     found = load_checkpoint(tiny.write_target(tmp_path / "m"))
-    answers = []
-    for context in (tiny.CONTEXT, most):
+
+    def make(context):
         target = NativeTarget(found.config | {"max_position_embeddings": context}, found.tensors)
         assert target.max_context == context
-        drafter = Drafter.random(target, num_layers=2, block_size=4)
-        for max_context in (16, 64):  # the second needs a longer table
-            answers.append(run(target, drafter, [Request(0, [1, 2, 3], 8)], max_context=max_context))
-        table = target._table.reaching(target.cache.allocate(4, 16), 4)
-        assert torch.equal(table[:16], target._rope.table(16)) and 68 <= len(table) <= 1024
-    assert answers[0] == answers[1] == answers[2] == answers[3]
+        return target, Drafter.random(target, num_layers=2, block_size=4)
+
+    def answer(models, room, tokens):
+        return run(*models, [Request(0, [1, 2, 3], tokens)], max_context=room, max_batch=1)
+
+    long = make(most)
+    for room, tokens in ((16, 8), (64, 60)):  # the second needs a longer table than the first has made
+        assert answer(long, room, tokens) == answer(make(tiny.CONTEXT), room, tokens)
+    table = long[0]._table.reaching(long[0].cache.allocate(4, 16), 4)
+    assert torch.equal(table[:16], long[0]._rope.table(16)) and 68 <= len(table) <= 128
+
+
+@pytest.mark.parametrize("change", [{"n_embd": [1]}, {"n_head": 0}, {"vocab_size": 65}, {"layer_norm_epsilon": "x"},
+                                    {"model_type": ["gpt2"]}, {"n_positions": float("nan")}])
+def test_what_transformers_does_not_load_is_a_checkpoint_error(tmp_path, change):
+    transformers = pytest.importorskip("transformers")
+    from dflash_decode.session import _target
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'm'}: "):
+        _target(str(tmp_path / "m"), torch.float32, torch.device("cpu"), "model")

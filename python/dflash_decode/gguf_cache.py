@@ -31,31 +31,39 @@ _MANIFEST, _HALF_MADE, _LOCK = "converted-from", ".new-", ".lock"
 _HASHED = 8 << 20  # bytes of a file that are hashed, beside its size: all but the weights, and their header
 
 
-def cache_dir() -> Path:
-    if chosen := os.environ.get("DFLASH_CACHE"):
-        return Path(chosen).expanduser()
+def cache_dir() -> Path | None:
+    """None: a user without a home, as in some containers, has none."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dflash_kernels"
+    try:
+        if chosen := os.environ.get("DFLASH_CACHE"):
+            return Path(chosen).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "dflash_kernels"
+    except RuntimeError:
+        return None
 
 
-def entry_of(path: Path) -> Path:
+def entry_of(path: Path) -> Path | None:
     """Where the converted form of a GGUF file belongs, as the file is now."""
-    stat = regular(path)
+    stat, folder = regular(path), cache_dir()
+    if folder is None:
+        return None
     source = path.resolve()
     text = f"{_FORMAT}|{source}|{stat.st_size}|{stat.st_mtime_ns}"
-    return cache_dir() / f"{source.stem[:50]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
+    return folder / f"{source.stem[:50]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
 
 
 def cached(path: Path) -> Path | None:
     """The converted directory of a GGUF file, or None where there is none that is whole."""
     folder = entry_of(path)
-    return folder if _is_whole(folder) else None
+    return folder if folder and _is_whole(folder) else None
 
 
-def keep(path: Path, entry: Path, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
+def keep(path: Path, entry: Path | None, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
     """Writes `entry`, which entry_of gave before `path` was read. A cache that cannot be written is only a slower
     second start: a warning says so."""
     try:
+        if entry is None:
+            raise FileNotFoundError("there is no home directory, and DFLASH_CACHE names no other")
         with _lock(entry.parent) as ours:
             if ours and not _is_whole(entry):
                 _remove_leftovers(entry.parent)
@@ -63,8 +71,8 @@ def keep(path: Path, entry: Path, tensors: Mapping[str, torch.Tensor], texts: Ma
                 _write(path, entry, tensors, texts)
                 _remove_stale(entry.parent)
     except (OSError, SafetensorError) as error:
-        warnings.warn(f"{path}: the next start converts this file again, as its converted form cannot be kept in "
-                      f"{entry.parent}: {brief(error)}", stacklevel=2)
+        warnings.warn(f"{path}: the next start converts this file again, as its converted form cannot be kept"
+                      f"{f' in {entry.parent}' if entry else ''}: {brief(error)}", stacklevel=2)
 
 
 def _write(path: Path, entry: Path, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
