@@ -87,6 +87,57 @@ def test_it_refuses_what_a_gpu_refuses_and_replays_graphs(tmp_path):
         "cuda:0 cuda:0"]
 
 
+LOOP = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from decode_runs import random_target
+from dflash_decode.draft import Drafter
+from dflash_decode.loop import Decoder
+from dflash_decode.requests import Request
+from dflash_decode.sampling import GREEDY
+from dflash_decode.step import Step
+from dflash_kernels import StepGraph
+
+target = random_target("llama", torch.float32, "cuda", hidden=32, inner=32, heads=2, kv_heads=1, layers=1)
+drafter = Drafter.random(target, num_layers=1, block_size=3)
+events, ran = [], {"run": Step.run, "capture": StepGraph.capture, "replay": StepGraph.replay}
+
+def note(owner, name):
+    setattr(owner, name, lambda self, *rest: events.append(name) or ran[name](self, *rest))
+
+for owner, name in ((Step, "run"), (StepGraph, "capture"), (StepGraph, "replay")):
+    note(owner, name)
+
+def text(decoder):
+    return [token for e in decoder.stream([Request(0, [5, 6, 7], 6)]) for token in e.tokens]
+
+decoder = Decoder(target, drafter, max_batch=1, max_context=16, page_size=4, prefill_rows=16)
+decoder.warm_up([3], [GREEDY])
+print(events)
+graphs = [each.work.graph for each in (*decoder._steps.values(), *decoder._prefills.values())]
+print([graph.captured for graph in graphs], len({graph._recording.pool() for graph in graphs}), graphs[0].pool)
+events.clear()
+warm = text(decoder)
+print("capture" in events, "run" in events, events.count("replay") > 2)
+StepGraph.available = staticmethod(lambda device: False)  # as without Triton
+events.clear()
+live = Decoder(target, drafter, max_batch=1, max_context=16, page_size=4, prefill_rows=16)
+print(text(live) == warm, "capture" in events, events.count("run") > 1)
+torch.cuda.mem_get_info = lambda device=None: (100_000, 1 << 40)
+pages = Decoder(target, drafter, max_batch=8, max_context=512, page_size=4).pool.num_pages
+print(pages, 80_000 // (4 * 2 * 4 * (16 + 16)))
+"""
+
+
+def test_the_loop_on_a_gpu_records_before_the_first_request_and_not_after(tmp_path):
+    """A step's first call runs it once and then notes it, without a replay; all graphs share a pool, prompts' passes
+    among them; without kernels the loop stays live; pages are what fits."""
+    said = script(tmp_path, LOOP)
+    assert said == ["['capture', 'run', 'capture', 'run']", "[True, True] 1 (0, 1)", "False False True",
+                    "True False True", "78 78"], said
+
+
 IMPORTS = """
 import importlib, pathlib, sys
 import gpu, run

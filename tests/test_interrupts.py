@@ -1,9 +1,9 @@
 """A KeyboardInterrupt between any two lines leaves everything right: nothing is being captured, no page is lost, and
 the decoder goes on, or decodes the next requests, with the texts that it would have had.
 
-Every line of the loop's files that a short decode runs is interrupted once, where it runs first, while the exception is
-kept, as a shell keeps its last one. `python tests/test_interrupts.py` interrupts every execution of every line, and
-then between all bytecodes.
+Every line of the loop's files that a short decode runs is interrupted, where it runs first and, of the decoder's own,
+where it runs last, and what deals with pages between all bytecodes; the exception is kept meanwhile, as a shell keeps
+its last one. `python tests/test_interrupts.py` interrupts every execution of every line, and all bytecodes.
 """
 
 import itertools
@@ -66,7 +66,7 @@ class Tracer:
 
 
     def _telling(self, frame):
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0)
         if self.opcodes and line.strip() == "return self._tell()":
             return True
         while frame and frame.f_code.co_name != "_tell":
@@ -91,7 +91,7 @@ def models():
 
 
 def make_models():
-    target = random_target("llama", torch.float32, "cpu", hidden=16, inner=16, heads=1, kv_heads=1, layers=2)
+    target = random_target("llama", torch.float32, "cpu", hidden=16, inner=16, heads=1, kv_heads=1, layers=1)
     return target, Drafter.random(target, num_layers=1, block_size=3)
 
 
@@ -99,9 +99,9 @@ def decoder_of(models):
     return Decoder(*models, max_batch=2, max_context=32, page_size=4, prefill_rows=16)
 
 
-def streamed(decoder):
+def streamed(decoder, requests=REQUESTS):
     texts = {}
-    for event in decoder.stream(iter(REQUESTS)):
+    for event in decoder.stream(iter(requests)):
         assert event.error is None
         texts.setdefault(event.id, []).extend(event.tokens)
     return texts
@@ -131,9 +131,8 @@ def check(decoder, texts, replayed):
     out.fill_(float("nan"))
     graph.replay()
     assert same_bits(out, want)
-    decoder.close()
     assert decoder.pool.free_pages == decoder.pool.num_pages
-    assert streamed(decoder) == texts
+    assert streamed(decoder, REQUESTS[:2]) == {0: texts[0], 1: texts[1]}
     assert decoder.pool.free_pages == decoder.pool.num_pages
 
 
@@ -168,9 +167,15 @@ def interrupt_steps(models, texts, replayed, tracer):
             if live.request.id in texts:
                 assert (live.text, live.finish) == (texts[live.request.id], "length")
                 assert tracer.telling or told[live.request.id] == [*live.text, "length"]
-        assert decoder.pool.free_pages == decoder.pool.num_pages
         check(decoder, texts, replayed)
         return kept
+
+
+def interrupted(way, models, texts, replayed, tracer):
+    try:
+        way(models, texts, replayed, tracer)
+    except BaseException as error:
+        raise AssertionError(f"after an interrupt at {tracer.at}: {type(error).__name__}: {error}") from error
 
 
 WAYS = {interrupt_stream: streamed, interrupt_steps: stepped}
@@ -190,15 +195,23 @@ def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
     assert {key: len(text) for key, text in texts.items()} == {r.id: r.max_new_tokens for r in REQUESTS}
     lines = places(models, WAYS[way])
     assert len(lines) > 300 and {file for file, _ in lines} == FILES
-    for place in lines:
-        if way is interrupt_steps and Path(place[0]).stem in ("transformer", "draft", "native"):
+    for (file, line), times in lines.items():
+        stem = Path(file).stem
+        if way is interrupt_steps and stem in ("transformer", "draft", "native"):
             continue  # they know nothing of who calls
-        tracer = Tracer(place)
-        try:
-            way(models, texts, replayed, tracer)
-        except BaseException as error:
-            raise AssertionError(f"after an interrupt at {place}: {type(error).__name__}: {error}") from error
-        assert tracer.fired, place
+        for nth in {1, times if stem in ("loop", "requests", "kv") else 1}:
+            tracer = Tracer((file, line), nth)
+            interrupted(way, models, texts, replayed, tracer)
+            assert tracer.fired, (file, line)
+
+
+def test_an_interrupt_between_any_two_bytecodes_loses_no_page(models):
+    """Whoever calls for pages, and whoever gives them back."""
+    texts, replayed = streamed(decoder_of(models)), some_graph()
+    names = {"Decoder._start", "Decoder._tell", "Decoder.close", "PagePool.allocate", "PagePool.keep"}
+    for place in places(models, stepped, opcodes=True):
+        if place[1] in names:
+            interrupted(interrupt_steps, models, texts, replayed, Tracer(place, opcodes=True))
 
 
 def main():

@@ -14,6 +14,7 @@ TRITON_INTERPRET and refuses to come too late. bfloat16 is computed wrongly by t
 
 import contextlib
 import functools
+import itertools
 import os
 import runpy
 import sys
@@ -37,6 +38,7 @@ _SYNCHRONISE = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_
 _launchers: dict[str, object] = {}
 _originals: dict[tuple, object] = {}  # (owner, name): what it was, None for inherited
 _capturing: "Graph | None" = None
+_STREAM, _pools = SimpleNamespace(cuda_stream=0, synchronize=lambda: None), itertools.count(1)
 
 
 class DryTensor(torch.Tensor):
@@ -144,7 +146,10 @@ class Graph:
     """In the place of torch.cuda.CUDAGraph."""
 
     def __init__(self):
-        self._launches = []
+        self._launches, self._pool = [], None
+
+    def pool(self):
+        return self._pool
 
     def note_op(self, func, args, kwargs, out):
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -170,11 +175,11 @@ class Graph:
 
 
 @contextlib.contextmanager
-def _capture(graph, **_options):
+def _capture(graph, pool=None, **_options):
     global _capturing
     if _capturing is not None:
         raise RuntimeError("a graph is being captured already")
-    _capturing = graph
+    _capturing, graph._pool = graph, pool
     try:
         yield
     finally:
@@ -279,7 +284,8 @@ def install() -> None:
         "get_device_capability": lambda device=None: (9, 0), "Event": Event, "CUDAGraph": Graph, "graph": _capture,
         "device": lambda device: contextlib.nullcontext(), "is_current_stream_capturing": lambda: bool(_capturing),
         "get_device_properties": lambda device=None: SimpleNamespace(name=NAME, multi_processor_count=4),
-        "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0, synchronize=lambda: None)}
+        "current_stream": lambda device=None: _STREAM, "set_stream": lambda stream: None,
+        "graph_pool_handle": lambda: (0, next(_pools)), "mem_get_info": lambda device=None: (8 << 30, 16 << 30)}
     for name, stand_in in stand_ins.items():
         _put(torch.cuda, name, stand_in)
     _put(torch.Tensor, "to", _to)

@@ -12,6 +12,7 @@ from .chat import ChatServer, Dropped, Reply
 from .loop import Decoder
 from .protocol import Answered, Turn
 from .requests import Event, Request
+from .sampling import GREEDY
 from .served_metrics import Drafting
 from .session import Session
 from .weights import CheckpointError
@@ -67,10 +68,7 @@ class OurLoop:
         decoder = Decoder(self.session.target, self.session.drafter,
                           block_size=self.session.block_size if self.session.drafter else None,
                           max_batch=min(concurrency, len(prompts)), max_context=max(rooms))
-        first = (Request(i, self._ids(_Talk(p).ask()), 2, ()) for i, p in enumerate(prompts[:decoder.max_batch]))
-        for event in decoder.stream(first):
-            if event.error is not None:
-                raise ValueError(f"{prompts[event.id].id}: {event.error}")
+        decoder.warm_up(samplings=[GREEDY])
         return self._stream(decoder, prompts)
 
     def _room(self, prompt: Prompt) -> int:

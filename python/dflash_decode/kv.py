@@ -11,6 +11,9 @@ from dflash_kernels import PagedKV
 NO_PAGE = -1  # fills unused page-table entries: prepare_block gives no slot there, and a stray read is loud
 
 
+_SHARE = 0.8  # of a GPU's free memory, for pages; steps, their graphs and kernels have the rest
+
+
 class OutOfPages(RuntimeError):
     """No room now; there may be when a request leaves."""
 
@@ -34,6 +37,21 @@ class CacheShape:
         k, v = (torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device).transpose(2, 3)
                 for _ in range(2))
         return [PagedKV(k[i], v[i]) for i in range(self.layers)]
+
+
+def default_pages(most: int, page_size: int, caches: Sequence[CacheShape]) -> int:
+    """`most`, or how many a GPU has room for, in the caches of all models together. On a CPU pages that nobody touches
+    cost nothing. Raises ValueError where a GPU has no room for one."""
+    device = torch.device(caches[0].device)
+    if device.type != "cuda":
+        return most
+    # torch keeps what it has freed, and the driver does not count that as free.
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    page = sum(cache.page_bytes(page_size) for cache in caches)
+    if free * _SHARE < page:
+        raise ValueError(f"Decoder: num_pages must be what {device} has room for; got {free} free bytes, "
+                         f"{_SHARE:g} of which hold no page of {page}")
+    return min(most, int(free * _SHARE) // page)
 
 
 class PagePool:

@@ -5,17 +5,20 @@ anchor, lets the target check it, and commits what the target would have written
 Plain decoding is the same loop with no drafter; a sampled request's text is plain sampling's with the same seed.
 """
 
+import itertools
 from collections.abc import Hashable, Iterable, Iterator
-from itertools import takewhile
+
+import torch
 
 from .arguments import check_target, choice, kind, whole
 from .draft import Drafter
 from .inputs import said, shown
-from .kv import OutOfPages, PagePool
+from .kv import OutOfPages, PagePool, default_pages
 from .requests import Event, Live, Request, admit
+from .sampling import Sampling
 from .step import Prefill, Step, block_width, prefill_sizes
 from .targets import Target
-from .verify import GreedyVerifier, first_token, verifier_for
+from .verify import VERIFIERS, GreedyVerifier, first_token, verifier_for
 
 RULES, SAMPLE_FROM = ("token", "block"), ("greedy", "request")
 
@@ -23,7 +26,8 @@ RULES, SAMPLE_FROM = ("token", "block"), ("greedy", "request")
 class Decoder:
     """block_size: Q, at most the drafter's own. None: that, and on a CPU less where many requests run at once, which
     changes no text (and is left where drafts are drawn). max_batch: requests decoded together. num_pages: default
-    room for max_batch requests of max_context tokens. Pages are taken when a request starts, for all that it may write.
+    room for max_batch requests of max_context tokens, on a GPU at most what fits in 0.8 of its free memory. Pages are
+    taken when a request starts, for all that it may write.
 
     sample_from: how drafts of sampled requests are made. "greedy": the likeliest, and the text for a seed is plain
     sampling's token by token. "request": drawn as the request draws, which keeps the target's law, not the text, and
@@ -50,7 +54,9 @@ class Decoder:
         self.adapts = block_size is None and self.width > 1 and not self.draw
         self.max_context = min(target.max_context, max_context)
         pages = -(-self.max_context // page_size)
-        self.pool = PagePool(max_batch * pages if num_pages is None else num_pages, page_size)
+        models = [model for model in (target, self.drafter) if model]
+        self.pool = PagePool(default_pages(max_batch * pages, page_size, [model.cache for model in models])
+                             if num_pages is None else num_pages, page_size)
         self.max_pages, self.prefill_rows = min(pages, self.pool.num_pages), prefill_rows
         self.kv = [model.cache.allocate(self.pool.num_pages, page_size) if model else ()
                    for model in (target, self.drafter)]
@@ -58,10 +64,39 @@ class Decoder:
         # from their lists, so that an interrupt can part no two things that must agree.
         self._requests: list[Live] = []
         self._steps, self._prefills, self._firsts, self._seated = {}, {}, {}, None
+        # Passes and steps follow one another, so what their graphs need between launches can be the same memory.
+        self._memory = torch.cuda.graph_pool_handle() if target.device.type == "cuda" else None
 
     @property
     def _active(self) -> list[Live]:
-        return list(takewhile(lambda live: live.emitted, (live for live in self._requests if not live.finish)))
+        unfinished = (live for live in self._requests if not live.finish)
+        return list(itertools.takewhile(lambda live: live.emitted, unfinished))
+
+    def warm_up(self, prompt_lens: Iterable[int] | None = None, samplings: Iterable[Sampling] | None = None) -> None:
+        """Does once what is slow the first time: allocates, compiles and records the prompts' passes, and the steps of
+        every batch that max_batch allows. Nothing is decoded, and no text changes.
+        prompt_lens: of the prompts that will come, in tokens; None: all that fit. samplings: of the requests that will
+        come; None: all there are."""
+        kinds = VERIFIERS if samplings is None else {verifier_for([sampling]) for sampling in samplings}
+        lens = range(1, min(self.prefill_rows, self.max_context - 1) + 1) if prompt_lens is None else set(prompt_lens)
+        device, nothing = self.target.device, self.pool.table_row([], self.max_pages)
+        for rows in sorted({size for n in lens for size in prefill_sizes(n, self.prefill_rows, device)}):
+            if rows not in self._prefills:
+                prefill = self._make_prefill(rows)
+                prefill([], 0, nothing)
+                self._prefills[rows] = prefill
+        batches = [1 << i for i in range(_bucket(self.max_batch).bit_length())]
+        for kind, batch in itertools.product(kinds, batches):
+            if kind not in self._firsts:
+                first = kind(self.target, 1, 1)
+                row = torch.zeros((1, self.target.hidden_size), dtype=self.target.dtype, device=device)
+                first.run(row, *(torch.zeros(n, dtype=t, device=device) for n, t in (((1, 1), torch.int64),
+                                                                                    (1, torch.int32))))
+                self._firsts[kind] = first
+            if (batch, kind) not in self._steps:
+                step = self._make_step(batch, kind)
+                step()
+                self._steps[batch, kind] = step
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ValueError or TypeError if it can never run; nothing is allocated then."""
@@ -152,12 +187,12 @@ class Decoder:
             live.take([token])
 
     def _make_prefill(self, rows: int) -> Prefill:
-        return Prefill(self.target, self.drafter, *self.kv, rows, self.pool.page_size, self.max_pages)
+        return Prefill(self.target, self.drafter, *self.kv, rows, self.pool.page_size, self.max_pages, self._memory)
 
     def _make_step(self, batch: int, kind: type[GreedyVerifier]) -> Step:
         width = block_width(self.width, batch, self.target.device) if self.adapts else self.width
         return Step(self.target, self.drafter, *self.kv, batch, width, self.pool.page_size, self.max_pages,
-                    kind(self.target, batch, width, self.rule), self.draw)
+                    kind(self.target, batch, width, self.rule), self.draw, self._memory)
 
     def _decode(self, active: list[Live]) -> None:
         batch, kind = _bucket(len(active)), verifier_for([live.sampling for live in active])

@@ -193,10 +193,7 @@ class Session:
 
     def _warm(self, decoder: Decoder, prompts, sampling) -> None:
         """Memory, recorded steps and threads are made before the clock runs, the same for both ways of decoding."""
-        for event in decoder.stream(Request(i, list(p), 2, (), sampling)
-                                    for i, p in enumerate(prompts[:decoder.max_batch])):
-            if event.error is not None:
-                raise ValueError(f"prompt {event.id + 1}: {event.error}")
+        decoder.warm_up(map(len, prompts), [sampling])
 
 
 def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str) -> Target:

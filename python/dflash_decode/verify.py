@@ -118,3 +118,6 @@ class AdjustedVerifier(SampledVerifier):
                 except GrammarFailed as error:
                     live.fail(str(error))
         return super().run(rows, ids, *where, **options)
+
+
+VERIFIERS = (GreedyVerifier, SampledVerifier, AdjustedVerifier)
