@@ -36,6 +36,7 @@ LAUNCHERS = {  # op: module:function
 @functools.cache
 def load(where: str) -> Callable:
     module, function = where.split(":")
+    importlib.import_module("._cache", __name__).prepare()
     return getattr(importlib.import_module(f".{module}", __name__), function)
 
 
