@@ -76,6 +76,7 @@ def names(models, tmp_path_factory):
 def test_a_wrong_command_line_is_one_line(call, names, monkeypatch, words):
     monkeypatch.setattr(session.Decoder, "step", None)  # nothing is decoded
     monkeypatch.setattr(cli.cli_repository, "subprocess", None)  # no script is started
+    monkeypatch.setattr("torch.set_num_threads", print)  # nor threads, of which too many end the process
     before = sorted(os.listdir(names["FOLDER"])), Path(names["FILE"]).read_bytes()
     code, out, err = call(*(names.get(word, word) for word in words))
     assert code == 2 and out == "" and one_line(err) and len(err) < 500, (code, out[:200], err[:500])
@@ -92,7 +93,8 @@ def test_a_prompt_that_cannot_be_read_from_standard_input(shell, words):
     assert done.returncode == 2 and words in done.stderr and one_line(done.stderr), done.stderr
 
 
-def test_threads_have_a_bound_that_no_machine_needs_more_than(call):
+def test_threads_have_a_bound_that_no_machine_needs_more_than(call, monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", print)
     assert max(os.cpu_count(), 64) <= options.MOST_THREADS
     code, _, err = call("generate", "--prompt", "x", "--threads", options.MOST_THREADS + 1)
     assert code == 2 and "'--threads'" in err and str(options.MOST_THREADS) in err

@@ -43,7 +43,6 @@ from .options import (
     Weights,
     Where,
     check_device,
-    check_drawing,
     check_files,
     read_prompt,
     set_threads,
@@ -124,7 +123,6 @@ def generate(
     from .session import Session
 
     sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
-    check_drawing(sampling)
     how = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
     session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
                            weights=weights.value, draft_weights=draft_weights.value,
@@ -212,7 +210,6 @@ def bench_decode(
     from .session import Session
 
     samplings = [Sampling(value, top_k, top_p, min_p, seed) for value in temperature]
-    check_drawing(*samplings)
     rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
     session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
                            weights=weights.value, draft_weights=draft_weights.value,

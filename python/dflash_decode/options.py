@@ -142,17 +142,6 @@ def read_prompt(text: str) -> str:
         raise UsageError(f"--prompt - must be text on standard input; got {reason(error)}") from None
 
 
-def check_drawing(*samplings) -> None:
-    """Raises UsageError for a Sampling that means nothing."""
-    from .sampling import check_sampling
-
-    for sampling in samplings:
-        try:
-            check_sampling(sampling, "sampling")
-        except (TypeError, ValueError) as error:
-            raise UsageError(str(error)) from None
-
-
 def check_device(device: Device) -> None:
     import torch
 
