@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from cases import Sizes, footnotes, header, measure, results_folder
 
-from dflash_decode.results import write_json
+from dflash_decode.results import output, write_json
 
 NAMES = ("linear", "attention", "memory", "sample", "small", "draft", "step")
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[[], *NAMES], help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--json", type=Path, help="one file for all rows, instead of one a name")
+    parser.add_argument("--json", type=output, help="one file for all rows, instead of one a name")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; all cores if not given")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs, not how fast")

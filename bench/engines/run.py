@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dflash_decode.results import commit, cpu_model, write_json
+from dflash_decode.results import commit, cpu_model, output, write_json
 from dflash_decode.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--note", default="", help="what a reader of the figures must know, such as a busy machine")
-    parser.add_argument("--json", type=Path, default=results_folder() / "engine-vllm.json")
+    parser.add_argument("--json", type=output, default=results_folder() / "engine-vllm.json")
     options = parser.parse_args()
     if not PYTHON.is_file():
         raise SystemExit(f"vLLM is not installed: {(PEERS / 'vllm.log').relative_to(ROOT)} says why")

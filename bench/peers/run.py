@@ -31,7 +31,7 @@ from rich.table import Table  # noqa: E402
 from sums import ALL, STEP_PARTS, Key, Rows, parts_row  # noqa: E402
 
 from dflash_decode.bench import read_prompts  # noqa: E402
-from dflash_decode.results import commit, cpu_model, write_json  # noqa: E402
+from dflash_decode.results import commit, cpu_model, output, write_json  # noqa: E402
 from dflash_decode.tokenizer import load_tokenizer  # noqa: E402
 from dflash_decode.weights import drafter_of, find_model, read_json  # noqa: E402
 
@@ -271,7 +271,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=[BFLOAT16, "float32"], default=BFLOAT16,
                         help="float32 has no near ties, so texts and acceptance can be compared; it is slow")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")
-    parser.add_argument("--json", type=Path, help="written after every answer, so that an interrupted run keeps its "
+    parser.add_argument("--json", type=output, help="written after every answer, so that an interrupted run keeps its "
                                                   "rows; default bench/results/<device>/peers.json, "
                                                   "or peers-float32.json")
     parser.add_argument("--no-write", action="store_true", help="print only")

@@ -65,6 +65,7 @@ def problem() -> str | None:
 @functools.cache
 def load(where: str) -> Callable:
     module, function = where.split(":")
+    importlib.import_module("._cache", __name__).prepare()
     return getattr(importlib.import_module(f".{module}", __name__), function)
 
 

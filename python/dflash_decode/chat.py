@@ -17,6 +17,12 @@ class ServerError(ValueError):
     """What the server answered, and will answer again."""
 
 
+class BadUrl(ServerError):
+    """What is no address of a server."""
+
+    exit_code = 2  # of the command line
+
+
 class Dropped(ServerError):
     """A request that may go well the next time: no connection, a broken one, or a server that is busy."""
 
@@ -38,9 +44,13 @@ class ChatServer:
 
     def __init__(self, base_url: str, model: str | None = None, *, api_key: str | None = None,
                  extra: dict | None = None, timeout: float = 600.0):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ServerError(f"--base-url must be http://HOST[:PORT][/v1]; got {base_url!r}")
+        try:
+            parts = urlsplit(base_url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # brackets of no address, a port of too many digits
+            good = False
+        if not good:
+            raise BadUrl(f"--base-url must be http://HOST[:PORT][/v1]; got {base_url[:100]!r}")
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._where = parts.hostname, parts.port
         self._root = parts.path.rstrip("/").removesuffix("/v1")

@@ -24,8 +24,8 @@ from .options import (
     Draft,
     DraftersWeights,
     DraftWeights,
-    DType,
     Dtype,
+    FirstSeed,
     From,
     MaxNewTokens,
     MinP,
@@ -33,6 +33,9 @@ from .options import (
     ModelWeights,
     Rule,
     SampleFrom,
+    Seed,
+    Temperature,
+    Temperatures,
     Threads,
     TopK,
     TopP,
@@ -41,6 +44,7 @@ from .options import (
     Where,
     check_device,
     check_files,
+    read_prompt,
     set_threads,
 )
 
@@ -88,15 +92,14 @@ def generate(
     draft_weights: DraftWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed, the same text; a fresh one, which is printed, "
-                                                         "if not given.")] = None,
+    seed: Seed = None,
     sample_from: From = SampleFrom.greedy,
     rule: By = Rule.token,
-    dtype: Dtype = DType.bfloat16,
+    dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly, and compare.")] = False,
@@ -104,7 +107,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer one prompt, streamed, and say how fast."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_prompt(prompt)
     if not text:
         raise UsageError("--prompt must not be empty")
     from .weights import drafter_of
@@ -121,7 +124,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
     how = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
-    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
+    session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
                            weights=weights.value, draft_weights=draft_weights.value,
                            status=report.status)
     report.start_text(session)
@@ -166,14 +169,14 @@ def bench_decode(
     weights: ModelWeights = Weights.model,
     draft_weights: DraftWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
-    temperature: Annotated[list[float], typer.Option(min=0, help="0: greedy; may be given several times.")] = [0.0],  # noqa: B006
+    temperature: Temperatures = [0.0],  # noqa: B006
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of each task's first prompt; the next has one more.")] = 0,
+    seed: FirstSeed = 0,
     sample_from: From = SampleFrom.greedy,
     rule: By = Rule.token,
-    dtype: Dtype = DType.bfloat16,
+    dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
     peers: Annotated[str | None, typer.Option(help="Instead: our loop and these decoders in turn, each in a process of "
@@ -190,11 +193,12 @@ def bench_decode(
     draft = drafter_of(model, draft)
     if peers is not None:
         check_files(prompts, {"--json": json_out})
-        if temperature != [0.0] or dtype is DType.float16 or device is not Device.cpu or weights is not Weights.model:
+        known = dtype in ("bfloat16", "float32")
+        if temperature != [0.0] or not known or device is not Device.cpu or weights is not Weights.model:
             raise UsageError("--peers are compared on the CPU, greedy, in bfloat16 or float32; ours in 8 bits is one")
         return cli_repository.peers(peers, prompts, {
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
-            "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype.value, "json": json_out})
+            "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
     if draft == "none":
         raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
     check_files(prompts, {"--json": json_out})
@@ -207,7 +211,7 @@ def bench_decode(
 
     samplings = [Sampling(value, top_k, top_p, min_p, seed) for value in temperature]
     rows = [row for file in prompts for row in bench.read_prompts(file, limit)]
-    session = Session.load(model, draft, block_size=block_size, dtype=dtype.value, device=device.value,
+    session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
                            weights=weights.value, draft_weights=draft_weights.value,
                            status=report.status)
     report.start_text(session)

@@ -13,7 +13,6 @@ from .options import (
     Draft,
     DraftersWeights,
     DraftWeights,
-    DType,
     Dtype,
     MaxNewTokens,
     ModelWeights,
@@ -24,6 +23,7 @@ from .options import (
     check_device,
     check_files,
     set_threads,
+    short,
 )
 
 OUR_LOOPS = ("draft", "weights", "draft_weights", "block_size", "dtype", "device", "threads")  # a server has its own
@@ -46,7 +46,7 @@ def protocol(
                                                                       "1 and 32 if not given.")] = None,
     max_new_tokens: MaxNewTokens = 4096,
     block_size: BlockSize = 8,
-    dtype: Dtype = DType.bfloat16,
+    dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
     journal: Annotated[Path, typer.Option(help="Where finished prompts are kept; the same command goes on "
@@ -70,7 +70,7 @@ def protocol(
     if base_url is not None:
         answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
     else:
-        answerer = protocol_report.our_loop(model or "smollm2", draft, block_size, max_new_tokens, dtype.value,
+        answerer = protocol_report.our_loop(model or "smollm2", draft, block_size, max_new_tokens, dtype,
                                             device.value, weights.value, draft_weights.value)
     protocol_report.run(answerer, rows, list(dict.fromkeys(concurrency or (1, 32))), journal, json_out,
                         {"prompts": [file.name for file in prompts], "limit": limit})
@@ -81,6 +81,6 @@ def read_extra(text: str | None) -> dict:
         extra = json.loads(text or "{}")
         if isinstance(extra, dict):
             return extra
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
-    raise UsageError(f"--extra-body must be a JSON object; got {text!r}")
+    raise UsageError(f"--extra-body must be a JSON object; got {short(text)}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Device, Threads, UsageError, Where, check_written
+from .options import Debug, Device, Threads, UsageError, Where, check_written, short
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -25,6 +25,9 @@ def ops(
 
     `make bench` does the same and keeps the figures in the repository."""
     check_written({"--json": json_out})
+    known = sorted(file.stem.removeprefix("bench_") for file in BENCH.glob("bench_*.py"))
+    if known and (unknown := sorted(set(names or ()) - set(known))):
+        raise UsageError(f"benchmarks are {', '.join(known)}; got {short(unknown[0])}")
     words = [*(names or ()), "--runs", str(runs), "--device", device.value]
     words += ["--tiny"] * tiny + (["--threads", str(threads)] if threads else [])
     start("run.py", words + (["--json", str(json_out)] if json_out else ["--no-write"]))

@@ -1,11 +1,16 @@
 """What the commands of `dflash-kernels` share: options, and the checks of them that need no heavy module."""
 
 import os
+import stat
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .dtypes import dtype_name
+from .results import check_output
 
 
 class UsageError(Exception):
@@ -40,12 +45,20 @@ class DraftersWeights(str, Enum):
     model = "model"
 
 
-class DType(str, Enum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-    float16 = "float16"
+def read_dtype(text: str) -> str:
+    if (name := dtype_name(text)) is None:
+        raise typer.BadParameter(f"{short(text)} is not one of 'auto', 'bfloat16', 'float16', 'float32'.")
+    return name
 
 
+def short(value: object) -> str:
+    """The value as an error shows it."""
+    text = repr(str(value))
+    return text if len(text) <= 80 else f"{text[:38]}...{text[-38:]}"
+
+
+MOST_THREADS = max(os.cpu_count() or 1, 64)  # more are no faster, and some thousands end the process without a word
+MOST_TEMPERATURE, MOST_SEED = 3.4e38, 2**63 - 1  # float32 and int64 have room for no more
 Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
 Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
                                          "model, or none; 'random': random weights; 'none': plain decoding.")]
@@ -57,10 +70,19 @@ DraftWeights = Annotated[DraftersWeights, typer.Option(help="What the drafter's 
                                                             "the same.")]
 BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-Dtype = Annotated[DType, typer.Option(help="What weights and activations are kept in.")]
+Dtype = Annotated[str, typer.Option(parser=read_dtype, metavar="[auto|bfloat16|float16|float32]",
+                                    help="What weights and activations are kept in; 'auto': what the model's "
+                                         "config.json says.")]
 Where = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from the K likeliest tokens; 0: from all.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; all cores if not given.")]
+Temperature = Annotated[float, typer.Option(min=0, max=MOST_TEMPERATURE, help="0: greedy.")]
+Temperatures = Annotated[list[float], typer.Option("--temperature", min=0, max=MOST_TEMPERATURE,
+                                                   help="0: greedy; may be given several times.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed, the same text; a fresh one, which "
+                                                                     "is printed, if not given.")]
+FirstSeed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="The seed of each task's first prompt; "
+                                                                             "the next has one more.")]
+TopK = Annotated[int, typer.Option(min=-1, max=2**31 - 1, help="Draw from the K likeliest tokens; 0 or -1: from all.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this share together.")]
 MinP = Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens with this share of the likeliest's.")]
 From = Annotated[SampleFrom, typer.Option("--sample-from", help="Drafts of sampled text: the likeliest ('greedy': the "
@@ -72,16 +94,52 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def check_files(prompts: list[Path], written: dict[str, Path | None]) -> None:
     for file in prompts:
-        if not file.is_file():
-            raise UsageError(f"--prompts must be a file; got {str(file)!r}, which "
-                             f"{'is a directory' if file.is_dir() else 'does not exist'}")
-    check_written(written)
+        if why := _unreadable(file):
+            raise UsageError(f"--prompts must be a file; got {short(file)}, which {why}")
+    check_written(written, prompts)
 
 
-def check_written(written: dict[str, Path | None]) -> None:
+def _unreadable(file: Path) -> str | None:
+    try:
+        mode = os.stat(file).st_mode
+        if not stat.S_ISREG(mode):
+            return "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
+        file.open("rb").close()
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {reason(error)}"
+    return None
+
+
+def check_written(written: dict[str, Path | None], read: list[Path] = ()) -> None:
+    """Before anything runs. A file that exists is left as it is."""
+    taken = list(read)
     for option, file in written.items():
-        if file is not None and not os.access(file.absolute().parent, os.W_OK):
-            raise UsageError(f"{option} must be a file in a directory that can be written; got {str(file)!r}")
+        if file is None:
+            continue
+        try:
+            check_output(file, taken)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{option} must be a file in a directory that can be written; got {short(file)}: "
+                             f"{reason(error)}") from None
+        taken.append(file)
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def read_prompt(text: str) -> str:
+    """The prompt, from standard input where it is '-'."""
+    if text != "-":
+        return text
+    if sys.stdin is None:
+        raise UsageError("--prompt - reads standard input, which is closed")
+    try:
+        return sys.stdin.read()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--prompt - must be text on standard input; got {reason(error)}") from None
 
 
 def check_device(device: Device) -> None:

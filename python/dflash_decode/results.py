@@ -1,10 +1,13 @@
 """What a file of results says of where it comes from, and how it is written. No package but the standard library."""
 
+import argparse
 import json
 import os
 import platform
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -29,6 +32,33 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def check_output(file: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raises OSError or ValueError, with the reason, where write_json could not write the file, or would write over an
+    input or a device. What it tries it takes back."""
+    try:
+        there = file.lstat()
+    except FileNotFoundError:
+        there = None
+    if there is not None and not stat.S_ISREG(there.st_mode) and not file.is_file():
+        raise ValueError("it is a directory" if file.is_dir() else "it is not a regular file")
+    if any(file.resolve() == other.resolve() for other in inputs):
+        raise ValueError("it is read too")
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.absolute().parent)
+    os.close(handle)
+    os.unlink(temporary)
+
+
+def output(text: str) -> Path:
+    """A file that write_json can write: for argparse, as the type of an option."""
+    file = Path(text)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_output(file)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be a file that can be written; got {text[:80]!r}: {error}") from None
+    return file
 
 
 def write_json(file: Path, value: dict) -> None:
