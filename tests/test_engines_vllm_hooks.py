@@ -82,7 +82,8 @@ def test_context_kv_leaves_to_the_original(engine, caplog):
         def _normalize_context_k(self, k):
             return super()._normalize_context_k(k)
 
-    cases = [(Own(), {}, "Own normalises in its own way"), (engine.model(), {"_rope_head_size": 8}, "RoPE over 8"),
+    cases = [(engine.model(method="dspark"), {}, "the drafter of dspark"),
+             (Own(), {}, "Own normalises in its own way"), (engine.model(), {"_rope_head_size": 8}, "RoPE over 8"),
              (engine.model(), {"_attn_layers": [fake.Layer(torch.float8_e4m3fn, True)] * 3}, "a cache of torch.float8")]
     shared = [types.SimpleNamespace(**vars(layer), kv_sharing_target_layer_name="0") for layer in model._attn_layers]
     cases.append((engine.model(), {"_attn_layers": shared}, "layers that share a cache"))
