@@ -174,10 +174,11 @@ def test_verify_v2_acts_for_dflash_alone(monkeypatch):
     sample, given, sampler = v2_call(monkeypatch)
     assert list(verify_v2.SAMPLERS) == [sampler]
     assert sample(**given | {"temperature": torch.zeros(4)}) == "theirs"  # another sampler's
-    type(sampler)(sampler.sampler, fake.config("eagle3").speculative_config, torch.device("cuda:0"))
-    assert list(verify_v2.SAMPLERS) == [sampler]
-    del sampler
+    eagle = type(sampler)(sampler.sampler, fake.config("eagle3").speculative_config, torch.device("cuda:0"))
+    assert list(verify_v2.SAMPLERS) == [sampler] and eagle is not sampler
+    eagle = sampler = None
     gc.collect()
+    assert not list(verify_v2.SAMPLERS)  # none is kept
 
 
 @WHEN

@@ -103,6 +103,9 @@ def test_a_classmethod_stays_one(engine):
 
 def test_a_changed_body_under_the_same_signature_leaves_it(engine, tmp_path, monkeypatch, caplog):
     known = hook(), hook(beside=("nosuchengine.kernels:Base.step",), read={"1.3.0": digests("scale", "Base.step")})
+    original = engine[0].scale
+    assert [o.why for o in run(known[1:])] == [""]
+    engine[0].scale = original
     changed = module("nosuchengine.kernels", ENGINE.replace("x + 1", "x + 2"), tmp_path)
     monkeypatch.setitem(sys.modules, "nosuchengine.kernels", changed)
     original = changed.scale

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from engine_files import take
 from sglang_parts import DIM, HEADS, HIDDEN, OPS, by_path, drafts, install, loaded, worker_with
 
+from dflash_decode.engines.hooks import LEFT
 from dflash_decode.engines.sglang import context, sampling
 from dflash_kernels import Verified, prepare_block, verify_greedy
 
@@ -33,6 +34,18 @@ def test_context_kv_writes_what_sglang_writes(engine, dtype, rotary, prefix):
         assert b.any() and torch.equal(a.any((1, 2)), b.any((1, 2)))  # the same rows
         torch.testing.assert_close(a, b)
     assert torch.equal(found.v_buffer[0], expected.v_buffer[0])
+
+
+@pytest.mark.parametrize("change", [
+    {"ctx_hidden": torch.zeros(2, 4, HIDDEN)}, {"ctx_hidden": torch.zeros(8, HIDDEN + 1)},
+    {"ctx_positions": torch.zeros(7).long()}, {"ctx_positions": torch.zeros(8)},
+    {"ctx_cache_loc": torch.zeros(9).long()}, {"ctx_cache_loc_2d": torch.zeros(2, 4).long(),
+                                                     "commit_lens": torch.zeros(3).int()}])
+def test_context_kv_leaves_what_it_was_not_written_for(engine, change):
+    worker, _ = worker_with(engine, torch.float32, DIM)
+    given = {"ctx_hidden": torch.zeros(8, HIDDEN), "ctx_positions": torch.arange(8), "ctx_cache_loc": torch.arange(8)}
+    assert context._append_target_hidden_fused(worker, **given) is not LEFT
+    assert context._append_target_hidden_fused(worker, **given | change) is LEFT
 
 
 @pytest.mark.parametrize("prefix", [False, True])
