@@ -142,7 +142,7 @@ class Case:
 
 
 def packed_bytes(*records) -> int:
-    """Bytes of every packed weight in some layers or a drafter."""
+    """Of every packed weight in some layers or a drafter."""
     return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dflash_kernels.PackedWeight))
 
 
@@ -153,18 +153,13 @@ def header(sizes: Sizes) -> dict:
     info = dflash_kernels.build_info()
     where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit(), **limits(sizes)}
     if device != "cpu":
+        import gpu_peers
         import triton
 
         where |= {"cpu": cpu_model(), "cuda": torch.version.cuda, "triton": triton.__version__,
-                  "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count, **versions()}
+                  "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+                  **gpu_peers.versions()}
     return where | {k: info[k] for k in ("version", "torch", "python", "platform", "isa", "threads", "compiler")}
-
-
-def versions() -> dict[str, str]:
-    """Of the engines whose kernels are peers."""
-    import gpu_peers
-
-    return gpu_peers.versions()
 
 
 def limits(sizes: Sizes) -> dict[str, float]:

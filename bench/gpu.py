@@ -87,9 +87,8 @@ class Plan:
 
     def run(self) -> None:
         end = self.began + (gpu_plan.DRY_BUDGET if self.options.dry else gpu_plan.BUDGET)
-        build = gpu_build.command()
         self.note("build", "not needed: the libraries are those of the sources" if gpu_build.prebuilt()
-                  else self.jobs.run(build, end))
+                  else self.jobs.run(gpu_build.command(), end if self.options.dry else self.began + gpu_plan.BUILDING))
         until = time.monotonic()
         for part in self.options.parts:
             until = min(until + gpu_plan.SHARES[part], end)

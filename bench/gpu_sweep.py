@@ -27,6 +27,14 @@ MARGIN = 1.02  # how much faster another setting must be than the table's
 RUNS = 15
 
 
+class Once(Sizes):
+    """One copy of the inputs: what is compiled does not depend on how many there are, and many processes share the
+    GPU's memory."""
+
+    def copies_of(self, nbytes: int) -> int:
+        return 1
+
+
 def compile_share(jobs: list[tuple[Entry, object]], share: int, of: int, sizes: Sizes) -> None:
     """Runs this process's share of the settings once each, so that their kernels lie in Triton's cache."""
     made: dict[int, list] = {}
@@ -127,7 +135,7 @@ def main() -> None:
     jobs = [(entry, value) for entry in every for value in neighbours(entry.value)]
     with torch.device("cuda"):
         if options.share:
-            compile_share(jobs, *map(int, options.share.split("/")), sizes)
+            compile_share(jobs, *map(int, options.share.split("/")), Once("cuda", options.tiny, peers=False))
             return
         if not options.tiny:  # interpreted kernels are not compiled
             compile_ahead(began + options.seconds / 2)
