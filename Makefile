@@ -6,8 +6,9 @@
 #   make lint      ruff                 make bench     benchmarks into bench/results
 #   make docs      tables, plots, ops   make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
-#   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON; PART=tests, ops or step.
-#                  PART=dry: all of it on tiny shapes, with no GPU and in .venv; PART="dry ops": a part of that
+#   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON within nine minutes; PART=a to f:
+#                  one part (bench/gpu.py), OUT=folder for the results, ARGS=--no-peers. PART=dry: all of it on tiny
+#                  shapes, with no GPU and in .venv; PART="dry b": a part of that
 #   make peer-kernels  SGLang's and vLLM's own kernels, 750 KB, for tests and the table of make gpu; carry build/peers/kernels there
 #   make peers     PROMPTS=files and the same drafter through dflash, transformers, vLLM and llama.cpp, beside us
 #   make engine-vllm  vLLM's CPU build serves SmolLM2 with our plugin, and runs with it and without, step by step
@@ -50,7 +51,7 @@ evaluate: build $(STAMPS)/dev $(STAMPS)/model
 	$(PY) docs/generate.py
 
 gpu: $(if $(filter dry,$(PART)),build $(STAMPS)/dev)
-	$(if $(filter dry,$(PART)),$(PY),$(GPU_PYTHON)) bench/gpu.py $(PART)
+	$(if $(filter dry,$(PART)),$(PY),$(GPU_PYTHON)) bench/gpu.py $(PART) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 # make peers PROMPTS="FILE..." ARGS="--limit N --rounds N"
 peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llama/installed

@@ -7,6 +7,7 @@ machine without a GPU too. Environment: CXX (compiler), CUDA_HOME (where nvcc is
 DFLASH_SANITIZE=address,undefined.
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -82,6 +83,24 @@ def gencode() -> list[str]:
             f"-gencode=arch=compute_{CUDA_ARCHITECTURES[0]},code=compute_{CUDA_ARCHITECTURES[0]}"]
 
 
+def sources_mark() -> str:
+    """What a library carries in its bytes, to be known as built from these sources for this kind of machine. A library
+    that was built elsewhere and lies in the tree needs no building where it has this tree's mark."""
+    digest = hashlib.sha256()
+    for file in (ROOT / "setup.py", *sorted(f for f in (ROOT / "csrc").rglob("*") if f.is_file())):
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return f"dflash sources {digest.hexdigest()} {platform.machine()}"
+
+
+def mark_source(build: Path) -> Path:
+    """A file that has the mark in it, written where that changes it."""
+    file, text = build / "sources_mark.cpp", ('extern "C" __attribute__((used)) const char dflash_sources_mark[] = '
+                                              f'"{sources_mark()}";\n')
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    return file
+
+
 class NinjaBuildExt(build_ext):
     """Writes one build.ninja for each extension and runs it."""
 
@@ -146,6 +165,8 @@ class NinjaBuildExt(build_ext):
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             for name, flags in instruction_sets(source.stem).items():
                 compile_one(source, f"cpu.{source.stem}.{name}.o", f"{common} -DDFLASH_ISA={name} {flags}")
+        if not sanitize:
+            compile_one(mark_source(build), "sources_mark.o", common)
         lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
         (build / "build.ninja").write_text("\n".join(lines))
 
@@ -177,6 +198,8 @@ class NinjaBuildExt(build_ext):
         for source in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp")):
             objects.append(f"bindings.{source.stem}.o")
             lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {host}")
+        objects.append("sources_mark.o")
+        lines.append(f"build sources_mark.o: cxx {mark_source(build)}\n  flags = {host}")
         lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
         (build / "build.ninja").write_text("\n".join(lines))
 

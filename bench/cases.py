@@ -26,12 +26,14 @@ FOOTPRINT = 192 << 20  # bytes that the copies of a case's inputs take together,
 @dataclass(frozen=True)
 class Sizes:
     """What a benchmark's shapes are chosen by: the device, and whether they are tiny, to see that everything runs.
+    peers: whether other ways to do the same are timed too.
 
     Tiny cases are float16, because tiny is for the interpreter too, which computes bfloat16 wrongly.
     """
 
     device: str = "cpu"
     tiny: bool = False
+    peers: bool = True
 
     @property
     def name(self) -> str:
@@ -63,6 +65,8 @@ class Sizes:
 
         problem.plain(*problem.args(i)): the expression; or problem.whole, which writes its result to where
         problem.written() finds it."""
+        if not self.peers:
+            return {}
         whole, written = getattr(problem, "whole", problem.plain), getattr(problem, "written", None)
 
         def calling(function):
@@ -138,7 +142,7 @@ class Case:
 
 
 def packed_bytes(*records) -> int:
-    """Bytes of every packed weight in some layers or a drafter."""
+    """Of every packed weight in some layers or a drafter."""
     return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dflash_kernels.PackedWeight))
 
 
@@ -149,18 +153,13 @@ def header(sizes: Sizes) -> dict:
     info = dflash_kernels.build_info()
     where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit(), **limits(sizes)}
     if device != "cpu":
+        import gpu_peers
         import triton
 
         where |= {"cpu": cpu_model(), "cuda": torch.version.cuda, "triton": triton.__version__,
-                  "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count, **versions()}
+                  "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+                  **gpu_peers.versions()}
     return where | {k: info[k] for k in ("version", "torch", "python", "platform", "isa", "threads", "compiler")}
-
-
-def versions() -> dict[str, str]:
-    """Of the engines whose kernels are peers."""
-    import gpu_peers
-
-    return gpu_peers.versions()
 
 
 def limits(sizes: Sizes) -> dict[str, float]:
@@ -175,37 +174,49 @@ def limits(sizes: Sizes) -> dict[str, float]:
             **{name: round(meter.gbps(timed[name]), 1) for name, meter in meters.items()}}
 
 
-def measure(cases: Iterable[Case], runs: int, sizes: Sizes) -> list[dict]:
+def measure(cases: Iterable[Case], runs: int, sizes: Sizes, keep: Callable[[dict], None] = lambda row: None
+            ) -> list[dict]:
     """One row a case, without times where our own result is wrong. The limit, a CPU's read bandwidth or a GPU's copy
-    bandwidth, is measured between the calls of the case itself."""
-    device = sizes.device
-    on_cpu = device == "cpu"
-    rows, limit = [], ReadBandwidth(sizes.buffer) if on_cpu else CopyBandwidth(device, sizes.buffer)
+    bandwidth, is measured between the calls of the case itself. keep is given each row as soon as there is one: whoever
+    ends the process then loses the case that is being measured, and no other."""
+    on_cpu = sizes.device == "cpu"
+    rows, limit = [], ReadBandwidth(sizes.buffer) if on_cpu else CopyBandwidth(sizes.device, sizes.buffer)
     for case in cases:
-        try:
-            case.check(settled(case.run(0)))
-        except AssertionError as error:  # told at the end: the other cases are worth their time
-            rows.append({"op": case.op, "case": case.case, "wrong": first_line(error)})
-            print(f"{case.op:<16} {case.case:<34} WRONG: {rows[-1]['wrong']}", flush=True)
-            continue
-        peers, counts, without = {}, {}, {}
-        for name, peer in case.peers.items():
-            try:
-                peers[name], counts[name] = ready(case, name, peer, device)
-            except Unusable as why:
-                without[name] = str(why)
-        clock = interleaved if on_cpu else interleaved_cuda
-        functions = {"us": recorded(case, device), "limit": limit, **peers}
-        timed = clock(functions, runs=affordable(functions, runs) if on_cpu else runs)
-        gbps = limit.gbps(timed["limit"])
-        median, p20, p80 = (t / case.copies for t in (timed["us"].median, timed["us"].p20, timed["us"].p80))
-        row = {"op": case.op, "case": case.case, "us": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6,
-               "gbps": case.bytes / median / 1e9, "limit_gbps": gbps, "pct_of_limit": case.bytes / median / 1e7 / gbps,
-               "tflops": case.flops / median / 1e12, "headline": case.headline,
-               "peers": {name: timed[name].median / counts[name] * 1e6 for name in peers}, "without": without}
+        row = measured(case, runs, sizes.device, limit)
+        keep(row)
         rows.append(row)
         print(line(row), flush=True)
     return rows
+
+
+def measured(case: Case, runs: int, device: str, limit: ReadBandwidth | CopyBandwidth) -> dict:
+    try:
+        case.check(settled(case.run(0)))
+        return timed(case, runs, device, limit)
+    except AssertionError as error:  # told at the end: the other cases are worth their time
+        return {"op": case.op, "case": case.case, "wrong": first_line(error)}
+    except Exception as error:
+        if device == "cpu":
+            raise
+        return {"op": case.op, "case": case.case, "wrong": f"fails: {type(error).__name__}: {first_line(error)}"}
+
+
+def timed(case: Case, runs: int, device: str, limit: ReadBandwidth | CopyBandwidth) -> dict:
+    peers, counts, without = {}, {}, {}
+    for name, peer in case.peers.items():
+        try:
+            peers[name], counts[name] = ready(case, name, peer, device)
+        except Unusable as why:
+            without[name] = str(why)
+    clock = interleaved if device == "cpu" else interleaved_cuda
+    functions = {"us": recorded(case, device), "limit": limit, **peers}
+    times = clock(functions, runs=affordable(functions, runs) if device == "cpu" else runs)
+    gbps = limit.gbps(times["limit"])
+    median, p20, p80 = (t / case.copies for t in (times["us"].median, times["us"].p20, times["us"].p80))
+    return {"op": case.op, "case": case.case, "us": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6,
+            "gbps": case.bytes / median / 1e9, "limit_gbps": gbps, "pct_of_limit": case.bytes / median / 1e7 / gbps,
+            "floor_us": case.bytes / gbps / 1e3, "tflops": case.flops / median / 1e12, "headline": case.headline,
+            "peers": {name: times[name].median / counts[name] * 1e6 for name in peers}, "without": without}
 
 
 def affordable(functions: dict[str, Callable[[int], object]], runs: int) -> int:
@@ -274,6 +285,8 @@ def recorded(case: Case, device: str):
 
 
 def line(row: dict) -> str:
+    if "wrong" in row:
+        return f"{row['op']:<16} {row['case']:<34} WRONG: {row['wrong']}"
     peers = ", ".join(f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
     return (f"{row['op']:<16} {row['case']:<34} {row['us']:9.1f} us [{row['p20']:.1f}-{row['p80']:.1f}] "
             f"{row['gbps']:7.1f} GB/s {row['pct_of_limit']:5.0f} % of the limit {row['tflops']:7.3f} TFLOP/s  {peers}")

@@ -1,104 +1,132 @@
-"""`make gpu`: builds, tests and measures on a machine with a GPU, in at most eight minutes.
+"""`make gpu`: builds, tests, measures and tunes on a machine with a GPU, and ends by itself within nine minutes.
 
-    python bench/gpu.py [dry] [tests] [ops] [step]
+    python bench/gpu.py [dry] [a] [b] [c] [d] [e] [f] [--out FOLDER] [--no-peers]
 
-Needs python with torch for CUDA, triton, pytest and ninja; nothing is fetched. tests: tests/gpu, then compute-sanitizer
-over one sample of each op where that is installed. ops, step: the benchmarks, into bench/results/<device>/.
+a  every op in bfloat16 against its reference, rows among others; linear, attention, heads, draft step
+b  whole steps at Qwen3-8B's geometry, a layer of MiniMax-M2.7's; one step's kernels and gaps
+c  the launch tables' entries against their neighbours: tools/launch_tables.py FOLDER/sweep.json sets the tables
+d  Nsight Compute's counters of five kernels
+e  the other tests, compute-sanitizer
+f  small ops, and everything beside its peers
 
-dry: the same commands without a GPU, on tiny shapes, in dflash_kernels.testing.dry, with results into a folder that is
-thrown away. It needs no CUDA, and finds what Python would trip over.
+Needs python with torch for CUDA, triton, pytest and, unless dflash_kernels/*.so are those of the sources, ninja and a
+compiler; nothing is fetched. Results are written after each case, so whoever cuts it off has what was measured until
+then: cases.json, profile.json, sweep.json, counters.csv, plan.json, summary.txt, log.txt, into the folder of --out or
+bench/results/<device>.
+
+dry: the same without a GPU, on tiny shapes, in dflash_kernels.testing.dry, with results into the folder of --out or one
+that is thrown away. It needs no CUDA, and finds what Python would trip over.
 """
 
+import argparse
 import contextlib
-import os
-import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-BUDGET, SANITIZER = 8 * 60, 90  # seconds for everything, and at most for compute-sanitizer
-PARTS = ("tests", "ops", "step")
-STEPS = {
-    "tests": [["-m", "pytest", "tests/gpu", "--maxfail=20", "-p", "no:cacheprovider"]],
-    "ops": [["bench/run.py", "memory", "small", "linear", "attention", "sample", "--device", "cuda", "--runs", "20"]],
-    "step": [["bench/run.py", "draft", "--device", "cuda", "--runs", "20"]],
-}
-SANITIZED = ["-m", "pytest", "tests/gpu/test_ops_gpu.py", "-k", "sample and f32", "-p", "no:cacheprovider"]
-DRY = ["-m", "dflash_kernels.testing.dry"]
-AT_ONCE = min((os.cpu_count() or 1) // 2, 8) or 1  # processes of the tests, whose time is that of compiling kernels
+import gpu_build
+import gpu_plan
+import gpu_summary
+from gpu_jobs import Jobs
+
+from dflash_decode.results import commit, write_json
 
 
-def run(words: list[str], end: float, at_once: int = 1) -> str:
-    """What became of one command, "passed", "failed (code)" or "out of time", and its seconds. at_once: in so many
-    processes, each with its share (tests/gpu/conftest.py)."""
-    start = time.monotonic()
-    if start >= end:
-        return "out of time before it began"
-    print("+", *words, flush=True)
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile()) if at_once > 1 else None for _ in range(at_once)]
-        processes = [subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log and subprocess.STDOUT, env=os.environ | {
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PYTHONUNBUFFERED": "1", "DFLASH_SHARE": f"{i}/{at_once}"})
-            for i, log in enumerate(logs)]
-        codes = [waited(process, end) for process in processes]
-        for log in filter(None, logs):
-            log.seek(0)
-            print(log.read().decode(errors="replace"), end="", flush=True)
-    took = f", {time.monotonic() - start:.0f} s"
-    wrong = [code for code in codes if code]
-    return "out of time" + took if None in codes else f"failed ({wrong[0]}){took}" if wrong else "passed" + took
+class Refused(Exception):
+    """Bad input: one line, and nothing was written."""
 
 
-def waited(process: subprocess.Popen, end: float) -> int | None:
-    """Its exit status, or None where it had to be killed."""
+def parsed(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--no-peers", action="store_true")
+    options = parser.parse_args(words)
+    options.dry = "dry" in options.parts
+    options.parts = [word for word in options.parts if word != "dry"] or list(gpu_plan.SHARES)
+    if unknown := sorted(set(options.parts) - set(gpu_plan.SHARES)):
+        raise Refused(f"a part must be dry or one of {', '.join(gpu_plan.SHARES)}; got {', '.join(unknown)}")
+    return options
+
+
+def output_folder(options: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
+    """Made if need be, and seen to take a file."""
+    if options.out is None:
+        if options.dry:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        from cases import results_folder
+
+        options.out = results_folder("cuda")
+    out = options.out.absolute()
     try:
-        return process.wait(max(end - time.monotonic(), 0))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return None
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise Refused(f"OUT must be a folder that can be written to; got {out}: {error.strerror}") from error
+    return out
 
 
-def sanitizer(dry: bool, end: float) -> str:
-    found = shutil.which("compute-sanitizer")
-    if dry:
-        return "left out, as there is no GPU"
-    if not found:
-        return "not installed"
-    return run([found, "--error-exitcode=9", sys.executable, *SANITIZED], min(end, time.monotonic() + SANITIZER))
+class Plan:
+    """Runs the parts and keeps what became of each command."""
 
+    def __init__(self, options: argparse.Namespace, out: Path, began: float):
+        self.options, self.out, self.began, self.done = options, out, began, {}
+        for name in ("plan.json", "log.txt", "summary.txt", "counters.csv"):
+            (out / name).unlink(missing_ok=True)
+        (out / "log.txt").touch()
+        self.jobs = Jobs(out / "log.txt")
 
-def dried(words: list[str], folder: str) -> list[str]:
-    """The command on the stand-in for a GPU."""
-    tiny = ["--tiny", "--runs", "1", "--folder", folder] if words[0] == "bench/run.py" else ["-rs"]
-    return [*DRY, *words, *tiny]
+    def note(self, name: str, what: str) -> None:
+        self.done[name] = what
+        print(f"{name}: {what}", flush=True)
+        write_json(self.out / "plan.json", {"commit": commit(), "dry": self.options.dry, "commands": self.done,
+                                            "seconds": round(time.monotonic() - self.began)})
+
+    def run(self) -> None:
+        end = self.began + (gpu_plan.DRY_BUDGET if self.options.dry else gpu_plan.BUDGET)
+        self.note("build", "not needed: the libraries are those of the sources" if gpu_build.prebuilt()
+                  else self.jobs.run(gpu_build.command(), end if self.options.dry else self.began + gpu_plan.BUILDING))
+        until = time.monotonic()
+        for part in self.options.parts:
+            until = min(until + gpu_plan.SHARES[part], end)
+            for step in gpu_plan.steps(part, self.out, self.options.dry, not self.options.no_peers):
+                stop = end if self.options.dry else min(until, time.monotonic() + step.seconds)
+                self.note(f"{part} {step.name}", step.absent or self.jobs.run(step.words, stop, step.at_once,
+                                                                             step.environment))
+
+    def close(self) -> int:
+        """The last page, whatever happened."""
+        self.jobs.stop()
+        for left in self.out.glob(".*.json.*"):  # of a process that was ended while it wrote
+            left.unlink()
+        page = gpu_summary.page(self.out)
+        (self.out / "summary.txt").write_text(page, encoding="utf-8")
+        print("\n" + page, end="", flush=True)
+        return int(any(what.startswith(("failed", "out of time")) for what in self.done.values()))
 
 
 def main() -> int:
-    dry, parts = "dry" in sys.argv[1:], [word for word in sys.argv[1:] if word != "dry"] or PARTS
-    if unknown := set(parts) - set(PARTS):
-        print(f"parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}", file=sys.stderr)
-        return 2
-    import torch
+    began = time.monotonic()
+    try:
+        options = parsed(sys.argv[1:])
+        import torch
 
-    if not dry and not torch.cuda.is_available():
-        print(f"make gpu needs a GPU that torch can use; torch {torch.__version__} finds none", file=sys.stderr)
+        if not options.dry and not torch.cuda.is_available():
+            raise Refused(f"make gpu needs a GPU that torch can use; torch {torch.__version__} finds none")
+        with contextlib.ExitStack() as stack:
+            plan = Plan(options, output_folder(options, stack), began)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            try:
+                plan.run()
+            finally:
+                code = plan.close()
+        return code
+    except Refused as why:
+        print(why, file=sys.stderr)
         return 2
-    end, results = time.monotonic() + BUDGET, {}
-    results["build"] = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], end)
-    with tempfile.TemporaryDirectory() as folder:
-        for part in parts:
-            for words in STEPS[part]:
-                command = dried(words, folder) if dry else words
-                at_once = AT_ONCE if part == "tests" and not dry else 1
-                results[" ".join([part, *words[:2]])] = run([sys.executable, *command], end, at_once)
-            if part == "tests":
-                results["compute-sanitizer"] = sanitizer(dry, end)
-    print("\n".join(f"{name}: {what}" for name, what in results.items()))
-    return int(any(what.startswith(("failed", "out")) for what in results.values()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""What a benchmark does with its peers, and what `make gpu` runs."""
+"""What a benchmark does with its peers and its rows."""
 
-import sys
+import importlib.util
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
-import gpu
+import cases
 import pytest
 import torch
 from cases import Case, Sizes, agreeing, footnotes, line, measure
 
 SIZES = Sizes("cpu", tiny=True)
+_found = importlib.util.spec_from_file_location("bench_run", Path(cases.__file__).parent / "run.py")
+run = importlib.util.module_from_spec(_found)  # bench/peers has a module of this name too
+_found.loader.exec_module(run)
 
 
 def measured(peers, **options):
@@ -41,40 +46,54 @@ def test_integers_are_compared_exactly():
 
 
 def test_a_wrong_result_of_ours_has_no_time_and_the_next_case_is_measured(capsys):
-    cases = [Case("op", str(x), lambda i, x=x: torch.full((2,), x), 8, check=agreeing(lambda: torch.zeros(2).long()))
-             for x in (1, 0)]
-    wrong, right = measure(cases, 1, SIZES)
+    made = [Case("op", str(x), lambda i, x=x: torch.full((2,), x), 8, check=agreeing(lambda: torch.zeros(2).long()))
+            for x in (1, 0)]
+    wrong, right = measure(made, 1, SIZES)
     assert wrong == {"op": "op", "case": "1", "wrong": "result 0: other integers"} and right["us"] > 0
     assert "WRONG" in capsys.readouterr().out and footnotes([wrong, right]) == []
 
 
-def commands(monkeypatch, *words):
-    ran = []
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
-    monkeypatch.setattr(gpu, "run", lambda words, end, at_once=1: ran.append(words) or "passed")
-    return gpu.main(), ran
+def test_a_row_is_kept_before_the_next_case_begins():
+    kept, seen = [], []
+
+    def two():
+        for name in "ab":
+            seen.append(list(kept))
+            yield Case("op", name, lambda i: torch.zeros(2), 8)
+
+    measure(two(), 1, SIZES, lambda row: kept.append(row["case"]))
+    assert seen == [[], ["a"]] and kept == ["a", "b"]
 
 
-def test_the_dry_run_is_the_whole_script_on_the_stand_in(monkeypatch, capsys):
-    code, ran = commands(monkeypatch, "dry")
-    assert code == 0 and ran[0][1:] == ["setup.py", "-q", "build_ext", "--inplace"]
-    wet = [words for part in gpu.PARTS for words in gpu.STEPS[part]]
-    assert len(ran) == 1 + len(wet)
-    folders = set()
-    for command, words in zip(ran[1:], wet, strict=True):
-        assert command[:3 + len(words)] == [sys.executable, *gpu.DRY, *words]
-        if "bench/run.py" in words:
-            assert "--tiny" in command
-            folders.add(command[command.index("--folder") + 1])
-    assert len(folders) == 1 and not Path(folders.pop()).exists()
-    assert "left out, as there is no GPU" in capsys.readouterr().out
+def test_without_peers_none_is_made():
+    assert Sizes("cuda", peers=False).peers_of("op", None) == {}
 
 
-def test_parts(monkeypatch, capsys):
-    assert len(commands(monkeypatch, "dry", "step")[1]) == 2
-    assert commands(monkeypatch, "everything") == (2, []) and "tests, ops, step" in capsys.readouterr().err
+def test_on_a_gpu_a_case_that_fails_is_told_and_the_next_is_measured(monkeypatch):
+    """What a first run on a GPU finds must not cost the cases behind it; on a CPU it is a bug to be seen."""
+    def broken(i):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    case = Case("op", "c", broken, 8)
+    row = cases.measured(case, 1, "cuda", None)
+    assert row == {"op": "op", "case": "c", "wrong": "fails: RuntimeError: out of resource: shared memory"}
+    with pytest.raises(RuntimeError):
+        cases.measured(case, 1, "cpu", None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
-    assert commands(monkeypatch, "ops") == (2, []) and "needs a GPU" in capsys.readouterr().err
+def rows_of(file):
+    return [(row["op"], row["case"], row["us"]) for row in json.loads(file.read_text())["rows"]]
+
+
+def test_a_file_is_added_to_and_a_case_that_is_measured_again_replaces_its_row(tmp_path):
+    file, options = tmp_path / "cases.json", SimpleNamespace(runs=1, device="cpu", tiny=True, add=True)
+    first = run.Kept(file, {"device": "d"}, ["x"], options)
+    for name, us in (("a", 1), ("b", 2)):
+        first.keep({"op": "op", "case": name, "us": us})
+    second = run.Kept(file, {"device": "d"}, ["y"], options)
+    second.keep({"op": "op", "case": "a", "us": 3})
+    assert rows_of(file) == [("op", "b", 2), ("op", "a", 3)]
+    assert json.loads(file.read_text())["command"].count("bench/run.py") == 2
+    options.add = False
+    run.Kept(file, {"device": "d"}, ["y"], options).keep({"op": "op", "case": "c", "us": 4})
+    assert rows_of(file) == [("op", "c", 4)]
