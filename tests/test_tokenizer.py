@@ -155,7 +155,7 @@ def test_directory(tmp_path):
 def test_named_templates(tmp_path):
     folder = small_directory(tmp_path, chat_template=[{"name": "tool_use", "template": "X"},
                                                       {"name": "default", "template": "D"}])
-    assert load_tokenizer(folder).apply_chat_template([]) == "D"
+    assert load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "x"}]) == "D"
 
 
 @pytest.mark.parametrize("template, message", [

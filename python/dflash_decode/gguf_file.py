@@ -23,7 +23,7 @@ from .gguf_reader import field, open_file
 from .weights import Checkpoint, CheckpointError, brief, read_directory
 
 _SOURCE = "converted-from"  # the file in a converted directory that names the GGUF file
-_FORMAT = 1  # raise it when the conversion changes: it is part of the cache key
+_FORMAT = 2  # raise it when the conversion changes: it is part of the cache key
 _CACHE_LIMIT = 2 << 30  # bytes of bfloat16; larger models are dequantised each time, not copied into the home folder
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # Further settings of rope scaling, and the values at which they say what "type" and "factor" say alone.
