@@ -13,7 +13,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("tokenizers")
 
 import template_attacks
-from test_tokenizer import small_directory
+from test_tokenizer_files import small_directory
 
 from dflash_decode import chat_template, template_budget
 from dflash_decode.tokenizer import load_tokenizer

@@ -140,6 +140,7 @@ def _from_directory(folder: Path, source: str) -> Tokenizer:
         raise CheckpointError(f"{file}: expected this file; got none")
     with _library(str(file)):
         backend = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer_config.prepare(backend, str(file))
     return Tokenizer(backend, tokenizer_config.read_config(folder), source, tokenizer_config.stop_ids(folder))
 
 

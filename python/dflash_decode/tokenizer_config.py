@@ -1,10 +1,15 @@
 """What a model directory says about its tokenizer: special tokens, chat templates, the tokens that end an answer."""
 
+import json
+import math
 from pathlib import Path
+
+import tokenizers
 
 from .template_budget import LONGEST_TEMPLATE
 from .weights import CheckpointError, brief, read_json
 
+_GROWTH = 1024  # characters or tokens that a tokenizer's steps may make of one
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -94,3 +99,29 @@ def stop_ids(folder: Path) -> list[int]:
         raise CheckpointError(f"{folder}: eos_token_id must be an integer or a list of them, from 0 on; "
                               f"got {brief(ValueError(repr(ends)))}")
     return ends
+
+
+def prepare(backend: tokenizers.Tokenizer, source: str) -> None:
+    """Turns off the truncation and padding that a tokenizer.json may have kept from training, and refuses steps that
+    multiply a text: thirty replacements of "a" by "aa" are gigabytes."""
+    backend.no_truncation()
+    backend.no_padding()
+    for name in ("normalizer", "decoder", "post_processor"):
+        step = getattr(backend, name)
+        growth = 1 if step is None else _growth(json.loads(step.__getstate__()))
+        if growth > _GROWTH:
+            raise CheckpointError(f"{source}: {name} must make at most {_GROWTH} of one character or token; "
+                                  f"got {min(growth, 10**9)} or more")
+
+
+def _growth(step: dict) -> int:
+    parts = step.get("normalizers") or step.get("decoders") or step.get("processors")
+    if parts:
+        return math.prod(map(_growth, parts))
+    if step.get("type") == "Replace":
+        text, made = step["pattern"].get("String"), len(step["content"])
+        # A regular expression may match nothing, before each character.
+        return max(1, math.ceil(made / len(text))) if text else 1 + made
+    if step.get("type") == "TemplateProcessing":
+        return max(1, sum("Sequence" in piece for piece in step["single"]))
+    return 1
