@@ -259,11 +259,11 @@ def test_messages_without_end(tmp_path):
 def small_limits(monkeypatch):
     """A hundredth of the limits: what is stopped is stopped alike, and sooner."""
     monkeypatch.setattr(template_budget, "LARGEST", (1 << 18, 16))
-    monkeypatch.setattr(template_budget, "CHARACTERS", (1 << 20, 2048))
+    monkeypatch.setattr(template_budget, "CHARACTERS", (1 << 20, 1024))
     monkeypatch.setattr(template_budget, "STEPS", (1 << 16, 8))
 
 
-ENDED = "must (have|be|read|take)"
+ENDED = "must (have|be|take) "
 
 
 @pytest.mark.parametrize("name", [*template_attacks.GROW, *template_attacks.LOOPS])

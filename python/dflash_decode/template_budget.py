@@ -14,7 +14,7 @@ STEP = 8  # what a step, or an item of a list, is worth in characters
 # joins the text so far with each message); the largest output is 19 times a prompt of one word. With a long text the
 # dearest take 12 steps a character (they loop over it).
 LARGEST = 1 << 20, 16  # characters of the output, or of any value on the way
-CHARACTERS = 64 << 20, 2048
+CHARACTERS = 64 << 20, 1024
 STEPS = 8 << 20, 16  # some 4 s, and 8 s for a million characters
 LONGEST_TEMPLATE = 1 << 17  # characters; the longest of the real ones has 21,000
 DEPTH = 100  # of lists in lists: C recurses over them with no limit of its own
@@ -39,16 +39,16 @@ class Budget:
     def __init__(self, inputs: object = ()):
         self._known: dict[int, tuple[int, int, object]] = {}  # id -> size, depth, and the value, so that the id stays
         size = self.size(inputs)
-        limits = (LARGEST, CHARACTERS, STEPS)
-        self.largest, self.characters, self.steps = (base + times * size for base, times in limits)
+        self.limits = [base + times * size for base, times in (LARGEST, CHARACTERS, STEPS)]
+        self.largest, self.characters, self.steps = self.limits
 
     def spend(self, characters: int, steps: int = 1) -> bool:
         """True, so that a condition can pay."""
         self.characters -= characters
         self.steps -= steps
         if self.characters < 0 or self.steps < 0:
-            what = "read and write fewer characters" if self.characters < 0 else "take fewer steps"
-            raise TooMuch(f"it must {what} for a conversation of this length")
+            what = f"{self.limits[1]} characters" if self.characters < 0 else f"{self.limits[2]} steps"
+            raise TooMuch(f"it must take at most {what} for this conversation; got more")
         return True
 
     def size(self, value: object) -> int:
