@@ -9,6 +9,11 @@ def _times(start: str, step: str, end: str = "{{ ns.x }}") -> str:
     return set_ + f"{{% for i in range(60) %}}{{% set ns.x = {step} %}}{{% endfor %}}{end}"
 
 
+def _often(value: str) -> str:
+    """So often that its size tells, and not so often that the turns do."""
+    return "{% for i in range(1000) %}{% set z = " + value + " %}{% endfor %}"
+
+
 GROW = {
     "a repeated text": "{{ 'a' * 10**10 }}",
     "a repeated list": "{{ [0] * 10**10 }}",
@@ -59,6 +64,7 @@ GROW = {
     "xmlattr": "{{ {'a': 'b' * 1000000}|xmlattr }}",
     "a constant of autoescape": "{% autoescape ('a'|center(10**10)) %}{% endautoescape %}{{ 'a'|center(10**10) }}",
     "a block that is set": "{% set x %}" + LOOP + "text" + END + "{% endset %}",
+    "a text written often": "{% set x = 'a' * 100000 %}{% for i in range(6) %}{{ x }}{% endfor %}",
     "output": LOOP + "some text" + END,
     "a long text in a loop": LOOP + "x" * 10000 + END,
 }
@@ -69,20 +75,29 @@ LOOPS = {
     "nested loops with a condition": "{% for i in range(100000) %}{% for j in range(100000) if false %}" + END,
     "macros that call themselves twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}"
                                          "{% endmacro %}{{ m(60) }}",
-    "comparing long texts": "{% set x = 'a' * 100000 %}{% set y = 'a' * 99999 ~ 'b' %}" + LOOP
-                            + "{{ '' if x == y }}" + END,
-    "searching in a long text": "{% set x = 'a' * 100000 %}" + LOOP + "{{ '' if 'aab' in x }}" + END,
-    "searching in a list": "{% set x = ('ab' * 1000)|list %}" + LOOP + "{{ '' if 'c' in x }}" + END,
-    "testing against a list": "{% set x = ('ab' * 1000)|list %}" + LOOP
-                              + "{{ range(1000)|select('in', x)|list }}" + END,
-    "looking up long keys": "{% set t = (1,) * 1000 %}" + LOOP + "{% set z = {1: 2}[(t, t)] %}" + END,
-    "splitting": "{% set x = 'a' * 100000 %}" + LOOP + "{% set y = x.split('b') %}" + END,
-    "slicing": "{% set x = 'a' * 100000 %}" + LOOP + "{% set y = x[1:] %}" + END,
-    "reversing": "{% set x = 'a' * 100000 %}" + LOOP + "{% set y = x|reverse %}" + END,
-    "sorting": LOOP + "{% set x = range(10000)|sort %}" + END,
-    "chains of filters": LOOP + "{{ range(1000)|map('string')|map('upper')|select('eq', 'x')|list }}" + END,
+    "comparing long texts": "{% set x = 'a' * 100000 %}{% set y = 'a' * 99999 ~ 'b' %}" + _often("x == y"),
+    "searching in a long text": "{% set x = 'a' * 100000 %}" + _often("'aab' in x"),
+    "searching in a list": "{% set x = ('ab' * 1000)|list %}{% set y = 'c' %}" + _often("y in x"),
+    "searching in what is made item by item": _often("1 in range(1000, 2000)|map('int')"),
+    "testing against a list": "{% set x = ('ab' * 1000)|list %}" + _often("'c' is in x"),
+    "testing long texts": "{% set x = 'a' * 100000 %}" + _often("x is upper"),
+    "looking up long keys": "{% set t = (1,) * 1000 %}" + _often("{1: 2}[t]"),
+    "keys that are long": "{% set t = (1,) * 1000 %}" + _often("{t: 1}"),
+    "looking up with get": "{% set t = (1,) * 1000 %}" + _often("{1: 2}.get(t)"),
+    "splitting": "{% set x = 'a' * 100000 %}" + _often("x.split('b')"),
+    "slicing": "{% set x = 'a' * 100000 %}" + _often("x[1:]"),
+    "reversing": "{% set x = 'a' * 100000 %}" + _often("x|reverse"),
+    "making lists": "{% set a = 1 %}" + _often("[" + "a," * 1000 + "]"),
+    "sorting": "{% set x = range(1000)|list %}" + _often("x|sort"),
+    "joining texts": "{% set x = 'a' * 10000 %}" + _often("x ~ 1"),
+    "capitals": "{% set x = 'a' * 10000 %}" + _often("x|upper"),
+    "printing lists": "{% set x = [1] * 1000 %}{% set y %}{% for i in range(1000) %}{{ x }}{% endfor %}{% endset %}",
+    "formatting": "{% set x = 'a' * 10000 %}" + _often("'%s' % x"),
+    "times of day": _often("strftime_now('%c' * 100)"),
+    "chains of filters": _often("range(1000)|map('string')|map('upper')|list|length"),
+    "what is not there": "{{ range(30000)|map(attribute='a')|list|length }}",
+    "nested loops over one range": "{% set r = range(100000) %}{% for i in r %}{% for j in r %}" + END,
     "a long chain of attributes": LOOP + "{% set z = [" + "x.a," * 1000 + "] %}" + END,
-    "times of day": LOOP + "{% set x = strftime_now('%c' * 100) %}" + END,
     "namespaces of namespaces": _times("1", "namespace(a=ns.x, b=ns.x)", "{{ ns.x }}" + LOOP + END),
     "keeping what is made": "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}"
                             "{% set ns.l = ns.l + ['x' * 1000 ~ i] %}{% endfor %}",
@@ -113,6 +128,7 @@ FAULTS = {
     "a change of what it is given": ("{{ messages.append(1) }}", "unsafe"),
     "a change of its own list": ("{% set x = [] %}{{ x.append(1) }}", "unsafe"),
     "a namespace's insides": ("{% set ns = namespace(_x=1) %}", "must not start with _"),
+    "lists 200 deep": (_times("1", "[[[[ns.x]]]]"), "nested at most 100 deep"),
     "JSON of what is none": ("{{ namespace()|tojson }}", "TypeError"),
     "a date that is no text": ("{{ strftime_now(1) }}", "TypeError"),
 }

@@ -15,7 +15,7 @@ STEP = 8  # what a step, or an item of a list, is worth in characters
 # dearest take 12 steps a character (they loop over it).
 LARGEST = 1 << 20, 16  # characters of the output, or of any value on the way
 CHARACTERS = 64 << 20, 1024
-STEPS = 8 << 20, 16  # some 4 s, and 8 s for a million characters
+STEPS = 4 << 20, 16  # some 2 s, and 8 s for a million characters
 LONGEST_TEMPLATE = 1 << 17  # characters; the longest of the real ones has 21,000
 DEPTH = 100  # of lists in lists: C recurses over them with no limit of its own
 BITS = 1 << 14  # of an integer; Python prints none above 4,300 digits
@@ -94,8 +94,8 @@ class Budget:
             self.allow_bits(value.bit_length())
         elif isinstance(value, dict):  # a key is read to its end when it is hashed
             size = STEP * len(value) + self.sizes(key for key in value if type(key) is not str)
-        elif isinstance(value, (list, tuple)):
-            size = STEP * len(value)
+        elif isinstance(value, (list, tuple, range)):
+            size = 0 if isinstance(value, range) else STEP * len(value)
         self.spend(STEP + size)
         return value
 
