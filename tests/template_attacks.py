@@ -97,7 +97,9 @@ LOOPS = {
     "chains of filters": _often("range(1000)|map('string')|map('upper')|list|length"),
     "what is not there": "{{ range(30000)|map(attribute='a')|list|length }}",
     "nested loops over one range": "{% set r = range(100000) %}{% for i in r %}{% for j in r %}" + END,
-    "a long chain of attributes": LOOP + "{% set z = [" + "x.a," * 1000 + "] %}" + END,
+    "many attributes": "{% set x = {'a': 1} %}" + _often("x.a and " * 100 + "1"),
+    "a condition of a loop": "{% for j in range(100000) if j < 0 %}{% endfor %}",
+    "a long text that is set": "{% set x %}{% for i in range(400) %}" + "x" * 10000 + "{% endfor %}{% endset %}",
     "namespaces of namespaces": _times("1", "namespace(a=ns.x, b=ns.x)", "{{ ns.x }}" + LOOP + END),
     "keeping what is made": "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}"
                             "{% set ns.l = ns.l + ['x' * 1000 ~ i] %}{% endfor %}",

@@ -89,13 +89,13 @@ class Budget:
 
     def made(self, value: object) -> object:
         """A value that the template has made, paid for; not larger than the output may be."""
-        size = self.allow(self.size(value))
+        size = 0 if isinstance(value, range) else self.allow(self.size(value))  # a range costs when it is walked
         if isinstance(value, int):
             self.allow_bits(value.bit_length())
         elif isinstance(value, dict):  # a key is read to its end when it is hashed
             size = STEP * len(value) + self.sizes(key for key in value if type(key) is not str)
-        elif isinstance(value, (list, tuple, range)):
-            size = 0 if isinstance(value, range) else STEP * len(value)
+        elif isinstance(value, (list, tuple)):
+            size = STEP * len(value)
         self.spend(STEP + size)
         return value
 
