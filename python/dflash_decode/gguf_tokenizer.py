@@ -9,6 +9,8 @@ from .gguf_reader import field
 from .weights import CheckpointError, brief
 
 _CONTROL, _USER_DEFINED = 3, 4
+_SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+            "pad_token": "padding_token_id"}
 _QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -43,8 +45,9 @@ def tokenizer_files(path: Path, reader) -> dict[str, str]:
         raise CheckpointError(f"{path}: tokenizer.ggml.model must be gpt2 (byte-level BPE); got {model!r}")
     if pre not in _PRE:
         raise CheckpointError(f"{path}: tokenizer.ggml.pre must be one of {', '.join(_PRE)}; got {pre!r}")
-    tokens, types = get("tokens", list), get("token_type", list, [])
-    merges = [tuple(pair.split(" ", 1)) for pair in get("merges", list)]
+    tokens, types = _list(path, "tokens", get("tokens", list), str), _list(path, "token_type",
+                                                                          get("token_type", list, []), int)
+    merges = [tuple(pair.split(" ", 1)) for pair in _list(path, "merges", get("merges", list), str)]
     try:
         bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # the library's own exception type is bare Exception
@@ -59,12 +62,22 @@ def tokenizer_files(path: Path, reader) -> dict[str, str]:
     tokenizer.add_tokens(added)
     config = {"chat_template": field(path, reader, "tokenizer.chat_template", str, None),
               "add_bos_token": get("add_bos_token", bool, False)}
-    for name in ("bos", "eos"):
-        token = get(f"{name}_token_id", int, None)
+    for name, key in _SPECIAL.items():
+        token = get(key, int, None)
         if token is not None and not 0 <= token < len(tokens):
-            raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id must be in [0, {len(tokens)}); got {token}")
-        config[f"{name}_token"] = None if token is None else tokens[token]
+            raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be in [0, {len(tokens)}); got {token}")
+        config[name] = None if token is None else tokens[token]
     if config["add_bos_token"] and config["bos_token"]:
-        bos = (config["bos_token"], get("bos_token_id", int))
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]}:0 $A:0", special_tokens=[bos])
+        # Under a name of its own: a token's text may have what the template's syntax is made of.
+        bos = {"id": "bos", "ids": [get("bos_token_id", int)], "tokens": [config["bos_token"]]}
+        tokenizer.post_processor = processors.TemplateProcessing(single="bos:0 $A:0", special_tokens=[bos])
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=1)}
+
+
+def _list(path: Path, key: str, values: list, kind: type) -> list:
+    """The values, all of one type."""
+    wrong = next((value for value in values if type(value) is not kind), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be a list of {kind.__name__}; "
+                              f"got {type(wrong).__name__} in it")
+    return values

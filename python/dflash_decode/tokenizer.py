@@ -1,28 +1,34 @@
 """Text to token ids and back, chat templates, and a decoder for streams, with the `tokenizers` library alone."""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 
-from . import gguf_file, gguf_tokenizer
+from . import gguf_file, gguf_tokenizer, tokenizer_config
 from .gguf_reader import open_file
-from .weights import CheckpointError, brief, find_model, read_json
+from .weights import CheckpointError, brief, find_model
 
+_LARGEST_FILE = 1 << 28  # bytes of tokenizer.json; the largest vocabularies have 35 MB
+# Arguments of transformers' apply_chat_template that mean something else than a name for the template.
+_ELSEWHERE = ("chat_template", "continue_final_message", "max_length", "padding", "return_assistant_tokens_mask",
+              "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation")
 _UNFINISHED = "\ufffd"  # what the decoder puts where a character's bytes are not all there
 
 
 class Tokenizer:
-    """A model's tokenizer. `stop_ids` end an answer."""
+    """A model's tokenizer. `stop_ids` end an answer; `special_tokens` are the texts of those that it has, by name
+    ("bos_token"); `chat_template` is a text, or texts by name, or None."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, source: str, stop_ids: Sequence[int] = ()):
         self.backend, self.source = backend, source
-        self.chat_template: str | None = config.get("chat_template")
-        self.bos_token, self.eos_token = _content(config.get("bos_token")), _content(config.get("eos_token"))
+        self.chat_template = tokenizer_config.chat_templates(config, source)
+        self.special_tokens = tokenizer_config.special_tokens(config, source)
+        self.bos_token, self.eos_token = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
         self.eos_id = backend.token_to_id(self.eos_token) if self.eos_token else None
         self.stop_ids = tuple(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *stop_ids]))
 
@@ -33,32 +39,53 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised. add_special_tokens puts BOS before it
         where the model wants one (a chat template writes its own). Raises ValueError for a lone surrogate: Python's
-        sign for bytes that are not text."""
+        sign for bytes that are not text, CheckpointError where the model's tokenizer fails."""
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string; got {type(text).__name__}")
         if bad := re.search("[\ud800-\udfff]", text):
             at = bad.start()
             raise ValueError(f"text must be valid Unicode; got {text[at]!r} in {text[max(at - 20, 0):at + 20]!r}")
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _library(self.source):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _library(self.source):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
         """A decoder that takes tokens as they come."""
         return TextStream(self, skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[dict], add_generation_prompt: bool = True, **variables) -> str:
-        """The prompt text of a conversation of {"role": ..., "content": ...} messages. Raises CheckpointError when the
-        model has no template or its template fails."""
-        if not self.chat_template:
-            raise CheckpointError(f"{self.source}: expected a chat template; the model has none")
-        import jinja2
+    def apply_chat_template(self, messages: Iterable[dict], add_generation_prompt: bool = True, *,
+                            tools: Iterable[dict] | None = None, documents: Iterable[dict] | None = None,
+                            **variables) -> str:
+        """The prompt text of a conversation of {"role": ..., "content": ...} messages, as transformers writes it.
 
-        try:
-            return _environment().from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token, eos_token=self.eos_token, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            raise CheckpointError(f"{self.source}: the chat template failed: {brief(error)}") from None
+        tools: JSON schemas of functions. documents: with "title" and "text". variables: further names for the template
+        ("enable_thinking"); they win over the special tokens. Raises ValueError for arguments of another form,
+        CheckpointError when the model has no template or its template fails, asks for more than
+        template_budget.py allows, or makes an endless loop."""
+        for name in _ELSEWHERE:
+            if variables.pop(name, None):
+                raise ValueError(f"apply_chat_template makes text of the model's own template; got {name}")
+        from . import chat_template  # here: whoever writes prompts of their own needs no jinja2
+
+        return chat_template.render(self._template(tools), self.source, messages, tools, documents,
+                                    add_generation_prompt, self.special_tokens | variables)
+
+    def _template(self, tools: object) -> str:
+        if not isinstance(self.chat_template, dict):
+            found = self.chat_template
+        elif tools is not None and "tool_use" in self.chat_template:
+            found = self.chat_template["tool_use"]
+        else:
+            found = self.chat_template.get("default")
+            if self.chat_template and found is None:
+                raise CheckpointError(f"{self.source}: expected a chat template named default; "
+                                      f"got {', '.join(sorted(self.chat_template))}")
+        if not found:
+            raise CheckpointError(f"{self.source}: expected a chat template; the model has none")
+        return found
 
 
 class TextStream:
@@ -96,36 +123,25 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if where.is_dir():
         return _from_directory(where, str(where))
     kept = gguf_file.cached(where)
-    if kept and (kept / "tokenizer.json").is_file():
-        return _from_directory(kept, str(where))
+    if kept and all((kept / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        with contextlib.suppress(CheckpointError):  # a damaged copy: the file itself has all of it
+            return _from_directory(kept, str(where))
     reader = open_file(where)
     files = gguf_tokenizer.tokenizer_files(where, reader)
     ends = gguf_file.stop_ids(where, reader)
-    backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    with _library(str(where)):
+        backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     return Tokenizer(backend, json.loads(files["tokenizer_config.json"]), str(where), ends)
 
 
 def _from_directory(folder: Path, source: str) -> Tokenizer:
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not tokenizer_config.regular(file, _LARGEST_FILE):
         raise CheckpointError(f"{file}: expected this file; got none{_without_tokenizer(folder)}")
-    try:
+    with _library(str(file)):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library's own exception type is bare Exception
-        raise CheckpointError(f"{file}: expected a tokenizer of the tokenizers library; got {brief(error)}") from None
-    config, ends = _optional(folder / "tokenizer_config.json"), []
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    elif isinstance(config.get("chat_template"), list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in config["chat_template"] if isinstance(t, dict)}
-        config["chat_template"] = named.get("default")
-    for name in ("generation_config.json", "config.json"):
-        found = _optional(folder / name).get("eos_token_id")
-        ends += found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(e, int) for e in ends):
-        raise CheckpointError(f"{folder}: eos_token_id must be an integer or a list of them; got {ends}")
-    return Tokenizer(backend, config, source, ends)
+    tokenizer_config.prepare(backend, str(file))
+    return Tokenizer(backend, tokenizer_config.read_config(folder), source, tokenizer_config.stop_ids(folder))
 
 
 def _without_tokenizer(folder: Path) -> str:
@@ -138,28 +154,13 @@ def _without_tokenizer(folder: Path) -> str:
     return "; it comes with the model: download it too, with `hf download`"
 
 
-def _optional(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
-
-
-def _content(token: object) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _environment():
-    """As transformers renders chat templates. Sandboxed: a template is code from whoever made the checkpoint."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
-    return made
+@contextlib.contextmanager
+def _library(source: str) -> Iterator[None]:
+    """The tokenizers library's errors, its bare Exception and a Rust panic among them, as ours."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{source}: expected a tokenizer of the tokenizers library; "
+                                  f"got {brief(error)}") from None
+        raise
