@@ -306,4 +306,4 @@ def test_what_transformers_does_not_load_is_a_checkpoint_error(tmp_path, change)
     file = tmp_path / "m" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=f"^{tmp_path / 'm'}: "):
-        _target(str(tmp_path / "m"), torch.float32, torch.device("cpu"), "model")
+        _target(str(tmp_path / "m"), change.get("model_type", "gpt2"), torch.float32, torch.device("cpu"), "model")

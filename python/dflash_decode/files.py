@@ -50,10 +50,15 @@ def regular(file: Path) -> os.stat_result:
     return found
 
 
-def read_text(file: Path, most: int = MOST_JSON) -> str:
-    """The text of a regular UTF-8 file of at most `most` bytes, or CheckpointError."""
+def check_size(file: Path, most: int = MOST_JSON) -> None:
+    """Raises CheckpointError for what is no regular file of at most `most` bytes."""
     if (size := regular(file).st_size) > most:
         raise CheckpointError(f"{file}: expected at most {most:,} bytes; got {size:,}")
+
+
+def read_text(file: Path, most: int = MOST_JSON) -> str:
+    """The text of a regular UTF-8 file of at most `most` bytes, or CheckpointError."""
+    check_size(file, most)
     try:
         with open(file, "rb") as opened:
             content = opened.read(most + 1)  # some files have no size

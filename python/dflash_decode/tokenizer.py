@@ -10,8 +10,9 @@ from pathlib import Path
 import tokenizers
 
 from . import gguf_file, gguf_tokenizer, tokenizer_config
+from .files import CheckpointError, brief, check_size
 from .gguf_reader import open_file
-from .weights import CheckpointError, brief, find_model
+from .weights import find_model
 
 _LARGEST_FILE = 1 << 28  # bytes of tokenizer.json; the largest vocabularies have 35 MB
 # Arguments of transformers' apply_chat_template that mean something else than a name for the template.
@@ -136,8 +137,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 def _from_directory(folder: Path, source: str) -> Tokenizer:
     file = folder / "tokenizer.json"
-    if not tokenizer_config.regular(file, _LARGEST_FILE):
+    if not file.exists():
         raise CheckpointError(f"{file}: expected this file; got none{_without_tokenizer(folder)}")
+    check_size(file, _LARGEST_FILE)
     with _library(str(file)):
         backend = tokenizers.Tokenizer.from_file(str(file))
     tokenizer_config.prepare(backend, str(file))

@@ -6,31 +6,17 @@ from pathlib import Path
 
 import tokenizers
 
+from .files import CheckpointError, brief, read_json, read_text
 from .template_budget import LONGEST_TEMPLATE
-from .weights import CheckpointError, brief, read_json
 
+_LARGEST_TEMPLATE = 4 * LONGEST_TEMPLATE  # bytes
 _GROWTH = 1024  # characters or tokens that a tokenizer's steps may make of one
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def regular(file: Path, largest: int) -> bool:
-    """Whether `file` is there. Raises CheckpointError for what is no file (a pipe, say, which would be read for ever),
-    and for one of more than `largest` bytes."""
-    try:
-        if not file.exists():
-            return False
-        found, size = file.is_file(), file.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{file}: expected a regular file; got {brief(error)}") from None
-    if not found or size > largest:
-        got = f"{size} bytes" if found else "something else"
-        raise CheckpointError(f"{file}: expected a regular file of at most {largest} bytes; got {got}")
-    return True
-
-
 def read_optional(file: Path) -> dict:
     """The JSON object in `file`; {} when there is none."""
-    return read_json(file) if regular(file, 1 << 28) else {}
+    return read_json(file) if file.exists() else {}
 
 
 def read_config(folder: Path) -> dict:
@@ -39,20 +25,13 @@ def read_config(folder: Path) -> dict:
     config = read_optional(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config |= read_optional(folder / "special_tokens_map.json")
-    named = {file.stem: _read_template(file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if regular(folder / "chat_template.jinja", 4 * LONGEST_TEMPLATE):
-        named["default"] = _read_template(folder / "chat_template.jinja")
+    by_name = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = {file.stem: read_text(file, _LARGEST_TEMPLATE) for file in by_name}
+    if (folder / "chat_template.jinja").exists():
+        named["default"] = read_text(folder / "chat_template.jinja", _LARGEST_TEMPLATE)
     if named:
         config["chat_template"] = named["default"] if [*named] == ["default"] else named
     return config
-
-
-def _read_template(file: Path) -> str:
-    regular(file, 4 * LONGEST_TEMPLATE)
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: expected a template in UTF-8; got {brief(error)}") from None
 
 
 def chat_templates(config: dict, source: str) -> str | dict[str, str] | None:
