@@ -223,7 +223,8 @@ def test_a_fault_in_attention(monkeypatch, caplog, after, causal):
         out = layer.impl.forward(layer, q, k, v, layer.kv_cache, made, torch.full_like(q, 9))
         for b, c in enumerate(lens):
             rows = slice(3 * b, 3 * b + 3)
-            torch.testing.assert_close(out[rows], attention.expected(q[rows], k[rows], v[rows], context_rows[:c], causal))
+            wanted = attention.expected(q[rows], k[rows], v[rows], context_rows[:c], causal)
+            torch.testing.assert_close(out[rows], wanted)
     assert [len(c) for c in calls] == [1, 1]
     assert [r.levelname for r in caplog.records].count("WARNING") == 2
 
