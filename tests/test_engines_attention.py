@@ -8,18 +8,10 @@ import types
 import fake_vllm as fake
 import pytest
 import torch
+from attention_parts import DRAFTER, HEADS, WIDTH, built, expected, layer_of, why
 
 from dflash_decode.engines import vllm as plugin
 from dflash_decode.engines.vllm import attention
-
-HEADS, WIDTH = 4, 3
-
-
-def why(name, device="cpu"):
-    """What is said of a hook when a process has loaded the plugin and makes a proposer."""
-    plugin.register()
-    arguments = {"vllm_config": fake.config(), "device": torch.device(device)}
-    return next(o.why for o in plugin.seen(arguments, plugin.V1) if o.name == name)
 
 
 @pytest.fixture
@@ -42,9 +34,6 @@ def install(monkeypatch):
 def backend(install):
     install()
     return importlib.import_module("dflash_decode.engines.vllm.attention_backend")
-
-
-DRAFTER = fake.SelectorConfig(use_non_causal=True)
 
 
 def test_the_drafter_gets_it_and_nobody_else(install):
@@ -100,33 +89,6 @@ def test_a_changed_registry_leaves_it(install, monkeypatch, caplog):
     assert engine.why() == "the engine's registry has no DFLASH"
     assert "TypeError: register_backend takes backend, factory" in caplog.text
     assert engine.platform.get_attn_backend_cls(None, DRAFTER) == ("CpuPlatform", None)
-
-
-def layer_of(backend, heads_first, dtype=torch.float32):
-    layer = fake.Layer(dtype, heads_first)
-    layer.impl = backend.DFlashAttention(HEADS, fake.HEAD_DIM, 0.3, fake.KV_HEADS)
-    return layer
-
-
-def built(backend, lens, width=WIDTH, tokens=None, causal=False):
-    """As the engine builds it: lengths with the block, the table a view of a wider one."""
-    table = torch.arange(2 * fake.PAGES).flip(0).view(2, fake.PAGES).int() % fake.PAGES
-    common = types.SimpleNamespace(batch_size=lambda: 2, max_query_len=width, causal=causal,
-                                   num_actual_tokens=2 * width if tokens is None else tokens,
-                                   seq_lens=torch.tensor(lens, dtype=torch.int32) + width,
-                                   block_table_tensor=table[:, :3])
-    return backend.DFlashMetadataBuilder(None, [], None, None).build(0, common)
-
-
-def expected(q, k, v, context, causal):
-    """Attention of one request in float64: context (c, 2, Hkv, D), block rows (Q, ., D)."""
-    keys, values = (torch.cat([context[:, i], t]).double().repeat_interleave(HEADS // fake.KV_HEADS, 1)
-                    for i, t in enumerate((k, v)))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * 0.3
-    if causal:
-        ahead = torch.arange(len(keys)) > len(context) + torch.arange(len(q))[:, None]
-        scores = scores.masked_fill(ahead, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).float()
 
 
 @pytest.mark.parametrize("heads_first", [True, False])

@@ -9,9 +9,9 @@ import importlib
 import sys
 import types
 
+import attention_parts as attention
 import fake_vllm as fake
 import pytest
-import test_engines_attention as attention_tests
 import torch
 
 from dflash_decode.engines import vllm as plugin
@@ -185,14 +185,14 @@ def test_verify_v2_acts_for_dflash_alone(monkeypatch):
 def test_a_fault_in_the_choice_of_attention(monkeypatch, caplog, after):
     fake.install(monkeypatch)
     monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention")
-    assert attention_tests.why("attention") == ""
+    assert attention.why("attention") == ""
     backend = types.ModuleType("dflash_decode.engines.vllm.attention_backend")
     if after:  # it is there, and asking it raises
         backend.DFlashAttentionBackend = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
     platform = sys.modules["vllm.platforms.cpu"].CpuPlatform
     for _ in range(2):
-        assert platform.get_attn_backend_cls(None, attention_tests.DRAFTER) == ("CpuPlatform", None)
+        assert platform.get_attn_backend_cls(None, attention.DRAFTER) == ("CpuPlatform", None)
     assert [r.levelname for r in caplog.records].count("WARNING") == 1
     assert "attention: failed, and is off" in caplog.text
 
@@ -211,20 +211,20 @@ def test_a_fault_in_attention(monkeypatch, caplog, after, causal):
                                                             backend._plain_attention, backend.LOG))
     monkeypatch.setattr(backend, "_write", backend.guarded("attention", backend.write_context_kv,
                                                            backend._plain_write, backend.LOG))
-    layer, lens = attention_tests.layer_of(backend, True), [7, 0]
-    made, slots = attention_tests.built(backend, lens, causal=causal), torch.tensor([3, 9, 11, 5, 17, 1, 22])
+    layer, lens = attention.layer_of(backend, True), [7, 0]
+    made = attention.built(backend, lens, causal=causal)
     made.page_table[0] = torch.tensor([0, 2, 4])
     slots = made.page_table[0, torch.arange(7) // fake.PAGE].long() * fake.PAGE + torch.arange(7) % fake.PAGE
     context_rows = torch.randn(7, 2, fake.KV_HEADS, fake.HEAD_DIM)
     for _ in range(2):
         layer.impl.do_kv_cache_update(layer, *context_rows.unbind(1), layer.kv_cache, slots)
-    q, k, v = (torch.randn(6, heads, fake.HEAD_DIM) for heads in (attention_tests.HEADS, fake.KV_HEADS, fake.KV_HEADS))
+    q, k, v = (torch.randn(6, heads, fake.HEAD_DIM) for heads in (attention.HEADS, fake.KV_HEADS, fake.KV_HEADS))
     for _ in range(2):
         out = layer.impl.forward(layer, q, k, v, layer.kv_cache, made, torch.full_like(q, 9))
         for b, c in enumerate(lens):
             rows = slice(3 * b, 3 * b + 3)
-            torch.testing.assert_close(out[rows], attention_tests.expected(q[rows], k[rows], v[rows],
-                                                                           context_rows[:c], causal))
+            wanted = attention.expected(q[rows], k[rows], v[rows], context_rows[:c], causal)
+            torch.testing.assert_close(out[rows], wanted)
     assert [len(c) for c in calls] == [1, 1]
     assert [r.levelname for r in caplog.records].count("WARNING") == 2
 

@@ -1,0 +1,45 @@
+"""A DFlash drafter's attention layer as vLLM makes it, the metadata of a pass, and what the pass must give."""
+
+import types
+
+import fake_vllm as fake
+import torch
+
+from dflash_decode.engines import vllm as plugin
+
+HEADS, WIDTH = 4, 3
+DRAFTER = fake.SelectorConfig(use_non_causal=True)
+
+
+def why(name, device="cpu"):
+    """What is said of a hook when a process has loaded the plugin and makes a proposer."""
+    plugin.register()
+    arguments = {"vllm_config": fake.config(), "device": torch.device(device)}
+    return next(o.why for o in plugin.seen(arguments, plugin.V1) if o.name == name)
+
+
+def layer_of(backend, heads_first, dtype=torch.float32):
+    layer = fake.Layer(dtype, heads_first)
+    layer.impl = backend.DFlashAttention(HEADS, fake.HEAD_DIM, 0.3, fake.KV_HEADS)
+    return layer
+
+
+def built(backend, lens, width=WIDTH, tokens=None, causal=False):
+    """As the engine builds it: lengths with the block, the table a view of a wider one."""
+    table = torch.arange(2 * fake.PAGES).flip(0).view(2, fake.PAGES).int() % fake.PAGES
+    common = types.SimpleNamespace(batch_size=lambda: 2, max_query_len=width, causal=causal,
+                                   num_actual_tokens=2 * width if tokens is None else tokens,
+                                   seq_lens=torch.tensor(lens, dtype=torch.int32) + width,
+                                   block_table_tensor=table[:, :3])
+    return backend.DFlashMetadataBuilder(None, [], None, None).build(0, common)
+
+
+def expected(q, k, v, context, causal):
+    """Attention of one request in float64: context (c, 2, Hkv, D), block rows (Q, ., D)."""
+    keys, values = (torch.cat([context[:, i], t]).double().repeat_interleave(HEADS // fake.KV_HEADS, 1)
+                    for i, t in enumerate((k, v)))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * 0.3
+    if causal:
+        ahead = torch.arange(len(keys)) > len(context) + torch.arange(len(q))[:, None]
+        scores = scores.masked_fill(ahead, -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).float()
