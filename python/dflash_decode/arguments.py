@@ -8,7 +8,7 @@ import torch
 
 from .dtypes import AUTO, NAMES, dtype_name
 from .inputs import integer, shown
-from .weights import CheckpointError
+from .weights import CheckpointError, CheckpointNotFound
 
 _DTYPES = {name: getattr(torch, name) for name in sorted(set(NAMES.values()) - {AUTO})}
 
@@ -41,7 +41,7 @@ def path_text(what: str, name: str, value: object) -> str:
     """A path, or a name in a path's place, as text."""
     of_type(what, name, value, (str, os.PathLike), "a path or a name")
     if not (text := os.fsdecode(value)):
-        raise ValueError(f"{what}: {name} must be a path or a name; got an empty text")
+        raise CheckpointNotFound(f"{what}: {name} must be a path or a name; got an empty text")
     return text
 
 
