@@ -25,7 +25,8 @@ DRAWING = [("--temperature", ["-1", "nan", "inf", "1e39", "hot", ""]), ("--top-k
 LOADING = [("--dtype", ["int4", "float64", "", "torch"]), ("--device", ["gpu", "cuda:0", ""]),
            ("--threads", ["0", "-1", "100000", "1e3", "all"]), ("--weights", ["int4"]), ("--draft-weights", ["fp8"]),
            ("--block-size", ["0", "33", "four"]), ("--max-new-tokens", ["0", "-1", "2.5", "many"]),
-           ("--draft", ["~nobody-of-that-name", LONG, "a\0b", "no/such"])]
+           ("--draft", ["~nobody-of-that-name", LONG, "a\0b", "no/such", ""]),
+           ("--model", ["no/such", "a\0b", ""])]
 COUNTS = [("--limit", ["0", "x"]), ("--concurrency", ["0", "-1", "all"])]
 OUTPUTS = ["FOLDER", "no/such/x.json", "FILE/x.json", "~nobody-of-that-name/x.json", LONG, f"a/{LONG}", "x" * 255,
            "a\0b", "/dev/null", "/proc/x.json", "FIFO", "FILE", ""]

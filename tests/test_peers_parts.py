@@ -163,7 +163,7 @@ def test_what_is_slow_shows_in_its_part(monkeypatch, files, name):
         if name == "head":
             target.next_ids = slowed(target.next_ids, clock)
         elif name == "rest":
-            monkeypatch.setattr(loop.Decoder, "_emit", slowed(loop.Decoder._emit, clock))
+            monkeypatch.setattr(loop.Step, "fill", slowed(loop.Step.fill, clock))
         else:
             owner, make = {"verify": (target, "make_pass"), "draft": (drafter, "make_draft"),
                            "context": (drafter, "make_context")}[name]

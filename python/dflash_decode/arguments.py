@@ -8,7 +8,7 @@ import torch
 
 from .dtypes import AUTO, NAMES, dtype_name
 from .inputs import integer, shown
-from .weights import CheckpointError
+from .weights import CheckpointError, CheckpointNotFound
 
 _DTYPES = {name: getattr(torch, name) for name in sorted(set(NAMES.values()) - {AUTO})}
 
@@ -31,7 +31,7 @@ def choice(what: str, name: str, value: object, known: Sequence[str]) -> str:
     return value
 
 
-def kind(what: str, name: str, value: object, wanted: type | tuple[type, ...], words: str) -> None:
+def of_type(what: str, name: str, value: object, wanted: type | tuple[type, ...], words: str) -> None:
     """words: what it must be, as a user knows it. Raises TypeError."""
     if not isinstance(value, wanted):
         raise TypeError(f"{what}: {name} must be {words}; got {shown(value)}")
@@ -39,9 +39,9 @@ def kind(what: str, name: str, value: object, wanted: type | tuple[type, ...], w
 
 def path_text(what: str, name: str, value: object) -> str:
     """A path, or a name in a path's place, as text."""
-    kind(what, name, value, (str, os.PathLike), "a path or a name")
+    of_type(what, name, value, (str, os.PathLike), "a path or a name")
     if not (text := os.fsdecode(value)):
-        raise ValueError(f"{what}: {name} must be a path or a name; got an empty text")
+        raise CheckpointNotFound(f"{what}: {name} must be a path or a name; got an empty text")
     return text
 
 

@@ -70,8 +70,9 @@ def protocol(
     if base_url is not None:
         answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
     else:
-        answerer = protocol_report.our_loop(model or "smollm2", draft, block_size, max_new_tokens, dtype,
-                                            device.value, weights.value, draft_weights.value)
+        model = "smollm2" if model is None else model
+        answerer = protocol_report.our_loop(model, draft, block_size, max_new_tokens, dtype, device.value,
+                                            weights.value, draft_weights.value)
     protocol_report.run(answerer, rows, list(dict.fromkeys(concurrency or (1, 32))), journal, json_out,
                         {"prompts": [file.name for file in prompts], "limit": limit})
 

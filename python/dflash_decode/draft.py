@@ -25,7 +25,7 @@ from dflash_kernels import (
     write_context_kv,
 )
 
-from .arguments import check_target, kind
+from .arguments import check_target, of_type
 from .config import DraftConfig, read_draft_config
 from .fields import MOST, Fields
 from .kv import CacheShape
@@ -56,10 +56,10 @@ class Drafter:
     def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target,
                  vocabulary: torch.Tensor | None = None, *, int8: bool = False):
         check_target("Drafter", target)
-        kind("Drafter", "config", config, (DraftConfig, Mapping), "a DraftConfig, or a config.json as a dict")
-        kind("Drafter", "tensors", tensors, Mapping, "a mapping of names to tensors")
-        kind("Drafter", "vocabulary", vocabulary, (torch.Tensor, type(None)), "a tensor of token ids (n,) or None")
-        kind("Drafter", "int8", int8, bool, "True or False")
+        of_type("Drafter", "config", config, (DraftConfig, Mapping), "a DraftConfig, or a config.json as a dict")
+        of_type("Drafter", "tensors", tensors, Mapping, "a mapping of names to tensors")
+        of_type("Drafter", "vocabulary", vocabulary, (torch.Tensor, type(None)), "a tensor of token ids (n,) or None")
+        of_type("Drafter", "int8", int8, bool, "True or False")
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
         _check_fits(c, target)

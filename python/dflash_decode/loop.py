@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 
-from .arguments import check_target, choice, kind, whole
+from .arguments import check_target, choice, of_type, whole
 from .draft import Drafter
 from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
@@ -37,7 +37,7 @@ class Decoder:
                  max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 64,
                  prefill_rows: int = 256, sample_from: str = "greedy", rule: str = "token"):
         check_target("Decoder", target)
-        kind("Decoder", "drafter", drafter, (Drafter, type(None)), "a Drafter or None")
+        of_type("Decoder", "drafter", drafter, (Drafter, type(None)), "a Drafter or None")
         block_size = None if block_size is None else whole("Decoder", "block_size", block_size, 1)
         self.width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter and not 1 <= self.width <= drafter.block_size:
