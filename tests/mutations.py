@@ -84,8 +84,8 @@ def mutate_tree(dice: random.Random, value: object) -> object:
                 place[dice.choice(NAMES)] = place.pop(key)
             elif change == 3:
                 place[key] = [place[key]] * dice.choice((1, 2, 4))
-            elif change == 4 and isinstance(place[key], (int, float)) and not isinstance(place[key], bool):
-                place[key] = place[key] * dice.choice((2, -1, 0.5, 10**6))
+            elif change == 4 and type(place[key]) in (int, float) and abs(place[key]) < 1e15:
+                place[key] *= dice.choice((2, -1, 0.5, 10**6))
             else:
                 place[key] = new
             break
