@@ -174,7 +174,7 @@ def test_what_is_slow_shows_in_its_part(monkeypatch, files, name):
         if name == "head":
             target.next_ids = slowed(target.next_ids)
         elif name == "rest":
-            monkeypatch.setattr(loop.Decoder, "_emit", slowed(loop.Decoder._emit))
+            monkeypatch.setattr(loop.Decoder, "_tell", slowed(loop.Decoder._tell))
         else:
             owner, make = {"verify": (target, "make_pass"), "draft": (drafter, "make_draft"),
                            "context": (drafter, "make_context")}[name]
