@@ -81,7 +81,7 @@ class Even:
         words.fill_(0x55555555)
 
 
-REQUESTS = [Request(0, [5, 6, 7], 4), Request(1, [9] * 18, 5, (), Sampling(0.9, seed=1)), Request(2, [3], 1),
+REQUESTS = [Request(0, [9] * 18, 5, (), Sampling(0.9, seed=1)), Request(1, [5, 6, 7], 4), Request(2, [3], 1),
             Request(3, [8, 8], 3, (), Sampling(frequency_penalty=0.5, logit_bias={4: 1.0}, grammar=Even()))]
 
 
@@ -96,7 +96,8 @@ def make_models():
 
 
 def decoder_of(models):
-    return Decoder(*models, max_batch=2, max_context=32, page_size=4, prefill_rows=16)
+    """With pages for the longest request, so that one lost page is one too many."""
+    return Decoder(*models, max_batch=2, max_context=32, num_pages=6, page_size=4, prefill_rows=16)
 
 
 def streamed(decoder, requests=REQUESTS):
@@ -117,10 +118,11 @@ def stepped(decoder, told=None):
 
 
 def go_on(decoder, told):
-    while decoder._requests:
+    for _ in range(100):
         for event in decoder.step():
             told.setdefault(event.id, []).extend(event.tokens + [event.finish] * bool(event.finish))
         decoder.cancel("leaves")
+    assert not decoder._requests
 
 
 def check(decoder, texts, replayed):
@@ -212,6 +214,35 @@ def test_an_interrupt_between_any_two_bytecodes_loses_no_page(models):
     for place in places(models, stepped, opcodes=True):
         if place[1] in names:
             interrupted(interrupt_steps, models, texts, replayed, Tracer(place, opcodes=True))
+
+
+def test_an_interrupt_while_a_stream_is_closed_leaves_nobody_behind(models):
+    texts, replayed = streamed(decoder_of(models)), some_graph()
+
+    def close_early(tracer):
+        decoder = decoder_of(models)
+        stream = decoder.stream(iter(REQUESTS))
+        next(stream)
+        assert decoder._requests and decoder.pool.free_pages < decoder.pool.num_pages
+        try:
+            with tracer.on():
+                stream.close()
+        except KeyboardInterrupt as interrupt:
+            check(decoder, texts, replayed)
+            return interrupt
+
+    close_early(counted := Tracer())
+    assert len(counted.seen) > 10
+    for place, times in counted.seen.items():
+        for nth in range(1, times + 1):
+            assert close_early(Tracer(place, nth))
+
+
+def test_pages_that_an_interrupt_left_without_an_owner_serve_the_next_request(models):
+    decoder = decoder_of(models)
+    decoder.pool.allocate(4)  # and nobody was told
+    decoder.submit(REQUESTS[0])
+    assert [event.id for event in decoder.step()] == [0]
 
 
 def main():

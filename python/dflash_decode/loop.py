@@ -135,21 +135,24 @@ class Decoder:
         every page. A request that cannot run, or whose grammar raises, gives an error event and disturbs nobody; the
         event of what is no Request has the id None. Where `requests` itself raises, nobody knows what else was to come:
         every request leaves, and the exception comes out of here."""
-        source, more = iter(requests), True
         try:
-            while more or self._requests:
-                while more and sum(not live.finish for live in self._requests) < self.max_batch:
-                    more = (request := next(source, self)) is not self
-                    if not more or request is None:
-                        break
-                    if refused := self._refusal(request):
-                        yield refused
-                yield from self.step()
-        finally:
             try:
-                self.close()
+                yield from self._answer(iter(requests))
             finally:
-                self.close()  # an interrupt may have ended the first before it began
+                self.close()
+        finally:
+            self.close()  # an interrupt may have ended the first before it began
+
+    def _answer(self, source: Iterator[Request | None]) -> Iterator[Event]:
+        more = True
+        while more or self._requests:
+            while more and sum(not live.finish for live in self._requests) < self.max_batch:
+                more = (request := next(source, self)) is not self
+                if not more or request is None:
+                    break
+                if refused := self._refusal(request):
+                    yield refused
+            yield from self.step()
 
     def _refusal(self, request: object) -> Event | None:
         """Submits it; the event of an error."""
