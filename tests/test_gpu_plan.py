@@ -243,12 +243,15 @@ def test_every_row_of_every_table_is_swept_against_its_neighbours():
 
 def test_the_summary_is_a_page(tmp_path):
     row = {"op": "linear", "case": "c", "us": 10.0, "floor_us": 8.0, "pct_of_limit": 80.0, "peers": {"torch": 20.0}}
-    cases = {"header": {"device": "H", "torch": "2", "triton": "3", "copy_gbps": 3000.0, "matrix_tflops": 700.0},
-             "rows": [{"op": "head", "case": "d", "wrong": "result 0: other integers"}, *[row] * 200]}
-    sweep = {"entries": [{"table": "linear.CONFIGS", "key": [[2, 16]], "now": "A", "best": "B", "gain": 1.25,
-                          "tried": [{}]}, {"table": "norm.CONFIGS", "key": [1], "now": "4", "best": None, "tried": []}]}
-    profile = {"steps": [{"step": "a plain step", "us": 30.0, "kernels_us": 23.0, "gaps_us": 7.0, "launches": 4,
-                          "kernels": [{"name": "k", "us": 23.0, "count": 4}]}]}
+    cases = {"header": {"device": "H", "torch": "2", "triton": "3", "copy_gbps": 3000.0, "matrix_tflops": 700.0,
+                        "commit": "abc"},
+             "rows": [{"op": "head", "case": "d", "wrong": "result 0: other integers", "commit": "abc"},
+                      *[row | {"commit": "abc"}] * 197, *[row | {"commit": "old"}] * 3]}
+    entry = {"table": "linear.CONFIGS", "key": [[2, 16]], "now": "A", "best": "B", "gain": 1.25, "tried": [{}]}
+    sweep = {"commit": "abc", "entries": [entry, {**entry, "best": None, "tried": []}]}
+    step = {"step": "a plain step", "us": 30.0, "kernels_us": 23.0, "gaps_us": 7.0, "launches": 4,
+            "kernels": [{"name": "k", "us": 23.0, "count": 4}]}
+    profile = {"commit": "abc", "steps": [step]}
     files = {"cases": cases, "sweep": sweep, "profile": profile,
              "plan": {"commit": "abc", "seconds": 500, "commands": {"a linear": "passed, 3 s"}}}
     for name, value in files.items():
@@ -256,7 +259,8 @@ def test_the_summary_is_a_page(tmp_path):
     text = gpu_summary.page(tmp_path)
     assert text.count("\n") < 100 and max(map(len, text.splitlines())) <= 160
     for said in ("make gpu at abc, 500 s:", "WRONG head d: result 0", "10.0      8.0   80 %  2.00 x torch",
-                 "and 124 more in cases.json", "a plain step: 30 us, 23 in 4 kernels, 7 in gaps",
+                 "and 124 more in cases.json", "3 of these are of an earlier commit",
+                 "of a plain step: 30 us, 23 in 4 kernels, 7 in gaps",
                  "2 entries, 1 settings, 1 are better", "linear.CONFIGS [[2, 16]]: B in place of A, 1.25 x as fast"):
         assert said in text, said
     assert gpu_summary.page(tmp_path / "none") == "\n"
