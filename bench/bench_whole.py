@@ -17,7 +17,7 @@ import dflash_kernels as dk
 from dflash_decode.kv import PagePool
 from dflash_decode.step import Step
 from dflash_kernels.ops import attention, linear
-from dflash_kernels.testing import rotary_table
+from dflash_kernels.testing import rotary_table, same_bits
 
 PAGE = 16
 QWEN, MINIMAX = MODELS["qwen3-8b"], MODELS["minimax-m2.7"]
@@ -44,27 +44,52 @@ def cases(sizes: Sizes):
 
 
 def step_cases(model, target, drafter, batch, capacity, context):
-    # Each is made as its turn comes: 32 requests' buffers and graphs need not lie beside each other.
+    """Each is made as its turn comes: all requests' buffers and graphs need not lie beside each other. The three have
+    one context, so a block's first row is the plain step's, bit for bit, or the case is wrong."""
     layers, draft = packed_bytes(*target._layers) + target.head.data.nbytes, packed_bytes(drafter, *drafter.layers)
     label = f"{model.name}, {batch} x context {context}, capacity {capacity}"
+    caches, plain = filled(target, drafter, batch, context + model.block), []
     for op, width, with_draft in (("plain step", 1, False), ("verify pass", model.block, False),
                                   ("DFlash step", model.block, True)):
-        graph = recorded(target, drafter if with_draft else None, batch, width, capacity, context)
+        graph = recorded(target, drafter if with_draft else None, caches, batch, width, capacity, context)
+        said = graph.step.verifier.next_ids[:, 0], graph.step.verifier.values.view(batch, width)[:, 0]
+        plain = plain or [t.clone() for t in said]
         kv = batch * (context + width) * (model.target.kv_bytes() + with_draft * model.draft.kv_bytes())
-        yield Case(op, label + f", {width} rows" * (width > 1), lambda i, graph=graph: graph.replay(),
-                   layers + with_draft * draft + kv, headline=capacity == 2048 and batch == 1, replays=True)
+        yield Case(op, label + f", {width} rows" * (width > 1), replaying(graph, said),
+                   layers + with_draft * draft + kv, check=as_plain(plain), headline=capacity == 2048 and batch == 1,
+                   replays=True)
 
 
-def recorded(target, drafter, batch, width, capacity, context) -> dk.StepGraph:
-    """A graph of the step, with the requests' pages and lengths in place."""
-    pages, max_pages = -(-(context + width) // PAGE), -(-capacity // PAGE)
-    pool = PagePool(batch * pages, PAGE)
-    caches = [made.cache.allocate(pool.num_pages, PAGE) if made else () for made in (target, drafter)]
+def replaying(graph, said):
+    def run(_i):
+        graph.replay()
+        return said
+    return run
+
+
+def as_plain(plain):
+    def check(got):
+        ids, values = got
+        assert values.isfinite().all(), "logits that are not finite"
+        assert torch.equal(ids, plain[0]) and same_bits(values.contiguous(), plain[1]), "not the plain step's token"
+    return check
+
+
+def filled(target, drafter, batch, tokens) -> tuple[list, list]:
+    """The target's and the drafter's caches for so many tokens a request."""
+    caches = tuple(made.cache.allocate(batch * -(-tokens // PAGE), PAGE) for made in (target, drafter))
     for cache in (c for kv in caches for c in kv):
         cache.k.normal_()
         cache.v.normal_()
-    step = Step(target, drafter, *caches, batch, width, PAGE, max_pages)
-    step.seat([pool.table_row(pool.allocate(context + width), max_pages) for _ in range(batch)])
+    return caches
+
+
+def recorded(target, drafter, caches, batch, width, capacity, context) -> dk.StepGraph:
+    """A graph of the step, with the requests' pages and lengths in place."""
+    max_pages, pages = -(-capacity // PAGE), caches[0][0].num_pages
+    pool = PagePool(pages, PAGE)
+    step = Step(target, drafter, caches[0], caches[1] if drafter else (), batch, width, PAGE, max_pages)
+    step.seat([pool.table_row(pool.allocate(pages // batch * PAGE), max_pages) for _ in range(batch)])
     step.fill([(1, context, width)] * batch)
     step.run()
     graph = dk.StepGraph(target.device)

@@ -12,9 +12,9 @@ AT_ONCE = max(1, min((os.cpu_count() or 1) - 2, 14))  # processes of the tests, 
 DRY = [sys.executable, "-m", "dflash_kernels.testing.dry"]
 TESTS = ["-m", "pytest", "-p", "no:cacheprovider", "--maxfail=20"]
 OPS, ROWS = "tests/gpu/test_ops_gpu.py", "tests/gpu/test_rows_gpu.py"
-# What compute-sanitizer looks for: in which tests, for how many seconds at most, in which environment. memcheck must see
-# each allocation: behind torch's caching allocator it takes a block of megabytes for one. racecheck is for kernels whose
-# warps share memory.
+# What compute-sanitizer looks for: in which tests, for how many seconds at most, in which environment. memcheck must
+# see each allocation: behind torch's caching allocator it takes a block of megabytes for one. racecheck is for kernels
+# whose warps share memory.
 CHECKS = {"memcheck": ("sample and bf16", 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
           "racecheck": ("bf16 and (10000 or verify_sample or lm_head_topk or block_attention or linear)", 1e9, {})}
 
@@ -80,5 +80,5 @@ def counters(out: Path, dry: bool) -> Step:
 def sanitizer(tool: str, dry: bool) -> Step:
     found, (which, seconds, environment) = shutil.which("compute-sanitizer"), CHECKS[tool]
     absent = "left out, as there is no GPU" if dry else "" if found else "compute-sanitizer is not installed"
-    words = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode=9", sys.executable, *TESTS, OPS, "-k", which]
-    return Step(tool, words, seconds, 1, environment, absent)
+    checker = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode=9"]
+    return Step(tool, [*checker, sys.executable, *TESTS, OPS, "-k", which], seconds, 1, environment, absent)

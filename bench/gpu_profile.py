@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from bench_whole import GEOMETRIES, recorded
+from bench_whole import GEOMETRIES, filled, recorded
 from cases import Sizes, device_name
 from random_model import random_drafter, random_target
 from torch.autograd import DeviceType
@@ -64,7 +64,8 @@ def main() -> None:
         wanted = (("a DFlash step", model.block, True, batches[0]), ("a plain step", 1, False, batches[0]),
                   ("a DFlash step", model.block, True, batches[-1]))
         for name, width, with_draft, batch in wanted[1:2] if sizes.tiny else wanted:
-            graph = recorded(target, drafter if with_draft else None, batch, width, capacities[0], context)
+            caches = filled(target, drafter, batch, context + model.block)
+            graph = recorded(target, drafter if with_draft else None, caches, batch, width, capacities[0], context)
             what = f"{name} of {model.name}, {batch} x context {context}, capacity {capacities[0]}"
             found["steps"].append({"step": what, **table(replay(graph))})
             write_json(options.out, found)

@@ -29,6 +29,7 @@ def case_lines(cases: dict) -> list[str]:
     if not cases:
         return []
     h, rows = cases["header"], cases["rows"]
+    old = sum(row.get("commit") != h["commit"] for row in rows)
     right, wrong = ([row for row in rows if ("wrong" in row) == bad] for bad in (False, True))
     lines = [f"{h['device']}, torch {h['torch']}, triton {h.get('triton')}: copies {h['copy_gbps']} GB/s, "
              f"{h['matrix_tflops']} TFLOP/s. us, floor, of the limit; against:"]
@@ -38,14 +39,15 @@ def case_lines(cases: dict) -> list[str]:
         lines.append(f"  {row['op']:<15} {row['case']:<50} {row['us']:9.1f} {row['floor_us']:8.1f} "
                      f"{row['pct_of_limit']:4.0f} %  {peers}".rstrip())
     more = len(right) - LINES
-    return lines + ([f"  and {more} more in cases.json"] if more > 0 else [])
+    lines += [f"  and {more} more in cases.json"] if more > 0 else []
+    return lines + ([f"  {old} of these are of an earlier commit"] if old else [])
 
 
 def profile_lines(profile: dict) -> list[str]:
     lines = []
     for step in profile.get("steps", ()):
-        lines.append(f"one replay of {step['step']}: {step['us']:.0f} us, {step['kernels_us']:.0f} in "
-                     f"{step['launches']} kernels, {step['gaps_us']:.0f} in gaps")
+        lines.append(f"one replay at {profile['commit']} of {step['step']}: {step['us']:.0f} us, "
+                     f"{step['kernels_us']:.0f} in {step['launches']} kernels, {step['gaps_us']:.0f} in gaps")
         lines += [f"  {k['us']:9.1f} us {k['count']:4} x {k['name'][:60]}" for k in step["kernels"][:8]]
     return lines
 
@@ -58,7 +60,8 @@ def sweep_lines(sweep: dict) -> list[str]:
                          f"{entry['gain']:.2f} x as fast")
     if sweep:
         tried = sum(len(e["tried"]) for e in sweep["entries"])
-        lines.insert(0, f"launch tables: {len(sweep['entries'])} entries, {tried} settings, {len(lines)} are better:")
+        lines.insert(0, f"launch tables at {sweep['commit']}: {len(sweep['entries'])} entries, {tried} settings, "
+                        f"{len(lines)} are better:")
     return lines
 
 

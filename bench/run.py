@@ -62,10 +62,12 @@ class Kept:
         self.result = {"header": head, "rows": [], "command": command}
         if options.add and file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
-            self.result |= {"rows": before["rows"], "command": f"{before['command']}; {command}"}
+            commands = dict.fromkeys([*before["command"].split("; "), command])
+            self.result |= {"rows": before["rows"], "command": "; ".join(commands)}
 
     def keep(self, row: dict) -> None:
-        """In the place of the same case's row, if there is one."""
+        """In the place of the same case's row, if there is one. It says its commit: others may be of an earlier one."""
+        row = {**row, "commit": self.result["header"].get("commit")}
         others = [r for r in self.result["rows"] if (r["op"], r["case"]) != (row["op"], row["case"])]
         self.result["rows"] = [*others, row]
         write_json(self.file, self.result)

@@ -87,13 +87,14 @@ def rows_of(file):
 
 def test_a_file_is_added_to_and_a_case_that_is_measured_again_replaces_its_row(tmp_path):
     file, options = tmp_path / "cases.json", SimpleNamespace(runs=1, device="cpu", tiny=True, add=True)
-    first = run.Kept(file, {"device": "d"}, ["x"], options)
+    first = run.Kept(file, {"device": "d", "commit": "abc"}, ["x"], options)
     for name, us in (("a", 1), ("b", 2)):
         first.keep({"op": "op", "case": name, "us": us})
     second = run.Kept(file, {"device": "d"}, ["y"], options)
     second.keep({"op": "op", "case": "a", "us": 3})
     assert rows_of(file) == [("op", "b", 2), ("op", "a", 3)]
     assert json.loads(file.read_text())["command"].count("bench/run.py") == 2
+    assert [row["commit"] for row in json.loads(file.read_text())["rows"]] == ["abc", None]
     options.add = False
     run.Kept(file, {"device": "d"}, ["y"], options).keep({"op": "op", "case": "c", "us": 4})
     assert rows_of(file) == [("op", "c", 4)]
