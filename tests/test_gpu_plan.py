@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_whole
 import gpu
 import gpu_build
 import gpu_entries
@@ -218,6 +219,17 @@ def test_a_replay_s_kernels_and_gaps_are_its_time():
     assert (found["launches"], found["us"], found["kernels_us"], found["gaps_us"]) == (4, 30.0, 23.0, 7.0)
     assert [tuple(k.values()) for k in found["kernels"]] == [("a", 2, 15.0), ("b", 1, 6.0), ("c", 1, 4.0)]
     assert gpu_profile.table([])["us"] == 0.0
+
+
+def test_a_block_s_first_row_must_be_the_plain_step_s():
+    ids, values = torch.tensor([3, 4]), torch.tensor([1.5, 2.5])
+    check = bench_whole.as_plain([ids, values])
+    check((ids.clone(), values.clone()))
+    above = values.nextafter(torch.tensor(9.0))
+    for wrong, said in (((ids + 1, values), "not the plain"), ((ids, above), "not the plain"),
+                        ((ids, values / 0), "not finite")):
+        with pytest.raises(AssertionError, match=said):
+            check(wrong)
 
 
 @needs_triton
