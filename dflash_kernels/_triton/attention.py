@@ -64,7 +64,7 @@ class Config(NamedTuple):
 # page table's.
 CONFIGS = {
     (2, 2, 64): {8: Config(32, 64, 64, 64, True, 8, 7), 9: Config(64, 64, 64, 16, True, 4, 5)},
-    (2, 2, 128): {8: Config(32, 64, 128, 128, True, 8, 5), 9: Config(64, 64, 128, 16, True, 8, 4),
+    (2, 2, 128): {8: Config(32, 64, 128, 128, True, 8, 5), 9: Config(64, 64, 128, 16, True, 8, 8),
                   12: Config(32, 32, 128, 128, True, 8, 7)},
     (2, 2, 256): {8: Config(16, 32, 256, 64, True, 8, 5)},
     (2, 1, 64): {8: Config(32, 64, 64, 64, False, 8, 7), 9: Config(64, 64, 64, 16, True, 8, 5)},
