@@ -192,6 +192,27 @@ def test_p21_a_context_past_the_table_is_nan_where_it_is_seen(dtype):
     assert same_bits(run(case, window=(120, -1)), run(Case([300, 300], dim=16, dtype=dtype), window=(120, -1)))
 
 
+@pytest.mark.parametrize("spans", [512, 64])
+def test_a_context_far_past_the_table_ends_with_the_table(spans, monkeypatch):
+    """As one token past it, in its bits and in what is read: 2**31 - 1 positions, block included, are never counted."""
+    monkeypatch.setattr(triton_attention, "SPAN", spans)
+    case = Case([20, 20, 20], dim=16)
+    room = 16 * case.table.shape[1]
+    case.table[:2] = torch.arange(case.table.shape[1])  # every page exists
+    for options in ({}, {"causal": True, "window": (2, -1)}, {"window": (room + 1, 0), "causal": True}):
+        case.lens[:] = ints(room + 1, room + 1, 20)
+        want = run(case, **options)
+        assert want[:2, :2].isnan().all() and not want[2].isnan().any()
+        assert torch.equal(want[:2].isnan(), case.expect(**options)[:2].isnan())
+        for far in (room + 5, 2**31 - 1):
+            case.lens[:2] = ints(far, 2**30)
+            assert same_bits(run(case, **options), want), (options, far)
+    case.lens[:2] = ints(2**31 - 1, 2**31 - 2)
+    got = run(case, context_starts=case.lens.clone())
+    case.lens[:2] = room
+    assert same_bits(got, run(case, context_starts=case.lens))
+
+
 def test_empty_batches_and_blocks_and_no_cache(dtype):
     assert run(Case([], dim=16, dtype=dtype)).shape == (0, 4, 6, 16)
     assert run(Case([5, 0], width=0, dim=16, dtype=dtype)).shape == (2, 0, 6, 16)

@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that are not here, and says what each takes of a multiprocessor.
 
-    python -m dflash_kernels._triton._aot FOLDER     writes the table of every case there
+    python -m dflash_kernels._triton._aot FOLDER     writes triton.md and triton.json there: every case
 
 A spilled register is traffic that no roofline counts, and a block over the shared memory of its architecture does not
 launch; both are found here, by ptxas, with no GPU.
@@ -52,7 +52,9 @@ class Case(NamedTuple):
 
 
 class Report(NamedTuple):
-    """registers and spilled bytes are a thread's, shared bytes a block's."""
+    """registers and spilled bytes are a thread's, shared bytes a block's. groups: of asynchronous copies in a turn of
+    the main loop, None where it has none; waits: how many of them may still be under way when it waits. warnings:
+    what ptxas calls slow, by number (C7515: each wgmma waits for the one before)."""
 
     name: str
     arch: int
@@ -60,6 +62,14 @@ class Report(NamedTuple):
     spills: int
     stack: int
     shared: int
+    groups: int | None = None
+    waits: int | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ahead(self) -> int | None:
+        """Turns of the main loop whose copies are under way while one waits for its own; None: it copies nothing."""
+        return None if self.groups is None else self.waits // self.groups
 
     def complaint(self) -> str:
         """Why this must not ship, or "". A stack frame alone is local memory too."""
@@ -79,10 +89,11 @@ def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = N
     import triton
 
     case = cases(noun)[index].on(arch)
-    facts = (case.name, case.kernel.cache_key, case.signature, case.constexprs, case[4:], arch, triton.__version__)
+    facts = (Report._fields,
+             case.name, case.kernel.cache_key, case.signature, case.constexprs, case[4:], arch, triton.__version__)
     kept = Path(cache, hashlib.sha256(repr(facts).encode()).hexdigest() + ".json") if cache else None
     if kept and kept.exists():
-        return Report(*json.loads(kept.read_text()))
+        return _read(json.loads(kept.read_text()))
     found = _compile(case, arch)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +101,10 @@ def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = N
         partial.write_text(json.dumps(found))
         partial.replace(kept)
     return found
+
+
+def _read(fields: list) -> Report:
+    return Report(*fields[:-1], tuple(fields[-1]))
 
 
 def compiled(case: Case, arch: int) -> tuple[Any, str]:
@@ -111,7 +126,28 @@ def compiled(case: Case, arch: int) -> tuple[Any, str]:
 def _compile(case: Case, arch: int) -> Report:
     kernel, log = compiled(case, arch)
     return Report(case.name, arch, *(_number(p, log) for p in (
-        r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")), kernel.metadata.shared)
+        r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")), kernel.metadata.shared,
+        *main_loop(kernel.asm["ttgir"]), tuple(sorted(set(re.findall(r"\bC75\d\d\b", log)))))
+
+
+def main_loop(ttgir: str) -> tuple[int | None, int | None]:
+    """(groups, waits) of a Report: of the shortest loop with products and asynchronous copies, as a loop over tiles
+    that need no mask is shorter than the same with masks."""
+    open_loops, found = [], []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if re.search(r"\bscf\.(for|while)\b", line):
+            open_loops.append((indent, []))
+        elif open_loops and indent <= open_loops[-1][0] and line.lstrip().startswith("}"):
+            found.append(open_loops.pop()[1])
+        elif open_loops:
+            open_loops[-1][1].append(line)
+    products = r"= tt\.dot |= ttng\.warp_group_dot |ttng\.tc_gen5_mma "
+    for body in sorted(found, key=len):
+        waits = [int(n) for n in re.findall(r"ttg\.async_wait .*num = (\d+)", "\n".join(body))]
+        if waits and any(re.search(products, line) for line in body):
+            return sum("ttg.async_commit_group" in line for line in body), min(waits)
+    return None, None
 
 
 def loops(kernel: Any) -> list[list[str]]:
@@ -166,20 +202,31 @@ def summary(reports: list[Report]) -> str:
 
 
 def table(reports: list[Report]) -> str:
-    """Markdown: a row a kernel, registers a thread / bytes of shared memory a block for each architecture."""
+    """Markdown: a row a kernel, what it takes on each architecture."""
     import triton
 
     rows = {}
     for r in reports:
-        rows.setdefault(r.name, {})[r.arch] = f"{r.registers} / {r.shared}"
+        more = ([] if r.ahead is None else [f"{r.ahead} ahead"]) + list(r.warnings)
+        rows.setdefault(r.name, {})[r.arch] = ", ".join([f"{r.registers} / {r.shared}", *more])
     head = ["kernel", *(f"sm_{a}" for a in SHARED_LIMIT)]
     lines = [head, ["---"] * len(head), *([n, *cells.values()] for n, cells in sorted(rows.items()))]
-    return (f"Triton {triton.__version__}: {summary(reports)}. Registers a thread / bytes of shared memory a block.\n\n"
+    return (f"Triton {triton.__version__}: {summary(reports)}. Registers a thread / bytes of shared memory a block; "
+            "turns of the main loop whose copies are under way while one waits for its own; warnings of ptxas.\n\n"
             + "".join("| " + " | ".join(line) + " |\n" for line in lines))
+
+
+def write(reports: list[Report], folder: str | os.PathLike) -> None:
+    import triton
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "triton.md").write_text(table(reports))
+    found = [r._asdict() | {"ahead": r.ahead} for r in sorted(reports, key=lambda r: (r.name, r.arch))]
+    lines = ",\n".join(map(json.dumps, found))
+    Path(folder, "triton.json").write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
     every = report_all()
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    Path(sys.argv[1], "triton.md").write_text(table(every))
+    write(every, sys.argv[1])
     sys.exit("\n".join(filter(None, (r.complaint() for r in every))) or 0)
