@@ -102,10 +102,16 @@ def read_device(what: str, value: object) -> torch.device:
     return device
 
 
+# What a drafter asks of its target, and what a decoder does.
+_OF_TARGET = {
+    "Drafter": ("vocab_size", "hidden_size", "num_layers", "max_context", "dtype", "device", "embedding", "head"),
+    "Decoder": ("vocab_size", "max_context", "dtype", "device", "cache", "make_pass", "next_ids", "logits"),
+}
+
+
 def check_target(what: str, target: object) -> None:
-    """Raises TypeError for what cannot be a target: the wrong one of several arguments, or a path of one."""
-    needs = ("vocab_size", "hidden_size", "num_layers", "max_context", "dtype", "device", "cache", "make_pass",
-             "next_ids", "logits")
-    if missing := [name for name in needs if not hasattr(target, name)]:
+    """Raises TypeError for what cannot be a target: the wrong one of several arguments, or a path of one. what:
+    "Drafter" or "Decoder"."""
+    if missing := [name for name in _OF_TARGET[what] if not hasattr(target, name)]:
         raise TypeError(f"{what}: target must be a NativeTarget, an HFTarget or what has all of a Target; got "
                         f"{shown(target)}, which has no {missing[0]}")
