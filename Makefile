@@ -83,7 +83,7 @@ other-torch: build $(OTHER)/installed
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(OTHER)/bin/python -m pytest $(ARGS)
 
 aot: $(STAMPS)/package $(STAMPS)/dev
-	$(PY) -m dflash_kernels._triton._aot bench/results/aot
+	$(PY) -m dflash_kernels._triton._aot bench/results/aot build/aot
 	$(PY) -m dflash_kernels._triton._loops bench/results/aot
 	if command -v nvcc; then $(PY) tests/ptxas.py bench/results/aot; fi
 

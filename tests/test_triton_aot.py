@@ -9,31 +9,58 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from dflash_kernels._triton import LAUNCHERS, _aot, _loops, load  # noqa: E402
 
-CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
+ROOT = Path(__file__).resolve().parent.parent
+CACHE, COMMITTED = ROOT / "build" / "aot", ROOT / "bench" / "results" / "aot" / "triton.json"
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """(name, architecture) -> Report: those that `make aot` wrote, where it did so with this Triton."""
+    version, rows = _aot.read(COMMITTED)
+    found = rows.values() if version == triton.__version__ else _aot.report_all(CACHE)
+    return {(r.name, r.arch): r for r in found}
+
+
+def test_what_is_committed_is_of_the_kernels_as_they_are():
+    version, rows = _aot.read(COMMITTED)
+    if version != triton.__version__:
+        pytest.skip(f"committed with Triton {version}; every kernel is compiled here with {triton.__version__}")
+    known = _aot.keys()
+    stale = sorted({rows[key].name for key in rows.keys() - known} | {known[key][0] for key in known.keys() - rows})
+    assert not stale, f"changed since `make aot` compiled them: {', '.join(stale)}"
+    assert all(known[key] == (r.name, r.arch) for key, r in rows.items())
+
+
+@pytest.mark.parametrize("noun", _aot.NOUNS)
+def test_the_compiler_says_what_is_committed(noun, reports):
+    """Of each noun's first case."""
+    found = _aot.report(noun, 0, 90)
+    assert found == reports[found.name, 90]
 
 
 @pytest.mark.timeout(1800)
-def test_compiles_for_every_architecture_without_spills_and_within_shared_memory(tell):
-    reports = _aot.report_all(CACHE)
-    assert len({(r.name, r.arch) for r in reports}) == len(reports), "two cases have the same name"
-    tell(f"Triton: {_aot.summary(reports)}")
-    wrong = [r.complaint() for r in reports if r.complaint()]
+def test_compiles_for_every_architecture_without_spills_and_within_shared_memory(tell, reports):
+    known = _aot.keys()
+    assert len(set(known.values())) == len(known), "two cases have the same name"
+    assert set(known.values()) == reports.keys()
+    tell(f"Triton: {_aot.summary(list(reports.values()))}")
+    wrong = [r.complaint() for r in reports.values() if r.complaint()]
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_attention_in_16_bits_waits_for_its_own_tile():
+def test_no_attention_in_16_bits_waits_for_its_own_tile(reports):
     """While a tile's keys are waited for, those of the next are on their way; of two with heads of 128 on sm_90, where
     a multiprocessor has one block and nobody else hides the wait. Two buffers in shared memory do not show it: copies
     arrive in order, and the page table's was asked for last."""
     seen = 0
-    for index, case in enumerate(_aot.cases("attention")):
+    for case in _aot.cases("attention"):
         if case.signature["k_cache" if "k_cache" in case.signature else "part"] in ("*bf16", "*fp16"):
             for arch in _aot.SHARED_LIMIT:
-                found, seen = _aot.report("attention", index, arch, CACHE), seen + 1
+                found, seen = reports[case.name, arch], seen + 1
                 least = 2 if arch == 90 and case.constexprs["BLOCK_D"] == 128 and not case.constexprs["SOFTCAP"] else 1
                 assert found.ahead is not None and found.ahead >= least, found
     assert seen == 9 * len(_aot.SHARED_LIMIT)
@@ -55,7 +82,9 @@ def test_how_far_a_loop_copies_ahead_is_read_from_its_waits(least, waits):
 
 
 def test_the_report_carries_warnings_and_waits(tmp_path):
-    _aot.write([_aot.Report("k", 90, 32, 0, 0, 64, 3, 7, ("C7515",)), _aot.Report("k", 100, 30, 0, 0, 0)], tmp_path)
+    written = [_aot.Report("k", 90, 32, 0, 0, 64, 3, 7, ("C7515",)), _aot.Report("k", 100, 30, 0, 0, 0)]
+    _aot.write(written, tmp_path, {"a": ("k", 90), "b": ("k", 100)})
+    assert _aot.read(tmp_path / "triton.json") == (triton.__version__, dict(zip("ba", written[::-1], strict=True)))
     assert "| k | 32 / 64, 2 ahead, C7515 | 30 / 0 |" in (tmp_path / "triton.md").read_text()
     first, second = json.loads((tmp_path / "triton.json").read_text())["kernels"]
     assert (first["ahead"], first["warnings"], second["ahead"]) == (2, ["C7515"], None)
@@ -71,13 +100,13 @@ def test_attention_issues_its_instructions_while_keys_arrive():
     assert len(loops) >= 3 and 0 < issued < 0.7 * 4 * arriving, (issued, 4 * arriving)
 
 
-def test_linear_counts_on_no_more_programs_than_a_multiprocessor_holds():
+def test_linear_counts_on_no_more_programs_than_a_multiprocessor_holds(reports):
     """Of sm_90: 64 K registers, which a warp gets in eights for each thread, and 228 KB of shared memory, of which a
     block takes one more."""
     linear, held = importlib.import_module("dflash_kernels._triton.linear"), {}
-    for index, case in enumerate(_aot.cases("linear")):
+    for case in _aot.cases("linear"):
         if found := re.fullmatch(r"linear (\d+) rows (bf16|fp32)", case.name):
-            r, size = _aot.report("linear", index, 90, CACHE), (4 if found[2] == "fp32" else 2, int(found[1]))
+            r, size = reports[case.name, 90], (4 if found[2] == "fp32" else 2, int(found[1]))
             threads = 32 * linear.CONFIGS[size].warps
             held[size] = min((64 << 10) // (-(-r.registers // 8) * 8 * threads), (228 << 10) // (r.shared + 1024))
     assert held.keys() == linear.CONFIGS.keys()

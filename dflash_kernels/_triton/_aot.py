@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that are not here, and says what each takes of a multiprocessor.
 
-    python -m dflash_kernels._triton._aot FOLDER     writes triton.md and triton.json there: every case
+    python -m dflash_kernels._triton._aot FOLDER [CACHE]     writes triton.md and triton.json there: every case
 
 A spilled register is traffic that no roofline counts, and a block over the shared memory of its architecture does not
 launch; both are found here, by ptxas, with no GPU.
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,14 +84,26 @@ def cases(noun: str) -> list[Case]:
     return list(importlib.import_module(f".{noun}", __package__).cases())
 
 
-def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = None) -> Report:
-    """Compiles case `index` of a noun. cache: a folder of earlier reports, keyed by everything they depend on."""
+def key(case: Case, arch: int) -> str:
+    """Of everything that a report depends on: the kernel's source and that of what it calls, its configuration, the
+    compiler. case: as `arch` has it."""
     import triton
 
-    case = cases(noun)[index].on(arch)
     facts = (Report._fields,
              case.name, case.kernel.cache_key, case.signature, case.constexprs, case[4:], arch, triton.__version__)
-    kept = Path(cache, hashlib.sha256(repr(facts).encode()).hexdigest() + ".json") if cache else None
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def keys() -> dict[str, tuple[str, int]]:
+    """(name, architecture) of every case of every noun on every architecture, by its key."""
+    return {key(case.on(arch), arch): (case.name, arch) for noun in NOUNS for case in cases(noun)
+            for arch in SHARED_LIMIT}
+
+
+def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = None) -> Report:
+    """Compiles case `index` of a noun. cache: a folder of earlier reports, each under its key."""
+    case = cases(noun)[index].on(arch)
+    kept = Path(cache, key(case, arch) + ".json") if cache else None
     if kept and kept.exists():
         return _read(json.loads(kept.read_text()))
     found = _compile(case, arch)
@@ -216,17 +228,26 @@ def table(reports: list[Report]) -> str:
             + "".join("| " + " | ".join(line) + " |\n" for line in lines))
 
 
-def write(reports: list[Report], folder: str | os.PathLike) -> None:
+def write(reports: list[Report], folder: str | os.PathLike, known: Mapping[str, tuple[str, int]]) -> None:
+    """known: what keys() gives."""
     import triton
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "triton.md").write_text(table(reports))
-    found = [r._asdict() | {"ahead": r.ahead} for r in sorted(reports, key=lambda r: (r.name, r.arch))]
+    of = {what: key for key, what in known.items()}
+    found = [{"key": of[r.name, r.arch]} | r._asdict() | {"ahead": r.ahead}
+             for r in sorted(reports, key=lambda r: (r.name, r.arch))]
     lines = ",\n".join(map(json.dumps, found))
     Path(folder, "triton.json").write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
 
 
+def read(file: str | os.PathLike) -> tuple[str, dict[str, Report]]:
+    """What `write` wrote as triton.json: Triton's version, and the reports by key."""
+    found = json.loads(Path(file).read_text())
+    return found["triton"], {row["key"]: _read([row[name] for name in Report._fields]) for row in found["kernels"]}
+
+
 if __name__ == "__main__":
-    every = report_all()
-    write(every, sys.argv[1])
+    every = report_all(*sys.argv[2:])
+    write(every, sys.argv[1], keys())
     sys.exit("\n".join(filter(None, (r.complaint() for r in every))) or 0)
