@@ -259,7 +259,7 @@ def test_random_drafters_are_deterministic_and_their_taps_fit():
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"block_size": 9}, "block_size must be between 1 and the drafter's 8; got 9"),
-    ({"block_size": 0}, "block_size must be between 1 and the drafter's 8; got 0"),
+    ({"block_size": 0}, "block_size must be an integer of at least 1; got 0"),
     ({"max_batch": 0}, "max_batch must be an integer of at least 1; got 0"),
     ({"max_context": 0}, "max_context must be"), ({"page_size": 0}, "page_size must be"),
     ({"prefill_rows": 0}, "prefill_rows must be"), ({"num_pages": 0}, "num_pages must be"),

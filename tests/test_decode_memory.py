@@ -44,6 +44,15 @@ def serve(decoder, n, seed=0):
     return ends
 
 
+@pytest.fixture(autouse=True)
+def others():
+    """What other tests have left alive is not counted."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def alive(decoder):
     """Objects, tensors' bytes, recorded launches and pages."""
     gc.collect()

@@ -352,7 +352,7 @@ def test_bits_are_packed_as_the_op_reads_them():
     (Sampling(temperature="hot"), "temperature must be a finite number of at least 0; got 'hot'"),
     (Sampling(top_p=1.5), "top_p must be a finite number from 0 to 1; got 1.5"),
     (Sampling(min_p=-1), "min_p must be a finite number from 0 to 1; got -1"),
-    (Sampling(top_k=-1), r"top_k must be an integer from 0 to 2\*\*31 - 1; got -1"),
+    (Sampling(top_k=-2), r"top_k must be an integer from 0 to 2\*\*31 - 1; got -2"),
     (Sampling(top_k=2.0), "top_k must be an integer"), (Sampling(seed=2**63), "seed must be an integer from 0 to"),
     (Sampling(seed=True), "seed must be an integer"),
     (Sampling(repetition_penalty=0), "repetition_penalty must be a finite number above 0; got 0"),

@@ -196,7 +196,7 @@ def test_yarn_without_any_length_is_refused():
 def test_garbage_in_files_is_a_checkpoint_error_that_names_the_file(tmp_path):
     """The whole way: what a NativeTarget or a Drafter refuses names its folder."""
     def target_of(folder):
-        return _target(str(folder), torch.bfloat16, torch.device("cpu"), "model")
+        return _target(str(folder), "llama", torch.bfloat16, torch.device("cpu"), "model")
 
     target = target_of(tiny.write_target(tmp_path / "good"))
     for text in ('"rms_norm_eps": NaN', '"rope_theta": 0', '"rope_theta": -1e4', '"rms_norm_eps": 1e999',

@@ -32,6 +32,7 @@ class OnCuda(torch.Tensor):
     get_device = lambda self: 0
 
 torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
+torch.cuda.is_current_stream_capturing = lambda: False
 print(dk.StepGraph.available("cuda"), _gpu.problem(), sep=";")
 try:
     with dk.StepGraph("cuda").capture():

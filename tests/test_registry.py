@@ -174,13 +174,15 @@ def test_without_the_library_every_op_answers_and_one_warning_says_why(tmp_path)
 # ---- the binary ----------------------------------------------------------------------------------------------------
 
 PYTHON_LIMITED_API = {
-    "PyArg_ParseTuple", "PyCapsule_GetPointer", "PyCapsule_New", "PyCapsule_IsValid", "PyErr_Format",
-    "PyErr_SetString", "PyErr_Occurred", "PyErr_NoMemory", "PyEval_RestoreThread", "PyEval_SaveThread",
-    "PyExc_ImportError", "PyExc_RuntimeError", "PyExc_TypeError", "PyExc_ValueError", "PyList_Append", "PyList_New",
-    "PyList_SetItem", "PyLong_AsLong", "PyLong_AsLongLong", "PyLong_FromLong", "PyLong_FromLongLong",
-    "PyLong_FromSize_t", "PyLong_FromUnsignedLongLong",
-    "PyModule_Create2", "PyTuple_New", "PyTuple_SetItem", "PyUnicode_FromString",
-    "Py_BuildValue", "Py_DecRef", "Py_IncRef", "_Py_Dealloc", "_Py_NoneStruct", "_Py_TrueStruct", "_Py_FalseStruct",
+    "PyArg_ParseTuple", "PyBool_FromLong", "PyCapsule_GetPointer", "PyCapsule_IsValid", "PyCapsule_New",
+    "PyErr_Fetch", "PyErr_Format", "PyErr_NoMemory", "PyErr_Occurred", "PyErr_Restore", "PyErr_SetString",
+    "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_ImportError", "PyExc_RuntimeError", "PyExc_TypeError",
+    "PyExc_ValueError", "PyImport_GetModule", "PyList_Append", "PyList_New", "PyList_SetItem", "PyLong_AsLong",
+    "PyLong_AsLongLong", "PyLong_AsSsize_t", "PyLong_FromLong", "PyLong_FromLongLong", "PyLong_FromSize_t",
+    "PyLong_FromUnsignedLongLong", "PyModule_AddObjectRef", "PyModule_Create2", "PyObject_CallMethod",
+    "PyObject_SetAttrString", "PyTuple_New", "PyTuple_SetItem", "PyType_FromSpec", "PyType_GenericAlloc",
+    "PyType_GetSlot", "PyUnicode_FromString", "Py_BuildValue", "Py_DecRef", "Py_IncRef", "_Py_Dealloc",
+    "_Py_FalseStruct", "_Py_NoneStruct", "_Py_TrueStruct",
 }
 # The C shims of torch's stable ABI; anything of at::, c10:: or torch:: changes from one torch to the next.
 TORCH_STABLE = re.compile(r"^(aoti_torch_\w+|torch_\w+)$")
