@@ -24,14 +24,19 @@ def layer_of(backend, heads_first, dtype=torch.float32):
     return layer
 
 
-def built(backend, lens, width=WIDTH, tokens=None, causal=False):
-    """As the engine builds it: lengths with the block, the table a view of a wider one."""
+def common(lens, width=WIDTH, tokens=None, causal=False):
+    """What the engine's builders are given: lengths with the block, the table a view of a wider one. With `tokens` the
+    second request has what the first leaves of them."""
+    ends = [0, width, 2 * width if tokens is None else tokens]
     table = torch.arange(2 * fake.PAGES).flip(0).view(2, fake.PAGES).int() % fake.PAGES
-    common = types.SimpleNamespace(batch_size=lambda: 2, max_query_len=width, causal=causal,
-                                   num_actual_tokens=2 * width if tokens is None else tokens,
-                                   seq_lens=torch.tensor(lens, dtype=torch.int32) + width,
-                                   block_table_tensor=table[:, :3])
-    return backend.DFlashMetadataBuilder(None, [], None, None).build(0, common)
+    starts = torch.tensor(ends, dtype=torch.int32)
+    return types.SimpleNamespace(batch_size=lambda: 2, max_query_len=width, causal=causal, num_actual_tokens=ends[-1],
+                                 seq_lens=torch.tensor(lens, dtype=torch.int32) + starts.diff(), query_start_loc=starts,
+                                 block_table_tensor=table[:, :3])
+
+
+def built(backend, *args, **kwargs):
+    return backend.DFlashMetadataBuilder(None, [], None, None).build(0, common(*args, **kwargs))
 
 
 def expected(q, k, v, context, causal):

@@ -1,11 +1,10 @@
 """A fault in each of vLLM's hooks, before its first write and after it: the engine's own gives the answer, the log says
-so once, and the hook is off from then on. And an engine that runs long keeps nothing.
+so once, and the hook is off from then on. The drafter's attention: tests/test_engines_attention_faults.py.
 
 The fault used to come out of `generate`, and the next request never returned.
 """
 
 import gc
-import importlib
 import sys
 import types
 
@@ -195,67 +194,3 @@ def test_a_fault_in_the_choice_of_attention(monkeypatch, caplog, after):
         assert platform.get_attn_backend_cls(None, attention.DRAFTER) == ("CpuPlatform", None)
     assert [r.levelname for r in caplog.records].count("WARNING") == 1
     assert "attention: failed, and is off" in caplog.text
-
-
-@WHEN
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_fault_in_attention(monkeypatch, caplog, after, causal):
-    """Its pages are its own, so that the engine's cannot go on with them: torch does, and gives the same."""
-    fake.install(monkeypatch)
-    name = "dflash_decode.engines.vllm.attention_backend"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    backend = importlib.import_module(name)
-    monkeypatch.delitem(sys.modules, name)
-    calls = [break_op(monkeypatch, backend, op, after) for op in ("block_attention", "write_context_kv")]
-    monkeypatch.setattr(backend, "_attend", backend.guarded("attention", backend.block_attention,
-                                                            backend._plain_attention, backend.LOG))
-    monkeypatch.setattr(backend, "_write", backend.guarded("attention", backend.write_context_kv,
-                                                           backend._plain_write, backend.LOG))
-    layer, lens = attention.layer_of(backend, True), [7, 0]
-    made = attention.built(backend, lens, causal=causal)
-    made.page_table[0] = torch.tensor([0, 2, 4])
-    slots = made.page_table[0, torch.arange(7) // fake.PAGE].long() * fake.PAGE + torch.arange(7) % fake.PAGE
-    context_rows = torch.randn(7, 2, fake.KV_HEADS, fake.HEAD_DIM)
-    for _ in range(2):
-        layer.impl.do_kv_cache_update(layer, *context_rows.unbind(1), layer.kv_cache, slots)
-    q, k, v = (torch.randn(6, heads, fake.HEAD_DIM) for heads in (attention.HEADS, fake.KV_HEADS, fake.KV_HEADS))
-    for _ in range(2):
-        out = layer.impl.forward(layer, q, k, v, layer.kv_cache, made, torch.full_like(q, 9))
-        for b, c in enumerate(lens):
-            rows = slice(3 * b, 3 * b + 3)
-            wanted = attention.expected(q[rows], k[rows], v[rows], context_rows[:c], causal)
-            torch.testing.assert_close(out[rows], wanted)
-    assert [len(c) for c in calls] == [1, 1]
-    assert [r.levelname for r in caplog.records].count("WARNING") == 2
-
-
-def kept():
-    """Live tensors and the bytes of their memory."""
-    gc.collect()
-    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-    return len(found), sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
-
-
-def test_an_engine_that_runs_long_keeps_nothing(engine):
-    """Batches of all sizes come, are drafted for, checked and leave: it has as much after 200 steps as after 600."""
-    torch.manual_seed(0)
-    model = engine.model()
-
-    def serve(steps):
-        for step in range(steps):
-            tokens, requests = 1 + step * 7 % 90, 1 + step % 5
-            states, slots = torch.randn(tokens, fake.HIDDEN), torch.arange(tokens) % (fake.PAGE * fake.PAGES)
-            slots[24:] = -1
-            model.precompute_and_store_context_kv(states, torch.arange(tokens) % 60, slots)
-            drafts = engine.drafter._greedy_sample(torch.randn(3 * requests, fake.HIDDEN)).int()
-            engine.runner.input_batch = fake.Runner(all_greedy=step % 4 > 0).input_batch
-            engine.sampler.rejection_sample(
-                drafts, [3] * requests, 3, None, None, torch.randn(3 * requests, fake.VOCAB),
-                torch.zeros(requests, 1).long(), engine.runner.input_batch.sampling_metadata)
-            if step % 50 == 0:  # another engine in the process that comes and goes
-                fake.make(type(engine.drafter), runner=fake.Runner())._greedy_sample(torch.randn(2, fake.HIDDEN))
-
-    serve(200)
-    before = kept()
-    serve(400)
-    assert kept() == before and list(verify.RUNNERS) == [engine.runner]

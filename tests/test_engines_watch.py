@@ -142,3 +142,43 @@ def test_register_imports_nothing_heavy(engine, when, tmp_path):
     assert run.returncode == 0, run.stderr
     modules, torch, heavy, ours = run.stdout.split()
     assert (torch, heavy, ours) == ("False", "False", "False") and int(modules) < 100, run.stdout
+
+
+WITHOUT = """
+import importlib, sys
+from dflash_decode.engines import vllm as plugin
+plugin.register()
+for name in [*plugin.PROPOSERS, plugin.REGISTRY]:
+    importlib.import_module(name)
+from vllm.v1.spec_decode.dflash import DFlashProposer
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+print(*sorted(name for name in sys.modules if name.startswith("dflash")))
+finders = [type(finder).__module__ for finder in sys.meta_path]
+print("torch" in sys.modules, finders.count("dflash_decode.engines.watch"))
+public = sorted(name for name in vars(DFlashProposer) if name[0] != "_")
+print(public, hasattr(DFlashProposer.__init__, "dflash_watched"), AttentionBackendEnum.__members__)
+"""
+REGISTRY = """
+class AttentionBackendEnum:
+    __members__ = {}
+def register_backend(backend, class_path=None, is_mamba=False):
+    AttentionBackendEnum.__members__[backend] = 1
+"""
+
+
+def test_what_stays_in_a_server_without_dflash(tmp_path):
+    """What the first paragraph of docs/engines.md says, and nothing more."""
+    contents = {"vllm": "__version__ = '0.32.0'", "vllm.v1.attention.backends.registry": REGISTRY,
+                "vllm.v1.spec_decode.dflash": "class DFlashProposer:\n    def propose(self):\n        pass",
+                "vllm.v1.worker.gpu.spec_decode.dflash.speculator": "class DFlashSpeculator:\n    pass"}
+    for name, text in contents.items():
+        folder = tmp_path / name.replace(".", "/")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").write_text(text)
+    run = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, cwd=tmp_path,
+                         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{tmp_path}", "PATH": ""})
+    assert run.returncode == 0, run.stderr
+    modules, others, engine = run.stdout.splitlines()
+    inner = ("hooks", "sources", "vllm", "vllm.attention", "watch")
+    assert modules.split() == ["dflash_decode", "dflash_decode.engines", *(f"dflash_decode.engines.{n}" for n in inner)]
+    assert (others, engine) == ("False 1", "['propose'] True {'DFLASH': 1}")

@@ -95,7 +95,8 @@ def attend(requests: int, length: int) -> dict:
         num_reqs=requests, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=torch.bfloat16, isa=ISA,
         sliding_window_size=-1, enable_kv_split=True, kv_cache_dtype="auto", **common)
     made = SimpleNamespace(num_actual_tokens=len(q), block_table=table, scheduler_metadata=plan, **common)
-    mine, outs = DFlashMetadata(False, WIDTH, lens, table), [torch.empty_like(q) for _ in range(2)]
+    outs = [torch.empty_like(q) for _ in range(2)]
+    mine = DFlashMetadata(False, WIDTH, lens + WIDTH, lens, table, starts)
     new = slots[:, length:length + WIDTH].flatten()
 
     def engine():

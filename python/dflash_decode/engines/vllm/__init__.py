@@ -1,6 +1,8 @@
 """vLLM's plugin: `vllm.general_plugins` calls register() in each of its processes.
 
-Nothing is replaced, and nothing of vLLM or torch imported, before vLLM makes the proposer of a DFlash configuration.
+No hook is in place, and nothing of vLLM or torch imported by us, before vLLM makes the proposer of a DFlash
+configuration. Until then we have wrapped the initialisers of its proposers' classes, once it imports those by itself,
+and entered a name in its registry of attention backends.
 """
 
 import logging
