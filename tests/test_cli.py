@@ -237,15 +237,17 @@ def test_prompt_from_standard_input(models):
     (["bench", "decode", "--prompts", "GOOD", "--concurrency", "0"], 2, "--concurrency"),
     (["bench", "decode", "--prompts", "GOOD", "--limit", "0"], 2, "--limit"),
     (["bench", "decode", "--prompts", "BAD"], 1, 'bad.jsonl:2: expected {"task": ..., "id": ...,'),
+    (["bench", "decode", "--prompts", "HALF"], 1, 'half.jsonl:1: expected {"task": ..., "id": ...,'),
     (["bench", "decode", "--prompts", "EMPTY"], 1, "expected at least one prompt; got none"),
     (["bench", "decode", "--prompts", "BINARY"], 1, "binary.jsonl: expected a file of JSON lines"),
 ])
 def test_bad_input(call, models, tmp_path, arguments, code, message):
     (tmp_path / "bad.jsonl").write_text('{"turns": ["x"]}\n{"turns": []}\n')
+    (tmp_path / "half.jsonl").write_text('{"turns": ["\\ud800"]}')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     names = {"MODEL": models["model"], "DRAFT": models["draft"], "GOOD": prompts_file(tmp_path, "t")}
-    names |= {k: tmp_path / f"{k.lower()}.jsonl" for k in ("BAD", "EMPTY", "BINARY")}
+    names |= {k: tmp_path / f"{k.lower()}.jsonl" for k in ("BAD", "EMPTY", "BINARY", "HALF")}
     got, out, err = call(*(names.get(a, a) for a in arguments))
     assert got == code and message in err and one_line(err) and out == "", (got, out, err)
 
