@@ -204,9 +204,14 @@ def test_prompt_from_standard_input(models):
     (["generate", "--prompt", "x", "--dtype", "int4"], 2, "--dtype"),
     (["generate", "--prompt", "x", "--block-size", "33"], 2, "--block-size"),
     (["generate", "--prompt", "x", "--temperature", "-1"], 2, "--temperature"),
-    (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "nan"], 2, "--temperature"),
-    (["generate", "--prompt", "x\udcff", "--model", "MODEL"], 1, "text must be valid Unicode; got '\\udcff'"),
-    (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "inf"], 2, "--temperature"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "nan"], 2,
+     "Invalid value for '--temperature': 'nan' is not a finite number from 0 to 3.4e+38"),
+    (["generate", "--prompt", "x\udcff", "--model", "MODEL"], 2, "--prompt must be text in UTF-8; got 'x\\udcff'"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "inf"], 2,
+     "Invalid value for '--temperature': 'inf' is not a finite number from 0 to 3.4e+38"),
+    (["bench", "decode", "--prompts", "GOOD", "--temperature", "nan"], 2, "'nan' is not a finite number from 0 to"),
+    (["generate", "--prompt", "x", "--top-p", "nan"], 2, "'--top-p': 'nan' is not a finite number from 0 to 1"),
+    (["generate", "--prompt", "x", "--min-p", "nan"], 2, "'--min-p': 'nan' is not a finite number from 0 to 1"),
     (["generate", "--prompt", "x", "--top-p", "1.5"], 2, "--top-p"),
     (["generate", "--prompt", "x", "--top-k", "-2"], 2, "--top-k"),
     (["generate", "--prompt", "x", "--seed", "-1"], 2, "--seed"),
@@ -228,18 +233,21 @@ def test_prompt_from_standard_input(models):
     (["bench", "decode", "--prompts", "MODEL"], 2, "which is a directory"),
     (["bench", "decode", "--prompts", "GOOD", "--draft", "none"], 2, "--draft must be a drafter's directory"),
     (["bench", "decode", "--prompts", "GOOD", "--json", "/no/such/dir/x.json"], 2, "--json must be a file in a dir"),
+    (["bench", "decode", "--prompts", "GOOD", "--json", "-"], 2, "got '-': it does not mean standard output here"),
     (["bench", "decode", "--prompts", "GOOD", "--concurrency", "0"], 2, "--concurrency"),
     (["bench", "decode", "--prompts", "GOOD", "--limit", "0"], 2, "--limit"),
     (["bench", "decode", "--prompts", "BAD"], 1, 'bad.jsonl:2: expected {"task": ..., "id": ...,'),
+    (["bench", "decode", "--prompts", "HALF"], 1, 'half.jsonl:1: expected {"task": ..., "id": ...,'),
     (["bench", "decode", "--prompts", "EMPTY"], 1, "expected at least one prompt; got none"),
     (["bench", "decode", "--prompts", "BINARY"], 1, "binary.jsonl: expected a file of JSON lines"),
 ])
 def test_bad_input(call, models, tmp_path, arguments, code, message):
     (tmp_path / "bad.jsonl").write_text('{"turns": ["x"]}\n{"turns": []}\n')
+    (tmp_path / "half.jsonl").write_text('{"turns": ["\\ud800"]}')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     names = {"MODEL": models["model"], "DRAFT": models["draft"], "GOOD": prompts_file(tmp_path, "t")}
-    names |= {k: tmp_path / f"{k.lower()}.jsonl" for k in ("BAD", "EMPTY", "BINARY")}
+    names |= {k: tmp_path / f"{k.lower()}.jsonl" for k in ("BAD", "EMPTY", "BINARY", "HALF")}
     got, out, err = call(*(names.get(a, a) for a in arguments))
     assert got == code and message in err and one_line(err) and out == "", (got, out, err)
 
@@ -369,6 +377,17 @@ def test_version(call):
 def test_a_closed_output_is_no_crash():
     command = f"exec {shlex.quote(sys.executable)} -m dflash_decode.cli info >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], env=environment()).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["info"], ["--version"], ["generate", "--prompt", "hi", "--max-new-tokens", "2"]],
+                         ids=lambda words: words[0])
+def test_a_full_disk_under_the_output_is_one_line_in_plain_words(models, words):
+    words += ["--model", models["model"], "--draft", models["draft"]] * (words[0] == "generate")
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run([sys.executable, "-m", "dflash_decode.cli", *words], stdout=full, stderr=subprocess.PIPE,
+                             env=environment(PYTHONUNBUFFERED="1" if words[0] == "info" else ""), text=True)
+    assert (ran.returncode, ran.stderr) == (
+        1, "dflash-kernels: standard output cannot be written: No space left on device\n")
 
 
 def test_an_output_that_is_not_unicode_gets_the_text_escaped(models):

@@ -28,7 +28,7 @@ LOADING = [("--dtype", ["int4", "float64", "", "torch"]), ("--device", ["gpu", "
            ("--draft", ["~nobody-of-that-name", LONG, "a\0b", "no/such", ""]),
            ("--model", ["no/such", "a\0b", ""])]
 COUNTS = [("--limit", ["0", "x"]), ("--concurrency", ["0", "-1", "all"])]
-OUTPUTS = ["FOLDER", "no/such/x.json", "FILE/x.json", "~nobody-of-that-name/x.json", LONG, f"a/{LONG}", "x" * 255,
+OUTPUTS = ["-", "FOLDER", "no/such/x.json", "FILE/x.json", "~nobody-of-that-name/x.json", LONG, f"a/{LONG}", "x" * 255,
            "a\0b", "/dev/null", "/proc/x.json", "FIFO", "FILE", ""]
 INPUTS = ["no/such", "FOLDER", "FIFO", "~nobody-of-that-name/x", LONG, "a\0b", "FILE/x", "/dev/null", ""]
 
@@ -40,7 +40,7 @@ def lines():
             yield from ([*command, option, value] for value in values)
     for command in (DECODE, PROTOCOL, ["bench", "ops", "linear"], [*DECODE, "--peers", "all"]):
         yield from ([*command, "--json", value] for value in OUTPUTS if command[1] != "ops" or value != "FILE")
-    for value in OUTPUTS[:9]:
+    for value in OUTPUTS[:10]:
         yield [*PROTOCOL, "--journal", value]
     yield [*PROTOCOL, "--json", "NEW"]
     for command in ("decode", "protocol"):

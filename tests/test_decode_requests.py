@@ -49,14 +49,16 @@ def prompted(prompt, n=4, stops=()):
 
 # What is asked, and the error of it alone.
 BAD = [
-    (sampled(presence_penalty=1e308), "presence_penalty must be a finite number, at most 3.40282e+38; got 1e+308"),
-    (sampled(frequency_penalty=-(10**400)), "frequency_penalty must be a finite number, at most 3.40282e+38; got -100"),
+    (sampled(presence_penalty=1e308),
+     "presence_penalty must be a finite number from -3.40282e+38 to 3.40282e+38; got 1e"),
+    (sampled(frequency_penalty=-(10**400)),
+     "frequency_penalty must be a finite number from -3.40282e+38 to 3.40282e+38; got -100"),
     (sampled(temperature=10**400), "temperature must be a finite number of at least 0, at most 3.40282e+38; got 100"),
     (sampled(temperature=10**5000), "temperature must be a finite number of at least 0, at most 3.40282e+38; got "),
     (sampled(temperature=float("inf")), "temperature must be a finite number of at least 0; got inf"),
     (sampled(temperature=True), "temperature must be a finite number of at least 0; got True"),
     (sampled(repetition_penalty=1e-300), "repetition_penalty must be a finite number above 0, at least 1.17549e-38"),
-    (sampled(top_k=None), "top_k must be an integer from 0 to 2**31 - 1; got None"),
+    (sampled(top_k=None), "top_k must be an integer, -1 or 0 (off), or up to 2**31 - 1; got None"),
     (sampled(seed=1.0), "seed must be an integer from 0 to 2**63 - 1; got 1.0"),
     (sampled(logit_bias=None), "logit_bias must be a mapping of token ids to numbers; got None"),
     (sampled(logit_bias=[1.0]), "logit_bias must be a mapping of token ids to numbers; got [1.0]"),

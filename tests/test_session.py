@@ -1,6 +1,7 @@
 """The front door in Python: what a new user has and what they get wrong, each with its answer."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dflash_decode.draft import Drafter
 from dflash_decode.loop import Decoder
+from dflash_decode.requests import Request
 from dflash_decode.sampling import Sampling
 from dflash_decode.session import Session
 from dflash_decode.weights import CheckpointError, load_checkpoint, read_json
@@ -45,7 +47,12 @@ def test_token_ids_are_taken_as_they_are(loaded, ids):
     (None, KINDS + "None"), (5, KINDS + "5"), (b"hi", KINDS + "b'hi'"), ({1, 2}, KINDS + r"\{1, 2\}"),
     ([1.5], KINDS + "1.5"), ([True], KINDS + "True"), (np.array([1.5]), KINDS + "1.5"), (torch.ones(2), KINDS + "1.0"),
     ([], "at least 1 token; got"), ([[]], "at least 1 token"), (torch.tensor([]), "at least 1 token"),
-    (["a", "b"], "got 'a' in a list: several prompts are for run"), ([[1], [2]], r"got \[1\] in a list: several"),
+    (["a", "b"], "got 'a' in a list: give each prompt by itself"),
+    ([[1], [2]], r"got \[1\] in a list: give each prompt's ids by itself, in a list and without padding"),
+    ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]}, "got a batch of 2: give each prompt's ids"),
+    ({"input_ids": [[1], [3, 4]], "attention_mask": [[1], [1, 1]]}, "got a batch of 2: give each prompt's ids"),
+    ("\ud800", r"text must be valid Unicode; got '\\ud800'"),
+    ([{"role": "user", "content": "\ud800"}], "text must be valid Unicode"),
     ([-1], r"token ids in \[0, 264\); got -1"), ([264], r"token ids in \[0, 264\); got 264"),
     (torch.zeros(2, 3).long(), r"shape \(n,\) or \(1, n\); got \(2, 3\)"), (torch.tensor(3), r"got \(\)"),
     ({"input_ids": [0, 1], "attention_mask": [0, 1]}, "without padding; got an attention_mask with zeros"),
@@ -84,12 +91,38 @@ def test_run_takes_one_prompt_or_a_list_of_any_kinds(loaded):
 @pytest.mark.parametrize("prompts, message", [
     (None, "prompts must be a list, each of them a text"), (5, "prompts must be a list"),
     (b"x", "prompts must be a list"),
-    ([None], "the prompt " + KINDS + "None"), ([[]], "prompt 1 must have at least 1 token"),
-    ([[1], ["a"]], "prompt 2 .* got 'a' in a list"), (np.ones((2, 2), int), r"got \(2, 2\): give each prompt's ids by"),
-    (["hi", "x" * 200], "prompt 2 must be shorter than the model's context of 128 tokens; got 202")], ids=str)
+    ([None], "prompt 1 " + KINDS + "None"), ([[]], "prompt 1 must have at least 1 token"),
+    ({1, 2}, r"prompts must be a list, .*; got \{1, 2\}, of type set"), ({"a"}, "prompts .* of type set"),
+    ((i for i in [1]), "token ids must be in a list, a tensor or an array; got <generator .*, of type generator"),
+    ("\ud800", "prompt 1: text must be valid Unicode"), (["hi", "\ud800"], "prompt 2: text must be valid Unicode"),
+    ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]},
+     "prompt 1: input_ids must be of one prompt; got a batch of 2: give each prompt's ids by itself, in a list and"),
+    ([[1], ["a"]], "prompt 2 .* got 'a' in a list"), (np.ones((2, 2), int), r"token ids .* got \(2, 2\): give each"),
+    (["hi", "x" * 200], "prompt 2 must be shorter than the model's context of 128 tokens; got 202")],
+    ids=lambda value: str(value)[:20])
 def test_prompts_that_are_none(loaded, prompts, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError), match=r"^Session\.run: " + message) as error:
         loaded.run(prompts, max_new_tokens=4)
+    assert len(re.findall(r"prompt \d", str(error.value))) < 2 and "request" not in str(error.value)
+
+
+def test_what_ends_a_request_is_told_of_its_prompt(loaded, monkeypatch):
+    class Broken:
+        def fill_bitmask(self, tokens, words):
+            raise OSError("no grammar")
+
+    with pytest.raises(ValueError, match=r"^Session\.run: prompt 1: grammar: OSError: no grammar$"):
+        loaded.run([[1]], max_new_tokens=2, sampling=Sampling(grammar=Broken()))
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    monkeypatch.setattr(loaded.tokenizer, "encode", lambda text, add_special_tokens: [])
+    with pytest.raises(ValueError, match=r"^Session\.run: prompt 1 must have at least 1 token; got ''$"):
+        loaded.run("", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("seed", [np.int64(4), np.int32(2**31 - 1), np.uint8(255), np.int64(2**63 - 1)], ids=repr)
+def test_a_seed_of_numpys_counts_on_from_prompt_to_prompt(loaded, seed):
+    run = loaded.run([[1], [2]], max_new_tokens=1, sampling=Sampling(temperature=1, seed=seed, top_k=np.int64(-1)))
+    assert [answer.seed for answer in run.answers] == [int(seed), (int(seed) + 1) % 2**63]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -102,7 +135,7 @@ def test_prompts_that_are_none(loaded, prompts, message):
     ({"sampling": {"temperature": 1}}, "sampling must be a Sampling"),
     ({"sample_from": "law"}, "sample_from must be one"),
     ({"rule": None}, "rule must be one of token, block; got None"),
-    ({"sampling": Sampling(top_k=-2)}, "top_k must be an integer from 0")], ids=str)
+    ({"sampling": Sampling(top_k=-2)}, "top_k must be an integer, -1 or 0")], ids=str)
 def test_options_of_run(loaded, options, message):
     with pytest.raises((TypeError, ValueError), match=r"^Session\.run: " + message):
         loaded.run("hi", **{"max_new_tokens": 4} | options)
@@ -158,12 +191,17 @@ def test_auto_is_what_the_models_config_says(tmp_path, fields, want):
     ({"draft_weights": None}, "draft_weights must be one of auto, int8, model; got None"),
     ({"block_size": 0}, "block_size must be an integer of at least 1; got 0"),
     ({"block_size": "4"}, "block_size must be an integer"), ({"model": ""}, "model must be a path"),
-    ({"draft": None}, "draft must be a path or a name; got None"), ({"model": 5}, "model must be a path or a name"),
+    ({"status": 5}, "status must be a function of a text .*; got 5"),
+    ({"draft": 5}, "draft must be a path or a name; got 5"), ({"model": 5}, "model must be a path or a name"),
     ({"draft": ""}, "draft must be a path or a name; got an empty text")], ids=str)
 def test_options_of_load_are_checked_before_anything_is_read(monkeypatch, options, message):
     monkeypatch.setattr("dflash_decode.session.find_model", None)
     with pytest.raises((TypeError, ValueError), match=r"^Session\.load: " + message):
         Session.load(**{"model": "smollm2"} | options)
+
+
+def test_no_drafter_is_none(models):
+    assert (found := Session.load(models["model"], None)).drafter is None and found.draft == "none"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -212,6 +250,22 @@ def test_a_missing_tokenizer_says_what_to_do_before_the_weights_are_read(tmp_pat
 def test_arguments_of_decoder(loaded, options, message):
     with pytest.raises((TypeError, ValueError), match="^Decoder: " + message):
         Decoder(**{"target": loaded.target} | options)
+
+
+@pytest.mark.parametrize("given", [None, 5, Request(0, [1], 1)], ids=str)
+def test_what_stream_cannot_read_is_named_and_disturbs_nobody(loaded, given):
+    decoder = Decoder(loaded.target, max_context=16)
+    decoder.submit(Request("kept", [1], 1))
+    with pytest.raises(TypeError, match=r"^Decoder\.stream: requests must be an iterable of Requests; got "):
+        next(decoder.stream(given))
+    assert [event.id for event in decoder.step()] == ["kept"]
+
+
+@pytest.mark.parametrize("sizes", [{"num_pages": 10**18}, {"page_size": 10**18, "num_pages": 1}, {"max_batch": 10**18},
+                                   {"num_pages": 10**30}, {"num_pages": 10**12}], ids=str)
+def test_a_cache_that_no_memory_holds_is_named(loaded, sizes):
+    with pytest.raises(ValueError, match="num_pages x page_size .* must fit into the memory of cpu; got .* bytes"):
+        Decoder(loaded.target, **sizes)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -60,7 +60,7 @@ def test_bad_templates(tmp_path, template, message):
     ("tokenizer.json", "\x00", "expected a tokenizer of the tokenizers library"),
     ("tokenizer_config.json", "[1]", "expected a JSON object; got list"),
     ("tokenizer_config.json", "{", "expected JSON"),
-    ("config.json", '{"eos_token_id": "x"}', "eos_token_id must be an integer or a list of them"),
+    ("config.json", '{"eos_token_id": "x"}', "config.json: eos_token_id must be an integer or a list of them"),
 ])
 def test_damaged_directories(tmp_path, file, content, message):
     folder = small_directory(tmp_path)

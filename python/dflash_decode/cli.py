@@ -4,10 +4,8 @@ Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for
 """
 
 import json
-import os
 import secrets
 import sys
-import warnings
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Annotated
 import typer
 
 from . import cli_protocol, cli_repository
+from .cli_streams import describe, drop_output, end, prepare
 from .options import (
     BlockSize,
     By,
@@ -108,8 +107,6 @@ def generate(
 ) -> None:
     """Answer one prompt, streamed, and say how fast."""
     text = read_prompt(prompt)
-    if not text:
-        raise UsageError("--prompt must not be empty")
     from .weights import drafter_of
 
     draft = drafter_of(model, draft)
@@ -250,48 +247,23 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)
         code = code if isinstance(code, int) else 0
-        return fail("interrupted", code) if code == INTERRUPTED else code  # some versions of typer catch Ctrl-C
+        return end("interrupted" if code == INTERRUPTED else "", code)  # some versions of typer catch Ctrl-C
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", INTERRUPTED)
+        return end("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of the output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     except typer.Exit as done:
-        return done.exit_code
+        return end("", done.exit_code)
     except Exception as error:
         if debug:
             raise
         # Our usage errors and those of the command line library carry the exit code that they mean.
-        return fail(describe(error), 2 if getattr(error, "exit_code", 1) == 2 else 1)
-
-
-def describe(error: Exception) -> str:
-    written = getattr(error, "format_message", None)
-    text = written() if written else str(error)
-    if not text and written:
-        return ""  # a command group without a command has printed its help
-    if isinstance(error, ModuleNotFoundError):
-        text += "; to get it: pip install 'dflash-kernels[decode]'"
-    elif not isinstance(error, (ValueError, TypeError, NotImplementedError, ImportError, UsageError)) and not written:
-        text = f"{type(error).__name__}: {text} (--debug shows where)"
-    return " ".join(text.split()) or type(error).__name__
-
-
-def fail(message: str, code: int) -> int:
-    sys.stdout.flush()
-    if message:
-        print(f"dflash-kernels: {message}", file=sys.stderr)
-    return code
+        return end(describe(error), 2 if getattr(error, "exit_code", 1) == 2 else 1)
 
 
 def main() -> None:
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream.encoding.lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    prepare()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -3,11 +3,21 @@
 import json
 import os
 import stat
+import sys
+import warnings
 from pathlib import Path
 
 MOST_JSON = 64 << 20  # bytes; the index of the largest models has some 20 MB, the largest tokenizers 40
 _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
           (stat.S_ISCHR, "a character device"), (stat.S_ISBLK, "a block device"))
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line of the caller's own code that led here, not at one of this package."""
+    level, frame, here = 1, sys._getframe(), str(Path(__file__).parent) + os.sep
+    while frame and frame.f_code.co_filename.startswith(here):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 class CheckpointError(ValueError):

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .files import CheckpointError, brief, read_json, regular
+from .files import CheckpointError, brief, read_json, regular, warn
 
 WEIGHTS = "model.safetensors"
 _FORMAT = 2  # raise it when the conversion changes: it is part of the cache key
@@ -71,8 +70,8 @@ def keep(path: Path, entry: Path | None, tensors: Mapping[str, torch.Tensor], te
                 _write(path, entry, tensors, texts)
                 _remove_stale(entry.parent)
     except (OSError, SafetensorError) as error:
-        warnings.warn(f"{path}: the next start converts this file again, as its converted form cannot be kept"
-                      f"{f' in {entry.parent}' if entry else ''}: {brief(error)}", stacklevel=2)
+        warn(f"{path}: the next start converts this file again, as its converted form cannot be kept"
+             f"{f' in {entry.parent}' if entry else ''}: {brief(error)}")
 
 
 def _write(path: Path, entry: Path, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:

@@ -32,10 +32,19 @@ class CacheShape:
         return 2 * self.layers * self.kv_heads * page_size * self.head_dim * self.dtype.itemsize
 
     def allocate(self, num_pages: int, page_size: int) -> list[PagedKV]:
+        """Raises ValueError for what the device cannot hold."""
         # (page, head, row, dim) in memory: a head's keys of one page are one stretch for the attention to stream.
         shape = (num_pages, self.kv_heads, page_size, self.head_dim)
-        k, v = (torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device).transpose(2, 3)
-                for _ in range(2))
+        needed = num_pages * self.page_bytes(page_size)
+        try:
+            if needed >= 2**63:  # torch has no words for so many
+                raise MemoryError
+            k, v = (torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device).transpose(2, 3)
+                    for _ in range(2))
+        except (RuntimeError, MemoryError):
+            raise ValueError(f"cache: num_pages x page_size (num_pages is room for max_batch requests of max_context "
+                             f"tokens if not given) must fit into the memory of {self.device}; got {num_pages} x "
+                             f"{page_size} tokens, which take {needed:,} bytes") from None
         return [PagedKV(k[i], v[i]) for i in range(self.layers)]
 
 

@@ -135,6 +135,7 @@ class Decoder:
         every page. A request that cannot run, or whose grammar raises, gives an error event and disturbs nobody; the
         event of what is no Request has the id None. Where `requests` itself raises, nobody knows what else was to come:
         every request leaves, and the exception comes out of here."""
+        of_type("Decoder.stream", "requests", requests, Iterable, "an iterable of Requests")
         try:
             try:
                 yield from self._answer(iter(requests))

@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,18 @@ def read_dtype(text: str) -> str:
     return name
 
 
+def _finite(low: float, high: float) -> Callable[[str | float], float]:
+    """What reads an option's number: the library's own range would take nan for a value out of it."""
+    def number(text: str | float) -> float:
+        try:
+            if low <= (value := float(text)) <= high:
+                return value
+        except ValueError:
+            pass
+        raise typer.BadParameter(f"{short(text)} is not a finite number from {low:g} to {high:g}.")
+    return number
+
+
 def short(value: object) -> str:
     """The value as an error shows it."""
     text = repr(str(value))
@@ -75,16 +88,18 @@ Dtype = Annotated[str, typer.Option(parser=read_dtype, metavar="[auto|bfloat16|f
                                          "config.json says.")]
 Where = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; all cores if not given.")]
-Temperature = Annotated[float, typer.Option(min=0, max=MOST_TEMPERATURE, help="0: greedy.")]
-Temperatures = Annotated[list[float], typer.Option("--temperature", min=0, max=MOST_TEMPERATURE,
+_TEMPERATURE = {"parser": _finite(0, MOST_TEMPERATURE), "metavar": "FLOAT"}
+_SHARE = {"parser": _finite(0, 1), "metavar": "FLOAT"}
+Temperature = Annotated[float, typer.Option(**_TEMPERATURE, help="0: greedy.")]
+Temperatures = Annotated[list[float], typer.Option("--temperature", **_TEMPERATURE,
                                                    help="0: greedy; may be given several times.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed, the same text; a fresh one, which "
                                                                      "is printed, if not given.")]
 FirstSeed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="The seed of each task's first prompt; "
                                                                              "the next has one more.")]
 TopK = Annotated[int, typer.Option(min=-1, max=2**31 - 1, help="Draw from the K likeliest tokens; 0 or -1: from all.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this share together.")]
-MinP = Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens with this share of the likeliest's.")]
+TopP = Annotated[float, typer.Option(**_SHARE, help="Draw from the likeliest tokens with this share together.")]
+MinP = Annotated[float, typer.Option(**_SHARE, help="Draw from tokens with this share of the likeliest's.")]
 From = Annotated[SampleFrom, typer.Option("--sample-from", help="Drafts of sampled text: the likeliest ('greedy': the "
                                           "text is plain sampling's, for each seed), or drawn as the text is "
                                           "('request': its law is).")]
@@ -132,14 +147,18 @@ def reason(error: Exception) -> str:
 
 def read_prompt(text: str) -> str:
     """The prompt, from standard input where it is '-'."""
-    if text != "-":
-        return text
-    if sys.stdin is None:
-        raise UsageError("--prompt - reads standard input, which is closed")
-    try:
-        return sys.stdin.read()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--prompt - must be text on standard input; got {reason(error)}") from None
+    if text == "-":
+        if sys.stdin is None:
+            raise UsageError("--prompt - reads standard input, which is closed")
+        try:
+            text = sys.stdin.read()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--prompt - must be text on standard input; got {reason(error)}") from None
+    if not text:
+        raise UsageError("--prompt must not be empty")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's sign for bytes that are not text
+        raise UsageError(f"--prompt must be text in UTF-8; got {short(text)}")
+    return text
 
 
 def check_device(device: Device) -> None:

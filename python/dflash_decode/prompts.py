@@ -1,9 +1,10 @@
 """What users have for a prompt, text, messages or token ids, as token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from .files import CheckpointError
 from .inputs import integer, is_token_list, items, shown
 from .tokenizer import Tokenizer
 
@@ -14,7 +15,7 @@ _ONE_BY_ONE = "give each prompt's ids by itself, in a list and without padding"
 def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> list[int]:
     """The token ids of one prompt. Errors begin with `what`, which names it."""
     if isinstance(prompt, str):
-        return _of_text(tokenizer, prompt)
+        return _of_text(tokenizer, prompt, what)
     if isinstance(prompt, Mapping) and "input_ids" in prompt:  # what a tokenizer of transformers answers
         return _of_ids(vocab, _unpadded(prompt, what), what)
     if isinstance(prompt, Mapping):
@@ -29,12 +30,20 @@ def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> 
 def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: object, what: str) -> list[list[int]]:
     """The token ids of several prompts, or of the one that is given in the place of a list."""
     if is_single(prompts):
-        return [read_prompt(tokenizer, vocab, prompts, f"{what}: the prompt")]
+        return [read_prompt(tokenizer, vocab, prompts, f"{what}: prompt 1")]
     if getattr(prompts, "ndim", 1) != 1:  # rows of one length: what is padding is not to be seen
         raise ValueError(f"{what}: token ids must have shape (n,) or (1, n); got {tuple(prompts.shape)}: {_ONE_BY_ONE}")
-    if isinstance(prompts, (bytes, bytearray)) or not hasattr(prompts, "__iter__"):
-        raise TypeError(f"{what}: prompts must be a list, each of them {_KINDS}; got {shown(prompts)}")
-    return [read_prompt(tokenizer, vocab, prompt, f"{what}: prompt {i}") for i, prompt in enumerate(prompts, 1)]
+    found = [] if isinstance(prompts, (bytes, bytearray, set, frozenset)) else prompts
+    if found is not prompts or not hasattr(prompts, "__iter__"):  # a set has no first prompt
+        raise TypeError(f"{what}: prompts must be a list, each of them {_KINDS}; got {_kind(prompts)}")
+    found = list(prompts)
+    if not isinstance(prompts, Sequence) and found and integer(found[0]) is not None:
+        raise TypeError(f"{what}: token ids must be in a list, a tensor or an array; got {_kind(prompts)}")
+    return [read_prompt(tokenizer, vocab, prompt, f"{what}: prompt {i}") for i, prompt in enumerate(found, 1)]
+
+
+def _kind(value: object) -> str:
+    return f"{shown(value)}, of type {type(value).__name__}"
 
 
 def is_single(prompts: object) -> bool:
@@ -48,29 +57,43 @@ def is_single(prompts: object) -> bool:
         or isinstance(prompts[0], (bool, float, type(None))) or integer(prompts[0]) is not None)
 
 
-def _of_text(tokenizer: Tokenizer, text: str) -> list[int]:
+def _of_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
     if tokenizer.chat_template:
-        return _of_template(tokenizer, [{"role": "user", "content": text}])
-    return tokenizer.encode(text, add_special_tokens=True)
+        return _of_template(tokenizer, [{"role": "user", "content": text}], what)
+    return _encoded(what, text, lambda: tokenizer.encode(text, add_special_tokens=True))
 
 
 def _of_messages(tokenizer: Tokenizer, messages: Sequence, what: str) -> list[int]:
     for i, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"{what}: message {i} must be {{'role': ..., 'content': ...}}; got {shown(message)}")
-    return _of_template(tokenizer, [dict(message) for message in messages])
+    return _of_template(tokenizer, [dict(message) for message in messages], what)
 
 
-def _of_template(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    return tokenizer.encode(tokenizer.apply_chat_template(messages))
+def _of_template(tokenizer: Tokenizer, messages: list[dict], what: str) -> list[int]:
+    return _encoded(what, messages, lambda: tokenizer.encode(tokenizer.apply_chat_template(messages)))
+
+
+def _encoded(what: str, prompt: object, encode: Callable[[], list[int]]) -> list[int]:
+    try:
+        ids = encode()
+    except CheckpointError:  # the model's fault, whose file it names
+        raise
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if not ids:
+        raise ValueError(f"{what} must have at least 1 token; got {shown(prompt)}")
+    return ids
 
 
 def _unpadded(encoded: Mapping, what: str) -> object:
     """The ids of a tokenizer's answer. Padding would be part of the prompt."""
-    mask = encoded.get("attention_mask")
+    ids, mask = encoded["input_ids"], encoded.get("attention_mask")
+    if isinstance(ids, Sequence) and len(ids) > 1 and any(is_token_list(row) for row in ids):
+        raise ValueError(f"{what}: input_ids must be of one prompt; got a batch of {len(ids)}: {_ONE_BY_ONE}")
     if mask is not None and not bool(torch.as_tensor(mask).all()):
         raise ValueError(f"{what}: input_ids must be without padding; got an attention_mask with zeros")
-    return encoded["input_ids"]
+    return ids
 
 
 def _of_ids(vocab: int, ids: object, what: str) -> list[int]:
@@ -89,7 +112,8 @@ def _of_ids(vocab: int, ids: object, what: str) -> list[int]:
     found = [integer(token) for token in given]
     for token, value in zip(given, found, strict=True):
         if value is None:
-            several = " in a list: several prompts are for run()" if isinstance(token, Sequence) else ""
+            several = f" in a list: {_ONE_BY_ONE}" if is_token_list(token) else (
+                " in a list: give each prompt by itself" if isinstance(token, Sequence) else "")
             raise TypeError(f"{what} must be {_KINDS}; got {shown(token)}{several}")
         if not 0 <= value < vocab:
             raise ValueError(f"{what} must hold token ids in [0, {vocab}); got {value}")

@@ -37,6 +37,8 @@ def commit() -> str | None:
 def check_output(file: Path, inputs: Iterable[Path] = ()) -> None:
     """Raises OSError or ValueError, with the reason, where write_json could not write the file, or would write over an
     input or a device. What it tries it takes back."""
+    if str(file) == "-":
+        raise ValueError("it does not mean standard output here; name a file")
     try:
         there = file.lstat()
     except FileNotFoundError:

@@ -42,7 +42,7 @@ class Sampling:
     grammar: Grammar | None = None
 
     def __post_init__(self):
-        if type(self.top_k) is int and self.top_k == -1:
+        if integer(self.top_k) == -1:
             object.__setattr__(self, "top_k", 0)
 
     @property
@@ -68,18 +68,18 @@ def check_sampling(sampling: Sampling, what: str, vocab: int | None = None) -> S
     if not isinstance(sampling, Sampling):
         raise TypeError(f"{what}: sampling must be a Sampling; got {shown(sampling)}")
     read = {name: _number(getattr(sampling, name), name, what) for name in _RANGES}
-    read["top_k"] = _integer(sampling.top_k, "top_k", what, 31)
-    read["seed"] = None if sampling.seed is None else _integer(sampling.seed, "seed", what, 63)
+    read["top_k"] = _integer(sampling.top_k, "top_k", what, 31, "an integer, -1 or 0 (off), or up to")
+    read["seed"] = None if sampling.seed is None else _integer(sampling.seed, "seed", what, 63, "an integer from 0 to")
     grammar = sampling.grammar
     if grammar is not None and not callable(getattr(grammar, "fill_bitmask", None)):
         raise TypeError(f"{what}: grammar must have a method fill_bitmask; got {shown(grammar)}")
     return replace(sampling, **read, logit_bias=_biases(sampling.logit_bias, what, vocab))
 
 
-def _integer(given: object, name: str, what: str, bits: int) -> int:
+def _integer(given: object, name: str, what: str, bits: int, words: str) -> int:
     value = integer(given)
     if value is None or not 0 <= value < 2**bits:
-        raise ValueError(f"{what}: {name} must be an integer from 0 to 2**{bits} - 1; got {shown(given)}")
+        raise ValueError(f"{what}: {name} must be {words} 2**{bits} - 1; got {shown(given)}")
     return value
 
 
@@ -88,7 +88,7 @@ def _number(given: object, name: str, what: str) -> float:
     if value is None or not low <= value <= high:
         limits = f" from {low:g} to {high:g}" if high == 1 else _SAID.get(low, "")
         if value is not None and abs(value) > FLOAT32.max and abs(given) != math.inf:
-            limits += f", at most {FLOAT32.max:g}"
+            limits = f" from {low:g} to {high:g}" if low < 0 else f"{limits}, at most {high:g}"
         elif value is not None and 0 < value < low:
             limits += f", at least {low:g}"
         raise ValueError(f"{what}: {name} must be a finite number{limits}; got {shown(given)}")

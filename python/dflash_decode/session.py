@@ -88,27 +88,28 @@ class Session:
     weights: str = "model"  # what the model's are kept in
 
     @classmethod
-    def load(cls, model: str | os.PathLike, draft: str | os.PathLike = AUTO, *, block_size: int | None = None,
+    def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
              dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", weights: str = "model",
              draft_weights: str = "auto",
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
         """model: a directory with config.json and safetensors, a .gguf file, or a known name. draft: a drafter's
-        directory, "auto" (the one that comes with this package for the model, or none), "random" or "none". dtype:
-        torch.bfloat16, float16 or float32, a name of one of them ("bf16", "half", "fp32"), or "auto", what the model's
-        config.json says. device: "cpu" or a CUDA device. weights: "model" keeps the model's as they are, "int8" in 8
-        bits: half of the bytes a step, and another model, whose text differs here and there. draft_weights: the
+        directory, "auto" (the one that comes with this package for the model, or none), "random" or "none" (or None).
+        dtype: torch.bfloat16, float16 or float32, a name of one of them ("bf16", "half", "fp32"), or "auto", what the
+        model's config.json says. device: "cpu" or a CUDA device. weights: "model" keeps the model's as they are, "int8"
+        in 8 bits: half of the bytes a step, and another model, whose text differs here and there. draft_weights: the
         drafter's, in "int8", as the "model"'s, or "auto": in 8 bits on a CPU beside a model in 16, where reading them
         takes half of the time; the text is the same. status(text) is entered while the part that it names is loaded.
 
         Arguments are checked before anything is loaded. Raises TypeError and ValueError for arguments that are wrong or
         do not fit together, CheckpointError for what cannot be read.
         """
-        what = "Session.load"
+        what, draft = "Session.load", NONE if draft is None else draft
         model, draft = (path_text(what, name, value) for name, value in (("model", model), ("draft", draft)))
         draft, device, dtype = drafter_of(model, draft), read_device(what, device), read_dtype(what, dtype)
         choice(what, "weights", weights, WEIGHTS)
         choice(what, "draft_weights", draft_weights, DRAFT_WEIGHTS)
+        of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
         block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
         if draft not in (RANDOM, NONE) and not exists(draft):
             raise CheckpointNotFound(f"draft must be a drafter's directory, {AUTO!r}, {RANDOM!r} or {NONE!r}; "
@@ -159,11 +160,11 @@ class Session:
         of_type(what, "on_tokens", on_tokens, Callable, "a function of a prompt's index and its new tokens")
         choice(what, "sample_from", sample_from, SAMPLE_FROM)
         choice(what, "rule", rule, RULES)
-        check_sampling(sampling, what, self.target.vocab_size)
+        sampling = check_sampling(sampling, what, self.target.vocab_size)
         prompts = read_prompts(self.tokenizer, self.target.vocab_size, prompts, what)
         for i, prompt in enumerate(prompts):
             if len(prompt) >= room:
-                raise ValueError(f"prompt {i + 1} must be shorter than the model's context of {room} tokens; "
+                raise ValueError(f"{what}: prompt {i + 1} must be shorter than the model's context of {room} tokens; "
                                  f"got {len(prompt)}")
         longest = max(map(len, prompts), default=1)
         decoder = Decoder(self.target, self.drafter if speculative else None,
@@ -175,7 +176,8 @@ class Session:
         started = time.perf_counter()
         for event in decoder.stream(self._requests(prompts, max_new_tokens, sampling)):
             if event.error is not None:
-                raise ValueError(f"prompt {event.id + 1}: {event.error}")
+                why = event.error.removeprefix(f"request {event.id}: ")  # the request is ours, the prompt the caller's
+                raise ValueError(f"{what}: prompt {event.id + 1}: {why}")
             answer = answers[event.id]
             answer.tokens += event.tokens
             if event.finish is not None:

@@ -73,10 +73,11 @@ def stop_ids(folder: Path) -> list[int]:
     ends = []
     for name in ("generation_config.json", "config.json"):
         found = read_optional(folder / name).get("eos_token_id")
-        ends += found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(end) is int and 0 <= end < 1 << 31 for end in ends):
-        raise CheckpointError(f"{folder}: eos_token_id must be an integer or a list of them, from 0 on; "
-                              f"got {brief(ValueError(repr(ends)))}")
+        given = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(end) is int and 0 <= end < 1 << 31 for end in given):
+            raise CheckpointError(f"{folder / name}: eos_token_id must be an integer or a list of them, from 0 on; "
+                                  f"got {brief(ValueError(repr(found)))}")
+        ends += given
     return ends
 
 

@@ -76,8 +76,8 @@ def find_model(path: str | os.PathLike) -> Path:
         raise CheckpointError(f"{path}: a model must be readable; got {brief(error)}") from None
     except (OSError, RuntimeError, ValueError):  # also a home of nobody, a name too long, a NUL
         raise _not_found(str(path)) from None
-    kind = kind_of(mode) or (f"a file ending in {where.suffix or 'nothing'!r}" if where.suffix != ".gguf" else None)
-    if kind:
+    kind = kind_of(mode) or (f"a file ending in {where.suffix!r}" if where.suffix else "a file without an ending")
+    if kind_of(mode) or where.suffix != ".gguf":
         raise CheckpointError(f"{where}: a model must be a directory with config.json and safetensors, or a .gguf "
                               f"file; got {kind}")
     return where

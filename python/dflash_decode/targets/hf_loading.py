@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..weights import CheckpointError, brief
+from ..inputs import shown
+from ..weights import CheckpointError, brief, read_json
 from .hf import HFTarget, refuse_model
 
 
@@ -30,6 +31,10 @@ def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
 def _read_config(folder: Path):
     """Transformers raises errors of many kinds for fields that it does not like, among them those of the libraries that
     check them."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"model_type {shown(kind)} is unknown to transformers {transformers.__version__}; a "
+                              "newer one may know it")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:

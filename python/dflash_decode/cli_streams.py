@@ -1,0 +1,54 @@
+"""Standard output and standard error of `dflash-kernels`: errors in words, and outputs that are closed, full or not
+Unicode."""
+
+import io
+import os
+import sys
+import warnings
+
+from .options import UsageError, reason
+
+
+def prepare() -> None:
+    """Before anything is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
+    out = sys.stdout
+    if isinstance(getattr(out, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED: what fails is forgotten there
+        sys.stdout = open(out.fileno(), "w", encoding=out.encoding, errors=out.errors, closefd=False)  # noqa: SIM115
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+
+
+def describe(error: Exception) -> str:
+    written = getattr(error, "format_message", None)
+    text = written() if written else str(error)
+    if not text and written:
+        return ""  # a command group without a command has printed its help
+    if isinstance(error, ModuleNotFoundError):
+        text += "; to get it: pip install 'dflash-kernels[decode]'"
+    elif not isinstance(error, (ValueError, TypeError, NotImplementedError, ImportError, UsageError)) and not written:
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def end(message: str, code: int) -> int:
+    """What a command ends with: a line on standard error, if there is something to say, and the exit code. What a full
+    disk did not take is still to be written, so the same error comes again here, whatever it was called before."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        left = isinstance(error, BrokenPipeError)
+        message, code = "" if left else f"standard output cannot be written: {reason(error)}", 1
+    if message:
+        print(f"dflash-kernels: {message}", file=sys.stderr)
+    return code
+
+
+def drop_output() -> None:
+    """What is still to be written to standard output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
