@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _gpu
 from ._library import native
+from .ops import _checks
 
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand",
           "narrow", "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "empty", "empty_like",
@@ -44,7 +45,8 @@ class StepGraph:
     on one stream, and what one has allocated is read before another is replayed. None: memory of its own.
 
     An exception in a capture, an interrupt among them, ends it, and the graph is as it was. Without the C++ library, or
-    without the GPU and its kernels, `available(device)` is False and the step is to be called directly.
+    without the GPU and its kernels, `available(device)` is False and the step is to be called directly. So it is with
+    DFLASH_CHECK=1: a replay checks no values, and every step is to be checked.
     """
 
     def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
@@ -53,9 +55,11 @@ class StepGraph:
 
     @staticmethod
     def available(device: torch.device | str = "cpu") -> bool:
-        """True where the C++ library is loaded, and for CUDA devices that are there where the ops have kernels. Imports
-        triton where that is to be found out."""
+        """True where the C++ library is loaded, and for CUDA devices that are there where the ops have kernels; False
+        with DFLASH_CHECK=1. Imports triton where that is to be found out."""
         kind = torch.device(device).type
+        if _checks.checking():
+            return False
         if kind == "cpu":
             return native is not None
         return kind == "cuda" and torch.cuda.is_available() and _gpu.problem() is None
@@ -68,9 +72,13 @@ class StepGraph:
     def capture(self) -> AbstractContextManager[None]:
         """Notes the launches of the `with` block. Raises RuntimeError when nested or unavailable."""
         if not self.available(self.device):
-            what = "the C++ library is not built" if self.device.type == "cpu" else f"{self.device} is not there"
-            raise RuntimeError(f"StepGraph: {what}; call the step directly")
+            raise RuntimeError(f"StepGraph: {self._problem()}; call the step directly")
         return self._capture_cuda() if self.device.type == "cuda" else native.Capture(self, _OnlyOurOps())
+
+    def _problem(self) -> str:
+        if _checks.checking():
+            return "DFLASH_CHECK=1 checks the values of every step, and a replay checks none"
+        return "the C++ library is not built" if self.device.type == "cpu" else f"{self.device} is not there"
 
     @contextmanager
     def _capture_cuda(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """What a request may be, and that a bad one ends alone: the others' texts are as if it had never come."""
 
 import array
+import math
 from collections import deque
 
 import numpy as np
@@ -66,6 +67,8 @@ BAD = [
     (sampled(logit_bias={3: 1e39}), "logit_bias must be numbers that float32 can hold; got 1e+39 for token 3"),
     (sampled(logit_bias={3: None}), "logit_bias must be numbers that float32 can hold; got None for token 3"),
     (sampled(logit_bias={True: 1.0}), f"logit_bias must be for token ids in [0, {VOCAB}); got True"),
+    (sampled(logit_bias=dict.fromkeys(range(VOCAB), -math.inf)),
+     f"logit_bias must leave a token that it does not ban; got -inf for all {VOCAB}"),
     (sampled(grammar=5), "grammar must have a method fill_bitmask; got 5"),
     (sampled(grammar=Grammar(RuntimeError("no such rule"))), "grammar: RuntimeError: no such rule"),
     (sampled(grammar=Grammar(StopIteration())), "grammar: StopIteration: "),

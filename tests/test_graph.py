@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from op_samples import SAMPLES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dflash_kernels as dk
@@ -54,6 +55,25 @@ def test_other_ops_are_refused_in_a_capture():
     with graph.capture():
         dk.rms_norm(x.view(1, 2, 64)[0], w)
     assert len(graph) == 1
+
+
+def test_nothing_is_captured_while_values_are_checked(monkeypatch):
+    """A replay checks none, so that a step is called, and checked, each time."""
+    monkeypatch.setenv("DFLASH_CHECK", "1")
+    assert not dk.StepGraph.available()
+    with pytest.raises(RuntimeError, match="StepGraph: DFLASH_CHECK=1 checks the values of every step"):
+        dk.StepGraph().capture()
+
+
+@pytest.mark.parametrize("name", ["prepare_block", "verify_greedy", "verify_sample", "block_attention", "qk_norm_rope",
+                                  "write_context_kv"])
+def test_values_are_not_read_in_somebodys_capture(name, monkeypatch):
+    """In a capture nothing can be read: on a CPU StepGraph refuses an op that is not ours, CUDA every read."""
+    sample = next(s for s in SAMPLES.values() if s.function.__name__ == name)
+    arguments = sample.arguments()
+    with dk.StepGraph().capture():
+        monkeypatch.setenv("DFLASH_CHECK", "1")  # as if it were torch.cuda.graph, which no StepGraph guards
+        sample.function(**arguments)
 
 
 def test_a_replay_is_refused_in_a_capture():

@@ -11,7 +11,8 @@ from test_registry import copy_of_the_package, python
 import dflash_kernels as dk
 from dflash_kernels import _gpu, _triton
 
-BROKEN = {"RuntimeError: no driver": "raise RuntimeError('no driver')", "SyntaxError: invalid": "raise 1 2"}
+BROKEN = {"RuntimeError: no driver": "raise RuntimeError('no driver')", "SyntaxError: invalid": "raise 1 2",
+          "SystemExit: 3": "raise SystemExit(3)", "AttributeError: module 'triton' has no attribute 'jit'": ""}
 
 # A torch that says it has CUDA, the launchers that it would be given, and tensors that say they are there.
 SAY = """
@@ -64,6 +65,7 @@ def test_a_broken_triton_first_on_the_path_stops_nobody_from_importing(what, tmp
     first = tmp_path / "first" / "triton"
     first.mkdir(parents=True)
     (first / "__init__.py").write_text(BROKEN[what])
+    (first / "language.py").touch()
     available, refused, *warned = said(copy_of_the_package(tmp_path / "home"), first=first.parent)
     problem = available.removeprefix("False;triton, which the GPU kernels are written in, does not load: ")
     assert problem.startswith(what) and refused.startswith("StepGraph: ")
@@ -76,6 +78,15 @@ def test_a_triton_without_a_spec_stops_nobody_from_importing(tmp_path):
     lines = said(copy_of_the_package(tmp_path), 'sys.modules["triton"] = types.ModuleType("triton")')
     assert lines[0].startswith("False;triton, which the GPU kernels are written in, does not load: ")
     assert len(lines) == 3
+
+
+def test_an_interrupt_while_triton_is_imported_is_nobodys_problem(monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_triton.importlib, "import_module", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _triton.problem.__wrapped__()
 
 
 def test_a_step_can_be_captured_only_where_ops_have_kernels(monkeypatch):

@@ -38,7 +38,7 @@ installed = False  # whether ops on CUDA tensors come here
 
 
 def found() -> bool:
-    """Whether there is a triton to import, which is not done here. Whether it loads, `problem` says."""
+    """Whether there is something called triton to import, which is not done here. Whether it loads, `problem` says."""
     try:
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # somebody put a module without a spec in its place
@@ -51,13 +51,16 @@ def problem() -> str | None:
     finds on the machine, with another version of torch, with a package of the same name."""
     what = "triton, which the GPU kernels are written in,"
     try:
-        importlib.import_module("triton")
-        importlib.import_module("triton.language")
+        triton, language = map(importlib.import_module, ("triton", "triton.language"))
+        for module, name in ((triton, "jit"), (triton, "cdiv"), (language, "constexpr")):
+            getattr(module, name)  # a folder of that name is a package too
     except ModuleNotFoundError as error:
         if error.name == "triton":
             return f"{what} is missing; pip install triton"
         return f"{what} does not load: {error}"
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: an import that gives up must not end the process
         return f"{what} does not load: {type(error).__name__}: {error}"
     return None
 

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import _library
 from ..types import PagedKV
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def values_checked() -> bool:
-    """True when DFLASH_CHECK=1: ops also check values (page ids, positions), which reads the device."""
+    """True when DFLASH_CHECK=1: ops also check values (page ids, positions), which reads the device. Not in a capture,
+    where nothing can be read: StepGraph refuses to capture then, so that its steps are checked each time."""
+    return checking() and not _library.capturing()
+
+
+def checking() -> bool:
     return os.environ.get("DFLASH_CHECK") == "1"
 
 

@@ -10,7 +10,7 @@ import torch
 from dflash_kernels import LogitAdjustments
 
 from .inputs import FLOAT32, said
-from .sampling import Sampling
+from .sampling import Grammar, Sampling
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
@@ -19,8 +19,13 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     return (padded << torch.arange(32)).sum(-1).int()
 
 
+def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
+    """The first n bits of (ceil(n / 32),) int32, as (n,) bool."""
+    return ((words.unsqueeze(1) >> torch.arange(32, dtype=torch.int32)) & 1).view(-1)[:n].bool()
+
+
 class GrammarFailed(Exception):
-    """A request's grammar raised: its answer cannot go on."""
+    """A request's grammar raised, or left nothing that may follow: its answer cannot go on."""
 
 
 class Adjuster:
@@ -36,9 +41,10 @@ class Adjuster:
         self.width, self.vocab = width, vocab
 
     def fill(self, b: int, sampling: Sampling, prompt: Sequence[int], text: Sequence[int],
-             drafts: Sequence[int], stops: Collection[int] = ()) -> None:
+             drafts: Sequence[int], stops: Collection[int] = ()) -> int:
         """Request b of the batch: what it was asked, what it has answered, the drafts of its block, and the tokens that
-        would end it. Raises GrammarFailed."""
+        would end it. Returns how many rows can be drawn from: those before one that no token may follow, which may be
+        never come to. Raises GrammarFailed where that is the first, which is drawn from whatever is drafted."""
         a, width = self.adjustments, self.width
         drafts = list(takewhile(range(self.vocab).__contains__, drafts))  # where verify_sample ends the block too
         a.repetition_penalty[b] = sampling.repetition_penalty
@@ -60,18 +66,39 @@ class Adjuster:
             seen[i:, token] = True
         a.bias[b].copy_(bias)
         a.seen[b].copy_(pack_bits(seen))
-        a.bitmask[b].copy_(self._mask(sampling, text, drafts, stops))
+        words, rows = self._mask(sampling, text, drafts, stops, bias > -math.inf)
+        a.bitmask[b].copy_(words)
+        return rows
 
-    def _mask(self, sampling, text, drafts, stops):
+    def _mask(self, sampling, text, drafts, stops, wanted):
+        """wanted (width, V) bool: what logit_bias does not ban."""
         words = torch.full(self.adjustments.bitmask.shape[1:], -1, dtype=torch.int32)
         for i in range(len(drafts) + 1 if sampling.grammar else 0):
-            try:
-                sampling.grammar.fill_bitmask([*text, *drafts[:i]], words[i])
-            except Exception as error:  # it is the caller's, and may raise anything
-                raise GrammarFailed(f"grammar: {said(error)}") from error
+            words[i] = _asked(sampling.grammar, [*text, *drafts[:i]], words[i].clone())
+            allowed = unpack_bits(words[i], self.vocab)
+            if not (allowed & wanted[i]).any():
+                if i:
+                    return words, i
+                raise GrammarFailed(f"grammar: fill_bitmask must allow a token in [0, {self.vocab}) that logit_bias "
+                                    f"does not ban; got none after {len(text)} tokens")
             # Nothing comes after a draft that is not allowed, which is rejected, or that ends the answer: a grammar
             # that has ended may refuse to be asked.
-            if i < len(drafts) and (drafts[i] in stops
-                                    or not int(words[i, drafts[i] // 32]) >> drafts[i] % 32 & 1):
+            if i < len(drafts) and (drafts[i] in stops or not allowed[drafts[i]]):
                 break
-        return words
+        return words, self.width
+
+
+def _asked(grammar: Grammar, tokens: list[int], words: torch.Tensor) -> torch.Tensor:
+    """The grammar's answer in words, which are nobody else's: whatever it does to them, it does to its own row."""
+    expected = _kind(words)
+    try:
+        grammar.fill_bitmask(tokens, words)
+    except Exception as error:  # it is the caller's, and may raise anything
+        raise GrammarFailed(f"grammar: {said(error)}") from error
+    if _kind(words) != expected:
+        raise GrammarFailed(f"grammar: fill_bitmask must leave words as they are, {expected}; got {_kind(words)}")
+    return words
+
+
+def _kind(words: torch.Tensor) -> str:
+    return f"{str(words.dtype).removeprefix('torch.')} {tuple(words.shape)} on {words.device}"

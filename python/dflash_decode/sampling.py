@@ -15,7 +15,11 @@ class Grammar(Protocol):
 
     def fill_bitmask(self, tokens: Sequence[int], words: torch.Tensor) -> None:
         """words (ceil(V / 32),) int32, on the CPU: bit v % 32 of word v // 32 is set if token v may follow the answer
-        `tokens`, as in xgrammar. All bits are set before the call."""
+        `tokens`, as in xgrammar. All bits are set before the call, and bits from V on mean nothing.
+
+        The request ends with an error event, and no other is disturbed, where this raises an Exception, leaves words
+        with another shape, dtype or device, or allows no token in [0, V) (or only those whose logit_bias is -inf) after
+        what has been answered. Allowing none after drafts that are not answered in the end is no error."""
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,6 @@ def _biases(given: object, what: str, vocab: int | None) -> dict[int, float]:
             raise ValueError(f"{what}: logit_bias must be numbers that float32 can hold; got {shown(bias)} for token "
                              f"{token}")
         biases[token] = value
+    if vocab is not None and len(biases) == vocab and all(bias == -math.inf for bias in biases.values()):
+        raise ValueError(f"{what}: logit_bias must leave a token that it does not ban; got -inf for all {vocab}")
     return biases

@@ -95,7 +95,9 @@ class SampledVerifier(GreedyVerifier):
 
 class AdjustedVerifier(SampledVerifier):
     """What a row may emit depends on the drafts before it, so they are read between drafting and verifying: such a step
-    is not recorded. A request whose grammar raises has failed, and what its row says counts for nothing."""
+    is not recorded. A request whose grammar raises, or lets nothing follow, has failed, and what its row says counts
+    for nothing. Where nothing may follow some of the drafts, the block ends before: only an answer that comes there
+    fails, in the next step, as it would with no drafts."""
 
     graph_safe = False
 
@@ -109,15 +111,18 @@ class AdjustedVerifier(SampledVerifier):
         super().seat(requests)
         self.requests = list(requests)
 
-    def run(self, rows: torch.Tensor, ids: torch.Tensor, *where, **options) -> Verified:
+    def run(self, rows: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor,
+            block_lens: torch.Tensor | None = None, proposal: Proposal | None = None) -> Verified:
+        lens = torch.full_like(context_lens, ids.shape[1]) if block_lens is None else block_lens.clone()
         for b, (live, block) in enumerate(zip(self.requests, ids.tolist(), strict=False)):
             if live.finish is None:
                 asked = live.request
                 try:
-                    self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:], asked.stop_tokens)
+                    lens[b].clamp_(max=self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:],
+                                                          asked.stop_tokens))
                 except GrammarFailed as error:
                     live.fail(str(error))
-        return super().run(rows, ids, *where, **options)
+        return super().run(rows, ids, context_lens, lens, proposal)
 
 
 VERIFIERS = (GreedyVerifier, SampledVerifier, AdjustedVerifier)
