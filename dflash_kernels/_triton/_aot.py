@@ -163,8 +163,7 @@ def main_loop(ttgir: str) -> tuple[int | None, int | None]:
 
 
 def loops(kernel: Any) -> list[list[str]]:
-    """The machine's instructions in each loop of a compiled kernel, from the branch's target to the branch, without the
-    longest part that a branch in it passes over: what most turns do not do, such as the end of a span."""
+    """The machine's instructions in each loop of a compiled kernel, from the branch's target to the branch."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -173,12 +172,8 @@ def loops(kernel: Any) -> list[list[str]]:
         text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-sass", file.name], check=True,
                               capture_output=True, text=True).stdout
     lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
-    jumps = [(at, int(m[1], 16)) for at, word in lines if (m := re.search(r"\bBRA\b.*0x([0-9a-f]+)", word))]
-    found = []
-    for end, begin in (jump for jump in jumps if jump[1] < jump[0]):
-        over = max(((at, to) for at, to in jumps if begin <= at < to <= end), key=lambda x: x[1] - x[0], default=(0, 0))
-        found.append([word for at, word in lines if begin <= at <= end and not over[0] < at < over[1]])
-    return found
+    back = [(int(m[1], 16), at) for at, word in lines if (m := re.search(r"\bBRA\b.*0x([0-9a-f]+)", word))]
+    return [[word for at, word in lines if begin <= at <= end] for begin, end in back if begin < end]
 
 
 def _specialised(case: Case) -> tuple[dict, dict]:
