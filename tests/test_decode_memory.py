@@ -14,7 +14,6 @@ from dflash_decode.loop import Decoder
 from dflash_decode.requests import Event, Live, Request
 from dflash_decode.sampling import Sampling
 
-
 # Bytes that Python itself may keep of what is gone: its lists of free tuples, frames and floats fill up by some KiB, to
 # whatever the most alive at once happened to be. A hundred bytes for each request are more.
 FREE_LISTS = 32 << 10
@@ -68,7 +67,8 @@ def alive(decoder):
     tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
     graphs = [work.work.graph for work in (*decoder._steps.values(), *decoder._prefills.values()) if work.work.graph]
     bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return {"python": tracemalloc.get_traced_memory()[0], "objects": len(objects), "tensors": len(tensors), "bytes": sum(bytes_of.values()), "graphs": len(graphs),
+    return {"python": tracemalloc.get_traced_memory()[0], "objects": len(objects), "tensors": len(tensors),
+            "bytes": sum(bytes_of.values()), "graphs": len(graphs),
             "launches": sum(map(len, graphs)), "pages": decoder.pool.num_pages - decoder.pool.free_pages,
             "requests": sum(type(o) in (Live, Event) for o in objects)}
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_whole
 import gpu
@@ -31,15 +32,14 @@ needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason
 
 
 def ended(pid):
-    """Whether a process is gone, or will be: within a minute."""
-    for _ in range(600):
+    """Waits for the end of a process; one that does not end is ended with the test, when pytest's time is up."""
+    while True:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX":
                 return True
         except OSError:
             return True
         time.sleep(0.1)
-    return False
 
 
 def plan(monkeypatch, *words):
@@ -149,34 +149,50 @@ def test_a_run_that_is_killed_has_left_every_finished_case(tmp_path):
     process = subprocess.Popen([sys.executable, "bench/gpu.py", "dry", "f", "--no-peers", "--out", tmp_path], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"})
-    log, end = tmp_path / "log.txt", time.monotonic() + 120
+    log = tmp_path / "log.txt"
 
     def finished():
         return re.findall(r"^(\S+) +(\S.*?) +[\d.]+ us \[", log.read_text() if log.exists() else "", re.M)
 
-    while len(finished()) < 3 and process.poll() is None and time.monotonic() < end:
+    while len(finished()) < 2 and process.poll() is None:
         time.sleep(0.02)
     command, = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert ended(command)
     said = finished()
-    assert len(said) >= 3
+    assert len(said) >= 2
     rows = {(row["op"], row["case"]) for row in json.loads((tmp_path / "cases.json").read_text())["rows"]}
     assert set(said) <= rows
 
 
-def test_jobs_tell_what_failed_and_end_in_time(tmp_path, capsys):
+def test_jobs_tell_what_failed_and_end_in_time(tmp_path, monkeypatch, capsys):
+    """No time is the machine's: the clock is told when the child has said that it is there."""
     (tmp_path / "log.txt").touch()
     jobs = gpu_jobs.Jobs(tmp_path / "log.txt")
 
-    def run(code, seconds=60.0, **options):
-        return jobs.run([sys.executable, "-c", code], time.monotonic() + seconds, **options)
+    now = [0.0]
+    monkeypatch.setattr(gpu_jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    assert re.fullmatch(r"passed, \d+ s", run(""))
+    def run(code, **options):
+        return jobs.run([sys.executable, "-c", code], 600.0, **options)
+
+    assert run("") == "passed, 0 s"
     assert run("print('why'); raise SystemExit(3)").startswith("failed (3)") and "  why\n" in capsys.readouterr().out
     child = "import subprocess as s; p = s.Popen(['sleep', '600']); print('child', p.pid, flush=True); p.wait()"
-    assert run(child, 5.0).startswith("out of time") and jobs.processes == []
+    with monkeypatch.context() as patch:
+        wait = subprocess.Popen.wait
+
+        def once_it_is_there(process, timeout=None):
+            """As the child's time passes: it is up when the child has a child."""
+            while timeout and process.poll() is None and not re.search(r"^child \d+\n", jobs.log.read_text(), re.M):
+                time.sleep(0.02)
+            now[0] = 600.0
+            return wait(process, 0 if timeout else None)
+
+        patch.setattr(subprocess.Popen, "wait", once_it_is_there)
+        assert run(child) == "out of time, 600 s" and jobs.processes == []
+    now[0] = 0.0
     assert ended(re.search(r"^child (\d+)", jobs.log.read_text(), re.M)[1])
     assert jobs.run([], 0.0) == "out of time before it began"
     share = "import os; s = os.environ['DFLASH_SHARE']; print('share', s); raise SystemExit(s == {!r})"
