@@ -43,7 +43,7 @@ def test_the_originals_own_exception_is_its_own():
 
     with pytest.raises(KeyError) as found:
         guarded("scale", lambda: 1 / 0, theirs, LOG)()
-    assert found.value.__context__ is None
+    assert not isinstance(found.value.__context__, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
