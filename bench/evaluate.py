@@ -1,6 +1,6 @@
 """Decoding with a drafter beside plain decoding, one request and many at a time, into bench/results/<device>/.
 
-    python bench/evaluate.py PROMPTS.jsonl ... [--draft DIR] [--weights int8] [--limit N] [--max-new-tokens N]
+    python -m bench.evaluate PROMPTS.jsonl ... [--draft DIR] [--weights int8] [--limit N] [--max-new-tokens N]
                              [--concurrency N ...] [--temperature T ...]
 """
 
@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from cases import results_folder
+from bench.case import results_folder
 
 
 def main() -> None:

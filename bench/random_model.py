@@ -4,11 +4,11 @@
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from step_model import Geometry, Layers
 
-from dflash_decode.config import read_draft_config
-from dflash_decode.draft import Drafter, tensor_shapes
-from dflash_decode.targets.native import NativeTarget
+from bench.model.step import Geometry, Layers
+from dflash_decode.model.config import read_draft_config
+from dflash_decode.model.drafter import Drafter, tensor_shapes
+from dflash_decode.model.native import NativeTarget
 
 
 class Tensors(Mapping):

@@ -1,26 +1,19 @@
 """Kernels for DFlash speculative decoding. Importing this prints nothing and touches no GPU."""
 
-from .graph import StepGraph
+from ._version import __version__ as __version__
 from .info import build_info
 from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
-from .ops.head import lm_head_argmax, lm_head_topk, merge_argmax, merge_topk
 from .ops.linear import linear, pack_weight, quantize_weight
+from .ops.lm_head import lm_head_argmax, lm_head_topk, merge_argmax, merge_topk
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
 from .ops.sample import sample_draft, verify_sample
 from .ops.verify import verify_greedy
-from .types import (
-    LogitAdjustments,
-    PackedWeight,
-    PagedKV,
-    PreparedBlock,
-    Proposal,
-    SamplingParams,
-    Verified,
-)
+from .step_graph import StepGraph
+from .types import LogitAdjustments, PackedWeight, PagedKV, PreparedBlock, Proposal, SamplingParams, Verified
 
 __all__ = [
     "LogitAdjustments",
@@ -51,4 +44,3 @@ __all__ = [
     "verify_sample",
     "write_context_kv",
 ]
-__version__ = "0.1.0"

@@ -2,22 +2,33 @@
 
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
 from . import _gpu, _library
+from ._version import __version__
+
+
+def cpu_model() -> str:
+    """The processor's name, as its maker writes it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def build_info() -> dict[str, object]:
     """Facts for a bug report or a benchmark's header.
 
-    Returns version, python, torch, platform, ops (names), cpu_kernels (True when the C++ library is built), isa (the
-    instruction set in use), isas (those this CPU has, lowest first), compiler, nvcc ("found" or "not found" when it was
-    built), cuda_kernels (what the CUDA C++ library is compiled for, or why it is not there), cuda (True when torch sees
-    a GPU), threads.
+    Returns version, python, torch, platform, cpu (the processor's name), ops (names), cpu_kernels (True when the C++
+    library is built), isa (the instruction set in use), isas (those this CPU has, lowest first), compiler, nvcc
+    ("found" or "not found" when it was built), cuda_kernels (what the CUDA C++ library is compiled for, or why it is
+    not there), cuda (True when torch sees a GPU), threads.
     """
-    from . import __version__
-
     native = _library.native
     built = native.build_info() if native else {}
     return {
@@ -25,6 +36,7 @@ def build_info() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{sys.platform} {platform.machine()}",
+        "cpu": cpu_model(),
         "ops": sorted(_library.NAMES),
         "cpu_kernels": native is not None,
         "isa": native.isa() if native else "reference",

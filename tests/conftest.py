@@ -7,16 +7,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import sampling_law
 import torch
 
 from dflash_kernels.testing import every_isa, use_isa
-from dflash_kernels.testing.interpreter import accept_newer_numpy
+from tests.support import sampling_distribution as sampling_law
+from tools.dry_gpu.interpreter import accept_newer_numpy
 
 # Triton decides when it is first imported whether kernels are interpreted, so the tests that interpret them run in a
-# process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/test_triton_norm.py`.
-_triton_tests = {p.name for p in Path(__file__).parent.glob("test_triton*.py")}
-_compiled = {"test_triton.py", "test_triton_aot.py"}
+# process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/triton/test_triton_norm.py`.
+_triton_tests = {f"triton/{p.name}" for p in Path(__file__).parent.glob("triton/test_triton*.py")}
+_compiled = {"triton/test_triton.py", "triton/test_triton_aot.py"}
 TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[int]]()
 collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -45,7 +45,7 @@ def dtype(request):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directories of a tiny target and a drafter for it, by what the command line calls them."""
-    import tiny
+    from tests.support import tiny
 
     folder = tmp_path_factory.mktemp("models")
     return {"model": str(tiny.write_target(folder / "target")), "draft": str(tiny.write_drafter(folder / "draft"))}
@@ -54,7 +54,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def call(capfd):
     """Runs the command in this process: (exit code, standard output, standard error)."""
-    from dflash_decode import cli
+    from dflash_decode.cli import app as cli
 
     threads = torch.get_num_threads()
 

@@ -1,8 +1,8 @@
 """Sets the GPU kernels' launch tables from what a sweep on a GPU found.
 
-    python tools/launch_tables.py SWEEP.json [PACKAGE]
+    python -m tools.launch_tables SWEEP.json [PACKAGE]
 
-SWEEP.json: of `make gpu PART=c` (bench/gpu_sweep.py). Each entry that was measured says where, and has the fastest
+SWEEP.json: of `make gpu PART=c` (bench/gpu/sweep.py). Each entry that was measured says where, and has the fastest
 setting, if that is another than it had. PACKAGE: the folder of the kernels' sources, dflash_kernels/_triton if not
 given. All tables are read and found to be those that were measured before one is written.
 """

@@ -17,8 +17,8 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, _get_attn_isa
 
-from dflash_decode.engines.vllm import context
-from dflash_decode.engines.vllm.attention_backend import DFlashAttention, DFlashAttentionBackend, DFlashMetadata
+from dflash_engines.vllm import context
+from dflash_engines.vllm.attention_backend import DFlashAttention, DFlashAttentionBackend, DFlashMetadata
 
 LAYERS, HEADS, KV_HEADS, DIM, HIDDEN, PAGE, PAGES, WIDTH = 3, 9, 3, 64, 576, 128, 300, 8
 CALLS = 300

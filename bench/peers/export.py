@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dflash_decode.tokenizer import load_tokenizer
-from dflash_decode.weights import load_checkpoint
+from dflash_decode.checkpoint import load_checkpoint
+from dflash_decode.checkpoint.tokenizer import load_tokenizer
 
 
 def export(model: str, folder: Path) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 import gguf
 import torch
 
-from dflash_decode.config import read_draft_config
-from dflash_decode.weights import load_checkpoint
+from dflash_decode.checkpoint import load_checkpoint
+from dflash_decode.model.config import read_draft_config
 
 TOP = {"fc.weight": "fc.weight", "hidden_norm.weight": "enc.output_norm.weight", "norm.weight": "output_norm.weight"}
 LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from gpu_peers import load, peer
+
+from bench.peers.gpu_peers import load, peer
 
 
 @peer("verify_greedy", "sglang")

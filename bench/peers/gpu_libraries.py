@@ -4,7 +4,8 @@ import importlib
 from types import ModuleType
 
 import torch
-from gpu_peers import Absent, peer
+
+from bench.peers.gpu_peers import Absent, peer
 
 COMPILED = ("add_rms_norm", "silu_and_mul", "qk_norm_rope", "prepare_block", "verify_greedy")
 WORKSPACE = 128 << 20

@@ -1,6 +1,6 @@
 """What else answers an op on a GPU: libraries, and the engines' own Triton kernels, loaded without the engines.
 
-    python bench/peers/gpu_peers.py WHEEL ...     copies the files that are needed out of wheels of sglang and vllm
+    python -m bench.peers.gpu_peers WHEEL ...     copies the files that are needed out of wheels of sglang and vllm
 
 A peer of an op is a function, registered with @peer(op, name), that is given a benchmark's problem and returns call(i):
 the op's work on copy i of the inputs, as tensors in the order of our own result, or as a function that gets them
@@ -23,10 +23,12 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
+from bench import ROOT
+
 FILES = {
     "sglang": ["kernels/ops/speculative/dflash.py", "kernels/ops/speculative/fused_kv_materialize.py",
                "kernels/ops/speculative/reject_sampling.py",
-               # tests/test_triton_engines*.py take functions out of these
+               # tests/triton/test_triton_engines*.py take functions out of these
                "srt/plugins/hook_registry.py", "srt/speculative/dflash_worker_v2.py", "srt/speculative/dflash_utils.py",
                "srt/mem_cache/memory_pool.py"],
     "vllm": ["v1/worker/gpu/spec_decode/dflash/speculator.py", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py",
@@ -34,7 +36,7 @@ FILES = {
              "v1/spec_decode/fly.py", "v1/watermarking/prfs/philox.py",
              "v1/attention/ops/triton_reshape_and_cache_flash.py"],
 }
-_makers: dict[str, dict[str, Callable]] = {}
+MAKERS: dict[str, dict[str, Callable]] = {}
 
 
 class Absent(Exception):
@@ -42,31 +44,15 @@ class Absent(Exception):
 
 
 def folder() -> Path:
-    return Path(os.environ.get("DFLASH_PEER_KERNELS") or Path(__file__).resolve().parents[2] / "build/peers/kernels")
+    return Path(os.environ.get("DFLASH_PEER_KERNELS") or ROOT / "build/peers/kernels")
 
 
 def peer(op: str, name: str) -> Callable:
     def register(make: Callable) -> Callable:
-        _makers.setdefault(op, {})[name] = make
+        MAKERS.setdefault(op, {})[name] = make
         return make
 
     return register
-
-
-def peers_of(op: str, problem: SimpleNamespace) -> dict[str, Callable | str]:
-    """The callable of every peer of an op, or the reason why it has none."""
-    import gpu_engines  # noqa: F401
-    import gpu_libraries  # noqa: F401
-
-    found = {}
-    for name, make in _makers.get(op, {}).items():
-        try:
-            found[name] = make(problem)
-        except Absent as why:
-            found[name] = str(why)
-        except Exception as error:  # a peer of another version must not end a benchmark of ours
-            found[name] = f"does not start: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return found
 
 
 class _Nothing:

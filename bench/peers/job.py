@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from passes import Passes
+from bench.peers.passes import Passes
 
 PLAIN, DFLASH = "plain", "dflash"
 

@@ -9,10 +9,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from job import DFLASH, PLAIN, Job, Question, Reply
+from bench import ROOT
+from bench.peers.job import DFLASH, PLAIN, Job, Question, Reply
 
-HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
+ENVIRONMENTS = ROOT / "build" / "peers"
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ class Running:
         self.log, self.timeout = ENVIRONMENTS / f"last-{turn.peer.name}-{turn.mode}-{turn.threads}.log", timeout
         ours, theirs = socket.socketpair()
         ours.settimeout(timeout)
-        command = [turn.peer.python, HERE / f"peer_{turn.peer.script or turn.peer.name}.py", str(theirs.fileno())]
+        module = f"bench.peers.peer_{turn.peer.script or turn.peer.name}"
+        command = [turn.peer.python, "-m", module, str(theirs.fileno())]
         with self.log.open("wb") as output, theirs:
-            self.process = subprocess.Popen(command, env=environment(turn), stdin=subprocess.DEVNULL, stdout=output,
-                                            stderr=output, pass_fds=[theirs.fileno()])
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(turn), stdin=subprocess.DEVNULL,
+                                            stdout=output, stderr=output, pass_fds=[theirs.fileno()])
         self._end, self._lines = ours, ours.makefile("rw", encoding="utf-8")
         self.versions = self._say(job)
 

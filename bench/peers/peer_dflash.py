@@ -6,8 +6,9 @@ from importlib.metadata import version
 import dflash.model as reference
 import torch
 import transformers
-from job import Job, Question, Reply, accepted_drafts, serve
-from passes import DRAFT, VERIFY, Passes
+
+from bench.peers.job import Job, Question, Reply, accepted_drafts, serve
+from bench.peers.passes import DRAFT, VERIFY, Passes
 
 
 def load(job: Job):

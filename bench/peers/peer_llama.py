@@ -13,9 +13,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from job import DFLASH, Job, Question, Reply, serve
+from bench import ROOT
+from bench.peers.job import DFLASH, Job, Question, Reply, serve
 
-HOME = Path(__file__).resolve().parents[2] / "build" / "peers" / "llama"
+HOME = ROOT / "build" / "peers" / "llama"
 SERVER = HOME / "build" / "bin" / "llama-server"
 WHOLE = "it tells the time of an answer only, of which a step is the mean"
 PR_SET_PDEATHSIG = 1

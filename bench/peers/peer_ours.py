@@ -1,10 +1,10 @@
 """Us, as `dflash-kernels bench decode` runs."""
 
 import torch
-from job import PLAIN, Job, Question, Reply, accepted_drafts, serve
-from watched_step import watch
 
 import dflash_kernels
+from bench.peers.job import PLAIN, Job, Question, Reply, accepted_drafts, serve
+from bench.peers.watched_step import watch
 from dflash_decode.session import NONE, Session
 
 

@@ -5,8 +5,9 @@ from importlib.metadata import version
 
 import torch
 import transformers
-from job import Job, Question, Reply, serve
-from passes import VERIFY, Passes
+
+from bench.peers.job import Job, Question, Reply, serve
+from bench.peers.passes import VERIFY, Passes
 
 
 def load(job: Job):

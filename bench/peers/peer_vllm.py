@@ -4,9 +4,10 @@ import time
 from importlib.metadata import version
 from itertools import pairwise, zip_longest
 
-from job import DFLASH, Job, Question, Reply, serve
-from passes import DRAFT, VERIFY, Passes
 from vllm import LLM, SamplingParams
+
+from bench.peers.job import DFLASH, Job, Question, Reply, serve
+from bench.peers.passes import DRAFT, VERIFY, Passes
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
 

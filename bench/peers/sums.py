@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from job import DFLASH, PLAIN, Reply
+from bench.peers.job import DFLASH, PLAIN, Reply
 
 ALL, OURS = "all", "ours"
 STEP_PARTS = "draft", "verify", "rest", "step"

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from types import SimpleNamespace
 
-from passes import DRAFT, VERIFY, Passes
-
 import dflash_decode.loop as loop
+from bench.peers.passes import DRAFT, VERIFY, Passes
 from dflash_decode.step import Prefill, Step
 from dflash_kernels import StepGraph
 

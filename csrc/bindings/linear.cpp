@@ -1,5 +1,5 @@
 #include "bindings/host.h"
-#include "cpu/head.h"
+#include "cpu/lm_head.h"
 #include "cpu/linear.h"
 
 namespace dflash {

@@ -1,7 +1,7 @@
 // What every epilogue of the head does to the product's sums before it compares them.
 #pragma once
 
-#include "cpu/head.h"
+#include "cpu/lm_head.h"
 #include "cpu/vec.h"
 
 namespace dflash::DFLASH_ISA {

@@ -1,7 +1,7 @@
 // Drawing: a token from a row's law, or from what the law has over the proposal that a draft came from.
 #pragma once
 
-#include "cpu/sample_law.h"
+#include "cpu/sample_distribution.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {

@@ -26,10 +26,10 @@ LAUNCHERS = {  # op: module:function
     "verify_sample": "sample:verify_sample",
     "sample_draft": "sample:sample_draft",
     "linear": "linear:linear",
-    "lm_head_argmax": "head:lm_head_argmax",
-    "merge_argmax": "head:merge_argmax",
-    "lm_head_topk": "head_topk:lm_head_topk",
-    "merge_topk": "head_topk:merge_topk",
+    "lm_head_argmax": "lm_head:lm_head_argmax",
+    "merge_argmax": "lm_head:merge_argmax",
+    "lm_head_topk": "lm_head_topk:lm_head_topk",
+    "merge_topk": "lm_head_topk:merge_topk",
     "block_attention": "attention:block_attention",
 }
 

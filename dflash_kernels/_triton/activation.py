@@ -7,7 +7,7 @@ of an H100 can issue while six bytes of bfloat16 pass.
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._math import DTYPES, PLAIN, exp
 
 # widest row: (outputs a program takes, warps). Estimated: 16-byte accesses, two a thread in flight.

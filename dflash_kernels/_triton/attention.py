@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ._aot import Case
+from ._case import Case
 from ._fp8 import as_bytes, native_fp8, scale_kind
 from ._math import NO_SPILLS, PLAIN
 from .attention_kernel import block_attention_kernel, merge_spans_kernel

@@ -7,7 +7,7 @@ A program has a piece of one token's row; the one with the first piece also writ
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._math import DTYPES
 
 CONFIGS = {1024: (1024, 2), 1 << 62: (2048, 4)}  # widest row: (elements a program copies, warps). Estimated.

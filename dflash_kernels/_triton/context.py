@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._fp8 import scale_kind, stored
 from ._math import PLAIN
 from .rope import case_shapes, config, load_heads, norm_rope, place, store_heads, tile

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._math import NO_SPILLS, PLAIN
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K

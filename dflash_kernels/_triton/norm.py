@@ -8,7 +8,7 @@ time from the cache. Which configuration runs depends on the width alone, so tha
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._math import DTYPES, PLAIN, inverse_rms, tree_sum
 
 CONFIGS = {1024: 4, 4096: 8, 8192: 16}  # widest row: warps. Estimated: 8 to 16 elements a thread.

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._fp8 import as_bytes, scale_kind, stored
 from ._math import DTYPES, NO_SPILLS, PLAIN, inverse_rms, tree_sum
 

@@ -24,21 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._math import DTYPES, NO_SPILLS, PLAIN, order_key, tree_sum
-from .sample_accept import (
-    PROPOSAL,
-    PX,
-    QX,
-    STATS,
-    TARGET,
-    TOKEN,
-    accept_kernel,
-    residual_kernel,
-    store_law,
-    width_of,
-)
-from .sample_law import (
+from .sample_accept import PROPOSAL, PX, QX, STATS, TARGET, TOKEN, accept_kernel, residual_kernel, store_law, width_of
+from .sample_distribution import (
     CHUNK,
     DRAFT,
     FIXED_POINT,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ._math import tree_sum
-from .sample_law import (
+from .sample_distribution import (
     ACCEPT,
     CHUNK,
     SAMPLE,

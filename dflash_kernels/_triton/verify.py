@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._aot import Case
+from ._case import Case
 from ._math import DTYPES, order_key
 
 CONFIGS = {"ids": 1, "logits": (4096, 8)}  # warps; (logits a program reads at a time, warps). Estimated.

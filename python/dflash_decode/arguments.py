@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import CheckpointError, CheckpointNotFound
 from .dtypes import AUTO, NAMES, dtype_name
 from .inputs import integer, shown
-from .weights import CheckpointError, CheckpointNotFound
 
 _DTYPES = {name: getattr(torch, name) for name in sorted(set(NAMES.values()) - {AUTO})}
 

@@ -11,13 +11,13 @@ from collections.abc import Hashable, Iterable, Iterator
 import torch
 
 from .arguments import check_target, choice, of_type, whole
-from .draft import Drafter
 from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
+from .model import Target
+from .model.drafter import Drafter
 from .requests import Event, Live, Request, admit
 from .sampling import Sampling
 from .step import Prefill, Step, block_width, prefill_sizes
-from .targets import Target
 from .verify import VERIFIERS, GreedyVerifier, first_token, verifier_for
 
 RULES, SAMPLE_FROM = ("token", "block"), ("greedy", "request")

@@ -8,7 +8,7 @@ import torch
 from dflash_kernels import prepare_block
 
 from .kv import PagePool
-from .targets import Target
+from .model import Target
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .files import CheckpointError
+from .checkpoint.errors import CheckpointError
+from .checkpoint.tokenizer import Tokenizer
 from .inputs import integer, is_token_list, items, shown
-from .tokenizer import Tokenizer
 
 _KINDS = "a text, a list of messages {'role': ..., 'content': ...}, or token ids"
 _ONE_BY_ONE = "give each prompt's ids by itself, in a list and without padding"

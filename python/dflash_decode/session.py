@@ -10,26 +10,25 @@ from pathlib import Path
 import torch
 
 from .arguments import choice, exists, of_type, path_text, read_device, read_dtype, stored_dtype, whole
-from .draft import Drafter, read_vocabulary, refuse_side_files
-from .inputs import shown
-from .loop import RULES, SAMPLE_FROM, Decoder
-from .prompts import read_prompt, read_prompts
-from .requests import Request
-from .sampling import GREEDY, Sampling, check_sampling
-from .targets import Target
-from .targets.native import FAMILIES, NativeTarget
-from .tokenizer import Tokenizer, load_tokenizer
-from .weights import (
-    AUTO,
+from .checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointNotFound,
-    brief,
     drafter_of,
     find_model,
     load_checkpoint,
-    read_json,
 )
+from .checkpoint.errors import brief, read_json
+from .checkpoint.find import AUTO
+from .checkpoint.tokenizer import Tokenizer, load_tokenizer
+from .inputs import shown
+from .loop import RULES, SAMPLE_FROM, Decoder
+from .model import Target
+from .model.drafter import Drafter, read_vocabulary, refuse_side_files
+from .model.native import FAMILIES, NativeTarget
+from .prompts import read_prompt, read_prompts
+from .requests import Request
+from .sampling import GREEDY, Sampling, check_sampling
 
 RANDOM, NONE = "random", "none"
 WEIGHTS, DRAFT_WEIGHTS = ("model", "int8"), ("auto", "int8", "model")
@@ -220,7 +219,7 @@ def _hf_target(folder: Path, model_type: object, dtype: torch.dtype, device: tor
     except ImportError:
         raise CheckpointError(f"{folder}: model_type {shown(model_type)} needs transformers: "
                               "pip install 'dflash-kernels[hf]'") from None
-    from .targets.hf_loading import load_hf
+    from .model.hf_loading import load_hf
 
     try:
         return load_hf(folder, dtype, device)

@@ -6,10 +6,10 @@ import torch
 
 from dflash_kernels import PagedKV, PreparedBlock, StepGraph, Verified, prepare_block
 
-from .draft import Drafter
 from .kv import NO_PAGE
+from .model import Target
+from .model.drafter import Drafter
 from .requests import Live
-from .targets import Target
 from .verify import GreedyVerifier
 
 VERIFY_ROWS = 32

@@ -11,9 +11,9 @@ import torch
 from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, Verified, verify_greedy, verify_sample
 
 from .adjust import Adjuster, GrammarFailed
+from .model import Target
 from .requests import Live
 from .sampling import Sampling
-from .targets import Target
 
 _FIELDS = {"temperature": "temperature", "seeds": "seed", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 

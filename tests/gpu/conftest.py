@@ -1,4 +1,4 @@
-"""On the stand-in for a GPU (dflash_kernels.testing.dry) kernels are interpreted: a part of the tests is enough."""
+"""On the stand-in for a GPU (tools.dry_gpu.gpu) kernels are interpreted: a part of the tests is enough."""
 
 import ctypes
 import os
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dflash_kernels import _gpu, _library
-from dflash_kernels.testing.dry import NAME
 from setup import find_nvcc
+from tools.dry_gpu.gpu import NAME
 
 DRY = torch.cuda.is_available() and torch.cuda.get_device_name() == NAME
 # Of the tests that take minutes there, those that are run: file, and a part of the test's name.
@@ -18,7 +18,7 @@ SHORT = {"test_rows_gpu.py": ("f16-33-45",), "test_decode_gpu.py": ("plain_text[
 
 def by_host(*args):
     """write_context_kv by the steps of the CUDA C++ kernel, on the host."""
-    from test_cuda_context import library, params
+    from tests.kernels.test_cuda_context import library, params
 
     library().write_context_kv(ctypes.byref(params(*args)))
 
@@ -30,7 +30,7 @@ if DRY and find_nvcc():  # whose headers the host's steps need
 
 
 def pytest_collection_modifyitems(items):
-    share, of = map(int, os.environ.get("DFLASH_SHARE", "0/1").split("/"))  # bench/gpu.py: several processes at once
+    share, of = map(int, os.environ.get("DFLASH_SHARE", "0/1").split("/"))  # bench/gpu: several processes at once
     items[:] = items[share::of]
     if not DRY:
         return

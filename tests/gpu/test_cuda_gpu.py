@@ -1,24 +1,17 @@
 """The CUDA C++ kernels on a GPU, whichever of them _gpu.py chooses: the host's tests again, Triton's bits, a graph."""
 
 import pytest
-import test_cuda_context
 import torch
-from test_context import cache_views
-from test_cuda_context import (  # noqa: F401
-    Case,
-    test_a_row_has_the_same_bits_alone_and_in_any_batch,
-    test_matches_reference,
-    test_p14_one_copies_the_bits_of_v,
-    test_p16_p17_p18_layouts_commit_lengths_and_slots_that_do_not_exist,
-    test_planted_faults_change_k_bits,
-    test_slots_of_each_layer_no_rotation_and_no_norm,
-    test_words_and_single_elements_write_the_same_bits,
-)
-from test_ops_gpu import DEVICE, moved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dflash_kernels import _library, _triton
 from dflash_kernels.testing import same_bits
+from tests.gpu.test_ops_gpu import DEVICE, moved
+from tests.kernels import test_cuda_context
+from tests.kernels.test_context import cache_views
+from tests.kernels.test_cuda_context import (
+    Case,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or _library.cuda is None,
                                 reason="torch sees no GPU, or the CUDA C++ library is not built")

@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
-from decode_runs import PROMPTS, Oracle, random_target, requests, run
 
-from dflash_decode.draft import Drafter
+from dflash_decode.model.drafter import Drafter
+from dflash_decode.model.native import NativeTarget
 from dflash_decode.requests import Request
-from dflash_decode.targets.native import NativeTarget
 from dflash_kernels import StepGraph
-from dflash_kernels.testing.dry import NAME
+from tests.support.decode_runs import PROMPTS, Oracle, random_target, requests, run
+from tools.dry_gpu.gpu import NAME
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -54,7 +54,7 @@ def test_p20_replayed_steps_are_live_steps(monkeypatch):
 
 def test_float32_text_is_that_of_transformers():
     pytest.importorskip("transformers")
-    from decode_models import make_target, plain_text
+    from tests.support.decode_models import make_target, plain_text
 
     model, _ = make_target("llama")
     target = NativeTarget(model.config.to_dict(), model.state_dict(), device="cuda")

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from op_samples import SAMPLES, RawCalls, int32, tensors_in
 
 import dflash_kernels as dk
 from dflash_kernels import _library, reference
 from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
 from dflash_kernels.types import FP8, PackedWeight, PagedKV
+from tests.support.op_samples import SAMPLES, RawCalls, int32, tensors_in
 
 DEVICE = "cuda"
 # Arguments that are float32 whatever the model's dtype.

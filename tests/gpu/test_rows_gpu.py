@@ -1,14 +1,14 @@
 """On the GPU: a row of linear, of the head and of attention has the same bits whatever stands beside it."""
 
-import fp8_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import Case, check_rows_beside_what_is_not_finite, ints
 
 import dflash_kernels as dk
 from dflash_kernels.testing import assert_within_budget, same_bits
 from dflash_kernels.types import PagedKV
+from tests.support import fp8_cases
+from tests.support.attention_cases import Case, check_rows_beside_what_is_not_finite, ints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 

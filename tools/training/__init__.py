@@ -1,1 +1,1 @@
-"""What `tools/train_drafter.py` is made of: the target that writes its own text, features, drafter, optimisation."""
+"""What `tools/training` is made of: the target that writes its own text, features, drafter, optimisation."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dflash_decode.tokenizer import Tokenizer
+from dflash_decode.checkpoint.tokenizer import Tokenizer
 
 from .target import Target
 from .texts import chat_ids

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from dflash_decode.rope import Rope
-from dflash_decode.weights import Checkpoint, load_checkpoint
+from dflash_decode.checkpoint import Checkpoint, load_checkpoint
+from dflash_decode.model.rope import Rope
 from dflash_kernels import PagedKV, block_attention
 
 

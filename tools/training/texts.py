@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dflash_decode.tokenizer import Tokenizer
+from dflash_decode.checkpoint.tokenizer import Tokenizer
 
 from .target import Target, Writing
 

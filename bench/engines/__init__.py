@@ -1,0 +1,1 @@
+"""Engines with our plugin and without it."""

@@ -1,0 +1,1 @@
+"""The time of a decoding step, computed from its parts."""

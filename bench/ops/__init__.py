@@ -1,0 +1,1 @@
+"""The benchmarks of the ops, a module each."""

@@ -1,0 +1,72 @@
+"""Runs the benchmarks by name and writes bench/results/<device>/<name>.json, or all rows into one file.
+
+    python -m bench.ops [linear] [attention] [memory] [sample] [small] [draft] [step] [whole] [--runs N] [--json OUT]
+
+A file is written after each case, whole or not at all. Also `dflash-kernels bench ops`.
+"""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+from bench.case import Sizes, footnotes, header, measure, results_folder
+from dflash_bench.results import output, write_json
+
+NAMES = ("linear", "attention", "memory", "sample", "small", "draft", "step")
+GPU_NAMES = ("whole",)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *NAMES, *GPU_NAMES],
+                        help=f"of {', '.join(NAMES)}, {', '.join(GPU_NAMES)}; default all but the last")
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--json", type=output, help="one file for all rows, instead of one a name")
+    parser.add_argument("--add", action="store_true",
+                        help="keep what the file of --json has of other cases; those measured again are replaced")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; all cores if not given")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--folder", type=Path, help="where results go; default bench/results/<device>")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sizes, found, why = Sizes(options.device, options.tiny, not options.no_peers), [], {}
+    folder, head = options.folder or results_folder(sizes.device), header(sizes)
+    print(" | ".join(f"{k} {v}" for k, v in head.items()))
+    kept = Kept(options.json, head, options.names, options) if options.json else None
+    for name in options.names or NAMES:
+        file = kept or (None if options.no_write else Kept(folder / f"{name}.json", head, [name], options))
+        with torch.device(sizes.device):
+            rows = measure(importlib.import_module(f"bench.ops.{name}").cases(sizes), options.runs, sizes,
+                           file.keep if file else lambda row: None)
+        found += rows
+        new = [line for line in footnotes(rows) if line not in why]  # a reason is told once
+        why |= dict.fromkeys(new)
+        print("".join(f"  {line}\n" for line in new), end="", flush=True)
+    return int(any("wrong" in row for row in found))
+
+
+class Kept:
+    """A file of rows, which has each as soon as it is kept."""
+
+    def __init__(self, file: Path, head: dict, names: list[str], options: argparse.Namespace):
+        words = ["python -m bench.ops", *names, f"--runs {options.runs} --device {options.device}"]
+        self.file, command = file, " ".join(words) + " --tiny" * options.tiny
+        self.result = {"header": head, "rows": [], "command": command}
+        if options.add and file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            commands = dict.fromkeys([*before["command"].split("; "), command])
+            self.result |= {"rows": before["rows"], "command": "; ".join(commands)}
+
+    def keep(self, row: dict) -> None:
+        """In the place of the same case's row, if there is one. It says its commit: others may be of an earlier one."""
+        row = {**row, "commit": self.result["header"].get("commit")}
+        others = [r for r in self.result["rows"] if (r["op"], r["case"]) != (row["op"], row["case"])]
+        self.result["rows"] = [*others, row]
+        write_json(self.file, self.result)

@@ -1,0 +1,288 @@
+"""The same prompts and the same drafter through other people's loops and ours, greedy.
+
+    python -m bench.peers --prompts FILE... [--draft DIR] [--limit N] [--only ours,dflash,...] [--json OUT]
+
+Each peer is a process in an environment of its own, loaded and warmed up before anything is timed, and idle while
+another answers. In every round, task by task, each answers the same prompts in turn, in the opposite order the next
+time: what slows the machine down slows all of them alike. A rate is the median of the rounds. After the rounds each
+answers the first prompt of each task once more, with its passes timed: a step by part.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from bench.case import results_folder  # noqa: E402
+from bench.peers import peer as peers  # noqa: E402
+from bench.peers.export import export  # noqa: E402
+from bench.peers.gguf_drafter import write  # noqa: E402
+from bench.peers.job import PLAIN, Job, Question, Reply  # noqa: E402
+from bench.peers.sums import ALL, STEP_PARTS, Key, Rows, parts_row  # noqa: E402
+from dflash_bench.decode import read_prompts  # noqa: E402
+from dflash_bench.results import commit, output, write_json  # noqa: E402
+from dflash_decode.checkpoint import drafter_of, find_model  # noqa: E402
+from dflash_decode.checkpoint.errors import read_json  # noqa: E402
+from dflash_decode.checkpoint.tokenizer import load_tokenizer  # noqa: E402
+from dflash_kernels import build_info
+
+WARM_UP_TOKENS = 16
+BFLOAT16 = "bfloat16"
+OUT = Console(highlight=False, soft_wrap=True)
+WIDE = 150  # columns of the table, also where the output is a file
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is asked in one go: the prompts of a task one by one, or prompts of all tasks at once."""
+
+    task: str
+    prompts: list[list[int]]
+    at_once: int = 1
+
+
+def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
+    """One unit a task with the first `limit` prompts of each file; for each number at once, a unit with as many
+    prompts, the first ones of every file."""
+    tasks: dict[str, list[list[int]]] = {}
+    for file in options.prompts:
+        for prompt in read_prompts(file):
+            text = tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])
+            tasks.setdefault(prompt.task, []).append(tokenizer.encode(text))
+    units = [Unit(task, prompts[:options.limit]) for task, prompts in tasks.items() if 1 in options.concurrency]
+    for at_once in (n for n in options.concurrency if n > 1):
+        share = -(-at_once // len(tasks))
+        units.append(Unit(ALL, [p for prompts in tasks.values() for p in prompts[:share]][:at_once], at_once))
+    return units
+
+
+def forms(model: str, draft: str | None, needed: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What each kind of reader is given for the model, and for the drafter."""
+    where, found = find_model(model), {"model": model}
+    if where.suffix == ".gguf":
+        found["gguf"] = str(where)
+        if "folder" in needed:
+            folder = peers.ENVIRONMENTS / "models" / where.stem
+            found["folder"] = str(folder if (folder / "config.json").is_file() else export(model, folder))
+    else:
+        found["folder"] = str(where)
+    drafts = {} if draft is None else {"model": draft, "folder": draft}
+    if drafts and "gguf" in found and "gguf" in needed:
+        drafts["gguf"] = str(write(draft, found["gguf"], peers.ENVIRONMENTS / "models" / f"{Path(draft).name}.gguf"))
+    return found, drafts
+
+
+def block_size(options: argparse.Namespace) -> int:
+    config = read_json(Path(options.draft) / "config.json") if options.draft else {}
+    nested = config.get("dflash_config") or {}
+    return options.block_size or nested.get("block_size") or config.get("block_size", 1)
+
+
+def command(options: argparse.Namespace) -> str:
+    """What repeats it, without the folders of this machine."""
+    def words(name, values):
+        return [f"--{name}", *map(str, values)] if values else []
+
+    packaged = options.draft == drafter_of(options.model)
+    draft = "none" if options.draft is None else "auto" if packaged else Path(options.draft).name
+    return shlex.join(["python", "-m", "bench.peers", *words("prompts", [f.name for f in options.prompts]),
+                       *words("draft", [draft]),
+                       *words("limit", [options.limit] if options.limit else []),
+                       *words("max-new-tokens", [options.max_new_tokens]), *words("concurrency", options.concurrency),
+                       *words("rounds", [options.rounds]), *words("threads", [options.threads]),
+                       *words("dtype", [options.dtype] if options.dtype != BFLOAT16 else [])])
+
+
+@dataclass
+class Measurement:
+    """Peers that run, what they found so far, and why others are missing."""
+
+    options: argparse.Namespace
+    header: dict
+    running: dict[peers.Turn, peers.Running]
+    rows: Rows
+    missing: dict[str, str]
+    watched: dict[peers.Turn, list[Reply]] = field(default_factory=dict)
+
+    def start(self, order: list[peers.Turn], models: dict, drafts: dict, stop_ids: list[int], units: list[Unit]):
+        longest = max(len(p) for unit in units for p in unit.prompts) + self.options.max_new_tokens
+        at_once, warm = max(unit.at_once for unit in units), units[0].prompts[:1]
+        for turn in order:
+            draft = None if turn.mode == PLAIN else drafts.get(turn.peer.reads)
+            job = Job(turn.mode, models.get(turn.peer.reads, ""), draft, self.header["block_size"], longest,
+                      at_once if turn.peer.batches else 1, turn.threads, stop_ids, self.options.dtype,
+                      turn.peer.weights)
+            began = time.perf_counter()
+            with self.surviving(turn):
+                self.running[turn] = running = peers.Running(turn, job, self.options.timeout)
+                running.ask(Question(warm, min(WARM_UP_TOKENS, self.options.max_new_tokens)))
+                self.header["versions"][turn.peer.name] = running.versions
+                OUT.print(f"{turn}: ready after {time.perf_counter() - began:.0f} s", markup=False)
+
+    def measure(self, units: list[Unit]) -> Iterator[None]:
+        """Stops after every answer."""
+        number = 0
+        for round_ in range(1, self.options.rounds + 1):
+            for unit in units:
+                number += 1
+                able = [turn for turn in self.running if turn.peer.batches or unit.at_once == 1]
+                for turn in able[:: 1 if number % 2 else -1]:
+                    with self.surviving(turn):
+                        self.answer(turn, unit, round_)
+                        yield
+
+    def answer(self, turn: peers.Turn, unit: Unit, round_: int) -> None:
+        """One token of each prompt tells how much of the time is the prompts'."""
+        running, most = self.running[turn], self.options.max_new_tokens
+        first = running.ask(Question(unit.prompts, 1)).seconds if unit.at_once == 1 else 0.0
+        reply = running.ask(Question(unit.prompts, most, unit.at_once))
+        self.rows.add(Key(turn.peer.name, turn.mode, turn.threads, unit.at_once, unit.task), reply, first)
+        OUT.print(f"round {round_}, {unit.task}, {unit.at_once} at once: {turn}: "
+                  f"{sum(reply.counts) / reply.seconds:.1f} tokens/s", markup=False)
+
+    def watch(self, units: list[Unit]) -> Iterator[None]:
+        """Stops after every answer. Later than all rounds: timing its passes may change what a peer's step takes."""
+        for unit in (unit for unit in units if unit.at_once == 1):
+            for turn in list(self.running):
+                with self.surviving(turn):
+                    asked = Question(unit.prompts[:1], self.options.max_new_tokens, watched=True)
+                    reply = self.running[turn].ask(asked)
+                    self.watched.setdefault(turn, []).append(reply)
+                    yield
+
+    def surviving(self, turn: peers.Turn) -> "_Surviving":
+        return _Surviving(self, turn)
+
+    def close(self) -> None:
+        for running in self.running.values():
+            running.close()
+
+    def result(self) -> dict:
+        parts = [parts_row((t.peer.name, t.mode, t.threads), replies) for t, replies in self.watched.items()]
+        return {"header": self.header, "rows": self.rows.rows(), "parts": parts, "missing": self.missing}
+
+
+@dataclass
+class _Surviving:
+    """A peer that fails is missing from then on, with the reason; the others go on."""
+
+    measurement: Measurement
+    turn: peers.Turn
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if not isinstance(error, RuntimeError):
+            return False
+        self.measurement.running.pop(self.turn, None)
+        self.measurement.missing[str(self.turn)] = str(error)
+        OUT.print(f"{self.turn}: missing: {error}", markup=False)
+        return True
+
+
+def measure(options: argparse.Namespace) -> dict:
+    peers.ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(options.model)
+    units = read_tasks(options, tokenizer)
+    order = peers.turns(options.only, options.threads, options.draft is not None)
+    header = {"kind": "peers", "model": options.model, "draft": options.draft and Path(options.draft).name,
+              "dtype": options.dtype, "block_size": block_size(options), "max_new_tokens": options.max_new_tokens,
+              "limit": options.limit,
+              "rounds": options.rounds, "cpu": build_info()["cpu"], "threads": options.threads, "commit": commit(),
+              "versions": {}, "command": command(options)}
+    found = Measurement(options, header, {}, Rows(), {})
+    try:
+        found.start(order, *forms(options.model, options.draft, {turn.peer.reads for turn in order}),
+                    list(tokenizer.stop_ids), units)
+        for _ in chain(found.measure(units), found.watch(units)):
+            keep(options.json, found.result())
+    finally:
+        found.close()
+    keep(options.json, found.result())
+    return found.result()
+
+
+def keep(file: Path | None, result: dict) -> None:
+    if file is not None:
+        write_json(file, result)
+
+
+def show(result: dict) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("task", "peer", "mode", "threads", "at once", "prompts", "tokens", "acceptance", "tokens/s",
+                   "rounds", "ms a step", "same as our plain"):
+        table.add_column(column, justify="left" if column in ("task", "peer", "mode") else "right")
+    for r in result["rows"]:
+        same = "" if r["same_as_our_plain"] is None else f"{r['same_as_our_plain']} of {r['prompts']}"
+        table.add_row(r["task"], r["peer"], r["mode"], str(r["threads"]), str(r["concurrency"]), str(r["prompts"]),
+                      str(r["tokens"]), f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
+                      f"{r['slowest']:.1f}-{r['fastest']:.1f}",
+                      "" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}", same)
+    wide = Console(highlight=False, width=max(OUT.width, WIDE))
+    wide.print(table)
+    if result["parts"]:
+        wide.print(parts_table(result["parts"]))
+    for who, why in result["missing"].items():
+        OUT.print(f"missing: {who}: {why}", markup=False)
+
+
+def parts_table(parts: list[dict]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("peer", "mode", "threads", "steps", *(f"{name}, ms" for name in STEP_PARTS), ""):
+        table.add_column(column, justify="left" if column in ("peer", "mode", "") else "right")
+    for p in parts:
+        ms = ("" if p[f"{name}_ms"] is None else f"{p[f'{name}_ms']:.2f}" for name in STEP_PARTS)
+        table.add_row(p["peer"], p["mode"], str(p["threads"]), str(p["steps"]), *ms, p["whole"])
+    return table
+
+
+def parsed() -> argparse.Namespace:
+    names = [peer.name for peer in peers.PEERS]
+
+    def chosen(text):
+        unknown = set(text.split(",")) - {*names, "all"}
+        if unknown:
+            raise argparse.ArgumentTypeError(f"must be of {','.join(names)}; got {','.join(sorted(unknown))}")
+        return names if "all" in text.split(",") else [n for n in names if n in ("ours", *text.split(","))]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help='JSON lines: {"task", "id", "turns"}')
+    parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the model's that comes with the "
+                                                        "package; none: plain decoding only")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--limit", type=int, help="the first N prompts of each file, where they are asked one by one")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32], help="above 1 only who has batches")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--block-size", type=int, help="the drafter's if not given")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", type=chosen, default=names, metavar="NAME,...",
+                        help=f"of {','.join(names)}; ours is always there")
+    parser.add_argument("--dtype", choices=[BFLOAT16, "float32"], default=BFLOAT16,
+                        help="float32 has no near ties, so texts and acceptance can be compared; it is slow")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")
+    parser.add_argument("--json", type=output, help="written after every answer, so that an interrupted run keeps its "
+                                                  "rows; default bench/results/<device>/peers.json, "
+                                                  "or peers-float32.json")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    draft = drafter_of(options.model, options.draft)
+    options.draft = None if draft == "none" else draft
+    if options.json is None and not options.no_write:
+        options.json = results_folder() / ("peers.json" if options.dtype == BFLOAT16 else "peers-float32.json")
+    return options
+
+
+def main() -> None:
+    result = measure(parsed())
+    show(result)
+    sys.exit(0 if result["rows"] else 1)

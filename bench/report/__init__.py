@@ -1,0 +1,1 @@
+"""Tables, plots and docs/ops.md, made from results and docstrings."""

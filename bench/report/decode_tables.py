@@ -1,0 +1,121 @@
+"""Whole texts, from the results of `dflash-kernels bench decode` and `bench protocol`, as tables."""
+
+import json
+from pathlib import Path
+
+from dflash_bench.protocol import CARD_ACCEPTANCE, NOT_REPORTED, TASKS
+
+CARD = CARD_ACCEPTANCE[1]
+EMPTY = "No results yet: `make evaluate` measures them."
+
+
+def decode_results(folder: Path, kind: str = "decode") -> list[dict]:
+    """Every result of `dflash-kernels bench decode` under the folder, in the order of the files' names. kind "decode by
+    temperature": those of several temperatures."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
+    return [r for r in found if isinstance(r, dict) and r.get("kind") == kind]
+
+
+def machine(r: dict) -> str:
+    return f"{r['cpu']}, {r['threads']} threads, {r['isa']}"
+
+
+def run_line(r: dict, drawn: str) -> str:
+    drafter = "random weights" if r["draft"] == "random" else r["draft"]
+    drafter += " in 8 bits" if r.get("draft_int8") else ""
+    block = f"{'blocks of at most' if r.get('adapts') and r['concurrency'] > 1 else 'block'} {r['block_size']}"
+    model = r["model"] + " in 8 bits" * (r.get("weights") == "int8")
+    return (f"{model} with {drafter}, {r['dtype']}, {block}, {drawn}, at most "
+            f"{r['max_new_tokens']} new tokens, {r['concurrency']} at once, "
+            f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.")
+
+
+def drawing(r: dict) -> str:
+    """The settings that are not off, the temperature apart."""
+    set_ = [f"{name.replace('_', '-')} {r[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))
+            if r[name] != off]
+    drafts = "the likeliest drafts" if r["sample_from"] == "greedy" else f"drawn drafts, rule {r['rule']}"
+    return ", ".join([*set_, drafts, f"seed {r['seed']}"])
+
+
+def temperature_table(results: list[dict]) -> list[str]:
+    """A row for each temperature of each result, all its tasks together."""
+    lines = []
+    for r in results:
+        lines += [run_line(r, drawing(r)), "",
+                  "| temperature | prompts | acceptance length | tokens/s | plain tokens/s | ratio | same text |",
+                  "|---|---|---|---|---|---|---|"]
+        for t in r["temperatures"]:
+            same = "yes" if t["identical_to_plain"] else f"{t['different_requests']} differ"
+            lines.append(f"| {t['temperature']:g} | {t['requests']} | {t['acceptance_length']:.2f} | "
+                         f"{t['tokens_per_s']:.1f} | {t['plain_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
+        lines.append("")
+    return lines
+
+
+def decode_table(results: list[dict]) -> list[str]:
+    """A row for each task of each result, beside the acceptance length on the card of MiniMax-M2.7's drafter."""
+    lines = []
+    for r in results:
+        heat = r.get("temperature", 0)
+        lines += [run_line(r, f"temperature {heat:g}, {drawing(r)}" if heat else "greedy"), "",
+                  "| task | prompts | acceptance length | MiniMax-M2.7's card | tokens/s | plain tokens/s | ratio | "
+                  "same text |", "|---|---|---|---|---|---|---|---|"]
+        for task, t in [*r["tasks"].items(), ("all", r)]:
+            same = "yes" if t["identical_to_plain"] else f"{t['different_requests']} differ"
+            card = f"{CARD[task]:.3f}" if task in CARD else ""
+            lines.append(f"| {task} | {t['requests']} | {t['acceptance_length']:.2f} | {card} | "
+                         f"{t['tokens_per_s']:.1f} | {t['plain_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
+        lines.append("")
+    return lines
+
+
+def position_table(r: dict) -> list[str]:
+    """How often the draft at a position of the block was accepted, given that all before it were."""
+    width = r["block_size"]
+    lines = ["| task | " + " | ".join(map(str, range(1, width))) + " |", "|---" * width + "|"]
+    for task, t in [*r["tasks"].items(), ("all", r)]:
+        counts = t["acceptance_histogram"]
+        reached = [sum(counts[k:]) for k in range(width)]  # steps that committed more than k tokens
+        shares = [f"{reached[k] / reached[k - 1]:.2f}" if reached[k - 1] else "" for k in range(1, width)]
+        lines.append(f"| {task} | " + " | ".join(shares) + " |")
+    return lines
+
+
+def decode_block(folder: Path) -> str:
+    lines = [*decode_table(decode_results(folder)), *temperature_table(decode_results(folder, "decode by temperature"))]
+    return "\n".join(lines or [EMPTY])
+
+
+def card_block(folder: Path, drafter: str) -> str:
+    """The model card's figures: those of the drafter alone."""
+    found = [r for r in decode_results(folder) if r["draft"] == drafter]
+    lines = decode_table(found) + temperature_table([r for r in decode_results(folder, "decode by temperature")
+                                                     if r["draft"] == drafter])
+    if found:
+        lines += ["By position in the block: how often a draft was accepted, given that all before it were "
+                  f"({found[0]['concurrency']} at once).", "", *position_table(found[0])]
+    return "\n".join(lines or [EMPTY])
+
+
+def protocol_block(folder: Path) -> str:
+    """The card's two tables, from `dflash-kernels bench protocol`."""
+    lines = []
+    for file in sorted(folder.rglob("*.json")):
+        r = json.loads(file.read_text(encoding="utf-8"))
+        if r.get("kind") != "protocol":
+            continue
+        who = f"{r['model']} at {r['base_url']}" if "base_url" in r else \
+            f"{r['model']} with {r['draft']}, block {r['block_size']}, {machine(r)}"
+        asked = f"the first {r['limit']}" if r["limit"] else "all"
+        lines += [f"{who}, greedy, at most {r['max_new_tokens']} new tokens, {asked} prompts of each file.", ""]
+        for title, key, form in (("tokens/s", "tokens_per_s", ".1f"),
+                                 ("acceptance length", "acceptance_length", ".3f")):
+            lines += [f"| {title}, at once | " + " | ".join(TASKS.values()) + " |", "|---" * (len(TASKS) + 1) + "|"]
+            for concurrency in dict.fromkeys(row["concurrency"] for row in r["rows"]):
+                found = {row["task"]: row[key] for row in r["rows"] if row["concurrency"] == concurrency}
+                cells = [NOT_REPORTED if found.get(t, 0) is None else format(found[t], form) if t in found else ""
+                         for t in TASKS]
+                lines.append(f"| {concurrency} | " + " | ".join(cells) + " |")
+            lines.append("")
+    return "\n".join(lines or ["No results yet: `dflash-kernels bench protocol --json` writes them."])

@@ -1,0 +1,217 @@
+"""Plots of bench/results for docs/performance.md, on white, in tones and shapes that survive a greyscale printer.
+
+A picture carries a hash of what it was drawn from, so that a test can tell an old one whatever matplotlib wrote it.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.report.peer_tables import is_timed
+
+KEYWORD = "Data"  # of the PNG's text chunk
+# Their greys differ; lines also differ by dash and marker, parts of a bar by hatching.
+TONES = ("#14213d", "#e9b44c", "#7a3b9d", "#f6e7c1", "#d1603d")
+LINES = TONES[0], TONES[2], TONES[4], TONES[1]
+DASHES, MARKERS, HATCHES = ("-", "--", "-.", ":"), "osD^v", ("", "//", "..", "xx", "--")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """draw(axes' figure, data) fills a figure of `size` inches; caption: what is seen, under the picture."""
+
+    data: dict
+    draw: Callable
+    size: tuple[float, float]
+    caption: str
+
+    @property
+    def stamp(self) -> str:
+        return hashlib.sha256(json.dumps([self.data, self.caption], sort_keys=True).encode()).hexdigest()
+
+
+def plots(results: Path) -> dict[str, Plot]:
+    """By file name: those for which there are results."""
+    found = {}
+    for folder in sorted(f for f in results.iterdir() if f.is_dir()):
+        files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
+        for name, make in (("bandwidth", bandwidth), ("peers", peers), ("acceptance", acceptance), ("step", steps)):
+            if plot := make(files):
+                found[f"{name}-{folder.name}.png"] = plot
+    return found
+
+
+def stamp_of(file: Path) -> str | None:
+    """The hash in a picture; None where it is no PNG or has none."""
+    data = file.read_bytes()
+    at = 8
+    while data[:4] == b"\x89PNG" and at + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[at:at + 8])
+        body = data[at + 8:at + 8 + length]
+        if kind == b"tEXt" and body.startswith(KEYWORD.encode() + b"\0"):
+            return body[len(KEYWORD) + 1:].decode("latin-1")
+        at += length + 12
+    return None
+
+
+def write(plot: Plot, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "font.size": 9,
+             "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+             "axes.axisbelow": True, "legend.frameon": False}
+    with pyplot.rc_context(style):
+        figure = pyplot.figure(figsize=plot.size, layout="constrained")
+        plot.draw(figure, plot.data)
+        figure.savefig(file, dpi=120, metadata={KEYWORD: plot.stamp})
+        pyplot.close(figure)
+
+
+# ---- achieved bandwidth ----------------------------------------------------------------------------------------------
+
+
+def measured_rows(files: dict) -> list[dict]:
+    return [row for f in files.values() if "header" in f for row in f.get("rows", ()) if "pct_of_limit" in row]
+
+
+def bandwidth(files: dict) -> Plot | None:
+    """Every case of every op in percent of the limit that was measured in the same run."""
+    ops: dict[str, list[float]] = {}
+    for row in measured_rows(files):
+        ops.setdefault(row["op"], []).append(round(row["pct_of_limit"], 1))
+    caption = "Achieved bandwidth, one mark a case, in percent of the limit measured in the same run. " \
+              "What stays in the caches may exceed it."
+    return Plot({"ops": ops}, draw_bandwidth, (7.5, 1.1 + 0.32 * len(ops)), caption) if ops else None
+
+
+def draw_bandwidth(figure, data) -> None:
+    axes, names = figure.subplots(), list(data["ops"])
+    for y, name in enumerate(names):
+        values = data["ops"][name]
+        axes.plot([min(values), max(values)], [y, y], color="#999999", linewidth=1)
+        axes.plot(values, [y] * len(values), "o", color=TONES[0], markersize=5, fillstyle="none")
+    axes.axvline(100, color=TONES[4], linestyle="--", label="the limit")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="% of the limit", ylim=(len(names) - 0.5, -0.5))
+    axes.set_xlim(0, max(105, *(max(v) + 5 for v in data["ops"].values())))
+    axes.legend(loc="lower left")
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+def peers(files: dict) -> Plot | None:
+    """Tokens a second of each peer, all tasks together."""
+    rows = []
+    for f in files.values():
+        if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers" and \
+                is_timed(f["header"]):
+            whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
+            rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} at once",
+                      r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]
+    return Plot({"rows": rows}, draw_peers, (7.5, 1.0 + 0.3 * len(rows)),
+                "Tokens a second of each peer on the same prompts, greedy: the median round, and the slowest to the "
+                "fastest.") if rows else None
+
+
+def draw_peers(figure, data) -> None:
+    """Few at once and many have axes of their own: a bar of the one says nothing beside a bar of the other."""
+    groups: dict[str, list] = {}
+    for row in data["rows"]:
+        groups.setdefault(row[0].rsplit(", ", 1)[1], []).append(row)
+    grid = figure.subplots(len(groups), squeeze=False, height_ratios=[len(rows) for rows in groups.values()])[:, 0]
+    for axes, (at_once, rows) in zip(grid, groups.items(), strict=True):
+        for y, (name, rate, low, high) in enumerate(rows):
+            ours = name.startswith("ours")
+            axes.barh(y, rate, color=TONES[0] if ours else TONES[1], edgecolor="black", hatch="" if ours else "//",
+                      xerr=[[rate - low], [high - rate]], error_kw={"ecolor": "#777777", "capsize": 3})
+            axes.text(high, y, f"  {rate:.0f}", va="center")
+        axes.set(yticks=range(len(rows)), yticklabels=[name.rsplit(", ", 1)[0] for name, *_ in rows],
+                 xlabel=f"tokens/s, {at_once}", ylim=(len(rows) - 0.5, -0.5))
+        axes.margins(x=0.12)
+
+
+# ---- acceptance ------------------------------------------------------------------------------------------------------
+
+
+def reached(counts: list[int]) -> list[float]:
+    """Of the steps whose drafts before a position were all accepted, the share that accepted it, by position."""
+    left = [sum(counts[k:]) for k in range(len(counts))]
+    return [round(left[k] / left[k - 1], 4) for k in range(1, len(counts)) if left[k - 1]]
+
+
+def acceptance(files: dict) -> Plot | None:
+    found = next((f for f in files.values() if f.get("kind") == "decode" and f["draft"] != "random"), None)
+    if found is None:
+        return None
+    tasks = {task: reached(t["acceptance_histogram"]) for task, t in found["tasks"].items()}
+    return Plot({"tasks": tasks}, draw_acceptance, (6.5, 3.2),
+                f"How often a draft was accepted, given that all before it were; {found['model']} with "
+                f"{found['draft']}.")
+
+
+def draw_acceptance(figure, data) -> None:
+    axes = figure.subplots()
+    for i, (task, shares) in enumerate(data["tasks"].items()):
+        axes.plot(range(1, len(shares) + 1), shares, color=LINES[i % 4], linestyle=DASHES[i % 4],
+                  marker=MARKERS[i % 5], label=task)
+    axes.set(xlabel="position in the block", ylabel="accepted", ylim=(0, 1))
+    axes.legend(ncols=4, loc="upper center")
+
+
+# ---- step time -------------------------------------------------------------------------------------------------------
+
+STAGES = ("draft layers", "draft head", "draft context")
+WHOLE = ("plain step", "verify pass", "DFlash step")
+DECODER_PARTS = (("target", "verify_ms"), ("draft", "draft_ms"), ("rest", "rest_ms"))
+
+
+def place(case: str) -> str:
+    """Batch and context of a case, as both step benchmarks write them."""
+    batch, context = re.search(r"(\d+) x block", case), re.search(r"context (\d+)", case)
+    return f"{case.split()[0].rstrip(',')}, batch {batch[1] if batch else 1}, context {context[1] if context else '?'}"
+
+
+def steps(files: dict) -> Plot | None:
+    """Target and draft part of whole steps, and the draft by stage, for every batch and context that was measured; then
+    the steps of whole decoders that told their parts."""
+    times: dict[str, dict[str, float]] = {}
+    for row in measured_rows(files):
+        if row["op"] in WHOLE or row["op"] in STAGES:
+            times.setdefault(place(row["case"]), {})[row["op"]] = row["us"]
+    bars = {}
+    for where, t in times.items():
+        if "plain step" in t:
+            bars[f"plain: {where}"] = {"target": round(t["plain step"], 1)}
+        if "DFlash step" in t and "verify pass" in t:
+            bars[f"DFlash: {where}"] = {"target": round(t["verify pass"], 1),
+                                        "draft": round(t["DFlash step"] - t["verify pass"], 1)}
+        if stages := {op: round(t[op], 1) for op in STAGES if op in t}:
+            bars[f"draft: {where}"] = stages
+    for f in files.values():
+        for p in f.get("parts", ()) if (f.get("header") or {}).get("dtype") == "bfloat16" else ():
+            if p["verify_ms"] is not None:
+                bars[f"{p['peer']}, {p['mode']}, {p['threads']} thr."] = {
+                    part: round(1e3 * p[name], 1) for part, name in DECODER_PARTS if p[name] is not None}
+    caption = "A step by part. The draft part of a DFlash step is what it takes over a verify pass."
+    if any("rest" in parts for parts in bars.values()):
+        caption += " Named decoders: their own passes, timed while they answer."
+    return Plot({"bars": bars}, draw_steps, (7.5, 1.2 + 0.36 * len(bars)), caption) if bars else None
+
+
+def draw_steps(figure, data) -> None:
+    axes, names = figure.subplots(), list(data["bars"])
+    kinds = sorted(dict.fromkeys(part for parts in data["bars"].values() for part in parts), key="rest".__eq__)
+    for i, kind in enumerate(kinds):
+        before = [sum(data["bars"][n].get(k, 0) for k in kinds[:i]) for n in names]
+        values = [data["bars"][n].get(kind, 0) for n in names]
+        axes.barh(range(len(names)), [v / 1e3 for v in values], left=[b / 1e3 for b in before], label=kind,
+                  color=TONES[i % 5], edgecolor="white" if i == 0 else "black", hatch=HATCHES[i % 5])
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="ms", ylim=(len(names) - 0.5, -0.5))
+    axes.legend(ncols=len(kinds), loc="lower right", bbox_to_anchor=(1, 1))

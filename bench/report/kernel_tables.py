@@ -1,0 +1,82 @@
+"""Ops and steps beside their limits and other ways to do the same, from the results of bench/ops, as tables."""
+
+import json
+from pathlib import Path
+
+EMPTY = "No results yet: `make bench` measures and fills this in."
+
+
+def hardware(h: dict) -> tuple[str, str]:
+    """What a header says of the machine, and which bandwidth was its limit."""
+    if "cuda" in h:
+        return f"CUDA {h['cuda']}, triton {h['triton']}", "copy"
+    return f"{h['threads']} threads, {h['isa']}", "read"
+
+
+def cases_page(folder: Path) -> str:
+    """Every case of every op, a table a machine."""
+    lines = ["# Every case", "",
+             "Made by `make docs` from what `make bench` and `make gpu` measured. A row is one case: "
+             "its inputs rotate so that no cache holds them, and its limit was measured between its own calls.",
+             ""]
+    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+        results = kernel_results(machine)
+        if not results:
+            continue
+        h, rows = results[0]["header"], [row for r in results for row in r["rows"] if "us" in row]
+        lines += [f"## {h['device']}", "", about(h), "",
+                  "| op | case | µs, median [p20 to p80] | GB/s | of the limit | TFLOP/s | speed against |",
+                  "|---|---|---|---|---|---|---|"]
+        lines += [f"| `{row['op']}` | {row['case']} | {row['us']:.1f} [{row['p20']:.1f} to {row['p80']:.1f}] | "
+                  f"{row['gbps']:.1f} | {row['pct_of_limit']:.0f} % | {row['tflops']:.3f} | {against(row)} |"
+                  for row in rows]
+        without = dict.fromkeys(why for row in rows for why in row.get("without", {}).values())
+        lines += ["", "Without a time: " + "; ".join(without) + "."] if without else []
+        lines.append("")
+    return "\n".join(lines)
+
+
+def kernel_results(machine: Path) -> list[dict]:
+    """The results of bench/ops in a machine's folder."""
+    found = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(machine.glob("*.json"))]
+    return [r for r in found if isinstance(r, dict) and "device" in r.get("header", ()) and r.get("rows")]
+
+
+def about(h: dict) -> str:
+    what, limit = hardware(h)
+    return (f"{h['device']}, {what}, torch {h['torch']}, bfloat16. The limit is the {limit} bandwidth, measured "
+            "between the calls of the same run.")
+
+
+def against(row: dict) -> str:
+    """A step is compared with the plain step that it contains, an op with another's way of doing it."""
+    return ", ".join(f"takes {row['us'] / us:.2f} plain steps" if name == "plain step" else
+                     f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
+
+
+def limits_block(folder: Path) -> str:
+    """For each op and machine, over all cases: how much of the limit, and how much faster than each peer."""
+    lines = []
+    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+        results = kernel_results(machine)
+        rows = [row for r in results for row in r["rows"] if "us" in row]
+        if not rows:
+            continue
+        h = results[0]["header"]
+        limits = sorted(row["gbps"] / row["pct_of_limit"] * 100 for row in rows)
+        lines += [f"{h['device']}, {hardware(h)[0]}: the limit was {limits[0]:.1f} to {limits[-1]:.1f} GB/s.", "",
+                  "| op | cases | of the limit | speed against |", "|---|---|---|---|"]
+        for op in dict.fromkeys(row["op"] for row in rows):
+            of = [row for row in rows if row["op"] == op]
+            ratios = {peer: [row["peers"][peer] / row["us"] for row in of if peer in row["peers"]]
+                      for peer in dict.fromkeys(p for row in of for p in row["peers"])}
+            ratio = ", ".join(f"{span([1 / r for r in values], 2)} {peer}s" if peer == "plain step" else
+                              f"{span(values, 2)} x {peer}" for peer, values in ratios.items())
+            lines.append(f"| `{op}` | {len(of)} | {span([row['pct_of_limit'] for row in of], 0)} % | {ratio} |")
+        lines.append("")
+    return "\n".join(lines or [EMPTY])
+
+
+def span(values: list[float], digits: int) -> str:
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

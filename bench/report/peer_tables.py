@@ -1,0 +1,113 @@
+"""Whole decoders on the same prompts, from the results of bench/peers, as tables."""
+
+import json
+from pathlib import Path
+
+ALL, OURS, DFLASH = "all", "ours", "dflash"
+OURS_TOO = "ours8"  # our loop on other weights
+NAMES = {OURS_TOO: "ours, 8 bits", "dflash": "dflash's own loop", "llama": "llama.cpp, 4 bits",
+         "vllm": "vLLM's CPU build"}
+EMPTY = "No results yet: `make peers` measures them."
+
+
+def peers_block(folder: Path) -> str:
+    lines = []
+    for header, rows, parts, missing in results(folder):
+        timed = [*rates(rows), *step_parts(parts, rows)] if is_timed(header) else []
+        lines += [*about(header), *timed, *acceptance(rows),
+                  *(f"Missing: {who}: {why}" for who, why in missing.items()), ""]
+    return "\n".join(lines).rstrip() or EMPTY
+
+
+def is_timed(header: dict) -> bool:
+    """A rate is a median of rounds. One round is for texts and acceptance, and so is float32, which nobody serves and
+    not every decoder has."""
+    return header["dtype"] == "bfloat16" and header["rounds"] > 1
+
+
+def results(folder: Path) -> list[tuple[dict, list[dict], list[dict], dict]]:
+    """Header, rows, steps by part and missing peers of every result of the peers."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
+    return [(r["header"], r["rows"], r.get("parts", []), r["missing"]) for r in found
+            if isinstance(r, dict) and isinstance(r.get("header"), dict) and r["header"].get("kind") == "peers"]
+
+
+def whole(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if r["task"] == ALL] or rows
+
+
+def about(h: dict) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in versions_of(h["versions"]).items())
+    first = f"the first {h['limit']} prompts" if h["limit"] else "all prompts"
+    return [f"{h['model']} with {h['draft']}, {h['dtype']}, block {h['block_size']}, greedy, at most "
+            f"{h['max_new_tokens']} new tokens; one at a time {first} of each file, many at once the first ones of all "
+            f"files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}; {versions}.",
+            "", f"`{h['command']}`", ""]
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def versions_of(found: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Of the packages that answer, not of what all of them stand on twice."""
+    left = ("isa", "llama.cpp")
+    return {name: version for peer in found.values() for name, version in peer.items() if name not in left}
+
+
+def rates(rows: list[dict]) -> list[str]:
+    """All tasks together; the ratio is to our plain decoding with as many at once."""
+    plain = {r["concurrency"]: r["tokens_per_s"] for r in whole(rows) if (r["peer"], r["mode"]) == (OURS, "plain")}
+    lines = ["| decoder | mode | threads | at once | tokens/s, median | of the rounds | of our plain | ms a step | "
+             "acceptance length | same text as our plain |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for r in whole(rows):
+        of = f"{r['tokens_per_s'] / plain[r['concurrency']]:.2f}" if r["concurrency"] in plain else ""
+        same = "" if r["same_as_our_plain"] is None else f"{r['same_as_our_plain']} of {r['prompts']}"
+        step = "" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}"
+        lines.append(f"| {NAMES.get(r['peer'], r['peer'])} | {r['mode']} | {r['threads']} | {r['concurrency']} | "
+                     f"{r['tokens_per_s']:.1f} | {r['slowest']:.1f} to {r['fastest']:.1f} | {of} | {step} | "
+                     f"{r['acceptance_length']:.2f} | {same} |")
+    return [*lines, ""]
+
+
+def step_parts(parts: list[dict], rows: list[dict]) -> list[str]:
+    """Beside the step of the rounds, in which nobody watched."""
+    if not parts:
+        return []
+    rounds = {(r["peer"], r["mode"], r["threads"]): r["ms_per_step"] for r in whole(rows) if r["concurrency"] == 1}
+    lines = ["A step by part, ms: medians over the steps of each task's first prompt, answered once more after the "
+             "rounds with the passes timed. Draft: with its head and the context's keys and values; verify: the "
+             "target's pass and head; rest: acceptance, and what the host does.", "",
+             "| decoder | mode | threads | draft | verify | rest | step | mean step in the rounds |",
+             "|---|---|---|---|---|---|---|---|"]
+    for p in parts:
+        times = [p[f"{name}_ms"] for name in ("draft", "verify", "rest", "step")]
+        cells = " | ".join("" if ms is None else f"{ms:.1f}" for ms in
+                           [*times, rounds.get((p["peer"], p["mode"], p["threads"]))])
+        lines.append(f"| {NAMES.get(p['peer'], p['peer'])} | {p['mode']} | {p['threads']} | {cells} |")
+    why = dict.fromkeys((NAMES.get(p["peer"], p["peer"]), p["whole"]) for p in parts if p["whole"])
+    return [*lines, *(line for name, reason in why for line in ("", f"{name}: {reason}.")), ""]
+
+
+def acceptance(rows: list[dict]) -> list[str]:
+    """By task, one at a time, with the difference to ours."""
+    drafted = [r for r in rows if r["mode"] == DFLASH and r["concurrency"] == 1]
+    peers = list(dict.fromkeys(r["peer"] for r in drafted))
+    if OURS not in peers or len(peers) < 2:
+        return []
+    found = {(r["peer"], r["task"]): r["acceptance_length"] for r in drafted}
+    lines = ["| acceptance length | " + " | ".join(NAMES.get(p, p) for p in peers) + " |",
+             "|---" * (len(peers) + 1) + "|"]
+    for task in dict.fromkeys(r["task"] for r in drafted):
+        ours = found.get((OURS, task))
+        cells = ["" if (length := found.get((peer, task))) is None else
+                 f"{length:.2f}" + (f" ({100 * (length / ours - 1):+.1f} %)" if ours and peer != OURS else "")
+                 for peer in peers]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    for r in drafted:
+        same = r["same_text"] if r["task"] == ALL and r["peer"] != OURS else None
+        if same and same["prompts"]:
+            lines += ["", f"{NAMES.get(r['peer'], r['peer'])} on the {same['prompts']} prompts that it answers with "
+                      f"our text: {same['acceptance_length']:.3f}, ours there {same['ours']:.3f} "
+                      f"({100 * (same['acceptance_length'] / same['ours'] - 1):+.1f} %)."]
+    return [*lines, ""]

@@ -1,0 +1,101 @@
+"""Timing: interleaved, with the machine's own limit measured in the same run."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dflash_kernels._library import native
+from dflash_kernels._memory import place
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for one call: median, 20th and 80th percentile of `runs` calls."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30,
+                warmup: int = 3) -> dict[str, Timing]:
+    """Times each function(i) for i in range(runs), one call of each in turn, so that a noisy neighbour hits all alike.
+
+    Each is given the run's number, to rotate its inputs by.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for name, function, i in _in_turn(functions, runs, warmup):
+        start = time.perf_counter()
+        function(i)
+        seconds[name].append(time.perf_counter() - start)
+    return {name: _summary(values) for name, values in seconds.items()}
+
+
+def interleaved_cuda(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30,
+                     warmup: int = 3) -> dict[str, Timing]:
+    """`interleaved` with the GPU's clock: events before and after each call on the current stream. The host runs ahead,
+    so what a call costs the host does not count while it costs less than the device."""
+    marks: dict[str, list[tuple]] = {name: [] for name in functions}
+    for name, function, i in _in_turn(functions, runs, warmup):
+        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair[0].record()
+        function(i)
+        pair[1].record()
+        marks[name].append(pair)
+    torch.cuda.synchronize()
+    return {name: _summary([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in marks.items()}
+
+
+def _in_turn(functions, runs, warmup):
+    """Warms up, then (name, function, run's number) of every call that is to be timed."""
+    for i in range(warmup):
+        for function in functions.values():
+            function(i)
+    for i in range(runs):
+        for name, function in functions.items():
+            yield name, function, i
+
+
+def _summary(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    pick = lambda q: ordered[min(int(q * len(ordered)), len(ordered) - 1)]  # noqa: E731
+    return Timing(statistics.median(ordered), pick(0.2), pick(0.8), len(ordered))
+
+
+class ReadBandwidth:
+    """Reads a buffer that no cache holds, in huge pages, with all of torch's threads, several streams each.
+
+    As a function for `interleaved`; gbps(timing) is the figure, in 1e9 bytes a second.
+    """
+
+    def __init__(self, megabytes: int = 256):
+        self._buffer = place(torch.ones(megabytes << 18, dtype=torch.int32))
+        self.bytes = self._buffer.numel() * 4
+
+    def __call__(self, _run: int = 0) -> None:
+        if native is None:
+            self._buffer.view(torch.int64).sum()
+        else:
+            native.stream_read(self._buffer.data_ptr(), self.bytes)
+
+    def gbps(self, timing: Timing) -> float:
+        return self.bytes / timing.median / 1e9
+
+
+class CopyBandwidth:
+    """Copies a buffer larger than a GPU's L2; gbps(timing) counts what is read and what is written, in 1e9 bytes/s."""
+
+    def __init__(self, device: torch.device | str = "cuda", megabytes: int = 512):
+        self._from = torch.ones(megabytes << 18, dtype=torch.int32, device=device)
+        self._to = torch.empty_like(self._from)
+        self.bytes = 2 * self._from.numel() * 4
+
+    def __call__(self, _run: int = 0) -> None:
+        self._to.copy_(self._from)
+
+    def gbps(self, timing: Timing) -> float:
+        return self.bytes / timing.median / 1e9

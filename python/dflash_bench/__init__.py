@@ -1,0 +1,1 @@
+"""Decoding measured: the commands `dflash-kernels bench`."""

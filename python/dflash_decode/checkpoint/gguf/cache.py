@@ -1,0 +1,132 @@
+"""Converted GGUF files, kept under the user's cache directory as ordinary Hugging Face directories.
+
+The cache directory is $DFLASH_CACHE, else $XDG_CACHE_HOME/dflash_kernels, else ~/.cache/dflash_kernels. An entry is
+keyed by the file's path, size and time of change, and has a manifest of its files. It is moved into place whole, so
+that a reader never sees a half-written one, and one that is not as its manifest says is made again.
+
+Entries are written under a lock, which the system frees when its holder dies: whoever has it knows that every half-made
+entry is a dead process's. A process that finds it taken keeps nothing.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..errors import CheckpointError, brief, read_json, regular, warn
+
+WEIGHTS = "model.safetensors"
+_FORMAT = 2  # raise it when the conversion changes: it is part of the cache key
+_MANIFEST, _HALF_MADE, _LOCK = "converted-from", ".new-", ".lock"
+_HASHED = 8 << 20  # bytes of a file that are hashed, beside its size: all but the weights, and their header
+
+
+def cache_dir() -> Path | None:
+    """None: a user without a home, as in some containers, has none."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        if chosen := os.environ.get("DFLASH_CACHE"):
+            return Path(chosen).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "dflash_kernels"
+    except RuntimeError:
+        return None
+
+
+def entry_of(path: Path) -> Path | None:
+    """Where the converted form of a GGUF file belongs, as the file is now."""
+    stat, folder = regular(path), cache_dir()
+    if folder is None:
+        return None
+    source = path.resolve()
+    text = f"{_FORMAT}|{source}|{stat.st_size}|{stat.st_mtime_ns}"
+    return folder / f"{source.stem[:50]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
+
+
+def cached(path: Path) -> Path | None:
+    """The converted directory of a GGUF file, or None where there is none that is whole."""
+    folder = entry_of(path)
+    return folder if folder and _is_whole(folder) else None
+
+
+def keep(path: Path, entry: Path | None, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
+    """Writes `entry`, which entry_of gave before `path` was read. A cache that cannot be written is only a slower
+    second start: a warning says so."""
+    try:
+        if entry is None:
+            raise FileNotFoundError("there is no home directory, and DFLASH_CACHE names no other")
+        with _lock(entry.parent) as ours:
+            if ours and not _is_whole(entry):
+                _remove_leftovers(entry.parent)
+                shutil.rmtree(entry, ignore_errors=True)
+                _write(path, entry, tensors, texts)
+                _remove_stale(entry.parent)
+    except (OSError, SafetensorError) as error:
+        warn(f"{path}: the next start converts this file again, as its converted form cannot be kept"
+             f"{f' in {entry.parent}' if entry else ''}: {brief(error)}")
+
+
+def _write(path: Path, entry: Path, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=_HALF_MADE, dir=entry.parent))
+    try:
+        save_file(dict(tensors), temporary / WEIGHTS)
+        for name, content in texts.items():
+            (temporary / name).write_text(content, encoding="utf-8")
+        files = {name: _state(temporary / name) for name in (WEIGHTS, *texts)}
+        (temporary / _MANIFEST).write_text(json.dumps({"source": str(path.resolve()), "files": files}, indent=1),
+                                           encoding="utf-8")
+        os.rename(temporary, entry)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _state(file: Path) -> dict:
+    size = regular(file).st_size
+    with open(file, "rb") as opened:
+        return {"size": size, "sha256": hashlib.sha256(opened.read(_HASHED)).hexdigest()}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = read_json(folder / _MANIFEST).get("files")
+        return isinstance(files, dict) and WEIGHTS in files \
+            and all(_state(folder / name) == state for name, state in files.items())
+    except (OSError, CheckpointError):
+        return False
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether this process may write; it does not wait for one that does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for half_made in folder.glob(f"{_HALF_MADE}*"):
+        shutil.rmtree(half_made, ignore_errors=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes entries whose file is gone or has changed since, and those that other versions made."""
+    for manifest in folder.glob(f"*/{_MANIFEST}"):
+        try:
+            current = entry_of(Path(str(read_json(manifest).get("source"))))
+        except CheckpointError:
+            current = None
+        if current != manifest.parent:
+            shutil.rmtree(manifest.parent, ignore_errors=True)

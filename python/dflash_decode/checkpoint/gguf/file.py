@@ -1,0 +1,183 @@
+"""GGUF files as Hugging Face checkpoints: config, dequantised tensors and tokenizer, converted once and kept."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import CheckpointError, brief
+from ..fields import MOST_HEAD_DIM, MOST_LAYERS, Fields
+from ..safetensors import Checkpoint, read_directory
+from .cache import cached, entry_of, keep
+from .reader import field, metadata, open_file
+
+_CACHE_LIMIT = 2 << 30  # bytes of bfloat16; larger models are dequantised each time, not copied into the home folder
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Further settings of rope scaling, and the values at which they say what "type" and "factor" say alone.
+_YARN = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_beta_fast": 32.0,
+         "yarn_beta_slow": 1.0, "yarn_log_multiplier": 0.0}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight"}
+
+
+def load(path: Path, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint in a GGUF file, dequantised to `dtype`; from the cache when it is there (bfloat16 only)."""
+    entry = entry_of(path)
+    if dtype == torch.bfloat16 and (kept := cached(path)):
+        with contextlib.suppress(CheckpointError):  # another process may remove it meanwhile
+            found = read_directory(kept)
+            return Checkpoint(found.config, found.tensors, str(path))
+    reader = open_file(path)
+    config = read_config(path, reader)
+    tensors = read_tensors(path, reader, config, dtype)
+    if dtype == torch.bfloat16 and sum(t.nbytes for t in tensors.values()) <= _CACHE_LIMIT:
+        _keep(path, entry, config, tensors, reader)
+    return Checkpoint(config, tensors, str(path))
+
+
+def _keep(path: Path, entry: Path, config: dict, tensors: dict, reader) -> None:
+    from .tokenizer import tokenizer_files
+
+    try:
+        files = tokenizer_files(path, reader)
+    except CheckpointError:  # whoever asks for the tokenizer is told; the weights are good
+        return
+    keep(path, entry, tensors, files | {"config.json": json.dumps(config, indent=1)})
+
+
+def read_config(path: Path, reader) -> dict:
+    """The Hugging Face config that the metadata describe."""
+    f = metadata(path, reader)
+    arch = f.text("general.architecture")
+    if arch not in _CLASSES:
+        raise CheckpointError(f"{path}: general.architecture must be {' or '.join(_CLASSES)}; got {arch!r}")
+    tensors = {t.name: t for t in reader.tensors}
+    if f.whole(f"{arch}.expert_count", 0, least=0):
+        f.refuse(f"{arch}.expert_count", "0 (a dense model)", f.get(f"{arch}.expert_count"))
+    if "rope_freqs.weight" in tensors:
+        raise CheckpointError(f"{path}: rope_freqs.weight (scaled RoPE frequencies) is not supported")
+    heads, hidden = f.whole(f"{arch}.attention.head_count"), f.whole(f"{arch}.embedding_length")
+    head_dim = f.whole(f"{arch}.attention.key_length", max(hidden // heads, 1), most=MOST_HEAD_DIM)
+    if f.whole(f"{arch}.attention.value_length", head_dim) != head_dim:
+        f.refuse(f"{arch}.attention.value_length", f"key_length = {head_dim}", f.get(f"{arch}.attention.value_length"))
+    context, rope = f.whole(f"{arch}.context_length"), _rope(f, arch, head_dim)
+    embedding, ends = tensors.get("token_embd.weight"), stop_ids(path, reader)
+    if embedding is not None and len(embedding.shape) != 2:
+        raise CheckpointError(f"{path}: token_embd.weight must have 2 dimensions; got {len(embedding.shape)}")
+    return {
+        "architectures": [_CLASSES[arch]],
+        "model_type": arch,
+        "hidden_size": hidden,
+        "num_hidden_layers": f.whole(f"{arch}.block_count", most=MOST_LAYERS),
+        "num_attention_heads": heads,
+        "num_key_value_heads": f.whole(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": f.whole(f"{arch}.feed_forward_length"),
+        "vocab_size": int(embedding.shape[1]) if embedding is not None else f.whole(f"{arch}.vocab_size"),
+        "rms_norm_eps": f.number(f"{arch}.attention.layer_norm_rms_epsilon", above=0.0, most=1.0),
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "max_position_embeddings": context,
+        "bos_token_id": field(path, reader, "tokenizer.ggml.bos_token_id", int, None),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "dtype": "bfloat16",
+    }
+
+
+def _rope(f: Fields, arch: str, head_dim: int) -> dict:
+    """rope_parameters of the Hugging Face config; whoever reads that checks their ranges for the type."""
+    rope = {"rope_type": "default", "rope_theta": f.number(f"{arch}.rope.freq_base", 10000.0, above=1.0)}
+    scaling = f.text(f"{arch}.rope.scaling.type", "none")
+    if scaling != "none":
+        rope |= {"rope_type": scaling, "factor": f.number(f"{arch}.rope.scaling.factor", 1.0, above=0.0),
+                 "original_max_position_embeddings": f.whole(f"{arch}.rope.scaling.original_context_length",
+                                                             f.whole(f"{arch}.context_length"))}
+    for name, neutral in _YARN.items():
+        if (value := f.number(f"{arch}.rope.scaling.{name}", neutral)) != neutral:
+            raise CheckpointError(f"{f.what}: {arch}.rope.scaling.{name} must be {neutral:g}; got {value:g}")
+    rotary = f.whole(f"{arch}.rope.dimension_count", head_dim, most=MOST_HEAD_DIM)
+    if rotary != head_dim:
+        rope["partial_rotary_factor"] = rotary / head_dim
+    return rope
+
+
+def stop_ids(path: Path, reader) -> list[int]:
+    """The tokens that end an answer: end of sequence, and end of turn where the file names one."""
+    found = [field(path, reader, f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot")]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def hf_name(name: str) -> str | None:
+    """A GGUF tensor name as Hugging Face calls it, or None."""
+    if name in _TOP:
+        return _TOP[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in _LAYER:
+        return None
+    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
+
+
+def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors, dequantised to float32 and rounded to `dtype`, under their Hugging Face names."""
+    from gguf.quants import dequantize
+
+    _check_names(path, config, {stored.name for stored in reader.tensors})
+    tensors = {}
+    for stored in reader.tensors:
+        if not 1 <= len(stored.shape) <= 2 or not stored.n_elements:
+            raise CheckpointError(f"{path}: {stored.name} must have 1 or 2 dimensions, none of them 0; "
+                                  f"got {stored.shape.tolist()}")
+        try:
+            values = dequantize(stored.data, stored.tensor_type)
+        except Exception as error:
+            raise CheckpointError(f"{path}: {stored.name} ({stored.tensor_type.name}) cannot be dequantised: "
+                                  f"{brief(error)}") from None
+        if config["model_type"] == "llama" and (".attn_q." in stored.name or ".attn_k." in stored.name):
+            kind = "num_attention_heads" if ".attn_q." in stored.name else "num_key_value_heads"
+            values = _neox_rows(path, stored.name, values, config[kind])
+        # A copy: what needs no dequantising is otherwise a read-only view of the file.
+        tensors[hf_name(stored.name)] = torch.from_numpy(np.array(values, dtype=np.float32)).to(dtype)
+    return tensors
+
+
+def _neox_rows(path: Path, name: str, values: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's row order for interleaved RoPE: per head (pair, half) back to (half, pair)."""
+    rows = values.shape[0]
+    if rows % (2 * heads):
+        raise CheckpointError(f"{path}: {name} must have rows for {heads} heads of an even size; got {rows} rows")
+    return values.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+def _check_names(path: Path, config: dict, names: set[str]) -> None:
+    """Raises CheckpointError for a tensor that no layer has or that is missing: before the first is dequantised, and
+    at the first of the layers that are not there, however many the file says it has."""
+    for name in sorted(names):
+        if hf_name(name) is None:
+            raise CheckpointError(f"{path}: expected the tensors of a {config['model_type']} model; got {name}")
+    needed = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
+    if config["model_type"] == "qwen3":
+        needed += ["attn_q_norm", "attn_k_norm"]
+    for name in ("token_embd.weight", "output_norm.weight",
+                 *(f"blk.{i}.{n}.weight" for i in range(config["num_hidden_layers"]) for n in needed)):
+        if name not in names:
+            raise CheckpointError(f"{path}: expected a tensor {name}; got none of that name among {len(names)}")

@@ -1,0 +1,66 @@
+"""Opening a GGUF file and reading its metadata, with errors that say what was expected."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError, brief, regular
+from ..fields import Fields
+from .header import check_header
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: str, size: int, changed: int):
+    import gguf
+
+    check_header(Path(path))
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # the reader meets damage with whatever numpy raised
+        raise CheckpointError(f"{path}: expected a GGUF file; got {brief(error)}") from None
+
+
+def open_file(path: Path):
+    """A gguf.GGUFReader; parsing takes seconds, so the last one is kept. Raises CheckpointError."""
+    stat = regular(path)
+    return _open(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+class _Metadata(Mapping):
+    """A reader's fields as plain values."""
+
+    def __init__(self, path: Path, reader):
+        self._path, self._fields = path, reader.fields
+
+    def __getitem__(self, key: str) -> object:
+        try:
+            value = self._fields[key].contents()
+        except KeyError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self._path}: {key} cannot be read: {brief(error)}") from None
+        # The shortest decimal that is the stored float32: 1e-05, not 9.999999747378752e-06.
+        with np.errstate(over="ignore"):
+            return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+def metadata(path: Path, reader) -> Fields:
+    """The file's metadata, whose errors are CheckpointErrors that name the file."""
+    return Fields(str(path), _Metadata(path, reader), error=CheckpointError)
+
+
+def field(path: Path, reader, key: str, kind, default=...):
+    """The metadata value `key`, of type `kind` (an int is not negative); CheckpointError when it is absent (without
+    default) or another type."""
+    fields = metadata(path, reader)
+    read = {int: functools.partial(fields.whole, least=0), float: fields.number, str: fields.text, bool: fields.flag,
+            list: fields.items}[kind]
+    return read(key, default)

@@ -1,0 +1,7 @@
+"""The command `dflash-kernels`."""
+
+
+def main() -> None:
+    from .app import main as run
+
+    run()

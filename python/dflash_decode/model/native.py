@@ -1,0 +1,132 @@
+"""Dense Llama- and Qwen-family targets on our ops and pages."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dflash_kernels import PagedKV, embed_tokens, linear, lm_head_argmax
+
+from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
+from ..kv import CacheShape
+from .config import LayerMask
+from .rope import RopeTable, read_rope
+from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
+
+_WHAT = "target config"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Fields that some model of these families has, and the values at which they change nothing.
+_NEUTRAL = {
+    "hidden_act": ("silu",), "rope_interleaved": (False,), "is_neox_style": (True,), "partial_rotary_factor": (1.0,),
+    "attn_logit_softcapping": (0.0,), "final_logit_softcapping": (0.0,), "logit_scale": (1.0,), "clip_qkv": (),
+    "num_experts": (0,), "num_local_experts": (0,), "quantization_config": (), "attention_multiplier": (),
+    "embedding_multiplier": (1.0,), "residual_multiplier": (1.0,), "logits_scaling": (1.0,), "no_rope_layers": ([],),
+}
+
+
+class NativeTarget:
+    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; with or without per-head norms and biases.
+
+    config: a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3. tensors: by Hugging Face names.
+    dtype: that of the embedding when None. max_context: longest prompt plus answer, at most the model's own. int8: the
+    weights of products are kept in 8 bits, with a scale for each row (quantize_weight): half of the bytes a step, and
+    another model.
+    Raises ValueError for a missing or wrong field or tensor, NotImplementedError for a field that would change the
+    arithmetic into something that is not built.
+    """
+
+    graph_safe = True
+    head_bias = None
+
+    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
+                 device: torch.device | str = "cpu", max_context: int | None = None, int8: bool = False):
+        f = Fields(_WHAT, config)
+        g, layers = _geometry(f)
+        self.num_layers, self.hidden_size, self.vocab_size = layers, g.hidden, f.whole("vocab_size")
+        self.max_context = f.whole("max_position_embeddings")
+        if max_context is not None:
+            if not 1 <= max_context <= self.max_context:
+                raise ValueError(f"{_WHAT}: max_context must be between 1 and max_position_embeddings = "
+                                 f"{self.max_context}; got {max_context}")
+            self.max_context = max_context
+        self._rope = read_rope(config, g.head_dim, _WHAT)
+        tied = f.flag("tie_word_embeddings", False)
+        name = "model.embed_tokens.weight"
+        if dtype is None and name in tensors:
+            dtype = tensors[name].dtype
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"target checkpoint: the dtype of {name} must be float32, bfloat16 or float16; "
+                             f"got {dtype}")
+        self.dtype, self.device, self.geometry = dtype, torch.device(device), g
+        self.cache = CacheShape(layers, g.num_kv_heads, g.head_dim, dtype, self.device)
+        taker = Tensors(tensors, dtype, self.device, "target checkpoint")
+        taker.drop("rotary_emb.inv_freq")
+        self.int8, pack = int8, packer(int8)
+        self.embedding = taker.take(name, self.vocab_size, g.hidden).contiguous()
+        if tied:
+            taker.drop("lm_head.weight")
+            self.head = pack(self.embedding)
+        else:
+            self.head = pack(taker.take("lm_head.weight", self.vocab_size, g.hidden))
+        self._layers = [take_layer(taker, f"model.layers.{i}.", g, LayerMask(causal=True), pack)[0]
+                        for i in range(layers)]
+        self._norm = taker.take("model.norm.weight", g.hidden)
+        taker.finish()
+        self._table = RopeTable(self._rope, self.max_context, self.device)
+
+    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "NativePass":
+        table = self._table.reaching(caches, width)
+        layers = LayersPass(self.geometry, self._layers, self._norm, table, self._rope.interleaved, batch, width,
+                            caches, taps=taps)
+        return NativePass(self.embedding, layers)
+
+    def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
+        lm_head_argmax(rows, self.head, out_ids=ids, out_values=values)
+
+    def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        linear(rows, self.head, out=out)
+
+
+class NativePass:
+    def __init__(self, embedding, layers):
+        self.embedding, self.layers = embedding, layers
+
+    def run(self, ids, positions, slots, page_table, context_lens, block_lens):
+        embed_tokens(ids.view(-1), self.embedding, out=self.layers.x)
+        rows = self.layers.run(positions.view(-1), slots.view(-1), page_table, context_lens, block_lens)
+        return rows, self.layers.features
+
+
+def _geometry(f: Fields) -> tuple[Geometry, int]:
+    family = f.get("model_type")
+    if family not in FAMILIES:
+        raise NotImplementedError(f"{_WHAT}: model_type must be one of {', '.join(FAMILIES)}; got {shown(family)}")
+    for name, neutral in _NEUTRAL.items():
+        value = f.get(name)
+        if value is not None and value not in neutral:
+            raise NotImplementedError(f"{_WHAT}: {name} = {shown(value)} changes the model into one that is not "
+                                      "supported")
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
+    _refuse_windows(f, family, layers)
+    hidden, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
+    kv_heads = f.whole("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
+                         f"got {heads} and {kv_heads}")
+    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3")
+    return Geometry(
+        hidden=hidden, intermediate=f.whole("intermediate_size"), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim_of(f, hidden, heads), eps=f.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
+        qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=f.flag("mlp_bias", False) and family == "llama",
+        qk_norm=family == "qwen3",
+    ), layers
+
+
+def _refuse_windows(f: Fields, family: str, layers: int) -> None:
+    """Sliding windows of these families are used by few checkpoints, and none of those is supported."""
+    types, qwen = f.items("layer_types", None, str, "names"), family.startswith("qwen")
+    if types is not None and set(types) != {"full_attention"}:
+        raise NotImplementedError(f"{_WHAT}: layer_types must all be full_attention; got {shown(types)}")
+    slides = f.flag("use_sliding_window", False) if qwen else family == "mistral"
+    window, first = f.whole("sliding_window", None, least=0), f.whole("max_window_layers", 28, least=0)
+    if types is None and slides and window is not None and layers > (first if qwen else 0):
+        raise NotImplementedError(f"{_WHAT}: sliding_window = {window} is not supported in targets")

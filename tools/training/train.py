@@ -1,0 +1,131 @@
+"""Trains a DFlash drafter for a small Llama-like target: texts, features, training, checkpoint, one command.
+
+    python -m tools.training --model smollm2 --answers smollm2_answers.jsonl.gz --work build/drafter --minutes 85
+
+Each stage keeps what it made under --work and is skipped when that is complete; training goes on from its last state,
+so a run that was cut off, or whose --minutes is raised, is continued by the same command. The result is
+<work>/checkpoint: config.json and safetensors in z-lab's format, the draft vocabulary, the list of training prompts.
+
+A machine that takes files in pieces: `--split-model DIR` cuts the model file into pieces of at most 48 MB,
+`--model-pieces DIR` joins them again, and `--shard-mb 15` writes the weights as shards.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from dflash_decode.checkpoint import find_model, read_directory
+from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from tools.training import checkpoint, pieces, plots, texts
+from tools.training.drafter import Shape, TrainedDrafter
+from tools.training.features import Features, write_features
+from tools.training.optimise import Recipe, Training
+from tools.training.target import Target
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="smollm2", help="the target: smollm2, a .gguf file or a checkpoint's directory")
+    p.add_argument("--model-pieces", type=Path, help="a directory with the model file in pieces, used for --model")
+    p.add_argument("--split-model", type=Path, metavar="DIR", help="only write the model file in pieces to DIR")
+    p.add_argument("--work", type=Path, default=Path("build/drafter"), help="where everything is kept")
+    p.add_argument("--answers", type=Path, nargs="*", default=[], help="conversations that the target has written")
+    p.add_argument("--questions", type=Path, nargs="*", default=[], help="JSON lines with `turns`, to be answered")
+    p.add_argument("--self-prompts", type=int, default=0, help="prompts that the target is to write itself")
+    p.add_argument("--write-minutes", type=float, default=10.0, help="time to answer questions and own prompts")
+    p.add_argument("--sampled", type=float, default=0.1, help="share of the answers written at temperature 0.8")
+    p.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer")
+    p.add_argument("--slots", type=int, help="texts written at a time; 128 on a CPU, 1024 on a GPU")
+    p.add_argument("--limit", type=int, help="use this many texts, for a rehearsal")
+    p.add_argument("--layers", type=int, default=3)
+    p.add_argument("--taps", type=int, nargs="+", default=[1, 10, 19, 28], help="target_layer_ids")
+    p.add_argument("--block-size", type=int, default=8)
+    p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes")
+    p.add_argument("--start", type=Path, help="a checkpoint of the same shape whose weights to start from; what "
+                   "is held out is chosen among texts that it was not trained on")
+    p.add_argument("--early-share", type=float, default=Recipe.early_share, help="share of the time with short blocks")
+    p.add_argument("--minutes", type=float, default=Recipe.minutes, help="time to train")
+    p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
+    p.add_argument("--blocks-per-text", type=int, default=Recipe.blocks)
+    p.add_argument("--matrix-rate", type=float, default=Recipe.matrix_rate, help="Muon's learning rate")
+    p.add_argument("--vector-rate", type=float, default=Recipe.vector_rate, help="AdamW's")
+    p.add_argument("--decay-from", type=float, default=Recipe.decay_from, help="share of the time with full rates")
+    p.add_argument("--start-share", type=float, default=Recipe.start_share,
+                   help="of the weights of --start in the result, an average")
+    p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
+    p.add_argument("--negatives", type=int, default=Recipe.negatives, help="others that a step pushes down")
+    p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, whose size is 1")
+    p.add_argument("--shard-mb", type=int, help="write the weights in shards of at most this size")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return p.parse_args()
+
+
+def collect_texts(args: argparse.Namespace, target: Target, tokenizer: Tokenizer) -> list[dict]:
+    """The conversations of --answers, and those that the target writes until --write-minutes are over."""
+    found = [row for file in args.answers for row in texts.read_jsonl(file)]
+    kept = args.work / "texts.jsonl"
+    if kept.is_file():
+        found += texts.read_jsonl(kept)
+    elif args.questions or args.self_prompts:
+        slots = args.slots or (1024 if target.device.type == "cuda" else 128)
+        done = {row["prompt"] for row in found}
+        asked = [("questions", row["turns"][0]) for file in args.questions for row in texts.read_jsonl(file)]
+        own = texts.write_prompts(target, tokenizer, args.self_prompts, slots, args.seed) if args.self_prompts else ()
+        asked = [pair for pair in [*asked, *own] if pair[1] not in done]
+        random.Random(args.seed).shuffle(asked)
+        end, part = time.monotonic() + args.write_minutes * 60, kept.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as out:
+            for row in texts.write_answers(target, tokenizer, asked, slots, args.max_new_tokens, args.sampled,
+                                           args.seed):
+                found.append(row)
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if time.monotonic() > end:
+                    break
+        part.rename(kept)
+    if not found:
+        raise SystemExit("no training text: give --answers, --questions or --self-prompts")
+    return found[:args.limit]
+
+
+def main() -> None:
+    args = arguments()
+    if args.split_model:
+        print(*pieces.split(find_model(args.model), args.split_model), sep="\n")
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    model = pieces.join(args.model_pieces, args.work) if args.model_pieces else args.model
+    tokenizer, target = load_tokenizer(model), Target.load(model, args.device)
+    mask = tokenizer.backend.token_to_id(args.mask_token)
+    if mask is None:
+        raise SystemExit(f"--mask-token must be one of the tokenizer's tokens; got {args.mask_token!r}")
+    written = collect_texts(args, target, tokenizer)
+    print(f"{len(written)} texts", flush=True)
+    kept = args.work / "features"
+    features = Features(kept) if (kept / "features.json").is_file() else write_features(
+        target, tokenizer, written, sorted(args.taps), kept)
+    print(f"{len(features)} texts, {len(features.ids)} tokens with features", flush=True)
+    recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
+                    vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
+                    noise=args.noise, early_share=args.early_share, vector_rate=args.vector_rate,
+                    decay_from=args.decay_from, start_share=args.start_share)
+    shape = Shape.of(target, args.layers, features.taps, args.block_size, mask)
+    drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
+    if args.start:
+        drafter.load_tensors(read_directory(args.start).tensors)
+    training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start))
+    if training.resume():
+        print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
+    training.run()
+    if args.start and args.start_share:
+        training.average(read_directory(args.start).tensors)
+    out = args.work / "checkpoint"
+    checkpoint.write(out, drafter, target, training.vocabulary.ids, args.shard_mb)
+    checkpoint.write_record(out, training, (row["prompt"] for row in written), args.start)
+    plots.plot(training.history, out / "training.png")
+    print(f"{out}: acceptance length {training.history[-1]['acceptance']:.3f} at random places of held-out answers")
