@@ -62,11 +62,11 @@ class Sizes:
     def peers_of(self, op: str, problem) -> dict[str, Callable[[int], object] | str]:
         """The problem's own expression in torch, as it is and compiled, and on a GPU what bench/peers has for the op.
 
-        problem.plain(*problem.args(i)): the expression; or problem.whole, which writes its result to where
+        problem.expression(*problem.args(i)): the expression; or problem.whole, which writes its result to where
         problem.written() finds it."""
         if not self.peers:
             return {}
-        whole, written = getattr(problem, "whole", problem.plain), getattr(problem, "written", None)
+        whole, written = getattr(problem, "whole", problem.expression), getattr(problem, "written", None)
 
         def calling(function):
             def call(i):
@@ -125,7 +125,7 @@ class Case:
 
     With more than one copy, our calls are recorded, one a copy, and timed as one replay: what is measured is the kernel
     and its launch, as in a decoding step, not Python. On a GPU that goes for peers too; on a CPU they are called in a
-    plain loop.
+    expression loop.
     """
 
     op: str

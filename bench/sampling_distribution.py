@@ -1,12 +1,13 @@
-"""Whether sampled text follows SmolLM2's law: one prompt's first tokens over many seeds, plainly and with a drafter.
+"""Whether sampled text follows SmolLM2's distribution: one prompt's first tokens over many seeds, without a drafter and
+with a drafter.
 
     python -m bench.sampling_distribution [--seeds N] [--temperature T] [--top-p P] [--batch B] [--prompt TEXT]
                                           [--no-write]
 
-Greedy drafts must give each seed plain sampling's tokens, so their law is plain sampling's. For that, and for drawn
-drafts by either rule, chi-square tests compare the first token, and the pairs of first two, with the exact law in
-float64, and all four tokens of drawn drafts with plain sampling of other seeds.
-The prompt's K/V are shared by all texts of a batch. Writes bench/results/<device>/sampling_law.json.
+Greedy drafts must give each seed baseline sampling's tokens, so their distribution is baseline sampling's. For that,
+and for drawn drafts by either rule, chi-square tests compare the first token, and the pairs of first two, with the
+exact distribution in float64, and all four tokens of drawn drafts with baseline sampling of other seeds.
+The prompt's K/V are shared by all texts of a batch. Writes bench/results/<device>/sampling_distribution.json.
 """
 
 import argparse
@@ -20,13 +21,16 @@ from bench.case import Sizes, header, results_folder
 from dflash_bench.results import write_json
 from dflash_decode.kv import PagePool
 from dflash_decode.requests import Live, Request
-from dflash_decode.sampling import Sampling
+from dflash_decode.sampling import SamplingParams
 from dflash_decode.step import Prefill, Step
 from dflash_decode.verify import SampledVerifier
 from dflash_kernels.reference import sample as reference
 
 PROMPT = "Write a short story about a lighthouse."
-TOKENS, FIRSTS = 4, 64  # tokens of each text; first tokens after which the second is compared with its exact law
+TOKENS, FIRSTS = (
+    4,
+    64,
+)  # tokens of each text; first tokens after which the second is compared with its exact distribution
 
 
 class Texts:
@@ -54,7 +58,7 @@ class Texts:
                                    SampledVerifier(self.target, self.batch, width, rule), draw)
         return self.steps[key]
 
-    def sample(self, sampling: Sampling, seeds, *, speculative=True, draw=False, rule="token"):
+    def sample(self, sampling: SamplingParams, seeds, *, speculative=True, draw=False, rule="token"):
         """The tokens (len(seeds), tokens) of each seed, and the drafts that each step accepted, first steps only."""
         texts, accepted = [], []
         for start in range(0, len(seeds), self.batch):
@@ -79,15 +83,20 @@ class Texts:
                     text += tokens[:count]
         return torch.tensor([text[:self.tokens] for text in texts]), sum(accepted) / len(accepted)
 
-    def law(self, sampling: Sampling, after=None) -> torch.Tensor:
-        """The exact law (n, V), float64, of the first token, or of the one after each of the n tokens `after`."""
+    def distribution(self, sampling: SamplingParams, after=None) -> torch.Tensor:
+        """The exact distribution (n, V), float64, of the first token, or of the one after each of the n tokens
+        `after`."""
         rows = self.row if after is None else self._rows(after)
         logits = torch.zeros((len(rows), self.target.vocab_size), dtype=self.target.dtype)
         self.target.logits(rows, logits)
         one = {name: torch.tensor([value]) for name, value in
                (("top_k", sampling.top_k), ("top_p", sampling.top_p), ("min_p", sampling.min_p))}
-        return torch.cat([reference.law(row[None, None].float(), torch.tensor([sampling.temperature]), **one)[0]
-                          for row in logits])
+        return torch.cat(
+            [
+                reference.distribution(row[None, None].float(), torch.tensor([sampling.temperature]), **one)[0]
+                for row in logits
+            ]
+        )
 
     def _rows(self, after):
         n = len(after)
@@ -111,7 +120,8 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int
 
 
 def two_samples(one: Counter, other: Counter) -> tuple[float, int]:
-    """p-value, and degrees of freedom, for two samples of one law; what came less than 10 times is put together."""
+    """p-value, and degrees of freedom, for two samples of one distribution; what came less than 10 times is put
+    together."""
     pairs = [(one[key], other[key]) for key in one | other]
     often = [pair for pair in pairs if sum(pair) >= 10]
     rest = [sum(side) for side in zip(*(pair for pair in pairs if sum(pair) < 10), strict=True)]
@@ -127,12 +137,12 @@ def _tail(statistic, freedom):
     return torch.special.gammaincc(half, statistic / 2).item(), freedom
 
 
-def against_law(texts: Texts, found: torch.Tensor, sampling: Sampling) -> dict:
-    """p-values of the first token, and of the first two where the first is one of the likeliest."""
+def against_distribution(texts: Texts, found: torch.Tensor, sampling: SamplingParams) -> dict:
+    """p-values of the first token, and of the first two where the first is one of the most likely."""
     n, vocab = len(found), texts.target.vocab_size
-    first = texts.law(sampling)[0]
+    first = texts.distribution(sampling)[0]
     likely = first.topk(min(FIRSTS, int((first > 0).sum()), texts.batch)).indices
-    second = texts.law(sampling, likely.tolist()) * first[likely, None]
+    second = texts.distribution(sampling, likely.tolist()) * first[likely, None]
     place = torch.full((vocab,), len(likely)).scatter_(0, likely, torch.arange(len(likely)))[found[:, 0]]
     known = place < len(likely)
     pairs = (place * vocab + found[:, 1])[known].bincount(minlength=len(likely) * vocab)
@@ -146,20 +156,20 @@ def figures(result: tuple[float, int]) -> dict:
     return {"p": round(result[0], 6), "degrees_of_freedom": result[1]}
 
 
-def measure(texts: Texts, sampling: Sampling, seeds: int) -> dict:
-    """Every way of decoding, with seeds of its own; greedy drafts with plain sampling's."""
+def measure(texts: Texts, sampling: SamplingParams, seeds: int) -> dict:
+    """Every way of decoding, with seeds of its own; greedy drafts with baseline sampling's."""
     started = time.perf_counter()
-    plain, _ = texts.sample(sampling, range(seeds), speculative=False)
+    baseline, _ = texts.sample(sampling, range(seeds), speculative=False)
     same, accepted = texts.sample(sampling, range(seeds))
-    found = {"plain": against_law(texts, plain, sampling),
-             "greedy drafts": {"same_texts": int((plain == same).all(1).sum()), "of": seeds,
+    found = {"baseline": against_distribution(texts, baseline, sampling),
+             "greedy drafts": {"same_texts": int((baseline == same).all(1).sum()), "of": seeds,
                                "accepted_in_the_first_step": round(accepted, 4)}}
     for i, rule in enumerate(("token", "block"), 1):
         name = f"drawn drafts, by {rule}"
         got, accepted = texts.sample(sampling, range(i * seeds, (i + 1) * seeds), draw=True, rule=rule)
-        both = two_samples(*(Counter(map(tuple, t.tolist())) for t in (plain, got)))
-        found[name] = against_law(texts, got, sampling) | {
-            "four_tokens_against_plain": figures(both), "accepted_in_the_first_step": round(accepted, 4)}
+        both = two_samples(*(Counter(map(tuple, t.tolist())) for t in (baseline, got)))
+        found[name] = against_distribution(texts, got, sampling) | {
+            "four_tokens_against_baseline": figures(both), "accepted_in_the_first_step": round(accepted, 4)}
         print(f"{name}: {found[name]}, {time.perf_counter() - started:.0f} s", flush=True)
     return found
 
@@ -176,14 +186,21 @@ def main() -> None:
     from dflash_decode.session import Session
 
     session = Session.load("smollm2")
-    sampling = Sampling(options.temperature, top_p=options.top_p)
+    sampling = SamplingParams(options.temperature, top_p=options.top_p)
     texts = Texts(session.target, session.drafter, session.prompt_ids(options.prompt), options.batch)
     found = measure(texts, sampling, options.seeds)
-    result = {"kind": "sampling law", "header": header(Sizes()), "prompt": options.prompt, "seeds": options.seeds,
-              "temperature": options.temperature, "top_p": options.top_p, "ways": found}
-    print(found["plain"], found["greedy drafts"])
+    result = {
+        "kind": "sampling distribution",
+        "header": header(Sizes()),
+        "prompt": options.prompt,
+        "seeds": options.seeds,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "ways": found,
+    }
+    print(found["baseline"], found["greedy drafts"])
     if not options.no_write:
-        write_json(results_folder("cpu") / "sampling_law.json", result)
+        write_json(results_folder("cpu") / "sampling_distribution.json", result)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
 from .ops.linear import linear, pack_weight, quantize_weight
-from .ops.lm_head import lm_head_argmax, lm_head_topk, merge_argmax, merge_topk
+from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
 from .ops.sample import sample_draft, verify_sample
 from .ops.verify import verify_greedy
 from .step_graph import StepGraph
-from .types import LogitAdjustments, PackedWeight, PagedKV, PreparedBlock, Proposal, SamplingParams, Verified
+from .types import LogitAdjustments, PackedWeight, PagedKV, PreparedBlock, Proposal, SamplingTensors, Verified
 
 __all__ = [
     "LogitAdjustments",
@@ -21,7 +21,7 @@ __all__ = [
     "PagedKV",
     "PreparedBlock",
     "Proposal",
-    "SamplingParams",
+    "SamplingTensors",
     "StepGraph",
     "Verified",
     "add_rms_norm",
@@ -31,8 +31,8 @@ __all__ = [
     "linear",
     "lm_head_argmax",
     "lm_head_topk",
-    "merge_argmax",
-    "merge_topk",
+    "combine_argmax",
+    "combine_topk",
     "pack_weight",
     "prepare_block",
     "qk_norm_rope",

@@ -182,7 +182,7 @@ class Verified:
 
 
 @dataclass(frozen=True, eq=False)
-class SamplingParams:
+class SamplingTensors:
     """How each of B requests draws its tokens; all on the device of the logits, contiguous.
 
     temperature (B,) float32: below 1e-5 the request is greedy. seeds (B,) int64: a request's text depends on its own.

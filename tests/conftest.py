@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dflash_kernels.testing import every_isa, use_isa
-from tests.support import sampling_distribution as sampling_law
+from tests.support import sampling_distribution as sampling_distribution
 from tools.dry_gpu.interpreter import accept_newer_numpy
 
 # Triton decides when it is first imported whether kernels are interpreted, so the tests that interpret them run in a
@@ -105,7 +105,7 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         stash = session.config.stash
         session.config.workeroutput |= {"told": stash.get(TOLD, []), "interpreted": stash.get(INTERPRETED, []),
-                                        "p_values": sampling_law.SEEN, "notes": sampling_law.NOTES}
+                                        "p_values": sampling_distribution.SEEN, "notes": sampling_distribution.NOTES}
 
 
 class _Workers:
@@ -113,8 +113,8 @@ class _Workers:
         output, stash = getattr(node, "workeroutput", {}), node.config.stash
         stash.setdefault(TOLD, []).extend(output.get("told", []))
         stash.setdefault(INTERPRETED, []).extend(output.get("interpreted", []))
-        sampling_law.SEEN += output.get("p_values", [])
-        sampling_law.NOTES += output.get("notes", [])
+        sampling_distribution.SEEN += output.get("p_values", [])
+        sampling_distribution.NOTES += output.get("notes", [])
 
 
 def pytest_configure(config):
@@ -124,7 +124,7 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter):
     stash = terminalreporter.config.stash
-    for line in (*stash.get(TOLD, []), *sampling_law.summary()):
+    for line in (*stash.get(TOLD, []), *sampling_distribution.summary()):
         terminalreporter.write_line(line)
     if counts := stash.get(INTERPRETED, []):
         terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter, of {len(counts)} nouns")

@@ -1,4 +1,5 @@
-"""What users do to a server: the model card's snippet, streaming, many at once, one who leaves, one who asks too much.
+"""What users do to a server: the model card's snippet, streaming, many concurrently, one who leaves, one who asks too
+much.
 
     python client.py http://127.0.0.1:PORT model reply.json
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
-AT_ONCE, TOKENS, LIMIT = 32, 48, 1024
+CONCURRENCY, TOKENS, LIMIT = 32, 48, 1024
 QUESTION = "Write a quicksort in Python."
 
 
@@ -56,28 +57,32 @@ async def leaves(client: AsyncOpenAI, model: str, base: str) -> dict:
 async def scenes(base: str, model: str) -> dict:
     """What should happen and whether it did, and what was seen."""
     client = AsyncOpenAI(base_url=f"{base}/v1", api_key="EMPTY", max_retries=0, timeout=1800)
-    plain, found, seen = card(base, model), {}, {}
-    found["chat completions answer"] = bool(plain.strip())
+    baseline, found, seen = card(base, model), {}, {}
+    found["chat completions answer"] = bool(baseline.strip())
     pieces = await streamed(client, model)
     seen["pieces"] = len(pieces)
-    found["streaming gives the same text, in pieces"] = "".join(pieces) == plain and len(pieces) > 3
-    questions = [f"What is {n} times {n + 1}?" for n in range(AT_ONCE)]
+    found["streaming gives the same text, in pieces"] = "".join(pieces) == baseline and len(pieces) > 3
+    questions = [f"What is {n} times {n + 1}?" for n in range(CONCURRENCY)]
     began, before = time.perf_counter(), metrics(base)
     texts = ["".join(p) for p in await asyncio.gather(*(streamed(client, model, q) for q in questions))]
-    seen |= {"seconds_at_once": round(time.perf_counter() - began, 2), "answers": sum(bool(t.strip()) for t in texts),
-             "different_answers": len(set(texts)), "tokens_at_once": metrics(base)["tokens"] - before["tokens"]}
-    found[f"{AT_ONCE} at once are all answered"] = (seen["answers"] == AT_ONCE
-                                                    and seen["different_answers"] > AT_ONCE / 2)
+    seen |= {
+        "concurrent_seconds": round(time.perf_counter() - began, 2),
+        "answers": sum(bool(t.strip()) for t in texts),
+        "different_answers": len(set(texts)),
+        "concurrent_tokens": metrics(base)["tokens"] - before["tokens"],
+    }
+    found[f"{CONCURRENCY} concurrent requests are all answered"] = (seen["answers"] == CONCURRENCY
+                                                    and seen["different_answers"] > CONCURRENCY / 2)
     seen["left"] = left = await leaves(client, model, base)
     found["a client leaves: its request ends early"] = 0 < left["tokens_made"] < left["tokens_asked"] / 2
-    found["the next one gets the same text"] = "".join(await streamed(client, model)) == plain
+    found["the next one gets the same text"] = "".join(await streamed(client, model)) == baseline
     try:
         await streamed(client, model, "word " * 2 * LIMIT)
         found["a prompt that is too long is refused"] = False
     except BadRequestError as error:
         seen["refusal"] = [error.status_code, str(error.body.get("message") if isinstance(error.body, dict) else error)]
         found["a prompt that is too long is refused"] = error.status_code == 400
-    found["and the next one gets the same text"] = "".join(await streamed(client, model)) == plain
+    found["and the next one gets the same text"] = "".join(await streamed(client, model)) == baseline
     return {"scenes": found, "seen": seen}
 
 

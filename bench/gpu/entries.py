@@ -172,7 +172,7 @@ def memory_entries() -> list[Entry]:
 
 
 def sampled(sizes: Sizes, filters: dict) -> Case:
-    return bench_sample.sample_case(sizes, 8, 8, VOCAB, "top-p" if filters else "plain", filters)
+    return bench_sample.sample_case(sizes, 8, 8, VOCAB, "top-p" if filters else "baseline", filters)
 
 
 def keys(noun: str) -> list:

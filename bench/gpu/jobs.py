@@ -22,9 +22,9 @@ class Jobs:
     def __init__(self, log: Path):
         self.log, self.processes = log, []
 
-    def run(self, words: list[str], end: float, at_once: int = 1, environment: dict | None = None) -> str:
+    def run(self, words: list[str], end: float, workers: int = 1, environment: dict | None = None) -> str:
         """What became of a command, "passed", "failed (code)" or "out of time", and its seconds. end: by
-        time.monotonic. at_once: in so many processes, each with its share (tests/gpu/conftest.py)."""
+        time.monotonic. workers: in so many processes, each with its share (tests/gpu/conftest.py)."""
         start = time.monotonic()
         if start >= end:
             return "out of time before it began"
@@ -32,14 +32,14 @@ class Jobs:
         self.note(f"+ {' '.join(words)}\n".encode())
         began = self.log.stat().st_size
         with contextlib.ExitStack() as stack:
-            outs = [stack.enter_context(self.output(at_once)) for _ in range(at_once)]
+            outs = [stack.enter_context(self.output(workers)) for _ in range(workers)]
             try:
-                self.processes = [self.started(words, out, f"{i}/{at_once}", environment or {})
+                self.processes = [self.started(words, out, f"{i}/{workers}", environment or {})
                                   for i, out in enumerate(outs)]
                 codes = [waited(process, end) for process in self.processes]
             finally:
                 self.stop()
-                for out in outs if at_once > 1 else ():
+                for out in outs if workers > 1 else ():
                     out.seek(0)
                     self.note(out.read())
         wrong = [code for code in codes if code]
@@ -49,9 +49,9 @@ class Jobs:
         took = f", {time.monotonic() - start:.0f} s"
         return "out of time" + took if None in codes else f"failed ({wrong[0]}){took}" if wrong else "passed" + took
 
-    def output(self, at_once: int):
-        """Where a command writes: many at once do not write between each other's lines."""
-        return tempfile.TemporaryFile() if at_once > 1 else self.log.open("ab")
+    def output(self, workers: int):
+        """Where a command writes: many concurrently do not write between each other's lines."""
+        return tempfile.TemporaryFile() if workers > 1 else self.log.open("ab")
 
     def started(self, words, out, share, environment):
         return subprocess.Popen(

@@ -93,7 +93,7 @@ class Plan:
             until = min(until + gpu_plan.SHARES[part], end)
             for step in gpu_plan.steps(part, self.out, self.options.dry, not self.options.no_peers):
                 stop = end if self.options.dry else min(until, time.monotonic() + step.seconds)
-                self.note(f"{part} {step.name}", step.absent or self.jobs.run(step.words, stop, step.at_once,
+                self.note(f"{part} {step.name}", step.absent or self.jobs.run(step.words, stop, step.workers,
                                                                              step.environment))
 
     def close(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 SHARES = {"a": 160, "b": 90, "c": 110, "d": 45, "e": 95, "f": 30}  # seconds; what a part leaves, the next ones have
 BUDGET, DRY_BUDGET, BUILDING = 530, 3600, 150  # for everything, the build as well; at most for the build
-AT_ONCE = max(1, min((os.cpu_count() or 1) - 2, 14))  # processes of the tests, whose time is that of compiling kernels
+WORKERS = max(1, min((os.cpu_count() or 1) - 2, 14))  # processes of the tests, whose time is that of compiling kernels
 DRY = [sys.executable, "-m", "tools.dry_gpu"]
 TESTS = ["-m", "pytest", "-p", "no:cacheprovider", "--maxfail=20"]
 OPS, ROWS = "tests/gpu/test_ops_gpu.py", "tests/gpu/test_rows_gpu.py"
@@ -21,12 +21,12 @@ CHECKS = {"memcheck": ("sample and bf16", 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING":
 
 @dataclass(frozen=True)
 class Step:
-    """A command. seconds: at most, of its part's. at_once: in so many processes. absent: why it is not run."""
+    """A command. seconds: at most, of its part's. workers: in so many processes. absent: why it is not run."""
 
     name: str
     words: list[str]
     seconds: float = 1e9
-    at_once: int = 1
+    workers: int = 1
     environment: dict = field(default_factory=dict)
     absent: str = ""
 
@@ -37,7 +37,7 @@ def steps(part: str, out: Path, dry: bool, peers: bool) -> list[Step]:
     alone = [] if peers else ["--no-peers"]
 
     def tests(name, *words, seconds=1e9):
-        return Step(name, [*python, *TESTS, *words], seconds, 1 if dry else AT_ONCE)
+        return Step(name, [*python, *TESTS, *words], seconds, 1 if dry else WORKERS)
 
     def bench(*names, seconds=1e9, more=("--no-peers",)):
         words = ["--device", "cuda", *tiny, *more, "--json", str(out / "cases.json"), "--add"]

@@ -61,7 +61,7 @@ def main() -> None:
     with device:
         target = random_target(model, device, sizes.dtype, max(capacities))
         drafter = random_drafter(model, target)
-        wanted = (("a DFlash step", model.block, True, batches[0]), ("a plain step", 1, False, batches[0]),
+        wanted = (("a DFlash step", model.block, True, batches[0]), ("a baseline step", 1, False, batches[0]),
                   ("a DFlash step", model.block, True, batches[-1]))
         for name, width, with_draft, batch in wanted[1:2] if sizes.tiny else wanted:
             caches = filled(target, drafter, batch, context + model.block)

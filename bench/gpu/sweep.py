@@ -19,7 +19,7 @@ import torch
 
 from bench.case import Sizes, device_name, first_line, recorded, results_folder, settled
 from bench.gpu.entries import Entry, entries, literal, neighbours
-from bench.gpu.plan import AT_ONCE
+from bench.gpu.plan import WORKERS
 from bench.timing import interleaved_cuda
 from dflash_bench.results import commit, write_json
 
@@ -51,8 +51,8 @@ def compile_share(jobs: list[tuple[Entry, object]], share: int, of: int, sizes: 
 
 def compile_ahead(end: float) -> None:
     """In as many processes as there are cores, until nearly all is compiled or half of the time is over."""
-    processes = [subprocess.Popen([sys.executable, "-m", "bench.gpu.sweep", "-", "--share", f"{i}/{AT_ONCE}"],
-                                  env=os.environ) for i in range(AT_ONCE)]
+    processes = [subprocess.Popen([sys.executable, "-m", "bench.gpu.sweep", "-", "--share", f"{i}/{WORKERS}"],
+                                  env=os.environ) for i in range(WORKERS)]
     for process in processes:
         try:
             process.wait(max(0.0, end - time.monotonic()))

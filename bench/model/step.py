@@ -68,15 +68,15 @@ class Layers:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A target and its drafter. element: bytes of a target's weight; its head's and the drafter's are of two. taps:
-    target layers that the drafter reads. draft_vocab: rows of the draft head."""
+    """A target and its drafter. element: bytes of a target's weight; its head's and the drafter's are of two.
+    target_layer_ids: target layers that the drafter reads. draft_vocab: rows of the draft head."""
 
     name: str
     target: Layers
     draft: Layers
     vocab: int
     block: int
-    taps: int
+    target_layer_ids: int
     element: int = 2
     draft_vocab: int | None = None
 
@@ -90,8 +90,8 @@ class Geometry:
 
     @property
     def features(self) -> int:
-        """Weights of the projection of the tapped layers' outputs."""
-        return self.taps * self.target.hidden * self.draft.hidden
+        """Weights of the projection of the target layers' outputs."""
+        return self.target_layer_ids * self.target.hidden * self.draft.hidden
 
     @property
     def resident_bytes(self) -> float:
@@ -159,7 +159,7 @@ class Step:
 
 def step(g: Geometry, machine: Machine, batch: int, context: int, block: int | None = None, tp: int = 1,
          drafting: bool = True) -> Step:
-    """One step of `batch` requests with `context` tokens each. Plain decoding is block=1, drafting=False."""
+    """One step of `batch` requests with `context` tokens each. Baseline decoding is block=1, drafting=False."""
     rows, drafted = batch * (block or g.block), float(drafting)
 
     def us(nbytes: float, flops: float = 0.0, element: int = 2) -> float:

@@ -88,8 +88,8 @@ def checks(folder: Path) -> list[tuple[str, float, float, str]]:
     found = []
     for row in (load(folder, "step") or {"rows": []})["rows"]:
         context = re.search(r"context (\d+)", row["case"])
-        if row["op"] in ("plain step", "verify pass", "DFlash step") and context:
-            block, context = 1 if row["op"] == "plain step" else g.block, int(context[1])
+        if row["op"] in ("baseline step", "verify pass", "DFlash step") and context:
+            block, context = 1 if row["op"] == "baseline step" else g.block, int(context[1])
             model = p.target(g, 1, block, context)
             if row["op"] == "DFlash step":
                 model += p.draft(g, 1, block, context, 1 if "8 bits" in row["case"] else 2)
@@ -98,13 +98,19 @@ def checks(folder: Path) -> list[tuple[str, float, float, str]]:
         r = load(folder, f"decode-c{concurrency}")
         if r and (r["model"], r["block_size"]) == (g.name, g.block):
             block = block_width(g.block, concurrency, torch.device("cpu")) if r.get("adapts") else g.block
-            plain = p.target(g, concurrency, 1, DECODE_CONTEXT)
+            baseline = p.target(g, concurrency, 1, DECODE_CONTEXT)
             ours = p.target(g, concurrency, block, DECODE_CONTEXT) + p.draft(
                 g, concurrency, block, DECODE_CONTEXT, 1 if r.get("draft_int8") else 2)
-            where = f"{concurrency} at once"
-            found += [(f"plain decoding, {where}", r["plain_tokens_per_s"], concurrency / plain * 1e6, "tokens/s"),
-                      (f"decoding with the drafter, {where}", r["tokens_per_s"],
-                       concurrency * r["acceptance_length"] / ours * 1e6, "tokens/s")]
+            where = f"{concurrency} concurrent"
+            found += [
+                (f"baseline decoding, {where}", r["baseline_tokens_per_s"], concurrency / baseline * 1e6, "tokens/s"),
+                (
+                    f"decoding with the drafter, {where}",
+                    r["tokens_per_s"],
+                    concurrency * r["acceptance_length"] / ours * 1e6,
+                    "tokens/s",
+                ),
+            ]
     return found
 
 
@@ -121,7 +127,7 @@ def check_table(results: Path) -> list[str]:
 
 
 def card_table() -> list[str]:
-    lines = ["| model, machine | at once | acceptance length | measured tokens/s | by whom | roofline | expected | "
+    lines = ["| model, machine | concurrency | acceptance length | measured tokens/s | by whom | roofline | expected | "
              "measured of the expected |", "|---|---|---|---|---|---|---|---|"]
     for name, machine, tp, batch, rate, length, context, source in ELSEWHERE:
         ideal, expected = (step(GEOMETRIES[name], m, batch, context, tp=tp).tokens_per_s(batch, length)
@@ -132,10 +138,10 @@ def card_table() -> list[str]:
 
 
 def prediction_table(name: str, length: float, context: int, devices: tuple[int, ...]) -> list[str]:
-    """Expected tokens/s with the drafter, and the ratio to plain decoding."""
+    """Expected tokens/s with the drafter, and the ratio to baseline decoding."""
     g, batches = GEOMETRIES[name], (1, 8, 32, 128)
     lines = [f"{name}, block {g.block}, acceptance length {length}, context {context}:", "",
-             "| machine | " + " | ".join(f"{b} at once" for b in batches) + " |", "|---" * (len(batches) + 1) + "|"]
+             "| machine | " + " | ".join(f"{b} concurrent" for b in batches) + " |", "|---" * (len(batches) + 1) + "|"]
     for machine in MACHINES.values():
         for tp in devices:
             if not fits(g, machine, tp):
@@ -143,8 +149,8 @@ def prediction_table(name: str, length: float, context: int, devices: tuple[int,
             cells = []
             for batch in batches:
                 drafted = step(g, machine, batch, context, tp=tp).tokens_per_s(batch, length)
-                plain = step(g, machine, batch, context, block=1, tp=tp, drafting=False).tokens_per_s(batch, 1.0)
-                cells.append(f"{drafted:.0f} ({drafted / plain:.1f} x)")
+                baseline = step(g, machine, batch, context, block=1, tp=tp, drafting=False).tokens_per_s(batch, 1.0)
+                cells.append(f"{drafted:.0f} ({drafted / baseline:.1f} x)")
             lines.append(f"| {tp} x {machine.name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -153,7 +159,7 @@ def tables(results: Path) -> list[str]:
     """For docs/performance.md."""
     decode = [load(f, "decode-c1") for f in sorted(results.iterdir()) if (f / "decode-c1.json").is_file()]
     lines = [*check_table(results), "Against what others measured on GPUs:", "", *card_table(), "",
-             "Expected tokens/s, and in brackets the ratio to plain decoding on the same machine:", "",
+             "Expected tokens/s, and in brackets the ratio to baseline decoding on the same machine:", "",
              *prediction_table("minimax-m2.7", CARD_ACCEPTANCE[1]["math500"], CARD_CONTEXT, (1, 2, 4, 8)),
              *prediction_table("qwen3-8b", 6.35, 500, (1, 2, 4))]
     if decode:

@@ -52,15 +52,22 @@ def case(sizes, name, heads, kv_heads, dim, context, width, batch):
         q, k, v, cache = inputs[i]
         return dk.block_attention(q, k, v, cache, table, lens, causal=True, out=out)
 
-    def plain(q, k, v):
+    def expression(q, k, v):
         return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2),)
 
     # Of the first and the last request: float32 copies of all of them may not fit.
     ends = [0, batch - 1]
     some = [t[ends] for t in gathered[0]]
-    agrees = agreeing(lambda: plain(*(t.float() for t in some)), lambda: plain(*some))
-    problem = SimpleNamespace(plain=plain, args=lambda i: gathered[i], gathered=gathered, context=context, width=width,
-                              page=PAGE, headline=width > 1 and (name, context) in HEADLINES)
+    agrees = agreeing(lambda: expression(*(t.float() for t in some)), lambda: expression(*some))
+    problem = SimpleNamespace(
+        expression=expression,
+        args=lambda i: gathered[i],
+        gathered=gathered,
+        context=context,
+        width=width,
+        page=PAGE,
+        headline=width > 1 and (name, context) in HEADLINES,
+    )
     pairs = batch * sum(context + i + 1 for i in range(width))
     requests = "" if batch == 1 else f", {batch} requests"
     return Case("block_attention", f"{name} context {context}, Q {width}{requests}", run, moved, copies,

@@ -17,7 +17,7 @@ from dflash_kernels.ops import attention
 
 PAGE = 64
 CONTEXT = {"cpu": 1024, "cuda": 1024, "tiny": 40}
-# hidden, MLP width, heads, key/value heads, head dim, layers, block, taps, vocabulary
+# hidden, MLP width, heads, key/value heads, head dim, layers, block, target_layer_ids, vocabulary
 GEOMETRIES = {"cpu": {"smollm2": (576, 1536, 9, 3, 64, 3, 8, 4, 49152)},
               "cuda": {"qwen3-8b": (4096, 12288, 32, 8, 128, 5, 16, 5, 151936),
                        "minimax-m2.7": (3072, 8192, 48, 8, 128, 5, 8, 5, 200064)},
@@ -33,11 +33,11 @@ def cases(sizes: Sizes):
 
 
 def random_drafter(geometry, sizes):
-    hidden, inner, heads, kv_heads, dim, layers, block, taps, vocab = geometry
+    hidden, inner, heads, kv_heads, dim, layers, block, target_layer_ids, vocab = geometry
     config = read_draft_config({
         "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "head_dim": dim,
         "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "block_size": block, "vocab_size": vocab,
-        "mask_token_id": 0, "num_target_layers": 8, "target_layer_ids": list(range(taps))})
+        "mask_token_id": 0, "num_target_layers": 8, "target_layer_ids": list(range(target_layer_ids))})
     weights = {n: torch.ones(size) if len(size) == 1 else sizes.random(*size) * 0.02
                for n, size in tensor_shapes(config).items()}
     embedding = sizes.random(vocab, hidden)

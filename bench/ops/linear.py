@@ -25,22 +25,22 @@ TOPK_ROWS, TOPK = {"cpu": (7, 56), "cuda": (7, 56), "tiny": (3,)}, 16  # drafted
 
 def cases(sizes: Sizes):
     for name, (n, k) in GEOMETRIES[sizes.name].items():
-        plain, packed = weights_of(sizes, n, k)
+        unpacked, packed = weights_of(sizes, n, k)
         for rows in ROWS[sizes.name]:
-            yield linear_case(sizes, name, rows, plain, packed)
+            yield linear_case(sizes, name, rows, unpacked, packed)
             if name.endswith("head"):
-                yield head_case(sizes, name, rows, plain, packed)
-            yield int8_case(sizes, name, rows, plain)
+                yield head_case(sizes, name, rows, unpacked, packed)
+            yield int8_case(sizes, name, rows, unpacked)
     for name, (n, k) in TOPK_GEOMETRIES[sizes.name].items():
-        plain, packed = weights_of(sizes, n, k)
+        unpacked, packed = weights_of(sizes, n, k)
         for rows in TOPK_ROWS[sizes.name]:
-            yield topk_case(sizes, name, rows, plain, packed)
+            yield topk_case(sizes, name, rows, unpacked, packed)
 
 
 def weights_of(sizes, n, k):
-    """As many copies as no cache keeps, plain and packed."""
-    plain = [(torch.randn(n, k) / k**0.5).to(sizes.dtype) for _ in range(sizes.copies_of(n * k * 2))]
-    return plain, [dk.pack_weight(w) for w in plain]
+    """As many copies as no cache keeps, unpacked and packed."""
+    unpacked = [(torch.randn(n, k) / k**0.5).to(sizes.dtype) for _ in range(sizes.copies_of(n * k * 2))]
+    return unpacked, [dk.pack_weight(w) for w in unpacked]
 
 
 def bytes_of(sizes, rows, n, k, weight_itemsize=2):
@@ -56,7 +56,7 @@ def bytes_of(sizes, rows, n, k, weight_itemsize=2):
 def linear_case(sizes, name, rows, weights, packed):
     n, k = weights[0].shape
     x, out = sizes.random(rows, k), torch.empty(rows, n, dtype=sizes.dtype)
-    problem = SimpleNamespace(plain=lambda x, w: (F.linear(x, w),), args=lambda i: (x, weights[i]))
+    problem = SimpleNamespace(expression=lambda x, w: (F.linear(x, w),), args=lambda i: (x, weights[i]))
     return Case("linear", f"{name} {n}x{k}, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
                 bytes_of(sizes, rows, n, k), len(packed), linear_op.flops(rows, n, k),
                 sizes.peers_of("linear", problem),
@@ -70,7 +70,9 @@ def int8_case(sizes, name, rows, weights):
     x, out = sizes.random(rows, k), torch.empty(rows, n, dtype=sizes.dtype)
     quantized = [dk.quantize_weight(w) for w in weights]
     packed, halves = [dk.pack_weight(*q) for q in quantized], [(q, scales.to(sizes.dtype)) for q, scales in quantized]
-    problem = SimpleNamespace(plain=lambda x, q, s: (F.linear(x, q.to(x.dtype)) * s,), args=lambda i: (x, *halves[i]))
+    problem = SimpleNamespace(
+        expression=lambda x, q, s: (F.linear(x, q.to(x.dtype)) * s,), args=lambda i: (x, *halves[i])
+    )
     peers = sizes.peers_of("linear", problem)
     if sizes.device == "cpu" and sizes.dtype == torch.bfloat16:
         peers["torch int8"] = lambda i: (torch.ops.aten._weight_int8pack_mm(x, *halves[i]),)
@@ -92,7 +94,7 @@ def head_case(sizes, name, rows, weights, packed):
         gap = exact.amax(-1) - exact.gather(1, got[0][:, None])[:, 0]
         assert (gap <= 2 * (rounded - exact).abs().amax(-1)).all(), f"a logit is {gap.max():.3g} under the largest"
 
-    problem = SimpleNamespace(plain=lambda x, w: (F.linear(x, w).argmax(-1),), args=lambda i: (x, weights[i]))
+    problem = SimpleNamespace(expression=lambda x, w: (F.linear(x, w).argmax(-1),), args=lambda i: (x, weights[i]))
     return Case("lm_head_argmax", f"{name} {n}x{k}, {rows} rows",
                 lambda i: dk.lm_head_argmax(x, packed[i], out_ids=ids, out_values=values),
                 head_op.bytes(rows, n, k, 2), len(packed), head_op.flops(rows, n, k),
@@ -104,7 +106,7 @@ def topk_case(sizes, name, rows, weights, packed):
     x, lse = sizes.random(rows, k), torch.empty(rows)
     ids, values = torch.empty(rows, TOPK, dtype=torch.int64), torch.empty(rows, TOPK)
 
-    def plain(x, w):
+    def expression(x, w):
         logits = F.linear(x, w)
         top = logits.topk(TOPK)
         return top.indices, top.values.float(), logits.float().logsumexp(-1)
@@ -117,7 +119,7 @@ def topk_case(sizes, name, rows, weights, packed):
         assert ((got[1] - exact.topk(TOPK).values).abs() <= off).all(), "other logits"
         assert ((got[2] - exact.logsumexp(-1)).abs() <= off).all(), "another log-sum-exp"
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (x, weights[i]))
+    problem = SimpleNamespace(expression=expression, args=lambda i: (x, weights[i]))
     return Case("lm_head_topk", f"{name} {n}x{k}, {rows} rows, K {TOPK}",
                 lambda i: dk.lm_head_topk(x, packed[i], TOPK, out_ids=ids, out_values=values, out_lse=lse),
                 head_op.bytes(rows, n, k, 2, k=TOPK), len(packed), head_op.flops(rows, n, k),

@@ -59,13 +59,13 @@ def norm_case(sizes, rows, width):
     xs, weight = [sizes.random(rows, width) for _ in range(copies)], torch.rand(width).to(sizes.dtype)
     out = torch.empty_like(xs[0])
 
-    def plain(x, weight):
+    def expression(x, weight):
         return (F.rms_norm(x, (width,), weight, EPS),)
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (xs[i], weight))
+    problem = SimpleNamespace(expression=expression, args=lambda i: (xs[i], weight))
     return Case("rms_norm", f"{rows} x {width}", lambda i: dk.rms_norm(xs[i], weight, EPS, out=out), moved, copies,
                 norm.flops(rows, width, add=False), sizes.peers_of("rms_norm", problem),
-                agreeing(lambda: plain(xs[0].float(), weight.float()), lambda: plain(xs[0], weight)))
+                agreeing(lambda: expression(xs[0].float(), weight.float()), lambda: expression(xs[0], weight)))
 
 
 def embed_case(sizes, tokens, hidden, vocab):
@@ -73,14 +73,14 @@ def embed_case(sizes, tokens, hidden, vocab):
     table, copies = sizes.random(vocab, hidden), sizes.copies_of(moved)
     ids, out = torch.randint(0, vocab, (copies, tokens)), torch.empty(tokens, hidden, dtype=sizes.dtype)
 
-    def plain(ids, table):
+    def expression(ids, table):
         return (F.embedding(ids, table),)
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (ids[i], table))
+    problem = SimpleNamespace(expression=expression, args=lambda i: (ids[i], table))
     return Case("embed_tokens", f"{tokens} rows of {vocab} x {hidden}",
                 lambda i: dk.embed_tokens(ids[i], table, out=out), moved, copies,
                 peers=sizes.peers_of("embed_tokens", problem),
-                check=agreeing(lambda: plain(ids[0], table.float()), lambda: plain(ids[0], table)))
+                check=agreeing(lambda: expression(ids[0], table.float()), lambda: expression(ids[0], table)))
 
 
 def add_norm_case(sizes, rows, width):
@@ -89,7 +89,7 @@ def add_norm_case(sizes, rows, width):
     xs, residuals = ([sizes.random(rows, width) for _ in range(copies)] for _ in range(2))
     weight, out, sums = torch.rand(width).to(sizes.dtype), *(torch.empty_like(xs[0]) for _ in range(2))
 
-    def plain(x, residual, weight):
+    def expression(x, residual, weight):
         h = x + residual
         return F.rms_norm(h, (width,), weight, EPS), h
 
@@ -97,11 +97,13 @@ def add_norm_case(sizes, rows, width):
         h = xs[0] + residuals[0]  # the sum is rounded, by definition of the op
         return F.rms_norm(h.float(), (width,), weight.float(), EPS), h.float()
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (xs[i], residuals[i], weight), weight=weight, copies=copies)
+    problem = SimpleNamespace(
+        expression=expression, args=lambda i: (xs[i], residuals[i], weight), weight=weight, copies=copies
+    )
     return Case("add_rms_norm", f"{rows} x {width}",
                 lambda i: dk.add_rms_norm(xs[i], residuals[i], weight, out=out, residual_out=sums), moved, copies,
                 norm.flops(rows, width, add=True), sizes.peers_of("add_rms_norm", problem),
-                agreeing(truth, lambda: plain(xs[0], residuals[0], weight)), headline=rows == 8192)
+                agreeing(truth, lambda: expression(xs[0], residuals[0], weight)), headline=rows == 8192)
 
 
 def silu_case(sizes, rows, inner):
@@ -110,14 +112,14 @@ def silu_case(sizes, rows, inner):
     gates = [sizes.random(rows, 2 * inner) for _ in range(copies)]
     out = torch.empty(rows, inner, dtype=sizes.dtype)
 
-    def plain(x):
+    def expression(x):
         gate, up = x.chunk(2, -1)
         return (F.silu(gate) * up,)
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (gates[i],))
+    problem = SimpleNamespace(expression=expression, args=lambda i: (gates[i],))
     return Case("silu_and_mul", f"{rows} x {inner}", lambda i: dk.silu_and_mul(gates[i], out=out), moved, copies,
                 activation.flops(rows, inner), sizes.peers_of("silu_and_mul", problem),
-                agreeing(lambda: plain(gates[0].float()), lambda: plain(gates[0])))
+                agreeing(lambda: expression(gates[0].float()), lambda: expression(gates[0])))
 
 
 def rotated(x, cos_sin):
@@ -137,18 +139,18 @@ def rope_case(sizes, tokens, heads, kv_heads, dim):
     weights = [torch.rand(dim).to(sizes.dtype) for _ in range(2)]
     args = lambda i: (theirs[i], positions, table, *weights)  # noqa: E731
 
-    def plain(qkv, positions, table, *weights):
+    def expression(qkv, positions, table, *weights):
         q, k, v = qkv.view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1)
         q, k = (rotated(F.rms_norm(t, (dim,), w, EPS), table[positions]) for t, w in zip((q, k), weights, strict=True))
         return (torch.cat((q, k, v), 1).flatten(1),)
 
-    problem = SimpleNamespace(plain=plain, args=args)
+    problem = SimpleNamespace(expression=expression, args=args)
     return Case("qk_norm_rope", f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}",
                 lambda i: dk.qk_norm_rope(rows[i], positions, table, num_heads=heads, num_kv_heads=kv_heads,
                                           head_dim=dim, q_weight=weights[0], k_weight=weights[1], eps=EPS),
                 moved, copies, rope.flops(tokens, heads, kv_heads, dim, dim), sizes.peers_of("qk_norm_rope", problem),
-                agreeing(lambda: plain(*(t.float() if t.is_floating_point() else t for t in args(0))),
-                         lambda: plain(*args(0))))
+                agreeing(lambda: expression(*(t.float() if t.is_floating_point() else t for t in args(0))),
+                         lambda: expression(*args(0))))
 
 
 def context_case(sizes, tokens, layers, kv_heads, dim):
@@ -167,25 +169,38 @@ def context_case(sizes, tokens, layers, kv_heads, dim):
         return lambda: tuple(torch.stack([getattr(cache, name).flatten(0, 1)[slots] for cache in caches[i]])
                              for name in "kv")
 
-    def plain(rows):
+    def expression(rows):
         """K normed and rotated, and V: (tokens, layers, heads, dim)."""
         k, v = rows.view(tokens, layers, 2, kv_heads, dim).unbind(2)
         k = F.rms_norm(k, (dim,), None, EPS) * weights.to(rows.dtype)[:, None]
         return rotated(k.flatten(1, 2), table[positions]).view_as(k), v
 
     def whole(rows):
-        for pool, written in zip(pools, plain(rows), strict=True):
+        for pool, written in zip(pools, expression(rows), strict=True):
             pool[:, slots] = written.transpose(0, 1)
 
-    problem = SimpleNamespace(plain=plain, whole=whole, written=lambda: tuple(pool[:, slots] for pool in pools),
-                              args=lambda i: (kv[i],), kv=kv, positions=positions, slots=slots, page=PAGE,
-                              weights=weights, cos_sin=table, layers=layers, heads=kv_heads, dim=dim, eps=EPS,
-                              num_slots=pages * PAGE)
+    problem = SimpleNamespace(
+        expression=expression,
+        whole=whole,
+        written=lambda: tuple(pool[:, slots] for pool in pools),
+        args=lambda i: (kv[i],),
+        kv=kv,
+        positions=positions,
+        slots=slots,
+        page=PAGE,
+        weights=weights,
+        cos_sin=table,
+        layers=layers,
+        heads=kv_heads,
+        dim=dim,
+        eps=EPS,
+        num_slots=pages * PAGE,
+    )
     by_layer = lambda found: tuple(t.transpose(0, 1) for t in found)  # noqa: E731
     return Case("write_context_kv", f"{tokens} tokens, {layers} layers, {kv_heads} heads of {dim}", run, moved, copies,
                 context.flops(tokens, layers, kv_heads, dim, dim),
                 sizes.peers_of("write_context_kv", problem),
-                agreeing(lambda: by_layer(plain(kv[0].float())), lambda: by_layer(plain(kv[0]))),
+                agreeing(lambda: by_layer(expression(kv[0].float())), lambda: by_layer(expression(kv[0]))),
                 headline=tokens == 4096)
 
 
@@ -198,7 +213,7 @@ def block_case(sizes, requests, width, hidden, vocab):
 
     args = (anchors, lens, table, embedding)
 
-    def plain(anchors, lens, table, embedding):
+    def expression(anchors, lens, table, embedding):
         ids = torch.cat((anchors[:, None], torch.full_like(anchors[:, None], 7).expand(-1, width - 1)), 1)
         positions = lens[:, None].long() + torch.arange(width, device=lens.device)
         slots = table.gather(1, positions // PAGE).long() * PAGE + positions % PAGE
@@ -213,11 +228,11 @@ def block_case(sizes, requests, width, hidden, vocab):
         reference.block.prepare_block(anchors, lens, 7, table, PAGE, None, embedding, *made)
         return (*made[:3], made[3].float())
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: args, anchors=anchors, lens=lens, table=table,
+    problem = SimpleNamespace(expression=expression, args=lambda i: args, anchors=anchors, lens=lens, table=table,
                               page=PAGE, width=width, mask=7, embedding=embedding)
     return Case("prepare_block", f"{requests} blocks of {width}, hidden {hidden}", run,
                 block.bytes(requests, width, hidden=hidden, itemsize=2), sizes.copies_of(1 << 20),
-                peers=sizes.peers_of("prepare_block", problem), check=agreeing(truth, lambda: plain(*args)))
+                peers=sizes.peers_of("prepare_block", problem), check=agreeing(truth, lambda: expression(*args)))
 
 
 def verify_case(sizes, requests, width, vocab):
@@ -230,7 +245,7 @@ def verify_case(sizes, requests, width, vocab):
     lens = torch.full((requests,), 100, dtype=torch.int32)
     made = dk.verify_greedy(drafts, None, lens, logits=logits[0])
 
-    def plain(drafts, logits, lens):
+    def expression(drafts, logits, lens):
         target = logits.argmax(-1)
         accepted = (drafts[:, 1:] == target[:, :-1]).int().cumprod(1).sum(1).int()
         return accepted, target.gather(1, accepted.long()[:, None])[:, 0], lens + accepted + 1
@@ -239,8 +254,9 @@ def verify_case(sizes, requests, width, vocab):
         dk.verify_greedy(drafts, None, lens, logits=logits[i], out=made)
         return made.accept_lens, made.bonus, made.new_lens
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (drafts, logits[i], lens), drafts=drafts, logits=logits,
-                              lens=lens)
+    problem = SimpleNamespace(
+        expression=expression, args=lambda i: (drafts, logits[i], lens), drafts=drafts, logits=logits, lens=lens
+    )
     return Case("verify_greedy", f"{requests} x {width} x {vocab} logits", run, moved, copies,
                 verify.flops(requests, width, vocab=vocab), sizes.peers_of("verify_greedy", problem),
-                agreeing(lambda: plain(drafts, logits[0], lens)), headline=True)
+                agreeing(lambda: expression(drafts, logits[0], lens)), headline=True)

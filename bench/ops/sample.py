@@ -12,9 +12,9 @@ import dflash_kernels as dk
 from bench.case import Case, Sizes
 from dflash_kernels.ops import sample
 
-FILTERS = {"plain": {}, "top-k, top-p": {"top_k": 50, "top_p": 0.9},
+FILTERS = {"no filters": {}, "top-k, top-p": {"top_k": 50, "top_p": 0.9},
            "top-k, top-p, min-p": {"top_k": 50, "top_p": 0.9, "min_p": 0.02}, "top-p alone": {"top_p": 0.9}}
-HEAT = 0.8
+TEMPERATURE = 0.8
 
 
 # requests, width, vocabulary
@@ -31,12 +31,12 @@ def cases(sizes: Sizes):
 
 def params_of(requests, filters):
     dtypes = {"top_k": torch.int32}
-    return dk.SamplingParams(torch.full((requests,), HEAT), torch.arange(requests), **{
+    return dk.SamplingTensors(torch.full((requests,), TEMPERATURE), torch.arange(requests), **{
         n: torch.full((requests,), v, dtype=dtypes.get(n, torch.float32)) for n, v in filters.items()})
 
 
-def plain_law(logits, top_k=None, top_p=None, min_p=None):
-    p = (logits.float() / HEAT).softmax(-1)
+def filtered_distribution(logits, top_k=None, top_p=None, min_p=None):
+    p = (logits.float() / TEMPERATURE).softmax(-1)
     if min_p is not None:
         p = torch.where(p >= min_p * p.amax(-1, keepdim=True), p, 0.0)
     if top_k is not None or top_p is not None:
@@ -51,12 +51,12 @@ def plain_law(logits, top_k=None, top_p=None, min_p=None):
 
 
 def sample_case(sizes, requests, width, vocab, name, filters):
-    """Logits whose likeliest token has about half of the mass, and drafts that are it: some are rejected."""
+    """Logits whose most likely token has about half of the mass, and drafts that are it: some are rejected."""
     copies = sizes.copies_of(requests * width * vocab * 2)
     logits = [torch.randn(requests, width, vocab).mul_(2).to(sizes.dtype) for _ in range(copies)]
     drafts = torch.randint(0, vocab, (copies, requests, width))
     for x, d in zip(logits, drafts, strict=True):
-        x.scatter_(2, d.roll(-1, 1)[..., None], HEAT * 15.0)
+        x.scatter_(2, d.roll(-1, 1)[..., None], TEMPERATURE * 15.0)
     lens, params = torch.full((requests,), 100, dtype=torch.int32), params_of(requests, filters)
     made = dk.verify_sample(drafts[0], logits[0], lens, params)
     memory = torch.empty(sample.workspace_size(requests, width, vocab))
@@ -67,21 +67,21 @@ def sample_case(sizes, requests, width, vocab, name, filters):
         dk.verify_sample(drafts[i], logits[i], lens, params, out=made, workspace=memory)
         return made.commit_lens, made.tokens
 
-    def plain(x, d):
-        p = plain_law(x, **filters)
+    def expression(x, d):
+        p = filtered_distribution(x, **filters)
         y = (p / torch.empty_like(p).exponential_()).argmax(-1)  # multinomial, which would wait for the GPU to check p
         return (d[:, 1:] == y[:, :-1]).long().cumprod(1).sum(1) + 1, y
 
     def check(got):
         """Every draw is another, so what is compared is whether it can be drawn at all."""
-        p = plain_law(logits[0], **filters)
+        p = filtered_distribution(logits[0], **filters)
         for b, n in enumerate(got[0].tolist()):
             assert (p[b, range(n), got[1][b, :n]] > 0).all(), f"request {b}: a token that cannot be drawn"
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (logits[i], drafts[i]))
+    problem = SimpleNamespace(expression=expression, args=lambda i: (logits[i], drafts[i]))
     read = round(rows)
     return Case("verify_sample", f"{requests} x {width} x {vocab}, {name}", run,
                 sample.bytes(requests, width, vocab, 2, rows=read), copies,
                 sample.flops(requests, width, vocab, rows=read), sizes.peers_of("verify_sample", problem), check,
-                headline=sizes.device == "cpu" and vocab == 49152 and name in ("plain", "top-k, top-p")
+                headline=sizes.device == "cpu" and vocab == 49152 and name in ("no filters", "top-k, top-p")
                 or sizes.device == "cuda" and requests == 8)

@@ -1,5 +1,5 @@
-"""The ops behind the heads: shards merged, drafts drawn. They move kilobytes, so what they cost is a launch; the limit
-says how little that leaves of the bandwidth."""
+"""The ops behind the heads: shards combined, drafts drawn. They move kilobytes, so what they cost is a launch; the
+limit says how little that leaves of the bandwidth."""
 
 import math
 from types import SimpleNamespace
@@ -14,35 +14,35 @@ from dflash_kernels.ops import sample
 # shards, requests, drafted slots, K, vocabulary
 GEOMETRIES = {"cpu": {"smollm2": (4, 8, 7, 16, 49152)}, "cuda": {"qwen3-8b": (4, 8, 15, 16, 151936)},
               "tiny": {"tiny": (2, 2, 3, 4, 100)}}
-HEAT = 0.8
+TEMPERATURE = 0.8
 
 
 def cases(sizes: Sizes):
     for shards, requests, slots, k, vocab in GEOMETRIES[sizes.name].values():
-        yield merge_case(sizes, shards, requests * slots, vocab)
-        yield merge_topk_case(sizes, shards, requests * slots, k, vocab)
+        yield combine_case(sizes, shards, requests * slots, vocab)
+        yield combine_topk_case(sizes, shards, requests * slots, k, vocab)
         yield draft_case(sizes, requests, slots, k, vocab)
 
 
-def merge_case(sizes, shards, rows, vocab):
-    moved = head.merge_bytes(shards, rows)
+def combine_case(sizes, shards, rows, vocab):
+    moved = head.combine_bytes(shards, rows)
     copies = sizes.copies_of(moved)
     values, ids = torch.randn(copies, shards, rows), torch.randint(0, vocab, (copies, shards, rows))
     out_ids, out_values = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
 
-    def plain(values, ids):
+    def expression(values, ids):
         best, shard = values.max(0)
         return ids.gather(0, shard[None])[0], best
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (values[i], ids[i]))
-    return Case("merge_argmax", f"{shards} shards, {rows} rows",
-                lambda i: dk.merge_argmax(values[i], ids[i], out_ids=out_ids, out_values=out_values), moved, copies,
-                peers=sizes.peers_of("merge_argmax", problem),
-                check=agreeing(*2 * [lambda: plain(values[0], ids[0])]))
+    problem = SimpleNamespace(expression=expression, args=lambda i: (values[i], ids[i]))
+    return Case("combine_argmax", f"{shards} shards, {rows} rows",
+                lambda i: dk.combine_argmax(values[i], ids[i], out_ids=out_ids, out_values=out_values), moved, copies,
+                peers=sizes.peers_of("combine_argmax", problem),
+                check=agreeing(*2 * [lambda: expression(values[0], ids[0])]))
 
 
-def merge_topk_case(sizes, shards, rows, k, vocab):
-    moved = head.merge_bytes(shards, rows, k=k, lse=True)
+def combine_topk_case(sizes, shards, rows, k, vocab):
+    moved = head.combine_bytes(shards, rows, k=k, lse=True)
     copies = sizes.copies_of(moved)
     values = torch.randn(copies, shards, rows, k).sort(-1, descending=True).values
     ids = torch.randint(0, vocab, (copies, shards, rows, k))
@@ -50,19 +50,19 @@ def merge_topk_case(sizes, shards, rows, k, vocab):
     out = [torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k), torch.empty(rows)]
 
     def run(i):
-        return dk.merge_topk(values[i], ids[i], lse[i], out_ids=out[0], out_values=out[1], out_lse=out[2])
+        return dk.combine_topk(values[i], ids[i], lse[i], out_ids=out[0], out_values=out[1], out_lse=out[2])
 
-    def plain(values, ids, lse):
+    def expression(values, ids, lse):
         top = values.transpose(0, 1).flatten(1).topk(k)
         return ids.transpose(0, 1).flatten(1).gather(1, top.indices), top.values, lse.logsumexp(0)
 
     def exact(values, ids, lse):
-        return *plain(values, ids, lse)[:2], lse.double().logsumexp(0)
+        return *expression(values, ids, lse)[:2], lse.double().logsumexp(0)
 
     args = lambda i: (values[i], ids[i], lse[i])  # noqa: E731
-    return Case("merge_topk", f"{shards} shards, {rows} rows, K {k}", run, moved, copies,
-                peers=sizes.peers_of("merge_topk", SimpleNamespace(plain=plain, args=args)),
-                check=agreeing(lambda: exact(*args(0)), lambda: plain(*args(0))))
+    return Case("combine_topk", f"{shards} shards, {rows} rows, K {k}", run, moved, copies,
+                peers=sizes.peers_of("combine_topk", SimpleNamespace(expression=expression, args=args)),
+                check=agreeing(lambda: exact(*args(0)), lambda: expression(*args(0))))
 
 
 def draft_case(sizes, requests, slots, k, vocab):
@@ -70,21 +70,21 @@ def draft_case(sizes, requests, slots, k, vocab):
     copies = sizes.copies_of(moved)
     values = torch.randn(copies, requests, slots, k).sort(-1, descending=True).values
     ids, lens = torch.randint(0, vocab, (copies, requests, slots, k)), torch.full((requests,), 100, dtype=torch.int32)
-    params = dk.SamplingParams(torch.full((requests,), HEAT), torch.arange(requests))
+    params = dk.SamplingTensors(torch.full((requests,), TEMPERATURE), torch.arange(requests))
     out = [torch.empty(requests, slots, dtype=torch.int64), torch.empty(requests, slots, k)]
 
     def run(i):
         return dk.sample_draft(values[i], ids[i], lens, params, out_ids=out[0], out_probs=out[1])
 
-    def plain(values, ids):
-        p = (values / HEAT).softmax(-1)
+    def expression(values, ids):
+        p = (values / TEMPERATURE).softmax(-1)
         return ids.gather(-1, torch.multinomial(p.flatten(0, 1), 1).view(requests, slots, 1))[..., 0], p
 
     def check(got):
-        """Every draw is another, so the law is compared, and whether the ids are among the candidates."""
-        torch.testing.assert_close(got[1], (values[0] / HEAT).softmax(-1))
+        """Every draw is another, so the distribution is compared, and whether the ids are among the candidates."""
+        torch.testing.assert_close(got[1], (values[0] / TEMPERATURE).softmax(-1))
         assert (got[0][..., None] == ids[0]).any(-1).all(), "an id that is no candidate"
 
-    problem = SimpleNamespace(plain=plain, args=lambda i: (values[i], ids[i]))
+    problem = SimpleNamespace(expression=expression, args=lambda i: (values[i], ids[i]))
     return Case("sample_draft", f"{requests} x {slots} slots, K {k}", run, moved, copies,
                 sample.flops(requests, slots, k), sizes.peers_of("sample_draft", problem), check)

@@ -1,4 +1,4 @@
-"""Whole steps of SmolLM2-135M in bfloat16: a plain step, a verify pass, a DFlash step.
+"""Whole steps of SmolLM2-135M in bfloat16: a baseline step, a verify pass, a DFlash step.
 
 Each is a recorded step, replayed on the same memory. The floor of a pass is its weights' bytes over the read bandwidth.
 """
@@ -38,12 +38,18 @@ def cases(sizes: Sizes):
     caches = [m.cache.allocate(64, PAGE) for m in (target, drafter)]
     for k in (t for kv in caches for cache in kv for t in (cache.k, cache.v)):
         k.normal_()
-    plain = recorded(Step(target, None, caches[0], (), 1, 1, PAGE, 64), CONTEXT)
+    baseline = recorded(Step(target, None, caches[0], (), 1, 1, PAGE, 64), CONTEXT)
     verify = recorded(Step(target, None, caches[0], (), 1, BLOCK, PAGE, 64), CONTEXT)
     dflash = recorded(Step(target, drafter, *caches, 1, BLOCK, PAGE, 64), CONTEXT)
-    base = {"plain step": lambda i: plain.replay()}
-    yield Case("plain step", f"SmolLM2, context {CONTEXT}", lambda i: plain.replay(), layers + head, headline=True,
-               replays=True)
+    base = {"baseline step": lambda i: baseline.replay()}
+    yield Case(
+        "baseline step",
+        f"SmolLM2, context {CONTEXT}",
+        lambda i: baseline.replay(),
+        layers + head,
+        headline=True,
+        replays=True,
+    )
     yield Case("verify pass", f"SmolLM2, context {CONTEXT}, {BLOCK} rows", lambda i: verify.replay(), layers + head,
                peers=base, headline=True, replays=True)
     drafted = "its drafter in 8 bits" if drafter.int8 else "its drafter"

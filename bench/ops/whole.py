@@ -45,19 +45,25 @@ def cases(sizes: Sizes):
 
 def step_cases(model, target, drafter, batch, capacity, context):
     """Each is made as its turn comes: all requests' buffers and graphs need not lie beside each other. The three have
-    one context, so a block's first row is the plain step's, bit for bit, or the case is wrong."""
+    one context, so a block's first row is the baseline step's, bit for bit, or the case is wrong."""
     layers, draft = packed_bytes(*target._layers) + target.head.data.nbytes, packed_bytes(drafter, *drafter.layers)
     label = f"{model.name}, {batch} x context {context}, capacity {capacity}"
-    caches, plain = filled(target, drafter, batch, context + model.block), []
-    for op, width, with_draft in (("plain step", 1, False), ("verify pass", model.block, False),
+    caches, baseline = filled(target, drafter, batch, context + model.block), []
+    for op, width, with_draft in (("baseline step", 1, False), ("verify pass", model.block, False),
                                   ("DFlash step", model.block, True)):
         graph = recorded(target, drafter if with_draft else None, caches, batch, width, capacity, context)
         said = graph.step.verifier.next_ids[:, 0], graph.step.verifier.values.view(batch, width)[:, 0]
-        plain = plain or [t.clone() for t in said]
+        baseline = baseline or [t.clone() for t in said]
         kv = batch * (context + width) * (model.target.kv_bytes() + with_draft * model.draft.kv_bytes())
-        yield Case(op, label + f", {width} rows" * (width > 1), replaying(graph, said),
-                   layers + with_draft * draft + kv, check=as_plain(plain), headline=capacity == 2048 and batch == 1,
-                   replays=True)
+        yield Case(
+            op,
+            label + f", {width} rows" * (width > 1),
+            replaying(graph, said),
+            layers + with_draft * draft + kv,
+            check=as_baseline(baseline),
+            headline=capacity == 2048 and batch == 1,
+            replays=True,
+        )
 
 
 def replaying(graph, said):
@@ -67,11 +73,14 @@ def replaying(graph, said):
     return run
 
 
-def as_plain(plain):
+def as_baseline(baseline):
     def check(got):
         ids, values = got
         assert values.isfinite().all(), "logits that are not finite"
-        assert torch.equal(ids, plain[0]) and same_bits(values.contiguous(), plain[1]), "not the plain step's token"
+        assert torch.equal(ids, baseline[0]) and same_bits(values.contiguous(), baseline[1]), (
+            "not the baseline step's token"
+        )
+
     return check
 
 

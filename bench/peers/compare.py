@@ -25,7 +25,7 @@ from bench.case import results_folder  # noqa: E402
 from bench.peers import peer as peers  # noqa: E402
 from bench.peers.export import export  # noqa: E402
 from bench.peers.gguf_drafter import write  # noqa: E402
-from bench.peers.job import PLAIN, Job, Question, Reply  # noqa: E402
+from bench.peers.job import BASELINE, Job, Question, Reply  # noqa: E402
 from bench.peers.sums import ALL, STEP_PARTS, Key, Rows, parts_row  # noqa: E402
 from dflash_bench.decode import read_prompts  # noqa: E402
 from dflash_bench.results import commit, output, write_json  # noqa: E402
@@ -46,7 +46,7 @@ class Unit:
 
     task: str
     prompts: list[list[int]]
-    at_once: int = 1
+    concurrency: int = 1
 
 
 def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
@@ -58,9 +58,9 @@ def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
             text = tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])
             tasks.setdefault(prompt.task, []).append(tokenizer.encode(text))
     units = [Unit(task, prompts[:options.limit]) for task, prompts in tasks.items() if 1 in options.concurrency]
-    for at_once in (n for n in options.concurrency if n > 1):
-        share = -(-at_once // len(tasks))
-        units.append(Unit(ALL, [p for prompts in tasks.values() for p in prompts[:share]][:at_once], at_once))
+    for concurrency in (n for n in options.concurrency if n > 1):
+        share = -(-concurrency // len(tasks))
+        units.append(Unit(ALL, [p for prompts in tasks.values() for p in prompts[:share]][:concurrency], concurrency))
     return units
 
 
@@ -114,11 +114,11 @@ class Measurement:
 
     def start(self, order: list[peers.Turn], models: dict, drafts: dict, stop_ids: list[int], units: list[Unit]):
         longest = max(len(p) for unit in units for p in unit.prompts) + self.options.max_new_tokens
-        at_once, warm = max(unit.at_once for unit in units), units[0].prompts[:1]
+        concurrency, warm = max(unit.concurrency for unit in units), units[0].prompts[:1]
         for turn in order:
-            draft = None if turn.mode == PLAIN else drafts.get(turn.peer.reads)
+            draft = None if turn.mode == BASELINE else drafts.get(turn.peer.reads)
             job = Job(turn.mode, models.get(turn.peer.reads, ""), draft, self.header["block_size"], longest,
-                      at_once if turn.peer.batches else 1, turn.threads, stop_ids, self.options.dtype,
+                      concurrency if turn.peer.batches else 1, turn.threads, stop_ids, self.options.dtype,
                       turn.peer.weights)
             began = time.perf_counter()
             with self.surviving(turn):
@@ -133,7 +133,7 @@ class Measurement:
         for round_ in range(1, self.options.rounds + 1):
             for unit in units:
                 number += 1
-                able = [turn for turn in self.running if turn.peer.batches or unit.at_once == 1]
+                able = [turn for turn in self.running if turn.peer.batches or unit.concurrency == 1]
                 for turn in able[:: 1 if number % 2 else -1]:
                     with self.surviving(turn):
                         self.answer(turn, unit, round_)
@@ -142,15 +142,15 @@ class Measurement:
     def answer(self, turn: peers.Turn, unit: Unit, round_: int) -> None:
         """One token of each prompt tells how much of the time is the prompts'."""
         running, most = self.running[turn], self.options.max_new_tokens
-        first = running.ask(Question(unit.prompts, 1)).seconds if unit.at_once == 1 else 0.0
-        reply = running.ask(Question(unit.prompts, most, unit.at_once))
-        self.rows.add(Key(turn.peer.name, turn.mode, turn.threads, unit.at_once, unit.task), reply, first)
-        OUT.print(f"round {round_}, {unit.task}, {unit.at_once} at once: {turn}: "
+        first = running.ask(Question(unit.prompts, 1)).seconds if unit.concurrency == 1 else 0.0
+        reply = running.ask(Question(unit.prompts, most, unit.concurrency))
+        self.rows.add(Key(turn.peer.name, turn.mode, turn.threads, unit.concurrency, unit.task), reply, first)
+        OUT.print(f"round {round_}, {unit.task}, {unit.concurrency} concurrent: {turn}: "
                   f"{sum(reply.counts) / reply.seconds:.1f} tokens/s", markup=False)
 
     def watch(self, units: list[Unit]) -> Iterator[None]:
         """Stops after every answer. Later than all rounds: timing its passes may change what a peer's step takes."""
-        for unit in (unit for unit in units if unit.at_once == 1):
+        for unit in (unit for unit in units if unit.concurrency == 1):
             for turn in list(self.running):
                 with self.surviving(turn):
                     asked = Question(unit.prompts[:1], self.options.max_new_tokens, watched=True)
@@ -218,11 +218,11 @@ def keep(file: Path | None, result: dict) -> None:
 
 def show(result: dict) -> None:
     table = Table(box=None, header_style="bold")
-    for column in ("task", "peer", "mode", "threads", "at once", "prompts", "tokens", "acceptance", "tokens/s",
-                   "rounds", "ms a step", "same as our plain"):
+    for column in ("task", "peer", "mode", "threads", "concurrency", "prompts", "tokens", "acceptance", "tokens/s",
+                   "rounds", "ms a step", "same as our baseline"):
         table.add_column(column, justify="left" if column in ("task", "peer", "mode") else "right")
     for r in result["rows"]:
-        same = "" if r["same_as_our_plain"] is None else f"{r['same_as_our_plain']} of {r['prompts']}"
+        same = "" if r["same_as_our_baseline"] is None else f"{r['same_as_our_baseline']} of {r['prompts']}"
         table.add_row(r["task"], r["peer"], r["mode"], str(r["threads"]), str(r["concurrency"]), str(r["prompts"]),
                       str(r["tokens"]), f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
                       f"{r['slowest']:.1f}-{r['fastest']:.1f}",
@@ -257,7 +257,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help='JSON lines: {"task", "id", "turns"}')
     parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the model's that comes with the "
-                                                        "package; none: plain decoding only")
+                                                        "package; none: baseline decoding only")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--limit", type=int, help="the first N prompts of each file, where they are asked one by one")
     parser.add_argument("--max-new-tokens", type=int, default=256)

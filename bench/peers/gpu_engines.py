@@ -109,7 +109,7 @@ def vllm_context(p):
     one = torch.ones(())
 
     def call(i):
-        k, v = p.plain(*p.args(i))
+        k, v = p.expression(*p.args(i))
         for layer in range(p.layers):
             write(k[:, layer], v[:, layer], caches[0][layer], caches[1][layer], p.slots, "auto", one, one)
         return lambda: tuple(cache.flatten(1, 2)[:, p.slots] for cache in caches)

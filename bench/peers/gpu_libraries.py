@@ -19,8 +19,8 @@ def imported(name: str) -> ModuleType:
 
 
 def compiled(p):
-    """torch.compile of the problem's plain expression."""
-    function = torch.compile(p.plain, fullgraph=True, dynamic=False)
+    """torch.compile of the problem's expression expression."""
+    function = torch.compile(p.expression, fullgraph=True, dynamic=False)
     return lambda i: function(*p.args(i))
 
 

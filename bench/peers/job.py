@@ -12,20 +12,20 @@ from dataclasses import asdict, dataclass, field
 
 from bench.peers.passes import Passes
 
-PLAIN, DFLASH = "plain", "dflash"
+BASELINE, DFLASH = "baseline", "dflash"
 
 
 @dataclass
 class Job:
-    """What a peer is made for. draft: None in plain mode. longest: tokens of the longest prompt and its answer.
-    at_once: the most requests that it is asked to answer together."""
+    """What a peer is made for. draft: None in baseline mode. longest: tokens of the longest prompt and its answer.
+    concurrency: the most requests that it is asked to answer together."""
 
     mode: str
     model: str
     draft: str | None
     block_size: int
     longest: int
-    at_once: int
+    concurrency: int
     threads: int
     stop_ids: list[int]
     dtype: str
@@ -34,12 +34,12 @@ class Job:
 
 @dataclass
 class Question:
-    """prompts: token ids, the same for every peer, so that none uses its own template; at_once of them together.
+    """prompts: token ids, the same for every peer, so that none uses its own template; concurrency of them together.
     watched: steps are timed by part, which is for one prompt and for a peer's last questions: it stays watched."""
 
     prompts: list[list[int]]
     max_new_tokens: int
-    at_once: int = 1
+    concurrency: int = 1
     watched: bool = False
 
 
@@ -48,7 +48,7 @@ class Reply:
     """seconds: for all prompts. counts: new tokens of each, with the stop token; tokens: which they are, None from a
     peer that does not tell. steps: target passes that checked drafts, for each prompt, or of all prompts together if
     the peer tells no more; accepted: in how many of them the draft at position 1, 2, ... of the block was accepted.
-    Both empty in plain mode. parts: of a watched question, the seconds of each step: "step" in all, and "draft" and
+    Both empty in baseline mode. parts: of a watched question, the seconds of each step: "step" in all, and "draft" and
     "verify" where they can be told apart; whole: why they cannot."""
 
     seconds: float

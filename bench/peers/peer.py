@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import ROOT
-from bench.peers.job import DFLASH, PLAIN, Job, Question, Reply
+from bench.peers.job import BASELINE, DFLASH, Job, Question, Reply
 
 ENVIRONMENTS = ROOT / "build" / "peers"
 
@@ -18,14 +18,14 @@ ENVIRONMENTS = ROOT / "build" / "peers"
 @dataclass(frozen=True)
 class Peer:
     """own: it is installed apart, with a Python of its own or as a program. reads: the form of the models that it
-    loads. also_one_thread: plain decoding with one thread too, which for 4-bit weights need not be the slower. batches:
-    it answers several requests at once. script: of peer_<script>.py, the name if empty. weights: what our loop keeps
-    the model's in."""
+    loads. also_one_thread: baseline decoding with one thread too, which for 4-bit weights need not be the slower.
+    batches: it answers several concurrent requests. script: of peer_<script>.py, the name if empty. weights: what our
+    loop keeps the model's in."""
 
     name: str
     reads: str
     own: bool = False
-    modes: tuple[str, ...] = (PLAIN, DFLASH)
+    modes: tuple[str, ...] = (BASELINE, DFLASH)
     also_one_thread: bool = False
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     batches: bool = False
@@ -41,7 +41,7 @@ class Peer:
 PEERS = (Peer("ours", "model", batches=True),
          Peer("ours8", "model", dtypes=("bfloat16",), batches=True, script="ours", weights="int8"),
          Peer("dflash", "folder", modes=(DFLASH,)),
-         Peer("transformers", "folder", modes=(PLAIN,)), Peer("vllm", "folder", own=True, batches=True),
+         Peer("transformers", "folder", modes=(BASELINE,)), Peer("vllm", "folder", own=True, batches=True),
          Peer("llama", "gguf", own=True, also_one_thread=True, dtypes=("bfloat16",)))
 
 
@@ -62,8 +62,8 @@ def turns(only: list[str], threads: int, drafting: bool) -> list[Turn]:
     for peer in PEERS:
         if peer.name in only:
             if peer.also_one_thread and threads > 1:
-                made.append(Turn(peer, PLAIN, 1))
-            made += [Turn(peer, mode, threads) for mode in peer.modes if drafting or mode == PLAIN]
+                made.append(Turn(peer, BASELINE, 1))
+            made += [Turn(peer, mode, threads) for mode in peer.modes if drafting or mode == BASELINE]
     return made
 
 

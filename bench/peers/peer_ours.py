@@ -3,21 +3,21 @@
 import torch
 
 import dflash_kernels
-from bench.peers.job import PLAIN, Job, Question, Reply, accepted_drafts, serve
+from bench.peers.job import BASELINE, Job, Question, Reply, accepted_drafts, serve
 from bench.peers.watched_step import watch
 from dflash_decode.session import NONE, Session
 
 
 def load(job: Job):
     torch.set_num_threads(job.threads)
-    plain = job.mode == PLAIN
-    session = Session.load(job.model, NONE if plain else job.draft, dtype=job.dtype, weights=job.weights,
-                           block_size=None if plain else job.block_size)
+    baseline = job.mode == BASELINE
+    session = Session.load(job.model, NONE if baseline else job.draft, dtype=job.dtype, weights=job.weights,
+                           block_size=None if baseline else job.block_size)
 
     def answering(asked: Question) -> Reply:
-        run = session.run(asked.prompts, max_new_tokens=asked.max_new_tokens, concurrency=asked.at_once)
+        run = session.run(asked.prompts, max_new_tokens=asked.max_new_tokens, concurrency=asked.concurrency)
         tokens = [answer.tokens for answer in run.answers]
-        if plain:
+        if baseline:
             return Reply(run.seconds, [*map(len, tokens)], tokens)
         return Reply(run.seconds, [*map(len, tokens)], tokens, [len(answer.steps) for answer in run.answers],
                      accepted_drafts(run.steps, session.block_size))

@@ -15,7 +15,7 @@ DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted
 def load(job: Job):
     speculative = {"method": "dflash", "model": job.draft, "num_speculative_tokens": job.block_size - 1}
     # A prompt that it has seen in an earlier round must cost as much as it did then.
-    llm = LLM(job.model, dtype=job.dtype, max_num_seqs=job.at_once, enable_prefix_caching=False,
+    llm = LLM(job.model, dtype=job.dtype, max_num_seqs=job.concurrency, enable_prefix_caching=False,
               kv_cache_memory_bytes=1 << 30, disable_log_stats=False,
               speculative_config=speculative if job.mode == DFLASH else None)
 
@@ -24,9 +24,9 @@ def load(job: Job):
                                 detokenize=False)
         prompts = [{"prompt_token_ids": prompt} for prompt in asked.prompts]
         counted, seconds, tokens = [drafted(llm)], 0.0, []
-        for first in range(0, len(prompts), asked.at_once):
+        for first in range(0, len(prompts), asked.concurrency):
             began = time.perf_counter()
-            found = llm.generate(prompts[first:first + asked.at_once], wanted, use_tqdm=False)
+            found = llm.generate(prompts[first:first + asked.concurrency], wanted, use_tqdm=False)
             seconds += time.perf_counter() - began
             tokens += [list(each.outputs[0].token_ids) for each in found]
             counted.append(drafted(llm))

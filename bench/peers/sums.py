@@ -1,10 +1,10 @@
-"""From replies to rows: one for each peer, mode, task and number of requests at once, one for all tasks together."""
+"""From replies to rows: one for each peer, mode, task and number of concurrent requests, one for all tasks together."""
 
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from bench.peers.job import DFLASH, PLAIN, Reply
+from bench.peers.job import BASELINE, DFLASH, Reply
 
 ALL, OURS = "all", "ours"
 STEP_PARTS = "draft", "verify", "rest", "step"
@@ -15,7 +15,7 @@ class Key:
     peer: str
     mode: str
     threads: int
-    at_once: int
+    concurrency: int
     task: str
 
     @property
@@ -66,18 +66,18 @@ class Rows:
     def rows(self) -> list[dict]:
         """Task by task, then all together for whoever did every task; few at once before many."""
         rows = []
-        for at_once in sorted({key.at_once for key in self.found}):
-            found = {key: rounds for key, rounds in self.found.items() if key.at_once == at_once}
+        for concurrency in sorted({key.concurrency for key in self.found}):
+            found = {key: rounds for key, rounds in self.found.items() if key.concurrency == concurrency}
             tasks = list(dict.fromkeys(key.task for key in found))
             found |= whole(found, tasks)
             turns = list(dict.fromkeys(key.turn for key in found))
             found = dict(sorted(found.items(), key=lambda item: turns.index(item[0].turn)))  # as in the first task
             for task in [*tasks, *([] if ALL in tasks else [ALL])]:
-                plain = next((rounds[0].reply.tokens for key, rounds in found.items()
-                              if (key.task, key.peer, key.mode) == (task, OURS, PLAIN)), None)
+                baseline = next((rounds[0].reply.tokens for key, rounds in found.items()
+                              if (key.task, key.peer, key.mode) == (task, OURS, BASELINE)), None)
                 drafted = next((rounds[0].reply for key, rounds in found.items()
                                 if (key.task, key.peer, key.mode) == (task, OURS, DFLASH)), None)
-                rows += [row(key, rounds, plain) | {"same_text": where_same(rounds[0].reply, drafted)}
+                rows += [row(key, rounds, baseline) | {"same_text": where_same(rounds[0].reply, drafted)}
                          for key, rounds in found.items() if key.task == task]
         return rows
 
@@ -86,30 +86,30 @@ def whole(found: dict[Key, list[Round]], tasks: list[str]) -> dict[Key, list[Rou
     """The rounds that have all tasks, with their tasks added up."""
     made = {}
     for key in found:
-        of = [found.get(Key(key.peer, key.mode, key.threads, key.at_once, task)) for task in tasks]
+        of = [found.get(Key(key.peer, key.mode, key.threads, key.concurrency, task)) for task in tasks]
         if len(tasks) > 1 and all(of):
-            made[Key(key.peer, key.mode, key.threads, key.at_once, ALL)] = [
+            made[Key(key.peer, key.mode, key.threads, key.concurrency, ALL)] = [
                 sum(rounds[1:], rounds[0]) for rounds in zip(*of, strict=False)]
     return made
 
 
-def row(key: Key, rounds: list[Round], plain: list[list[int]] | None) -> dict:
+def row(key: Key, rounds: list[Round], baseline: list[list[int]] | None) -> dict:
     """Rates are medians over the rounds, with the slowest and the fastest round's beside.
 
     acceptance_length: tokens that a step gives. An answer's last step is cut at the limit, by every peer alike because
     it is the tokens that are counted. by_position: in which share of the steps the draft at position 1, 2, ... was
-    accepted. decode_tokens_per_s, ms_per_step: without the prompts' passes and their one token each; of plain decoding
-    a step is a token's."""
+    accepted. decode_tokens_per_s, ms_per_step: without the prompts' passes and their one token each; of baseline
+    decoding a step is a token's."""
     rates, reply = [r.rate for r in rounds], rounds[0].reply
     steps, decoded = sum(r.steps for r in rounds), sum(r.decoded for r in rounds)
     same = None
-    if plain is not None and reply.tokens is not None:
-        same = sum(a == b for a, b in zip(reply.tokens, plain, strict=True))
-    one = key.at_once == 1  # of many at once the prompts' passes stand between the others' steps
+    if baseline is not None and reply.tokens is not None:
+        same = sum(a == b for a, b in zip(reply.tokens, baseline, strict=True))
+    one = key.concurrency == 1  # of many concurrently the prompts' passes stand between the others' steps
     passes = [r.steps or r.decoded for r in rounds]
     timed = [(r, n) for r, n in zip(rounds, passes, strict=True) if one and n and r.decode_seconds > 0]
     return {
-        "peer": key.peer, "task": key.task, "mode": key.mode, "threads": key.threads, "concurrency": key.at_once,
+        "peer": key.peer, "task": key.task, "mode": key.mode, "threads": key.threads, "concurrency": key.concurrency,
         "rounds": len(rounds), "prompts": len(reply.counts), "tokens": sum(reply.counts),
         "tokens_per_s": round(statistics.median(rates), 2), "slowest": round(min(rates), 2),
         "fastest": round(max(rates), 2),
@@ -118,7 +118,7 @@ def row(key: Key, rounds: list[Round], plain: list[list[int]] | None) -> dict:
         "prompt_seconds": middle((r.prompt_seconds for r, _ in timed), 3),
         "acceptance_length": round(decoded / steps, 4) if steps else 1.0,
         "by_position": [round(n / steps, 4) for n in added(r.reply.accepted for r in rounds)] if steps else [],
-        "steps": steps // len(rounds), "same_as_our_plain": same,
+        "steps": steps // len(rounds), "same_as_our_baseline": same,
         "same_in_every_round": reply.tokens and all(r.reply.tokens == reply.tokens for r in rounds),
     }
 

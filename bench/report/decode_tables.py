@@ -26,7 +26,7 @@ def run_line(r: dict, drawn: str) -> str:
     block = f"{'blocks of at most' if r.get('adapts') and r['concurrency'] > 1 else 'block'} {r['block_size']}"
     model = r["model"] + " in 8 bits" * (r.get("weights") == "int8")
     return (f"{model} with {drafter}, {r['dtype']}, {block}, {drawn}, at most "
-            f"{r['max_new_tokens']} new tokens, {r['concurrency']} at once, "
+            f"{r['max_new_tokens']} new tokens, {r['concurrency']} concurrent, "
             f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.")
 
 
@@ -34,7 +34,7 @@ def drawing(r: dict) -> str:
     """The settings that are not off, the temperature apart."""
     set_ = [f"{name.replace('_', '-')} {r[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))
             if r[name] != off]
-    drafts = "the likeliest drafts" if r["sample_from"] == "greedy" else f"drawn drafts, rule {r['rule']}"
+    drafts = "the most likely drafts" if r["sample_from"] == "greedy" else f"drawn drafts, rule {r['rule']}"
     return ", ".join([*set_, drafts, f"seed {r['seed']}"])
 
 
@@ -43,12 +43,12 @@ def temperature_table(results: list[dict]) -> list[str]:
     lines = []
     for r in results:
         lines += [run_line(r, drawing(r)), "",
-                  "| temperature | prompts | acceptance length | tokens/s | plain tokens/s | ratio | same text |",
+                  "| temperature | prompts | acceptance length | tokens/s | baseline tokens/s | ratio | same text |",
                   "|---|---|---|---|---|---|---|"]
         for t in r["temperatures"]:
-            same = "yes" if t["identical_to_plain"] else f"{t['different_requests']} differ"
+            same = "yes" if t["identical_to_baseline"] else f"{t['different_requests']} differ"
             lines.append(f"| {t['temperature']:g} | {t['requests']} | {t['acceptance_length']:.2f} | "
-                         f"{t['tokens_per_s']:.1f} | {t['plain_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
+                         f"{t['tokens_per_s']:.1f} | {t['baseline_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
         lines.append("")
     return lines
 
@@ -57,15 +57,15 @@ def decode_table(results: list[dict]) -> list[str]:
     """A row for each task of each result, beside the acceptance length on the card of MiniMax-M2.7's drafter."""
     lines = []
     for r in results:
-        heat = r.get("temperature", 0)
-        lines += [run_line(r, f"temperature {heat:g}, {drawing(r)}" if heat else "greedy"), "",
-                  "| task | prompts | acceptance length | MiniMax-M2.7's card | tokens/s | plain tokens/s | ratio | "
+        temp = r.get("temperature", 0)
+        lines += [run_line(r, f"temperature {temp:g}, {drawing(r)}" if temp else "greedy"), "",
+                  "| task | prompts | acceptance length | MiniMax-M2.7's card | tokens/s | baseline tokens/s | ratio | "
                   "same text |", "|---|---|---|---|---|---|---|---|"]
         for task, t in [*r["tasks"].items(), ("all", r)]:
-            same = "yes" if t["identical_to_plain"] else f"{t['different_requests']} differ"
+            same = "yes" if t["identical_to_baseline"] else f"{t['different_requests']} differ"
             card = f"{CARD[task]:.3f}" if task in CARD else ""
             lines.append(f"| {task} | {t['requests']} | {t['acceptance_length']:.2f} | {card} | "
-                         f"{t['tokens_per_s']:.1f} | {t['plain_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
+                         f"{t['tokens_per_s']:.1f} | {t['baseline_tokens_per_s']:.1f} | {t['speedup']:.2f} | {same} |")
         lines.append("")
     return lines
 
@@ -94,7 +94,7 @@ def card_block(folder: Path, drafter: str) -> str:
                                                      if r["draft"] == drafter])
     if found:
         lines += ["By position in the block: how often a draft was accepted, given that all before it were "
-                  f"({found[0]['concurrency']} at once).", "", *position_table(found[0])]
+                  f"({found[0]['concurrency']} concurrent).", "", *position_table(found[0])]
     return "\n".join(lines or [EMPTY])
 
 
@@ -111,7 +111,7 @@ def protocol_block(folder: Path) -> str:
         lines += [f"{who}, greedy, at most {r['max_new_tokens']} new tokens, {asked} prompts of each file.", ""]
         for title, key, form in (("tokens/s", "tokens_per_s", ".1f"),
                                  ("acceptance length", "acceptance_length", ".3f")):
-            lines += [f"| {title}, at once | " + " | ".join(TASKS.values()) + " |", "|---" * (len(TASKS) + 1) + "|"]
+            lines += [f"| {title}, concurrency | " + " | ".join(TASKS.values()) + " |", "|---" * (len(TASKS) + 1) + "|"]
             for concurrency in dict.fromkeys(row["concurrency"] for row in r["rows"]):
                 found = {row["task"]: row[key] for row in r["rows"] if row["concurrency"] == concurrency}
                 cells = [NOT_REPORTED if found.get(t, 0) is None else format(found[t], form) if t in found else ""

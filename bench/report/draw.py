@@ -113,7 +113,7 @@ def peers(files: dict) -> Plot | None:
         if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers" and \
                 is_timed(f["header"]):
             whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
-            rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} at once",
+            rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} concurrent",
                       r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]
     return Plot({"rows": rows}, draw_peers, (7.5, 1.0 + 0.3 * len(rows)),
                 "Tokens a second of each peer on the same prompts, greedy: the median round, and the slowest to the "
@@ -126,14 +126,14 @@ def draw_peers(figure, data) -> None:
     for row in data["rows"]:
         groups.setdefault(row[0].rsplit(", ", 1)[1], []).append(row)
     grid = figure.subplots(len(groups), squeeze=False, height_ratios=[len(rows) for rows in groups.values()])[:, 0]
-    for axes, (at_once, rows) in zip(grid, groups.items(), strict=True):
+    for axes, (concurrency, rows) in zip(grid, groups.items(), strict=True):
         for y, (name, rate, low, high) in enumerate(rows):
             ours = name.startswith("ours")
             axes.barh(y, rate, color=TONES[0] if ours else TONES[1], edgecolor="black", hatch="" if ours else "//",
                       xerr=[[rate - low], [high - rate]], error_kw={"ecolor": "#777777", "capsize": 3})
             axes.text(high, y, f"  {rate:.0f}", va="center")
         axes.set(yticks=range(len(rows)), yticklabels=[name.rsplit(", ", 1)[0] for name, *_ in rows],
-                 xlabel=f"tokens/s, {at_once}", ylim=(len(rows) - 0.5, -0.5))
+                 xlabel=f"tokens/s, {concurrency}", ylim=(len(rows) - 0.5, -0.5))
         axes.margins(x=0.12)
 
 
@@ -168,7 +168,7 @@ def draw_acceptance(figure, data) -> None:
 # ---- step time -------------------------------------------------------------------------------------------------------
 
 STAGES = ("draft layers", "draft head", "draft context")
-WHOLE = ("plain step", "verify pass", "DFlash step")
+WHOLE = ("baseline step", "verify pass", "DFlash step")
 DECODER_PARTS = (("target", "verify_ms"), ("draft", "draft_ms"), ("rest", "rest_ms"))
 
 
@@ -187,8 +187,8 @@ def steps(files: dict) -> Plot | None:
             times.setdefault(place(row["case"]), {})[row["op"]] = row["us"]
     bars = {}
     for where, t in times.items():
-        if "plain step" in t:
-            bars[f"plain: {where}"] = {"target": round(t["plain step"], 1)}
+        if "baseline step" in t:
+            bars[f"plain: {where}"] = {"target": round(t["baseline step"], 1)}
         if "DFlash step" in t and "verify pass" in t:
             bars[f"DFlash: {where}"] = {"target": round(t["verify pass"], 1),
                                         "draft": round(t["DFlash step"] - t["verify pass"], 1)}

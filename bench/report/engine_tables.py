@@ -47,7 +47,7 @@ def engine_tables(folder: Path) -> list[str]:
                   "| the server | |", "|---|---|"]
         lines += [f"| {scene} | {'yes' if good else 'NO'} |" for scene, good in s["scenes"].items()]
         left, seen = s["seen"]["left"], s["seen"]
-        lines += [f"| answers at once, of tokens | {seen['answers']}, {seen['tokens_at_once']:.0f} |",
+        lines += [f"| answers at once, of tokens | {seen['answers']}, {seen['concurrent_tokens']:.0f} |",
                   f"| tokens made for the client who left, of those asked for | {left['tokens_made']:.0f} of "
                   f"{left['tokens_asked']} |", f"| the refusal | {seen['refusal'][0]} |",
                   f"| acceptance length, from its metrics | {s['acceptance_length']:.2f} |", ""]

@@ -49,8 +49,8 @@ def about(h: dict) -> str:
 
 
 def against(row: dict) -> str:
-    """A step is compared with the plain step that it contains, an op with another's way of doing it."""
-    return ", ".join(f"takes {row['us'] / us:.2f} plain steps" if name == "plain step" else
+    """A step is compared with the baseline step that it contains, an op with another's way of doing it."""
+    return ", ".join(f"takes {row['us'] / us:.2f} baseline steps" if name == "baseline step" else
                      f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
 
 
@@ -70,7 +70,7 @@ def limits_block(folder: Path) -> str:
             of = [row for row in rows if row["op"] == op]
             ratios = {peer: [row["peers"][peer] / row["us"] for row in of if peer in row["peers"]]
                       for peer in dict.fromkeys(p for row in of for p in row["peers"])}
-            ratio = ", ".join(f"{span([1 / r for r in values], 2)} {peer}s" if peer == "plain step" else
+            ratio = ", ".join(f"{span([1 / r for r in values], 2)} {peer}s" if peer == "baseline step" else
                               f"{span(values, 2)} x {peer}" for peer, values in ratios.items())
             lines.append(f"| `{op}` | {len(of)} | {span([row['pct_of_limit'] for row in of], 0)} % | {ratio} |")
         lines.append("")

@@ -1,4 +1,4 @@
-"""The README's one table: ops and steps beside their limits, then texts beside plain decoding and other decoders."""
+"""The README's one table: ops and steps beside their limits, then texts beside baseline decoding and other decoders."""
 
 from pathlib import Path
 
@@ -28,10 +28,10 @@ def texts(machine: Path) -> list[str]:
                    key=lambda r: r["concurrency"])
     lines = []
     for r in found:
-        same = "the same text" if r["identical_to_plain"] else f"{r['different_requests']} texts differ"
-        lines.append(f"| text, {r['concurrency']} at once | {r['model']}{in_8_bits(r)}, {r['requests']} prompts, "
+        same = "the same text" if r["identical_to_baseline"] else f"{r['different_requests']} texts differ"
+        lines.append(f"| text, {r['concurrency']} concurrent | {r['model']}{in_8_bits(r)}, {r['requests']} prompts, "
                      f"{r['acceptance_length']:.2f} tokens a step | {r['tokens_per_s']:.1f} tokens/s | | "
-                     f"{r['speedup']:.2f} x plain decoding, {same} |")
+                     f"{r['speedup']:.2f} x baseline decoding, {same} |")
     return lines
 
 
@@ -47,7 +47,7 @@ def others(machine: Path) -> list[str]:
             continue
         best, ours = {}, {}
         for r in (r for r in peer_tables.whole(rows) if r["concurrency"] == 1):
-            name = peer_tables.NAMES.get(r["peer"], r["peer"]) + ", plain" * (r["mode"] == "plain")
+            name = peer_tables.NAMES.get(r["peer"], r["peer"]) + ", baseline" * (r["mode"] == "baseline")
             if r["peer"] not in (peer_tables.OURS, peer_tables.OURS_TOO):
                 best[name] = max(best.get(name, 0.0), r["tokens_per_s"])
             elif r["mode"] == peer_tables.DFLASH:

@@ -5,8 +5,8 @@
 namespace dflash {
 namespace {
 
-// A packed weight has more than two dimensions; a plain one is (N, K). A single row's stride may be anything, also the 0
-// that means "packed" to the kernel.
+// A packed weight has more than two dimensions; a plain one is (N, K). A single row's stride may be anything, also the
+// 0 that means "packed" to the kernel.
 int64_t plain_stride(const Tensor& weight) {
   if (weight.dim() != 2) return 0;
   return weight.size(0) == 1 ? weight.size(1) : weight.stride(0);
@@ -40,10 +40,10 @@ void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<T
   launch(lm_head_argmax_kernels, p, {x, weight, scales, bias, out_ids, out_values});
 }
 
-void merge_argmax(const Tensor& values, const Tensor& ids, const Tensor& out_ids, const Tensor& out_values) {
-  const MergeArgmaxParams p{data<const float>(values), data<const int64_t>(ids), values.size(0),
+void combine_argmax(const Tensor& values, const Tensor& ids, const Tensor& out_ids, const Tensor& out_values) {
+  const CombineArgmaxParams p{data<const float>(values), data<const int64_t>(ids), values.size(0),
                             values.size(1),            data<int64_t>(out_ids),   data<float>(out_values)};
-  launch(merge_argmax_kernels, p, {values, ids, out_ids, out_values});
+  launch(combine_argmax_kernels, p, {values, ids, out_ids, out_values});
 }
 
 void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
@@ -56,20 +56,20 @@ void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Ten
   launch(lm_head_topk_kernels, p, {x, weight, scales, bias, out_ids, out_values, out_lse});
 }
 
-void merge_topk(const Tensor& values, const Tensor& ids, const Tensor& lse, const Tensor& out_ids,
+void combine_topk(const Tensor& values, const Tensor& ids, const Tensor& lse, const Tensor& out_ids,
                 const Tensor& out_values, const Tensor& out_lse) {
-  const MergeTopkParams p{data<const float>(values), data<const int64_t>(ids), data<const float>(lse),
+  const CombineTopkParams p{data<const float>(values), data<const int64_t>(ids), data<const float>(lse),
                           values.size(0),            values.size(1),           values.size(2),
                           data<int64_t>(out_ids),    data<float>(out_values),  data<float>(out_lse)};
-  launch(merge_topk_kernels, p, {values, ids, lse, out_ids, out_values, out_lse});
+  launch(combine_topk_kernels, p, {values, ids, lse, out_ids, out_values, out_lse});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("lm_head_argmax", TORCH_BOX(&lm_head_argmax));
-  m.impl("merge_argmax", TORCH_BOX(&merge_argmax));
+  m.impl("combine_argmax", TORCH_BOX(&combine_argmax));
   m.impl("lm_head_topk", TORCH_BOX(&lm_head_topk));
-  m.impl("merge_topk", TORCH_BOX(&merge_topk));
+  m.impl("combine_topk", TORCH_BOX(&combine_topk));
 }
 
 }  // namespace

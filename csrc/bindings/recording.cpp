@@ -1,8 +1,8 @@
 // Recorded steps for Python: their capture and their replay.
 //
-// A capture changes two states of its thread: launches are noted, and torch's stack of dispatch modes has one more. Both
-// change inside this file's functions, between whose instructions Python raises no KeyboardInterrupt, and what `with` has
-// not ended ends when the object goes: an interrupt cannot leave a capture open.
+// A capture changes two states of its thread: launches are noted, and torch's stack of dispatch modes has one more.
+// Both change inside this file's functions, between whose instructions Python raises no KeyboardInterrupt, and what
+// `with` has not ended ends when the object goes: an interrupt cannot leave a capture open.
 #include "bindings/recording.h"
 
 #include <exception>

@@ -2,8 +2,8 @@
 //
 // A step has 150 launches that use several threads. A team starts torch's threads once for all of them: they wait,
 // spinning, for chunks of one launch after the other. A chunk belongs to whoever takes it, so that on a busy machine a
-// thread that is not running delays nobody: with two other programs on two cores, a step of SmolLM2 takes 40 ms this way
-// and 968 ms when every launch waits for its own threads. On an idle machine it saves 1 %.
+// thread that is not running delays nobody: with two other programs on two cores, a step of SmolLM2 takes 40 ms this
+// way and 968 ms when every launch waits for its own threads. On an idle machine it saves 1 %.
 #pragma once
 
 #include <atomic>

@@ -1,6 +1,6 @@
-// Attention in spans of kSpan ABSOLUTE positions. A span is one exact softmax over its visible keys; spans are merged
-// in order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and any
-// thread may do any span: with few rows in flight the context is split over threads, and no bit moves.
+// Attention in splits of kSplit ABSOLUTE positions. A split is one exact softmax over its visible keys; splits are
+// combined in order with the usual rescaling. So a row's arithmetic is fixed by its own position and visible keys, and
+// any thread may do any split: with few rows in flight the context is split over threads, and no bit moves.
 //
 // The keys that a row sees are one interval of positions. Nothing outside it is multiplied by zero: it is skipped, so
 // that NaN in a neighbour's key, or in a page that nobody sees, reaches no row.
@@ -25,7 +25,7 @@ class Attention {
       static_cast<T*>(w.nans)[d] = from_float<T>(NAN);
     }
     for (int64_t i = 0; i < kTile * stride; ++i) w.values[i] = 0.0f;  // the padding past D stays zero
-    for (int j = 0; j < kSpan; ++j) w.key_scale[j] = p.scale;
+    for (int j = 0; j < kSplit; ++j) w.key_scale[j] = p.scale;
   }
 
   void load_queries(const Task& t, const Scratch& w) const {
@@ -46,14 +46,14 @@ class Attention {
       for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(rows[r] + d, D - d));
   }
 
-  // Softmax over span number `span` alone, for all rows of the task. Rows that see nothing of it get sum 0, max -inf.
-  void span(const Task& t, int64_t number, const Scratch& w, const State& out) const {
-    const int64_t base = number * kSpan;
-    int lo[kRows], hi[kRows], begin = kSpan, end = 0;
+  // Softmax over split number `split` alone, for all rows of the task. Rows that see nothing of it get sum 0, max -inf.
+  void split(const Task& t, int64_t number, const Scratch& w, const State& out) const {
+    const int64_t base = number * kSplit;
+    int lo[kRows], hi[kRows], begin = kSplit, end = 0;
     for (int r = 0; r < t.count; ++r) {
       const int64_t i = (t.row0 + r) / group;
-      lo[r] = int(clamp(t.request.first(p, i) - base, 0, kSpan));
-      hi[r] = int(clamp(t.request.last(p, i) - base, 0, kSpan));
+      lo[r] = int(clamp(t.request.first(p, i) - base, 0, kSplit));
+      hi[r] = int(clamp(t.request.last(p, i) - base, 0, kSplit));
       out.max[r] = -INFINITY;
       out.sum[r] = 0.0f;
       if (lo[r] >= hi[r]) continue;
@@ -61,17 +61,17 @@ class Attention {
       end = hi[r] > end ? hi[r] : end;
     }
     if (begin >= end) return;
-    const T *keys[kSpan], *values[kSpan];
+    const T *keys[kSplit], *values[kSplit];
     find_rows(t, base, begin, end, w, keys, values);
     const ValueScale value_scale = scale_cached(t, base, w);
 #if DFLASH_ATTENTION_AMX
     if constexpr (kHasTiles<T>)
-      if (tiles) return span_amx(p, t.count, begin, end, lo, hi, keys, values, value_scale, w, out);
+      if (tiles) return split_amx(p, t.count, begin, end, lo, hi, keys, values, value_scale, w, out);
 #endif
     for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, w);
     for (int r = 0; r < t.count; ++r) {
       for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
-      if (lo[r] < hi[r]) softmax(w.s + r * kSpan, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
+      if (lo[r] < hi[r]) softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
     }
     for (int tile = begin & -kTile; tile < end; tile += kTile) weigh_tile(t, tile, begin, end, lo, hi, values, w, out);
   }
@@ -87,7 +87,7 @@ class Attention {
     }
   }
 
-  void merge(const Task& t, const State& total, const State& part) const {
+  void combine(const Task& t, const State& total, const State& part) const {
     for (int r = 0; r < t.count; ++r) {
       if (part.sum[r] == 0.0f) continue;
       const float m = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
@@ -143,12 +143,12 @@ class Attention {
     }
   }
 
-  // A row of the cache where it is, or an fp8 one in the same numbers of T, as row j of `span`.
+  // A row of the cache where it is, or an fp8 one in the same numbers of T, as row j of `split`.
   const T* cached_row(const void* cache, const int64_t (&strides)[3], int64_t page, int64_t row, int64_t h, int j,
-                      void* span) const {
+                      void* split) const {
     const int64_t at = page * strides[0] + row * strides[1] + h * strides[2];
     if (!p.fp8_cache) return static_cast<const T*>(cache) + at;
-    T* to = static_cast<T*>(span) + j * stride;
+    T* to = static_cast<T*>(split) + j * stride;
     widen_row(static_cast<const fp8*>(cache) + at, to, D);
     return to;
   }
@@ -157,8 +157,8 @@ class Attention {
   ValueScale scale_cached(const Task& t, int64_t base, const Scratch& w) const {
     if (!p.fp8_cache) return {1.0f, 0};
     const float *k = scale_of(p.k_scale, t.h), *v = scale_of(p.v_scale, t.h);
-    const int end = int(clamp(t.request.context - base, 0, kSpan));
-    for (int j = 0; j < kSpan; ++j) w.key_scale[j] = k && j < end ? p.scale * *k : p.scale;
+    const int end = int(clamp(t.request.context - base, 0, kSplit));
+    for (int j = 0; j < kSplit; ++j) w.key_scale[j] = k && j < end ? p.scale * *k : p.scale;
     return {v ? *v : 1.0f, v ? end : 0};
   }
 
@@ -173,7 +173,7 @@ class Attention {
       for (int i = r; i < r + n; ++i) seen |= lo[i] < tile + kTile && hi[i] > tile;
       if (!seen) continue;
       const float *q = w.q + r * stride, *k = w.keys + from;
-      float* s = w.s + r * kSpan + tile + from;
+      float* s = w.s + r * kSplit + tile + from;
       const float* scale = w.key_scale + tile + from;
       const int vectors = (to - from) / W;
       switch (n) {
@@ -201,10 +201,10 @@ class Attention {
       }
       // Keys that only some of the rows see come before and after those that all see; each row keeps its order.
       if (all_hi <= all_lo) all_lo = all_hi = kTile;
-      const float* weights = w.s + r * kSpan + tile;
+      const float* weights = w.s + r * kSplit + tile;
       float* acc = out.acc + r * stride;
       for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSpan, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
+        weigh<1>(weights + i * kSplit, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
                  acc + i * stride);
       switch (n) {
         case 4: weigh<4>(weights, w.values, stride, all_lo, all_hi, acc); break;
@@ -213,7 +213,7 @@ class Attention {
         default: weigh<1>(weights, w.values, stride, all_lo, all_hi, acc);
       }
       for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSpan, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
+        weigh<1>(weights + i * kSplit, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
                  acc + i * stride);
     }
   }
@@ -233,11 +233,11 @@ void run(const AttentionParams& p) {
   if (p.batch == 0 || p.width == 0) return;
   const Plan plan = make_plan(p, stride);
   const int64_t scratch = padded(Scratch::floats(stride, p.fp8_cache)), partial = State::floats(stride);
-  const int64_t floats = plan.threads * scratch + (plan.split ? plan.items * partial + plan.tasks : 0);
+  const int64_t floats = plan.threads * scratch + (plan.by_split ? plan.items * partial + plan.tasks : 0);
   float* memory = static_cast<float*>(t_workspace.get(size_t(floats) * sizeof(float)));
   float* partials = memory + plan.threads * scratch;
   int32_t* done = reinterpret_cast<int32_t*>(partials + plan.items * partial);
-  if (plan.split) std::memset(done, 0, size_t(plan.tasks) * 4);
+  if (plan.by_split) std::memset(done, 0, size_t(plan.tasks) * 4);
   int64_t next_item = 0, next_scratch = 0;
   parallel_for(plan.threads, 1, [&](int64_t, int64_t) {
     const Scratch w(memory + __atomic_fetch_add(&next_scratch, 1, __ATOMIC_RELAXED) * scratch, stride);
@@ -247,27 +247,27 @@ void run(const AttentionParams& p) {
       // The last chunks go first: under a causal mask they are the longest.
       const int64_t item = plan.items - 1 - __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
       if (item < 0) break;
-      const int64_t index = plan.split ? item / plan.spans : item;
+      const int64_t index = plan.by_split ? item / plan.splits : item;
       const int64_t pair = index % (p.batch * p.kv_heads), row0 = index / (p.batch * p.kv_heads) * plan.chunk;
       Task t{Request(p, pair / p.kv_heads), pair % p.kv_heads, row0, 0};
       t.count = int(clamp(t.request.rows * group - row0, 0, plan.chunk));
       if (t.count == 0) continue;
       const State total(w.total, stride);
       attention.load_queries(t, w);
-      if (plan.split) {
-        float* first = partials + index * plan.spans * partial;
-        attention.span(t, plan.first_span + item % plan.spans, w, State(first + item % plan.spans * partial, stride));
-        if (__atomic_add_fetch(&done[index], 1, __ATOMIC_ACQ_REL) < plan.spans) continue;
+      if (plan.by_split) {
+        float* first = partials + index * plan.splits * partial;
+        attention.split(t, plan.first_split + item % plan.splits, w, State(first + item % plan.splits * partial, stride));
+        if (__atomic_add_fetch(&done[index], 1, __ATOMIC_ACQ_REL) < plan.splits) continue;
         attention.start(t, total);
-        for (int64_t s = 0; s < plan.spans; ++s) attention.merge(t, total, State(first + s * partial, stride));
+        for (int64_t s = 0; s < plan.splits; ++s) attention.combine(t, total, State(first + s * partial, stride));
       } else {
         attention.start(t, total);
         const int64_t i0 = row0 / group, i1 = (row0 + t.count - 1) / group;
-        const int64_t lo = t.request.first(p, i0) / kSpan, hi = ceil_div(t.request.last(p, i1), kSpan);
+        const int64_t lo = t.request.first(p, i0) / kSplit, hi = ceil_div(t.request.last(p, i1), kSplit);
         for (int64_t s = lo; s < hi; ++s) {
           const State part(w.partial, stride);
-          attention.span(t, s, w, part);
-          attention.merge(t, total, part);
+          attention.split(t, s, w, part);
+          attention.combine(t, total, part);
         }
       }
       attention.finish(t, total);

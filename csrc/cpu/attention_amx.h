@@ -97,7 +97,7 @@ inline void scores_amx(const KeyRows* keys, const bf16* queries, int rows, int D
       if (r >= rows) break;
       Vec y = x[r] * load(scale + j);
       if (softcap > 0) y = vtanh(y / set1(softcap)) * set1(softcap);
-      store(s + r * kSpan + j, y);
+      store(s + r * kSplit + j, y);
     }
   }
 }
@@ -134,7 +134,7 @@ inline bool pack_values(const bf16* const* rows, int begin, int end, int D, bf16
   return bad != 0;
 }
 
-// acc[row][d] = weights (rows, kSpan) times packed values over the groups that hold keys [begin, end).
+// acc[row][d] = weights (rows, kSplit) times packed values over the groups that hold keys [begin, end).
 inline void weigh_amx(const bf16* weights, const bf16* pairs, int begin, int end, bool two, int D, int64_t stride,
                       float* acc) {
   const int from = begin / kGroup, to = (end + kGroup - 1) / kGroup;
@@ -146,13 +146,13 @@ inline void weigh_amx(const bf16* weights, const bf16* pairs, int begin, int end
     _tile_zero(3);
     for (int g = from; g < to; ++g) {
       const bf16* v = pairs + (g * (D / 16) + d / 16) * 512;
-      _tile_loadd(4, weights + g * kGroup, kSpan * 2);
+      _tile_loadd(4, weights + g * kGroup, kSplit * 2);
       _tile_loadd(6, v, 64);
       _tile_loadd(7, v + 512, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if (!two) continue;
-      _tile_loadd(5, weights + 16 * kSpan + g * kGroup, kSpan * 2);
+      _tile_loadd(5, weights + 16 * kSplit + g * kGroup, kSplit * 2);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -168,8 +168,8 @@ inline void prefetch_row(const bf16* row, int D) {
   for (int d = 0; d < D; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
 }
 
-// One span for `count` rows: row r sees keys [lo[r], hi[r]), and [begin, end) is what they see together.
-inline void span_amx(const AttentionParams& p, int count, int begin, int end, const int* lo, const int* hi,
+// One split for `count` rows: row r sees keys [lo[r], hi[r]), and [begin, end) is what they see together.
+inline void split_amx(const AttentionParams& p, int count, int begin, int end, const int* lo, const int* hi,
                      const bf16* const* keys, const bf16* const* values, const ValueScale& value_scale,
                      const Scratch& w, const State& out) {
   const int D = int(p.head_dim);
@@ -186,16 +186,16 @@ inline void span_amx(const AttentionParams& p, int count, int begin, int end, co
     KeyRows sixteens[kTile / 16];
     for (int i = 0; i < kTile / 16; ++i) sixteens[i] = sixteen_keys(keys + tile + 16 * i, D, rows + 16 * i * D);
     for (int r = 0; r < count; r += 16)
-      scores_amx(sixteens, w.packed_q + r * D, count - r, D, w.key_scale + tile, p.softcap, w.s + r * kSpan + tile);
+      scores_amx(sixteens, w.packed_q + r * D, count - r, D, w.key_scale + tile, p.softcap, w.s + r * kSplit + tile);
   }
   const bool two = count > 16;
   bool all_see_all = true;
-  std::memset(w.weights, 0, size_t(two ? 32 : 16) * kSpan * sizeof(bf16));
+  std::memset(w.weights, 0, size_t(two ? 32 : 16) * kSplit * sizeof(bf16));
   for (int r = 0; r < count; ++r) {
     all_see_all &= lo[r] == begin && hi[r] == end;
     if (lo[r] >= hi[r]) continue;
-    softmax(w.s + r * kSpan, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
-    for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSpan + j, load(w.s + r * kSpan + j));
+    softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
+    for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSplit + j, load(w.s + r * kSplit + j));
   }
   if (!pack_values(values, begin, end, D, w.packed_v) || all_see_all)
     return weigh_amx(w.weights, w.packed_v, begin, end, two, D, stride, out.acc);

@@ -9,7 +9,7 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-constexpr int kSpan = 256;  // positions per softmax; spans start at multiples of kSpan
+constexpr int kSplit = 256;  // positions per softmax; splits start at multiples of kSplit
 constexpr int kChain = 64;  // dimensions per chain of multiply-adds: longer ones round visibly worse in float32
 constexpr int kTile = 64;   // keys converted at a time: small enough for the first-level cache
 constexpr int W = Vec::W;
@@ -132,7 +132,7 @@ inline void scores(const float* q, int64_t q_stride, const float* kt, int D, con
     }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) {
-        float* to = s + r * kSpan + n * W;
+        float* to = s + r * kSplit + n * W;
         Vec x = begin ? load(to) + acc[r][n] : acc[r][n];
         if (end == D) x = x * load(scale + n * W);
         if (end == D && softcap > 0) x = vtanh(x / set1(softcap)) * set1(softcap);
@@ -154,9 +154,10 @@ inline void scores(const float* q, int64_t q_stride, const float* kt, int vector
   if (n < vectors) scores<R, 1>(q, q_stride, kt + n * W, D, scale + n * W, softcap, s + n * W);
 }
 
-// ---- softmax of one row over the visible keys [lo, hi) of a span ----------------------------------------------------
+// ---- softmax of one row over the visible keys [lo, hi) of a split
+// ----------------------------------------------------
 
-// What the weights of a span's first keys, those of an fp8 cache, take of its values' scale. None: no such keys.
+// What the weights of a split's first keys, those of an fp8 cache, take of its values' scale. None: no such keys.
 struct ValueScale {
   float factor;
   int end;
@@ -196,7 +197,7 @@ inline void weigh(const float* p, const float* v, int64_t stride, int begin, int
     Vec value[N];
     for (int n = 0; n < N; ++n) value[n] = load(v + j * stride + n * W);
     for (int r = 0; r < R; ++r) {
-      const Vec x = set1(p[r * kSpan + j]);
+      const Vec x = set1(p[r * kSplit + j]);
       for (int n = 0; n < N; ++n) a[r][n] = fma(x, value[n], a[r][n]);
     }
   }

@@ -46,32 +46,32 @@ struct Task {
   int count;
 };
 
-// One thread's buffers. The bf16 ones are AMX's, the last two hold a span of an fp8 cache.
+// One thread's buffers. The bf16 ones are AMX's, the last two hold a split of an fp8 cache.
 struct Scratch {
   float *q, *s, *partial, *total, *keys, *values, *key_scale;
   void *zeros, *nans;
   bf16 *packed_q, *weights, *packed_v;
   void *cached_k, *cached_v;
   static int64_t floats(int64_t stride, bool fp8_cache) {
-    return kRows * (3 * stride + kSpan + 4) + (2 * kTile + 2) * stride + kSpan +
-           (kRows * (stride + kSpan) + kSpan * stride) / 2 + (fp8_cache ? 2 * kSpan * stride : 0);
+    return kRows * (3 * stride + kSplit + 4) + (2 * kTile + 2) * stride + kSplit +
+           (kRows * (stride + kSplit) + kSplit * stride) / 2 + (fp8_cache ? 2 * kSplit * stride : 0);
   }
   Scratch(float* base, int64_t stride) {
     const auto take = [&](int64_t n) { return (base += n) - n; };
     q = take(kRows * stride);
     partial = take(kRows * (stride + 2));
     total = take(kRows * (stride + 2));
-    s = take(kRows * kSpan);
+    s = take(kRows * kSplit);
     keys = take(kTile * stride);
     values = take(kTile * stride);
     zeros = take(stride);
     nans = take(stride);
     packed_q = reinterpret_cast<bf16*>(take(kRows * stride / 2));
-    weights = reinterpret_cast<bf16*>(take(kRows * kSpan / 2));
-    packed_v = reinterpret_cast<bf16*>(take(kSpan * stride / 2));
-    key_scale = take(kSpan);
+    weights = reinterpret_cast<bf16*>(take(kRows * kSplit / 2));
+    packed_v = reinterpret_cast<bf16*>(take(kSplit * stride / 2));
+    key_scale = take(kSplit);
     cached_k = base;
-    cached_v = base + kSpan * stride;
+    cached_v = base + kSplit * stride;
   }
 };
 
@@ -86,9 +86,9 @@ thread_local ThreadMemory t_workspace;
 
 // How the call is cut into items, and what they share.
 struct Plan {
-  int64_t chunk, chunks, tasks, first_span, spans, items;
+  int64_t chunk, chunks, tasks, first_split, splits, items;
   int threads;
-  bool split;
+  bool by_split;
 };
 
 constexpr int64_t kMaxPartials = int64_t{32} << 20;  // floats: 128 MiB; beyond it tasks alone are spread over threads
@@ -101,21 +101,21 @@ Plan make_plan(const AttentionParams& p, int64_t stride) {
     if (request.rows == 0) continue;
     const int64_t lo = request.first(p, 0), hi = request.last(p, request.rows - 1);
     if (lo >= hi) continue;
-    first = lo / kSpan < first ? lo / kSpan : first;
-    last = ceil_div(hi, kSpan) > last ? ceil_div(hi, kSpan) : last;
+    first = lo / kSplit < first ? lo / kSplit : first;
+    last = ceil_div(hi, kSplit) > last ? ceil_div(hi, kSplit) : last;
     work += (request.rows * p.heads + 4 * p.kv_heads) * (hi - lo) * stride;
   }
   Plan plan{};
   plan.chunks = ceil_div(rows, kRows);
   plan.chunk = (ceil_div(rows, plan.chunks) + 3) & -4;
   plan.tasks = p.batch * p.kv_heads * plan.chunks;
-  plan.first_span = first < last ? first : 0;
-  plan.spans = first < last ? last - first : 0;
+  plan.first_split = first < last ? first : 0;
+  plan.splits = first < last ? last - first : 0;
   constexpr int64_t kWorthAThread = 100000;  // multiply-adds: about the cost of waking one
   plan.threads = int(clamp(work / kWorthAThread, 1, num_threads()));
-  plan.split = plan.threads > 1 && plan.spans > 1 && plan.tasks < 4 * plan.threads &&
-               plan.tasks * plan.spans * State::floats(stride) <= kMaxPartials;
-  plan.items = plan.split ? plan.tasks * plan.spans : plan.tasks;
+  plan.by_split = plan.threads > 1 && plan.splits > 1 && plan.tasks < 4 * plan.threads &&
+               plan.tasks * plan.splits * State::floats(stride) <= kMaxPartials;
+  plan.items = plan.by_split ? plan.tasks * plan.splits : plan.tasks;
   plan.threads = int(clamp(plan.threads, 1, plan.items));
   return plan;
 }

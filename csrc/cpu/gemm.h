@@ -48,7 +48,8 @@ inline void pack_block(const T* w, int64_t stride, int64_t n0, int64_t N, int64_
     for (int j = 0; j < kBlock; ++j) to[k * kBlock + j] = n0 + j < N ? w[(n0 + j) * stride + k] : T{};
 }
 
-// ---- rows of x, as the micro-kernels want them -----------------------------------------------------------------------
+// ---- rows of x, as the micro-kernels want them
+// -----------------------------------------------------------------------
 
 // float32, zero past K
 template <class T>
@@ -145,7 +146,8 @@ inline void tile(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, 
   }
 }
 
-// ---- the walk over blocks --------------------------------------------------------------------------------------------
+// ---- the walk over blocks
+// --------------------------------------------------------------------------------------------
 
 // Calls epilogue(c, ldc, r0, rows, n0) for every tile: c holds float32 sums, row r of the tile at c + r * ldc, for
 // output rows r0 ... r0 + rows and outputs n0 ... n0 + 16.

@@ -7,7 +7,8 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-// The winners of rows [r0, r0 + rows) among the blocks that one thread sees, merged into p.ids and p.values under a lock.
+// The winners of rows [r0, r0 + rows) among the blocks that one thread sees, combined into p.ids and p.values under a
+// lock.
 template <class T>
 struct ArgmaxEpilogue {
   const LmHeadArgmaxParams& p;
@@ -34,12 +35,12 @@ struct ArgmaxEpilogue {
     }
   }
   void start(int64_t panel) {
-    merge();
+    combine();
     first = panel;
     count = 0;
     for (int r = 0; r < kPanelRows; ++r) best[r] = {-INFINITY, kNoId};
   }
-  void merge() {
+  void combine() {
     if (first < 0) return;
     while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE)) {}
     for (int r = 0; r < count; ++r)
@@ -58,7 +59,7 @@ void run(const LmHeadArgmaxParams& p) {
   parallel_for(blocks, gemm_grain(g), [&](int64_t begin, int64_t end) {
     ArgmaxEpilogue<T> epilogue{p, &lock, -1, 0, {}};
     gemm_blocks<T>(g, begin, end, epilogue);
-    epilogue.merge();
+    epilogue.combine();
   });
   for (int64_t r = 0; r < g.rows; ++r) p.ids[r] += p.id_offset;
 }
@@ -73,7 +74,7 @@ void lm_head_argmax(const LmHeadArgmaxParams& p) {
   }
 }
 
-void merge_argmax(const MergeArgmaxParams& p) {
+void combine_argmax(const CombineArgmaxParams& p) {
   for (int64_t r = 0; r < p.rows; ++r) {
     Best best{p.values[r], p.ids[r]};
     for (int64_t s = 1; s < p.shards; ++s)

@@ -21,7 +21,7 @@ struct LmHeadArgmaxParams {
 };
 
 // ids[r], values[r] = the winner of row r among shards' winners, which lie (shards, rows) one after the other.
-struct MergeArgmaxParams {
+struct CombineArgmaxParams {
   const float* values;
   const int64_t* ids;
   int64_t shards, rows;
@@ -38,7 +38,7 @@ struct LmHeadTopkParams {
 };
 
 // The same from those of shards, which lie (shards, rows, k) and (shards, rows).
-struct MergeTopkParams {
+struct CombineTopkParams {
   const float* values;
   const int64_t* ids;
   const float* lse;
@@ -50,6 +50,6 @@ struct MergeTopkParams {
 }  // namespace dflash
 
 DFLASH_DECLARE_BF16_KERNEL(lm_head_argmax, LmHeadArgmaxParams)
-DFLASH_DECLARE_BF16_KERNEL(merge_argmax, MergeArgmaxParams)
+DFLASH_DECLARE_BF16_KERNEL(combine_argmax, CombineArgmaxParams)
 DFLASH_DECLARE_BF16_KERNEL(lm_head_topk, LmHeadTopkParams)
-DFLASH_DECLARE_BF16_KERNEL(merge_topk, MergeTopkParams)
+DFLASH_DECLARE_BF16_KERNEL(combine_topk, CombineTopkParams)

@@ -1,10 +1,10 @@
 // The head's K best tokens and the log-sum-exp of its logits, which never leave the cache.
 //
 // The K best are the same in whatever order they are found, as no two candidates are equal: each thread keeps its own,
-// and they are merged at the end. A sum is not, so the vocabulary is cut into units of kUnit blocks, counted from its
-// start: a unit's logits meet in a buffer of the thread that computes them all, which takes their maximum and the sum of
-// exponentials below it, and the units are added in order. So lse depends on its row of x and on the weight, not on the
-// other rows or on how the units are shared out. A unit whose maximum is below the K-th best holds no candidate.
+// and they are combined at the end. A sum is not, so the vocabulary is cut into units of kUnit blocks, counted from its
+// start: a unit's logits meet in a buffer of the thread that computes them all, which takes their maximum and the sum
+// of exponentials below it, and the units are added in order. So lse depends on its row of x and on the weight, not on
+// the other rows or on how the units are shared out. A unit whose maximum is below the K-th best holds no candidate.
 #include "cpu/argmax.h"
 #include "cpu/gemm.h"
 #include "cpu/lm_head.h"
@@ -58,7 +58,7 @@ class TopkEpilogue {
     }
   }
 
-  void merge() {
+  void combine() {
     if (panel_ < 0) return;
     const int64_t rows = p_.logits.gemm.rows - panel_ < kPanelRows ? p_.logits.gemm.rows - panel_ : kPanelRows;
     while (__atomic_exchange_n(&found_.lock, 1, __ATOMIC_ACQUIRE)) {}
@@ -70,7 +70,7 @@ class TopkEpilogue {
 
  private:
   void start(int64_t panel) {
-    merge();
+    combine();
     panel_ = panel;
     for (int64_t i = 0; i < panel_rows_ * p_.k; ++i) best_[i] = {-INFINITY, kNoId};
   }
@@ -136,7 +136,7 @@ void run(const LmHeadTopkParams& p) {
     const int64_t begin = from * kUnit, end = to * kUnit < blocks ? to * kUnit : blocks;
     TopkEpilogue<T> epilogue(p, found, begin, end);
     gemm_blocks<T, kUnit>(g, begin, end, epilogue);
-    epilogue.merge();
+    epilogue.combine();
   });
   for (int64_t i = 0; i < g.rows * p.k; ++i)
     p.ids[i] = found.best[i].index + p.id_offset, p.values[i] = found.best[i].value;
@@ -154,7 +154,7 @@ void lm_head_topk(const LmHeadTopkParams& p) {
   }
 }
 
-void merge_topk(const MergeTopkParams& p) {
+void combine_topk(const CombineTopkParams& p) {
   parallel_for(p.rows, 1 + 4096 / (p.shards * p.k), [&](int64_t begin, int64_t end) {
     static thread_local ThreadMemory memory;
     Best* best = static_cast<Best*>(memory.get(p.k * sizeof(Best)));

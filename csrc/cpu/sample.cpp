@@ -16,7 +16,7 @@ int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // What is known of one row of one request, in the workspace.
 struct Ready {
-  Law law, drafted;
+  Distribution distribution, drafted;
   float *tops, *masses, *drafted_tops, *rest;
 };
 
@@ -68,7 +68,7 @@ struct Request {
     Ready r;
     float* at = memory(i);
     const int64_t chunks = ceil_div(p.vocab, kChunk);
-    std::memcpy(&r.law, at, 2 * sizeof(Law));
+    std::memcpy(&r.distribution, at, 2 * sizeof(Distribution));
     r.tops = at + 16;
     r.masses = r.tops + chunks;
     r.drafted_tops = r.masses + chunks;
@@ -83,14 +83,14 @@ struct Request {
       return;
     }
     Ready r = ready(i);
-    r.law = law_of(row(i), filters, r.tops, r.masses);
+    r.distribution = distribution_of(row(i), filters, r.tops, r.masses);
     if (one_hot()) {
-      tokens()[i] = draw(row(i), r.law, r.tops, r.masses, u(i, Purpose::sample));
+      tokens()[i] = draw(row(i), r.distribution, r.tops, r.masses, u(i, Purpose::sample));
       return;
     }
     if (p.draft_logits.data && i + 1 < width)
-      r.drafted = law_of(drafted_row(i), {filters.temperature, 0, 1.0f, 0.0f}, r.drafted_tops, r.rest);
-    std::memcpy(memory(i), &r.law, 2 * sizeof(Law));
+      r.drafted = distribution_of(drafted_row(i), {filters.temperature, 0, 1.0f, 0.0f}, r.drafted_tops, r.rest);
+    std::memcpy(memory(i), &r.distribution, 2 * sizeof(Distribution));
   }
 
   // Prepares rows up to i, `threads` of them at a time, so that those that no one asks for are mostly not read.
@@ -110,14 +110,14 @@ struct Request {
     const Ready r = ready(i);
     const Row logits = row(i);
     const Drafted q = drafted(i, r);
-    const Residual left{logits, r.law, r.tops, r.masses, q, share};
+    const Residual left{logits, r.distribution, r.tops, r.masses, q, share};
     const double total = left.measure(r.rest);
     if (token) *token = total > 0.0 ? left.draw(r.rest, total, u(i, Purpose::sample)) : own(i);
     return total;
   }
   int64_t own(int64_t i) const {
     const Ready r = ready(i);
-    return draw(row(i), r.law, r.tops, r.masses, u(i, Purpose::sample));
+    return draw(row(i), r.distribution, r.tops, r.masses, u(i, Purpose::sample));
   }
 
   int64_t by_answer(int64_t& last) const {
@@ -132,7 +132,7 @@ struct Request {
     int64_t done = 0, i = 0;
     for (need(0, done); i + 1 < width; need(++i, done)) {
       const Ready r = ready(i);
-      const double px = mass_at(row(i), r.law, r.tops, draft(i)), qx = drafted(i, r).at(draft(i));
+      const double px = mass_at(row(i), r.distribution, r.tops, draft(i)), qx = drafted(i, r).at(draft(i));
       if (u(i, Purpose::accept) * qx < px) continue;
       residual(i, 1.0, &last);
       return i;
@@ -148,7 +148,7 @@ struct Request {
     for (int64_t i = 1; i < width; ++i) {
       need(i - 1, done);
       const Ready r = ready(i - 1);
-      const double px = mass_at(row(i - 1), r.law, r.tops, draft(i - 1)), qx = drafted(i - 1, r).at(draft(i - 1));
+      const double px = mass_at(row(i - 1), r.distribution, r.tops, draft(i - 1)), qx = drafted(i - 1, r).at(draft(i - 1));
       kept *= qx > 0.0 ? px / qx : px > 0.0 ? INFINITY : 0.0;
       if (!(kept > 0.0)) break;
       double odds = kept = kept < 1.0 ? kept : 1.0;
@@ -205,11 +205,11 @@ void sample_draft(const SampleDraftParams& p) {
       const Row row{p.values + r * k, Dtype::f32, k, nullptr, 1.0f, nullptr, nullptr};
       const Filters filters = filters_of(p.sampling, b);
       const bool greedy = double(filters.temperature) < kGreedy;
-      const Law law = greedy ? Law{1.0, argmax_of(row), 0.0f, 0.0f, 0.0f, 0.0f} : law_of(row, filters, tops, masses);
+      const Distribution distribution = greedy ? Distribution{1.0, argmax_of(row), 0.0f, 0.0f, 0.0f, 0.0f} : distribution_of(row, filters, tops, masses);
       const double u = uniform(p.sampling.seeds[b], start + 1 + slot, Purpose::draft, start);
-      const int64_t chosen = draw(row, law, tops, masses, u);
+      const int64_t chosen = draw(row, distribution, tops, masses, u);
       p.out_ids[b * p.out_stride + slot] = p.ids[r * k + chosen];
-      for (int64_t i = 0; i < k; ++i) p.out_probs[r * k + i] = float(mass_at(row, law, tops, i));
+      for (int64_t i = 0; i < k; ++i) p.out_probs[r * k + i] = float(mass_at(row, distribution, tops, i));
     }
   });
 }

@@ -1,8 +1,8 @@
-// The law that one row of logits gives its token: a floor below which nothing is drawn, and the mass above it.
+// The distribution that one row of logits gives its token: a floor below which nothing is drawn, and the mass above it.
 //
 // Memory is read once, for the chunks' maxima and sums. What follows looks again only at chunks that can matter, while
-// they are in the cache: filters are thresholds on the logit, and a threshold is found by counting, or weighing, in bins
-// of order-preserving keys that narrow from level to level. Sums go by a token's index and by nothing else.
+// they are in the cache: filters are thresholds on the logit, and a threshold is found by counting, or weighing, in
+// bins of order-preserving keys that narrow from level to level. Sums go by a token's index and by nothing else.
 #pragma once
 
 #include "cpu/sample_row.h"
@@ -21,12 +21,12 @@ struct Filters {
 
 // What is off is 0, 1 and 0.
 inline Filters filters_of(const SamplingRecord& s, int64_t b) {
-  const float heat = s.temperature[b] > kLargest ? kLargest : s.temperature[b];
-  return {heat, s.top_k ? s.top_k[b] : 0, s.top_p ? s.top_p[b] : 1.0f, s.min_p ? s.min_p[b] : 0.0f};
+  const float temp = s.temperature[b] > kLargest ? kLargest : s.temperature[b];
+  return {temp, s.top_k ? s.top_k[b] : 0, s.top_p ? s.top_p[b] : 1.0f, s.min_p ? s.min_p[b] : 0.0f};
 }
 
 // A token v of chunk c has mass exp((x_v - tops[c]) / temperature) * scale(c), if x_v is at least `floor`.
-struct Law {
+struct Distribution {
   double total;
   int64_t fixed;  // the one token that has everything, or -1
   float top, floor;
@@ -36,15 +36,15 @@ struct Law {
     return chunk_top == top ? 1.0 : std::exp((double(chunk_top) - double(top)) / double(temperature));
   }
 };
-static_assert(sizeof(Law) == 32, "two of them are a row's header in the workspace");
+static_assert(sizeof(Distribution) == 32, "two of them are a row's header in the workspace");
 
 // The weight of logits against the largest of their chunk, or of the row. Where that is +inf, it takes all.
 struct Weigher {
   Vec top, inverse, floor;
   bool infinite;
 
-  Weigher(const Law& law, float against)
-      : top(set1(against)), inverse(set1(law.inverse)), floor(set1(law.floor)), infinite(against == INFINITY) {}
+  Weigher(const Distribution& distribution, float against)
+      : top(set1(against)), inverse(set1(distribution.inverse)), floor(set1(distribution.floor)), infinite(against == INFINITY) {}
   Vec operator()(Vec x) const {
     const Vec clean = vmax(x, set1(-INFINITY));
     const Vec w = infinite ? select_lt(clean, top, set1(0.0f), set1(1.0f)) : vexp_negative((x - top) * inverse);
@@ -77,18 +77,19 @@ float sum_of(const T* x, int n, const Weigher& weigh) {
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// masses[c] = mass of each chunk above the law's floor, from sums that were taken already or from another look.
-inline void weigh_chunks(const Row& row, Law& law, const float* tops, float* masses, bool summed) {
-  law.total = 0.0;
+// masses[c] = mass of each chunk above the distribution's floor, from sums that were taken already or from another
+// look.
+inline void weigh_chunks(const Row& row, Distribution& distribution, const float* tops, float* masses, bool summed) {
+  distribution.total = 0.0;
   for (int64_t c = 0; c < row.chunks(); ++c) {
-    if (tops[c] < law.floor || tops[c] == -INFINITY) {
+    if (tops[c] < distribution.floor || tops[c] == -INFINITY) {
       masses[c] = 0.0f;
       continue;
     }
     if (!summed)
-      with_chunk(row, c, [&](const auto* x, int n, int64_t) { masses[c] = sum_of(x, n, Weigher(law, tops[c])); });
-    masses[c] = float(masses[c] * law.scale(tops[c]));
-    law.total += masses[c];
+      with_chunk(row, c, [&](const auto* x, int n, int64_t) { masses[c] = sum_of(x, n, Weigher(distribution, tops[c])); });
+    masses[c] = float(masses[c] * distribution.scale(tops[c]));
+    distribution.total += masses[c];
   }
 }
 
@@ -103,8 +104,8 @@ inline float value_of(uint32_t key) { return bits_to_float(key & 0x80000000u ? k
 
 constexpr int kBinBits = 11, kFewBinBits = 7;
 
-// Keys from low to high in at most 2^bits bins of 2^shift keys each. A short row is better looked at once more than given
-// many bins.
+// Keys from low to high in at most 2^bits bins of 2^shift keys each. A short row is better looked at once more than
+// given many bins.
 struct Range {
   uint32_t low, high;
   int bits, shift;
@@ -139,11 +140,11 @@ void fill_bins(const Row& row, const float* tops, const Range& range, const Weig
 // The smallest value v >= low such that what is larger than v, up to `high`, is less than `goal` tokens; by mass, less
 // than `goal` of mass in units of the row's largest weight. goal < 0: that share, negated, of all from low to high.
 template <bool Mass>
-float threshold(const Row& row, const float* tops, const Law& law, float low, float high, double goal) {
+float threshold(const Row& row, const float* tops, const Distribution& distribution, float low, float high, double goal) {
   alignas(64) double bins[1 << kBinBits];
   Range range(row.size, key_of(low + 0.0f), key_of(high + 0.0f));
   for (double above = 0.0;;) {
-    fill_bins<Mass>(row, tops, range, Weigher(law, law.top), bins);
+    fill_bins<Mass>(row, tops, range, Weigher(distribution, distribution.top), bins);
     int64_t b = (range.high - range.low) >> range.shift;
     if (goal < 0.0) {
       double all = 0.0;
@@ -159,61 +160,61 @@ float threshold(const Row& row, const float* tops, const Law& law, float low, fl
 }
 
 // Below the k-th largest of the chunks' maxima there are no k largest tokens.
-inline float top_k_floor(const Row& row, const float* tops, const Law& law, int64_t k) {
-  float low = law.floor;
+inline float top_k_floor(const Row& row, const float* tops, const Distribution& distribution, int64_t k) {
+  float low = distribution.floor;
   if (k <= row.chunks()) {
     const Row maxima{tops, Dtype::f32, row.chunks(), nullptr, 0.0f, nullptr, nullptr};
-    const float found = threshold<false>(maxima, nullptr, law, low, law.top, double(k));
+    const float found = threshold<false>(maxima, nullptr, distribution, low, distribution.top, double(k));
     low = found > low ? found : low;
   }
-  return threshold<false>(row, tops, law, low, law.top, double(k));
+  return threshold<false>(row, tops, distribution, low, distribution.top, double(k));
 }
 
-inline float min_p_floor(const Law& law, float min_p) {
-  if (min_p >= 1.0f) return law.top;
-  const double exact = double(law.top) + double(law.temperature) * std::log(double(min_p));
+inline float min_p_floor(const Distribution& distribution, float min_p) {
+  if (min_p >= 1.0f) return distribution.top;
+  const double exact = double(distribution.top) + double(distribution.temperature) * std::log(double(min_p));
   const float near = float(exact);
   return double(near) < exact ? value_of(key_of(near) + 1) : near;
 }
 
 // The smallest tokens whose weights cannot add up to 1 - p of the whole are dropped unseen; half of that, for rounding.
-inline float top_p_low(const Row& row, const Law& law, float top_p) {
-  const double weight = (1.0 - double(top_p)) * law.total / (2.0 * double(row.size));
-  return float(double(law.top) + double(law.temperature) * std::log(weight));
+inline float top_p_low(const Row& row, const Distribution& distribution, float top_p) {
+  const double weight = (1.0 - double(top_p)) * distribution.total / (2.0 * double(row.size));
+  return float(double(distribution.top) + double(distribution.temperature) * std::log(weight));
 }
 
 // Fills tops and masses, one a chunk. The row must not be greedy.
-inline Law law_of(const Row& row, const Filters& f, float* tops, float* masses) {
+inline Distribution distribution_of(const Row& row, const Filters& f, float* tops, float* masses) {
   const bool by_count = f.top_k > 0 && f.top_k < row.size, by_mass = f.top_p < 1.0f, by_share = f.min_p > 0.0f;
   const bool sum = !by_count && !by_share;
-  Law law{0.0, -1, -INFINITY, -INFINITY, f.temperature, 1.0f / f.temperature};
+  Distribution distribution{0.0, -1, -INFINITY, -INFINITY, f.temperature, 1.0f / f.temperature};
   for (int64_t c = 0; c < row.chunks(); ++c) {
     prefetch_chunk(row, c + 2);
     with_chunk(row, c, [&](const auto* x, int n, int64_t) {
       tops[c] = top_of(x, n);
-      if (sum && tops[c] > -INFINITY) masses[c] = sum_of(x, n, Weigher(law, tops[c]));
-      law.top = tops[c] > law.top ? tops[c] : law.top;
+      if (sum && tops[c] > -INFINITY) masses[c] = sum_of(x, n, Weigher(distribution, tops[c]));
+      distribution.top = tops[c] > distribution.top ? tops[c] : distribution.top;
     });
   }
-  if (law.top == -INFINITY) {
-    law.fixed = argmax_of(row);
-    return law;
+  if (distribution.top == -INFINITY) {
+    distribution.fixed = argmax_of(row);
+    return distribution;
   }
-  if (sum) weigh_chunks(row, law, tops, masses, true);
-  if (law.top == INFINITY || (sum && !by_mass)) {
-    if (!sum) weigh_chunks(row, law, tops, masses, false);
-    return law;
+  if (sum) weigh_chunks(row, distribution, tops, masses, true);
+  if (distribution.top == INFINITY || (sum && !by_mass)) {
+    if (!sum) weigh_chunks(row, distribution, tops, masses, false);
+    return distribution;
   }
-  if (by_share) law.floor = min_p_floor(law, f.min_p);
-  if (by_count) law.floor = top_k_floor(row, tops, law, f.top_k);
+  if (by_share) distribution.floor = min_p_floor(distribution, f.min_p);
+  if (by_count) distribution.floor = top_k_floor(row, tops, distribution, f.top_k);
   if (by_mass) {
     const double share = f.top_p > 0.0f ? double(f.top_p) : 0.0;
-    const float low = sum ? top_p_low(row, law, f.top_p) : law.floor;
-    law.floor = share == 0.0 ? law.top
-                             : threshold<true>(row, tops, law, low, law.top, sum ? share * law.total : -share);
+    const float low = sum ? top_p_low(row, distribution, f.top_p) : distribution.floor;
+    distribution.floor = share == 0.0 ? distribution.top
+                             : threshold<true>(row, tops, distribution, low, distribution.top, sum ? share * distribution.total : -share);
   }
-  weigh_chunks(row, law, tops, masses, false);
-  return law;
+  weigh_chunks(row, distribution, tops, masses, false);
+  return distribution;
 }
 
 }  // namespace

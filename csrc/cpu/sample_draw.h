@@ -1,4 +1,5 @@
-// Drawing: a token from a row's law, or from what the law has over the proposal that a draft came from.
+// Drawing: a token from a row's distribution, or from what the distribution has over the proposal that a draft came
+// from.
 #pragma once
 
 #include "cpu/sample_distribution.h"
@@ -6,17 +7,17 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-inline double mass_at(const Row& row, const Law& law, const float* tops, int64_t token) {
-  if (law.fixed >= 0) return token == law.fixed ? 1.0 : 0.0;
+inline double mass_at(const Row& row, const Distribution& distribution, const float* tops, int64_t token) {
+  if (distribution.fixed >= 0) return token == distribution.fixed ? 1.0 : 0.0;
   const float top = tops[token / kChunk];
   if (top == -INFINITY) return 0.0;
   float weight[Vec::W];
-  store(weight, Weigher(law, top)(set1(value_at(row, token))));
-  return weight[0] * law.scale(top) / law.total;
+  store(weight, Weigher(distribution, top)(set1(value_at(row, token))));
+  return weight[0] * distribution.scale(top) / distribution.total;
 }
 
-// The first chunk that brings the running sum of masses above `goal`, and what is left of the goal there. Where rounding
-// leaves none, the last one that has any.
+// The first chunk that brings the running sum of masses above `goal`, and what is left of the goal there. Where
+// rounding leaves none, the last one that has any.
 inline int64_t find_chunk(const float* masses, int64_t chunks, double goal, double* rest) {
   double sum = 0.0;
   int64_t last = 0;
@@ -43,31 +44,31 @@ inline int64_t find_token(const float* weights, int n, double goal) {
 }
 
 // The first token with a cumulative mass above u times the total.
-inline int64_t draw(const Row& row, const Law& law, const float* tops, const float* masses, double u) {
-  if (law.fixed >= 0) return law.fixed;
+inline int64_t draw(const Row& row, const Distribution& distribution, const float* tops, const float* masses, double u) {
+  if (distribution.fixed >= 0) return distribution.fixed;
   double rest = 0.0;
-  const int64_t c = find_chunk(masses, row.chunks(), u * law.total, &rest);
+  const int64_t c = find_chunk(masses, row.chunks(), u * distribution.total, &rest);
   int64_t token = 0;
   with_chunk(row, c, [&](const auto* x, int n, int64_t first) {
     alignas(64) float weights[kChunk];
-    const Weigher weigh(law, tops[c]);
+    const Weigher weigh(distribution, tops[c]);
     for (int i = 0; i < n; i += Vec::W) store(weights + i, weigh(load(x + i)));
-    token = first + find_token(weights, n, rest / law.scale(tops[c]));
+    token = first + find_token(weights, n, rest / distribution.scale(tops[c]));
   });
   return token;
 }
 
-// The law q of one slot's draft in one of the forms it comes in; `probs` alone is dense.
+// The distribution q of one slot's draft in one of the forms it comes in; `probs` alone is dense.
 struct Drafted {
   const float* probs;
   const int64_t* ids;
   int64_t candidates, vocab;
   Row row;  // row.x null: not logits
-  Law law;
+  Distribution distribution;
   const float* tops;
 
   double at(int64_t token) const {
-    if (row.x) return mass_at(row, law, tops, token);
+    if (row.x) return mass_at(row, distribution, tops, token);
     if (!ids) return probs[token];
     double sum = 0.0;
     for (int64_t k = 0; k < candidates; ++k)
@@ -78,10 +79,10 @@ struct Drafted {
   // q of the n tokens of chunk c, zero beyond the vocabulary; false where there is none, and then nothing is written.
   bool fill(int64_t c, int n, float* q) const {
     const int64_t first = c * kChunk;
-    if (row.x && law.fixed < 0) {
-      const float factor = float(law.scale(tops[c]) / law.total);
+    if (row.x && distribution.fixed < 0) {
+      const float factor = float(distribution.scale(tops[c]) / distribution.total);
       if (tops[c] == -INFINITY || factor == 0.0f) return false;
-      const Weigher weigh(law, tops[c]);
+      const Weigher weigh(distribution, tops[c]);
       with_chunk(row, c, [&](const auto* x, int, int64_t) {
         for (int i = 0; i < n; i += Vec::W) store(q + i, weigh(load(x + i)) * set1(factor));
       });
@@ -93,7 +94,7 @@ struct Drafted {
       for (int i = inside; i < n; ++i) q[i] = 0.0f;
       return true;
     }
-    const int64_t* held = row.x ? &law.fixed : ids;
+    const int64_t* held = row.x ? &distribution.fixed : ids;
     bool any = false;
     for (int64_t k = 0; k < (row.x ? 1 : candidates); ++k) {
       if (held[k] < first || held[k] >= first + n || held[k] >= vocab) continue;
@@ -108,16 +109,16 @@ struct Drafted {
 // (share * p - q)+ of a row, chunk by chunk.
 struct Residual {
   const Row& row;
-  const Law& law;
+  const Distribution& distribution;
   const float *tops, *masses;
   const Drafted& q;
   double share;
 
   void fill(int64_t c, float* out, int* count) const {
     alignas(64) float drafted[kChunk];
-    const Vec factor = set1(float(share * law.scale(tops[c]) / law.total)), zero = set1(0.0f);
+    const Vec factor = set1(float(share * distribution.scale(tops[c]) / distribution.total)), zero = set1(0.0f);
     with_chunk(row, c, [&](const auto* x, int n, int64_t) {
-      const Weigher weigh(law, tops[c]);
+      const Weigher weigh(distribution, tops[c]);
       const bool any = q.fill(c, n, drafted);
       for (int i = 0; i < n; i += Vec::W) {
         const Vec p = weigh(load(x + i)) * factor;
@@ -129,8 +130,8 @@ struct Residual {
 
   // Their sum; rest takes each chunk's.
   double measure(float* rest) const {
-    if (law.fixed >= 0) {
-      const double left = share - q.at(law.fixed);
+    if (distribution.fixed >= 0) {
+      const double left = share - q.at(distribution.fixed);
       return left > 0.0 ? left : 0.0;
     }
     double total = 0.0;
@@ -149,7 +150,7 @@ struct Residual {
   }
 
   int64_t draw(const float* rest, double total, double u) const {
-    if (law.fixed >= 0) return law.fixed;
+    if (distribution.fixed >= 0) return distribution.fixed;
     double goal = 0.0;
     const int64_t c = find_chunk(rest, row.chunks(), u * total, &goal);
     alignas(64) float left[kChunk];

@@ -63,7 +63,8 @@ void with_chunk(const Row& row, int64_t c, const F& f) {
   }
 }
 
-// Asks for chunk c, which is to be read soon: a row is one stream, and the machine's own prefetcher stops at every page.
+// Asks for chunk c, which is to be read soon: a row is one stream, and the machine's own prefetcher stops at every
+// page.
 inline void prefetch_chunk(const Row& row, int64_t c) {
 #if DFLASH_VEC
   if (c >= row.chunks()) return;

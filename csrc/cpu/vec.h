@@ -311,8 +311,8 @@ inline Vec vexp(Vec x) {
   return select_nan(x, x, y);
 }
 
-// exp(x) for x <= 0, in fewer steps: within 3 ulp where x > -1, within 3 |x| ulp below that; 2^-126 from -87.4 on and for
-// -inf. NaN stays NaN.
+// exp(x) for x <= 0, in fewer steps: within 3 ulp where x > -1, within 3 |x| ulp below that; 2^-126 from -87.4 on and
+// for -inf. NaN stays NaN.
 inline Vec vexp_below(Vec x) {
   const Vec t = vmax(set1(-126.0f), x * set1(1.44269504f));  // a maximum with NaN is its second operand
   const Vec n = round_int(t), r = t - n;

@@ -36,8 +36,8 @@ DFLASH_HD T narrow(float x) {
   else return __float2bfloat16_rn(x);
 }
 
-// float8_e4m3fn as csrc/cpu/fp8.h has it: to nearest, ties to even, 448 for what is beyond, 0x7f for NaN. Where there is
-// no instruction for it, CUDA's own function computes in float64, of which most such chips do little.
+// float8_e4m3fn as csrc/cpu/fp8.h has it: to nearest, ties to even, 448 for what is beyond, 0x7f for NaN. Where there
+// is no instruction for it, CUDA's own function computes in float64, of which most such chips do little.
 DFLASH_HD uint8_t to_fp8(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
@@ -56,7 +56,8 @@ DFLASH_HD uint8_t to_fp8(float x) {
 #endif
 }
 
-// Words of 16 bytes need addresses that divide by 16, and the shorter ones of fp8 addresses that divide by their length.
+// Words of 16 bytes need addresses that divide by 16, and the shorter ones of fp8 addresses that divide by their
+// length.
 template <class T, int N>
 DFLASH_HD Chunk<T, N> load(const T* from) {
   Chunk<T, N> c;

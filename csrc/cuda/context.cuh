@@ -12,9 +12,9 @@
 
 namespace dflash::cuda {
 
-// How a head is spread over lanes, in chunks of N: chunk i has elements [i * N, (i + 1) * N) of four parts, a and b, the
-// firsts and seconds of the pairs that rotate, c and d, the halves of the tail that does not. The parts are `width` wide
-// and one sum of squares goes over them, as in the Triton kernels, whose bits these are.
+// How a head is spread over lanes, in chunks of N: chunk i has elements [i * N, (i + 1) * N) of four parts, a and b,
+// the firsts and seconds of the pairs that rotate, c and d, the halves of the tail that does not. The parts are `width`
+// wide and one sum of squares goes over them, as in the Triton kernels, whose bits these are.
 struct ContextShape {
   int width, lanes, rounds;  // with more chunks than lanes, each lane has one in each round
   bool words;                // 16-byte accesses, one round

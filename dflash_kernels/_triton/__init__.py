@@ -27,9 +27,9 @@ LAUNCHERS = {  # op: module:function
     "sample_draft": "sample:sample_draft",
     "linear": "linear:linear",
     "lm_head_argmax": "lm_head:lm_head_argmax",
-    "merge_argmax": "lm_head:merge_argmax",
+    "combine_argmax": "lm_head:combine_argmax",
     "lm_head_topk": "lm_head_topk:lm_head_topk",
-    "merge_topk": "lm_head_topk:merge_topk",
+    "combine_topk": "lm_head_topk:combine_topk",
     "block_attention": "attention:block_attention",
 }
 

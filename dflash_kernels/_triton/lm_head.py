@@ -5,7 +5,7 @@ the best of its BLOCK_N logits of each row, 8 bytes a row and BLOCK_N logits (a 
 rows), and a second launch keeps the best of those. Which is best does not depend on the order of comparing: value and
 id are one 64-bit number, the value's bits ordered as torch.argmax orders floats and the id counted downwards.
 
-merge_argmax: 12 (S + 1) bytes a row; a launch, at any size that occurs.
+combine_argmax: 12 (S + 1) bytes a row; a launch, at any size that occurs.
 """
 
 import torch
@@ -17,7 +17,7 @@ from ._math import of_order_key, order_key, tanh
 from .linear import CHUNK, PRODUCTS, config, configs, options, pointers, product, tile_constants
 
 BEST_BLOCK, BEST_WARPS = 1024, 4  # candidates of a row at a time. Estimated: a vocabulary in three steps
-MERGE_BLOCK, MERGE_WARPS = 128, 4  # rows a program. Estimated
+COMBINE_BLOCK, COMBINE_WARPS = 128, 4  # rows a program. Estimated
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def best_of_blocks_kernel(best, out_ids, out_values, blocks, id_offset, BLOCK: t
 
 
 @triton.jit(do_not_specialize=["rows"])
-def merge_argmax_kernel(values, ids, out_ids, out_values, shards, rows, BLOCK: tl.constexpr):
+def combine_argmax_kernel(values, ids, out_ids, out_values, shards, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     key, best = order_key(tl.load(values + row, mask, 0.0)), tl.load(ids + row, mask, 0)
@@ -121,11 +121,11 @@ def lm_head_argmax(x, weight, scales, bias, out_features, num_valid, scale, soft
     best_of_blocks_kernel[rows,](best, out_ids, out_values, blocks, id_offset, BLOCK=BEST_BLOCK, num_warps=BEST_WARPS)
 
 
-def merge_argmax(values, ids, out_ids, out_values):
+def combine_argmax(values, ids, out_ids, out_values):
     shards, rows = values.shape
     if rows:
-        merge_argmax_kernel[triton.cdiv(rows, MERGE_BLOCK),](values, ids, out_ids, out_values, shards, rows,
-                                                             BLOCK=MERGE_BLOCK, num_warps=MERGE_WARPS)
+        combine_argmax_kernel[triton.cdiv(rows, COMBINE_BLOCK),](values, ids, out_ids, out_values, shards, rows,
+                                                             BLOCK=COMBINE_BLOCK, num_warps=COMBINE_WARPS)
 
 
 def cases():
@@ -143,4 +143,4 @@ def cases():
     yield Case("lm_head_argmax best_of_blocks", best_of_blocks_kernel, signature, {"BLOCK": BEST_BLOCK}, BEST_WARPS, 3)
     signature = {"values": "*fp32", "ids": "*i64", "out_ids": "*i64", "out_values": "*fp32", "shards": "i32",
                  "rows": "i32", "BLOCK": "constexpr"}
-    yield Case("merge_argmax", merge_argmax_kernel, signature, {"BLOCK": MERGE_BLOCK}, MERGE_WARPS, 3)
+    yield Case("combine_argmax", combine_argmax_kernel, signature, {"BLOCK": COMBINE_BLOCK}, COMBINE_WARPS, 3)

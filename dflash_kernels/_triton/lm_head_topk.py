@@ -7,7 +7,7 @@ among the K best firsts: nothing outside those blocks can be among the K best. I
 takes the K first of them. No two candidates are equal, so none of this depends on the order of comparing; the sums are
 added as a tree in the blocks' order, whatever the rows, the tile or the pointers' alignment.
 
-merge_topk: 12 bytes a candidate; a launch, at any size that occurs.
+combine_topk: 12 bytes a candidate; a launch, at any size that occurs.
 """
 
 import torch
@@ -22,7 +22,7 @@ from .lm_head import candidates, logits_of, output_of, value_of
 BLOCKS, BLOCKS_WARPS = 4096, 8  # of a row's blocks at a time. Estimated: a vocabulary of 262,144 in one step
 # ptxas, left alone, spills some bytes of a thread for the sake of more programs, whose number is that of the rows.
 BLOCKS_OPTIONS = PLAIN | {"maxnreg": 128}
-MERGE_WARPS = 4  # Estimated
+COMBINE_WARPS = 4  # Estimated
 TALLEST = {2: 128, 4: 16}  # rows of a tile, by bytes of an element: 64 with float32 sums spill on sm_80
 TAKEN = tl.constexpr(-0x8000000000000000)  # below every candidate
 TAKEN_KEY = tl.constexpr(-0x80000000)  # below every key
@@ -114,7 +114,7 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
 
 
 @triton.jit(do_not_specialize=["rows"])
-def merge_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted, BLOCK: tl.constexpr,
+def combine_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted, BLOCK: tl.constexpr,
                       SHARDS: tl.constexpr):
     """BLOCK, SHARDS: powers of two, at least shards * wanted and shards."""
     row, at, shard = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, SHARDS)
@@ -157,12 +157,12 @@ def lm_head_topk(x, weight, scales, bias, out_features, num_valid, scale, softca
                                   num_warps=BLOCKS_WARPS, **BLOCKS_OPTIONS)
 
 
-def merge_topk(values, ids, lse, out_ids, out_values, out_lse):
+def combine_topk(values, ids, lse, out_ids, out_values, out_lse):
     shards, rows, wanted = values.shape
     if rows:
-        merge_topk_kernel[rows,](values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted,
+        combine_topk_kernel[rows,](values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted,
                                  BLOCK=triton.next_power_of_2(shards * wanted), SHARDS=triton.next_power_of_2(shards),
-                                 num_warps=MERGE_WARPS, **PLAIN)
+                                 num_warps=COMBINE_WARPS, **PLAIN)
 
 
 def cases():
@@ -189,4 +189,6 @@ def cases():
         constants = {"BLOCK": shards * wanted, "SHARDS": shards}
         signature = {"values": "*fp32", "ids": "*i64", "lse": "*fp32", **out, "shards": "i32", "rows": "i32",
                      "wanted": "i32", **dict.fromkeys(constants, "constexpr")}
-        yield Case(f"merge_topk {shards} x {wanted}", merge_topk_kernel, signature, constants, MERGE_WARPS, 3, PLAIN)
+        yield Case(
+            f"combine_topk {shards} x {wanted}", combine_topk_kernel, signature, constants, COMBINE_WARPS, 3, PLAIN
+        )

@@ -26,7 +26,18 @@ import triton.language as tl
 
 from ._case import Case
 from ._math import DTYPES, NO_SPILLS, PLAIN, order_key, tree_sum
-from .sample_accept import PROPOSAL, PX, QX, STATS, TARGET, TOKEN, accept_kernel, residual_kernel, store_law, width_of
+from .sample_accept import (
+    PROPOSAL,
+    PX,
+    QX,
+    STATS,
+    TARGET,
+    TOKEN,
+    accept_kernel,
+    residual_kernel,
+    store_distribution,
+    width_of,
+)
 from .sample_distribution import (
     CHUNK,
     DRAFT,
@@ -63,10 +74,10 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
         v = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
         x = adjusted(row, v, v < vocab)
-        heat = tl.load(temperature + b)
+        temp = tl.load(temperature + b)
         top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 1)
-        drawn = tl.where(heat < GREEDY, float("-inf"), top) > float("-inf")
-        w = weight(x, top[:, None], scale_of(heat), float("-inf"))
+        drawn = tl.where(temp < GREEDY, float("-inf"), top) > float("-inf")
+        w = weight(x, top[:, None], scale_of(temp), float("-inf"))
         # One sum for both: Triton 3.6 makes a second reduction that meets this one spill 16 KB a thread.
         total = tl.sum(tree_sum(tl.where(drawn[:, None], w, (x != x).to(tl.float32))), 1)
         to = planes + (b * block + i) * chunks + c
@@ -75,12 +86,12 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
 
 
 @triton.jit
-def _draft(x, law, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr,
+def _draft(x, distribution, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr,
            K: tl.constexpr):
-    """Stores p and q of a row's draft x, and the law of the proposal's logits."""
+    """Stores p and q of a row's draft x, and the distribution of the proposal's logits."""
     valid = (x >= 0) & (x < vocab)
     v = tl.where(valid, x, 0).to(tl.int32)
-    px = probability(adjusted(row, v, valid), v, tl.load(tops_at + v // CHUNK), law)
+    px = probability(adjusted(row, v, valid), v, tl.load(tops_at + v // CHUNK), distribution)
     candidates, probs, logits, strides, b, i = proposal
     if candidates is not None:
         n = tl.arange(0, K)
@@ -90,7 +101,7 @@ def _draft(x, law, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunk
     elif probs is not None:
         qx = tl.load(probs + b * strides[2] + i * strides[3] + v)
     else:
-        c, q_tops, scale = tl.arange(0, CHUNKS), tops_at + 2 * plane, law[1]
+        c, q_tops, scale = tl.arange(0, CHUNKS), tops_at + 2 * plane, distribution[1]
         tops = tl.load(q_tops + c, c < chunks, float("-inf"))
         sums = tl.load(q_tops + plane + c, c < chunks, 0.0)
         top = tl.max(tops, 0)
@@ -100,7 +111,7 @@ def _draft(x, law, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunk
             only = argmax(q_row, tops, sums, vocab, CHUNKS)
         else:
             reciprocal = reciprocal_of(masses(sums, tops, top, scale))
-        store_law(stats + PROPOSAL, top, scale, float("-inf"), reciprocal, only)
+        store_distribution(stats + PROPOSAL, top, scale, float("-inf"), reciprocal, only)
         qx = probability(adjusted(q_row, v, valid), v, tl.load(q_tops + v // CHUNK),
                          (top, scale, float("-inf"), reciprocal, only))
     tl.store(stats + PX, tl.where(valid, px, 0.0))
@@ -120,9 +131,9 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
         c = tl.arange(0, CHUNKS)
         tops = tl.load(tops_at + c, c < chunks, float("-inf"))
         sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
-        top, heat = tl.max(tops, 0), tl.load(temperature + b)
-        greedy, heat = heat < GREEDY, tl.maximum(heat, GREEDY)
-        scale, cut = scale_of(heat), tl.full((), float("-inf"), tl.float32)
+        top, temp = tl.max(tops, 0), tl.load(temperature + b)
+        greedy, temp = temp < GREEDY, tl.maximum(temp, GREEDY)
+        scale, cut = scale_of(temp), tl.full((), float("-inf"), tl.float32)
         only, reciprocal = tl.full((), -1, tl.int32), tl.full((), 0.0, tl.float32)
         token = only
         if greedy | (top == float("-inf")):
@@ -136,7 +147,7 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
                 own_p = tl.load(top_p + b)
             if min_p is not None:
                 floor = tl.load(min_p + b)
-            cut, sums = filtered(row, tops_at, tops_at + plane, tops, sums, top, heat, own_k, own_p, floor, vocab,
+            cut, sums = filtered(row, tops_at, tops_at + plane, tops, sums, top, temp, own_k, own_p, floor, vocab,
                                  chunks, SHIFT, CHUNKS, TILE)
             mass = masses(sums, tops, top, scale)
             reciprocal = reciprocal_of(mass)
@@ -146,7 +157,7 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
         if (probs is None) and (draft_logits is None):
             tl.store(stats + TOKEN, token.to(tl.float32, bitcast=True))
         else:
-            store_law(stats + TARGET, top, scale, cut, reciprocal, only)
+            store_distribution(stats + TARGET, top, scale, cut, reciprocal, only)
             if i + 1 < width:
                 proposal = (candidates, probs, draft_logits, (c_b, c_i, p_b, p_i, d_b, d_i), b, i)
                 _draft(tl.load(draft_ids + b * x_b + i + 1), (top, scale, cut, reciprocal, only), greedy, row, proposal,
@@ -159,15 +170,15 @@ def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, to
     b, i = (tl.program_id(0) // slots).to(tl.int64), tl.program_id(0) % slots
     at, n = (b * slots + i) * k, tl.arange(0, K)
     x = tl.load(values + at + n, n < k, float("-inf"))
-    heat = tl.load(temperature + b)
+    temp = tl.load(temperature + b)
     top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 0)
     place = tl.full((), 0, tl.int32)
-    if (heat < GREEDY) | (top == float("-inf")):
+    if (temp < GREEDY) | (top == float("-inf")):
         has_nan = tl.max((x != x).to(tl.int32), 0) > 0
         place = tl.min(tl.where(tl.where(has_nan, x != x, x == top), n, K - 1), 0)
         p = (n == place).to(tl.float64)
     else:
-        w = tl.where(x == top, 1.0, tl.exp((x.to(tl.float64) - top) / heat.to(tl.float64)))
+        w = tl.where(x == top, 1.0, tl.exp((x.to(tl.float64) - top) / temp.to(tl.float64)))
         w = tl.where(x > float("-inf"), w, 0.0)
         if min_p is not None:
             w = tl.where((w >= tl.load(min_p + b).to(tl.float64)) | (x == top), w, 0.0)

@@ -17,8 +17,8 @@ from .sample_distribution import (
     weight,
 )
 
-# Numbers of a row in the workspace: the laws of the target and of the proposal's logits, p and q of the draft, and the
-# token that the row's u gives.
+# Numbers of a row in the workspace: the distributions of the target and of the proposal's logits, p and q of the draft,
+# and the token that the row's u gives.
 STATS = tl.constexpr(16)
 TARGET, PROPOSAL, PX, QX, TOKEN = (tl.constexpr(i) for i in (0, 5, 10, 11, 12))
 RESIDUAL_POINT = tl.constexpr(2.0**50)  # a residual sums to 1 at most
@@ -34,7 +34,7 @@ def width_of(b, block_lens, block, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def store_law(stats, top, scale, cut, reciprocal, only):
+def store_distribution(stats, top, scale, cut, reciprocal, only):
     tl.store(stats, top)
     tl.store(stats + 1, scale)
     tl.store(stats + 2, cut)
@@ -43,7 +43,7 @@ def store_law(stats, top, scale, cut, reciprocal, only):
 
 
 @triton.jit
-def load_law(stats):
+def load_distribution(stats):
     return (tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
             tl.load(stats + 4).to(tl.int32, bitcast=True))
 
@@ -88,26 +88,26 @@ def residual_kernel(logits, seen, penalty, bias, bitmask, context_lens, seeds, p
             row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
             at = planes + (b * block + i) * chunks + c
             top = tl.load(at, c < chunks, float("-inf"))
-            p = probability(adjusted(row, v, v < vocab), v, top[:, None], load_law(stats + i * STATS + TARGET))
+            p = probability(adjusted(row, v, v < vocab), v, top[:, None], load_distribution(stats + i * STATS + TARGET))
             if probs is not None:
                 q = tl.load(probs + b * p_b + i * p_i + v, v < vocab, 0.0)
             else:
                 top = tl.load(at + 2 * plane, c < chunks, float("-inf"))
                 x = tl.load(draft_logits + b * d_b + i * d_i + v, v < vocab, float("-inf")).to(tl.float32)
-                q = probability(x, v, top[:, None], load_law(stats + i * STATS + PROPOSAL))
+                q = probability(x, v, top[:, None], load_distribution(stats + i * STATS + PROPOSAL))
             left = tl.maximum(p * share.to(tl.float32) - q, 0.0)
             tl.store(at + 3 * plane, tl.sum(tree_sum(left), 1), c < chunks)
 
 
 @triton.jit
-def _residual(row, law, share, proposal, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr):
+def _residual(row, distribution, share, proposal, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr):
     """Integers that are proportional to the sums of (share * p - q)+ of a row's chunks."""
     c = tl.arange(0, CHUNKS)
     if proposal[0] is not None:
         candidates, probs, _, strides, b, i = proposal
         candidates += b * strides[0] + i * strides[1]
         probs += b * strides[2] + i * strides[3]
-        top, scale, _, reciprocal, only = law
+        top, scale, _, reciprocal, only = distribution
         sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
         sums *= weight(tl.load(tops_at + c, c < chunks, float("-inf")), top, scale, float("-inf")) * reciprocal
         sums = tl.where(only >= 0, (c == only // CHUNK).to(tl.float32), sums)
@@ -117,7 +117,7 @@ def _residual(row, law, share, proposal, tops_at, plane, k, vocab, chunks, CHUNK
             ids = tl.load(candidates + n, n < k, -1)
             valid = (ids >= 0) & (ids < vocab)
             v = tl.where(valid, ids, 0).to(tl.int32)
-            p = probability(adjusted(row, v, valid), v, tl.load(tops_at + v // CHUNK), law)
+            p = probability(adjusted(row, v, valid), v, tl.load(tops_at + v // CHUNK), distribution)
             q = tl.load(probs + n, valid, 0.0)
             here = (v // CHUNK)[None, :] == tl.where(valid[None, :], c[:, None], -1)
             others -= tl.sum(tree_sum(tl.where(here, p[None, :], 0.0)), 1)
@@ -145,16 +145,16 @@ def _proposed(proposal, v, q_tops, chunk, stats, k, vocab):
         q = tl.load(probs + b * strides[2] + i * strides[3] + v, v < vocab, 0.0)
     else:
         x = tl.load(logits + b * strides[4] + i * strides[5] + v, v < vocab, float("-inf")).to(tl.float32)
-        q = probability(x, v, tl.load(q_tops + chunk), load_law(stats + PROPOSAL))
+        q = probability(x, v, tl.load(q_tops + chunk), load_distribution(stats + PROPOSAL))
     return q
 
 
 @triton.jit
-def _last(row, law, share, residual, mass, proposal, tops_at, stats, plane, u, k, vocab):
-    """The token at u of a row's residual, or of its own law; mass are the chunks'."""
+def _last(row, distribution, share, residual, mass, proposal, tops_at, stats, plane, u, k, vocab):
+    """The token at u of a row's residual, or of its own distribution; mass are the chunks'."""
     chunk, rest = pick(mass, u)
     v = chunk * CHUNK + tl.arange(0, CHUNK)
-    w = probability(adjusted(row, v, v < vocab), v, tl.load(tops_at + chunk), law)
+    w = probability(adjusted(row, v, v < vocab), v, tl.load(tops_at + chunk), distribution)
     if residual:
         q = _proposed(proposal, v, tops_at + 2 * plane, chunk, stats, k, vocab)
         left = tl.maximum(w * share - q, 0.0)
@@ -190,8 +190,18 @@ def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens,
                 if (i < drafts) & (mass_left < 1.0):
                     row = (logits, seen, penalty, bias, bitmask, strides, b, b * 0 + i)
                     proposal = (candidates, probs, draft_logits, q_strides, b, b * 0 + i)
-                    found = _residual(row, load_law(stats + i * STATS + TARGET), mass_left.to(tl.float32), proposal,
-                                      planes + (rows + i) * chunks, plane, k, vocab, chunks, CHUNKS)
+                    found = _residual(
+                        row,
+                        load_distribution(stats + i * STATS + TARGET),
+                        mass_left.to(tl.float32),
+                        proposal,
+                        planes + (rows + i) * chunks,
+                        plane,
+                        k,
+                        vocab,
+                        chunks,
+                        CHUNKS,
+                    )
                     left = tl.sum(found, 0).to(tl.float64) / RESIDUAL_POINT
                     odds = left / (left + 1.0 - mass_left)
                 if uniform(seed, start + i, ACCEPT, start) < odds:
@@ -199,21 +209,25 @@ def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens,
         else:
             accept = accepted(stats, seed, start, drafts, BLOCK)
         stats += accept * STATS
-        law, tops_at = load_law(stats + TARGET), planes + (rows + accept) * chunks
-        last = law[4]
+        distribution, tops_at = load_distribution(stats + TARGET), planes + (rows + accept) * chunks
+        last = distribution[4]
         if last < 0:
             row = (logits, seen, penalty, bias, bitmask, strides, b, accept.to(tl.int64))
             proposal = (candidates, probs, draft_logits, q_strides, b, accept.to(tl.int64))
             c = tl.arange(0, CHUNKS)
             tops = tl.load(tops_at + c, c < chunks, float("-inf"))
-            mass = masses(tl.load(tops_at + plane + c, c < chunks, 0.0), tops, law[0], law[1])
+            mass = masses(tl.load(tops_at + plane + c, c < chunks, 0.0), tops, distribution[0], distribution[1])
             residual = accept < drafts
             if residual:
-                left = _residual(row, law, share.to(tl.float32), proposal, tops_at, plane, k, vocab, chunks, CHUNKS)
+                left = _residual(
+                    row, distribution, share.to(tl.float32), proposal, tops_at, plane, k, vocab, chunks, CHUNKS
+                )
                 residual = tl.sum(left, 0) > 0
                 mass = tl.where(residual, left, mass)
             u = uniform(seed, start + 1 + accept, SAMPLE, start * 0)
-            last = _last(row, law, share.to(tl.float32), residual, mass, proposal, tops_at, stats, plane, u, k, vocab)
+            last = _last(
+                row, distribution, share.to(tl.float32), residual, mass, proposal, tops_at, stats, plane, u, k, vocab
+            )
     commit = tl.where(width > 0, accept + 1, 0)
     emitted = tl.where(n < accept, drafted, last.to(tl.int64))
     tl.store(tokens + b * t_b + n, tl.where(n < commit, emitted, -1), n < block)

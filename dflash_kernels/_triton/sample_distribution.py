@@ -1,4 +1,4 @@
-"""The law of one row of logits, as the kernels of sample.py share it.
+"""The distribution of one row of logits, as the kernels of sample.py share it.
 
 A row of V logits is read in chunks of CHUNK tokens. A chunk has its largest logit and the sum of its exponentials
 relative to that, so that it is finished in one reading, before the row's largest is known; the weight of token v in
@@ -58,16 +58,16 @@ def weight(x, top, scale, cut):
 
 
 @triton.jit
-def probability(x, v, chunk_top, law):
-    """Of tokens v with logits x under a law (top, scale, cut, reciprocal of the sum, the only token or -1)."""
-    top, scale, cut, reciprocal, only = law
+def probability(x, v, chunk_top, distribution):
+    """Of tokens v with logits x under a distribution (top, scale, cut, reciprocal of the sum, the only token or -1)."""
+    top, scale, cut, reciprocal, only = distribution
     p = weight(x, chunk_top, scale, cut) * weight(chunk_top, top, scale, float("-inf")) * reciprocal
     return tl.where(only >= 0, tl.where(v == only, 1.0, 0.0), p)
 
 
 @triton.jit
-def scale_of(heat):
-    return 1.4426950408889634 / tl.maximum(heat, GREEDY)
+def scale_of(temp):
+    return 1.4426950408889634 / tl.maximum(temp, GREEDY)
 
 
 @triton.jit
@@ -185,13 +185,13 @@ def kept_sums(row, tops_at, sums_at, scale, cut, vocab, chunks, CHUNKS: tl.const
 
 
 @triton.jit
-def filtered(row, tops_at, sums_at, tops, sums, top, heat, top_k, top_p, min_p, vocab, chunks, SHIFT: tl.constexpr,
+def filtered(row, tops_at, sums_at, tops, sums, top, temp, top_k, top_p, min_p, vocab, chunks, SHIFT: tl.constexpr,
              CHUNKS: tl.constexpr, TILE: tl.constexpr):
     """The row's cut, minus infinity for none, and its chunks' sums above it. Filters are this request's, or None."""
     cut, high = tl.full((), float("-inf"), tl.float32), (order_key(top) >> SHIFT).to(tl.int64)
-    scale = scale_of(heat)
+    scale = scale_of(temp)
     if min_p is not None:
-        cut = tl.where(min_p > 0, tl.minimum(top + heat * tl.log(min_p), top), cut)
+        cut = tl.where(min_p > 0, tl.minimum(top + temp * tl.log(min_p), top), cut)
     if top_k is not None:  # noqa: SIM102
         if (top_k > 0) & (top_k < vocab):
             # The k-th largest of the chunks' tops is at most the row's k-th largest logit.
@@ -207,7 +207,7 @@ def filtered(row, tops_at, sums_at, tops, sums, top, heat, top_k, top_p, min_p, 
             total = tl.sum(masses(sums, tops, top, scale), 0).to(tl.float64)
             # All V logits at this one, or below, are too few to matter, by a factor of four.
             spare = (total * (2.0**-40)).to(tl.float32) * (1.0 - top_p) / (4.0 * vocab)
-            low = tl.maximum(order_key(cut), order_key(top + heat * tl.log(spare))) >> SHIFT
+            low = tl.maximum(order_key(cut), order_key(top + temp * tl.log(spare))) >> SHIFT
             key = smallest_in_row(row, tops_at, top, scale, top_p.to(tl.float64) * total,
                                   tl.minimum(low.to(tl.int64), high) - 1, high, vocab, chunks, False, SHIFT, TILE)
             cut = tl.maximum(cut, of_key(key, SHIFT))

@@ -4,7 +4,7 @@
 
 The logit is rounded to the model dtype before it is compared, as it is when an engine stores logits, so the answer is
 `linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything. Where each device
-has a shard of the vocabulary, every shard gives an id and a value a row, and `merge_argmax` picks by the same rule.
+has a shard of the vocabulary, every shard gives an id and a value a row, and `combine_argmax` picks by the same rule.
 lm_head_topk gives the K first in that order and the log-sum-exp of all, from which the probability of each follows.
 """
 
@@ -63,7 +63,7 @@ _lm_head_argmax = define(
 )
 
 
-def merge_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Tensor | None = None,
+def combine_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Tensor | None = None,
                  out_values: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The most likely token of each row, from the winners of S shards of the vocabulary.
 
@@ -75,7 +75,7 @@ def merge_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Tens
     lowest id. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
     Source: reference/head.py; the tie rule is torch.argmax's over the whole vocabulary.
     """
-    op = "merge_argmax"
+    op = "combine_argmax"
     check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R)", (None, None)))
     check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R)", values.shape, values.device))
     if values.shape[0] == 0:
@@ -84,12 +84,12 @@ def merge_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Tens
     out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, rows, torch.int64))
     out_values = check.contiguous(
         op, "out_values", check.output(op, "out_values", out_values, values, rows, torch.float32))
-    _merge_argmax(values, ids, out_ids, out_values)
+    _combine_argmax(values, ids, out_ids, out_values)
     return out_ids, out_values
 
 
-_merge_argmax = define("merge_argmax(Tensor values, Tensor ids, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
-                       reference.lm_head.merge_argmax)
+_combine_argmax = define("combine_argmax(Tensor values, Tensor ids, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
+                       reference.lm_head.combine_argmax)
 
 
 MAX_K = 64
@@ -130,7 +130,7 @@ _lm_head_topk = define(
 )
 
 
-def merge_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, out_ids: torch.Tensor | None = None,
+def combine_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, out_ids: torch.Tensor | None = None,
                out_values: torch.Tensor | None = None, out_lse: torch.Tensor | None = None,
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k most likely tokens of each row, from those of S shards of the vocabulary.
@@ -142,7 +142,7 @@ def merge_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, ou
     Returns (ids, values, lse) as lm_head_topk over the whole vocabulary does. Raises TypeError for a dtype, ValueError
     for a shape, layout or device. Graph-safe. Source: reference/head.py.
     """
-    op = "merge_topk"
+    op = "combine_topk"
     check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R, k)", (None,) * 3))
     (shards, rows, k), device = values.shape, values.device
     check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R, k)", values.shape, device))
@@ -153,12 +153,12 @@ def merge_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, ou
     out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, (rows, k), torch.int64))
     out_values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, values, (rows, k)))
     out_lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, values, (rows,)))
-    _merge_topk(values, ids, lse, out_ids, out_values, out_lse)
+    _combine_topk(values, ids, lse, out_ids, out_values, out_lse)
     return out_ids, out_values, out_lse
 
 
-_merge_topk = define("merge_topk(Tensor values, Tensor ids, Tensor lse, Tensor(a!) out_ids, Tensor(b!) out_values,"
-                     " Tensor(c!) out_lse) -> ()", reference.lm_head.merge_topk)
+_combine_topk = define("combine_topk(Tensor values, Tensor ids, Tensor lse, Tensor(a!) out_ids, Tensor(b!) out_values,"
+                     " Tensor(c!) out_lse) -> ()", reference.lm_head.combine_topk)
 
 
 def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> int:
@@ -170,7 +170,7 @@ def flops(rows: int, vocab: int, hidden: int) -> int:
     return 2 * rows * vocab * hidden
 
 
-def merge_bytes(shards: int, rows: int, *, k: int = 1, lse: bool = False) -> int:
-    """Bytes that a merge must move: the ids and values, and with lse the log-sum-exps, of every shard and of the
+def combine_bytes(shards: int, rows: int, *, k: int = 1, lse: bool = False) -> int:
+    """Bytes that a combine must move: the ids and values, and with lse the log-sum-exps, of every shard and of the
     result."""
     return (shards + 1) * rows * (12 * k + 4 * lse)

@@ -1,6 +1,6 @@
-"""Sampled verification and drafting: tokens drawn so that what is emitted follows the target's law exactly.
+"""Sampled verification and drafting: tokens drawn so that what is emitted follows the target's distribution exactly.
 
-Row i of a request's block gives the law p_i of the token at position context_len + 1 + i, out of its logits by
+Row i of a request's block gives the distribution p_i of the token at position context_len + 1 + i, out of its logits by
 temperature, min-p, top-k and top-p (reference/sample.py has the equations); draft token x_i was drawn from q_i.
 
     one-hot q (no proposal)   y_i = F_i^-1(u_i), the inverse of p_i's cumulative sum; x_i is accepted if it is y_i
@@ -18,7 +18,7 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..types import LogitAdjustments, Proposal, SamplingParams, Verified
+from ..types import LogitAdjustments, Proposal, SamplingTensors, Verified
 from . import _checks as check
 from .verify import check_lengths, check_verified
 
@@ -31,7 +31,7 @@ def workspace_size(requests: int, block: int, vocab: int) -> int:
     return requests * block * (4 * -(-vocab // CHUNK) + 16)
 
 
-def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: torch.Tensor, params: SamplingParams, *,
+def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: torch.Tensor, params: SamplingTensors, *,
                   proposal: Proposal | None = None, adjustments: LogitAdjustments | None = None, rule: str = "token",
                   block_lens: torch.Tensor | None = None, out: Verified | None = None,
                   workspace: torch.Tensor | None = None) -> Verified:
@@ -43,7 +43,7 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
         vocabulary is a view). A row after the first rejection need not be read.
     context_lens (B,): int32, contiguous: tokens before the anchor.
-    params: SamplingParams. Requests below temperature 1e-5 are greedy, in the same batch; their proposal counts for
+    params: SamplingTensors. Requests below temperature 1e-5 are greedy, in the same batch; their proposal counts for
         nothing.
     proposal: how the drafts were drawn; None: greedily, q is one-hot.
     adjustments: LogitAdjustments, read in the same pass.
@@ -82,14 +82,14 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     return out
 
 
-def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor, params: SamplingParams, *,
+def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor, params: SamplingTensors, *,
                  out_ids: torch.Tensor | None = None, out_probs: torch.Tensor | None = None,
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws each block's drafts from the K likeliest tokens of each slot, and gives the q that they were drawn from.
+    """Draws each block's drafts from the K most likely tokens of each slot, and gives the q that they were drawn from.
 
     values, ids (B, Q - 1, K): float32 and int64, contiguous, as lm_head_topk gives them, largest first.
     context_lens (B,): int32, contiguous: tokens before the anchor; slot i is at position context_len + 1 + i.
-    params: SamplingParams: temperature, min-p, top-k and top-p over the K alone. Greedy requests take the likeliest.
+    params: SamplingTensors: temperature, min-p, top-k and top-p over the K alone. Greedy requests take the most likely.
     out_ids (B, Q - 1): int64, last dimension contiguous: columns 1 to Q - 1 of the block. out_probs (B, Q - 1, K):
         float32, contiguous. Allocated when None.
 
@@ -131,8 +131,8 @@ _PARAMS = (("temperature", torch.float32), ("seeds", torch.int64), ("top_k", tor
 
 
 def _check_params(op, params, b, device):
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"{op}: params must be SamplingParams; got {check.describe(params)}")
+    if not isinstance(params, SamplingTensors):
+        raise TypeError(f"{op}: params must be SamplingTensors; got {check.describe(params)}")
     for name, dtype in _PARAMS:
         t = getattr(params, name)
         if t is None and name not in ("temperature", "seeds"):

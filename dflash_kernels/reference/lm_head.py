@@ -40,7 +40,7 @@ def _first(values, ids, out_ids, out_values):
     out_values.copy_(values.gather(-1, order))
 
 
-def merge_argmax(values, ids, out_ids, out_values):
+def combine_argmax(values, ids, out_ids, out_values):
     value, best = values[0], ids[0]
     for other, found in zip(values[1:], ids[1:], strict=True):
         tied = (other == value) | (other.isnan() & value.isnan())
@@ -50,6 +50,6 @@ def merge_argmax(values, ids, out_ids, out_values):
     out_values.copy_(value)
 
 
-def merge_topk(values, ids, lse, out_ids, out_values, out_lse):
+def combine_topk(values, ids, lse, out_ids, out_values, out_lse):
     _first(values.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1), out_ids, out_values)
     out_lse.copy_(lse.logsumexp(0))

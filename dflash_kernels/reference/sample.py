@@ -1,15 +1,15 @@
-"""Sampled verification: the target's law, and drafts accepted so that what is emitted follows it.
+"""Sampled verification: the target's distribution, and drafts accepted so that what is emitted follows it.
 
-The law p of one row of adjusted logits l, with m = max l and w_v = exp((l_v - m) / temperature):
+The distribution p of one row of adjusted logits l, with m = max l and w_v = exp((l_v - m) / temperature):
 
-    min_p:  keep v if w_v >= min_p                                     (the likeliest always stays)
+    min_p:  keep v if w_v >= min_p                                     (the most likely always stays)
     top_k:  of those, keep v if fewer than top_k are larger than l_v
     top_p:  of those, keep v if the mass of the larger ones is < top_p of theirs all
     p_v  =  w_v / sum of the kept w
 
-Equal logits are kept or dropped together, so a row's law is a threshold on its logits, whatever their order. Greedy
-rows, and rows where nothing can be drawn, put everything on argmax(l), by torch.argmax's rules. NaN is never drawn
-otherwise; +inf takes all.
+Equal logits are kept or dropped together, so a row's distribution is a threshold on its logits, whatever their order.
+Greedy rows, and rows where nothing can be drawn, put everything on argmax(l), by torch.argmax's rules. NaN is never
+drawn otherwise; +inf takes all.
 """
 
 import math
@@ -67,8 +67,8 @@ def adjusted(logits, seen, repetition_penalty, bias, bitmask) -> torch.Tensor:
     return x if bitmask is None else torch.where(bits(bitmask, vocab), x, -math.inf)
 
 
-def law(x, temperature, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
-    """The law of each row of adjusted logits x (B, n, V), float64; parameters (B,)."""
+def distribution(x, temperature, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
+    """The distribution of each row of adjusted logits x (B, n, V), float64; parameters (B,)."""
 
     def row(t):
         return t.to(torch.float64)[:, None, None]
@@ -76,8 +76,8 @@ def law(x, temperature, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
     usable = ~x.isnan() & (x > -math.inf)
     clean = torch.where(usable, x, -math.inf).double()
     top = clean.amax(-1, keepdim=True)
-    heat = row(temperature)
-    w = torch.where(clean == top, 1.0, ((clean - top) / heat.clamp_min(GREEDY)).exp())
+    temp = row(temperature)
+    w = torch.where(clean == top, 1.0, ((clean - top) / temp.clamp_min(GREEDY)).exp())
     w = torch.where(usable, w, 0.0)
     if min_p is not None:
         w = torch.where((w >= row(min_p)) | (clean == top), w, 0.0)
@@ -94,7 +94,7 @@ def law(x, temperature, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
             mass = torch.where(off | (larger == 0) | (above < row(top_p) * mass.sum(-1, keepdim=True)), mass, 0.0)
         w = torch.zeros_like(w).scatter(-1, order, mass)
     fixed = torch.nn.functional.one_hot(x.argmax(-1), x.shape[-1]).double()
-    return torch.where((heat < GREEDY) | ~usable.any(-1, keepdim=True), fixed, w / w.sum(-1, keepdim=True))
+    return torch.where((temp < GREEDY) | ~usable.any(-1, keepdim=True), fixed, w / w.sum(-1, keepdim=True))
 
 
 def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def proposal(draft_ids, vocab, probs, candidates, draft_logits, temperature):
     """q of each draft (B, Q - 1, V), float64. None of the three: all on the draft itself."""
     b, n = draft_ids.shape[0], draft_ids.shape[1] - 1
     if draft_logits is not None:
-        return law(draft_logits.float(), temperature)
+        return distribution(draft_logits.float(), temperature)
     if candidates is None and probs is not None:
         return probs.double()
     ids, mass = (draft_ids[:, 1:, None], torch.ones_like(draft_ids[:, 1:, None])) if probs is None else (
@@ -158,7 +158,7 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
     widths = torch.full_like(context_lens, width) if block_lens is None else block_lens.clamp(0, width)
     starts = context_lens[:, None].long()
     positions = starts + 1 + i
-    p = law(adjusted(logits, seen, repetition_penalty, bias, bitmask), temperature, top_k, top_p, min_p)
+    p = distribution(adjusted(logits, seen, repetition_penalty, bias, bitmask), temperature, top_k, top_p, min_p)
     sampled = uniform(seeds, positions, SAMPLE)
     x = draft_ids[:, 1:]
     # A block ends at its first id that is no token: nothing was proposed there.
@@ -193,7 +193,7 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
 def sample_draft(values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs):
     starts = context_lens[:, None].long()
     positions = starts + 1 + torch.arange(values.shape[1], device=values.device)
-    p = law(values, temperature, top_k, top_p, min_p)
+    p = distribution(values, temperature, top_k, top_p, min_p)
     chosen = draw(p, uniform(seeds, positions, DRAFT, starts))
     out_ids.copy_(ids.gather(-1, chosen[..., None])[..., 0])
     out_probs.copy_(p)

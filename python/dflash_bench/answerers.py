@@ -128,8 +128,8 @@ class OurLoop:
 
 
 class Server:
-    """A chat server, asked by as many threads as there are requests at once. A request that is dropped or refused for a
-    moment is sent again, `patience` seconds later and then twice as long; `tries` in all."""
+    """A chat server, asked by as many threads as there are concurrent requests. A request that is dropped or refused
+    for a moment is sent again, `patience` seconds later and then twice as long; `tries` in all."""
 
     def __init__(self, chat: ChatServer, max_new_tokens: int, extra: dict, tries: int = 4, patience: float = 1.0):
         self.chat, self.max_new_tokens, self.tries, self.patience = chat, max_new_tokens, tries, patience

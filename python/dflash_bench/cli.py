@@ -68,7 +68,8 @@ def bench_decode(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Decode prompts with the drafter and plainly, in one process: speed, acceptance, and whether the text is the same.
+    """Decode prompts with the drafter and without a drafter, in one process: speed, acceptance, and whether the text is
+    the same.
 
     The first turn of each row is the prompt."""
     from dflash_decode.checkpoint import drafter_of
@@ -83,19 +84,19 @@ def bench_decode(
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
             "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
     if draft == "none":
-        raise UsageError("--draft must be a drafter's directory or 'random'; plain decoding is measured beside it")
+        raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is measured beside it")
     check_files(prompts, {"--json": json_out})
     set_threads(threads)
     check_device(device)
     from dflash_decode.cli import report
-    from dflash_decode.sampling import Sampling
+    from dflash_decode.sampling import SamplingParams
     from dflash_decode.session import Session
 
     from . import decode
     from .report import print_bench
     from .results import write_json
 
-    samplings = [Sampling(value, top_k, top_p, min_p, seed) for value in temperature]
+    samplings = [SamplingParams(value, top_k, top_p, min_p, seed) for value in temperature]
     rows = [row for file in prompts for row in decode.read_prompts(file, limit)]
     session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
                            weights=weights.value, draft_weights=draft_weights.value,

@@ -32,26 +32,43 @@ OUR_LOOPS = ("draft", "weights", "draft_weights", "block_size", "dtype", "device
 
 def protocol(
     context: typer.Context,
-    prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; the '
-                                                     "card's tasks are math500, gsm8k, humaneval and mt_bench.")],
-    model: Annotated[str | None, typer.Option(help="As for generate, smollm2 if not given; with --base-url the model's "
-                                                   "name there, its first if not given.")] = None,
+    prompts: Annotated[
+        list[Path],
+        typer.Option(
+            help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; the '
+            "card's tasks are math500, gsm8k, humaneval and mt_bench."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="As for generate, smollm2 if not given; with --base-url the model's "
+            "name there, its first if not given."
+        ),
+    ] = None,
     draft: Draft = "auto",
     weights: ModelWeights = Weights.model,
     draft_weights: DraftWeights = DraftersWeights.auto,
-    base_url: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead of our loop, with the "
-                                                      "key in OPENAI_API_KEY if that is set.")] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask this OpenAI-compatible server instead of our loop, with the key in OPENAI_API_KEY if that is set."
+        ),
+    ] = None,
     extra_body: Annotated[str | None, typer.Option(help="JSON object: more fields of the server's requests.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once, may be given several times; "
-                                                                      "1 and 32 if not given.")] = None,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Concurrent requests, may be given several times; 1 and 32 if not given."),
+    ] = None,
     max_new_tokens: MaxNewTokens = 4096,
     block_size: BlockSize = 8,
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
-    journal: Annotated[Path, typer.Option(help="Where finished prompts are kept; the same command goes on "
-                                               "with what is there.")] = Path("protocol.jsonl"),
+    journal: Annotated[
+        Path, typer.Option(help="Where finished prompts are kept; the same command goes on with what is there.")
+    ] = Path("protocol.jsonl"),
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     debug: Debug = False,
 ) -> None:

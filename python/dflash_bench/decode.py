@@ -8,7 +8,7 @@ from pathlib import Path
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.cli import report
 from dflash_decode.lossless import Difference, first_difference, first_index
-from dflash_decode.sampling import GREEDY, Sampling
+from dflash_decode.sampling import GREEDY, SamplingParams
 from dflash_decode.session import Session
 
 from .results import commit
@@ -55,7 +55,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
 
 
 def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_new_tokens: int,
-                 sampling: Sampling = GREEDY, sample_from: str = "greedy", rule: str = "token",
+                 sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token",
                  on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
     """Figures for each task and for all together. Both ways of decoding run task by task, one after the other, with the
     same seeds."""
@@ -67,18 +67,20 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
         ids = [session.prompt_ids(row.text) for row in rows]
         options = {"max_new_tokens": max_new_tokens, "concurrency": concurrency, "sampling": sampling,
                    "sample_from": sample_from, "rule": rule}
-        on_task(task, "plain")
-        plain = session.run(ids, speculative=False, **options)
+        on_task(task, "baseline")
+        baseline = session.run(ids, speculative=False, **options)
         on_task(task, "with the drafter")
         ours = session.run(ids, **options)
         different = 0
-        for row, prompt, a, b in zip(rows, ids, ours.answers, plain.answers, strict=True):
+        for row, prompt, a, b in zip(rows, ids, ours.answers, baseline.answers, strict=True):
             found_at = _difference(session, prompt, b.tokens, a.tokens, sampling)
             if found_at is not None:
                 different += 1
                 differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
-                                    "plain": found_at.plain, "margin": found_at.margin})
-        found[task] = _Sums(ours.tokens, ours.seconds, plain.tokens, plain.seconds, ours.steps, len(rows), different)
+                                    "baseline": found_at.baseline, "margin": found_at.margin})
+        found[task] = _Sums(
+            ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps, len(rows), different
+        )
     whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
     return {"temperature": sampling.temperature} | whole.figures(session.block_size) | {
         "tasks": {task: sums.figures(session.block_size) for task, sums in found.items()},
@@ -86,20 +88,20 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
     }
 
 
-def _difference(session, prompt, plain, ours, sampling) -> Difference | None:
+def _difference(session, prompt, baseline, ours, sampling) -> Difference | None:
     """Drawn texts part where their random numbers say: a margin of logits would mean nothing."""
-    at = first_index(plain, ours)
+    at = first_index(baseline, ours)
     if at is None or sampling.temperature == 0:
-        return first_difference(session.target, prompt, plain, ours)
-    return Difference(at, *((text[at] if at < len(text) else None) for text in (plain, ours)), None)
+        return first_difference(session.target, prompt, baseline, ours)
+    return Difference(at, *((text[at] if at < len(text) else None) for text in (baseline, ours)), None)
 
 
 @dataclass
 class _Sums:
     tokens: int
     seconds: float
-    plain_tokens: int
-    plain_seconds: float
+    baseline_tokens: int
+    baseline_seconds: float
     steps: list[int]
     requests: int
     different: int
@@ -108,13 +110,17 @@ class _Sums:
         return tuple(vars(self).values())
 
     def figures(self, width: int) -> dict:
-        rate, plain = self.tokens / self.seconds, self.plain_tokens / self.plain_seconds
+        rate, baseline = self.tokens / self.seconds, self.baseline_tokens / self.baseline_seconds
         return {
-            "requests": self.requests, "tokens": self.tokens,
+            "requests": self.requests,
+            "tokens": self.tokens,
             "acceptance_length": round(sum(self.steps) / len(self.steps), 4) if self.steps else 1.0,
             "acceptance_histogram": [self.steps.count(n) for n in range(1, width + 1)],
-            "tokens_per_s": round(rate, 2), "plain_tokens_per_s": round(plain, 2), "speedup": round(rate / plain, 4),
-            "identical_to_plain": self.different == 0, "different_requests": self.different,
+            "tokens_per_s": round(rate, 2),
+            "baseline_tokens_per_s": round(baseline, 2),
+            "speedup": round(rate / baseline, 4),
+            "identical_to_baseline": self.different == 0,
+            "different_requests": self.different,
         }
 
 

@@ -27,8 +27,8 @@ def our_loop(model: str, draft: str, block_size: int, max_new_tokens: int, dtype
              weights: str = "model", draft_weights: str = "auto") -> OurLoop:
     from dflash_decode.checkpoint import drafter_of
 
-    plain = drafter_of(model, draft) == "none"
-    session = Session.load(model, draft, block_size=None if plain else block_size, dtype=dtype, device=device,
+    baseline = drafter_of(model, draft) == "none"
+    session = Session.load(model, draft, block_size=None if baseline else block_size, dtype=dtype, device=device,
                            weights=weights, draft_weights=draft_weights, status=report.status)
     report.start_text(session)
     return OurLoop(session, max_new_tokens)
@@ -92,7 +92,7 @@ class Watch:
         self.progress.stop()
 
     def __call__(self, stage: Stage) -> None:
-        name = escape(f"{TASKS.get(stage.task, stage.task)}, {stage.concurrency} at once")
+        name = escape(f"{TASKS.get(stage.task, stage.task)}, {stage.concurrency} concurrent")
         if stage is not self.stage:
             if self.bar is not None:
                 self.progress.remove_task(self.bar)
@@ -141,7 +141,7 @@ def notes(rows: Iterable[dict]) -> list[str]:
         found.append(f"the acceptance length is the server's own: {', '.join(sorted(sources))}, whoever asked")
     if few := [f"{TASKS.get(row['task'], row['task'])} {row['of']} of {row['concurrency']}" for row in rows
                if row["of"] < row["concurrency"]]:
-        found.append(f"there are fewer prompts than requests at once: {', '.join(few)}")
+        found.append(f"there are fewer prompts than concurrent requests: {', '.join(few)}")
     if retries := sum(row["retries"] for row in rows):
         found.append(f"{retries} requests were sent again; their time counts")
     if any(row["runs"] > 1 for row in rows):

@@ -9,13 +9,13 @@ from dflash_decode.cli.report import out
 def print_bench(results: list[dict]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     drawn = any(result["temperature"] for result in results)
-    for column in (*("T",) * drawn, "task", "requests", "tokens", "acceptance", "tokens/s", "plain", "ratio",
+    for column in (*("T",) * drawn, "task", "requests", "tokens", "acceptance", "tokens/s", "baseline", "ratio",
                    "identical"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for result in results:
         for task, r in [*result["tasks"].items(), ("all", result)]:
-            same = "yes" if r["identical_to_plain"] else f"{r['different_requests']} differ"
+            same = "yes" if r["identical_to_baseline"] else f"{r['different_requests']} differ"
             table.add_row(*(f"{result['temperature']:g}",) * drawn, escape(task), str(r["requests"]), str(r["tokens"]),
                           f"{r['acceptance_length']:.2f}", f"{r['tokens_per_s']:.1f}",
-                          f"{r['plain_tokens_per_s']:.1f}", f"{r['speedup']:.2f}", same)
+                          f"{r['baseline_tokens_per_s']:.1f}", f"{r['speedup']:.2f}", same)
     out.print(table)

@@ -10,7 +10,7 @@ import torch
 from dflash_kernels import LogitAdjustments
 
 from .inputs import FLOAT32, said
-from .sampling import Grammar, Sampling
+from .sampling import Grammar, SamplingParams
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ class Adjuster:
             bitmask=torch.full((batch, width, words), -1, dtype=torch.int32, device=device))
         self.width, self.vocab = width, vocab
 
-    def fill(self, b: int, sampling: Sampling, prompt: Sequence[int], text: Sequence[int],
+    def fill(self, b: int, sampling: SamplingParams, prompt: Sequence[int], text: Sequence[int],
              drafts: Sequence[int], stops: Collection[int] = ()) -> int:
         """Request b of the batch: what it was asked, what it has answered, the drafts of its block, and the tokens that
         would end it. Returns how many rows can be drawn from: those before one that no token may follow, which may be

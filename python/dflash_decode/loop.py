@@ -2,7 +2,7 @@
 
 Each request is a context, whose K/V are in its pages, and an anchor, its last token. A step drafts a block after every
 anchor, lets the target check it, and commits what the target would have written itself plus one token of its own.
-Plain decoding is the same loop with no drafter; a sampled request's text is plain sampling's with the same seed.
+Baseline decoding is the same loop with no drafter; a sampled request's text is baseline sampling's with the same seed.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from .kv import OutOfPages, PagePool, default_pages
 from .model import Target
 from .model.drafter import Drafter
 from .requests import Event, Live, Request, admit
-from .sampling import Sampling
+from .sampling import SamplingParams
 from .step import Prefill, Step, block_width, prefill_sizes
 from .verify import VERIFIERS, GreedyVerifier, first_token, verifier_for
 
@@ -29,9 +29,9 @@ class Decoder:
     room for max_batch requests of max_context tokens, on a GPU at most what fits in 0.8 of its free memory. Pages are
     taken when a request starts, for all that it may write.
 
-    sample_from: how drafts of sampled requests are made. "greedy": the likeliest, and the text for a seed is plain
-    sampling's token by token. "request": drawn as the request draws, which keeps the target's law, not the text, and
-    rule says how they are accepted: "token" or "block", as for verify_sample."""
+    sample_from: how drafts of sampled requests are made. "greedy": the most likely, and the text for a seed is plain
+    sampling's token by token. "request": drawn as the request draws, which keeps the target's distribution, not the
+    text, and rule says how they are accepted: "token" or "block", as for verify_sample."""
 
     def __init__(self, target: Target, drafter: Drafter | None = None, *, block_size: int | None = None,
                  max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 64,
@@ -72,7 +72,9 @@ class Decoder:
         unfinished = (live for live in self._requests if not live.finish)
         return list(itertools.takewhile(lambda live: live.emitted, unfinished))
 
-    def warm_up(self, prompt_lens: Iterable[int] | None = None, samplings: Iterable[Sampling] | None = None) -> None:
+    def warm_up(
+        self, prompt_lens: Iterable[int] | None = None, samplings: Iterable[SamplingParams] | None = None
+    ) -> None:
         """Does once what is slow the first time: allocates, compiles and records the prompts' passes, and the steps of
         every batch that max_batch allows. Nothing is decoded, and no text changes.
         prompt_lens: of the prompts that will come, in tokens; None: all that fit. samplings: of the requests that will

@@ -1,4 +1,4 @@
-"""Where a speculative text parts from the plain one, and by how little."""
+"""Where a speculative text parts from the baseline one, and by how little."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from .model import Target
 @dataclass(frozen=True)
 class Difference:
     """The first place where two texts differ: position in the answer, the token of each (None: the text ended), and the
-    plain pass's logit of the plain token minus that of the other. A margin near 0 is a near tie that another order of
-    additions decided; a large one is a bug."""
+    baseline pass's logit of the baseline token minus that of the other. A margin near 0 is a near tie that another
+    order of additions decided; a large one is a bug."""
 
     index: int
-    plain: int | None
+    baseline: int | None
     speculative: int | None
     margin: float | None
 
     def __str__(self) -> str:
         margin = "one text is a prefix of the other" if self.margin is None else f"logit margin {self.margin:.3g}"
-        return f"token {self.index}: plain {self.plain}, speculative {self.speculative} ({margin})"
+        return f"token {self.index}: plain {self.baseline}, speculative {self.speculative} ({margin})"
 
 
 def first_index(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -34,18 +34,18 @@ def first_index(one: Sequence[int], other: Sequence[int]) -> int | None:
     return None if at == len(one) == len(other) else at
 
 
-def first_difference(target: Target, prompt: Sequence[int], plain: Sequence[int],
+def first_difference(target: Target, prompt: Sequence[int], baseline: Sequence[int],
                      speculative: Sequence[int]) -> Difference | None:
     """None when the two answers to `prompt` are equal, else where they part and the target's margin there."""
-    index = first_index(plain, speculative)
+    index = first_index(baseline, speculative)
     if index is None:
         return None
-    if index == min(len(plain), len(speculative)):
+    if index == min(len(baseline), len(speculative)):
         token = lambda text: text[index] if index < len(text) else None  # noqa: E731
-        return Difference(index, token(plain), token(speculative), None)
-    logits = _next_logits(target, [*prompt, *plain[:index]])
-    return Difference(index, plain[index], speculative[index],
-                      float(logits[plain[index]] - logits[speculative[index]]))
+        return Difference(index, token(baseline), token(speculative), None)
+    logits = _next_logits(target, [*prompt, *baseline[:index]])
+    return Difference(index, baseline[index], speculative[index],
+                      float(logits[baseline[index]] - logits[speculative[index]]))
 
 
 def _next_logits(target: Target, tokens: Sequence[int]) -> torch.Tensor:

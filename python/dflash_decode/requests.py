@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from .inputs import integer, is_token_list, items, shown
 from .kv import PagePool
-from .sampling import GREEDY, Sampling, check_sampling
+from .sampling import GREEDY, SamplingParams, check_sampling
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Request:
     prompt: Sequence[int]
     max_new_tokens: int
     stop_tokens: Collection[int] = ()
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Live:
 
     request: Request
     limit: int
-    sampling: Sampling
+    sampling: SamplingParams
     pages: list[int] = field(default_factory=list)
     told: int = 0
     ended: str | None = None  # from outside: cancelled or error

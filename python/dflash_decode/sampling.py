@@ -23,7 +23,7 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How one request's tokens are drawn; the meaning of the filters together is verify_sample's.
 
     temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
@@ -56,7 +56,7 @@ class Sampling:
                     or self.grammar is not None)
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 # Field: (lowest, highest).
 _RANGES = {
     "temperature": (0.0, FLOAT32.max), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
@@ -66,11 +66,11 @@ _RANGES = {
 _SAID = {0.0: " of at least 0", FLOAT32.tiny: " above 0"}
 
 
-def check_sampling(sampling: Sampling, what: str, vocab: int | None = None) -> Sampling:
+def check_sampling(sampling: SamplingParams, what: str, vocab: int | None = None) -> SamplingParams:
     """The same settings in plain Python numbers. Raises TypeError or ValueError, which begin with `what`, for settings
     that mean nothing, or that float32, in which they are applied, cannot hold."""
-    if not isinstance(sampling, Sampling):
-        raise TypeError(f"{what}: sampling must be a Sampling; got {shown(sampling)}")
+    if not isinstance(sampling, SamplingParams):
+        raise TypeError(f"{what}: sampling must be a SamplingParams; got {shown(sampling)}")
     read = {name: _number(getattr(sampling, name), name, what) for name in _RANGES}
     read["top_k"] = _integer(sampling.top_k, "top_k", what, 31, "an integer, -1 or 0 (off), or up to")
     read["seed"] = None if sampling.seed is None else _integer(sampling.seed, "seed", what, 63, "an integer from 0 to")

@@ -28,7 +28,7 @@ from .model.drafter import Drafter, read_vocabulary, refuse_side_files
 from .model.native import FAMILIES, NativeTarget
 from .prompts import read_prompt, read_prompts
 from .requests import Request
-from .sampling import GREEDY, Sampling, check_sampling
+from .sampling import GREEDY, SamplingParams, check_sampling
 
 RANDOM, NONE = "random", "none"
 WEIGHTS, DRAFT_WEIGHTS = ("model", "int8"), ("auto", "int8", "model")
@@ -144,7 +144,7 @@ class Session:
 
     def run(self, prompts: object, *, max_new_tokens: int, concurrency: int = 1, speculative: bool = True,
             on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None,
-            sampling: Sampling = GREEDY, sample_from: str = "greedy", rule: str = "token") -> Run:
+            sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token") -> Run:
         """Answers all prompts, `concurrency` at a time. prompts: a list of what prompt_ids takes, or one such prompt.
         max_new_tokens: of each answer, at least 1; the context's end ends it sooner. on_tokens(prompt's index, new
         tokens) is called as they come. sampling: of all prompts; prompt i draws with seed + i, or with a fresh seed if

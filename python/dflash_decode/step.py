@@ -35,8 +35,10 @@ class Recorded:
 
 
 class Step:
-    """Draft, verify, commit: `batch` requests, blocks of `width` tokens; of width 1 or with no drafter, a plain step.
-    verifier: greedy if None. draw: drafts are drawn from the drafter's law, as the verifier's requests draw theirs.
+    """Draft, verify, commit: `batch` requests, blocks of `width` tokens; of width 1 or with no drafter, a baseline
+    step.
+    verifier: greedy if None. draw: drafts are drawn from the drafter's distribution, as the verifier's requests draw
+    theirs.
     pool: as for StepGraph.
 
     Inputs, to be filled in place: anchors (B,) int64, the last token of each request, not yet in the target's cache;
@@ -58,7 +60,7 @@ class Step:
         self.draft = drafter.make_draft(batch, width, draft_kv, page_size,
                                         self.verifier.params if draw else None) if drafter and width > 1 else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
-        self.forward = target.make_pass(batch, width, target_kv, drafter.taps if drafter else ())
+        self.forward = target.make_pass(batch, width, target_kv, drafter.target_layer_ids if drafter else ())
         self.block = self.draft.block if self.draft else PreparedBlock(
             ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width), rows=None)
         self.anchors = self.draft.anchors if self.draft else ids(batch)
@@ -108,7 +110,7 @@ class Prefill:
         self.target, self.rows, self.page_size, device = target, rows, page_size, target.device
         self.work = Recorded(device, target, drafter, pool=pool)
         self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
-        self.forward = target.make_pass(1, rows, target_kv, drafter.taps if drafter else ())
+        self.forward = target.make_pass(1, rows, target_kv, drafter.target_layer_ids if drafter else ())
         whole = {"dtype": torch.int64, "device": device}
         ids, positions, slots, self.tokens = (torch.zeros((1, rows), **whole) for _ in range(4))
         self.block = PreparedBlock(ids=ids, positions=positions, slots=slots, rows=None)
@@ -149,5 +151,5 @@ def prefill_sizes(tokens: int, most: int, device: torch.device) -> list[int]:
 
 def block_width(most: int, batch: int, device: torch.device) -> int:
     """Tokens of a block for `batch` requests. A CPU computes some 32 rows while it reads the weights; more take longer:
-    eight requests of SmolLM2 at once gain 1.27 times in blocks of 8, 1.51 times in blocks of 4."""
+    eight concurrent requests of SmolLM2 gain 1.27 times in blocks of 8, 1.51 times in blocks of 4."""
     return max(1, min(most, VERIFY_ROWS // batch)) if device.type == "cpu" else most

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 
 import torch
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, Verified, verify_greedy, verify_sample
+from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, Verified, verify_greedy, verify_sample
 
 from .adjust import Adjuster, GrammarFailed
 from .model import Target
 from .requests import Live
-from .sampling import Sampling
+from .sampling import SamplingParams
 
 _FIELDS = {"temperature": "temperature", "seeds": "seed", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
-def verifier_for(samplings: Sequence[Sampling]) -> type["GreedyVerifier"]:
+def verifier_for(samplings: Sequence[SamplingParams]) -> type["GreedyVerifier"]:
     """The least that these settings need."""
     if any(sampling.adjusts for sampling in samplings):
         return AdjustedVerifier
@@ -40,7 +40,7 @@ class GreedyVerifier:
     """Accepts what greedy decoding would have written."""
 
     graph_safe = True
-    params: SamplingParams | None = None
+    params: SamplingTensors | None = None
 
     def __init__(self, target: Target, batch: int, width: int, rule: str = "token"):
         self.target, self.rule, self.device = target, rule, target.device
@@ -68,14 +68,14 @@ class GreedyVerifier:
 
 
 class SampledVerifier(GreedyVerifier):
-    """Accepts so that what is emitted follows the target's law, each request's by its own settings. rule: "token" or
-    "block", as for verify_sample."""
+    """Accepts so that what is emitted follows the target's distribution, each request's by its own settings. rule:
+    "token" or "block", as for verify_sample."""
 
     adjustments: LogitAdjustments | None = None
 
     def _make(self, batch, width):
         self.logits = torch.zeros((batch, width, self.target.vocab_size), dtype=self.target.dtype, device=self.device)
-        self.params = SamplingParams(
+        self.params = SamplingTensors(
             temperature=self._per_request(batch, torch.float32), seeds=self._per_request(batch, torch.int64),
             top_k=self._per_request(batch, torch.int32), top_p=self._per_request(batch, torch.float32),
             min_p=self._per_request(batch, torch.float32))

@@ -29,7 +29,7 @@ def test_every_op_has_a_case():
 
 
 def test_an_op_without_a_case_is_named():
-    assert without_a_case(["linear", "merge_topk", "new_op"], benched(["linear"])) == ["merge_topk", "new_op"]
+    assert without_a_case(["linear", "combine_topk", "new_op"], benched(["linear"])) == ["combine_topk", "new_op"]
 
 
 @pytest.mark.parametrize("name", BENCHES)
@@ -77,8 +77,8 @@ def test_torch_compile_is_called_as_the_plain_expression_is(monkeypatch):
     seen = []
     monkeypatch.setattr(cpu_peers, "compiled", lambda function: lambda *args: seen.append(function) or function(*args))
     made = []
-    problem = SimpleNamespace(plain=lambda x: (x + 1,), args=lambda i: (torch.tensor(i),))
-    assert cases.Sizes("cpu").peers_of("o", problem)["torch.compile"](3)[0].item() == 4 and seen == [problem.plain]
+    problem = SimpleNamespace(baseline=lambda x: (x + 1,), args=lambda i: (torch.tensor(i),))
+    assert cases.Sizes("cpu").peers_of("o", problem)["torch.compile"](3)[0].item() == 4 and seen == [problem.baseline]
     writing = SimpleNamespace(**vars(problem), whole=lambda x: made.append(x.item()), written=lambda: tuple(made))
     for name in ("torch", "torch.compile"):
         assert cases.Sizes("cpu").peers_of("o", writing)[name](3)()[-1] == 3
@@ -92,7 +92,7 @@ def test_where_nothing_compiles_it_is_said_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     cpu_peers.unusable.cache_clear()
     try:
-        problem = SimpleNamespace(plain=lambda x: (x,), args=lambda i: (torch.zeros(1),))
+        problem = SimpleNamespace(baseline=lambda x: (x,), args=lambda i: (torch.zeros(1),))
         rows = []
         for op in "ab":
             peers = cases.Sizes("cpu").peers_of(op, problem)

@@ -28,9 +28,9 @@ def test_bench_decode(call, models, tmp_path, concurrency):
     assert code == 0 and err == "" and "alpha" in out and "identical" in out
     found = json.loads(out_file.read_text())
     for part in (found, found["tasks"]["alpha"], found["tasks"]["beta"]):
-        assert part["identical_to_plain"] is True and part["different_requests"] == 0
-        assert part["acceptance_length"] >= 1 and part["tokens_per_s"] > 0 and part["plain_tokens_per_s"] > 0
-        assert abs(part["speedup"] - part["tokens_per_s"] / part["plain_tokens_per_s"]) < 0.01
+        assert part["identical_to_baseline"] is True and part["different_requests"] == 0
+        assert part["acceptance_length"] >= 1 and part["tokens_per_s"] > 0 and part["baseline_tokens_per_s"] > 0
+        assert abs(part["speedup"] - part["tokens_per_s"] / part["baseline_tokens_per_s"]) < 0.01
     assert found["requests"] == 6 and found["tokens"] == sum(t["tokens"] for t in found["tasks"].values())
     assert found["concurrency"] == concurrency and found["kind"] == "decode" and found["differences"] == []
     for key in ("cpu", "threads", "isa", "versions", "commit", "model", "draft", "prompts", "limit"):
@@ -57,10 +57,10 @@ def test_bench_decode_by_temperature(call, models, tmp_path):
     assert [t["temperature"] for t in found["temperatures"]] == [0, 0.5, 1.25]
     assert (found["seed"], found["top_p"], found["sample_from"], found["rule"]) == (3, 1.0, "greedy", "token")
     for part in found["temperatures"]:
-        assert part["identical_to_plain"] is True and part["acceptance_length"] >= 1 and part["tasks"]["alpha"]
+        assert part["identical_to_baseline"] is True and part["acceptance_length"] >= 1 and part["tasks"]["alpha"]
     code, _, err = call(*arguments, "--temperature", 0.5, "--sample-from", "request")
     found = json.loads(out_file.read_text())
-    assert code == 0 and "follow the law" in err and (found["kind"], found["temperature"]) == ("decode", 0.5)
+    assert code == 0 and "follow the distribution" in err and (found["kind"], found["temperature"]) == ("decode", 0.5)
 
 
 def test_bench_reports_differences(models, monkeypatch):
@@ -76,7 +76,7 @@ def test_bench_reports_differences(models, monkeypatch):
     monkeypatch.setattr(session.Session, "run", planted)
     rows = [bench.Prompt("t", f"t/{i}", ("x",)) for i in range(2)]
     found = bench.bench_decode(loaded, rows, concurrency=2, max_new_tokens=5)
-    assert found["identical_to_plain"] is False and found["different_requests"] == 1
+    assert found["identical_to_baseline"] is False and found["different_requests"] == 1
     assert [d["id"] for d in found["differences"]] == ["t/1"] and found["differences"][0]["got"] is None
 
 
@@ -173,6 +173,6 @@ def test_bench_ops_of_tiny_shapes(tmp_path):
     done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert {row["op"] for row in found["rows"]} == {"merge_argmax", "merge_topk", "sample_draft"}
+    assert {row["op"] for row in found["rows"]} == {"combine_argmax", "combine_topk", "sample_draft"}
     assert {"copy_gbps", "read_gbps", "matrix_tflops", "threads", "commit"} <= set(found["header"])
     assert all({"us", "p20", "p80", "gbps", "pct_of_limit", "tflops", "peers"} <= set(row) for row in found["rows"])

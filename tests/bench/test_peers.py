@@ -28,8 +28,8 @@ def reply(seconds, *tokens, steps=(), accepted=()):
     return job.Reply(seconds, [*map(len, tokens)], [*tokens], [*steps], [*accepted])
 
 
-def key(peer, mode, task="t", threads=2, at_once=1):
-    return sums.Key(peer, mode, threads, at_once, task)
+def key(peer, mode, task="t", threads=2, concurrency=1):
+    return sums.Key(peer, mode, threads, concurrency, task)
 
 
 def test_accepted_drafts():
@@ -47,39 +47,39 @@ def test_a_row_is_the_median_of_its_rounds():
     assert (row["tokens_per_s"], row["slowest"], row["fastest"]) == (1.5, 0.75, 3.0)
     assert row["acceptance_length"] == 2.0 and row["by_position"] == [1.0, 0.5]  # 4 tokens in 2 steps, first ones apart
     assert row["decode_tokens_per_s"] == round(4 / 3, 2) and row["ms_per_step"] == 1500.0
-    assert row["same_as_our_plain"] is None and row["same_in_every_round"]
+    assert row["same_as_our_baseline"] is None and row["same_in_every_round"]
 
 
-def test_a_row_of_plain_decoding_of_a_peer_without_tokens():
+def test_a_row_of_baseline_decoding_of_a_peer_without_tokens():
     found = sums.Rows()
-    found.add(key("ours", "plain"), reply(1.0, [1]), 1.0)
-    found.add(key("llama", "plain"), job.Reply(1.0, [1]), 1.0)
+    found.add(key("ours", "baseline"), reply(1.0, [1]), 1.0)
+    found.add(key("llama", "baseline"), job.Reply(1.0, [1]), 1.0)
     ours, llama = found.rows()
     assert llama["acceptance_length"] == 1.0 and llama["by_position"] == [] and llama["decode_tokens_per_s"] is None
-    assert ours["same_as_our_plain"] == 1 and llama["same_as_our_plain"] is None
+    assert ours["same_as_our_baseline"] == 1 and llama["same_as_our_baseline"] is None
 
 
 def test_a_text_that_changes_between_rounds_is_told():
     found = sums.Rows()
     for token in (1, 2):
-        found.add(key("vllm", "plain"), reply(1.0, [token]), 0.0)
+        found.add(key("vllm", "baseline"), reply(1.0, [token]), 0.0)
     assert found.rows()[0]["same_in_every_round"] is False
 
 
 def test_rows_of_tasks_of_all_and_of_many_at_once():
     found = sums.Rows()
     for who, mode, task, tokens, steps, accepted in (
-            ("ours", "plain", "a", [1, 2], [], []), ("vllm", "dflash", "a", [1, 2], [1], [0, 0]),
-            ("vllm", "dflash", "b", [3, 9, 9], [1], [1]), ("ours", "plain", "b", [3, 4, 5], [], []),
-            ("llama", "plain", "b", [3, 4, 5], [], [])):
+            ("ours", "baseline", "a", [1, 2], [], []), ("vllm", "dflash", "a", [1, 2], [1], [0, 0]),
+            ("vllm", "dflash", "b", [3, 9, 9], [1], [1]), ("ours", "baseline", "b", [3, 4, 5], [], []),
+            ("llama", "baseline", "b", [3, 4, 5], [], [])):
         found.add(key(who, mode, task), reply(1.0, tokens, steps=steps, accepted=accepted), 0.0)
-    found.add(key("vllm", "dflash", "all", at_once=32), reply(1.0, [1, 2], steps=[1]), 0.0)
-    found.add(key("ours", "plain", "all", at_once=32), reply(1.0, [7, 2]), 0.0)
+    found.add(key("vllm", "dflash", "all", concurrency=32), reply(1.0, [1, 2], steps=[1]), 0.0)
+    found.add(key("ours", "baseline", "all", concurrency=32), reply(1.0, [7, 2]), 0.0)
     rows = found.rows()
     assert [(r["task"], r["peer"], r["concurrency"]) for r in rows] == [
         ("a", "ours", 1), ("a", "vllm", 1), ("b", "ours", 1), ("b", "vllm", 1), ("b", "llama", 1), ("all", "ours", 1),
         ("all", "vllm", 1), ("all", "vllm", 32), ("all", "ours", 32)]
-    assert [r["same_as_our_plain"] for r in rows] == [1, 1, 1, 0, 1, 2, 1, 0, 1]
+    assert [r["same_as_our_baseline"] for r in rows] == [1, 1, 1, 0, 1, 2, 1, 0, 1]
     whole = rows[6]
     assert (whole["tokens"], whole["tokens_per_s"], whole["steps"], whole["prompts"]) == (5, 2.5, 2, 2)
     assert whole["by_position"] == [0.5, 0.0] and whole["acceptance_length"] == 1.5
@@ -102,9 +102,14 @@ def test_acceptance_where_the_text_is_the_same():
 
 def test_turns():
     threads = [(t.peer.name, t.mode, t.threads) for t in peer.turns(["ours", "llama"], 2, True)]
-    assert threads == [("ours", "plain", 2), ("ours", "dflash", 2), ("llama", "plain", 1), ("llama", "plain", 2),
-                       ("llama", "dflash", 2)]
-    assert [str(t) for t in peer.turns(["dflash", "transformers"], 2, False)] == ["transformers, plain, 2 threads"]
+    assert threads == [
+        ("ours", "baseline", 2),
+        ("ours", "dflash", 2),
+        ("llama", "baseline", 1),
+        ("llama", "baseline", 2),
+        ("llama", "dflash", 2),
+    ]
+    assert [str(t) for t in peer.turns(["dflash", "transformers"], 2, False)] == ["transformers, baseline, 2 threads"]
     assert len(peer.turns(["llama"], 1, False)) == 1
 
 
@@ -231,37 +236,44 @@ def test_a_run(fakes, tmp_path, capsys):
     driver.show(result)
     out = capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(result))
-    assert [(r["peer"], r["mode"], r["task"], r["concurrency"], r["prompts"], r["tokens"], r["rounds"])
-            for r in result["rows"]] == [
-        ("ours", "plain", "a", 1, 2, 10, 2), ("ours", "plain", "b", 1, 2, 10, 2), ("ours", "plain", "all", 1, 4, 20, 2),
-        ("ours", "plain", "all", 3, 3, 15, 2)]
+    assert [
+        (r["peer"], r["mode"], r["task"], r["concurrency"], r["prompts"], r["tokens"], r["rounds"])
+        for r in result["rows"]
+    ] == [
+        ("ours", "baseline", "a", 1, 2, 10, 2),
+        ("ours", "baseline", "b", 1, 2, 10, 2),
+        ("ours", "baseline", "all", 1, 4, 20, 2),
+        ("ours", "baseline", "all", 3, 3, 15, 2),
+    ]
     assert result["header"]["command"] == "python -m bench.peers --prompts prompts.jsonl --draft draft " \
         "--max-new-tokens 5 --concurrency 1 3 --rounds 2 --threads 1"
     assert result["header"]["block_size"] == 4 and result["header"]["versions"] == {"ours": {"fake": "1"}}
     parts, = result["parts"]
-    assert [parts[name] for name in ("peer", "mode", "threads", "prompts", "steps")] == ["ours", "plain", 1, 2, 2]
+    assert [parts[name] for name in ("peer", "mode", "threads", "prompts", "steps")] == ["ours", "baseline", 1, 2, 2]
     assert parts["draft_ms"] is None and 0 <= parts["verify_ms"] <= parts["step_ms"] and "verify, ms" in out
     why = result["missing"]
-    assert set(why) == {"ours, dflash, 1 thread", "vllm, plain, 1 thread", "vllm, dflash, 1 thread",
-                        "llama, plain, 1 thread", "llama, dflash, 1 thread"}
+    assert set(why) == {"ours, dflash, 1 thread", "vllm, baseline, 1 thread", "vllm, dflash, 1 thread",
+                        "llama, baseline, 1 thread", "llama, dflash, 1 thread"}
     assert why["ours, dflash, 1 thread"].startswith("ValueError: cannot draft")
-    assert why["vllm, plain, 1 thread"].startswith("not installed") and "gguf" in why["llama, plain, 1 thread"]
+    assert why["vllm, baseline, 1 thread"].startswith("not installed") and "gguf" in why["llama, baseline, 1 thread"]
 
 
 def test_a_peer_that_breaks_on_the_way_keeps_its_rounds(fakes, capsys):
     result = fakes(threads=2, only=["ours"], draft=None, concurrency=[1])
     # A warm-up, then a question for the prompts' passes and one for the answers in each round of each task.
     assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
-    assert result["missing"]["ours, plain, 2 threads"].startswith("OSError: no more; see build/peers/last-ours-plain-2")
+    assert result["missing"]["ours, baseline, 2 threads"].startswith(
+        "OSError: no more; see build/peers/last-ours-baseline-2"
+    )
 
 
 def test_a_peer_that_breaks_when_it_is_watched_keeps_its_rows(fakes, capsys):
     result = fakes(threads=3, only=["ours"], draft=None, concurrency=[1], rounds=1)
     assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
-    assert result["parts"] == [] and result["missing"]["ours, plain, 3 threads"].startswith("OSError: no more")
+    assert result["parts"] == [] and result["missing"]["ours, baseline, 3 threads"].startswith("OSError: no more")
 
 
-def test_many_at_once_have_no_parts(fakes, capsys):
+def test_many_concurrent_have_no_parts(fakes, capsys):
     result = fakes(only=["ours"], draft=None, concurrency=[2], rounds=1)
     driver.show(result)
     assert result["rows"] and result["parts"] == []
@@ -270,12 +282,12 @@ def test_many_at_once_have_no_parts(fakes, capsys):
 def test_a_peer_without_the_dtype_is_missing(fakes, capsys):
     result = fakes(dtype="float32", only=["ours", "llama"], draft=None, rounds=1)
     assert result["header"]["dtype"] == "float32" and result["header"]["command"].endswith("--dtype float32")
-    assert result["missing"] == {"llama, plain, 1 thread": "it does not run in float32"} and result["rows"]
+    assert result["missing"] == {"llama, baseline, 1 thread": "it does not run in float32"} and result["rows"]
 
 
 def test_peers_take_turns(fakes, monkeypatch, capsys):
-    monkeypatch.setattr(peer, "PEERS", (peer.Peer("ours", "model", modes=("plain",), batches=True),
-                                        peer.Peer("other", "model", modes=("plain",))))
+    monkeypatch.setattr(peer, "PEERS", (peer.Peer("ours", "model", modes=("baseline",), batches=True),
+                                        peer.Peer("other", "model", modes=("baseline",))))
     here = peer.ROOT / "bench" / "peers"
     shutil.copy(here / "peer_ours.py", here / "peer_other.py")
     fakes(only=["ours", "other"], concurrency=[1, 2])

@@ -62,11 +62,11 @@ def test_parts_are_medians_over_all_steps():
 
 
 def test_parts_of_peers_that_tell_less():
-    plain = sums.parts_row(("x", "plain", 1), [job.Reply(1.0, [2], parts=[{"step": 2.0, VERIFY: 1.5}])])
-    assert (plain["draft_ms"], plain["verify_ms"], plain["rest_ms"]) == (None, 1500.0, 500.0)
-    whole = sums.parts_row(("x", "plain", 1), [job.Reply(1.0, [2], parts=[{"step": 2.0}], whole="why")] * 2)
+    baseline = sums.parts_row(("x", "baseline", 1), [job.Reply(1.0, [2], parts=[{"step": 2.0, VERIFY: 1.5}])])
+    assert (baseline["draft_ms"], baseline["verify_ms"], baseline["rest_ms"]) == (None, 1500.0, 500.0)
+    whole = sums.parts_row(("x", "baseline", 1), [job.Reply(1.0, [2], parts=[{"step": 2.0}], whole="why")] * 2)
     assert (whole["verify_ms"], whole["rest_ms"], whole["step_ms"], whole["whole"]) == (None, None, 2000.0, "why")
-    none = sums.parts_row(("x", "plain", 1), [job.Reply(1.0, [1])])
+    none = sums.parts_row(("x", "baseline", 1), [job.Reply(1.0, [1])])
     assert none["steps"] == 0 and none["step_ms"] is None
 
 
@@ -128,7 +128,7 @@ def ours(monkeypatch, files, clock, mode=job.DFLASH, plant=lambda session: None,
     return passes, before, answer()
 
 
-@pytest.mark.parametrize("mode", [job.PLAIN, job.DFLASH])
+@pytest.mark.parametrize("mode", [job.BASELINE, job.DFLASH])
 def test_our_steps_by_part(monkeypatch, files, mode):
     made = []
 
@@ -194,7 +194,7 @@ def test_transformers_steps_are_its_passes(files):
     pytest.importorskip("transformers")
     from bench.peers import peer_transformers
 
-    before, after = answers(peer_transformers, a_job(job.PLAIN, files[0], None), Ticks())
+    before, after = answers(peer_transformers, a_job(job.BASELINE, files[0], None), Ticks())
     assert before.tokens == after.tokens and len(after.parts) == after.counts[0] - 2
     assert all(step.keys() == {"step", VERIFY} and step[VERIFY] < step["step"] for step in after.parts)
 
@@ -291,7 +291,7 @@ http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_for
 """
 
 
-@pytest.mark.parametrize("mode, steps, ms", [(job.PLAIN, 9, 20.0), (job.DFLASH, 6, 30.0)])
+@pytest.mark.parametrize("mode, steps, ms", [(job.BASELINE, 9, 20.0), (job.DFLASH, 6, 30.0)])
 def test_llama_tells_whole_steps(monkeypatch, tmp_path, mode, steps, ms):
     from bench.peers import peer_llama
 

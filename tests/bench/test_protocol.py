@@ -164,7 +164,7 @@ def test_the_command_with_our_loop(models, tmp_path, capfd):
     assert cli.run([str(w) for w in words]) == 0
     shown, err = capfd.readouterr()
     assert "Throughput, tokens/s" in shown and "Acceptance length" in shown and "Math500" in shown
-    assert "331.1" in shown and "3.561" in shown and "MT-Bench, 3 at once: 3 prompts" in err and "\x1b" not in shown
+    assert "331.1" in shown and "3.561" in shown and "MT-Bench, 3 concurrent: 3 prompts" in err and "\x1b" not in shown
     found = json.loads(out.read_text())
     assert found["kind"] == "protocol" and len(found["rows"]) == 4 and found["max_new_tokens"] == 5
     assert [found[name] for name in ("model", "draft")] == [Path(models[name]).name for name in ("model", "draft")]
@@ -233,8 +233,8 @@ def test_a_bar_with_the_time_that_is_left(monkeypatch):
         watch(stage)
         watch.progress.refresh()
     text = shown.getvalue()
-    assert "GSM8K, 8 at once" in text and "3/4" in text and "150.0 tokens/s" in text and "0:00" in text
-    assert "MT-Bench, 8 at once" in text and "6/9" in text
+    assert "GSM8K, 8 concurrent" in text and "3/4" in text and "150.0 tokens/s" in text and "0:00" in text
+    assert "MT-Bench, 8 concurrent" in text and "6/9" in text
 
 
 def test_the_time_that_is_left_of_long_answers(monkeypatch):
@@ -254,4 +254,4 @@ def test_fewer_prompts_than_requests_at_once_are_told():
     row = {"acceptance_from": "steps", "retries": 0, "runs": 1, "task": "gsm8k"}
     assert protocol_report.notes([row | {"of": 32, "concurrency": 32}]) == []
     assert protocol_report.notes([row | {"of": 24, "concurrency": c} for c in (1, 32)]) == [
-        "there are fewer prompts than requests at once: GSM8K 24 of 32"]
+        "there are fewer prompts than concurrent requests: GSM8K 24 of 32"]

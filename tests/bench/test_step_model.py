@@ -48,12 +48,12 @@ def test_geometries_have_the_sizes_that_are_known():
 
 
 def test_bytes_are_those_of_packed_weights():
-    """The step benchmark counts what it packs; a plain step and a verify pass read exactly that."""
+    """The step benchmark counts what it packs; a baseline step and a verify pass read exactly that."""
     folder = next((f for f in RESULTS.iterdir() if (f / "step.json").is_file()), None)
     if folder is None:
         pytest.skip("no step was measured")
     rows = {r["op"]: r for r in json.loads((folder / "step.json").read_text())["rows"]}
-    counted = rows["plain step"]["gbps"] * rows["plain step"]["us"] * 1e3
+    counted = rows["baseline step"]["gbps"] * rows["baseline step"]["us"] * 1e3
     assert m.step(SMOL, UNIT, 1, 0, block=1, drafting=False).total * 1e3 == pytest.approx(counted)
 
 
@@ -86,7 +86,7 @@ def test_tensor_parallelism_divides_and_reduces():
     assert four.all_reduce == pytest.approx(2 * (36 + 5) * (5.0 + moved / 1e3))
 
 
-def test_plain_decoding_has_no_draft():
+def test_baseline_decoding_has_no_draft():
     s = m.step(QWEN, m.MACHINES["H100"], 1, 500, block=1, tp=2, drafting=False)
     assert s.draft == s.draft_kv == s.draft_head == s.draft_context == 0
     assert s.gaps == 474 * 1.0 and s.all_reduce > 0
@@ -136,10 +136,10 @@ def planted(folder: Path):
                      for n, us in ((1, 100), (8, 100), (16, 180)) for bits, share in (("", 50.0), (" in 8 bits", 40))])
     write("attention", [{"op": "block_attention", "case": f"smollm2 context 512, Q {n}", "gbps": 2.0} for n in (1, 8)])
     write("step", [{"op": op, "case": f"SmolLM2, context {c}", "us": 1000.0} for op, c in
-                   (("plain step", 0), ("plain step", 100), ("verify pass", 0), ("DFlash step", 0),
+                   (("baseline step", 0), ("baseline step", 100), ("verify pass", 0), ("DFlash step", 0),
                     ("DFlash step", "1, in 8 bits"))])
     (folder / "decode-c8.json").write_text(json.dumps({
-        "model": "smollm2", "block_size": 8, "plain_tokens_per_s": 100.0, "tokens_per_s": 200.0,
+        "model": "smollm2", "block_size": 8, "baseline_tokens_per_s": 100.0, "tokens_per_s": 200.0,
         "acceptance_length": 2.0}))
     return folder
 
@@ -152,14 +152,14 @@ def test_checks_against_planted_results(tmp_path):
     assert p.row_s == pytest.approx(80e-6 / 8 / (49152 * 576))
     found = {what: (measured, model) for what, measured, model, _ in tables.checks(folder)}
     weights = 2 * 134_479_872 / 5e9 * 1e6  # at half of 10 GB/s
-    assert found["plain step, context 0"] == (1000.0, pytest.approx(weights))
-    assert found["plain step, context 100"][1] == pytest.approx(weights + 100 * 30 * 2 * 3 * 64 * 2 / 2e3)
+    assert found["baseline step, context 0"] == (1000.0, pytest.approx(weights))
+    assert found["baseline step, context 100"][1] == pytest.approx(weights + 100 * 30 * 2 * 3 * 64 * 2 / 2e3)
     assert found["verify pass, context 0"][1] == pytest.approx(weights)  # 8 rows: bytes alone
     draft = SMOL.draft.weights(1) + SMOL.features + SMOL.draft_head + 3 * SMOL.draft.kv_weights
     assert found["DFlash step, context 0"][1] == pytest.approx(weights + 2 * draft / 5e3)
     keys = (30 + 3) * 2 * 3 * 64 * 2 / 2e3
     assert found["DFlash step, context 1"][1] == pytest.approx(weights + draft / 4e3 + keys)
-    measured, model = found["decoding with the drafter, 8 at once"]
+    measured, model = found["decoding with the drafter, 8 concurrent"]
     assert measured == 200.0 and 0 < model < 8 * 2 / (weights / 1e6)
     assert p.product(1e6, 64) == pytest.approx(p.product(1e6, 16) + 48 * 1e6 * p.row_s * 1e6)
     text = "\n".join(tables.check_table(tmp_path))

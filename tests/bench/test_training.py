@@ -161,7 +161,7 @@ def test_trained_model_is_the_one_that_our_ops_run(folder, target, drafter, tmp_
 
 def test_features_are_the_target_s(target, written):
     rows, features = written
-    assert len(features) == len(rows) and features.taps == (0, 2)
+    assert len(features) == len(rows) and features.target_layer_ids == (0, 2)
     for i in (0, 7, 31):
         at, end = features.offsets[i], features.offsets[i + 1]
         final, seen = target.forward(features.ids[at:end][None].long(), (0, 2))

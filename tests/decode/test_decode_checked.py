@@ -5,10 +5,10 @@ import torch
 
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
-from dflash_decode.sampling import Sampling
+from dflash_decode.sampling import SamplingParams
 from tests.support.decode_runs import collect, random_target, requests
 
-SAMPLINGS = [Sampling(), Sampling(0.8, seed=3, top_k=20), Sampling(logit_bias={3: 1.0})]
+SAMPLINGS = [SamplingParams(), SamplingParams(0.8, seed=3, top_k=20), SamplingParams(logit_bias={3: 1.0})]
 
 
 def decoder_of():
@@ -23,12 +23,12 @@ def asked():
 
 
 def test_texts_are_the_same_while_values_are_checked(monkeypatch):
-    plain = collect(decoder_of().stream(asked()))
-    assert {finish for _, finish, _ in plain.values()} == {"length"}
+    baseline = collect(decoder_of().stream(asked()))
+    assert {finish for _, finish, _ in baseline.values()} == {"length"}
     monkeypatch.setenv("DFLASH_CHECK", "1")
     decoder = decoder_of()
     decoder.warm_up()
-    assert collect(decoder.stream(asked())) == plain
+    assert collect(decoder.stream(asked())) == baseline
     assert all(step.work.graph is None for step in decoder._steps.values())
 
 

@@ -81,24 +81,24 @@ def test_p4_a_window_is_never_dropped_in_silence():
     assert masks(sliding_window=9, use_sliding_window=True, max_window_layers=1)[0].window == (-1, -1)
 
 
-def test_p8_taps_of_both_formats_name_the_same_layers():
+def test_p8_target_layer_ids_of_both_formats_name_the_same_layers():
     speculators = config({"target_layer_ids": None}, aux_hidden_state_layer_ids=[2, 10])
     assert read_draft_config(speculators).target_layer_ids == (1, 9)
     with pytest.raises(ValueError, match="aux_hidden_state_layer_ids must be target_layer_ids \\+ 1"):
         read_draft_config(config(aux_hidden_state_layer_ids=[1, 9]))
 
 
-def test_p9_the_last_layer_may_be_tapped_and_one_more_not():
+def test_p9_the_last_layer_may_be_a_target_layer_and_one_more_not():
     assert read_draft_config(config({"target_layer_ids": [0, 11]})).target_layer_ids == (0, 11)
     with pytest.raises(ValueError, match=r"target_layer_ids must be distinct and between 0 and .* = 11; got \[1, 12\]"):
         read_draft_config(config({"target_layer_ids": [1, 12]}))
 
 
-def test_p10_taps_keep_their_order():
+def test_p10_target_layer_ids_keep_their_order():
     assert read_draft_config(config({"target_layer_ids": [9, 1]})).target_layer_ids == (9, 1)
 
 
-def test_p11_missing_taps_follow_the_authors_rule_or_raise():
+def test_p11_missing_target_layer_ids_follow_the_authors_rule_or_raise():
     model = pytest.importorskip("dflash.model")
     for n in (28, 36, 48, 62):
         for layers in (1, 2, 5, 8):

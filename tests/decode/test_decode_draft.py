@@ -12,7 +12,7 @@ from dflash_kernels.testing import assert_within_budget, same_bits
 pytest.importorskip("transformers")
 from tests.support.decode_models import VOCAB, YARN, make_target  # noqa: E402
 
-HIDDEN, TAPS, PAGE = 64, [2, 0, 3], 4
+HIDDEN, TARGET_LAYER_IDS, PAGE = 64, [2, 0, 3], 4
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 BY_DFLASH = {
     "full": {},
@@ -35,7 +35,7 @@ def draft_config(changes):
     top = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "num_target_layers": 4,
            "max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    nested = {"block_size": 6, "target_layer_ids": TAPS, "mask_token_id": 7}
+    nested = {"block_size": 6, "target_layer_ids": TARGET_LAYER_IDS, "mask_token_id": 7}
     names = {"input_embedding_scale", "output_multiplier", "final_logit_softcapping", "use_swa", "swa_window_size",
              "attention_sink_bias", "attention_value_scale"}
     nested |= {k: v for k, v in changes.items() if k in names}
@@ -122,13 +122,15 @@ class Served:
         self.tables = torch.stack([pool.table_row(pool.allocate(max(n, 0) + 8)[::-1], max_pages) for n in lengths])
         self.lens = torch.zeros(self.batch, dtype=torch.int32)
         torch.manual_seed(2)
-        self.features = [torch.randn(n, len(TAPS) * HIDDEN).to(drafter.dtype) for n in lengths]
+        self.features = [torch.randn(n, len(TARGET_LAYER_IDS) * HIDDEN).to(drafter.dtype) for n in lengths]
 
     def commit_all(self, width=5, shift=0):
         """Feeds the features in steps of 0 to `width` rows; what a step does not commit is NaN."""
         context, generator = self.drafter.make_context(self.batch, width, self.kv), torch.Generator().manual_seed(3)
         while any(self.lens[b] < len(f) for b, f in enumerate(self.features)):
-            rows = torch.full((self.batch, width, len(TAPS) * HIDDEN), float("nan"), dtype=self.drafter.dtype)
+            rows = torch.full(
+                (self.batch, width, len(TARGET_LAYER_IDS) * HIDDEN), float("nan"), dtype=self.drafter.dtype
+            )
             left = torch.tensor([len(f) for f in self.features], dtype=torch.int32) - self.lens
             counts = torch.minimum(torch.randint(0, width + 1, left.shape, generator=generator), left).int()
             positions = self.lens[:, None].long() + torch.arange(width)
@@ -211,7 +213,7 @@ def test_the_dense_drafter_is_dflashs():
     for changes in BY_DFLASH.values():
         config = draft_config(changes)
         tensors = random_tensors(config, torch.float64)
-        features, rows = torch.randn(9, len(TAPS) * HIDDEN).double(), torch.randn(6, HIDDEN).double()
+        features, rows = torch.randn(9, len(TARGET_LAYER_IDS) * HIDDEN).double(), torch.randn(6, HIDDEN).double()
         want = dflash_model(config, tensors, torch.float64)(
             position_ids=torch.arange(15)[None], noise_embedding=rows[None], target_hidden=features[None])[0]
         got = dense(read_draft_config(config), tensors, features, rows)
@@ -244,7 +246,10 @@ def test_p17_rows_that_were_not_committed_leave_no_trace():
     _, _, _, drafter = make({}, torch.bfloat16)
     served = Served(drafter, [9, 0, 4])
     context = drafter.make_context(3, 5, served.kv)
-    features, counts = torch.randn(15, len(TAPS) * HIDDEN).bfloat16(), torch.tensor([2, 0, 5], dtype=torch.int32)
+    features, counts = (
+        torch.randn(15, len(TARGET_LAYER_IDS) * HIDDEN).bfloat16(),
+        torch.tensor([2, 0, 5], dtype=torch.int32),
+    )
     positions = torch.arange(5).expand(3, 5).contiguous()
     slots = served.tables.long().gather(1, positions // PAGE) * PAGE + positions % PAGE
     context.run(features, positions, slots, counts)

@@ -1,4 +1,5 @@
-"""What a grammar may not do, and what it may: its request alone ends with an error, with the text of plain decoding."""
+"""What a grammar may not do, and what it may: its request alone ends with an error, with the text of baseline
+decoding."""
 
 import math
 
@@ -8,7 +9,7 @@ import torch
 from dflash_decode import adjust
 from dflash_decode.loop import Decoder
 from dflash_decode.requests import Request
-from dflash_decode.sampling import Sampling
+from dflash_decode.sampling import SamplingParams
 from tests.support.decode_runs import PROMPTS, VOCAB, Oracle, random_target
 
 WORDS = -(-VOCAB // 32)
@@ -66,7 +67,7 @@ def answers(target, drafter, asked, **options):
 
 
 def request(key, grammar=None, temperature=0.0, **settings):
-    return Request(key, PROMPTS[2], 12, (), Sampling(temperature, seed=4, grammar=grammar, **settings))
+    return Request(key, PROMPTS[2], 12, (), SamplingParams(temperature, seed=4, grammar=grammar, **settings))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

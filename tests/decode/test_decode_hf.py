@@ -1,4 +1,5 @@
-"""Any transformers model through our pages: speculative text equals plain text, and plain text is transformers' own."""
+"""Any transformers model through our pages: speculative text equals baseline text, and baseline text is transformers'
+own."""
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dflash_decode.model.hf import HFTarget  # noqa: E402
 from dflash_decode.requests import Request  # noqa: E402
 from dflash_decode.session import Session  # noqa: E402
 from tests.support import tiny  # noqa: E402
-from tests.support.decode_models import COMMON, VOCAB, plain_text, randomise  # noqa: E402
+from tests.support.decode_models import COMMON, VOCAB, baseline_text, randomise  # noqa: E402
 
 KINDS = {
     "llama": ("Llama", {}),
@@ -46,18 +47,18 @@ PROMPTS = [[5, 9, 33], list(range(1, 40)), [7] * 17]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_speculative_equals_plain_equals_transformers_in_float32(kind):
+def test_speculative_equals_baseline_equals_transformers_in_float32(kind):
     model = make(kind)
-    want = [plain_text(model, p, 20) for p in PROMPTS]
+    want = [baseline_text(model, p, 20) for p in PROMPTS]
     target = HFTarget(model)
     drafter = Drafter.random(target, num_layers=2, block_size=5)
-    plain = texts(Decoder(target, max_batch=2, max_context=128), PROMPTS, 20)
-    assert plain == want
+    baseline = texts(Decoder(target, max_batch=2, max_context=128), PROMPTS, 20)
+    assert baseline == want
     for batch in (1, 3):
-        assert texts(Decoder(target, drafter, max_batch=batch, max_context=128), PROMPTS, 20) == plain
+        assert texts(Decoder(target, drafter, max_batch=batch, max_context=128), PROMPTS, 20) == baseline
 
 
-def test_taps_are_transformers_hidden_states():
+def test_target_layer_ids_are_transformers_hidden_states():
     model = make("qwen3")
     ids = torch.randint(0, VOCAB, (1, 12))
     with torch.no_grad():
@@ -73,13 +74,13 @@ def test_taps_are_transformers_hidden_states():
 
 def test_a_difference_is_reported_with_its_margin():
     target = HFTarget(make("llama"))
-    plain = texts(Decoder(target, max_batch=1, max_context=128), PROMPTS[:1], 12)[0]
-    assert first_difference(target, PROMPTS[0], plain, plain) is None
-    other = [*plain[:7], (plain[7] + 1) % VOCAB, *plain[8:]]
-    found = first_difference(target, PROMPTS[0], plain, other)
-    assert (found.index, found.plain, found.speculative) == (7, plain[7], other[7]) and found.margin > 0
+    baseline = texts(Decoder(target, max_batch=1, max_context=128), PROMPTS[:1], 12)[0]
+    assert first_difference(target, PROMPTS[0], baseline, baseline) is None
+    other = [*baseline[:7], (baseline[7] + 1) % VOCAB, *baseline[8:]]
+    found = first_difference(target, PROMPTS[0], baseline, other)
+    assert (found.index, found.baseline, found.speculative) == (7, baseline[7], other[7]) and found.margin > 0
     assert "token 7: plain" in str(found)
-    assert first_difference(target, PROMPTS[0], plain, plain[:5]).margin is None
+    assert first_difference(target, PROMPTS[0], baseline, baseline[:5]).margin is None
 
 
 def test_a_margin_is_of_the_logits_that_chose():
@@ -96,10 +97,10 @@ def test_a_margin_is_of_the_logits_that_chose():
 def test_in_bfloat16_any_difference_is_a_near_tie(kind, record_property):
     target = HFTarget(make(kind, torch.bfloat16))
     drafter = Drafter.random(target, num_layers=2, block_size=8)
-    plain = texts(Decoder(target, max_batch=1, max_context=128), PROMPTS, 40)
+    baseline = texts(Decoder(target, max_batch=1, max_context=128), PROMPTS, 40)
     spec = texts(Decoder(target, drafter, max_batch=1, max_context=128), PROMPTS, 40)
     for i, prompt in enumerate(PROMPTS):
-        found = first_difference(target, prompt, plain[i], spec[i])
+        found = first_difference(target, prompt, baseline[i], spec[i])
         record_property(f"difference_{kind}_{i}", str(found))
         assert found is None or abs(found.margin) < 0.25, str(found)
 
@@ -175,7 +176,7 @@ def test_the_text_of_a_multimodal_model_is_a_target():
             "image_size": 28, "patch_size": 14}
     model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=seen))
     randomise(model.eval())
-    want = plain_text(model, PROMPTS[1], 8)
+    want = baseline_text(model, PROMPTS[1], 8)
     assert texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 8) == [want]
 
 
@@ -187,7 +188,7 @@ def test_what_is_no_model_is_refused(model):
 
 def test_a_window_that_nothing_reaches_is_no_obstacle():
     model = make_phimoe(512)
-    want = plain_text(model, PROMPTS[1], 8)
+    want = baseline_text(model, PROMPTS[1], 8)
     assert texts(Decoder(HFTarget(model), max_batch=1, max_context=128), [PROMPTS[1]], 8) == [want]
 
 

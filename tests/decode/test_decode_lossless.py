@@ -1,4 +1,4 @@
-"""Speculative text equals plain text, token for token, whatever the drafter guesses and whoever shares the batch."""
+"""Speculative text equals baseline text, token for token, whatever the drafter guesses and whoever shares the batch."""
 
 import random
 
@@ -14,31 +14,31 @@ from dflash_kernels.testing import same_bits
 from tests.support.decode_runs import PROMPTS, VOCAB, Oracle, collect, requests, run
 
 pytest.importorskip("transformers")
-from tests.support.decode_models import FAMILIES, make_target, plain_text  # noqa: E402
+from tests.support.decode_models import FAMILIES, baseline_text, make_target  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_text_is_that_of_transformers(family):
+def test_baseline_text_is_that_of_transformers(family):
     model, target = make_target(family)
     got = run(target, None, [Request(i, p, 6) for i, p in enumerate(PROMPTS)], max_batch=3, max_context=64)
     for i, prompt in enumerate(PROMPTS):
-        assert got[i] == (plain_text(model, prompt, 6), "length", (1,) * 5)
+        assert got[i] == (baseline_text(model, prompt, 6), "length", (1,) * 5)
 
 
 @DTYPES
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("max_batch", [1, 8])
-def test_speculative_text_is_plain_text(family, dtype, max_batch):
+def test_speculative_text_is_baseline_text(family, dtype, max_batch):
     _, target = make_target(family, dtype)
-    plain = run(target, None, requests(), max_context=80)
-    assert {len(text) for text, _, _ in plain.values()} == {1, 2, 13, 29, 30, 5, 17, 8}
-    texts = {key: value[0] for key, value in plain.items()}
+    baseline = run(target, None, requests(), max_context=80)
+    assert {len(text) for text, _, _ in baseline.values()} == {1, 2, 13, 29, 30, 5, 17, 8}
+    texts = {key: value[0] for key, value in baseline.items()}
     for drafter in (Drafter.random(target, num_layers=2, block_size=5), Oracle.knowing(target, texts, 0.3),
                     Oracle.knowing(target, texts, 0.0)):
         got = run(target, drafter, requests(), max_batch=max_batch, max_context=80)
-        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
         for text, _, acceptance in got.values():
             assert sum(acceptance) == len(text) - 1
         if isinstance(drafter, Oracle):
@@ -49,21 +49,21 @@ def test_speculative_text_is_plain_text(family, dtype, max_batch):
 @pytest.mark.parametrize("block_size", [2, 3, 6])
 def test_any_width_up_to_the_checkpoints(block_size):
     _, target = make_target("llama", torch.bfloat16)
-    plain = run(target, None, requests(), max_context=80)
-    oracle = Oracle.knowing(target, {key: value[0] for key, value in plain.items()}, 0.2)
+    baseline = run(target, None, requests(), max_context=80)
+    oracle = Oracle.knowing(target, {key: value[0] for key, value in baseline.items()}, 0.2)
     got = run(target, oracle, requests(), max_context=80, block_size=block_size)
-    assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+    assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
     assert max(a for *_, acceptance in got.values() for a in acceptance) == block_size
 
 
 def test_a_stop_token_ends_the_text_inside_an_accepted_block():
     _, target = make_target("llama")
-    plain = run(target, None, requests(), max_context=80)
-    long = plain[4][0]
+    baseline = run(target, None, requests(), max_context=80)
+    long = baseline[4][0]
     stop = next(t for i, t in enumerate(long) if i >= 3 and t not in long[:i])
     at = long.index(stop)
-    want = {i: (text[:text.index(stop) + 1] if stop in text else text) for i, (text, *_) in plain.items()}
-    oracle = Oracle.knowing(target, {key: value[0] for key, value in plain.items()}, 0.0)
+    want = {i: (text[:text.index(stop) + 1] if stop in text else text) for i, (text, *_) in baseline.items()}
+    oracle = Oracle.knowing(target, {key: value[0] for key, value in baseline.items()}, 0.0)
     for drafter in (None, oracle):
         got = run(target, drafter, requests(stops={stop}), max_context=80)
         assert {key: value[0] for key, value in got.items()} == want
@@ -74,11 +74,11 @@ def test_a_stop_token_ends_the_text_inside_an_accepted_block():
 def test_blocks_are_shorter_while_many_requests_run():
     _, target = make_target("qwen3", torch.bfloat16)
     wanted = [Request(i, PROMPTS[i % len(PROMPTS)], 12 + 16 * (i < 2), ()) for i in range(32)]
-    plain = run(target, None, wanted, max_context=80, max_batch=32)
-    oracle = Oracle.knowing(target, {key: value[0] for key, value in plain.items()}, 0.0, block_size=8)
+    baseline = run(target, None, wanted, max_context=80, max_batch=32)
+    oracle = Oracle.knowing(target, {key: value[0] for key, value in baseline.items()}, 0.0, block_size=8)
     for size, at_first in ((None, 1), (8, 8)):
         got = run(target, oracle, wanted, max_context=80, max_batch=32, block_size=size)
-        assert {key: value[0] for key, value in got.items()} == {key: value[0] for key, value in plain.items()}
+        assert {key: value[0] for key, value in got.items()} == {key: value[0] for key, value in baseline.items()}
         assert {value[2][0] for value in got.values()} == {at_first}
         assert max(got[0][2]) == 8  # all but two have left
     device = torch.device
@@ -89,8 +89,8 @@ def test_blocks_are_shorter_while_many_requests_run():
 def test_requests_arrive_and_leave_at_any_step():
     _, target = make_target("qwen3", torch.bfloat16)
     wanted = requests()
-    plain = run(target, None, wanted, max_context=80)
-    texts = {key: value[0] for key, value in plain.items()}
+    baseline = run(target, None, wanted, max_context=80)
+    texts = {key: value[0] for key, value in baseline.items()}
     for seed in range(4):
         dice = random.Random(seed)
 
@@ -117,19 +117,19 @@ def test_requests_arrive_and_leave_at_any_step():
 
 def test_few_pages_make_requests_wait_and_change_nothing():
     _, target = make_target("llama", torch.bfloat16)
-    plain = run(target, None, requests(), max_context=80)
-    oracle = Oracle.knowing(target, {key: value[0] for key, value in plain.items()}, 0.3)
+    baseline = run(target, None, requests(), max_context=80)
+    oracle = Oracle.knowing(target, {key: value[0] for key, value in baseline.items()}, 0.3)
     got = run(target, oracle, requests(), max_context=80, num_pages=20)
-    assert {key: value[0] for key, value in got.items()} == {key: value[0] for key, value in plain.items()}
+    assert {key: value[0] for key, value in got.items()} == {key: value[0] for key, value in baseline.items()}
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 def test_page_size_changes_nothing(page_size):
     _, target = make_target("llama", torch.bfloat16)
-    plain = run(target, None, requests(), max_context=80)
-    oracle = Oracle.knowing(target, {key: value[0] for key, value in plain.items()}, 0.3)
+    baseline = run(target, None, requests(), max_context=80)
+    oracle = Oracle.knowing(target, {key: value[0] for key, value in baseline.items()}, 0.3)
     got = run(target, oracle, requests(), max_context=80, page_size=page_size)
-    assert {key: value[0] for key, value in got.items()} == {key: value[0] for key, value in plain.items()}
+    assert {key: value[0] for key, value in got.items()} == {key: value[0] for key, value in baseline.items()}
 
 
 def test_one_bad_request_does_not_disturb_the_others():
@@ -203,8 +203,8 @@ def test_p17_p19_caches_after_ragged_steps_are_those_of_one_prefill(fault, monke
     """Text proves nothing about a drafter. Its context K/V, written block by block with rejected rows left out, must be
     what one prefill of the whole text writes, bit for bit; a commit one row too long must be seen."""
     _, target = make_target("qwen3", torch.bfloat16)
-    plain = run(target, None, requests(), max_context=80)
-    texts = {key: value[0] for key, value in plain.items()}
+    baseline = run(target, None, requests(), max_context=80)
+    texts = {key: value[0] for key, value in baseline.items()}
     oracle = Oracle.knowing(target, texts, 0.3)
     if fault:
         made = oracle.make_context
@@ -249,12 +249,12 @@ def test_p20_replayed_steps_are_live_steps(monkeypatch):
     assert run(target, drafter, requests(), max_batch=5, max_context=80) == replayed
 
 
-def test_random_drafters_are_deterministic_and_their_taps_fit():
+def test_random_drafters_are_deterministic_and_their_target_layer_ids_fit():
     _, target = make_target("llama")
     one, two = (Drafter.random(target, seed=5) for _ in range(2))
     assert torch.equal(one.fc.data, two.fc.data)
     assert not torch.equal(one.fc.data, Drafter.random(target, seed=6).fc.data)
-    assert one.taps == (0, 1, 3)
+    assert one.target_layer_ids == (0, 1, 3)
 
 
 @pytest.mark.parametrize(("options", "match"), [

@@ -11,7 +11,7 @@ import torch
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Event, Live, Request
-from dflash_decode.sampling import Sampling
+from dflash_decode.sampling import SamplingParams
 from tests.support.decode_runs import PROMPTS, random_target
 
 # Bytes that Python itself may keep of what is gone: its lists of free tuples, frames and floats fill up by some KiB, to
@@ -31,8 +31,8 @@ class Fails:
 def mixed(dice, n):
     """Requests of every kind, some of which cannot run or fail."""
     for i in range(n):
-        sampling = dice.choice([Sampling(), Sampling(0.8, seed=i), Sampling(logit_bias={3: 1.0}),
-                                Sampling(grammar=Fails(dice.randint(0, 9))), Sampling(temperature=10**400)])
+        sampling = dice.choice([SamplingParams(), SamplingParams(0.8, seed=i), SamplingParams(logit_bias={3: 1.0}),
+                                SamplingParams(grammar=Fails(dice.randint(0, 9))), SamplingParams(temperature=10**400)])
         yield Request(i, dice.choice([*PROMPTS, [], None]), dice.randint(1, 12), (), sampling)
         if dice.random() < 0.2:
             yield None
@@ -102,8 +102,15 @@ def test_memory_stays_flat_while_a_server_steps():
     """Never idle: a new request comes before the last has left."""
     decoder, dice, counts = decoder_of(), random.Random(1), []
     for i in range(400):
-        decoder.submit(Request(i, dice.choice(PROMPTS), dice.randint(2, 8), (),
-                               dice.choice([Sampling(), Sampling(0.8), Sampling(logit_bias={3: 1.0})])))
+        decoder.submit(
+            Request(
+                i,
+                dice.choice(PROMPTS),
+                dice.randint(2, 8),
+                (),
+                dice.choice([SamplingParams(), SamplingParams(0.8), SamplingParams(logit_bias={3: 1.0})]),
+            )
+        )
         while len(decoder._requests) > 3:
             decoder.step()
         if i % 7 == 0:

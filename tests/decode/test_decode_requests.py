@@ -11,7 +11,7 @@ import torch
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
-from dflash_decode.sampling import Sampling
+from dflash_decode.sampling import SamplingParams
 from dflash_kernels.testing import same_bits
 from tests.support.decode_runs import PROMPTS, VOCAB, Oracle, collect, random_target, requests, run
 
@@ -41,7 +41,7 @@ class Nameless(Exception):
 
 
 def sampled(**settings):
-    return Request("bad", [1, 2], 8, (), Sampling(**settings))
+    return Request("bad", [1, 2], 8, (), SamplingParams(**settings))
 
 
 def prompted(prompt, n=4, stops=()):
@@ -73,7 +73,7 @@ BAD = [
     (sampled(grammar=Grammar(RuntimeError("no such rule"))), "grammar: RuntimeError: no such rule"),
     (sampled(grammar=Grammar(StopIteration())), "grammar: StopIteration: "),
     (sampled(grammar=Grammar(Nameless())), "grammar: Nameless"),
-    (Request("bad", [1], 8, (), {"temperature": 1}), "sampling must be a Sampling; got {'temperature': 1}"),
+    (Request("bad", [1], 8, (), {"temperature": 1}), "sampling must be a SamplingParams; got {'temperature': 1}"),
     (prompted({1, 2}), f"prompt must be {IDS}; got {{1, 2}}"),
     (prompted({1: 2}), f"prompt must be {IDS}; got {{1: 2}}"),
     (prompted(None), f"prompt must be {IDS}; got None"),
@@ -151,7 +151,7 @@ def test_a_grammar_that_raises_in_mid_answer_ends_its_request_alone(target, text
     decoder = Decoder(target, oracle, max_context=80, max_batch=4, page_size=4)
     if oracle:
         oracle.decoder = decoder
-    bad = Request("bad", PROMPTS[3], 29, (), Sampling(grammar=Grammar(ValueError("not now"), at)))
+    bad = Request("bad", PROMPTS[3], 29, (), SamplingParams(grammar=Grammar(ValueError("not now"), at)))
     events = list(decoder.stream([*requests()[2:5], bad, *requests()[:2], *requests()[5:]]))
     (failed,) = [event for event in events if event.finish == "error"]
     assert failed.id == "bad" and failed.error == "request 'bad': grammar: ValueError: not now"
@@ -168,7 +168,7 @@ def test_penalties_that_float32_cannot_count_are_as_strong_as_they_can_be(target
     for settings in ({"frequency_penalty": biggest, "presence_penalty": biggest}, {"frequency_penalty": -biggest},
                      {"logit_bias": {5: -biggest}, "presence_penalty": biggest},
                      {"logit_bias": {5: float("inf"), 6: float("-inf")}, "frequency_penalty": 1e38}):
-        request = Request(0, [5, 6], 20, (), Sampling(**settings))
+        request = Request(0, [5, 6], 20, (), SamplingParams(**settings))
         text, finish, _ = run(target, None, [request], max_context=80)[0]
         assert finish == "length" and len(text) == 20
         if settings.get("frequency_penalty") == biggest:
@@ -187,7 +187,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_prompts_come_as_users_have_them(target, texts, form):
     wanted = [Request(r.id, FORMS[form](r.prompt), np.int64(r.max_new_tokens), np.array([VOCAB + 5]),
-                      Sampling(np.float32(0.0), np.int64(0), np.float64(1.0), seed=np.int64(3)))
+                      SamplingParams(np.float32(0.0), np.int64(0), np.float64(1.0), seed=np.int64(3)))
               for r in requests()]
     assert {key: value[0] for key, value in run(target, None, wanted, max_context=80).items()} == texts
 
@@ -232,7 +232,7 @@ def test_a_grammar_may_cancel_its_own_request(target, texts):
                 decoder.cancel("leaver")
 
     decoder = Decoder(target, None, max_context=80)
-    leaver = Request("leaver", PROMPTS[3], 20, (), Sampling(grammar=Leaves()))
+    leaver = Request("leaver", PROMPTS[3], 20, (), SamplingParams(grammar=Leaves()))
     found = collect(decoder.stream([leaver, *requests()]))
     assert found.pop("leaver") == (texts[3][:4], "cancelled", (1, 1, 1))
     assert {key: value[0] for key, value in found.items()} == texts
@@ -276,8 +276,8 @@ def test_the_context_of_a_request_beside_a_failed_one_is_its_own(target):
         decoder = Decoder(target, None, max_context=80, page_size=4, num_pages=40)
         for caches in decoder.kv[0]:
             caches.k.zero_(), caches.v.zero_()
-        decoder.submit(Request(0, PROMPTS[3], 12, (), Sampling(logit_bias={1: 0.5})))
-        decoder.submit(Request("bad", PROMPTS[2], 12, (), Sampling(logit_bias={1: 0.5}, grammar=grammar)))
+        decoder.submit(Request(0, PROMPTS[3], 12, (), SamplingParams(logit_bias={1: 0.5})))
+        decoder.submit(Request("bad", PROMPTS[2], 12, (), SamplingParams(logit_bias={1: 0.5}, grammar=grammar)))
         for _ in range(8):
             decoder.step()
         pages = decoder._active[0].pages

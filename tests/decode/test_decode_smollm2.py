@@ -12,7 +12,7 @@ import torch
 
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
-from dflash_decode.sampling import GREEDY, Sampling
+from dflash_decode.sampling import GREEDY, SamplingParams
 from dflash_kernels import PackedWeight
 from tests.support import ROOT
 
@@ -49,7 +49,7 @@ def requests():
 
 
 @pytest.fixture(scope="module")
-def plain(target, requests):
+def baseline(target, requests):
     """Each request decoded alone, one token a pass."""
     return run(target, None, requests, max_batch=1, page_size=16)
 
@@ -68,7 +68,7 @@ def shipped(target):
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
-def test_the_trained_drafter_is_lossless_and_worth_its_time_in_16_and_in_8_bits(target, shipped, requests, plain,
+def test_the_trained_drafter_is_lossless_and_worth_its_time_in_16_and_in_8_bits(target, shipped, requests, baseline,
                                                                                 concurrency):
     eight, lengths = trained(target, int8=True), []
     moved = [sum(w.data.nbytes for r in (d, *d.layers) for w in vars(r).values() if isinstance(w, PackedWeight))
@@ -76,13 +76,13 @@ def test_the_trained_drafter_is_lossless_and_worth_its_time_in_16_and_in_8_bits(
     assert moved[1] * 2 == moved[0]
     for drafter in (shipped, eight):
         got = run(target, drafter, requests, max_batch=concurrency, page_size=16)
-        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
         accepted = [n for *_, acceptance in got.values() for n in acceptance]
         lengths.append(sum(accepted) / len(accepted))
     assert lengths[0] > 1.4 and lengths[1] > 0.95 * lengths[0]
 
 
-def test_a_model_in_8_bits_is_lossless_and_close_to_the_one_in_16(target, requests, plain):
+def test_a_model_in_8_bits_is_lossless_and_close_to_the_one_in_16(target, requests, baseline):
     from dflash_decode.checkpoint import load_checkpoint
     from dflash_decode.model.native import NativeTarget
 
@@ -93,45 +93,51 @@ def test_a_model_in_8_bits_is_lossless_and_close_to_the_one_in_16(target, reques
         got = run(eight, drafter, requests, max_batch=concurrency, page_size=16)
         assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in alone.items()}
     first = [n for key, (tokens, *_) in alone.items()
-             for n in [next((i for i, (a, b) in enumerate(zip(tokens, plain[key][0], strict=False)) if a != b), 40)]]
+             for n in [next((i for i, (a, b) in enumerate(zip(tokens, baseline[key][0], strict=False)) if a != b), 40)]]
     assert sum(first) / len(first) > 15  # tokens until the texts part
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
-def test_speculative_text_is_plain_text(target, requests, plain, concurrency):
-    texts = {key: value[0] for key, value in plain.items()}
+def test_speculative_text_is_baseline_text(target, requests, baseline, concurrency):
+    texts = {key: value[0] for key, value in baseline.items()}
     for drafter in (Drafter.random(target), Oracle.knowing(target, texts, 0.3, block_size=8)):
         got = run(target, drafter, requests, max_batch=concurrency, page_size=16)
-        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
     lengths = [n for *_, acceptance in got.values() for n in acceptance]
     assert sum(lengths) / len(lengths) > 1.5
 
 
-def test_plain_text_in_a_batch_is_that_alone(target, requests, plain):
-    assert run(target, None, requests, max_batch=8) == plain
+def test_baseline_text_in_a_batch_is_that_alone(target, requests, baseline):
+    assert run(target, None, requests, max_batch=8) == baseline
 
 
-def test_sampled_text_is_plain_sampling_for_every_seed_and_block_size(target, shipped, requests):
+def test_sampled_text_is_baseline_sampling_for_every_seed_and_block_size(target, shipped, requests):
     """In bfloat16, in batches of any order, with greedy requests beside them."""
-    samplings = [Sampling(0.7, seed=11), GREEDY, Sampling(1.0, top_p=0.9, seed=12), Sampling(0.8, 50, 0.95, 0.02, 13),
-                 Sampling(1.0, seed=11), GREEDY]
+    samplings = [
+        SamplingParams(0.7, seed=11),
+        GREEDY,
+        SamplingParams(1.0, top_p=0.9, seed=12),
+        SamplingParams(0.8, 50, 0.95, 0.02, 13),
+        SamplingParams(1.0, seed=11),
+        GREEDY,
+    ]
     wanted = [dataclasses.replace(r, prompt=r.prompt[:40], max_new_tokens=14, sampling=s)
               for r, s in zip(requests, samplings, strict=False)]
-    plain = run(target, None, wanted, max_batch=1, page_size=16)
+    baseline = run(target, None, wanted, max_batch=1, page_size=16)
     accepted = []
     for width in range(2, 9):
         dice = random.Random(width)
         got = run(target, shipped, dice.sample(wanted, len(wanted)), max_batch=dice.choice([2, 4, 8]), page_size=16,
                   block_size=width)
-        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
         accepted += [n for key, (*_, lengths) in got.items() for n in lengths if samplings[key].temperature > 0]
     assert max(accepted) >= 3 and sum(accepted) / len(accepted) > 1.2
 
 
-def test_sampled_text_follows_the_law(target, shipped, requests, record_property):
+def test_sampled_text_follows_the_distribution(target, shipped, requests, record_property):
     """A small version of bench/sampling_distribution.py, of three tokens."""
     texts = sampling_distribution.Texts(target, shipped, requests[0].prompt, 128, tokens=3, width=3)
-    found = sampling_distribution.measure(texts, Sampling(0.8, top_p=0.95), 256)
+    found = sampling_distribution.measure(texts, SamplingParams(0.8, top_p=0.95), 256)
     assert found["greedy drafts"]["same_texts"] == 256
     for way, tests in found.items():
         for name, value in tests.items():

@@ -15,7 +15,7 @@ from tests.support.decode_models import COMMON, FAMILIES, VOCAB, make_target  # 
 PAGE, TABLE = 4, torch.tensor([[5, 3, 1, 7, 2, 0, NO_PAGE]], dtype=torch.int32)
 
 
-def forward(target, ids, taps, chunks):
+def forward(target, ids, target_layer_ids, chunks):
     """(features, logits) of one prompt in `chunks`, in poisoned pages out of order."""
     kv = target.cache.allocate(8, PAGE)
     for cache in kv:
@@ -23,7 +23,7 @@ def forward(target, ids, taps, chunks):
         cache.v.fill_(float("nan"))
     features, rows, done = [], [], 0
     for n in chunks:
-        work = target.make_pass(1, n + 2, kv, taps)
+        work = target.make_pass(1, n + 2, kv, target_layer_ids)
         positions = torch.zeros(1, n + 2, dtype=torch.int64)
         positions[0, :n] = done + torch.arange(n)
         slots = TABLE[0].long()[positions // PAGE] * PAGE + positions % PAGE
@@ -42,17 +42,17 @@ def forward(target, ids, taps, chunks):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_p9_p10_features_and_logits_are_those_of_transformers(family, dtype):
-    """Taps in the order asked for, the last layer's after the final norm, as dflash's own features have it."""
+    """Hidden states in the order asked for, the last layer's after the final norm, as dflash's own features have it."""
     model, target = make_target(family, dtype)
-    ids, taps = torch.randint(0, VOCAB, (23,)), (2, 0, 3)
-    features, rows = forward(target, ids, taps, [23])
+    ids, target_layer_ids = torch.randint(0, VOCAB, (23,)), (2, 0, 3)
+    features, rows = forward(target, ids, target_layer_ids, [23])
     peer = model(ids[None], output_hidden_states=True)
     truth = model.double()(ids[None], output_hidden_states=True)
-    want, same = (torch.cat([o.hidden_states[i + 1][0] for i in taps], -1) for o in (truth, peer))
+    want, same = (torch.cat([o.hidden_states[i + 1][0] for i in target_layer_ids], -1) for o in (truth, peer))
     width = COMMON["hidden_size"]
-    for f in range(len(taps)):
+    for f in range(len(target_layer_ids)):
         part = slice(f * width, (f + 1) * width)
-        assert_within_budget(features[:, part], want[:, part], same[:, part], name=f"layer {taps[f]}")
+        assert_within_budget(features[:, part], want[:, part], same[:, part], name=f"layer {target_layer_ids[f]}")
     assert same_bits(rows, features[:, 2 * width:])
     got = torch.zeros(23, dtype=torch.int64)
     target.next_ids(rows, got, torch.zeros(23))

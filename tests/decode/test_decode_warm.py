@@ -8,13 +8,13 @@ from dflash_decode.kv import CacheShape, default_pages
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
-from dflash_decode.sampling import GREEDY, Sampling
+from dflash_decode.sampling import GREEDY, SamplingParams
 from dflash_decode.verify import AdjustedVerifier, GreedyVerifier, SampledVerifier
 from dflash_kernels import StepGraph
 from dflash_kernels.testing import same_bits
 from tests.support.decode_runs import PROMPTS, collect, random_target, requests
 
-SAMPLINGS = [GREEDY, Sampling(0.8, seed=1), Sampling(0.7, seed=2, logit_bias={3: 1.0}), GREEDY] * 2
+SAMPLINGS = [GREEDY, SamplingParams(0.8, seed=1), SamplingParams(0.7, seed=2, logit_bias={3: 1.0}), GREEDY] * 2
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,12 @@ def test_after_warming_up_nothing_is_made_or_captured(target, drafted, max_batch
 
 def test_warming_up_for_some_prompts_and_settings_makes_what_they_need(target):
     decoder = decoder_of(target, max_batch=2)
-    decoder.warm_up([5, 40], [Sampling(0.8)])
+    decoder.warm_up([5, 40], [SamplingParams(0.8)])
     assert set(decoder._steps) == {(1, SampledVerifier), (2, SampledVerifier)} and set(decoder._prefills) == {16, 32}
     decoder.warm_up([5], [GREEDY])
     assert len(decoder._steps) == 4
     before = dict(decoder._steps)
-    decoder.warm_up([5, 40], [GREEDY, Sampling(0.8)])
+    decoder.warm_up([5, 40], [GREEDY, SamplingParams(0.8)])
     assert decoder._steps == before
     short = decoder_of(target, max_context=10)
     short.warm_up()
@@ -91,7 +91,7 @@ def test_warming_up_writes_no_key_and_asks_no_grammar(target):
     for t in caches:
         t.fill_(float("nan"))
     before = [t.clone() for t in caches]
-    decoder.warm_up(samplings=[Sampling(grammar=Never())])
+    decoder.warm_up(samplings=[SamplingParams(grammar=Never())])
     assert all(same_bits(a.contiguous(), b.contiguous()) for a, b in zip(caches, before, strict=True))
 
 

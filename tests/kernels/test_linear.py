@@ -175,17 +175,17 @@ def test_shards_with_an_offset_agree_with_the_whole(isa, dtype):
     assert torch.equal(torch.stack([v for _, v in parts]).max(0).values, values)
 
 
-def test_merge_argmax_of_shards_equals_the_whole(isa, dtype):
+def test_combine_argmax_of_shards_equals_the_whole(isa, dtype):
     x, w, _ = problem(dtype, 6, 128, 64)
     w[70] = w[20] = 8 * x[0]
     whole = dk.lm_head_argmax(x, w)
     order = torch.randperm(4)
     parts = [dk.lm_head_argmax(x, w[i:i + 32], id_offset=i) for i in (32 * order).tolist()]
-    got = dk.merge_argmax(torch.stack([v for _, v in parts]), torch.stack([i for i, _ in parts]))
+    got = dk.combine_argmax(torch.stack([v for _, v in parts]), torch.stack([i for i, _ in parts]))
     assert whole[0][0] == 20 and torch.equal(got[0], whole[0]) and torch.equal(got[1], whole[1])
 
 
-def test_p33_merge_argmax_takes_nan_first_and_the_lowest_id_of_equals(isa):
+def test_p33_combine_argmax_takes_nan_first_and_the_lowest_id_of_equals(isa):
     nan, inf = float("nan"), float("inf")
     columns = [  # (values, ids) of three shards, and the winner
         ([1.0, 2.0, 2.0], [0, 9, 4], 4), ([nan, inf, 1.0], [7, 1, 2], 7), ([1.0, nan, nan], [0, 6, 5], 5),
@@ -193,12 +193,12 @@ def test_p33_merge_argmax_takes_nan_first_and_the_lowest_id_of_equals(isa):
         ([inf, inf, nan], [1, 0, 2**62], 2**62)]
     values = torch.tensor([v for v, _, _ in columns]).T.contiguous()
     ids = torch.tensor([i for _, i, _ in columns]).T.contiguous()
-    got_ids, got_values = dk.merge_argmax(values, ids)
+    got_ids, got_values = dk.combine_argmax(values, ids)
     assert got_ids.tolist() == [winner for _, _, winner in columns]
     won = values.gather(0, (ids == got_ids).int().argmax(0, keepdim=True))[0]
     assert torch.equal(got_values.isnan(), won.isnan()) and torch.equal(got_values.nan_to_num(), won.nan_to_num())
-    assert dk.merge_argmax(values[:1], ids[:1])[0].tolist() == ids[0].tolist()
-    assert dk.merge_argmax(values[:, :0], ids[:, :0])[0].shape == (0,)
+    assert dk.combine_argmax(values[:1], ids[:1])[0].tolist() == ids[0].tolist()
+    assert dk.combine_argmax(values[:, :0], ids[:, :0])[0].shape == (0,)
 
 
 def test_opcheck():

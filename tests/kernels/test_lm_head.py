@@ -1,4 +1,4 @@
-"""lm_head_topk and merge_topk. What lm_head_argmax does alone is in test_linear.py."""
+"""lm_head_topk and combine_topk. What lm_head_argmax does alone is in test_linear.py."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_a_recorded_step_replays_both():
         for i, half in enumerate(halves):
             dk.lm_head_topk(x, half, 5, id_offset=256 * i, out_values=parts[0][i], out_ids=parts[1][i],
                             out_lse=parts[2][i])
-        out = dk.merge_topk(*parts)
+        out = dk.combine_topk(*parts)
     assert len(graph) == 3
     for _ in range(2):
         x.copy_(torch.randn(4, 64))
@@ -158,11 +158,12 @@ def test_a_recorded_step_replays_both():
         assert_is_first(out, dk.linear(x, w), 5)
 
 
-# ---- merge_topk ------------------------------------------------------------------------------------------------------
+# ---- combine_topk
+# ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cuts", [(), (64,), (100, 164), (400, 500, 599)], ids=str)
 @pytest.mark.parametrize("k", [1, 5, 64])
-def test_shards_in_any_order_merge_to_the_whole(isa, dtype, cuts, k):
+def test_shards_in_any_order_combine_to_the_whole(isa, dtype, cuts, k):
     x, w, b = problem(dtype, 6, 700)
     w[60:70] = w[630:640] = w[0]  # ties across shards
     b[60:70] = b[630:640] = b[0] = 6.0
@@ -171,14 +172,14 @@ def test_shards_in_any_order_merge_to_the_whole(isa, dtype, cuts, k):
     whole = dk.lm_head_topk(x, w, k, bias=b)
     for order in (parts, parts[::-1]):
         ids, values, lse = (torch.stack(t) for t in zip(*order, strict=True))
-        got = dk.merge_topk(values, ids, lse)
+        got = dk.combine_topk(values, ids, lse)
         assert torch.equal(got[0], whole[0]) and same_bits(got[1], whole[1])
         assert_within_budget(got[2], lse_of(dk.linear(x, w, b)), dk.linear(x, w, b).float().logsumexp(-1))
         if not cuts:
             assert same_bits(got[2], whole[2])
 
 
-def test_p33_merge_topk_equals_reference(isa):
+def test_p33_combine_topk_equals_reference(isa):
     choices = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1.5])
     for shards, rows, k in ((1, 40, 3), (3, 40, 17), (2, 3, 64), (5, 300, 2), (2, 0, 4)):
         values = choices[torch.randint(0, 8, (shards, rows, k))]
@@ -186,7 +187,7 @@ def test_p33_merge_topk_equals_reference(isa):
         ids = ids.long().view(shards, k, rows).transpose(1, 2).contiguous() + 2**40
         lse = torch.cat([choices, torch.tensor([700.0, -700.0])])[torch.randint(0, 10, (shards, rows))]
         want = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k), torch.empty(rows)
-        reference.lm_head.merge_topk(values, ids, lse, *want)
-        got = dk.merge_topk(values, ids, lse)
+        reference.lm_head.combine_topk(values, ids, lse, *want)
+        got = dk.combine_topk(values, ids, lse)
         assert torch.equal(got[0], want[0]) and equal(got[1], want[1])
         assert_within_budget(got[2], lse.double().logsumexp(0), want[2])

@@ -6,7 +6,7 @@ What is emitted there follows p, as after a block that was accepted whole, and w
 import pytest
 import torch
 
-from dflash_kernels import Proposal, SamplingParams, verify_greedy, verify_sample
+from dflash_kernels import Proposal, SamplingTensors, verify_greedy, verify_sample
 from tests.kernels.test_sample_distribution import SMALLEST, sampled
 from tests.kernels.test_verify import assert_same
 from tests.kernels.test_verify import from_reference as greedy_from_reference
@@ -41,14 +41,14 @@ def reference_op(draft, logits, lens, params, *, proposal=None, adjustments=None
 @pytest.mark.parametrize("verify,requests", [(verify_sample, 30_000), (reference_op, 8_000)],
                          ids=["kernel", "reference"])
 @pytest.mark.parametrize("kind,rule", RULES)
-def test_text_follows_the_law_where_blocks_have_ids_that_are_no_token(kind, rule, verify, requests):
+def test_text_follows_the_distribution_where_blocks_have_ids_that_are_no_token(kind, rule, verify, requests):
     found = sampled(kind, rule, "all", requests, seed=11, verify=with_holes(verify))
     chain.SEEN.extend(found.values())
     assert min(found.values()) > SMALLEST, found
 
 
 @pytest.mark.parametrize("kind,rule", [("dense", "token"), ("sparse", "block"), ("logits", "block")])
-def test_text_follows_the_law_under_every_instruction_set(vector_isa, kind, rule):
+def test_text_follows_the_distribution_under_every_instruction_set(vector_isa, kind, rule):
     found = sampled(kind, rule, "plain", requests=15_000, seed=12, verify=with_holes(verify_sample))
     chain.SEEN.extend(found.values())
     assert min(found.values()) > SMALLEST, found
@@ -74,7 +74,7 @@ def test_a_draft_of_minus_one_leaves_p_and_no_residual(kind, rule, place, verify
         p, logits, drafts, given = four_tokens(kind, b, 3)
         drafts[:, place - 1] = hole
         anchored, lens = torch.cat([torch.zeros(b, 1).long(), drafts], 1), torch.full((b,), 9 * n).int()
-        got = verify(anchored, logits, lens, SamplingParams(torch.ones(b), torch.arange(b) * 31), proposal=given,
+        got = verify(anchored, logits, lens, SamplingTensors(torch.ones(b), torch.arange(b) * 31), proposal=given,
                      rule=rule)
         whole = got.commit_lens == place
         assert whole.any() and int(got.commit_lens.max()) == place

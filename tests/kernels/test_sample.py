@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, Verified, reference, sample_draft, verify_sample
+from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, Verified, reference, sample_draft, verify_sample
 from dflash_kernels.ops.sample import workspace_size
 from tests.support.sample_inputs import FILTERS, KINDS, block, int32, one_of, params, proposal, some_params
 from tests.support.sample_margin import agree, from_reference, objection, one
 
-law = reference.sample
+distribution = reference.sample
 NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,8 +33,11 @@ def test_philox_gives_the_known_answers_of_random123():
         assert " ".join(f"{w:08x}" for w in philox_in_full(counter, key)) == answer
     seeds = torch.randint(-2**63, 2**63 - 1, (200,))
     counters = torch.randint(0, 2**32, (3, 200))
-    got = law.philox(seeds, *counters).tolist()
-    assert law.philox(torch.zeros(1, dtype=torch.int64), *torch.zeros(3, 1, dtype=torch.int64)).item() == 0x6627E8D5
+    got = distribution.philox(seeds, *counters).tolist()
+    assert (
+        distribution.philox(torch.zeros(1, dtype=torch.int64), *torch.zeros(3, 1, dtype=torch.int64)).item()
+        == 0x6627E8D5
+    )
     for seed, c, word in zip(seeds.tolist(), counters.T.tolist(), got, strict=True):
         assert word == philox_in_full((*c, 0), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[0]
 
@@ -43,7 +46,7 @@ def test_the_kernel_s_random_numbers_are_those_of_the_specification(vector_isa):
     """Over 2**18 equal logits the token is the upper 18 bits of the random word, for each purpose."""
     b, bits = 300, 18
     seeds, lens = torch.randint(-2**63, 2**63 - 1, (b,)), torch.randint(0, 2**31 - 9, (b,)).int()
-    p = SamplingParams(torch.ones(b), seeds)
+    p = SamplingTensors(torch.ones(b), seeds)
     flat = torch.zeros(1, 1, 1 << bits).expand(b, 1, -1)
     got = verify_sample(torch.zeros(40, 1, dtype=torch.int64), flat[:40], lens[:40], one_of(p, 40)).bonus
     word = [philox_in_full((n + 1, 0, 0, 0), (s & 0xFFFFFFFF, s >> 32 & 0xFFFFFFFF))[0]

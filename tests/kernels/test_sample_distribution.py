@@ -1,4 +1,5 @@
-"""Emitted tokens follow the target's law: chi-square tests of whole batches of requests, which wrong rules fail.
+"""Emitted tokens follow the target's distribution: chi-square tests of whole batches of requests, which wrong rules
+fail.
 
 All seeds are fixed, so a p-value is the same in every run of the same kernel. With some 200 of them, one below 1e-6
 comes up by chance once in 5,000 changes of the kernel or of a seed.
@@ -9,21 +10,21 @@ import dataclasses
 import pytest
 import torch
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, reference, verify_sample
+from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, reference, verify_sample
 from tests.support import sampling_distribution as chain
 from tests.support.sample_margin import from_reference
 from tests.support.sampling_distribution import FILTERS, PROPOSALS
 
-law = reference.sample
+distribution = reference.sample
 REQUESTS = 100_000
 SMALLEST = 1e-6
-GREEDY_EVERY, HEAT = 50, 0.8
+GREEDY_EVERY, TEMPERATURE = 50, 0.8
 
 
 def sampled(kind, rule, filters, requests=REQUESTS, seed=0, verify=verify_sample, made=None):
     """p-values of the text. made: a target's table and a drafter's logits instead of random ones."""
     table, head = chain.chain(seed) if made is None else made
-    params = chain.params(requests, HEAT, FILTERS[filters], GREEDY_EVERY, seed)
+    params = chain.params(requests, TEMPERATURE, FILTERS[filters], GREEDY_EVERY, seed)
     text, _ = chain.decode(table, head, kind, rule, params, verify=verify)
     if verify is verify_sample:
         assert (text[params.temperature == 0] == torch.tensor(chain.greedy_text(table))).all()
@@ -33,22 +34,22 @@ def sampled(kind, rule, filters, requests=REQUESTS, seed=0, verify=verify_sample
 @pytest.mark.parametrize("filters", FILTERS)
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("kind", PROPOSALS)
-def test_p28_text_follows_the_target_s_law(kind, rule, filters):
-    """Greedy requests among them; sparse drafts are drawn from the renormalised likeliest, which are q."""
+def test_p28_text_follows_the_target_s_distribution(kind, rule, filters):
+    """Greedy requests among them; sparse drafts are drawn from the renormalised most likely, which are q."""
     found = sampled(kind, rule, filters)
     chain.SEEN.extend(found.values())
     assert min(found.values()) > SMALLEST, found
 
 
 @pytest.mark.parametrize("filters", ["plain", "all"])
-def test_text_follows_the_law_under_every_instruction_set(vector_isa, filters):
+def test_text_follows_the_distribution_under_every_instruction_set(vector_isa, filters):
     for kind, rule in (("one_hot", "token"), ("dense", "block")):
         found = sampled(kind, rule, filters, requests=20_000, seed=3)
         chain.SEEN.extend(found.values())
         assert min(found.values()) > SMALLEST, found
 
 
-def test_text_follows_the_adjusted_law():
+def test_text_follows_the_adjusted_distribution():
     """A bitmask, a penalty and a bias, the same for all rows, against the chain of adjusted logits."""
     table, head = chain.chain(4)
     params = chain.params(REQUESTS, 1.0, {}, seed=4)
@@ -58,7 +59,7 @@ def test_text_follows_the_adjusted_law():
     changes = LogitAdjustments(words[0], adjust[1].expand(REQUESTS).contiguous(),
                                bias.expand(REQUESTS, chain.WIDTH, -1), words[1])
     text, _ = chain.decode(table, head, "sparse", "block", params, adjustments=changes)
-    rows = law.adjusted(table[None], adjust[0].int().expand(1, chain.V, 1), adjust[1], bias,
+    rows = distribution.adjusted(table[None], adjust[0].int().expand(1, chain.V, 1), adjust[1], bias,
                         adjust[3].int().expand(1, chain.V, 1))[0]
     found = chain.p_values(rows, text, params)
     chain.SEEN.extend(found.values())
@@ -85,7 +86,7 @@ def reference_with(**functions):
     def verify(draft, logits, lens, params, *, proposal=None, adjustments=None, rule="token", block_lens=None):
         with pytest.MonkeyPatch.context() as patch:
             for name, function in functions.items():
-                patch.setattr(law, name, function)
+                patch.setattr(distribution, name, function)
             return from_reference(draft, logits, lens, params, proposal, adjustments, rule, block_lens)
     return verify
 
@@ -95,13 +96,13 @@ def accepts_with_q(px, qx, u, live):
     return accept, torch.ones_like(accept, dtype=torch.float64)
 
 
-def nothing_subtracted(draft, vocab, probs, candidates, logits, temperature, real=law.proposal):
+def nothing_subtracted(draft, vocab, probs, candidates, logits, temperature, real=distribution.proposal):
     """q where the drafts are, which acceptance looks at, and 0 elsewhere: the residual is p less its draft."""
     q = real(draft, vocab, probs, candidates, logits, temperature)
     return torch.zeros_like(q).scatter_(-1, draft[:, 1:, None], q.gather(-1, draft[:, 1:, None]))
 
 
-def token_s_residual(*arguments, real=law._by_block):
+def token_s_residual(*arguments, real=distribution._by_block):
     accept, share = real(*arguments)
     return accept, torch.ones_like(share)
 
@@ -112,11 +113,11 @@ def three_tokens():
     table, head = torch.full((chain.V, chain.V), 1e-30), torch.full((chain.WIDTH - 1, chain.V), 1e-30)
     table[:, :3], table[chain.ANCHOR, :3] = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.4, 0.3, 0.3])
     head[:, :3], head[0, :3] = torch.tensor([0.01, 0.15, 0.84]), torch.tensor([0.8, 0.1, 0.1])
-    return table.log() * HEAT, head.log() * HEAT
+    return table.log() * TEMPERATURE, head.log() * TEMPERATURE
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_text_of_three_tokens_follows_the_law(rule):
+def test_text_of_three_tokens_follows_the_distribution(rule):
     found = sampled("dense", rule, "plain", made=three_tokens())
     chain.SEEN.extend(found.values())
     assert min(found.values()) > SMALLEST, found
@@ -126,14 +127,14 @@ WRONG = {
     "accepts with q instead of p / q": ("dense", "token", reference_with(_by_token=accepts_with_q)),
     "the residual's q is not subtracted": ("dense", "token", reference_with(proposal=nothing_subtracted)),
     "the residual is not renormalised": ("dense", "token", reference_with(
-        draw=lambda weights, u, real=law.draw: real(torch.cat((weights[..., :-1], 1 - weights[..., :-1].sum(
+        draw=lambda weights, u, real=distribution.draw: real(torch.cat((weights[..., :-1], 1 - weights[..., :-1].sum(
             -1, keepdim=True)), -1), u))),
     "the temperature is applied twice": ("one_hot", "token", with_params(
         lambda p: dataclasses.replace(p, temperature=p.temperature**2))),
     "the block rule with the token rule's residual": ("dense", "block", reference_with(_by_block=token_s_residual)),
     "p25: q is a softmax where drafts are greedy": ("one_hot", "token", lambda *a, proposal=None, **more: verify_sample(
         *a, proposal=Proposal(logits=chain.chain()[1].expand(a[0].shape[0], -1, -1)), **more)),
-    "p28: q is the whole law where drafts came from its likeliest": ("sparse", "token", with_proposal(
+    "p28: q is the whole distribution where drafts came from its most likely": ("sparse", "token", with_proposal(
         lambda q: Proposal(logits=chain.chain()[1].expand(len(q.ids), -1, -1)))),
 }
 
@@ -154,7 +155,7 @@ def test_the_block_rule_accepts_at_least_as_many(kind):
     draw = torch.Generator().manual_seed(7)
     target, head = (torch.randn(1, slots + 1, chain.V, generator=draw) * 1.5 for _ in range(2))
     head = (target + head * 0.5)[:, :-1]
-    params, lens = SamplingParams(torch.ones(requests), torch.arange(requests)), torch.full((requests,), 5).int()
+    params, lens = SamplingTensors(torch.ones(requests), torch.arange(requests)), torch.full((requests,), 5).int()
     mean = {}
     for rule in ("token", "block"):
         drafts, proposal = chain.drafts(kind, params, lens, head[0])

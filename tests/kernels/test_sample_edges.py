@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, verify_sample
+from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, verify_sample
 from tests.support.sample_inputs import KINDS, block, int32, params, proposal, same, some_params
 from tests.support.sample_margin import agree
 
@@ -43,12 +43,12 @@ def test_all_mass_on_one_token(vector_isa, dtype):
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-30}, {"min_p": 1.0}, {"min_p": 7.0}])
-def test_filters_that_leave_the_likeliest(vector_isa, dtype, filters):
+def test_filters_that_leave_the_most_likely(vector_isa, dtype, filters):
     logits = torch.randn(7, 2, 1300).to(dtype)
-    likeliest = logits.float().argmax(-1)
-    logits.scatter_(2, likeliest[..., None], 9.0)
+    most_likely = logits.float().argmax(-1)
+    logits.scatter_(2, most_likely[..., None], 9.0)
     got = verify_sample(block(logits), logits, torch.arange(7).int(), params(7, **filters))
-    assert torch.equal(got.tokens, likeliest)
+    assert torch.equal(got.tokens, most_likely)
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 1100}, {"top_k": 5000}, {"top_k": 0}, {"top_k": -3}, {"top_p": 1.0},
@@ -116,9 +116,9 @@ def test_bad_input_names_what_was_expected_and_got():
     probs, ids = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4, dtype=torch.int64)
     words = torch.zeros(2, 3, 1, dtype=torch.int32)
     for message, error, kwargs in [
-        (r"params must be SamplingParams; got NoneType", TypeError, {"params": None}),
+        (r"params must be SamplingTensors; got NoneType", TypeError, {"params": None}),
         (r"params.seeds must be int64 \(B,\); got int32 \(2,\)", TypeError,
-         {"params": SamplingParams(torch.ones(2), c)}),
+         {"params": SamplingTensors(torch.ones(2), c)}),
         (r"rule must be 'token' or 'block'; got 'tree'", ValueError, {"rule": "tree"}),
         (r"proposal must be a Proposal; got", TypeError, {"proposal": probs}),
         (r"proposal must have probs, or probs and ids, or logits", ValueError, {"proposal": Proposal(ids=ids)}),
@@ -139,7 +139,7 @@ def test_bad_input_names_what_was_expected_and_got():
 def test_values_are_checked_on_request(monkeypatch):
     d, x = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 5)
     for name, bad in (("temperature", -1.0), ("temperature", NAN), ("top_p", NAN), ("min_p", -0.5)):
-        p = SamplingParams(**{"temperature": torch.ones(1), "seeds": torch.ones(1, dtype=torch.int64)}
+        p = SamplingTensors(**{"temperature": torch.ones(1), "seeds": torch.ones(1, dtype=torch.int64)}
                            | {name: torch.tensor([bad])})
         monkeypatch.delenv("DFLASH_CHECK", raising=False)
         assert 0 <= int(verify_sample(d, x, int32(0), p).bonus) < 5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingParams, StepGraph, Verified, sample_draft, verify_sample
+from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, StepGraph, Verified, sample_draft, verify_sample
 from dflash_kernels.testing import same_bits
 from tests.support.sample_inputs import KINDS, block, int32, one_of, params, proposal, same, some_params
 from tests.support.sample_margin import agree, one
@@ -100,7 +100,7 @@ def test_p20_a_recorded_verification_follows_what_changes(vector_isa, dtype, kin
 def test_p25_greedy_drafts_are_one_hot_and_q_is_what_was_drawn_from(vector_isa):
     """The drafter's own temperature is in q: the drafts' frequencies are out_probs, and a greedy request's q is 1."""
     b, n = 40000, 12
-    p = SamplingParams(torch.full((b,), 0.5), torch.arange(b))
+    p = SamplingTensors(torch.full((b,), 0.5), torch.arange(b))
     p.temperature[::2] = 0.0
     values = torch.randn(1, 1, n).sort(-1, descending=True).values.expand(b, 1, n).contiguous()
     names = torch.randperm(900)[:n].expand(b, 1, n).contiguous()
@@ -114,7 +114,7 @@ def test_p25_greedy_drafts_are_one_hot_and_q_is_what_was_drawn_from(vector_isa):
 
 def test_p26_a_greedy_request_in_a_sampled_batch_ignores_its_proposal(vector_isa, dtype):
     logits = torch.randn(8, 4, 500).to(dtype)
-    likeliest, p = logits.float().argmax(-1), some_params(8, "all", 2)
+    most_likely, p = logits.float().argmax(-1), some_params(8, "all", 2)
     draft = torch.cat([torch.zeros(8, 1, dtype=torch.int64), logits.argmax(-1)[:, :-1]], 1)
     draft[4:, 2] = (draft[4:, 2] + 1) % 500
     for kind in KINDS:
@@ -123,14 +123,16 @@ def test_p26_a_greedy_request_in_a_sampled_batch_ignores_its_proposal(vector_isa
             assert got.accept_lens[::2].tolist() == [3, 3, 1, 1]
             for b in range(0, 8, 2):
                 n = int(got.commit_lens[b])
-                assert logits[b, range(n), got.tokens[b, :n]].tolist() == logits[b, range(n), likeliest[b, :n]].tolist()
+                assert (
+                    logits[b, range(n), got.tokens[b, :n]].tolist() == logits[b, range(n), most_likely[b, :n]].tolist()
+                )
 
 
 @pytest.mark.parametrize("temperature", [0.25, 4.0])
 def test_p27_the_temperature_is_applied_once(vector_isa, temperature):
     """Two tokens whose logits differ by 1: the likelier one comes up 1 / (1 + exp(-1 / temperature)) of the time."""
     b = 20000
-    p = SamplingParams(torch.full((b,), temperature), torch.arange(b))
+    p = SamplingTensors(torch.full((b,), temperature), torch.arange(b))
     logits = torch.tensor([0.0, 1.0]).expand(b, 1, 2)
     got = verify_sample(torch.zeros(b, 1, dtype=torch.int64), logits, torch.zeros(b, dtype=torch.int32), p)
     share = torch.tensor(1 / temperature).sigmoid().item()
@@ -173,13 +175,13 @@ def test_p38_adjustments_decide_acceptance_too(vector_isa, kind):
     masked[..., 1] = ~2
     seen[..., 1] = 2
     q = proposal(kind, logits)
-    for heat in (1.0, 0.0):
-        plain = verify_sample(draft, logits, int32(*range(6)), params(6, heat), proposal=q)
+    for temp in (1.0, 0.0):
+        plain = verify_sample(draft, logits, int32(*range(6)), params(6, temp), proposal=q)
         assert plain.accept_lens.tolist() == [1] * 6
         for changes in (LogitAdjustments(bitmask=masked),
-                        LogitAdjustments(seen=seen, repetition_penalty=torch.full((6,), 1e6)) if heat == 0
+                        LogitAdjustments(seen=seen, repetition_penalty=torch.full((6,), 1e6)) if temp == 0
                         else LogitAdjustments(bias=torch.where(torch.arange(90) == 33, -100.0, 0.0).expand(6, 2, 90))):
             for rule in ("token", "block"):
-                got = verify_sample(draft, logits, int32(*range(6)), params(6, heat), proposal=q, adjustments=changes,
+                got = verify_sample(draft, logits, int32(*range(6)), params(6, temp), proposal=q, adjustments=changes,
                                     rule=rule)
                 assert got.accept_lens.tolist() == [0] * 6 and not (got.tokens == 33).any()

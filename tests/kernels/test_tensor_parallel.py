@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dflash_kernels import lm_head_argmax, lm_head_topk, merge_argmax, merge_topk
+from dflash_kernels import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 
 RANKS, ROWS, HIDDEN, VOCAB, VALID, K = 2, 7, 96, 1000, 970, 12
 
@@ -37,9 +37,9 @@ def shard(x, weight, rank):
     valid = min(VALID, first + width) - first
     own = weight[first:first + width]
     ids, values = lm_head_argmax(x, own, num_valid=valid, id_offset=first)
-    ids, _ = merge_argmax(gathered(values), gathered(ids))
+    ids, _ = combine_argmax(gathered(values), gathered(ids))
     top, top_values, lse = lm_head_topk(x, own, K, num_valid=valid, id_offset=first)
-    top, top_values, lse = merge_topk(gathered(top_values), gathered(top), gathered(lse))
+    top, top_values, lse = combine_topk(gathered(top_values), gathered(top), gathered(lse))
     return ids, top, top_values, lse
 
 

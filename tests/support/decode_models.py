@@ -49,7 +49,7 @@ def randomise(model) -> None:
 
 
 @torch.no_grad()
-def plain_text(model, prompt, n, stops=()):
+def baseline_text(model, prompt, n, stops=()):
     """Greedy decoding by transformers, with no cache."""
     ids = list(prompt)
     for _ in range(n):

@@ -15,12 +15,12 @@ from dflash_kernels.types import (
     PagedKV,
     PreparedBlock,
     Proposal,
-    SamplingParams,
+    SamplingTensors,
     Verified,
 )
 
 CANARY = 77
-RECORDS = (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingParams, Proposal, LogitAdjustments)
+RECORDS = (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingTensors, Proposal, LogitAdjustments)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def prepared(b, q, h):
 
 
 def sampling(b):
-    heat, shares = torch.linspace(0.0, 1.0, b), torch.linspace(0.5, 1.0, b)
-    return SamplingParams(heat, torch.arange(b), int32(*range(3, 3 + b)), shares, shares * 0.1)
+    temp, shares = torch.linspace(0.0, 1.0, b), torch.linspace(0.5, 1.0, b)
+    return SamplingTensors(temp, torch.arange(b), int32(*range(3, 3 + b)), shares, shares * 0.1)
 
 
 def int8_weight(n, k):
@@ -133,7 +133,7 @@ SAMPLES = {
     "lm_head_argmax_int8": Sample(dk.lm_head_argmax, lambda: {
         "x": torch.randn(3, 16), "weight": int8_weight(40, 16), "bias": torch.randn(40), "num_valid": 30, "scale": 0.5,
         "softcap": 3.0, "out_ids": boxed(3, dtype=torch.int64), "out_values": boxed(3)}, ("out_ids", "out_values")),
-    "merge_argmax": Sample(dk.merge_argmax, lambda: {
+    "combine_argmax": Sample(dk.combine_argmax, lambda: {
         "values": torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 2.0]]), "ids": torch.tensor([[5, 1, 2], [3, 9, 8]]),
         "out_ids": boxed(3, dtype=torch.int64), "out_values": boxed(3)}, ("out_ids", "out_values")),
     "lm_head_topk": Sample(dk.lm_head_topk, lambda: {
@@ -144,7 +144,7 @@ SAMPLES = {
         "x": torch.randn(3, 16), "weight": int8_weight(40, 16), "k": 5, "num_valid": 30,
         "out_ids": torch.full((3, 5), 77), "out_values": torch.full((3, 5), 77.0), "out_lse": boxed(3)},
         ("out_ids", "out_values", "out_lse")),
-    "merge_topk": Sample(dk.merge_topk, lambda: {
+    "combine_topk": Sample(dk.combine_topk, lambda: {
         "values": torch.tensor([[[3.0, 1.0], [2.0, 2.0]], [[1.0, 0.5], [4.0, 2.0]]]),
         "ids": torch.tensor([[[5, 1], [2, 3]], [[30, 90], [80, 70]]]), "lse": torch.randn(2, 2),
         "out_ids": torch.full((2, 2), 77), "out_values": torch.full((2, 2), 77.0), "out_lse": boxed(2)},

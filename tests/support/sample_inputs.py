@@ -2,12 +2,12 @@
 
 import torch
 
-from dflash_kernels import Proposal, SamplingParams
+from dflash_kernels import Proposal, SamplingTensors
 from dflash_kernels.testing import same_bits
 from tests.support.sample_margin import FIELDS
 
 KINDS = ("one_hot", "sparse", "dense", "logits")
-FILTERS = ("plain", "top_k", "top_p", "min_p", "all")
+FILTERS = ("baseline", "top_k", "top_p", "min_p", "all")
 
 
 def int32(*values):
@@ -16,7 +16,7 @@ def int32(*values):
 
 def params(b, temperature=1.0, **filters):
     dtypes = {"top_k": torch.int32}
-    return SamplingParams(torch.full((b,), temperature), torch.arange(b) * 77 + 5,
+    return SamplingTensors(torch.full((b,), temperature), torch.arange(b) * 77 + 5,
                           **{n: torch.full((b,), v, dtype=dtypes.get(n, torch.float32)) for n, v in filters.items()})
 
 
@@ -54,12 +54,12 @@ def one_of(p, n):
 def some_params(b, filters="all", greedy_every=0, seed=0, temperature=(0.5, 1.5)):
     """Parameters that differ from request to request."""
     draw = torch.Generator().manual_seed(seed)
-    heat = torch.empty(b).uniform_(*temperature, generator=draw)
+    temp = torch.empty(b).uniform_(*temperature, generator=draw)
     if greedy_every:
-        heat[::greedy_every] = 0.0
-    on = {"plain": (), "all": ("top_k", "top_p", "min_p")}.get(filters, (filters,))
-    return SamplingParams(
-        heat, torch.randint(-2**63, 2**63 - 1, (b,), generator=draw),
+        temp[::greedy_every] = 0.0
+    on = {"baseline": (), "all": ("top_k", "top_p", "min_p")}.get(filters, (filters,))
+    return SamplingTensors(
+        temp, torch.randint(-2**63, 2**63 - 1, (b,), generator=draw),
         torch.randint(0, 60, (b,), generator=draw).int() if "top_k" in on else None,
         torch.rand(b, generator=draw).mul(1.1) if "top_p" in on else None,
         torch.rand(b, generator=draw).pow(3) * 0.3 if "min_p" in on else None)

@@ -2,8 +2,8 @@
 
 A kernel adds in float32 and float64 in an order of its own, so its token may differ from the reference's, but only
 where the random number lies within rounding of a boundary. These functions take a request's outcome apart, decision by
-decision, and ask of each whether float64 laws allow it with the random number moved by no more than MARGIN; a filter's
-boundary may move by as much.
+decision, and ask of each whether float64 distributions allow it with the random number moved by no more than MARGIN; a
+filter's boundary may move by as much.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from dflash_kernels import reference, verify_sample
 from dflash_kernels.types import LogitAdjustments, Proposal, Verified
 
-law = reference.sample
+distribution = reference.sample
 MARGIN = 1e-6
 FIELDS = ("accept_lens", "commit_lens", "tokens", "bonus", "new_lens")
 PARAMS = ("temperature", "seeds", "top_k", "top_p", "min_p")
@@ -23,7 +23,7 @@ def from_reference(draft, logits, lens, params, proposal=None, adjustments=None,
     ints = [torch.full((b,), -7, dtype=torch.int32) for _ in range(3)]
     out = Verified(ints[0], ints[1], torch.full((b, q), -7), torch.full((b,), -7), ints[2])
     proposal, adjustments = proposal or Proposal(), adjustments or LogitAdjustments()
-    law.verify_sample(draft, logits, lens, *(getattr(params, n) for n in PARAMS), proposal.probs, proposal.ids,
+    distribution.verify_sample(draft, logits, lens, *(getattr(params, n) for n in PARAMS), proposal.probs, proposal.ids,
                       proposal.logits, *(getattr(adjustments, n) for n in ADJUSTMENTS), block_lens, rule == "block",
                       *(getattr(out, f) for f in FIELDS), None)
     return out
@@ -57,15 +57,15 @@ def drawn(weights, token, u) -> bool:
     return bool(own > 0) and float(below / total) - slack <= u <= float((below + own) / total) + slack
 
 
-def laws(x, params):
-    """The request's laws (Q, V), with filters as they are and moved by MARGIN either way."""
+def distributions(x, params):
+    """The request's distributions (Q, V), with filters as they are and moved by MARGIN either way."""
     found = []
     for moved in (0.0, -MARGIN, MARGIN):
         shares = {n: None if getattr(params, n) is None else getattr(params, n).double() * (1 + moved)
                   for n in ("top_p", "min_p")}
         if shares["top_p"] is not None and bool(params.top_p >= 1):
             shares["top_p"] = params.top_p
-        found.append(law.law(x, params.temperature, params.top_k, **shares)[0])
+        found.append(distribution.distribution(x, params.temperature, params.top_k, **shares)[0])
     return found
 
 
@@ -82,18 +82,18 @@ def objection(draft, logits, lens, params, proposal, adjustments, rule, width, g
     if int(got.commit_lens) != a + 1 or int(got.new_lens) != int(lens) + a + 1 or a > n:
         return "lengths do not fit"
     adjustments = adjustments or LogitAdjustments()
-    x = law.adjusted(logits, *(getattr(adjustments, f) for f in ADJUSTMENTS))[:, :width]
-    rows = laws(x, params)
+    x = distribution.adjusted(logits, *(getattr(adjustments, f) for f in ADJUSTMENTS))[:, :width]
+    rows = distributions(x, params)
     start = lens[:, None].long()
     positions = start + 1 + torch.arange(width)
-    sample = law.uniform(params.seeds, positions, law.SAMPLE)[0].tolist()
-    one_hot = proposal is None or float(params.temperature) < law.GREEDY
+    sample = distribution.uniform(params.seeds, positions, distribution.SAMPLE)[0].tolist()
+    one_hot = proposal is None or float(params.temperature) < distribution.GREEDY
     if one_hot:
         wrong = [i for i in range(a + 1) if not any(drawn(p[i], tokens[i], sample[i]) for p in rows)]
         return f"row {wrong[0]} does not give {tokens[wrong[0]]}" if wrong else None
-    q = law.proposal(draft[:, :width], logits.shape[-1], proposal.probs, proposal.ids, proposal.logits,
+    q = distribution.proposal(draft[:, :width], logits.shape[-1], proposal.probs, proposal.ids, proposal.logits,
                      params.temperature)[0]
-    accept = law.uniform(params.seeds, positions, law.ACCEPT, start)[0].tolist()
+    accept = distribution.uniform(params.seeds, positions, distribution.ACCEPT, start)[0].tolist()
     check = _by_block if rule == "block" else _by_token
     if not any(check(p, q, draft[0, 1:].tolist(), accept, a, n, last, sample[a]) for p in rows):
         return f"{rule}: accepted {a}, last {last}"

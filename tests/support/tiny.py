@@ -58,13 +58,16 @@ def write_drafter(folder: Path, **changes) -> Path:
     """A drafter of two layers for that target, with random weights and a block of 4. A change to None drops a field."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(2)
-    taps = [0, 2]
-    tensors = {"fc.weight": (torch.randn((HIDDEN, len(taps) * HIDDEN), generator=generator) * 0.1).bfloat16(),
-               "hidden_norm.weight": torch.ones(HIDDEN).bfloat16(), "norm.weight": torch.ones(HIDDEN).bfloat16()}
+    target_layer_ids = [0, 2]
+    tensors = {
+        "fc.weight": (torch.randn((HIDDEN, len(target_layer_ids) * HIDDEN), generator=generator) * 0.1).bfloat16(),
+        "hidden_norm.weight": torch.ones(HIDDEN).bfloat16(),
+        "norm.weight": torch.ones(HIDDEN).bfloat16(),
+    }
     for i in range(2):
         tensors |= _layer(f"layers.{i}.", generator, qk_norm=True)
     save_file(tensors, folder / "model.safetensors")
     config = _geometry(2) | {"block_size": 4, "num_target_layers": LAYERS,
-                             "dflash_config": {"mask_token_id": 0, "target_layer_ids": taps}} | changes
+                             "dflash_config": {"mask_token_id": 0, "target_layer_ids": target_layer_ids}} | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     return folder

@@ -106,7 +106,7 @@ def test_draft_head_gives_sglangs_tokens(engine, dtype):
     assert drafts(engine, 2, hidden, weight) == [expected] * 2
 
 
-def test_sampling_follows_sglangs_law(engine):
+def test_sampling_follows_sglangs_distribution(engine):
     """Chi-square of the bonus token against the probabilities that SGLang's own code gives the target."""
     loaded(engine)
     namespace = take("sglang", "srt/speculative/dflash_utils.py", ["build_speculative_verify_target_probs"],
@@ -117,18 +117,18 @@ def test_sampling_follows_sglangs_law(engine):
     logits = torch.randn(width, vocab).repeat(draws, 1)
     one = types.SimpleNamespace(temperatures=info.temperatures[:1], top_ks=info.top_ks[:1], need_top_k_sampling=True,
                                 need_top_p_sampling=False)
-    law = namespace["build_speculative_verify_target_probs"](
+    distribution = namespace["build_speculative_verify_target_probs"](
         next_token_logits=logits[:width], sampling_info=one, draft_token_num=width, bs=1)[0].double()
-    draft = law[0].argmax()
-    candidates = torch.stack([torch.tensor(1), draft, law[1].argmax()]).repeat(draws, 1)
+    draft = distribution[0].argmax()
+    candidates = torch.stack([torch.tensor(1), draft, distribution[1].argmax()]).repeat(draws, 1)
     accepted, bonus = engine[1].compute_dflash_sampling_correct_drafts_and_bonus(
         candidates=candidates, next_token_logits=logits, sampling_info=info, threshold_single=1.0, threshold_acc=1.0)
     assert accepted.dtype == torch.int32 and bonus.dtype == torch.int64
     first = torch.where(accepted > 0, draft, bonus)  # what stands at the first position
     counts = torch.bincount(first, minlength=vocab).double()
-    expected = law[0] * draws
-    assert (counts[law[0] == 0] == 0).all()
-    chi = ((counts - expected) ** 2 / expected.clamp_min(1e-9))[law[0] > 0].sum()
+    expected = distribution[0] * draws
+    assert (counts[distribution[0] == 0] == 0).all()
+    chi = ((counts - expected) ** 2 / expected.clamp_min(1e-9))[distribution[0] > 0].sum()
     assert chi < 30, chi  # 4 degrees of freedom: 1e-5 is 28.5
 
 

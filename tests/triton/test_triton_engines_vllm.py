@@ -92,8 +92,8 @@ def rejection():
 def batch(requests, drafted, vocab, temperature):
     """What the V2 runner passes, request r in the engine's row 2 r."""
     width, rows = drafted + 1, torch.arange(requests) * 2
-    heat = torch.zeros(2 * requests)
-    heat[rows] = temperature
+    temp = torch.zeros(2 * requests)
+    temp[rows] = temperature
     logits = 2 * torch.randn(width, vocab).repeat(requests, 1, 1)
     block = torch.randint(0, vocab, (requests, width), dtype=torch.int32)
     start = torch.arange(requests) * 5 + 3
@@ -101,7 +101,7 @@ def batch(requests, drafted, vocab, temperature):
             "cu_num_logits": torch.arange(requests + 1, dtype=torch.int32) * width,
             "pos": (start[:, None] + torch.arange(width)).flatten(), "idx_mapping": rows,
             "expanded_idx_mapping": rows.repeat_interleave(width),
-            "expanded_local_pos": torch.arange(width, dtype=torch.int32).repeat(requests), "temperature": heat,
+            "expanded_local_pos": torch.arange(width, dtype=torch.int32).repeat(requests), "temperature": temp,
             "seed": torch.full((2 * requests,), 7),  # positions alone tell their numbers apart
             "num_speculative_steps": drafted}
 
@@ -130,16 +130,16 @@ def test_vllm_v2_greedy(rejection, dflash):
 
 @pytest.mark.parametrize("block_rule", [False, True])
 def test_vllm_v2_sampled(dflash, block_rule):
-    """Chi-square of the first token against the law; a greedy request among the sampled ones stays greedy."""
+    """Chi-square of the first token against the distribution; a greedy request among the sampled ones stays greedy."""
     draws, vocab = 20_000, 9
     temperature = torch.ones(draws)
     temperature[0] = 0
     given = batch(draws, 2, vocab, temperature)
-    law = given["target_logits"][0].double().softmax(-1)
+    distribution = given["target_logits"][0].double().softmax(-1)
     tokens, counts = verify_v2.rejection_sample(**given, use_block_verification=block_rule)
-    assert tokens[0, 0] == law.argmax() and counts.min() >= 1
+    assert tokens[0, 0] == distribution.argmax() and counts.min() >= 1
     observed = torch.bincount(tokens[1:, 0], minlength=vocab).double()
-    expected = law * (draws - 1)
+    expected = distribution * (draws - 1)
     chi = ((observed - expected) ** 2 / expected).sum()
     assert chi < 37.3, chi  # 8 degrees of freedom: 1e-5
     second = tokens[(counts > 1) & (torch.arange(draws) > 0), 1]  # given that the first was accepted

@@ -77,20 +77,21 @@ def test_p36_multiplier_comes_before_the_soft_cap(dtype):
         assert torch.equal(ids, want_ids)
 
 
-def test_merge_argmax_equals_reference():
+def test_combine_argmax_equals_reference():
     choices = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0])
     values = choices[torch.randint(0, 7, (5, 300))]
     ids = torch.stack([torch.randperm(5) for _ in range(300)], 1) + 2**40
     for shards in (1, 2, 5):
         got, want = ((torch.full((300,), 77), torch.full((300,), 77.0)) for _ in range(2))
-        assert triton_head.merge_argmax(values[:shards], ids[:shards], *got) is None
-        reference.lm_head.merge_argmax(values[:shards], ids[:shards], *want)
+        assert triton_head.combine_argmax(values[:shards], ids[:shards], *got) is None
+        reference.lm_head.combine_argmax(values[:shards], ids[:shards], *want)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1].isnan(), want[1].isnan())
         assert torch.equal(got[1].nan_to_num(), want[1].nan_to_num())
-    triton_head.merge_argmax(values[:, :0], ids[:, :0], torch.empty(0, dtype=torch.int64), torch.empty(0))
+    triton_head.combine_argmax(values[:, :0], ids[:, :0], torch.empty(0, dtype=torch.int64), torch.empty(0))
 
 
-# ---- lm_head_topk and merge_topk -------------------------------------------------------------------------------------
+# ---- lm_head_topk and combine_topk
+# -------------------------------------------------------------------------------------
 
 def boxes(rows, k):
     shapes = ((rows, k), torch.int64), ((rows, k), torch.float32), ((rows,), torch.float32)
@@ -180,15 +181,15 @@ def test_p32_p36_topk_of_a_capped_padded_shard(dtype):
 
 
 @pytest.mark.parametrize("shards,rows,k", [(1, 10, 3), (3, 5, 17), (2, 2, 64), (5, 40, 2), (2, 0, 4)])
-def test_p33_merge_topk_equals_reference(shards, rows, k):
+def test_p33_combine_topk_equals_reference(shards, rows, k):
     choices = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1.5])
     values = choices[torch.randint(0, 8, (shards, rows, k))]
     ids = torch.stack([torch.randperm(shards * k) for _ in range(rows or 1)], 1)[:, :rows] + 2**40
     ids = ids.view(shards, k, rows).transpose(1, 2).contiguous()
     lse = torch.cat([choices, torch.tensor([700.0, -700.0])])[torch.randint(0, 10, (shards, rows))]
     got, want = boxes(rows, k), boxes(rows, k)
-    assert triton_topk.merge_topk(values, ids, lse, *inside(got)) is None
-    reference.lm_head.merge_topk(values, ids, lse, *inside(want))
+    assert triton_topk.combine_topk(values, ids, lse, *inside(got)) is None
+    reference.lm_head.combine_topk(values, ids, lse, *inside(want))
     got, want = inside(got), inside(want)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1].isnan(), want[1].isnan())
     assert torch.equal(got[1].nan_to_num(7.0), want[1].nan_to_num(7.0))

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from dflash_kernels import Verified
 from dflash_kernels._triton import sample as kernels
-from dflash_kernels._triton import sample_distribution as sample_law
+from dflash_kernels._triton import sample_distribution as sample_distribution
 from dflash_kernels.ops.sample import CHUNK, workspace_size
 from dflash_kernels.reference import sample as reference
 from dflash_kernels.testing import assert_within_budget, same_bits
@@ -26,14 +26,14 @@ def dtype(request):
 
 
 def problem(vocab, form="one_hot", rule="token", dtype=torch.float32, b=3, q=3, k=4, seed=0, **given):
-    """Arguments of the op before its outputs. Drafts come from a law that is somewhat like the target's."""
+    """Arguments of the op before its outputs. Drafts come from a distribution that is somewhat like the target's."""
     torch.manual_seed(seed)
     logits = (torch.randn(b, q, vocab) * 2).to(dtype)
-    heat = given.pop("temperature", torch.full((b,), 0.9))
+    temp = given.pop("temperature", torch.full((b,), 0.9))
     near = logits[:, :-1].float() + torch.randn(b, q - 1, vocab) * 0.5
     probs = candidates = draft_logits = None
     top = near.topk(min(k, vocab) if form == "sparse" else vocab)
-    shares = torch.softmax(top.values / heat.clamp_min(1e-5)[:, None, None], -1)
+    shares = torch.softmax(top.values / temp.clamp_min(1e-5)[:, None, None], -1)
     place = torch.zeros(b, q - 1, 1, dtype=torch.int64)
     if form != "one_hot":
         place = torch.multinomial(shares.flatten(0, 1), 1).view(b, q - 1, 1)
@@ -44,7 +44,7 @@ def problem(vocab, form="one_hot", rule="token", dtype=torch.float32, b=3, q=3, 
     elif form == "logits":
         draft_logits = near.to(dtype)
     drafts = torch.cat((torch.full((b, 1), 3), top.indices.gather(-1, place)[..., 0]), 1)
-    arguments = dict(draft_ids=drafts, logits=logits, context_lens=int32(*range(7, 7 + b)), temperature=heat,
+    arguments = dict(draft_ids=drafts, logits=logits, context_lens=int32(*range(7, 7 + b)), temperature=temp,
                      seeds=torch.arange(b) * 7919 + seed, top_k=None, top_p=None, min_p=None, draft_probs=probs,
                      draft_candidates=candidates, draft_logits=draft_logits, seen=None, repetition_penalty=None,
                      bias=None, bitmask=None, block_lens=None, block_rule=rule == "block")
@@ -74,8 +74,8 @@ FILTERS = {"top_k": int32(0, 9, 0, 0, 12), "top_p": torch.tensor([1.0, 1.0, 0.7,
 
 @pytest.mark.parametrize("form,rule", RULES)
 def test_requests_with_each_filter_beside_each_other(dtype, form, rule):
-    heat = torch.tensor([0.0, 1.0, 0.8, 1.2, 1.5])
-    assert_as_reference(problem(1025, form, rule, dtype, b=5, q=2, temperature=heat, **FILTERS))
+    temp = torch.tensor([0.0, 1.0, 0.8, 1.2, 1.5])
+    assert_as_reference(problem(1025, form, rule, dtype, b=5, q=2, temperature=temp, **FILTERS))
 
 
 @pytest.mark.parametrize("vocab", [1, 33, 1024, 3000])
@@ -137,9 +137,9 @@ def test_p33_rows_with_nan_and_infinities():
     logits[6] = torch.where(torch.arange(1030) == 1029, 0.0, -1e30)
     logits[7, 0, 1027], logits[8, 0, 1028] = NAN, NAN
     logits[8, 0, 7:] = NAN
-    heat = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    temp = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
     for more in ({}, {"top_k": torch.full((9,), 3).int(), "top_p": torch.full((9,), 0.9)}):
-        got = assert_as_reference(problem(1030, b=9, q=1) | {"logits": logits, "temperature": heat} | more)
+        got = assert_as_reference(problem(1030, b=9, q=1) | {"logits": logits, "temperature": temp} | more)
         assert got.bonus[[0, 1, 2, 6, 7]].tolist() == [0, 0, 1025, 1029, 1027]
 
 
@@ -172,7 +172,7 @@ def test_everything_on_one_token_by_target_and_proposal():
 def uniform_kernel(seeds, positions, starts, out, PURPOSE: tl.constexpr, N: tl.constexpr):
     n = tl.arange(0, N)
     for i in range(N):
-        u = sample_law.uniform(tl.load(seeds + i), tl.load(positions + n), PURPOSE, tl.load(starts + i))
+        u = sample_distribution.uniform(tl.load(seeds + i), tl.load(positions + n), PURPOSE, tl.load(starts + i))
         tl.store(out + i * N + n, u)
 
 
@@ -185,7 +185,7 @@ def test_random_numbers_are_the_references(purpose):
     assert torch.equal(out, reference.uniform(seeds, positions.expand(8, 8), purpose, starts[:, None]))
 
 
-HEAT = 0.7
+TEMPERATURE = 0.7
 
 
 def draws(purpose):
@@ -199,8 +199,11 @@ def test_a_draw_changes_within_rounding_of_where_it_should(closer):
     """u is a millionth from the boundary between two tokens that are 1,500 apart, with tiny ones around them."""
     share = reference.uniform(torch.arange(3) * 7919, torch.full((3, 1), 8), reference.SAMPLE)[:, 0] * closer
     logits = torch.full((3, 1, 3000), -60.0)
-    logits[:, 0, 700], logits[:, 0, 2200] = share.log().mul(HEAT).float(), (1 - share).log().mul(HEAT).float()
-    arguments = problem(3000, q=1, temperature=torch.full((3,), HEAT)) | {
+    logits[:, 0, 700], logits[:, 0, 2200] = (
+        share.log().mul(TEMPERATURE).float(),
+        (1 - share).log().mul(TEMPERATURE).float(),
+    )
+    arguments = problem(3000, q=1, temperature=torch.full((3,), TEMPERATURE)) | {
         "logits": logits, "context_lens": int32(7, 7, 7)}
     assert assert_as_reference(arguments).bonus.tolist() == [700 if closer > 1 else 2200] * 3
 
@@ -210,8 +213,8 @@ def test_a_draw_changes_within_rounding_of_where_it_should(closer):
 def test_acceptance_changes_within_rounding_of_where_it_should(closer, rule):
     """p is u times closer of a q that is nearly 1. Rule "block" accepts the only draft of a block by the same odds."""
     share = draws(reference.ACCEPT) * closer
-    logits = torch.stack((share.log(), (1 - share).log(), torch.full((3,), -60.0)), 1).mul(HEAT).float()[:, None]
-    arguments = problem(3, "sparse", rule, q=2, k=1, temperature=torch.full((3,), HEAT)) | {
+    logits = torch.stack((share.log(), (1 - share).log(), torch.full((3,), -60.0)), 1).mul(TEMPERATURE).float()[:, None]
+    arguments = problem(3, "sparse", rule, q=2, k=1, temperature=torch.full((3,), TEMPERATURE)) | {
         "context_lens": int32(7, 7, 7), "logits": logits.expand(3, 2, 3), "draft_ids": torch.zeros(3, 2).long(),
         "draft_candidates": torch.zeros(3, 1, 1).long(), "draft_probs": torch.ones(3, 1, 1)}
     assert assert_as_reference(arguments).accept_lens.tolist() == [int(closer > 1)] * 3
@@ -224,9 +227,9 @@ def test_a_cut_changes_within_rounding_of_where_it_should(name, value, closer):
     seeds = torch.arange(300)
     u = reference.uniform(seeds, torch.full((300, 1), 8), reference.SAMPLE)[:, 0]
     logits = torch.full((3, 1, 2000), -70.0)
-    logits[:, 0, [1500, 900, 10, 1200]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).double().log().mul(HEAT).float()
+    logits[:, 0, [1500, 900, 10, 1200]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).double().log().mul(TEMPERATURE).float()
     share = value * (closer if name == "top_p" else 2 - closer)
-    got = assert_as_reference(problem(2000, q=1, temperature=torch.full((3,), HEAT)) | {
+    got = assert_as_reference(problem(2000, q=1, temperature=torch.full((3,), TEMPERATURE)) | {
         name: torch.full((3,), share), "logits": logits, "seeds": seeds[u < 0.2][:3], "context_lens": int32(7, 7, 7)})
     assert got.bonus.tolist() == [10 if closer > 1 else 900] * 3
 
@@ -287,12 +290,12 @@ def test_drafts_match_reference(k):
     torch.manual_seed(k)
     values, ids = torch.randn(5, 2, k).sort(-1, descending=True).values, torch.randint(0, 2**40, (5, 2, k))
     values[:, 1] = values[:, 1].round()  # equal ones
-    heat, filters = torch.tensor([0.0, 1.0, 0.8, 1.2, 1.5]), list(FILTERS.values())
+    temp, filters = torch.tensor([0.0, 1.0, 0.8, 1.2, 1.5]), list(FILTERS.values())
     for some in ([None] * 3, filters):
         results = []
         for function in (kernels.sample_draft, reference.sample_draft):
             out, probs = torch.full((5, 4), CANARY)[:, 1:-1], torch.empty(5, 2, k)
-            function(values, ids, int32(3, 4, 5, 6, 7), heat, torch.arange(5) * 31, *some, out, probs)
+            function(values, ids, int32(3, 4, 5, 6, 7), temp, torch.arange(5) * 31, *some, out, probs)
             assert (out._base[:, [0, -1]] == CANARY).all()
             results.append((out, probs))
         (got, probs), (want, like) = results
@@ -302,12 +305,12 @@ def test_drafts_match_reference(k):
 
 def test_drafts_of_slots_with_nothing_to_draw():
     values = torch.tensor([[[-INF, -INF]], [[NAN, -INF]], [[INF, 1.0]], [[NAN, 0.0]], [[NAN, 1.0]]])
-    ids, heat = torch.tensor([[[4, 5]]]).expand(5, 1, 2).contiguous(), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    ids, temp = torch.tensor([[[4, 5]]]).expand(5, 1, 2).contiguous(), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
     out, probs = torch.empty(5, 1, dtype=torch.int64), torch.empty(5, 1, 2)
-    kernels.sample_draft(values, ids, int32(0, 0, 0, 0, 0), heat, torch.arange(5), None, None, None, out, probs)
+    kernels.sample_draft(values, ids, int32(0, 0, 0, 0, 0), temp, torch.arange(5), None, None, None, out, probs)
     assert out[:, 0].tolist() == [4, 4, 4, 5, 4]
     assert torch.equal(probs[:, 0, 0], torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]))
 
 
 def test_chunks_are_the_workspaces():
-    assert sample_law.CHUNK.value == CHUNK
+    assert sample_distribution.CHUNK.value == CHUNK

@@ -71,7 +71,7 @@ def test_sampled_requests_get_what_sglang_gives_them_for_the_same_coins(form, ru
     if form == "one_hot":
         arguments |= {"draft_candidates": drafts[:, 1:, None].clone(), "draft_probs": torch.ones(b, q - 1, 1)}
     got, starts = ours(arguments), lens[:, None].long()
-    p = reference.law(arguments["logits"], arguments["temperature"], **filters)
+    p = reference.distribution(arguments["logits"], arguments["temperature"], **filters)
     proposed = reference.proposal(drafts, vocab, arguments["draft_probs"], arguments["draft_candidates"], None, None)
     positions = starts + 1 + torch.arange(q)
     coins = reference.uniform(seeds, positions, reference.ACCEPT, starts)
@@ -107,16 +107,16 @@ def test_greedy_requests_get_what_vllm_gives_them():
     assert torch.equal(got.tokens[committed], tokens[committed])
 
 
-def test_sampled_requests_with_one_hot_drafts_follow_the_law_that_vllms_do():
+def test_sampled_requests_with_one_hot_drafts_follow_the_distribution_that_vllms_do():
     """vLLM's random numbers are its own, so both are held against the target: first tokens, and how many drafts pass,
     which is p of the draft for either rule. Every fifth request is greedy."""
-    b, heat, target = 250, torch.ones(250), torch.tensor([1.0, 0.5, 0.0, -0.3, 0.8, -1.0, 0.2, -0.6])
-    heat[::5] = 0.0
-    arguments = problem(8, b=b, q=2, temperature=heat) | {"logits": target.expand(b, 2, 8)}
+    b, temp, target = 250, torch.ones(250), torch.tensor([1.0, 0.5, 0.0, -0.3, 0.8, -1.0, 0.2, -0.6])
+    temp[::5] = 0.0
+    arguments = problem(8, b=b, q=2, temperature=temp) | {"logits": target.expand(b, 2, 8)}
     arguments["draft_ids"][:, 1] = 4
-    law, sampled, n = torch.softmax(target, -1), heat > 0, int((heat > 0).sum())
+    distribution, sampled, n = torch.softmax(target, -1), temp > 0, int((temp > 0).sum())
     for tokens, count in (by_vllm(arguments), (ours(arguments).tokens, ours(arguments).commit_lens)):
-        assert chi_square(tokens[sampled, 0].bincount(minlength=8), law * n) > 1e-4
-        passed, share = int((count[sampled] == 2).sum()), law[4].item()
+        assert chi_square(tokens[sampled, 0].bincount(minlength=8), distribution * n) > 1e-4
+        passed, share = int((count[sampled] == 2).sum()), distribution[4].item()
         assert abs(passed - share * n) < 4 * (n * share * (1 - share)) ** 0.5
         assert (tokens[~sampled, 0] == 0).all() and (count[~sampled] == 1).all()

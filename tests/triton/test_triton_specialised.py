@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 import dflash_kernels as dk
-from dflash_kernels import LogitAdjustments, PagedKV, Proposal, SamplingParams, _triton
+from dflash_kernels import LogitAdjustments, PagedKV, Proposal, SamplingTensors, _triton
 from dflash_kernels.testing import rotary_table
 from tests.support.op_samples import int32
 
@@ -34,8 +34,8 @@ def rows(b, q, pages):
     dk.silu_and_mul(x)
     dk.lm_head_argmax(x, torch.randn(VOCABULARY, HIDDEN))
     dk.lm_head_topk(x, torch.randn(VOCABULARY, HIDDEN), 4)
-    dk.merge_argmax(torch.randn(2, b * q), torch.arange(2 * b * q).view(2, -1))
-    dk.merge_topk(torch.randn(2, b * q, 4), torch.arange(8 * b * q).view(2, -1, 4), torch.randn(2, b * q))
+    dk.combine_argmax(torch.randn(2, b * q), torch.arange(2 * b * q).view(2, -1))
+    dk.combine_topk(torch.randn(2, b * q, 4), torch.arange(8 * b * q).view(2, -1, 4), torch.randn(2, b * q))
 
 
 def block(b, q, pages):
@@ -69,7 +69,7 @@ def verify(b, q, pages):
         b, q, VOCABULARY)
     dk.verify_greedy(drafts, drafts, lens)
     dk.verify_greedy(drafts, None, lens, logits=logits)
-    params = SamplingParams(torch.full((b,), 0.7), torch.arange(b), int32(*[5] * b), torch.full((b,), 0.9), None)
+    params = SamplingTensors(torch.full((b,), 0.7), torch.arange(b), int32(*[5] * b), torch.full((b,), 0.9), None)
     bias = torch.zeros(b, 1, VOCABULARY).expand(b, q, VOCABULARY)
     dk.verify_sample(drafts, logits, lens, params, adjustments=LogitAdjustments(bias=bias))
     if q > 1:

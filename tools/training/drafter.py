@@ -27,18 +27,18 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    taps: tuple[int, ...]
+    target_layer_ids: tuple[int, ...]
     block: int
     mask_id: int
     eps: float
     theta: float
 
     @classmethod
-    def of(cls, target: Target, layers: int, taps: tuple[int, ...], block: int, mask_id: int,
+    def of(cls, target: Target, layers: int, target_layer_ids: tuple[int, ...], block: int, mask_id: int,
            intermediate: int | None = None) -> "Shape":
         c = target.config
         return cls(target.hidden, intermediate or c["intermediate_size"], layers, target.heads, target.kv_heads,
-                   target.head_dim, tuple(taps), block, mask_id, target.eps, float(c["rope_theta"]))
+                   target.head_dim, tuple(target_layer_ids), block, mask_id, target.eps, float(c["rope_theta"]))
 
     def config(self, target: Target) -> dict:
         """config.json as the z-lab collection writes it."""
@@ -52,7 +52,7 @@ class Shape:
             "sliding_window": None, "layer_types": ["full_attention"] * self.layers, "torch_dtype": "bfloat16",
             "bos_token_id": target.config.get("bos_token_id"), "eos_token_id": target.config.get("eos_token_id"),
             "block_size": self.block, "num_target_layers": len(target.layers),
-            "dflash_config": {"mask_token_id": self.mask_id, "target_layer_ids": list(self.taps)},
+            "dflash_config": {"mask_token_id": self.mask_id, "target_layer_ids": list(self.target_layer_ids)},
         }
 
 
@@ -170,7 +170,7 @@ class TrainedDrafter(torch.nn.Module):
             return torch.nn.Parameter(torch.ones(size))
 
         q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        named = {"fc": matrix(s.hidden, len(s.taps) * s.hidden), "hidden_norm": ones(s.hidden),
+        named = {"fc": matrix(s.hidden, len(s.target_layer_ids) * s.hidden), "hidden_norm": ones(s.hidden),
                  "norm": torch.nn.Parameter(final_norm.float().cpu().clone())}
         for i in range(s.layers):
             made = (matrix(q, s.hidden), matrix(kv, s.hidden), matrix(kv, s.hidden), matrix(s.hidden, q, 0.0),

@@ -1,5 +1,5 @@
-"""What the target knows of each training text, computed once and kept on disk: hidden states at the tapped layers and
-its likeliest next tokens."""
+"""What the target knows of each training text, computed once and kept on disk: hidden states at the target layers and
+its most likely next tokens."""
 
 import json
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from dflash_decode.checkpoint.tokenizer import Tokenizer
 from .target import Target
 from .texts import chat_ids
 
-TEACHER = 8  # likeliest tokens kept for each position
+TEACHER = 8  # most likely tokens kept for each position
 
 
 class Features:
     """All texts end to end, N tokens: ids (N,), states (N, F * H) bfloat16 divided by scale (F * H,), likely and odds
-    (N, TEACHER): the target's likeliest tokens FOR this place and their probabilities. Text i is
+    (N, TEACHER): the target's most likely tokens FOR this place and their probabilities. Text i is
     offsets[i]:offsets[i + 1], its answer begins at starts[i], greedy[i] tells whether it was written greedily."""
 
     def __init__(self, folder: Path):
@@ -30,7 +30,11 @@ class Features:
         def array(name, dtype, *shape):
             return torch.from_numpy(np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape))
 
-        self.taps, self.sources, self.prompts = tuple(meta["taps"]), meta["sources"], meta["prompts"]
+        self.target_layer_ids, self.sources, self.prompts = (
+            tuple(meta["target_layer_ids"]),
+            meta["sources"],
+            meta["prompts"],
+        )
         self.ids, self.likely = array("ids", np.int32, n), array("likely", np.int32, n, TEACHER)
         self.states = array("states", np.int16, n, width).view(torch.bfloat16)
         self.odds = array("odds", np.float16, n, TEACHER)
@@ -44,8 +48,15 @@ class Features:
         return self.offsets[i + 1] - self.offsets[i]
 
 
-def write_features(target: Target, tokenizer: Tokenizer, texts: Sequence[dict], taps: Sequence[int], folder: Path,
-                   longest: int = 512, rows: int = 8192) -> Features:
+def write_features(
+    target: Target,
+    tokenizer: Tokenizer,
+    texts: Sequence[dict],
+    target_layer_ids: Sequence[int],
+    folder: Path,
+    longest: int = 512,
+    rows: int = 8192,
+) -> Features:
     """Computes and keeps the features of `texts`, each cut to `longest` tokens, about `rows` tokens at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     coded, starts = [], []
@@ -57,7 +68,7 @@ def write_features(target: Target, tokenizer: Tokenizer, texts: Sequence[dict], 
     kept = [i for i in range(len(texts)) if len(coded[i]) >= starts[i] + 2]
     coded, starts = [coded[i] for i in kept], [starts[i] for i in kept]
     offsets = np.concatenate(([0], np.cumsum([len(c) for c in coded]))).tolist()
-    n, width = offsets[-1], len(taps) * target.hidden
+    n, width = offsets[-1], len(target_layer_ids) * target.hidden
 
     def array(name, dtype, *shape):
         return np.memmap(folder / name, dtype=dtype, mode="w+", shape=shape)
@@ -78,7 +89,7 @@ def write_features(target: Target, tokenizer: Tokenizer, texts: Sequence[dict], 
         padded = torch.zeros((len(batch), max(len(coded[i]) for i in batch)), dtype=torch.long)
         for row, i in zip(padded, batch, strict=True):
             row[:len(coded[i])] = torch.tensor(coded[i])
-        final, seen = target.forward(padded.to(target.device), taps)
+        final, seen = target.forward(padded.to(target.device), target_layer_ids)
         seen = torch.cat(seen, -1)
         if scale is None:  # the first position is an attention sink with hidden states of another size
             scale = torch.cat([seen[r, 1:len(coded[i])] for r, i in enumerate(batch)]).float().pow(2).mean(0).sqrt()
@@ -92,8 +103,19 @@ def write_features(target: Target, tokenizer: Tokenizer, texts: Sequence[dict], 
             odds[at + starts[i]:at + end] = top.values.float().cpu().numpy()
     for kept_array in (ids, states, likely, odds):
         kept_array.flush()
-    (folder / "features.json").write_text(json.dumps({
-        "tokens": n, "width": width, "taps": list(taps), "scale": scale.tolist(), "offsets": offsets,
-        "starts": starts, "greedy": [texts[i]["temperature"] == 0 for i in kept],
-        "sources": [texts[i]["source"] for i in kept], "prompts": [texts[i]["prompt"] for i in kept]}))
+    (folder / "features.json").write_text(
+        json.dumps(
+            {
+                "tokens": n,
+                "width": width,
+                "target_layer_ids": list(target_layer_ids),
+                "scale": scale.tolist(),
+                "offsets": offsets,
+                "starts": starts,
+                "greedy": [texts[i]["temperature"] == 0 for i in kept],
+                "sources": [texts[i]["source"] for i in kept],
+                "prompts": [texts[i]["prompt"] for i in kept],
+            }
+        )
+    )
     return Features(folder)

@@ -31,7 +31,7 @@ class Recipe:
     matrix_rate: float = 5e-3
     vector_rate: float = 1e-3
     decay_from: float = 0.5  # of the time, from where the learning rates fall linearly to 0
-    hard: float = 0.5  # share of the loss on the text's own token; the rest on the target's likeliest
+    hard: float = 0.5  # share of the loss on the text's own token; the rest on the target's most likely
     noise: float = 0.1  # normal, added to the features, whose size is 1: a text is seen several times
     start_share: float = 0.0  # of the weights that the run started from in its result
     seed: int = 0

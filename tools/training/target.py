@@ -95,10 +95,10 @@ class Target:
         return F.linear(F.silu(gate) * up, layer.down)
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, taps: Iterable[int] = (), keep=None):
+    def forward(self, ids: torch.Tensor, target_layer_ids: Iterable[int] = (), keep=None):
         """ids (B, T) padded on the right -> the final normed hidden states (B, T, H) and the outputs of the layers
-        `taps`, each (B, T, H). keep(i, k, v) sees each layer's rotated K and V (B, kv_heads, T, D)."""
-        x, taps, seen = F.embedding(ids, self.embedding), set(taps), {}
+        `target_layer_ids`, each (B, T, H). keep(i, k, v) sees each layer's rotated K and V (B, kv_heads, T, D)."""
+        x, target_layer_ids, seen = F.embedding(ids, self.embedding), set(target_layer_ids), {}
         cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, cos, sin)
@@ -107,7 +107,7 @@ class Target:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = x + F.linear(out.transpose(1, 2).flatten(2), layer.o)
             x = x + self._mlp(layer, x)
-            if i in taps:
+            if i in target_layer_ids:
                 seen[i] = x
         return self.normed(x, self.norm), [seen[i] for i in sorted(seen)]
 
@@ -123,7 +123,7 @@ class Target:
         texts: list[Writing | None] = [None] * slots
         lens = torch.zeros(slots, dtype=torch.long, device=self.device)  # positions in the cache
         last = torch.zeros(slots, dtype=torch.long, device=self.device)
-        heat = torch.zeros(slots, device=self.device)
+        temp = torch.zeros(slots, device=self.device)
         place, more = torch.arange(slots, device=self.device), True
         while True:
             free = [s for s in range(slots) if texts[s] is None]
@@ -137,19 +137,19 @@ class Target:
                     texts[s] = text
                     taken.append(s)
                 if taken:
-                    last[taken] = self._prefill([texts[s] for s in taken], taken, keys, values, lens, heat, random)
+                    last[taken] = self._prefill([texts[s] for s in taken], taken, keys, values, lens, temp, random)
                     yield from self._settle(taken, texts, last, lens, stops, capacity)
             busy = [s for s in range(slots) if texts[s] is not None]
             if not busy:
                 if more:
                     continue
                 return
-            last = self._step(last, lens, keys, values, int(lens[busy].max()) + 1, place, heat, random)
+            last = self._step(last, lens, keys, values, int(lens[busy].max()) + 1, place, temp, random)
             lens += 1
             lens.clamp_(max=capacity - 1)
             yield from self._settle(busy, texts, last, lens, stops, capacity)
 
-    def _prefill(self, texts, taken, keys, values, lens, heat, random) -> torch.Tensor:
+    def _prefill(self, texts, taken, keys, values, lens, temp, random) -> torch.Tensor:
         longest = max(len(t.ids) for t in texts)
         ids = torch.zeros((len(texts), longest), dtype=torch.long)
         for row, text in zip(ids, texts, strict=True):
@@ -161,10 +161,10 @@ class Target:
 
         hidden, _ = self.forward(ids.to(self.device), keep=keep)
         ends = torch.tensor([len(t.ids) for t in texts], device=self.device)
-        lens[where], heat[where] = ends, torch.tensor([t.temperature for t in texts], device=self.device)
-        return self._choose(hidden[torch.arange(len(texts), device=self.device), ends - 1], heat[where], random)
+        lens[where], temp[where] = ends, torch.tensor([t.temperature for t in texts], device=self.device)
+        return self._choose(hidden[torch.arange(len(texts), device=self.device), ends - 1], temp[where], random)
 
-    def _step(self, last, lens, keys, values, longest, place, heat, random) -> torch.Tensor:
+    def _step(self, last, lens, keys, values, longest, place, temp, random) -> torch.Tensor:
         b, group = len(last), self.heads // self.kv_heads
         x = F.embedding(last, self.embedding)[:, None]
         cos, sin = self.cos[lens][:, None, None], self.sin[lens][:, None, None]
@@ -182,13 +182,13 @@ class Target:
                                                      keys[i, :, :, :longest], values[i, :, :, :longest], mask)
             x = x + F.linear(out.reshape(b, 1, -1), layer.o)
             x = x + self._mlp(layer, x)
-        return self._choose(self.normed(x[:, 0], self.norm), heat, random)
+        return self._choose(self.normed(x[:, 0], self.norm), temp, random)
 
-    def _choose(self, hidden, heat, random) -> torch.Tensor:
+    def _choose(self, hidden, temp, random) -> torch.Tensor:
         logits = F.linear(hidden, self.head)
-        picks, warm = logits.max(-1).indices, (heat > 0).nonzero()[:, 0]
+        picks, warm = logits.max(-1).indices, (temp > 0).nonzero()[:, 0]
         if len(warm):
-            odds = torch.softmax(logits[warm].float() / heat[warm, None], -1)
+            odds = torch.softmax(logits[warm].float() / temp[warm, None], -1)
             picks[warm] = torch.multinomial(odds, 1, generator=random)[:, 0]
         return picks
 

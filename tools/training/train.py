@@ -42,7 +42,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--slots", type=int, help="texts written at a time; 128 on a CPU, 1024 on a GPU")
     p.add_argument("--limit", type=int, help="use this many texts, for a rehearsal")
     p.add_argument("--layers", type=int, default=3)
-    p.add_argument("--taps", type=int, nargs="+", default=[1, 10, 19, 28], help="target_layer_ids")
+    p.add_argument("--target-layer-ids", type=int, nargs="+", default=[1, 10, 19, 28],
+                   help="the target's layers whose outputs the drafter sees")
     p.add_argument("--block-size", type=int, default=8)
     p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes")
     p.add_argument("--start", type=Path, help="a checkpoint of the same shape whose weights to start from; what "
@@ -108,13 +109,13 @@ def main() -> None:
     print(f"{len(written)} texts", flush=True)
     kept = args.work / "features"
     features = Features(kept) if (kept / "features.json").is_file() else write_features(
-        target, tokenizer, written, sorted(args.taps), kept)
+        target, tokenizer, written, sorted(args.target_layer_ids), kept)
     print(f"{len(features)} texts, {len(features.ids)} tokens with features", flush=True)
     recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
                     vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
                     noise=args.noise, early_share=args.early_share, vector_rate=args.vector_rate,
                     decay_from=args.decay_from, start_share=args.start_share)
-    shape = Shape.of(target, args.layers, features.taps, args.block_size, mask)
+    shape = Shape.of(target, args.layers, features.target_layer_ids, args.block_size, mask)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:
         drafter.load_tensors(read_directory(args.start).tensors)

@@ -95,7 +95,7 @@ def generate(
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly, and compare.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also decode without a drafter, and compare.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -109,11 +109,11 @@ def generate(
     set_threads(threads)
     check_device(device)
 
-    from ..sampling import Sampling
+    from ..sampling import SamplingParams
     from ..session import Session
     from . import report
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
     how = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
     session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
                            weights=weights.value, draft_weights=draft_weights.value,
@@ -135,17 +135,17 @@ def generate(
     finally:
         if not as_json and any(pieces):
             report.write("\n")  # what follows, an error or the shell's prompt, starts a line
-    plain = None
+    baseline = None
     if compare:
-        with report.status("decoding plainly, to compare"):
-            plain = session.run([ids], max_new_tokens=max_new_tokens, speculative=False, **how)
+        with report.status("decoding without a drafter, to compare"):
+            baseline = session.run([ids], max_new_tokens=max_new_tokens, speculative=False, **how)
     if as_json:
-        value = report.answer_json(session, run, plain, "".join(pieces))
+        value = report.answer_json(session, run, baseline, "".join(pieces))
         options = report.settings(sampling, sample_from.value, rule.value) | {"temperature": temperature}
         print(json.dumps(report.header(session, prompt=text, max_new_tokens=max_new_tokens, **options)
                          | {"kind": "generate"} | value, indent=1, ensure_ascii=False))
     else:
-        report.print_answer(session, ids, run, plain, sampling, sample_from.value)
+        report.print_answer(session, ids, run, baseline, sampling, sample_from.value)
 
 
 def run(arguments: list[str]) -> int:

@@ -71,7 +71,7 @@ MOST_THREADS = max(os.cpu_count() or 1, 64)  # more are no faster, and some thou
 MOST_TEMPERATURE, MOST_SEED = 3.4e38, 2**63 - 1  # float32 and int64 have room for no more
 Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
 Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
-                                         "model, or none; 'random': random weights; 'none': plain decoding.")]
+                                         "model, or none; 'random': random weights; 'none': baseline decoding.")]
 ModelWeights = Annotated[Weights, typer.Option("--weights", help="Keep the model's weights as they are, or in 8 bits: "
                                                "half of the bytes to read, and another model, whose text differs "
                                                "here and there. With a drafter or without, its text is the same.")]
@@ -94,12 +94,20 @@ Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="The same s
                                                                      "is printed, if not given.")]
 FirstSeed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="The seed of each task's first prompt; "
                                                                              "the next has one more.")]
-TopK = Annotated[int, typer.Option(min=-1, max=2**31 - 1, help="Draw from the K likeliest tokens; 0 or -1: from all.")]
-TopP = Annotated[float, typer.Option(**_SHARE, help="Draw from the likeliest tokens with this share together.")]
-MinP = Annotated[float, typer.Option(**_SHARE, help="Draw from tokens with this share of the likeliest's.")]
-From = Annotated[SampleFrom, typer.Option("--sample-from", help="Drafts of sampled text: the likeliest ('greedy': the "
-                                          "text is plain sampling's, for each seed), or drawn as the text is "
-                                          "('request': its law is).")]
+TopK = Annotated[
+    int, typer.Option(min=-1, max=2**31 - 1, help="Draw from the K most likely tokens; 0 or -1: from all.")
+]
+TopP = Annotated[float, typer.Option(**_SHARE, help="Draw from the most likely tokens with this share together.")]
+MinP = Annotated[float, typer.Option(**_SHARE, help="Draw from tokens with this share of the most likely token's.")]
+From = Annotated[
+    SampleFrom,
+    typer.Option(
+        "--sample-from",
+        help="Drafts of sampled text: the most likely ('greedy': the "
+        "text is baseline sampling's, for each seed), or drawn as the text is "
+        "('request': its distribution is).",
+    ),
+]
 By = Annotated[Rule, typer.Option("--rule", help="How drawn drafts are accepted: one by one, or as a block.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -16,14 +16,16 @@ from dflash_kernels import build_info
 
 from .. import lossless
 from ..checkpoint import KNOWN
-from ..sampling import Sampling
+from ..sampling import SamplingParams
 from ..session import RANDOM, Run, Session
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 RANDOM_NOTICE = ("the drafter's weights are random: its guesses are worthless, so the acceptance length is 1 and "
-                 "decoding is slower than plain; the text is the same")
-DRAWN_NOTICE = "drafts are drawn: sampled texts follow the law of plain sampling, and need not be the same texts"
+                 "decoding is slower than baseline; the text is the same")
+DRAWN_NOTICE = (
+    "drafts are drawn: sampled texts follow the distribution of baseline sampling, and need not be the same texts"
+)
 _BAR = 32
 
 # Optional parts: distribution, what it is for, how to get it.
@@ -90,7 +92,7 @@ def notice(text: str) -> None:
 def start_text(session: Session) -> None:
     if not session.target.graph_safe:
         notice("this model's layers are transformers', whose products may differ in their last bits with the number of "
-               "rows: a near tie can part the text from plain decoding's")
+               "rows: a near tie can part the text from baseline decoding's")
     if session.draft == RANDOM:
         notice(RANDOM_NOTICE)
 
@@ -101,7 +103,7 @@ def write(piece: str) -> None:
     sys.stdout.flush()
 
 
-def answer_json(session: Session, run: Run, plain: Run | None, text: str) -> dict:
+def answer_json(session: Session, run: Run, baseline: Run | None, text: str) -> dict:
     answer = run.answers[0]
     value = {
         "text": text, "tokens": answer.tokens, "finish": answer.finish, "num_tokens": run.tokens,
@@ -109,15 +111,15 @@ def answer_json(session: Session, run: Run, plain: Run | None, text: str) -> dic
         "acceptance_length": round(run.acceptance_length, 4),
         "acceptance_histogram": run.histogram(session.block_size),
     }
-    if plain:
-        at = lossless.first_index(answer.tokens, plain.answers[0].tokens)
-        value |= {"plain_tokens_per_s": round(plain.tokens_per_s, 2),
-                  "speedup": round(run.tokens_per_s / plain.tokens_per_s, 4),
-                  "identical_to_plain": at is None, "first_difference": at}
+    if baseline:
+        at = lossless.first_index(answer.tokens, baseline.answers[0].tokens)
+        value |= {"baseline_tokens_per_s": round(baseline.tokens_per_s, 2),
+                  "speedup": round(run.tokens_per_s / baseline.tokens_per_s, 4),
+                  "identical_to_baseline": at is None, "first_difference": at}
     return value
 
 
-def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | None, sampling: Sampling,
+def print_answer(session: Session, prompt: list[int], run: Run, baseline: Run | None, sampling: SamplingParams,
                  sample_from: str) -> None:
     """The figures under a streamed answer."""
     answer, drawn = run.answers[0], sampling.temperature > 0
@@ -134,16 +136,16 @@ def print_answer(session: Session, prompt: list[int], run: Run, plain: Run | Non
         for n, count in enumerate(counts, 1):
             bar = "█" * round(_BAR * count / max(max(counts), 1)) or ("▏" if count else "")
             out.print(f"  {n:>3} [cyan]{bar}[/cyan] {count}")
-    if plain:
-        line("plain tokens/s", f"{plain.tokens_per_s:.1f}")
-        line("ratio", f"{run.tokens_per_s / plain.tokens_per_s:.2f}")
-        same = _identical(session, prompt, answer, plain.answers[0], drawn)
+    if baseline:
+        line("baseline tokens/s", f"{baseline.tokens_per_s:.1f}")
+        line("ratio", f"{run.tokens_per_s / baseline.tokens_per_s:.2f}")
+        same = _identical(session, prompt, answer, baseline.answers[0], drawn)
         if drawn and sample_from == "request" and not same.startswith("[green]"):
-            same += " (drafts were drawn: the law is the same, the text need not be)"
-        line(f"identical to plain {'sampling of this seed' if drawn else 'decoding'}", same)
+            same += " (drafts were drawn: the distribution is the same, the text need not be)"
+        line(f"identical to baseline {'sampling of this seed' if drawn else 'decoding'}", same)
 
 
-def how(sampling: Sampling) -> str:
+def how(sampling: SamplingParams) -> str:
     """The settings that are not off."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     return ", ".join([f"temperature {sampling.temperature:g}",
@@ -155,8 +157,8 @@ def line(name: str, value: str) -> None:
     out.print(f"[bold]{name}:[/bold] {value}", markup=True)
 
 
-def _identical(session, prompt, answer, plain, drawn) -> str:
-    at = lossless.first_index(answer.tokens, plain.tokens)
+def _identical(session, prompt, answer, baseline, drawn) -> str:
+    at = lossless.first_index(answer.tokens, baseline.tokens)
     if at is None:
         return "[green]yes[/green]"
 
@@ -165,12 +167,12 @@ def _identical(session, prompt, answer, plain, drawn) -> str:
             return "the end"
         return f"{tokens[at]} {session.tokenizer.decode([tokens[at]], skip_special_tokens=False)!r}".replace("[", "\\[")
 
-    found = None if drawn else lossless.first_difference(session.target, prompt, plain.tokens, answer.tokens)
+    found = None if drawn else lossless.first_difference(session.target, prompt, baseline.tokens, answer.tokens)
     margin = f" (logit margin {found.margin:.3g})" if found and found.margin is not None else ""
-    return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, plain has {show(plain.tokens)}{margin}"
+    return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, baseline has {show(baseline.tokens)}{margin}"
 
 
-def settings(sampling: Sampling, sample_from: str, rule: str) -> dict:
+def settings(sampling: SamplingParams, sample_from: str, rule: str) -> dict:
     """What results say of how tokens were drawn, the temperature apart."""
     return {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "seed": sampling.seed,
             "sample_from": sample_from, "rule": rule}

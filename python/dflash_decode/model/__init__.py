@@ -18,7 +18,7 @@ class TargetPass(Protocol):
         """ids, positions, slots (B, Q) int64; page_table (B, max_pages), context_lens, block_lens (B,) int32.
 
         Writes the block's K/V to its slots (negative: nowhere). Returns the rows (B * Q, H) that the head takes, and
-        the features (B * Q, F * H): the outputs of the tapped layers, in the order of the taps.
+        the features (B * Q, F * H): the outputs of the target layers, in the order of the target_layer_ids.
         """
 
 
@@ -37,8 +37,10 @@ class Target(Protocol):
     head_bias: torch.Tensor | None  # (V,)
     graph_safe: bool  # a pass runs dflash ops alone, so a graph can capture it
 
-    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> TargetPass:
-        """caches: one for each layer, of shape self.cache. taps: layers whose output is collected."""
+    def make_pass(
+        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = ()
+    ) -> TargetPass:
+        """caches: one for each layer, of shape self.cache. target_layer_ids: layers whose output is collected."""
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
         """rows (R, H) from a pass -> the most likely next tokens, ids (R,) int64, and their logits, values (R,)."""

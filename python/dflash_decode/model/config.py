@@ -41,7 +41,8 @@ class LayerMask:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """A drafter's geometry and rules. Lengths are in tokens; target_layer_ids name layers whose OUTPUT is tapped."""
+    """A drafter's geometry and rules. Lengths are in tokens; target_layer_ids name layers whose OUTPUT is
+    a feature."""
 
     hidden_size: int
     num_heads: int
@@ -95,7 +96,8 @@ class _Fields(Fields):
 
 
 def spread_target_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """The taps of a checkpoint that names none: the authors' rule (build_target_layer_ids), over 1 ... N - 3."""
+    """The target_layer_ids of a checkpoint that names none: the authors' rule (build_target_layer_ids), over 1 ... N -
+    3."""
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
     span = num_target_layers - 4
@@ -125,7 +127,7 @@ def read_draft_config(config: Mapping) -> DraftConfig:
         intermediate_size=f.whole("intermediate_size"),
         vocab_size=vocab, draft_vocab_size=f.whole("draft_vocab_size", vocab),
         block_size=f.whole("block_size", most=_MOST_BLOCK), mask_token_id=_mask_token(f),
-        target_layer_ids=_taps(f, layers), masks=_masks(f, layers), rope=read_rope(rope, head_dim, _WHAT),
+        target_layer_ids=_target_layer_ids(f, layers), masks=_masks(f, layers), rope=read_rope(rope, head_dim, _WHAT),
         rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
         attention_bias=f.flag("attention_bias", False), mlp_bias=f.flag("mlp_bias", False),
         num_target_layers=f.whole("num_target_layers", None), target_hidden_size=f.whole("target_hidden_size", hidden),
@@ -151,7 +153,7 @@ def _mask_token(f):
     return f.whole("mask_token_id", least=0)
 
 
-def _taps(f, layers):
+def _target_layer_ids(f, layers):
     """target_layer_ids; or those of the speculators format, which count from 1; or the authors' rule."""
     total = f.whole("num_target_layers", None)
     ids, after = (f.items(name, None, int, "layer numbers")

@@ -14,7 +14,7 @@ from dflash_kernels import (
     PagedKV,
     PreparedBlock,
     Proposal,
-    SamplingParams,
+    SamplingTensors,
     embed_tokens,
     linear,
     lm_head_argmax,
@@ -35,7 +35,7 @@ from .rope import RopeTable
 from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
 
 _WHAT = "draft checkpoint"
-_CANDIDATES = 16  # likeliest tokens that a draft is drawn from
+_CANDIDATES = 16  # most likely tokens that a draft is drawn from
 
 
 class Drafter:
@@ -69,8 +69,8 @@ class Drafter:
             head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
             mlp_bias=c.mlp_bias, value_scale=c.value_scale)
         self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
-        plain = {name.removeprefix("model."): t for name, t in tensors.items()}
-        taker = Tensors(plain, self.dtype, self.device, _WHAT)
+        baseline = {name.removeprefix("model."): t for name, t in tensors.items()}
+        taker = Tensors(baseline, self.dtype, self.device, _WHAT)
         self.fc = self.pack(taker.take("fc.weight", c.hidden_size, len(c.target_layer_ids) * c.target_hidden_size))
         self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
         self.norm = taker.take("norm.weight", c.hidden_size)
@@ -89,7 +89,7 @@ class Drafter:
         self.table = RopeTable(c.rope, target.max_context, self.device)
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def target_layer_ids(self) -> tuple[int, ...]:
         return self.config.target_layer_ids
 
     def _take_vocabulary(self, tensors, target):
@@ -142,7 +142,7 @@ class Drafter:
         self.head_bias = None if self.head_bias is None else self.head_bias[ids].contiguous()
 
     def make_draft(self, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
-                   params: SamplingParams | None = None) -> "DraftPass":
+                   params: SamplingTensors | None = None) -> "DraftPass":
         return DraftPass(self, batch, width, caches, page_size, params)
 
     def make_context(self, batch: int, width: int, caches: Sequence[PagedKV]) -> "ContextPass":
@@ -191,14 +191,15 @@ class ContextPass:
 
 class DraftPass:
     """Drafts blocks of Q tokens for B requests, with memory of its own that never moves. params: how drafts are drawn;
-    None: the likeliest.
+    None: the most likely.
 
     anchors (B,) int64: put each request's last token here. After run(): ids (B, Q), the anchors in column 0,
-    block.positions and block.slots (B, Q), and proposal, the law that the drafts were drawn from; None: the likeliest.
+    block.positions and block.slots (B, Q), and proposal, the distribution that the drafts were drawn from; None: the
+    most likely.
     """
 
     def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
-                 params: SamplingParams | None = None):
+                 params: SamplingTensors | None = None):
         self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
         self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm,
                                  drafter.table.reaching(caches, width), c.rope.interleaved, batch, width, caches)

@@ -2,8 +2,8 @@
 
 Transformers looks its attention function up by name. We register one under a name of our own that keeps K and V in our
 pages and calls `block_attention`; the rest of the model stays as it is. Its matrix products are the library's, which
-may choose another kernel for another number of rows, so in bfloat16 speculative and plain text can part at a near tie:
-`dflash_decode.lossless` says where, and by how little.
+may choose another kernel for another number of rows, so in bfloat16 speculative and baseline text can part at a near
+tie: `dflash_decode.lossless` says where, and by how little.
 """
 
 import threading
@@ -57,8 +57,10 @@ class HFTarget:
         self.cache = CacheShape(self.num_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim,
                                 self.dtype, self.device)
 
-    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "HFPass":
-        return HFPass(self, caches, taps)
+    def make_pass(
+        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = ()
+    ) -> "HFPass":
+        return HFPass(self, caches, target_layer_ids)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
         lm_head_argmax(rows, self.head, bias=self.head_bias, scale=self._scale, softcap=self._softcap, out_ids=ids,
@@ -73,10 +75,10 @@ class HFTarget:
 
 
 class HFPass:
-    """One forward call of the model. Tap f is transformers' hidden_states[taps[f] + 1]."""
+    """One forward call of the model. Feature f is transformers' hidden_states[target_layer_ids[f] + 1]."""
 
-    def __init__(self, target: HFTarget, caches: Sequence[PagedKV], taps: Sequence[int]):
-        self.target, self.caches, self.taps = target, caches, tuple(taps)
+    def __init__(self, target: HFTarget, caches: Sequence[PagedKV], target_layer_ids: Sequence[int]):
+        self.target, self.caches, self.target_layer_ids = target, caches, tuple(target_layer_ids)
 
     @torch.inference_mode()
     def run(self, ids, positions, slots, page_table, context_lens, block_lens):
@@ -85,16 +87,16 @@ class HFPass:
         try:
             _current.value = self
             output = self.target.base(input_ids=ids, position_ids=positions, use_cache=False,
-                                      output_hidden_states=bool(self.taps))
+                                      output_hidden_states=bool(self.target_layer_ids))
         finally:
             _current.value = None
         if len(self.seen) != self.target.num_layers:
             raise NotImplementedError(f"HFTarget: all {self.target.num_layers} layers must attend through "
                                       f"transformers' attention interface; {len(self.seen)} did")
         rows = output.last_hidden_state.reshape(-1, self.target.hidden_size)
-        if not self.taps:
+        if not self.target_layer_ids:
             return rows, rows[:, :0]
-        return rows, torch.cat([output.hidden_states[t + 1] for t in self.taps], -1).view(rows.shape[0], -1)
+        return rows, torch.cat([output.hidden_states[t + 1] for t in self.target_layer_ids], -1).view(rows.shape[0], -1)
 
     def attend(self, layer, q, k, v, *, scaling, window, sinks, softcap, causal):
         """q, k, v (B, heads, Q, D), after RoPE -> (B, Q, Hq, D); K and V of rows with a slot go to their pages."""

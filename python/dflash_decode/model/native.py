@@ -73,10 +73,12 @@ class NativeTarget:
         taker.finish()
         self._table = RopeTable(self._rope, self.max_context, self.device)
 
-    def make_pass(self, batch: int, width: int, caches: Sequence[PagedKV], taps: Sequence[int] = ()) -> "NativePass":
+    def make_pass(
+        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = ()
+    ) -> "NativePass":
         table = self._table.reaching(caches, width)
         layers = LayersPass(self.geometry, self._layers, self._norm, table, self._rope.interleaved, batch, width,
-                            caches, taps=taps)
+                            caches, target_layer_ids=target_layer_ids)
         return NativePass(self.embedding, layers)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:

@@ -155,12 +155,23 @@ class LayersPass:
     """A pass of some layers over B blocks of Q tokens, T = B * Q rows, with its own memory.
 
     x (T, H): put the embedded tokens here; run() uses it up.
-    features (T, F * H): after run(), the outputs of the tapped layers side by side, in the order of `taps`; the last
-    layer's output is taken after the final norm, as transformers' hidden_states[-1] is.
+    features (T, F * H): after run(), the outputs of the target layers side by side, in the order of `target_layer_ids`;
+    the last layer's output is taken after the final norm, as transformers' hidden_states[-1] is.
     """
 
-    def __init__(self, g: Geometry, layers: Sequence[Layer], final_norm: torch.Tensor, cos_sin: torch.Tensor,
-                 interleaved: bool, batch: int, width: int, caches: Sequence[PagedKV], *, taps: Sequence[int] = ()):
+    def __init__(
+        self,
+        g: Geometry,
+        layers: Sequence[Layer],
+        final_norm: torch.Tensor,
+        cos_sin: torch.Tensor,
+        interleaved: bool,
+        batch: int,
+        width: int,
+        caches: Sequence[PagedKV],
+        *,
+        target_layer_ids: Sequence[int] = (),
+    ):
         self.g, self.layers, self.final_norm, self.cos_sin = g, layers, final_norm, cos_sin
         self.interleaved, self.shape, self.caches = interleaved, (batch, width), caches
         rows, like = batch * width, {"dtype": final_norm.dtype, "device": final_norm.device}
@@ -171,8 +182,10 @@ class LayersPass:
         self.x, self.normed, self.added = buffer(g.hidden), buffer(g.hidden), buffer(g.hidden)
         self.qkv, self.mixed = buffer(g.qkv_width), buffer(g.num_heads * g.head_dim)
         self.gate_up, self.act = buffer(2 * g.intermediate), buffer(g.intermediate)
-        self.features = buffer(len(taps) * g.hidden)
-        self.taps = {layer: self.features[:, i * g.hidden:(i + 1) * g.hidden] for i, layer in enumerate(taps)}
+        self.features = buffer(len(target_layer_ids) * g.hidden)
+        self.collected = {
+            layer: self.features[:, i * g.hidden:(i + 1) * g.hidden] for i, layer in enumerate(target_layer_ids)
+        }
 
     def run(self, positions: torch.Tensor, slots: torch.Tensor | None, page_table: torch.Tensor,
             context_lens: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
@@ -182,18 +195,19 @@ class LayersPass:
             if index == 0:
                 rms_norm(x, layer.input_norm, self.g.eps, out=self.normed)
             else:
-                stream = self._add(stream, layer.input_norm, self.taps.get(index - 1, x))
+                stream = self._add(stream, layer.input_norm, self.collected.get(index - 1, x))
             self._attend(layer, cache, positions, slots, page_table, context_lens, block_lens)
             stream = self._add(stream, layer.post_norm, x)
             linear(self.normed, layer.gate_up, layer.gate_up_bias, out=self.gate_up)
             silu_and_mul(self.gate_up, out=self.act)
             linear(self.act, layer.down, layer.down_bias, out=self.added)
-        last = self.taps.get(len(self.layers) - 1, self.normed)
+        last = self.collected.get(len(self.layers) - 1, self.normed)
         add_rms_norm(self.added, stream, self.final_norm, self.g.eps, out=last)
         return last
 
     def _add(self, stream, weight, into):
-        """normed = norm(stream + added); the sum goes to `into`, which may be a tap: no copy is made for features."""
+        """normed = norm(stream + added); the sum goes to `into`, which may lie in the features, so that they need no
+        copy."""
         add_rms_norm(self.added, stream, weight, self.g.eps, out=self.normed,
                      residual_out=None if into is stream else into)
         return into

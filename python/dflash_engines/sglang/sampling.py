@@ -1,25 +1,25 @@
 """compute_dflash_sampling_correct_drafts_and_bonus -> verify_sample: no (B, Q, V) probabilities.
 
-The law of what is emitted is the same; the random numbers are others. Requests have no seeds at this point, so each
-step draws some from torch's generator, as the original draws its coins.
+The distribution of what is emitted is the same; the random numbers are others. Requests have no seeds at this point, so
+each step draws some from torch's generator, as the original draws its coins.
 """
 
 from typing import Any
 
 import torch
 
-from dflash_kernels import SamplingParams, verify_sample
+from dflash_kernels import SamplingTensors, verify_sample
 
 from ..hooks import LEFT, Hook
 
 
-def params_of(info: Any, device: torch.device) -> SamplingParams:
+def params_of(info: Any, device: torch.device) -> SamplingTensors:
     """From SGLang's SamplingBatchInfo: temperatures (B, 1), top_ks and top_ps (B,)."""
     temperature = info.temperatures.reshape(-1).float()
     top_k = info.top_ks.int() if getattr(info, "need_top_k_sampling", True) else None
     top_p = info.top_ps.float() if getattr(info, "need_top_p_sampling", False) else None
     seeds = torch.randint(1 << 62, temperature.shape, device=device)
-    return SamplingParams(temperature, seeds, top_k, top_p)
+    return SamplingTensors(temperature, seeds, top_k, top_p)
 
 
 def fits(candidates: torch.Tensor, logits: torch.Tensor, info: Any) -> bool:
@@ -44,7 +44,7 @@ def compute_dflash_sampling_correct_drafts_and_bonus(
     else:
         single, total = threshold_single, threshold_acc
     given = uniform_samples is not None or uniform_samples_for_final_sampling is not None
-    if ((single, total) != (1.0, 1.0) or given  # below 1 the engine accepts more than the law allows
+    if ((single, total) != (1.0, 1.0) or given  # below 1 the engine accepts more than the distribution allows
             or not fits(candidates, next_token_logits, sampling_info)):
         return LEFT
     requests, width = candidates.shape

@@ -1,7 +1,7 @@
 """rejection_sample -> verify_sample, with no stored probabilities. vLLM's V2 runner, on a GPU.
 
 Greedy and sampled requests in one batch, by token or by block; drafts without logits of their own (greedy drafting).
-Sampled tokens follow the same law by other random numbers.
+Sampled tokens follow the same distribution by other random numbers.
 """
 
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dflash_kernels import SamplingParams, verify_sample
+from dflash_kernels import SamplingTensors, verify_sample
 
 from ..hooks import LEFT, Hook
 from ..watch import when_imported, when_made
@@ -56,9 +56,9 @@ def verify(logits: torch.Tensor, block: torch.Tensor, positions: torch.Tensor, t
            seeds: torch.Tensor, rule: str):
     """logits (B, Q, V), tempered, filtered and penalised by the engine; block (B, Q), its anchor first, at positions
     (B, Q). temperature (B,), seeds (B,)."""
-    heat = (temperature > 0).float()  # what is left to know of it
+    temp = (temperature > 0).float()  # what is left to know of it
     return verify_sample(block.long(), logits, positions[:, 0].int().contiguous(),
-                         SamplingParams(heat, seeds.long().contiguous()), rule=rule)
+                         SamplingTensors(temp, seeds.long().contiguous()), rule=rule)
 
 
 def note(arguments: Any) -> None:
