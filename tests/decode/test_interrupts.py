@@ -27,9 +27,9 @@ from tests.support.decode_runs import random_target
 
 pytestmark = pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
 LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
-NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify", "draft", "transformer",
-         "targets/native")
-FILES = {str(KERNELS / "graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
+NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify",
+         "model/drafter", "model/transformer", "model/native")
+FILES = {str(KERNELS / "step_graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
 
 
 class Tracer:
