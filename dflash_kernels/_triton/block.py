@@ -28,10 +28,12 @@ def copy_row(table, rows, width, row_stride, out, token_id, BLOCK: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["ids_stride", "positions_stride", "slots_stride", "table_stride", "max_pages", "block"])
-def prepare_block_kernel(anchor_ids, context_lens, page_table, block_lens, embedding, ids, positions, slots, rows,
+def prepare_block_kernel(anchor_ids, context_lens, page_table, block_lens, embedding,
+                         ids, positions, slots, rows,
                          anchor_stride, table_stride, embedding_stride, ids_stride, positions_stride, slots_stride,
                          rows_outer_stride, rows_stride, mask_token_id, page_size, max_pages, block, vocab, width,
                          PAGED: tl.constexpr, RAGGED: tl.constexpr, EMBEDDED: tl.constexpr, BLOCK: tl.constexpr):
+    # The anchor at position 0 of a block, masks after it and in rows past the block's length.
     token = tl.program_id(0).to(tl.int64)
     b, i = token // block, token % block
     live = i >= 0
@@ -39,6 +41,7 @@ def prepare_block_kernel(anchor_ids, context_lens, page_table, block_lens, embed
         live = i < tl.load(block_lens + b)
     token_id = tl.load(anchor_ids + b * anchor_stride)
     token_id = tl.where(live & (i == 0), token_id, mask_token_id)
+    # Id, position and slot, by the program with the row's first piece.
     if tl.program_id(1) == 0:
         position = tl.where(live, tl.load(context_lens + b).to(tl.int64) + i, 0)
         tl.store(ids + b * ids_stride + i, token_id)

@@ -54,13 +54,14 @@ def scale_of(bases, index, SCALE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["slots_layer_stride", "block"])
-def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, commit_lens, row_stride,
-                            slots_layer_stride, block, k_page, k_row, k_head, v_page, v_row, v_head, num_pages,
-                            page_size, max_pos, layers, kv_heads, dim, rotary, count, eps, v_scale,
-                            NORM: tl.constexpr, COMMITTED: tl.constexpr, SCALE_V: tl.constexpr, FP8: tl.constexpr,
-                            K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, ALIGNED: tl.constexpr,
-                            INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, ROTARY: tl.constexpr,
-                            TAIL: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, commit_lens,
+                            row_stride, slots_layer_stride, block, k_page, k_row, k_head, v_page, v_row, v_head,
+                            num_pages, page_size, max_pos, layers, kv_heads, dim, rotary, count, eps, v_scale,
+                            NORM: tl.constexpr, COMMITTED: tl.constexpr, SCALE_V: tl.constexpr,
+                            FP8: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, ALIGNED: tl.constexpr,
+                            INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr,
+                            ROTARY: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+    # Whether the token is written: it has a slot, was committed, and its position is in the table.
     token = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1)
     page, page_row, written = place(slots + layer.to(tl.int64) * slots_layer_stride + token, num_pages, page_size)
@@ -75,11 +76,13 @@ def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, com
     if NORM:
         weight = k_weights + layer * dim
     if written:
+        # K and V of HEADS heads, both in flight before either is computed with.
         head = (tl.program_id(2) * HEADS + tl.arange(0, HEADS))[:, None]
         keep, far = head < kv_heads, head.to(tl.int64)  # a cache may have its heads outermost
         at = kv + token * row_stride + (layer * 2 * kv_heads + head) * dim
         a, b, c, d = load_heads(at, keep, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
         va, vb, vc, vd = load_heads(at + kv_heads * dim, keep, dim, rotary, False, ROTARY, TAIL, WIDTH)
+        # Keys: normed, rotated, rounded to the cache's type.
         a, b, c, d = norm_rope(a, b, c, d, weight, table, eps, dim, rotary, count, NORM, INTERLEAVED, ROUND_EACH,
                                ROTARY, TAIL, WIDTH)
         if FP8:
@@ -88,6 +91,7 @@ def write_context_kv_kernel(kv, positions, slots, bases, k_weights, cos_sin, com
             c, d = stored(c, k_scale, head, keep, K_SCALE), stored(d, k_scale, head, keep, K_SCALE)
         k_out = base_of(bases, layer, kv, FP8, ALIGNED) + page * k_page + page_row * k_row + far * k_head
         store_heads(k_out, keep, a, b, c, d, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
+        # Values: scaled, rounded.
         if SCALE_V:
             va, vb = scaled(va, v_scale), scaled(vb, v_scale)
             vc, vd = scaled(vc, v_scale), scaled(vd, v_scale)

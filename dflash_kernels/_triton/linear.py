@@ -83,12 +83,14 @@ def rows_of(x, row0, at, rows, end, stride, ROWS: tl.constexpr):
 def product(x, weight, row0, n0, begin, end, rows, n, x_stride, w_stride, ROWS: tl.constexpr, TILES: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
     """TILES (up to four) sums over k in [begin, end), each (ROWS, BLOCK_N) float32; begin is a multiple of CHUNK."""
+    # The finished chunks' sums of each tile, and the chunk's under way.
     zero = tl.zeros((ROWS, BLOCK_N), tl.float32)
     sum0, sum1, sum2, sum3 = zero, zero, zero, zero
     part0, part1, part2, part3 = zero, zero, zero, zero
     out = n0 + tl.arange(0, BLOCK_N)
     w_rows = weight + out.to(tl.int64) * w_stride
     for k in range(begin, end, BLOCK_K):
+        # BLOCK_K of the weight, once for all tiles; an int8 becomes x's type here.
         at = k + tl.arange(0, BLOCK_K)
         w = tl.load(w_rows[None, :] + at[:, None], (out < n)[None, :] & (at < end)[:, None], 0).to(x.dtype.element_ty)
         part0 = tl.dot(rows_of(x, row0, at, rows, end, x_stride, ROWS), w, part0, input_precision="ieee")
@@ -99,6 +101,7 @@ def product(x, weight, row0, n0, begin, end, rows, n, x_stride, w_stride, ROWS: 
                            input_precision="ieee")
             part3 = tl.dot(rows_of(x, row0 + 3 * ROWS, at, rows, end, x_stride, ROWS), w, part3,
                            input_precision="ieee")
+        # The end of a chunk: its sums are added, and the next one starts from zero.
         if (k + BLOCK_K) % CHUNK == 0:
             sum0, part0 = sum0 + part0, zero
             sum1, part1 = sum1 + part1, zero
@@ -110,6 +113,7 @@ def product(x, weight, row0, n0, begin, end, rows, n, x_stride, w_stride, ROWS: 
 @triton.jit
 def _store(total, scales, bias, out, row0, n0, rows, n, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
+    # The epilogue: scales of an int8 weight, then the bias, in float32.
     if scales is not None:
         total *= tl.load(scales + at, at < n, 0.0)[None, :]
     if bias is not None:
@@ -139,6 +143,7 @@ def linear_kernel(x, weight, scales, bias, out, rows, n, k, x_stride, w_stride, 
 @triton.jit
 def add_chunks_kernel(part, scales, bias, out, n, chunks, chunk_stride, out_stride, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Chunks in order, as one program would add them.
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(chunks):
         total += tl.load(part + row * n + at, at < n, 0.0)

@@ -54,6 +54,7 @@ def value_of(candidate):
 @triton.jit
 def _best(total, scales, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS: tl.constexpr,
           BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
+    # A tile's sums become logits, and one candidate a row.
     row, at = row0 + tl.arange(0, ROWS), n0 + tl.arange(0, BLOCK_N)
     logits = logits_of(total, scales, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
     found = tl.max(candidates(logits, at, num_valid), 1)
@@ -82,6 +83,7 @@ def lm_head_argmax_kernel(x, weight, scales, bias, best, rows, num_valid, k, x_s
 @triton.jit
 def best_of_blocks_kernel(best, out_ids, out_values, blocks, id_offset, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    # The best of every BLOCK-th candidate, then of those.
     found = tl.full((BLOCK,), -0x8000000000000000, tl.int64)
     for begin in range(0, blocks, BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -97,6 +99,7 @@ def combine_argmax_kernel(values, ids, out_ids, out_values, shards, rows, BLOCK:
     mask = row < rows
     key, best = order_key(tl.load(values + row, mask, 0.0)), tl.load(ids + row, mask, 0)
     for _ in range(1, shards):
+        # The next shard's; of equal values the lower id wins.
         values += rows
         ids += rows
         other, found = order_key(tl.load(values + row, mask, 0.0)), tl.load(ids + row, mask, 0)
@@ -125,7 +128,7 @@ def combine_argmax(values, ids, out_ids, out_values):
     shards, rows = values.shape
     if rows:
         combine_argmax_kernel[triton.cdiv(rows, COMBINE_BLOCK),](values, ids, out_ids, out_values, shards, rows,
-                                                             BLOCK=COMBINE_BLOCK, num_warps=COMBINE_WARPS)
+                                                                 BLOCK=COMBINE_BLOCK, num_warps=COMBINE_WARPS)
 
 
 def cases():

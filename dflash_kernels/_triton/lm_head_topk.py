@@ -49,9 +49,11 @@ def _first(total, scales, bias, lists, firsts, sums, row0, n0, rows, num_valid, 
     logits = logits_of(total, scales, bias, at, num_valid, scale, softcap, SOFTCAP, DTYPE)
     place, mask = row.to(tl.int64) * blocks + tl.program_id(1), row < rows
     valid = tl.where((at < num_valid)[None, :], logits, float("-inf"))
+    # The sum of exponentials below the block's first.
     # Where a logit is NaN the maximum may be anything, and the sum is NaN.
     below = exp_below(valid, base_of(tl.max(valid, 1))[:, None])
     tl.store(sums + place, tl.reshape(tree_sum(below), (ROWS,)), mask)
+    # The K first, one after the other.
     left = candidates(logits, at, num_valid)
     tl.store(firsts + place, tl.max(left, 1), mask)
     for i in range(wanted):
@@ -86,6 +88,7 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
     """K: a power of two, at least `wanted`."""
     row, at, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, K)
     lists, firsts, sums = lists + row * blocks * wanted, firsts + row * blocks, sums + row * blocks
+    # The blocks of the K best firsts.
     chosen = tl.full((K,), -1, tl.int64)
     last = tl.full((), LAST_ID, tl.int64)
     for i in range(tl.minimum(wanted, blocks)):
@@ -96,6 +99,7 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
         last = tl.max(best, 0)
         chosen = tl.where(lane == i, output_of(last) // BLOCK_N, chosen)
 
+    # The K best of those blocks' candidates.
     listed = (chosen >= 0)[:, None] & (lane < wanted)[None, :]
     left = tl.ravel(tl.load(lists + chosen[:, None] * wanted + lane[None, :], listed, TAKEN))
     base = base_of(value_of(tl.max(left, 0)))
@@ -105,6 +109,7 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
         tl.store(out_values + row * wanted + i, value_of(found))
         left = tl.where(left == found, TAKEN, left)
 
+    # The log-sum-exp, of all blocks' sums relative to the row's first.
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, blocks, BLOCK):
         inside = begin + at < blocks
@@ -115,9 +120,10 @@ def first_of_blocks_kernel(lists, firsts, sums, out_ids, out_values, out_lse, bl
 
 @triton.jit(do_not_specialize=["rows"])
 def combine_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted, BLOCK: tl.constexpr,
-                      SHARDS: tl.constexpr):
+                        SHARDS: tl.constexpr):
     """BLOCK, SHARDS: powers of two, at least shards * wanted and shards."""
     row, at, shard = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, SHARDS)
+    # All shards' candidates of a row.
     mask = at < shards * wanted
     place = ((at // wanted) * rows + row) * wanted + at % wanted
     key = tl.where(mask, order_key(tl.load(values + place, mask, 0.0)), TAKEN_KEY)
@@ -131,6 +137,7 @@ def combine_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, 
         taken = tl.min(tl.where((key == best) & (candidate == found), at, BLOCK), 0)
         key = tl.where(at == taken, TAKEN_KEY, key)
 
+    # The log-sum-exp of the shards'.
     each = tl.load(lse + shard * rows + row, shard < shards, float("-inf"))
     base = base_of(of_order_key(tl.max(order_key(each), 0)))
     total = tree_sum(exp_below(each, base)[None, :])
@@ -161,8 +168,8 @@ def combine_topk(values, ids, lse, out_ids, out_values, out_lse):
     shards, rows, wanted = values.shape
     if rows:
         combine_topk_kernel[rows,](values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted,
-                                 BLOCK=triton.next_power_of_2(shards * wanted), SHARDS=triton.next_power_of_2(shards),
-                                 num_warps=COMBINE_WARPS, **PLAIN)
+                                   BLOCK=triton.next_power_of_2(shards * wanted),
+                                   SHARDS=triton.next_power_of_2(shards), num_warps=COMBINE_WARPS, **PLAIN)
 
 
 def cases():

@@ -21,6 +21,7 @@ def norm_kernel(x, residual, weight, out, residual_out, x_stride, residual_strid
     at = tl.arange(0, BLOCK)[None, :]
     mask = at < width
     h = tl.load(x + row * x_stride + at, mask, 0.0).to(tl.float32)
+    # The sum is rounded to the residual's dtype before it is normed.
     if ADD:
         total = h + tl.load(residual + row * residual_stride + at, mask, 0.0).to(tl.float32)
         total = total.to(x.dtype.element_ty)
@@ -38,6 +39,7 @@ def wide_norm_kernel(x, residual, weight, out, residual_out, x_stride, residual_
     again = x + row * x_stride  # where the second pass finds h
     if ADD:
         again = residual_out + row * residual_out_stride
+    # First pass: the sum, and its squares by lane.
     squares = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
@@ -52,6 +54,7 @@ def wide_norm_kernel(x, residual, weight, out, residual_out, x_stride, residual_
     scale = inverse_rms(tree_sum(squares), count, eps)
     if ADD:
         tl.debug_barrier()  # a sum may be read back by another thread than wrote it
+    # Second pass: the row again, out of the cache.
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
         mask = at < width

@@ -78,6 +78,7 @@ def norm_rope(a, b, c, d, weight, table, eps, dim, rotary, count, NORM: tl.const
     # through shared memory.
     each_head = tl.zeros((a.shape[0], 1), tl.int32)
     a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+    # The norm, over all four tiles.
     if NORM:
         scale = inverse_rms(tree_sum((a * a + b * b) + (c * c + d * d)), count, eps)
         wa, wb, wc, wd = load_heads(weight + each_head, each_head == 0, dim, rotary, INTERLEAVED, ROTARY, TAIL, WIDTH)
@@ -85,6 +86,7 @@ def norm_rope(a, b, c, d, weight, table, eps, dim, rotary, count, NORM: tl.const
         c, d = c * scale * wc.to(tl.float32), d * scale * wd.to(tl.float32)
         if ROUND_EACH:
             a, b = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32)
+    # The rotation of the pairs (a, b).
     if ROTARY:
         j = each_head + tl.arange(0, WIDTH)[None, :]
         half = rotary // 2
@@ -123,11 +125,13 @@ def turn_in_place(at, keep, known, weight, table, eps, dim, rotary, count, NORM:
 
 @triton.jit
 def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots,
-                        row_stride, k_page, k_row, k_head, v_page, v_row, v_head, num_pages, page_size, max_pos, heads,
-                        kv_heads, dim, rotary, count, eps, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
-                        CACHED: tl.constexpr, FP8: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
-                        INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr, ROTARY: tl.constexpr,
-                        TAIL: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+                        row_stride, k_page, k_row, k_head, v_page, v_row, v_head,
+                        num_pages, page_size, max_pos, heads, kv_heads, dim, rotary, count, eps,
+                        NORM_Q: tl.constexpr, NORM_K: tl.constexpr, CACHED: tl.constexpr,
+                        FP8: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+                        INTERLEAVED: tl.constexpr, ROUND_EACH: tl.constexpr,
+                        ROTARY: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+    # The table's row of the token's position; a position outside the table makes NaN.
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
     known = position == position
@@ -135,6 +139,7 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
     if ROTARY:
         known = (position >= 0) & (position < max_pos)
         table = cos_sin + tl.where(known, position, 0) * rotary
+    # Groups of heads: those of q, then of k, then of v.
     row = qkv + token * row_stride
     group = tl.program_id(1)
     k_group = group - tl.cdiv(heads, HEADS)
@@ -148,6 +153,7 @@ def qk_norm_rope_kernel(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_
         k = k_group * HEADS + lanes
         ka, kb, kc, kd = turn_in_place(row + (heads + k) * dim, k < kv_heads, known, k_weight, table, eps, dim, rotary,
                                        count, NORM_K, INTERLEAVED, ROUND_EACH, ROTARY, TAIL, WIDTH)
+        # A key goes to its page too; with an fp8 cache, rounded there alone.
         if CACHED:
             k_page_id, k_row_id, k_exists = place(slots + token, num_pages, page_size)
             if FP8:

@@ -44,6 +44,9 @@ from .sample_distribution import (
     FIXED_POINT,
     GREEDY,
     SAMPLE,
+    Distribution,
+    Proposal,
+    Row,
     adjusted,
     argmax,
     draw,
@@ -64,22 +67,26 @@ KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bit
 
 
 @triton.jit(do_not_specialize=["block", "columns", "plane"])
-def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens, planes, l_b, l_i, s_b, s_i, b_b, b_i,
-                  m_b, m_i, block, columns, vocab, chunks, plane, RAGGED: tl.constexpr, TILE: tl.constexpr):
+def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens, planes,
+                  l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i,
+                  block, columns, vocab, chunks, plane, RAGGED: tl.constexpr, TILE: tl.constexpr):
     """planes: tops, and `plane` elements on, sums. Of chunks with nothing to draw, and of greedy requests, the sum is
     instead how many NaN there are. The last block - columns live rows of a block have no logits."""
     b, i = (tl.program_id(0) // columns).to(tl.int64), (tl.program_id(0) % columns).to(tl.int64)
     if i < width_of(b, block_lens, block, RAGGED) - (block - columns):
+        # TILE chunks of the row.
         c = tl.program_id(1) * TILE + tl.arange(0, TILE)
         v = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
+        row = Row(logits, seen, penalty, bias, bitmask, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, b, i)
         x = adjusted(row, v, v < vocab)
+        # Each chunk's largest logit, and whether there is something to draw.
         temp = tl.load(temperature + b)
         top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 1)
         drawn = tl.where(temp < GREEDY, float("-inf"), top) > float("-inf")
         w = weight(x, top[:, None], scale_of(temp), float("-inf"))
         # One sum for both: Triton 3.6 makes a second reduction that meets this one spill 16 KB a thread.
         total = tl.sum(tree_sum(tl.where(drawn[:, None], w, (x != x).to(tl.float32))), 1)
+        # Where launch 2 finds the two numbers of a chunk.
         to = planes + (b * block + i) * chunks + c
         tl.store(to, top, c < chunks)
         tl.store(to + plane, total, c < chunks)
@@ -89,49 +96,54 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
 def _draft(x, distribution, greedy, row, proposal, stats, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr,
            K: tl.constexpr):
     """Stores p and q of a row's draft x, and the distribution of the proposal's logits."""
+    # p, from the draft's own logit and its chunk's largest.
     valid = (x >= 0) & (x < vocab)
     v = tl.where(valid, x, 0).to(tl.int32)
     px = probability(adjusted(row, v, valid), v, tl.load(tops_at + v // CHUNK), distribution)
-    candidates, probs, logits, strides, b, i = proposal
-    if candidates is not None:
-        n = tl.arange(0, K)
-        ids = tl.load(candidates + b * strides[0] + i * strides[1] + n, n < k, -1)
-        q = tl.load(probs + b * strides[2] + i * strides[3] + n, n < k, 0.0)
+    # q: a candidate's, a row's, or out of the proposal's logits, which have planes of their own.
+    n, d = tl.arange(0, K), proposal
+    if d.candidates is not None:
+        ids = tl.load(d.candidates + d.b * d.c_b + d.i * d.c_i + n, n < k, -1)
+        q = tl.load(d.probs + d.b * d.p_b + d.i * d.p_i + n, n < k, 0.0)
         qx = tl.sum(tl.where(ids == x, q, 0.0), 0)
-    elif probs is not None:
-        qx = tl.load(probs + b * strides[2] + i * strides[3] + v)
+    elif d.probs is not None:
+        qx = tl.load(d.probs + d.b * d.p_b + d.i * d.p_i + v)
     else:
-        c, q_tops, scale = tl.arange(0, CHUNKS), tops_at + 2 * plane, distribution[1]
+        c, q_tops, scale = tl.arange(0, CHUNKS), tops_at + 2 * plane, distribution.scale
         tops = tl.load(q_tops + c, c < chunks, float("-inf"))
         sums = tl.load(q_tops + plane + c, c < chunks, 0.0)
         top = tl.max(tops, 0)
-        q_row = (logits, None, None, None, None, (strides[4], strides[5]), b, i)
+        q_row = Row(d.logits, None, None, None, None, d.d_b, d.d_i, 0, 0, 0, 0, 0, 0, d.b, d.i)
         only, reciprocal = tl.full((), -1, tl.int32), tl.full((), 0.0, tl.float32)
         if greedy | (top == float("-inf")):
             only = argmax(q_row, tops, sums, vocab, CHUNKS)
         else:
             reciprocal = reciprocal_of(masses(sums, tops, top, scale))
-        store_distribution(stats + PROPOSAL, top, scale, float("-inf"), reciprocal, only)
-        qx = probability(adjusted(q_row, v, valid), v, tl.load(q_tops + v // CHUNK),
-                         (top, scale, float("-inf"), reciprocal, only))
+        uncut = Distribution(top, scale, tl.full((), float("-inf"), tl.float32), reciprocal, only)
+        store_distribution(stats + PROPOSAL, uncut)
+        qx = probability(adjusted(q_row, v, valid), v, tl.load(q_tops + v // CHUNK), uncut)
     tl.store(stats + PX, tl.where(valid, px, 0.0))
     tl.store(stats + QX, tl.where(valid, qx, 0.0))
 
 
 @triton.jit(do_not_specialize=["x_b", "block", "plane"])
-def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, temperature, seeds, top_k, top_p, min_p,
-                probs, candidates, draft_logits, block_lens, planes, stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i,
-                x_b, p_b, p_i, c_b, c_i, d_b, d_i, block, vocab, chunks, k, plane, RAGGED: tl.constexpr,
-                SHIFT: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def rows_kernel(logits, seen, penalty, bias, bitmask,
+                draft_ids, context_lens, temperature, seeds, top_k, top_p, min_p,
+                probs, candidates, draft_logits, block_lens, planes, stats,
+                l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, x_b, p_b, p_i, c_b, c_i, d_b, d_i,
+                block, vocab, chunks, k, plane, RAGGED: tl.constexpr, SHIFT: tl.constexpr, CHUNKS: tl.constexpr,
+                K: tl.constexpr, TILE: tl.constexpr):
     b, i = (tl.program_id(0) // block).to(tl.int64), (tl.program_id(0) % block).to(tl.int64)
     width = width_of(b, block_lens, block, RAGGED)
     if i < width:
+        # What launch 1 found of the row's chunks.
         tops_at, stats = planes + (b * block + i) * chunks, stats + (b * block + i) * STATS
-        row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
+        row = Row(logits, seen, penalty, bias, bitmask, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, b, i)
         c = tl.arange(0, CHUNKS)
         tops = tl.load(tops_at + c, c < chunks, float("-inf"))
         sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
         top, temp = tl.max(tops, 0), tl.load(temperature + b)
+        # The distribution: one token for a greedy request, or where nothing is usable; or a cut, and the sum above it.
         greedy, temp = temp < GREEDY, tl.maximum(temp, GREEDY)
         scale, cut = scale_of(temp), tl.full((), float("-inf"), tl.float32)
         only, reciprocal = tl.full((), -1, tl.int32), tl.full((), 0.0, tl.float32)
@@ -151,17 +163,19 @@ def rows_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, t
                                  chunks, SHIFT, CHUNKS, TILE)
             mass = masses(sums, tops, top, scale)
             reciprocal = reciprocal_of(mass)
+            # Drafts that are one-hot need no p: the row's own token is compared with them.
             if (probs is None) and (draft_logits is None):
                 u = uniform(tl.load(seeds + b), tl.load(context_lens + b) + 1 + i, SAMPLE, i * 0)
                 token = draw(row, tops_at, mass, scale, cut, u, vocab)
         if (probs is None) and (draft_logits is None):
             tl.store(stats + TOKEN, token.to(tl.float32, bitcast=True))
         else:
-            store_distribution(stats + TARGET, top, scale, cut, reciprocal, only)
+            found = Distribution(top, scale, cut, reciprocal, only)
+            store_distribution(stats + TARGET, found)
             if i + 1 < width:
-                proposal = (candidates, probs, draft_logits, (c_b, c_i, p_b, p_i, d_b, d_i), b, i)
-                _draft(tl.load(draft_ids + b * x_b + i + 1), (top, scale, cut, reciprocal, only), greedy, row, proposal,
-                       stats, tops_at, plane, k, vocab, chunks, CHUNKS, K)
+                proposal = Proposal(candidates, probs, draft_logits, c_b, c_i, p_b, p_i, d_b, d_i, b, i)
+                _draft(tl.load(draft_ids + b * x_b + i + 1), found, greedy, row, proposal, stats, tops_at, plane, k,
+                       vocab, chunks, CHUNKS, K)
 
 
 @triton.jit(do_not_specialize=["slots", "o_b"])
@@ -173,11 +187,13 @@ def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, to
     temp = tl.load(temperature + b)
     top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 0)
     place = tl.full((), 0, tl.int32)
+    # Greedy: the first NaN, or else the first of the largest.
     if (temp < GREEDY) | (top == float("-inf")):
         has_nan = tl.max((x != x).to(tl.int32), 0) > 0
         place = tl.min(tl.where(tl.where(has_nan, x != x, x == top), n, K - 1), 0)
         p = (n == place).to(tl.float64)
     else:
+        # Weights of the candidates, and the filters as in a row, over the candidates alone.
         w = tl.where(x == top, 1.0, tl.exp((x.to(tl.float64) - top) / temp.to(tl.float64)))
         w = tl.where(x > float("-inf"), w, 0.0)
         if min_p is not None:
@@ -194,6 +210,7 @@ def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, to
                 mass = (w * FIXED_POINT).to(tl.int64)
                 limit = share.to(tl.float64) * tl.sum(mass, 0).to(tl.float64)
                 w = tl.where(key >= smallest(key, mass, limit, low, high), w, 0.0)
+        # One candidate, by the request's random number for this position.
         start = tl.load(context_lens + b)
         place, _ = pick((w * FIXED_POINT).to(tl.int64), uniform(tl.load(seeds + b), start + 1 + i, DRAFT, start))
         p = w / tl.sum(tree_sum(w[None, :]), 1)

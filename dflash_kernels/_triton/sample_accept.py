@@ -8,6 +8,9 @@ from .sample_distribution import (
     ACCEPT,
     CHUNK,
     SAMPLE,
+    Distribution,
+    Proposal,
+    Row,
     adjusted,
     masses,
     pick,
@@ -34,18 +37,18 @@ def width_of(b, block_lens, block, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def store_distribution(stats, top, scale, cut, reciprocal, only):
-    tl.store(stats, top)
-    tl.store(stats + 1, scale)
-    tl.store(stats + 2, cut)
-    tl.store(stats + 3, reciprocal)
-    tl.store(stats + 4, only.to(tl.int32).to(tl.float32, bitcast=True))
+def store_distribution(stats, distribution):
+    tl.store(stats, distribution.top)
+    tl.store(stats + 1, distribution.scale)
+    tl.store(stats + 2, distribution.cut)
+    tl.store(stats + 3, distribution.reciprocal)
+    tl.store(stats + 4, distribution.only.to(tl.int32).to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def load_distribution(stats):
-    return (tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
-            tl.load(stats + 4).to(tl.int32, bitcast=True))
+    return Distribution(tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
+                        tl.load(stats + 4).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -67,14 +70,16 @@ def kept(share, stats):
 
 
 @triton.jit(do_not_specialize=["block", "plane"])
-def residual_kernel(logits, seen, penalty, bias, bitmask, context_lens, seeds, probs, draft_logits, block_lens, planes,
-                    stats, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, p_b, p_i, d_b, d_i, block, vocab, chunks, plane,
+def residual_kernel(logits, seen, penalty, bias, bitmask,
+                    context_lens, seeds, probs, draft_logits, block_lens, planes, stats,
+                    l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, p_b, p_i, d_b, d_i, block, vocab, chunks, plane,
                     RAGGED: tl.constexpr, BLOCK_RULE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Sums of (share * p - q)+ of the chunks of the one row where a token may be drawn, or by rule "block" of all."""
     b, i = (tl.program_id(0) // (block - 1)).to(tl.int64), (tl.program_id(0) % (block - 1)).to(tl.int64)
     drafts = width_of(b, block_lens, block, RAGGED) - 1
     if i < drafts:
         stats += b * block * STATS
+        # The row whose residual is wanted: the first rejected one, or by rule "block" any, with the share of its mass.
         share = tl.full((), 1.0, tl.float64)
         if BLOCK_RULE:
             wanted = i
@@ -85,8 +90,9 @@ def residual_kernel(logits, seen, penalty, bias, bitmask, context_lens, seeds, p
         if wanted == i:
             c = tl.program_id(1) * TILE + tl.arange(0, TILE)
             v = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-            row = (logits, seen, penalty, bias, bitmask, (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), b, i)
+            row = Row(logits, seen, penalty, bias, bitmask, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, b, i)
             at = planes + (b * block + i) * chunks + c
+            # p and q of TILE chunks of tokens, and what p has left.
             top = tl.load(at, c < chunks, float("-inf"))
             p = probability(adjusted(row, v, v < vocab), v, top[:, None], load_distribution(stats + i * STATS + TARGET))
             if probs is not None:
@@ -103,14 +109,14 @@ def residual_kernel(logits, seen, penalty, bias, bitmask, context_lens, seeds, p
 def _residual(row, distribution, share, proposal, tops_at, plane, k, vocab, chunks, CHUNKS: tl.constexpr):
     """Integers that are proportional to the sums of (share * p - q)+ of a row's chunks."""
     c = tl.arange(0, CHUNKS)
-    if proposal[0] is not None:
-        candidates, probs, _, strides, b, i = proposal
-        candidates += b * strides[0] + i * strides[1]
-        probs += b * strides[2] + i * strides[3]
-        top, scale, _, reciprocal, only = distribution
+    if proposal.candidates is not None:
+        candidates = proposal.candidates + proposal.b * proposal.c_b + proposal.i * proposal.c_i
+        probs = proposal.probs + proposal.b * proposal.p_b + proposal.i * proposal.p_i
+        # A chunk's p, of which its candidates' p is taken away; outside them q is 0.
+        d = distribution
         sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
-        sums *= weight(tl.load(tops_at + c, c < chunks, float("-inf")), top, scale, float("-inf")) * reciprocal
-        sums = tl.where(only >= 0, (c == only // CHUNK).to(tl.float32), sums)
+        sums *= weight(tl.load(tops_at + c, c < chunks, float("-inf")), d.top, d.scale, float("-inf")) * d.reciprocal
+        sums = tl.where(d.only >= 0, (c == d.only // CHUNK).to(tl.float32), sums)
         others, gained = sums, tl.zeros((CHUNKS,), tl.float32)
         for first in range(0, k, CANDIDATES):
             n = first + tl.arange(0, CANDIDATES)
@@ -132,19 +138,19 @@ def _residual(row, distribution, share, proposal, tops_at, plane, k, vocab, chun
 @triton.jit
 def _proposed(proposal, v, q_tops, chunk, stats, k, vocab):
     """q of the tokens v of a chunk."""
-    candidates, probs, logits, strides, b, i = proposal
-    if candidates is not None:
-        candidates += b * strides[0] + i * strides[1]
-        probs += b * strides[2] + i * strides[3]
+    d = proposal
+    if d.candidates is not None:
+        candidates = d.candidates + d.b * d.c_b + d.i * d.c_i
+        probs = d.probs + d.b * d.p_b + d.i * d.p_i
         q = tl.zeros((CHUNK,), tl.float32)
         for first in range(0, k, CANDIDATES):
             n = first + tl.arange(0, CANDIDATES)
             ids = tl.load(candidates + n, n < k, -1)
             q += tl.sum(tl.where(ids[None, :] == v[:, None], tl.load(probs + n, n < k, 0.0)[None, :], 0.0), 1)
-    elif probs is not None:
-        q = tl.load(probs + b * strides[2] + i * strides[3] + v, v < vocab, 0.0)
+    elif d.probs is not None:
+        q = tl.load(d.probs + d.b * d.p_b + d.i * d.p_i + v, v < vocab, 0.0)
     else:
-        x = tl.load(logits + b * strides[4] + i * strides[5] + v, v < vocab, float("-inf")).to(tl.float32)
+        x = tl.load(d.logits + d.b * d.d_b + d.i * d.d_i + v, v < vocab, float("-inf")).to(tl.float32)
         q = probability(x, v, tl.load(q_tops + chunk), load_distribution(stats + PROPOSAL))
     return q
 
@@ -163,9 +169,11 @@ def _last(row, distribution, share, residual, mass, proposal, tops_at, stats, pl
 
 
 @triton.jit(do_not_specialize=["x_b", "t_b", "block", "plane"])
-def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens, seeds, probs, candidates,
-                  draft_logits, block_lens, planes, stats, accept_lens, commit_lens, tokens, bonus, new_lens, l_b, l_i,
-                  s_b, s_i, b_b, b_i, m_b, m_i, x_b, p_b, p_i, c_b, c_i, d_b, d_i, t_b, block, vocab, chunks, k, plane,
+def accept_kernel(logits, seen, penalty, bias, bitmask,
+                  draft_ids, context_lens, seeds, probs, candidates, draft_logits, block_lens, planes, stats,
+                  accept_lens, commit_lens, tokens, bonus, new_lens,
+                  l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, x_b, p_b, p_i, c_b, c_i, d_b, d_i, t_b,
+                  block, vocab, chunks, k, plane,
                   RAGGED: tl.constexpr, BLOCK_RULE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     width, start = width_of(b, block_lens, block, RAGGED), tl.load(context_lens + b)
@@ -175,59 +183,54 @@ def accept_kernel(logits, seen, penalty, bias, bitmask, draft_ids, context_lens,
     drafts = tl.min(tl.where((drafted >= 0) & (drafted < vocab), BLOCK, n), 0)
     accept, last = tl.full((), 0, tl.int32), tl.full((), -1, tl.int32)
     stats += rows * STATS
+    # One-hot drafts: accepted while they are the tokens that the rows gave.
     if (probs is None) and (draft_logits is None):
         token = tl.load(stats + n * STATS + TOKEN, n < width, 0.0).to(tl.int32, bitcast=True)
         accept = tl.min(tl.where((drafted == token) & (n < drafts), BLOCK, n), 0)
         last = tl.sum(tl.where(n == accept, token, 0), 0)
     elif width > 0:
-        strides, seed = (l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i), tl.load(seeds + b)
-        q_strides, share = (c_b, c_i, p_b, p_i, d_b, d_i), tl.full((), 1.0, tl.float64)
+        # How many drafts are accepted: the longest block that passes, or one after the other until one fails.
+        seed, share = tl.load(seeds + b), tl.full((), 1.0, tl.float64)
         if BLOCK_RULE:
             mass_left = share
             for i in range(1, drafts + 1):
                 mass_left = kept(mass_left, stats + (i - 1) * STATS)
                 odds = mass_left
                 if (i < drafts) & (mass_left < 1.0):
-                    row = (logits, seen, penalty, bias, bitmask, strides, b, b * 0 + i)
-                    proposal = (candidates, probs, draft_logits, q_strides, b, b * 0 + i)
-                    found = _residual(
-                        row,
-                        load_distribution(stats + i * STATS + TARGET),
-                        mass_left.to(tl.float32),
-                        proposal,
-                        planes + (rows + i) * chunks,
-                        plane,
-                        k,
-                        vocab,
-                        chunks,
-                        CHUNKS,
-                    )
+                    row = Row(logits, seen, penalty, bias, bitmask, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, b,
+                              b * 0 + i)
+                    proposal = Proposal(candidates, probs, draft_logits, c_b, c_i, p_b, p_i, d_b, d_i, b, b * 0 + i)
+                    found = _residual(row, load_distribution(stats + i * STATS + TARGET), mass_left.to(tl.float32),
+                                      proposal, planes + (rows + i) * chunks, plane, k, vocab, chunks, CHUNKS)
                     left = tl.sum(found, 0).to(tl.float64) / RESIDUAL_POINT
                     odds = left / (left + 1.0 - mass_left)
                 if uniform(seed, start + i, ACCEPT, start) < odds:
                     accept, share = accept * 0 + i, mass_left
         else:
             accept = accepted(stats, seed, start, drafts, BLOCK)
+        # The token after them, at the first row that is not accepted: out of its residual, or after a whole block
+        # out of its distribution.
         stats += accept * STATS
         distribution, tops_at = load_distribution(stats + TARGET), planes + (rows + accept) * chunks
-        last = distribution[4]
+        last = distribution.only
         if last < 0:
-            row = (logits, seen, penalty, bias, bitmask, strides, b, accept.to(tl.int64))
-            proposal = (candidates, probs, draft_logits, q_strides, b, accept.to(tl.int64))
+            here = accept.to(tl.int64)
+            row = Row(logits, seen, penalty, bias, bitmask, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, b, here)
+            proposal = Proposal(candidates, probs, draft_logits, c_b, c_i, p_b, p_i, d_b, d_i, b, here)
             c = tl.arange(0, CHUNKS)
             tops = tl.load(tops_at + c, c < chunks, float("-inf"))
-            mass = masses(tl.load(tops_at + plane + c, c < chunks, 0.0), tops, distribution[0], distribution[1])
+            mass = masses(tl.load(tops_at + plane + c, c < chunks, 0.0), tops, distribution.top,
+                          distribution.scale)
             residual = accept < drafts
             if residual:
-                left = _residual(
-                    row, distribution, share.to(tl.float32), proposal, tops_at, plane, k, vocab, chunks, CHUNKS
-                )
+                left = _residual(row, distribution, share.to(tl.float32), proposal, tops_at, plane, k, vocab, chunks,
+                                 CHUNKS)
                 residual = tl.sum(left, 0) > 0
                 mass = tl.where(residual, left, mass)
             u = uniform(seed, start + 1 + accept, SAMPLE, start * 0)
-            last = _last(
-                row, distribution, share.to(tl.float32), residual, mass, proposal, tops_at, stats, plane, u, k, vocab
-            )
+            last = _last(row, distribution, share.to(tl.float32), residual, mass, proposal, tops_at, stats, plane, u,
+                         k, vocab)
+    # Accepted drafts, the last token, and -1 for the rest.
     commit = tl.where(width > 0, accept + 1, 0)
     emitted = tl.where(n < accept, drafted, last.to(tl.int64))
     tl.store(tokens + b * t_b + n, tl.where(n < commit, emitted, -1), n < block)

@@ -11,6 +11,8 @@ that a cut is found by are integers, weights times 2**40: they have one value in
 programs or threads share a row, and a running total ends exactly at its sum.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -21,6 +23,55 @@ GREEDY = tl.constexpr(1e-5)
 SAMPLE, ACCEPT, DRAFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # purposes of a random number
 FIXED_POINT = tl.constexpr(2.0**40)
 LOWEST = tl.constexpr(-(1 << 31))  # below the key of minus infinity
+
+
+class Row(NamedTuple):
+    """Logits of request b at position i of its block, and what adjusts them, None where nothing does. Each tensor that
+    has rows has a stride of a request and of a row. b and i are int64: a stride may be large."""
+
+    logits: tl.tensor
+    seen: tl.tensor
+    penalty: tl.tensor
+    bias: tl.tensor
+    bitmask: tl.tensor
+    l_b: tl.tensor
+    l_i: tl.tensor
+    s_b: tl.tensor
+    s_i: tl.tensor
+    b_b: tl.tensor
+    b_i: tl.tensor
+    m_b: tl.tensor
+    m_i: tl.tensor
+    b: tl.tensor
+    i: tl.tensor
+
+
+class Proposal(NamedTuple):
+    """What the draft after row i of request b was drawn from: probabilities, of candidates or of all tokens, or logits;
+    with strides as in Row."""
+
+    candidates: tl.tensor
+    probs: tl.tensor
+    logits: tl.tensor
+    c_b: tl.tensor
+    c_i: tl.tensor
+    p_b: tl.tensor
+    p_i: tl.tensor
+    d_b: tl.tensor
+    d_i: tl.tensor
+    b: tl.tensor
+    i: tl.tensor
+
+
+class Distribution(NamedTuple):
+    """top: the row's largest logit. scale: log2(e) / temperature. cut: below it weights are zero. reciprocal: of the
+    weights' sum. only: the one token that has all the mass, or -1."""
+
+    top: tl.tensor
+    scale: tl.tensor
+    cut: tl.tensor
+    reciprocal: tl.tensor
+    only: tl.tensor
 
 
 @triton.jit
@@ -34,18 +85,18 @@ def uniform(seed, position, PURPOSE: tl.constexpr, start):
 
 @triton.jit
 def adjusted(row, v, mask):
-    """Logits of tokens v in float32, minus infinity outside of mask. row: logits, seen, penalty, bias, bitmask (None
-    for what there is not), strides of a request and of a row of the four that have rows, the request and the row, both
-    int64, as what they are multiplied by may be large."""
-    logits, seen, penalty, bias, bitmask, strides, b, i = row
-    x = tl.load(logits + b * strides[0] + i * strides[1] + v, mask, float("-inf")).to(tl.float32)
-    if seen is not None:
-        word, factor = tl.load(seen + b * strides[2] + i * strides[3] + v // 32, mask, 0), tl.load(penalty + b)
+    """Logits of tokens v in float32, minus infinity outside of mask. row: a Row."""
+    x = tl.load(row.logits + row.b * row.l_b + row.i * row.l_i + v, mask, float("-inf")).to(tl.float32)
+    # The repetition penalty of tokens that the request has seen, a bit each.
+    if row.seen is not None:
+        word = tl.load(row.seen + row.b * row.s_b + row.i * row.s_i + v // 32, mask, 0)
+        factor = tl.load(row.penalty + row.b)
         x = tl.where((word >> (v % 32)) & 1 != 0, tl.where(x > 0, tl.div_rn(x, factor), x * factor), x)
-    if bias is not None:
-        x += tl.load(bias + b * strides[4] + i * strides[5] + v, mask, 0.0)
-    if bitmask is not None:
-        word = tl.load(bitmask + b * strides[6] + i * strides[7] + v // 32, mask, 0)
+    if row.bias is not None:
+        x += tl.load(row.bias + row.b * row.b_b + row.i * row.b_i + v, mask, 0.0)
+    # Tokens that a grammar allows, a bit each.
+    if row.bitmask is not None:
+        word = tl.load(row.bitmask + row.b * row.m_b + row.i * row.m_i + v // 32, mask, 0)
         x = tl.where((word >> (v % 32)) & 1 != 0, x, float("-inf"))
     return x
 
@@ -59,10 +110,10 @@ def weight(x, top, scale, cut):
 
 @triton.jit
 def probability(x, v, chunk_top, distribution):
-    """Of tokens v with logits x under a distribution (top, scale, cut, reciprocal of the sum, the only token or -1)."""
-    top, scale, cut, reciprocal, only = distribution
-    p = weight(x, chunk_top, scale, cut) * weight(chunk_top, top, scale, float("-inf")) * reciprocal
-    return tl.where(only >= 0, tl.where(v == only, 1.0, 0.0), p)
+    """Of tokens v with logits x under a Distribution. chunk_top: the largest logit of v's chunk."""
+    d = distribution
+    p = weight(x, chunk_top, d.scale, d.cut) * weight(chunk_top, d.top, d.scale, float("-inf")) * d.reciprocal
+    return tl.where(d.only >= 0, tl.where(v == d.only, 1.0, 0.0), p)
 
 
 @triton.jit
@@ -86,6 +137,7 @@ def argmax(row, tops, nans, vocab, CHUNKS: tl.constexpr):
     """torch.argmax of a row, out of its chunks' largest usable logits and whether they have a NaN."""
     c, v = tl.arange(0, CHUNKS), tl.arange(0, CHUNK)
     top, has_nan = tl.max(tops, 0), tl.max(nans, 0) > 0
+    # The first chunk with a NaN, or else with the largest logit; then the first such token in it.
     v += tl.min(tl.where(tl.where(has_nan, nans, (tops == top).to(tl.float32)) > 0, c, CHUNKS - 1), 0) * CHUNK
     x = adjusted(row, v, v < vocab)
     hit = tl.where(has_nan, x != x, x == top)
@@ -139,11 +191,13 @@ def smallest_in_row(row, tops_at, top, scale, limit, low, high, vocab, chunks, C
     the interval. COUNT: the mass of a token is 1. SHIFT: low bits of a key that say nothing."""
     kind: tl.constexpr = tl.int32 if COUNT else tl.int64
     while high - low > 1:
+        # Three thresholds cut the interval into quarters.
         step = tl.maximum((high - low) >> 2, 1)
         t1, t2, t3 = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
         above1, above2, above3 = (tl.zeros((CHUNK,), kind), tl.zeros((CHUNK,), kind), tl.zeros((CHUNK,), kind))
         for first in range(0, chunks, TILE):
             c = first + tl.arange(0, TILE)
+            # Chunks whose largest logit is at low or under it have nothing above any threshold.
             chunk_top = tl.load(tops_at + c, c < chunks, float("-inf"))
             reaches = (order_key(chunk_top) >> SHIFT) > low
             if tl.max(reaches.to(tl.int32), 0) > 0:
@@ -154,10 +208,12 @@ def smallest_in_row(row, tops_at, top, scale, limit, low, high, vocab, chunks, C
                 else:
                     w = weight(x, chunk_top[:, None], scale, float("-inf"))
                     mass = (w * weight(chunk_top, top, scale, float("-inf"))[:, None] * FIXED_POINT).to(tl.int64)
+                # The mass above each threshold.
                 key = order_key(x) >> SHIFT
                 above1 += tl.sum(tl.where(key > t1, mass, 0), 0)
                 above2 += tl.sum(tl.where(key > t2, mass, 0), 0)
                 above3 += tl.sum(tl.where(key > t3, mass, 0), 0)
+        # The quarter in which the mass above falls below the limit.
         less1 = tl.sum(above1, 0).to(tl.float64) < limit
         less2 = tl.sum(above2, 0).to(tl.float64) < limit
         less3 = tl.sum(above3, 0).to(tl.float64) < limit
@@ -179,7 +235,7 @@ def kept_sums(row, tops_at, sums_at, scale, cut, vocab, chunks, CHUNKS: tl.const
             x = adjusted(row, v, reaches[:, None] & (v < vocab))
             sums = tl.sum(tree_sum(weight(x, chunk_top[:, None], scale, cut)), 1)
         tl.store(sums_at + c, sums, c < chunks)
-    tl.debug_barrier()
+    tl.debug_barrier()  # and those stored now are there for every thread
     c = tl.arange(0, CHUNKS)
     return tl.load(sums_at + c, c < chunks, 0.0)
 
@@ -190,8 +246,10 @@ def filtered(row, tops_at, sums_at, tops, sums, top, temp, top_k, top_p, min_p, 
     """The row's cut, minus infinity for none, and its chunks' sums above it. Filters are this request's, or None."""
     cut, high = tl.full((), float("-inf"), tl.float32), (order_key(top) >> SHIFT).to(tl.int64)
     scale = scale_of(temp)
+    # min-p is a logit below the largest.
     if min_p is not None:
         cut = tl.where(min_p > 0, tl.minimum(top + temp * tl.log(min_p), top), cut)
+    # top-k is the k-th largest logit.
     if top_k is not None:  # noqa: SIM102
         if (top_k > 0) & (top_k < vocab):
             # The k-th largest of the chunks' tops is at most the row's k-th largest logit.
@@ -199,9 +257,11 @@ def filtered(row, tops_at, sums_at, tops, sums, top, temp, top_k, top_p, min_p, 
                            high * 0 + (LOWEST >> SHIFT), high) - 1
             key = smallest_in_row(row, tops_at, top, scale, top_k, low, high, vocab, chunks, True, SHIFT, TILE)
             cut = tl.maximum(cut, of_key(key, SHIFT))
+    # The sums of what is left, which top-p is a share of.
     if (min_p is not None) or (top_k is not None):  # noqa: SIM102
         if cut > float("-inf"):
             sums = kept_sums(row, tops_at, sums_at, scale, cut, vocab, chunks, CHUNKS, TILE)
+    # top-p is the logit above which the mass falls below the share.
     if top_p is not None:  # noqa: SIM102
         if top_p < 1:
             total = tl.sum(masses(sums, tops, top, scale), 0).to(tl.float64)

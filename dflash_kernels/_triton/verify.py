@@ -27,6 +27,7 @@ def argmax_parts_kernel(logits, block_lens, keys, outer_stride, row_stride, bloc
     if RAGGED:
         live = i < tl.load(block_lens + b)
     if live:
+        # This program's part of the row; every lane keeps the best of its columns, the first of equal ones.
         start = tl.program_id(1) * part
         stop = tl.minimum(start + part, vocab)
         lanes = tl.arange(0, BLOCK)
@@ -38,18 +39,21 @@ def argmax_parts_kernel(logits, block_lens, keys, outer_stride, row_stride, bloc
             wins = (x > best) | ((x != x) & (best == best))
             best = tl.where(wins, x, best)
             best_id = tl.where(wins, first + lanes, best_id)
+        # The part's winner: the value's order above the id, counted downwards.
         key = (order_key(best).to(tl.int64) << 32) | (best_id ^ LAST).to(tl.int64)
         tl.store(keys + row * parts + tl.program_id(1), tl.max(key, axis=0))
 
 
 @triton.jit(do_not_specialize=["draft_stride", "target_stride", "tokens_stride", "block", "parts"])
-def verify_kernel(draft_ids, target_ids, keys, context_lens, block_lens, accept_lens, commit_lens, tokens, bonus,
-                  new_lens, draft_stride, target_stride, tokens_stride, block, parts, RAGGED: tl.constexpr,
-                  FROM_KEYS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def verify_kernel(draft_ids, target_ids, keys, context_lens, block_lens,
+                  accept_lens, commit_lens, tokens, bonus, new_lens,
+                  draft_stride, target_stride, tokens_stride, block, parts,
+                  RAGGED: tl.constexpr, FROM_KEYS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     width = block
     if RAGGED:
         width = tl.minimum(tl.maximum(tl.load(block_lens + b), 0), block)
+    # The target's own token of each row: the best of its parts, or as given.
     i = tl.arange(0, BLOCK)
     if FROM_KEYS:
         p = tl.arange(0, PARTS)[None, :]
@@ -57,6 +61,7 @@ def verify_kernel(draft_ids, target_ids, keys, context_lens, block_lens, accept_
         target = (tl.max(key, axis=1) & LAST) ^ LAST
     else:
         target = tl.load(target_ids + b * target_stride + i, i < width, -1)
+    # Drafts are accepted up to the first that is not the target's token; that one follows them.
     drafted = tl.load(draft_ids + b * draft_stride + i + 1, i + 1 < width, -1)
     stops = (drafted < 0) | (drafted != target)  # what is past the block is -1
     accept = tl.min(tl.where(stops, i, BLOCK), axis=0)
