@@ -18,7 +18,7 @@ from dflash_decode.model.native import NativeTarget
 from tests.support import ROOT
 from tests.support.clocks import Ticks
 from tests.support.tiny import VOCAB, write_target
-from tools.training import checkpoint, optimise, pieces, plots, texts
+from tools.training import checkpoint, optimise, plots, texts
 from tools.training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention, hits
 from tools.training.features import write_features
 from tools.training.target import Target, Writing
@@ -279,17 +279,6 @@ def test_a_result_keeps_a_share_of_its_start(target, written, drafter, tmp_path)
         torch.testing.assert_close(tensor.float(), 0.75 * before[name] + 0.25 * start[name].float(), rtol=2e-2,
                                    atol=1e-3)
     assert training.history[-1]["loss"] == 1.5 and training.history[-1]["acceptance"] >= 1
-
-
-def test_pieces_join_to_the_file_they_were(tmp_path):
-    whole = tmp_path / "model.gguf"
-    whole.write_bytes(bytes(range(256)) * 10)
-    assert len(pieces.split(whole, tmp_path / "p", 1000)) == 3
-    joined = pieces.join(tmp_path / "p", tmp_path / "p")
-    assert joined.read_bytes() == whole.read_bytes()
-    (tmp_path / "p" / "model.gguf.001").unlink()
-    with pytest.raises(ValueError, match=r"expected the pieces NAME\.000"):
-        pieces.join(tmp_path / "p", tmp_path / "p")
 
 
 def test_own_prompts_end_by_themselves_and_come_once(folder, target):

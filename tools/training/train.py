@@ -5,9 +5,6 @@
 Each stage keeps what it made under --work and is skipped when that is complete; training goes on from its last state,
 so a run that was cut off, or whose --minutes is raised, is continued by the same command. The result is
 <work>/checkpoint: config.json and safetensors in z-lab's format, the draft vocabulary, the list of training prompts.
-
-A machine that takes files in pieces: `--split-model DIR` cuts the model file into pieces of at most 48 MB,
-`--model-pieces DIR` joins them again, and `--shard-mb 15` writes the weights as shards.
 """
 
 import argparse
@@ -18,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from dflash_decode.checkpoint import find_model, read_directory
+from dflash_decode.checkpoint import read_directory
 from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from tools.training import checkpoint, pieces, plots, texts
+from tools.training import checkpoint, plots, texts
 from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import Features, write_features
 from tools.training.optimise import Recipe, Training
@@ -30,8 +27,6 @@ from tools.training.target import Target
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help="the target: smollm2, a .gguf file or a checkpoint's directory")
-    p.add_argument("--model-pieces", type=Path, help="a directory with the model file in pieces, used for --model")
-    p.add_argument("--split-model", type=Path, metavar="DIR", help="only write the model file in pieces to DIR")
     p.add_argument("--work", type=Path, default=Path("build/drafter"), help="where everything is kept")
     p.add_argument("--answers", type=Path, nargs="*", default=[], help="conversations that the target has written")
     p.add_argument("--questions", type=Path, nargs="*", default=[], help="JSON lines with `turns`, to be answered")
@@ -95,13 +90,9 @@ def collect_texts(args: argparse.Namespace, target: Target, tokenizer: Tokenizer
 
 def main() -> None:
     args = arguments()
-    if args.split_model:
-        print(*pieces.split(find_model(args.model), args.split_model), sep="\n")
-        return
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model = pieces.join(args.model_pieces, args.work) if args.model_pieces else args.model
-    tokenizer, target = load_tokenizer(model), Target.load(model, args.device)
+    tokenizer, target = load_tokenizer(args.model), Target.load(args.model, args.device)
     mask = tokenizer.backend.token_to_id(args.mask_token)
     if mask is None:
         raise SystemExit(f"--mask-token must be one of the tokenizer's tokens; got {args.mask_token!r}")
