@@ -1,7 +1,6 @@
 """The command `dflash-kernels`: info and generate, and the commands that other packages register.
 
-Exit codes: 0, 2 for a command that was written wrongly or needs a package that is missing, 130 after Ctrl-C, 1 for
-everything else.
+Exit codes: 0 for success, 2 for wrong arguments or a missing package, 130 after Ctrl-C, 1 for every other error.
 """
 
 import json
@@ -42,7 +41,7 @@ from .options import (
 from .streams import INTERRUPTED, attempt
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="DFlash speculative decoding with kernels of its own.")
+                  help="DFlash speculative decoding with fused kernels.")
 for command in entry_points(group="dflash_kernels.commands"):
     app.add_typer(command.load(), name=command.name)
 
@@ -143,7 +142,7 @@ def generate(
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of the command; an error is one line on standard error."""
+    """Runs the command and returns its exit code. An error prints one line on standard error."""
     def command() -> int:
         try:
             code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)

@@ -10,7 +10,7 @@ EXTRA = "decode"
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of the command; an error is one line on standard error."""
+    """Runs the command and returns its exit code. An error prints one line on standard error."""
     return attempt(lambda: _run(arguments), "--debug" in arguments)
 
 
@@ -45,5 +45,5 @@ def _needs() -> dict[str, str]:
 def _help(needs: dict[str, str]) -> str:
     commands = {"info": "versions, what is built, what is missing and how to get it; --json: as JSON"} | needs
     return "\n".join(["Usage: dflash-kernels [--version] [--help] COMMAND", "",
-                      "DFlash speculative decoding with kernels of its own.", "", "Commands:",
+                      "DFlash speculative decoding with fused kernels.", "", "Commands:",
                       *(f"  {name:<8}  {text}" for name, text in commands.items())])

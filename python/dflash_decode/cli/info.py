@@ -25,7 +25,7 @@ _PARTS = (
 
 
 def facts() -> dict[str, object]:
-    """Everything that `dflash-kernels info` says, as data."""
+    """The data of `dflash-kernels info`."""
     parts = {}
     for name, purpose, how in _PARTS:
         try:

@@ -65,8 +65,8 @@ def short(value: object) -> str:
 MOST_THREADS = max(os.cpu_count() or 1, 64)  # more are no faster, and some thousands end the process without a word
 MOST_TEMPERATURE, MOST_SEED = 3.4e38, 2**63 - 1  # float32 and int64 have room for no more
 Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
-Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that is installed for the model, "
-                                         "or none; 'random': random weights; 'none': baseline decoding.")]
+Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
+                                         "model, or none; 'random': random weights; 'none': baseline decoding.")]
 ModelWeights = Annotated[Weights, typer.Option("--weights", help="Keep the model's weights as they are, or in 8 bits: "
                                                "half of the bytes to read, and another model, whose text differs "
                                                "here and there. With a drafter or without, its text is the same.")]

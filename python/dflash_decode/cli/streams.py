@@ -11,7 +11,7 @@ INTERRUPTED = 130
 
 
 class UsageError(Exception):
-    """A command that was written wrongly, or that needs a package."""
+    """A command with wrong arguments, or one that needs a package."""
 
     exit_code = 2
 
@@ -31,6 +31,7 @@ def prepare() -> None:
     out = sys.stdout
     if isinstance(getattr(out, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED: what fails is forgotten there
         sys.stdout = open(out.fileno(), "w", encoding=out.encoding, errors=out.errors, closefd=False)  # noqa: SIM115
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, in a base install, which does without
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
 
 
