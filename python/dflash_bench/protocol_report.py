@@ -27,8 +27,8 @@ def our_loop(model: str, draft: str, block_size: int, max_new_tokens: int, dtype
              weights: str = "model", draft_weights: str = "auto") -> OurLoop:
     from dflash_decode.checkpoint import drafter_of
 
-    draft = drafter_of(model, draft)
-    session = Session.load(model, draft, block_size=None if draft == "none" else block_size, dtype=dtype, device=device,
+    baseline = drafter_of(model, draft) == "none"
+    session = Session.load(model, draft, block_size=None if baseline else block_size, dtype=dtype, device=device,
                            weights=weights, draft_weights=draft_weights, status=report.status)
     report.start_text(session)
     return OurLoop(session, max_new_tokens)

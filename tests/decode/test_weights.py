@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import pickle
-import warnings
 
 import numpy as np
 import pytest
@@ -263,12 +262,8 @@ def test_paths_that_are_not_models(tmp_path, monkeypatch):
         load_checkpoint("smollm2")
 
 
-def test_a_model_without_its_drafter_is_not_silently_slow(monkeypatch):
+def test_how_to_get_a_drafter(monkeypatch):
     monkeypatch.setattr(find, "entry_points", lambda group, name: ())
-    with pytest.warns(UserWarning, match="without speculation.*, pip install ./drafters/smollm2-135m-instruct$"):
-        assert drafter_of("smollm2") == "none"
-    with pytest.warns(UserWarning, match="installed for mine, .* draft may name a DFlash checkpoint's directory$"):
-        assert drafter_of("mine") == "none"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert drafter_of("mine", "none") == "none" and drafter_of("mine", "here") == "here"
+    assert drafter_of("smollm2") == "none" and drafter_of("smollm2", "here") == "here"
+    assert find.no_drafter("smollm2").endswith("get one: in a clone, pip install ./drafters/smollm2-135m-instruct")
+    assert find.no_drafter("mine").endswith("draft must name a drafter's directory")

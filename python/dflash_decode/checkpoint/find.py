@@ -6,7 +6,6 @@ the drafter's directory.
 
 import importlib.util
 import os
-import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
@@ -70,16 +69,17 @@ def _refuse_odd_files(folder: Path) -> None:
 
 
 def drafter_of(model: str, draft: str = AUTO) -> str:
-    """What `draft` means for `model`: itself, or for "auto" the directory of an installed drafter for it. Where there
-    is none, it warns and gives "none"."""
+    """What `draft` means for `model`: itself, or for "auto" the directory of an installed drafter for it, or "none"."""
     if draft != AUTO:
         return draft
-    for entry in entry_points(group="dflash.drafters", name=model):
-        return str(entry.load()())
-    how = KNOWN[model].get_drafter if model in KNOWN else "draft may name a DFlash checkpoint's directory"
-    warnings.warn(f"no drafter is installed for {model}, so decoding is without speculation: the same text, slower; "
-                  f"{'to get one: ' if model in KNOWN else ''}{how}", stacklevel=2)
-    return "none"
+    found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
+    return found[0] if found else "none"
+
+
+def no_drafter(model: str) -> str:
+    """What to say where "auto" finds none."""
+    how = f"to get one: {KNOWN[model].get_drafter}" if model in KNOWN else "draft must name a drafter's directory"
+    return f"no drafter is installed for {model}; {how}"
 
 
 def _packaged(name: str) -> Path:

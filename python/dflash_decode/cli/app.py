@@ -96,8 +96,7 @@ def generate(
     text = read_prompt(prompt)
     from ..checkpoint import drafter_of
 
-    draft = drafter_of(model, draft)
-    if draft == "none" and block_size is not None:
+    if drafter_of(model, draft) == "none" and block_size is not None:
         raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
     check_device(device)
