@@ -89,7 +89,7 @@ aot: $(STAMPS)/package $(STAMPS)/dev
 
 clean:
 	find build -mindepth 1 -maxdepth 1 ! -name peers ! -name 'torch-*' -exec rm -rf {} + 2>/dev/null || true
-	rm -rf dist *.egg-info python/*.egg-info dflash_kernels/*.so $(STAMPS)/build
+	rm -rf dist *.egg-info python/*.egg-info $(DRAFTER)/build $(DRAFTER)/*.egg-info dflash_kernels/*.so $(STAMPS)/build
 	find dflash_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -128,6 +128,7 @@ $(OTHER)/installed: requirements/build.txt requirements/dev.txt requirements/cud
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	grep -hvE '^(torch|triton|-r)' $^ >$(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation ./$(DRAFTER)
 	touch $@
 
 # A peer that cannot be installed is missing from the table, which says why from the log; the next run tries again.

@@ -72,9 +72,9 @@ def bench_decode(
     the same.
 
     The first turn of each row is the prompt."""
-    from dflash_decode.checkpoint import drafter_of
+    from dflash_decode.checkpoint import drafter_of, no_drafter
 
-    draft = drafter_of(model, draft)
+    asked, draft = draft, drafter_of(model, draft)
     if peers is not None:
         check_files(prompts, {"--json": json_out})
         known = dtype in ("bfloat16", "float32")
@@ -84,7 +84,9 @@ def bench_decode(
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
             "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
     if draft == "none":
-        raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is measured beside it")
+        why = f"; {no_drafter(model)}" if asked == "auto" else ""
+        raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is measured beside it"
+                         + why)
     check_files(prompts, {"--json": json_out})
     set_threads(threads)
     check_device(device)

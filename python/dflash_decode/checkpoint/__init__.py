@@ -9,11 +9,11 @@ import os
 import torch
 
 from .errors import CheckpointError, CheckpointNotFound
-from .find import KNOWN, drafter_of, find_model
+from .find import KNOWN, drafter_of, find_model, no_drafter
 from .safetensors import Checkpoint, read_directory
 
 __all__ = ["KNOWN", "Checkpoint", "CheckpointError", "CheckpointNotFound", "drafter_of", "find_model",
-           "load_checkpoint", "read_directory"]
+           "load_checkpoint", "no_drafter", "read_directory"]
 
 
 def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Checkpoint:

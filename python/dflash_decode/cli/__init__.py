@@ -1,7 +1,16 @@
 """The command `dflash-kernels`."""
 
+import importlib.util
+import sys
+
 
 def main() -> None:
-    from .app import main as run
+    """All commands where the packages that read command lines are installed, `info` alone where they are not."""
+    from . import streams
 
-    run()
+    streams.prepare()
+    if all(importlib.util.find_spec(name) for name in ("rich", "typer")):
+        from .app import run
+    else:
+        from .base import run
+    sys.exit(run(sys.argv[1:]))

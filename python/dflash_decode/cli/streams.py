@@ -5,8 +5,19 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
-from .options import UsageError, reason
+INTERRUPTED = 130
+
+
+class UsageError(Exception):
+    """A command with wrong arguments, or one that needs a package."""
+
+    exit_code = 2
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def prepare() -> None:
@@ -20,7 +31,26 @@ def prepare() -> None:
     out = sys.stdout
     if isinstance(getattr(out, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED: what fails is forgotten there
         sys.stdout = open(out.fileno(), "w", encoding=out.encoding, errors=out.errors, closefd=False)  # noqa: SIM115
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, in a base install, which does without
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+
+
+def attempt(command: Callable[[], int], debug: bool) -> int:
+    """Runs a command that returns its exit code, and gives the process's: errors are a line on standard error."""
+    try:
+        code = command()
+        return end("interrupted" if code == INTERRUPTED else "", code)  # some versions of typer catch Ctrl-C
+    except KeyboardInterrupt:
+        return end("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of the output left
+        drop_output()
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        # Our usage errors and those of the command line library carry the exit code that they mean.
+        wrongly = getattr(error, "exit_code", 1) == 2 or isinstance(error, ModuleNotFoundError)
+        return end(describe(error), 2 if wrongly else 1)
 
 
 def describe(error: Exception) -> str:
