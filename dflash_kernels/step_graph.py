@@ -1,7 +1,7 @@
 """A recorded step: a CUDA graph on a GPU, its counterpart on a CPU.
 
 A decoding step is some hundred short kernels over the same memory. Calling them one by one from Python costs as much as
-the smaller ones take. `StepGraph` runs a step once, notes every launch, and then replays the launches without Python.
+the smaller ones take. `StepGraph` runs a step once, records every launch, and then replays the launches without Python.
 The rules are those of CUDA graphs: shapes and addresses are fixed. Lengths, tables and tokens are read from tensors
 when the step runs, so they are changed in place between replays.
 """
@@ -47,8 +47,8 @@ class StepGraph:
     On CUDA a capture runs nothing; only a replay does. The step must have run once before, uncaptured, so that its
     kernels are loaded. The graph keeps the memory that the step allocates. The caller keeps the step's inputs alive.
 
-    An exception during a capture ends it, an interrupt included, and the graph is as it was before. Where available()
-    is False, call the step directly. len(graph) is the number of launches in a CPU recording, and 0 on CUDA.
+    An exception during a capture, an interrupt included, ends it and leaves the graph as it was. Where available() is
+    False, call the step directly. len(graph) is the number of launches in a CPU recording, and 0 on CUDA.
 
     Examples
     --------
@@ -96,7 +96,7 @@ class StepGraph:
         return self._recording is not None
 
     def capture(self) -> AbstractContextManager[None]:
-        """Notes the launches of a `with` block.
+        """Records the launches of a `with` block.
 
         Returns
         -------

@@ -39,11 +39,11 @@ def parse(text: str) -> Docstring:
     summary, _, more = head.strip().partition("\n\n")
     sections = dict(zip(titles, bodies, strict=True))
     return Docstring(" ".join(summary.split()), more.strip("\n"),
-                     {title: _fields(body) for title, body in sections.items() if title in FIELDS},
+                     {title: _fields(body, title) for title, body in sections.items() if title in FIELDS},
                      {title: body for title, body in sections.items() if title in TEXTS})
 
 
-def _fields(body: str) -> list[Field]:
+def _fields(body: str, title: str) -> list[Field]:
     found: list[tuple[str, list[str]]] = []
     for line in body.splitlines():
         if line and not line.startswith(" "):
@@ -52,8 +52,14 @@ def _fields(body: str) -> list[Field]:
             found[-1][1].append(line)
         elif line:
             raise ValueError(f"an entry must begin at the margin; got {line!r}")
-    parts = [(*head.partition(" : ")[::2], " ".join(" ".join(text).split())) for head, text in found]
-    return [Field(tuple(name.strip() for name in names.split(",")), kind, text) for names, kind, text in parts]
+    fields = []
+    for head, text in found:
+        names, colon, kind = head.partition(" : ")
+        if title == "Returns" and not colon:  # a type alone
+            names, kind = "", head
+        fields.append(Field(tuple(name.strip() for name in names.split(",") if name), kind,
+                            " ".join(" ".join(text).split())))
+    return fields
 
 
 def members(item: type) -> dict[str, object]:

@@ -116,7 +116,8 @@ def entry(name: str, item: object, level: int = 3) -> list[str]:
         if title in doc.fields:
             parts += table(title.lower(), doc.fields[title], here)
     if "Raises" in doc.fields:
-        parts += ["Raises", *[f"- `{f.names[0]}`: {linked(f.text, here)}" for f in doc.fields["Raises"]], ""]
+        raised = [(", ".join(f"`{name}`" for name in f.names), linked(f.text, here)) for f in doc.fields["Raises"]]
+        parts += ["Raises", *[f"- {names}: {text}" for names, text in raised], ""]
     for text in doc.texts.values():
         parts += [prose(text, here), ""]
     if inspect.isclass(item):

@@ -189,7 +189,7 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     ids : (..., k) int64
         In the order of values. Of equal values the lowest id comes first.
     values : (..., k) float32
-        NaN first, then falling.
+        NaN first, then descending.
     lse : (...) float32
         Natural logarithm, over the rounded logits below num_valid. NaN if one of them is NaN.
 

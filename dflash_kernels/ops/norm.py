@@ -75,8 +75,8 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     out : (..., H) dtype of x, optional
         Written: the normed rows. It can be x itself.
     residual_out : (..., H) dtype of x, optional
-        Takes h; residual then stays as it was. A layer's output can so land where the drafter's aux hidden states are
-        collected, without a copy.
+        Takes h in place of residual, which stays as it was. A layer's output then needs no copy to be among the
+        drafter's aux hidden states.
 
     Returns
     -------

@@ -34,24 +34,7 @@ CHUNK = 1024  # tokens of the vocabulary that share a partial sum
 
 
 def workspace_size(requests: int, block: int, vocab: int) -> int:
-    """Elements of the workspace that `verify_sample` needs besides its outputs.
-
-    Parameters
-    ----------
-    requests, block, vocab : int
-        B, Q and V.
-
-    Returns
-    -------
-    size : int
-        Number of float32 elements.
-
-    Examples
-    --------
-    >>> from dflash_kernels.ops.sample import workspace_size
-    >>> workspace_size(1, 8, 1024)
-    160
-    """
+    """float32 elements that verify_sample needs beside its outputs."""
     return requests * block * (4 * -(-vocab // CHUNK) + 16)
 
 
@@ -86,7 +69,7 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     out : Verified, optional
         Written. new_lens can be context_lens itself; nothing else can overlap.
     workspace : (n,) float32, optional
-        Overwritten. Contiguous, with at least workspace_size(B, Q, V) elements.
+        Overwritten. Contiguous, with at least `workspace_size` elements.
 
     Returns
     -------
