@@ -1,4 +1,7 @@
-"""Kernels for DFlash speculative decoding. Importing this prints nothing and touches no GPU."""
+"""Kernels for DFlash speculative decoding.
+
+Importing the package prints nothing and touches no GPU.
+"""
 
 from ._version import __version__ as __version__
 from .info import build_info

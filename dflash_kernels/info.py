@@ -1,4 +1,4 @@
-"""What this installation is made of."""
+"""Facts about this installation."""
 
 import platform
 import sys
@@ -24,10 +24,20 @@ def cpu_model() -> str:
 def build_info() -> dict[str, object]:
     """Facts for a bug report or a benchmark's header.
 
-    Returns version, python, torch, platform, cpu (the processor's name), ops (names), cpu_kernels (True when the C++
-    library is built), isa (the instruction set in use), isas (those this CPU has, lowest first), compiler, nvcc
-    ("found" or "not found" when it was built), cuda_kernels (what the CUDA C++ library is compiled for, or why it is
-    not there), cuda (True when torch sees a GPU), threads.
+    Returns
+    -------
+    facts : dict
+        Keys: version, python, torch, platform, cpu (the processor's name), ops (their names), cpu_kernels (True if the
+        C++ library is built), isa (the instruction set in use), isas (those that the CPU has, lowest first), compiler,
+        nvcc ("found" or "not found" when the library was built), cuda_kernels (targets of the CUDA C++ library, or why
+        it is missing), cuda (True if torch sees a GPU), threads.
+
+    Examples
+    --------
+    >>> import dflash_kernels
+    >>> facts = dflash_kernels.build_info()
+    >>> facts["version"] == dflash_kernels.__version__, "rms_norm" in facts["ops"]
+    (True, True)
     """
     native = _library.native
     built = native.build_info() if native else {}

@@ -1,9 +1,9 @@
-"""A recorded step: a CUDA graph on a GPU, its twin on a CPU.
+"""A recorded step: a CUDA graph on a GPU, its counterpart on a CPU.
 
-A decoding step is some hundred short kernels over the same memory, and calling them one by one from Python costs as
-much as the smaller ones take. `StepGraph` runs a step once while it notes every launch, and then replays the launches
-with no Python in between. The rules are those of CUDA graphs everywhere: fixed shapes and addresses, and lengths,
-tables and tokens are read from tensors when the step runs, so they are changed in place between replays.
+A decoding step is some hundred short kernels over the same memory. Calling them one by one from Python costs as much as
+the smaller ones take. `StepGraph` runs a step once, records every launch, and then replays the launches without Python.
+The rules are those of CUDA graphs: shapes and addresses are fixed. Lengths, tables and tokens are read from tensors
+when the step runs, so they are changed in place between replays.
 """
 
 from collections.abc import Iterator
@@ -31,22 +31,37 @@ class _OnlyOurOps(TorchDispatchMode):
 class StepGraph:
     """Captures one step's launches and replays them.
 
-    graph = StepGraph(device)
-    with graph.capture():
-        step()
-    graph.replay()
+    Parameters
+    ----------
+    device : torch.device or str
+        Where the step's tensors are: "cpu" or a CUDA device.
+    pool : tuple, optional
+        A torch.cuda.graph_pool_handle(), for graphs that share memory. Such graphs are replayed one after the other, on
+        one stream, and the outputs of one are read before another is replayed. None: memory of its own.
 
-    device: where the step's tensors are, "cpu" or a CUDA device. On a CPU `capture` runs the step for real, the graph
-    keeps the tensors that its launches touch alive, and any op other than dflash ops, views and allocations raises
-    RuntimeError, because it would not be replayed; so does the replay of another graph. On CUDA `capture` runs nothing,
-    only `replay` does, and a step must have run once before, uncaptured, so that its kernels are loaded; the graph
-    keeps the memory that the step allocates, and its inputs are the caller's to keep.
-    pool: torch.cuda.graph_pool_handle(), for graphs that share that memory: they must be replayed one after the other,
-    on one stream, and what one has allocated is read before another is replayed. None: memory of its own.
+    Notes
+    -----
+    On a CPU a capture runs the step. The graph keeps the tensors alive that its launches touch. Only dflash ops, views
+    and allocations can be captured: any other op, and the replay of another graph, raises RuntimeError.
 
-    An exception in a capture, an interrupt among them, ends it, and the graph is as it was. Without the C++ library, or
-    without the GPU and its kernels, `available(device)` is False and the step is to be called directly. So it is with
-    DFLASH_CHECK=1: a replay checks no values, and every step is to be checked.
+    On CUDA a capture runs nothing; only a replay does. The step must have run once before, uncaptured, so that its
+    kernels are loaded. The graph keeps the memory that the step allocates. The caller keeps the step's inputs alive.
+
+    An exception during a capture, an interrupt included, ends it and leaves the graph as it was. Where available() is
+    False, call the step directly. len(graph) is the number of launches in a CPU recording, and 0 on CUDA.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import StepGraph, silu_and_mul
+    >>> x, out = torch.zeros(1, 2), torch.empty(1, 1)
+    >>> graph = StepGraph("cpu")
+    >>> with graph.capture():
+    ...     _ = silu_and_mul(x, out=out)
+    >>> _ = x.copy_(torch.tensor([[100.0, 3.0]]))
+    >>> graph.replay()
+    >>> out.tolist(), len(graph)
+    ([[300.0]], 1)
     """
 
     def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
@@ -55,8 +70,19 @@ class StepGraph:
 
     @staticmethod
     def available(device: torch.device | str = "cpu") -> bool:
-        """True where the C++ library is loaded, and for CUDA devices that are there where the ops have kernels; False
-        with DFLASH_CHECK=1. Imports triton where that is to be found out."""
+        """Whether steps on a device can be captured. It imports triton if that decides the answer.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            "cpu" or a CUDA device.
+
+        Returns
+        -------
+        available : bool
+            On a CPU, True if the C++ library is loaded. On CUDA, True if the GPU is present and the ops have kernels
+            for it. False with DFLASH_CHECK=1, because a replay checks no values and every step is to be checked.
+        """
         kind = torch.device(device).type
         if _checks.checking():
             return False
@@ -66,11 +92,21 @@ class StepGraph:
 
     @property
     def captured(self) -> bool:
-        """Whether there is something to replay."""
+        """Whether there is anything to replay."""
         return self._recording is not None
 
     def capture(self) -> AbstractContextManager[None]:
-        """Notes the launches of the `with` block. Raises RuntimeError when nested or unavailable."""
+        """Records the launches of a `with` block.
+
+        Returns
+        -------
+        context : context manager
+
+        Raises
+        ------
+        RuntimeError
+            Nested captures, or a device where no step can be captured.
+        """
         if not self.available(self.device):
             raise RuntimeError(f"StepGraph: {self._problem()}; call the step directly")
         return self._capture_cuda() if self.device.type == "cuda" else native.Capture(self, _OnlyOurOps())
@@ -96,7 +132,13 @@ class StepGraph:
         self._recording = recording
 
     def replay(self) -> None:
-        """Runs the captured launches again on the same memory. Raises RuntimeError before a capture, and in one."""
+        """Runs the captured launches again on the same memory.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing is captured yet, or a CPU capture is in progress.
+        """
         if self._recording is None:
             raise RuntimeError("StepGraph: nothing is captured yet")
         if self.device.type == "cuda":
@@ -105,5 +147,5 @@ class StepGraph:
             native.replay(self._recording)
 
     def __len__(self) -> int:
-        """Launches of a CPU recording."""
+        """Number of launches in a CPU recording; 0 on CUDA."""
         return 0 if self._recording is None or self.device.type == "cuda" else native.record_size(self._recording)

@@ -1,4 +1,4 @@
-"""Small records that the ops take."""
+"""Records that the ops take and return."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,45 @@ FP8 = torch.float8_e4m3fn
 class PagedKV:
     """One layer's paged K/V cache.
 
-    k, v (num_pages, P, Hkv, D): any strides with a contiguous last dimension, so that vLLM's NHD and HND layouts
-    (also interleaved per layer) and SGLang's slot pools (P = 1) are views, not copies. Token slot s lives at page
-    s // P, row s % P. float32, bfloat16, float16 or float8_e4m3fn.
-    k_scale, v_scale: float32, shape (), (1,) or (Hkv,), contiguous, on the caches' device, read by every call: what a
-    float8_e4m3fn cache holds times its scale is the key or value. None: 1. Other dtypes have no scales.
+    Parameters
+    ----------
+    k, v : (num_pages, P, Hkv, D) float32, bfloat16, float16 or float8_e4m3fn
+        Any strides with a contiguous last dimension. vLLM's NHD and HND layouts, also interleaved per layer, and
+        SGLang's slot pools (P = 1) are views, not copies. Token slot s is at page s // P, row s % P.
+    k_scale, v_scale : () or (1,) or (Hkv,) float32, optional
+        Contiguous, on the caches' device, read by every call. A key or value is the element of a float8_e4m3fn cache
+        times its scale. None: 1. Other dtypes have no scales.
 
+    Attributes
+    ----------
+    is_fp8 : bool
+        Whether the dtype is float8_e4m3fn.
+    num_pages, page_size, num_kv_heads, head_dim : int
+        The sizes num_pages, P, Hkv and D.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+    NotImplementedError
+        Another fp8 format.
+
+    Notes
+    -----
     A float8_e4m3fn cache is written with x / scale, a float32 division, rounded to the nearest representable value,
-    ties to even; what is beyond 448, infinities too, becomes 448 with its sign, and NaN becomes 0x7f. vLLM's caches
-    have these bytes; there and in SGLang scales mean the same. Other fp8 formats raise NotImplementedError.
+    ties to even. Values beyond 448, infinities too, become 448 with their sign, and NaN becomes 0x7f. vLLM's caches
+    have the same bytes, and scales mean the same there and in SGLang.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import PagedKV
+    >>> pool = torch.zeros(8, 2, 16, 2 * 64)  # pages, heads, rows, K and V side by side
+    >>> cache = PagedKV(*pool.transpose(1, 2).split(64, -1))
+    >>> cache.num_pages, cache.page_size, cache.num_kv_heads, cache.head_dim
+    (8, 16, 2, 64)
     """
 
     k: torch.Tensor
@@ -84,10 +114,36 @@ class PagedKV:
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A linear layer's (N, K) weight, laid out once for streaming by `linear` and `lm_head_argmax`; see pack_weight.
+    """A linear layer's (N, K) weight in the layout that `linear` and the LM heads stream. `pack_weight` makes it.
 
-    data: on CUDA (N, K), row-major; elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h.
-    scales (N,) float32: the weight is scales[:, None] * data, of int8. None: it is data, of a float type.
+    Parameters
+    ----------
+    data : float32, bfloat16 or float16, or int8 with scales
+        On CUDA (N, K), row-major. Elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h.
+    out_features, in_features : int
+        N and K.
+    scales : (N,) float32, optional
+        The weight is scales[:, None] * data. None: it is data.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        The dtype of data.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import pack_weight
+    >>> packed = pack_weight(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> packed.out_features, packed.rows(torch.tensor([1])).tolist()
+    (2, [[3.0, 4.0]])
     """
 
     data: torch.Tensor
@@ -141,7 +197,18 @@ class PackedWeight:
         return self.data.dtype
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """The rows `index` (n,) int64 of the weight, unpacked: (n, K), float32 of int8. Not graph-safe."""
+        """Unpacks single rows. Not graph-safe.
+
+        Parameters
+        ----------
+        index : (n,) int64
+            Rows of the weight.
+
+        Returns
+        -------
+        rows : (n, K) dtype of data
+            float32 if the weight has 8 bits.
+        """
         if self.data.dim() == 2:
             found = self.data[index]
         else:
@@ -151,11 +218,26 @@ class PackedWeight:
 
 @dataclass(frozen=True, eq=False)
 class PreparedBlock:
-    """What prepare_block writes: the inputs of one draft (or target) pass over B blocks of Q tokens.
+    """The inputs of one draft or target pass over B blocks of Q tokens. `prepare_block` writes them.
 
-    ids (B, Q) int64: [anchor, MASK, MASK, ...]. positions (B, Q) int64: absolute. slots (B, Q) int64: where each
-    token's K and V belong in the paged cache, -1 for nowhere; None without a page table. rows (B, Q, H): embedded ids;
-    None without an embedding table.
+    Parameters
+    ----------
+    ids : (B, Q) int64
+        [anchor, MASK, MASK, ...].
+    positions : (B, Q) int64
+        Absolute positions.
+    slots : (B, Q) int64, optional
+        Where each token's K and V belong in the paged cache; -1: nowhere. None without a page table.
+    rows : (B, Q, H) dtype of the embedding, optional
+        Embedded ids. None without an embedding table.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import PreparedBlock
+    >>> block = PreparedBlock(ids=torch.empty(2, 8, dtype=torch.int64), positions=torch.empty(2, 8, dtype=torch.int64))
+    >>> block.slots is None and block.rows is None
+    True
     """
 
     ids: torch.Tensor
@@ -166,12 +248,29 @@ class PreparedBlock:
 
 @dataclass(frozen=True, eq=False)
 class Verified:
-    """What verify_greedy and verify_sample write: how much of each of B drafted blocks is accepted.
+    """The accepted part of B drafted blocks. `verify_greedy` and `verify_sample` write it.
 
-    accept_lens (B,) int32: drafted tokens accepted, 0 ... Q - 1. commit_lens (B,) int32: tokens emitted, accepted ones
-    and the bonus; 0 for a padded request. tokens (B, Q) int64: the emitted tokens, then -1. bonus (B,) int64: the
-    target's own last token, the next block's anchor; -1 for a padded request. new_lens (B,) int32: context lengths
-    after this step.
+    Parameters
+    ----------
+    accept_lens : (B,) int32
+        Accepted drafts, 0 to Q - 1.
+    commit_lens : (B,) int32
+        Emitted tokens: the accepted ones and the bonus. 0 for a padded request.
+    tokens : (B, Q) int64
+        The emitted tokens, then -1.
+    bonus : (B,) int64
+        The last emitted token, which is the target's own and the next block's anchor. -1 for a padded request.
+    new_lens : (B,) int32
+        Context lengths after the step.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import verify_greedy
+    >>> drafts, lengths = torch.tensor([[5, 7, 8]]), torch.tensor([10], dtype=torch.int32)
+    >>> verified = verify_greedy(drafts, torch.tensor([[7, 9, 4]]), lengths)
+    >>> verified.commit_lens.tolist(), verified.bonus.tolist()
+    ([2], [9])
     """
 
     accept_lens: torch.Tensor
@@ -183,11 +282,32 @@ class Verified:
 
 @dataclass(frozen=True, eq=False)
 class SamplingTensors:
-    """How each of B requests draws its tokens; all on the device of the logits, contiguous.
+    """Sampling settings of B requests. All are contiguous, on the logits' device.
 
-    temperature (B,) float32: below 1e-5 the request is greedy. seeds (B,) int64: a request's text depends on its own.
-    top_k (B,) int32: 0 or at least V is off. top_p (B,) float32: 1 or more is off. min_p (B,) float32: 0 is off.
-    None: off for everyone. Their joint meaning is in reference/sample.py.
+    Parameters
+    ----------
+    temperature : (B,) float32
+        Below 1e-5 the request is greedy.
+    seeds : (B,) int64
+        A request's text depends on its own seed.
+    top_k : (B,) int32, optional
+        0, or at least V: off.
+    top_p : (B,) float32, optional
+        1 or more: off.
+    min_p : (B,) float32, optional
+        0: off.
+
+    Notes
+    -----
+    None is off for every request. The equations are in ops/sample.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import SamplingTensors
+    >>> params = SamplingTensors(torch.tensor([0.0, 0.7]), torch.tensor([1, 2]), top_p=torch.tensor([1.0, 0.9]))
+    >>> params.top_k is None
+    True
     """
 
     temperature: torch.Tensor
@@ -199,11 +319,29 @@ class SamplingTensors:
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """The distribution q that each draft token was drawn from, in one of three forms.
+    """The distribution q that each draft was drawn from, in one of three forms.
 
-    probs (B, Q - 1, K) float32 with ids (B, Q - 1, K) int64: sparse; ids of a row are distinct, a negative one is
-    unused, and every other token has probability 0. probs (B, Q - 1, V) float32 alone: dense. logits (B, Q - 1, V)
-    float32, bfloat16 or float16: dense, q = softmax(logits / temperature of the request). Last dimensions contiguous.
+    Parameters
+    ----------
+    probs : (B, Q - 1, K) or (B, Q - 1, V) float32, optional
+        With ids: sparse, K tokens per slot; every other token has probability 0. Alone: dense.
+    ids : (B, Q - 1, K) int64, optional
+        The tokens of sparse probs, distinct in a row. A negative id is unused.
+    logits : (B, Q - 1, V) float32, bfloat16 or float16, optional
+        Without probs: dense, q = softmax(logits / temperature of the request).
+
+    Notes
+    -----
+    Last dimensions are contiguous.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import Proposal
+    >>> sparse = Proposal(probs=torch.tensor([[[0.75, 0.25]]]), ids=torch.tensor([[[30, 8]]]))
+    >>> dense = Proposal(logits=torch.zeros(1, 1, 100))
+    >>> sparse.logits is None and dense.probs is None
+    True
     """
 
     probs: torch.Tensor | None = None
@@ -213,13 +351,33 @@ class Proposal:
 
 @dataclass(frozen=True, eq=False)
 class LogitAdjustments:
-    """What an engine changes in the target's logits before it samples, applied in this order; None is left out.
+    """Changes to the target's logits before sampling. They apply in the order of the parameters; None is left out.
 
-    seen (B, Q, ceil(V / 32)) int32 with repetition_penalty (B,) float32: a logit whose bit is set is divided by the
-    penalty if positive, else multiplied by it. bias (B, Q, V) float32, added: logit bias, presence and frequency
-    penalties. bitmask (B, Q, ceil(V / 32)) int32: a token whose bit is 0 cannot be drawn (a grammar's mask, as xgrammar
-    packs it). Bit v % 32 of word v // 32 is token v's. Any strides but a contiguous last dimension, so that one row for
-    all of a block is `.expand`ed, not copied.
+    Parameters
+    ----------
+    seen : (B, Q, ceil(V / 32)) int32, optional
+        Bit mask of the tokens that repetition_penalty changes.
+    repetition_penalty : (B,) float32, optional
+        A seen token's logit is divided by it if positive, otherwise multiplied. Given exactly when seen is. Contiguous.
+    bias : (B, Q, V) float32, optional
+        Added: logit bias, presence and frequency penalties.
+    bitmask : (B, Q, ceil(V / 32)) int32, optional
+        A token with bit 0 cannot be drawn: a grammar's mask, as xgrammar packs it.
+
+    Notes
+    -----
+    Token v has bit v % 32 of word v // 32. Only the last dimension must be contiguous, so one row for a whole block is
+    an expanded view, not a copy.
+
+    Examples
+    --------
+    This mask allows tokens 0 and 2 at all four positions of a block.
+
+    >>> import torch
+    >>> from dflash_kernels import LogitAdjustments
+    >>> words = torch.tensor([0b101], dtype=torch.int32)
+    >>> LogitAdjustments(bitmask=words.expand(1, 4, 1)).bitmask.shape
+    torch.Size([1, 4, 1])
     """
 
     seen: torch.Tensor | None = None

@@ -3,13 +3,12 @@
 `make docs` runs it; tests/bench/test_docs.py fails when what it would write is not what is there.
 """
 
-import inspect
 from pathlib import Path
 
-import dflash_kernels
 from bench import ROOT
 from bench.model import tables as step_tables
 from bench.report import decode_tables, draw, engine_tables, kernel_tables, peer_tables, summary_table
+from bench.report.ops_page import ops_page
 
 PLOTS = ROOT / "docs" / "plots"
 
@@ -24,17 +23,6 @@ def with_block(page: str, name: str, block: str) -> str:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = page.split(begin, 1)
     return f"{before}{begin}\n{block}\n{end}{rest.split(end, 1)[1]}"
-
-
-def ops_page() -> str:
-    parts = ["# Ops", "", "Made by `make docs` from the docstrings. B requests, Q block length, T tokens, "
-             "Hq/Hkv heads, D head dim, P page size, V vocabulary, H hidden, L draft layers. No op has a gradient: "
-             "what it returns does not require one, whatever its inputs do.", ""]
-    for name in dflash_kernels.__all__:
-        item = getattr(dflash_kernels, name)
-        signature = "" if inspect.isclass(item) else str(inspect.signature(item)).replace("torch.Tensor", "Tensor")
-        parts += [f"## {name}", "", "```text", f"{name}{signature}", "", inspect.getdoc(item), "```", ""]
-    return "\n".join(parts)
 
 
 def pages() -> dict[Path, str]:

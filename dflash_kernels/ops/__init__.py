@@ -1,4 +1,15 @@
-"""Public ops, one file per noun: contract, checks, schema, and the bytes and operations that a call must cost."""
+"""Public ops, one module per noun.
+
+These rules hold for every op:
+
+- Arguments are checked before anything is written. The message reads `op: name must be EXPECTED; got GOT`.
+- `DFLASH_CHECK=1` also checks values in tensors, such as lengths, page ids and positions. Reading them waits for the
+  device, so no step is recorded then.
+- Outputs can be passed in, for fixed addresses. An output that is None is allocated.
+- A graph-safe op reads lengths, tables and tokens from tensors when it runs, so a captured launch can be replayed with
+  new values.
+- No op has a gradient. Results never require one, even if the inputs do.
+"""
 
 from . import activation as activation
 from . import attention as attention

@@ -2,7 +2,7 @@
 
     silu_and_mul(x) = silu(x[..., :I]) * x[..., I:],   silu(g) = g / (1 + exp(-g))
 
-Float32 inside, one rounding when the result is stored. A row's bits depend on that row alone.
+Arithmetic is float32. A result is rounded once, when it is stored. A row's bits depend on that row alone.
 """
 
 import torch
@@ -13,13 +13,36 @@ from . import _checks as check
 
 
 def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(x[..., :I]) * x[..., I:], for the packed output of a gate-and-up projection.
+    """SiLU of the first half of each row, times the second half.
 
-    x (..., 2I): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
-    out (..., I): written; may be x[..., :I] itself. Allocated when None.
+    Parameters
+    ----------
+    x : (..., 2I) float32, bfloat16 or float16
+        Packed output of the gate-and-up projection. Last dimension contiguous, rows at any one stride.
+    out : (..., I) dtype of x, optional
+        Written. It can be x[..., :I] itself.
 
-    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
-    Source: Shazeer 2020, arXiv 2002.05202, section 2; reference/activation.py.
+    Returns
+    -------
+    out : (..., I) dtype of x
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Notes
+    -----
+    Graph-safe. Source: Shazeer 2020, arXiv 2002.05202, section 2; reference/activation.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import silu_and_mul
+    >>> silu_and_mul(torch.tensor([[0.0, 100.0, 5.0, 2.0]])).tolist()
+    [[0.0, 200.0]]
     """
     op = "silu_and_mul"
     if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:

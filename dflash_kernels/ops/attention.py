@@ -1,22 +1,22 @@
-"""Attention of a block of Q queries over paged context K/V and the block's own K/V, read where the projection left it.
+"""Attention of a block's queries over paged context K/V and the block's own K/V, read where the projection left it.
 
-Request b has context_lens[b] = c committed tokens. Query i of the block stands at position c + i. Keys are
+Request b has c = context_lens[b] committed tokens. Query i of the block has position c + i. The keys are
 
     context key j, context_starts[b] <= j < c:  cache row page_table[b, j // P] * P + j % P, at position j
     block key j,   0 <= j < block_lens[b]:      k[b, j], v[b, j], at position c + j (never written to the cache here)
 
-and query i sees key position kp, with qp = c + i, where qp - left <= kp <= qp + right (-1: unlimited) and, if causal,
-kp <= qp. With s = scale * q.k, s <- softcap * tanh(s / softcap) if softcap > 0:
+Query i, at position qp = c + i, sees a key at position kp if qp - left <= kp <= qp + right (-1: unlimited) and, when
+causal, kp <= qp. With s = scale * q.k, and s <- softcap * tanh(s / softcap) if softcap > 0:
 
     out = sum_visible exp(s) v / (exp(sink) + sum_visible exp(s)),    zeros where no key is visible
 
-Scores, weights and sums are float32, with one rounding at the end (where bfloat16 runs on AMX tiles, a weight is also
-rounded to bfloat16 before it meets its value). A row's bits depend on its own query, position and visible keys alone:
-not on B, Q, its neighbours, threads, page size, or whether a key lies in the cache or in the block.
+Scores, weights and sums are float32, with one rounding at the end. Where bfloat16 runs on AMX tiles, a weight is also
+rounded to bfloat16 before it meets its value. A row's bits depend on its own query, position and visible keys alone:
+not on B, Q, its neighbours, threads or page size, nor on whether a key lies in the cache or in the block.
 
-A float8_e4m3fn cache holds keys and values divided by its scales (types.PagedKV); scores and sums take the scales, so
-that no key is rounded again, and the block's own keys and values stay as they are. There it does matter where a key
-lies, as the cache has fewer bits of it: a row's bits then also depend on where the context ends.
+A float8_e4m3fn cache holds keys and values divided by its scales, as PagedKV describes. Scores and sums take the
+scales, so no key is rounded again. The block's own keys and values keep their dtype. The cache has fewer bits of a key
+than the block, so a row's bits then also depend on where the context ends.
 """
 
 import math
@@ -35,31 +35,73 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
                     scale: float | None = None, causal: bool = False, window: tuple[int, int] = (-1, -1),
                     sinks: torch.Tensor | None = None, softcap: float = 0.0,
                     out: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention of a block's queries over the request's paged context and the block itself; equation above.
+    """Attention of a block's queries over the paged context and the block itself.
 
-    q (B, Q, Hq, D): float32, bfloat16 or float16; last dimension contiguous, others at any stride (a view of qkv rows).
-    k, v (B, Q, Hkv, D): like q; Hkv divides Hq, and query head h reads key head h // (Hq // Hkv).
-    cache: PagedKV of q's dtype, or float8_e4m3fn, with Hkv heads of D; None: no context keys. On a GPU float32 q over a
-        float8_e4m3fn cache up to D = 64; NotImplementedError above.
-    page_table (B, max_pages): int32, page ids in position order, last dimension contiguous. None only with cache=None.
-        Entries outside a request's visible context are never read.
-    context_lens (B,): int32, committed tokens of each request; also the position of its first query. Below 0 is 0. Of a
-        context beyond max_pages * P nothing is read: rows that see any of it are NaN, and the others as they would be.
-    block_lens (B,): int32, valid rows of each block; None: Q. Rows past it are invisible and not written. Clamped to
-        [0, Q].
-    context_starts (B,): int32, first context position that holds data; None: 0. Clamped to [0, context_lens].
-    scale: multiplies q.k; None: 1 / sqrt(D).
-    causal: key positions after the query's are invisible. Off by default: a draft block is bidirectional.
-    window: (left, right) distances, in tokens, both inclusive; -1 is unlimited. A checkpoint's sliding_window w counts
-        the token itself: left = w - 1.
-    sinks (Hq,): float32 or q's dtype, logit of an extra key with no value.
-    softcap: 0 for none.
-    out (B, Q, Hq, D): written; last dimension contiguous, may not overlap k, v or the cache. Allocated when None.
+    Parameters
+    ----------
+    q : (B, Q, Hq, D) float32, bfloat16 or float16
+        Last dimension contiguous, others at any stride: a view of qkv rows fits.
+    k, v : (B, Q, Hkv, D) dtype of q
+        Layout as for q. Hkv divides Hq, and query head h reads key head h // (Hq // Hkv).
+    cache : PagedKV of q's dtype or float8_e4m3fn, or None
+        Pages with Hkv heads of D. None: no context keys.
+    page_table : (B, max_pages) int32, or None
+        Page ids in position order, last dimension contiguous. None exactly when cache is. Entries outside a request's
+        visible context are never read. A visible key on a page that does not exist counts as NaN.
+    context_lens : (B,) int32
+        Committed tokens of each request, and the position of its first query. Contiguous. Negative counts as 0. Context
+        beyond max_pages * P is not read: rows that see any of it are NaN, and other rows are unaffected.
+    block_lens : (B,) int32, optional
+        Valid rows of each block, clamped to [0, Q]. Contiguous. None: Q. Rows past it are invisible and not written.
+    context_starts : (B,) int32, optional
+        First context position that holds data, clamped to [0, context_lens]. Contiguous. None: 0.
+    scale : float, optional
+        Factor of q.k. None: 1 / sqrt(D).
+    causal : bool
+        Hides keys at later positions than the query's. Off by default, because a draft block is bidirectional.
+    window : (int, int)
+        (left, right) distances in tokens, both inclusive; -1 is unlimited. A checkpoint's sliding_window w counts the
+        token itself: left = w - 1.
+    sinks : (Hq,) float32 or dtype of q, optional
+        Logit of an extra key without a value. Contiguous.
+    softcap : float
+        Bound of the scores. 0: none.
+    out : (B, Q, Hq, D) dtype of q, optional
+        Written. Last dimension contiguous. It must not overlap k, v or the cache.
 
-    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout, device or option. With DFLASH_CHECK=1
-    also for lengths or page ids out of range; without it a visible key on a page that does not exist counts as NaN.
-    Mutates out alone. Graph-safe. Source: DFlash (arXiv 2602.06036, section 4); online softmax (arXiv 1805.02867);
-    reference/attention.py.
+    Returns
+    -------
+    out : (B, Q, Hq, D) dtype of q
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout, device or option. With DFLASH_CHECK=1 also lengths or page ids out of range.
+    NotImplementedError
+        On a GPU: D above 256, or above 64 for float32 queries over a float8_e4m3fn cache.
+
+    Notes
+    -----
+    Graph-safe. Source: DFlash, arXiv 2602.06036, section 4; online softmax, arXiv 1805.02867; reference/attention.py.
+
+    Replaces the drafter's attention backend in vLLM's V1 runner.
+
+    Examples
+    --------
+    Zero queries weigh all visible keys equally. The context's one token has the value 6, the block's two have 2 and 1.
+
+    >>> import torch
+    >>> from dflash_kernels import PagedKV, block_attention
+    >>> zeros = torch.zeros(1, 2, 1, 1)
+    >>> values = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1)
+    >>> cache = PagedKV(torch.zeros(4, 2, 1, 1), torch.full((4, 2, 1, 1), 6.0))
+    >>> tables = torch.tensor([[3]], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    >>> block_attention(zeros, zeros, values, cache, *tables).flatten().tolist()
+    [3.0, 3.0]
+    >>> block_attention(zeros, zeros, values, cache, *tables, causal=True).flatten().tolist()
+    [4.0, 3.0]
     """
     op = "block_attention"
     if not isinstance(q, torch.Tensor) or q.dtype not in check.FLOATS:

@@ -1,12 +1,12 @@
-"""The block that a draft pass starts from, for B requests in one launch.
+"""The block that a draft pass starts from: B requests in one launch.
 
     ids[b]       = [anchor[b], MASK, MASK, ...]
     positions[b] = context_lens[b] + (0, 1, 2, ...)
     slots[b, i]  = page_table[b, p // P] * P + p % P   with p = positions[b, i]
     rows[b, i]   = embedding[ids[b, i]]
 
-A token past its request's length, or whose page the request does not own, has slot -1: nothing is ever written into
-a page that belongs to someone else. Everything here is integers and copies, so results are exact.
+A token has slot -1 if it lies past its request's length or if the request does not own its page. Nothing is ever
+written into another request's page. The ops copy integers and rows, so results are exact.
 """
 
 import torch
@@ -21,24 +21,54 @@ def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_si
                   page_table: torch.Tensor | None = None, page_size: int | None = None,
                   block_lens: torch.Tensor | None = None, embedding: torch.Tensor | None = None,
                   out: PreparedBlock | None = None) -> PreparedBlock:
-    """Ids, absolute positions, cache slots and embedded rows of each request's block [anchor, MASK, MASK, ...].
+    """Ids, positions, cache slots and embedded rows of each request's block.
 
-    anchor_ids (B,): int64, any stride: the last committed token of each request.
-    context_lens (B,): int32, contiguous: tokens before the anchor, which is the anchor's position.
-    block_size: Q, at least 1; it may be less than the checkpoint's.
-    mask_token_id: the id that fills the block; it must be in the embedding table when there is one.
-    page_table (B, max_pages): int32, rows at any stride: the page of tokens [j * P, (j + 1) * P) of a request. Entries
-        that no live token needs are not read; a negative entry is a page that the request does not own.
-    page_size: P, tokens a page; with page_table only.
-    block_lens (B,): int32, contiguous: live tokens of each block, clamped to [0, Q]; None means Q. Past it ids are
-        MASK, positions 0, slots -1 and rows zero.
-    embedding (V, H): float32, bfloat16 or float16, rows at any stride. An id outside [0, V) gives a zero row.
-    out: a PreparedBlock to write into (a graph's fixed addresses), with slots if and only if page_table is given and
-        rows if and only if embedding is. Allocated when None. Nothing else is mutated.
+    Parameters
+    ----------
+    anchor_ids : (B,) int64
+        Last committed token of each request. Any stride.
+    context_lens : (B,) int32
+        Tokens before the anchor, which is also the anchor's position. Contiguous.
+    block_size : int
+        Q, at least 1. It can be smaller than the checkpoint's.
+    mask_token_id : int
+        Id that fills the block. It must be a row of embedding, if that is given.
+    page_table : (B, max_pages) int32, optional
+        Page of tokens [j * P, (j + 1) * P) of each request, rows at any stride. A negative entry is a page that the
+        request does not own. Entries that no live token needs are not read.
+    page_size : int, optional
+        P, tokens per page. Given exactly when page_table is.
+    block_lens : (B,) int32, optional
+        Live tokens of each block, clamped to [0, Q]. Contiguous. None: Q. Past a block's length ids are MASK, positions
+        0, slots -1 and rows zero.
+    embedding : (V, H) float32, bfloat16 or float16, optional
+        Rows at any stride. An id outside [0, V) gives a zero row.
+    out : PreparedBlock, optional
+        Written. It has slots exactly when page_table is given, and rows exactly when embedding is.
 
-    Returns out: PreparedBlock(ids (B, Q) int64, positions (B, Q) int64, slots (B, Q) int64 or None,
-    rows (B, Q, H) or None). Raises TypeError for a dtype, ValueError for a shape, layout, device or number. Graph-safe.
-    Source: DFlash, arXiv 2602.06036, section 4; reference/block.py.
+    Returns
+    -------
+    out : PreparedBlock
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout, device or number. With DFLASH_CHECK=1 also anchors or lengths out of range.
+
+    Notes
+    -----
+    Graph-safe. Source: DFlash, arXiv 2602.06036, section 4; reference/block.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import prepare_block
+    >>> context_lens, page_table = torch.tensor([6], dtype=torch.int32), torch.tensor([[5, 2, 0]], dtype=torch.int32)
+    >>> block = prepare_block(torch.tensor([7]), context_lens, 4, 99, page_table=page_table, page_size=4)
+    >>> block.ids.tolist(), block.positions.tolist(), block.slots.tolist()
+    ([[7, 99, 99, 99]], [[6, 7, 8, 9]], [[10, 11, 0, 1]])
     """
     op = "prepare_block"
     q, mask_token_id, page_size = _check_inputs(op, anchor_ids, context_lens, block_size, mask_token_id, page_table,
@@ -52,15 +82,39 @@ def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_si
 
 
 def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """out[...] = table[ids[...]], and a zero row for an id outside [0, V).
+    """Rows of a table, looked up by id.
 
-    ids (...): int64, last dimension contiguous, rows at any one stride.
-    table (V, H): float32, bfloat16, float16, or int64 (ids looked up by ids), last dimension contiguous, rows at any
-        stride.
-    out (..., H): dtype of table; written. Last dimension contiguous; must not overlap table. Allocated when None.
+    Parameters
+    ----------
+    ids : (...) int64
+        Last dimension contiguous, rows at any one stride. An id outside [0, V) gives a zero row.
+    table : (V, H) float32, bfloat16, float16 or int64
+        Last dimension contiguous, rows at any stride. An int64 table maps ids to ids.
+    out : (..., H) dtype of table, optional
+        Written. Last dimension contiguous. It must not overlap table.
 
-    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
-    Source: reference/block.py.
+    Returns
+    -------
+    out : (..., H) dtype of table
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Notes
+    -----
+    Graph-safe. Source: reference/block.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import embed_tokens
+    >>> table = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> embed_tokens(torch.tensor([1, 0, -1]), table).tolist()
+    [[3.0, 4.0], [1.0, 2.0], [0.0, 0.0]]
     """
     op = "embed_tokens"
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:

@@ -1,14 +1,14 @@
-"""Context K/V: what every draft layer sees of the target, written to all layers' caches in one launch.
+"""Context K/V: the target's hidden states as every draft layer sees them, written to all layers' caches in one launch.
 
 For token t and layer l, from one row [K_0 | V_0 | K_1 | V_1 | ...] of the all-layer K/V projection:
 
-    k_caches[l][slot] = rope(rms_norm(K_l, k_weights[l]), positions[t])          per head, as in ops/rope.py
+    k_caches[l][slot] = rope(rms_norm(K_l, k_weights[l]), positions[t])          per head, as in qk_norm_rope
     v_caches[l][slot] = v_scale * V_l
 
-K has the bits that qk_norm_rope gives the same row, so that a key is the same whether it comes from the cache or from
-the block. A float8_e4m3fn cache gets these rows, already rounded to kv's dtype, divided by its scales and rounded as
-types.PagedKV says: the bytes of an engine that writes K and V first and quantises them into the cache. A bias of the
-projection is the GEMM's to add, before this op.
+K has the bits that `qk_norm_rope` gives the same row, so a key is the same whether it comes from the cache or from the
+block. A float8_e4m3fn cache gets these rows, already rounded to kv's dtype, divided by its scales and rounded as
+PagedKV describes: the bytes of an engine that writes K and V first and quantizes them into the cache. A bias of the
+projection belongs to the GEMM before this op.
 """
 
 from collections.abc import Sequence
@@ -30,28 +30,61 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
                      rounding: str = "each") -> None:
     """Norms, rotates and scatters the context K/V rows of all L draft layers.
 
-    kv (T, L * 2 * Hkv * D): float32, bfloat16 or float16, per layer K then V, last dimension contiguous, rows at any
-        one stride.
-    positions (T,): int64, contiguous, absolute token positions. A row whose position is outside the table writes
-        nothing (DFLASH_CHECK=1: ValueError).
-    slots (T,) or (L, T): int64, last dimension contiguous, page * P + row, for all layers or for each. Below 0 or at
-        num_pages * P and above, that row of that layer writes nothing. Two rows of a layer must not name one slot.
-    caches: L <= 64 PagedKV of dtype of kv, or all float8_e4m3fn, equal in shape and strides. Either all or none have a
-        k_scale, of one shape; so for v_scale. Written at the given slots only.
-    k_weights (L, D): dtype of kv, contiguous; None: K is not normed.
-    cos_sin (max_pos, R): float32 or dtype of kv, contiguous, [cos (R/2) | sin (R/2)], R <= D <= 1024; None: no
-        rotation (NoPE).
-    eps: added to the mean of squares.
-    interleaved: RoPE pairs of neighbours instead of halves.
-    commit_lens (B,): int32, contiguous; the T = B * Q rows are grouped by request, and row i of request b is written
-        only if i < commit_lens[b]: none below 1, all from Q on. None: all rows.
-    v_scale: factor of V (a checkpoint's attention_value_scale), rounded once; at 1 the bits are copied. Not a cache's
-        v_scale, by which V is divided afterwards.
-    rounding: "each" rounds to the model dtype between K norm and RoPE (vLLM, Hugging Face), "end" does not (SGLang).
+    Parameters
+    ----------
+    kv : (T, L * 2 * Hkv * D) float32, bfloat16 or float16
+        Per layer K, then V. Last dimension contiguous, rows at any one stride.
+    positions : (T,) int64
+        Absolute token positions. Contiguous. A row with a position outside the table writes nothing.
+    slots : (T,) or (L, T) int64
+        page * P + row, for all layers or for each. Last dimension contiguous. A slot outside [0, num_pages * P) writes
+        nothing. Two rows of a layer must not share a slot.
+    caches : sequence of L PagedKV
+        Written at the given slots only. At most 64 layers, all of kv's dtype or all float8_e4m3fn, with equal shapes
+        and strides. All or none have a k_scale, of one shape; the same holds for v_scale.
+    k_weights : (L, D) dtype of kv, optional
+        K norm weights. Contiguous. None: K is not normed.
+    cos_sin : (max_pos, R) float32 or dtype of kv, or None
+        Rows [cos (R/2) | sin (R/2)], contiguous, R <= D <= 1024. None: no rotation (NoPE).
+    eps : float
+        Added to the mean of squares.
+    interleaved : bool
+        RoPE pairs neighbours instead of halves.
+    commit_lens : (B,) int32, optional
+        Contiguous. The T = B * Q rows are grouped by request, and row i of request b is written only if
+        i < commit_lens[b]. None: all rows.
+    v_scale : float
+        Factor of V (a checkpoint's attention_value_scale), rounded once; at 1 the bits are copied. A cache's own
+        v_scale divides V afterwards.
+    rounding : {"each", "end"}
+        "each" rounds to the model dtype between K norm and RoPE (vLLM, Hugging Face). "end" does not (SGLang).
 
-    Returns None. Raises TypeError for a dtype, ValueError for a shape, layout, device or rounding, NotImplementedError
-    for more layers or a larger D. Graph-safe.
-    Source: DFlash, arXiv 2602.06036, section 4 (KV injection); reference/context.py.
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout, device or rounding. With DFLASH_CHECK=1 also a position outside the table.
+    NotImplementedError
+        More than 64 layers, or D above 1024.
+
+    Notes
+    -----
+    Graph-safe. Source: DFlash, arXiv 2602.06036, section 4 (KV injection); reference/context.py.
+
+    Replaces `precompute_and_store_context_kv` of vLLM's DFlash model and SGLang's `_append_target_hidden_fused`.
+
+    Examples
+    --------
+    One layer without norm and rotation; the second row's slot is -1.
+
+    >>> import torch
+    >>> from dflash_kernels import PagedKV, write_context_kv
+    >>> cache = PagedKV(torch.zeros(2, 2, 1, 2), torch.zeros(2, 2, 1, 2))
+    >>> kv = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    >>> write_context_kv(kv, torch.tensor([10, 11]), torch.tensor([3, -1]), [cache], cos_sin=None)
+    >>> cache.k[1, 1, 0].tolist(), cache.v[1, 1, 0].tolist(), int(cache.k.count_nonzero())
+    ([1.0, 2.0], [3.0, 4.0], 2)
     """
     op = "write_context_kv"
     if not isinstance(kv, torch.Tensor) or kv.dtype not in check.FLOATS:

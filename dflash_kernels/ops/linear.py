@@ -1,12 +1,11 @@
-"""Linear layers for few rows, as in decoding, drafting and verifying: the time is that of reading the weight.
+"""Linear layers for few rows, as in decoding, drafting and verifying. Reading the weight takes most of the time.
 
-    linear(x) = x W^T + bias,  float32 sums over k in one fixed order, one rounding at the end
+    linear(x) = x W^T + bias                               float32 sums over k in one fixed order, one rounding
+    linear(x) = scales * (x int8^T) + bias                 W in 8 bits: W = scales[:, None] * int8, half of the bytes
 
-    W in 8 bits is scales[:, None] * int8:  linear(x) = scales * (x int8^T) + bias, at half of the bytes
-
-A row of the result has the same bits whatever other rows are computed beside it. That is what makes a verify pass of Q
-rows agree bit for bit with Q passes of one row, which library GEMMs do not (they choose another kernel for another
-number of rows).
+A row of the result has the same bits however many rows are computed with it. So a verify pass of Q rows agrees bit for
+bit with Q passes of one row. Library GEMMs do not promise this, because they choose another kernel for another number
+of rows.
 """
 
 import torch
@@ -19,16 +18,39 @@ from . import _checks as check
 
 
 def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
-    """Lays a weight out in the order in which `linear` and `lm_head_argmax` read it. Do it once, when loading.
+    """Lays out a weight once, when it is loaded, in the order in which `linear` and the LM heads read it.
 
-    weight (N, K): float32, bfloat16 or float16, or int8 with scales, any strides.
-    scales (N,): float32, what each row of an int8 weight is multiplied by; see quantize_weight.
+    Parameters
+    ----------
+    weight : (N, K) float32, bfloat16 or float16, or int8 with scales
+        Any strides.
+    scales : (N,) float32, optional
+        Factor of each row of an int8 weight, as `quantize_weight` returns it.
 
-    Returns a PackedWeight with as many bytes. On a CPU it is a copy in blocks (N rounded up to 16, K to 32 for
-    bfloat16 and int8), in huge pages that weights share, and the original can be freed. On CUDA rows stream as they
-    are: it is the weight itself where that is contiguous, not a copy.
-    Raises TypeError for a dtype, ValueError for a shape. Allocates: call it outside graphs.
-    Graph-safe: no. Source: reference/linear.py, `pack`.
+    Returns
+    -------
+    packed : PackedWeight
+        On a CPU it is a copy in blocks, in huge pages that weights share, and the original can be freed. N is rounded
+        up to 16, and K to 32 for bfloat16 and int8. On CUDA rows stream as they are: a contiguous weight is not copied.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, or an empty weight.
+
+    Notes
+    -----
+    Not graph-safe: it allocates. Source: reference/linear.py, function pack.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import linear, pack_weight
+    >>> packed = pack_weight(torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+    >>> linear(torch.tensor([[1.0, 2.0]]), packed).tolist()
+    [[11.0, 17.0]]
     """
     op = "pack_weight"
     check.tensor(op, "weight", weight, check.FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
@@ -43,15 +65,41 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight in 8 bits, symmetric, with one scale a row, for pack_weight.
+    """Rounds a weight to 8 bits, symmetric, with one scale per row.
 
-    weight (N, K): float32, bfloat16 or float16, finite, any strides. Left as it is.
+    Parameters
+    ----------
+    weight : (N, K) float32, bfloat16 or float16
+        Finite, any strides.
 
-    Returns (int8 (N, K), scales (N,) float32). A row's largest magnitude becomes 127, so each element is off by at most
-    that magnitude / 254; a row of zeros has the scale 1. It is meant for drafters: what they draft may change, the text
-    that the target accepts does not.
-    Raises TypeError for a dtype, ValueError for a shape or a weight that is not finite. Allocates: call it outside
-    graphs. Graph-safe: no. Source: reference/linear.py, `quantize`.
+    Returns
+    -------
+    quantized : (N, K) int8
+        A row's largest magnitude becomes 127, so an element is off by at most that magnitude / 254.
+    scales : (N,) float32
+        For `pack_weight`. A row of zeros has scale 1.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, or a weight that is empty or not finite.
+
+    Notes
+    -----
+    Meant for drafters: rounding can change the drafts, but not the text that the target accepts. Not graph-safe: it
+    allocates. Source: reference/linear.py, function quantize.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import pack_weight, quantize_weight
+    >>> quantized, scales = quantize_weight(torch.tensor([[254.0, -128.0], [0.0, 0.0]]))
+    >>> quantized.tolist(), scales.tolist()
+    ([[127, -64], [0, 0]], [2.0, 1.0])
+    >>> pack_weight(quantized, scales).dtype
+    torch.int8
     """
     op = "quantize_weight"
     check.tensor(op, "weight", weight, check.FLOATS, "(N, K)", (None, None))
@@ -67,16 +115,42 @@ def _without_graph(parameter: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None, *,
            out: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias, bit-identical per row whatever the number of rows.
+    """Product with a weight, plus a bias.
 
-    x (..., K): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
-    weight: a PackedWeight (fast), of x's dtype or in 8 bits, or (N, K) of x's dtype with a contiguous last dimension
-        (packed on the fly: same bits, slower).
-    bias (N,): dtype of x, contiguous, or None.
-    out (..., N): written; must not overlap x. Allocated when None.
+    Parameters
+    ----------
+    x : (..., K) float32, bfloat16 or float16
+        Last dimension contiguous, rows at any one stride.
+    weight : PackedWeight, or (N, K) dtype of x
+        A PackedWeight has x's dtype or 8 bits. A tensor needs a contiguous last dimension and is packed in each call:
+        the same bits, slower.
+    bias : (N,) dtype of x, optional
+        Contiguous.
+    out : (..., N) dtype of x, optional
+        Written. It must not overlap x.
 
-    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
-    Source: reference/linear.py.
+    Returns
+    -------
+    out : (..., N) dtype of x
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Notes
+    -----
+    Graph-safe. Source: reference/linear.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import linear
+    >>> weight = torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+    >>> linear(torch.tensor([[1.0, 2.0]]), weight, torch.tensor([0.5, 0.0])).tolist()
+    [[11.5, 17.0]]
     """
     op = "linear"
     data, scales, n = weight_of(op, x, weight, bias)

@@ -1,11 +1,13 @@
-"""The language-model head fused with argmax or top-K: no logits in memory.
+"""The LM head fused with argmax or top-k. No logits are stored.
 
     logit(r, v) = round(cap * tanh(scale * (x W^T + bias) / cap)),   ids[r] = argmax over v < num_valid
 
-The logit is rounded to the model dtype before it is compared, as it is when an engine stores logits, so the answer is
-`linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything. Where each device
-has a shard of the vocabulary, every shard gives an id and a value a row, and `combine_argmax` picks by the same rule.
-lm_head_topk gives the K first in that order and the log-sum-exp of all, from which the probability of each follows.
+A logit is rounded to the model dtype before it is compared, as it is when an engine stores logits. So the answer is
+`linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything.
+
+Where each device has a shard of the vocabulary, every shard gives an id and a value per row, and `combine_argmax` picks
+by the same rule. `lm_head_topk` gives the first k in that order and the log-sum-exp of all logits, from which the
+probability of each follows.
 """
 
 import torch
@@ -23,16 +25,53 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
                    ) -> tuple[torch.Tensor, torch.Tensor]:
     """The most likely token of each row, and its logit.
 
-    x (..., H): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
-    weight: a PackedWeight of the (V, H) head, of x's dtype or in 8 bits, or the (V, H) tensor itself (slower).
-    bias (V,): dtype of x, or None.
-    num_valid: rows of the head from this one on are padding and never win. Default V.
-    scale, softcap: logit <- cap * tanh(scale * logit / cap); softcap 0 means none. Multiplier first, then the cap.
-    id_offset: added to the ids: the first row's id of a vocabulary shard.
-    out_ids (...): int64, contiguous. out_values (...): float32, contiguous. Allocated when None.
+    Parameters
+    ----------
+    x : (..., H) float32, bfloat16 or float16
+        Last dimension contiguous, rows at any one stride.
+    weight : PackedWeight, or (V, H) dtype of x
+        A PackedWeight has x's dtype or 8 bits. A tensor needs a contiguous last dimension and is slower.
+    bias : (V,) dtype of x, optional
+        Contiguous.
+    num_valid : int, optional
+        Rows of the head from this one on are padding and never win. None: V.
+    scale : float
+        Factor of the logits, applied before softcap.
+    softcap : float
+        Cap: a logit becomes softcap * tanh(logit / softcap). 0: none.
+    id_offset : int
+        Added to the ids: the id of a vocabulary shard's first row.
+    out_ids : (...) int64, optional
+        Written. Contiguous.
+    out_values : (...) float32, optional
+        Written. Contiguous.
 
-    Returns (ids, values). Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
-    Source: reference/head.py; the tie rule is torch.argmax's.
+    Returns
+    -------
+    ids : (...) int64
+    values : (...) float32
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout, device or number.
+
+    Notes
+    -----
+    Graph-safe. Source: reference/lm_head.py; the tie rule is that of torch.argmax.
+
+    Replaces `_greedy_sample` of vLLM's DFlash proposer and SGLang's `_DflashDraftSampler`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import lm_head_argmax
+    >>> head = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    >>> ids, values = lm_head_argmax(torch.eye(2), head)
+    >>> ids.tolist(), values.tolist()
+    ([2, 1], [3.0, 2.0])
     """
     op = "lm_head_argmax"
     data, scales, n = weight_of(op, x, weight, bias)
@@ -65,15 +104,44 @@ _lm_head_argmax = define(
 
 def combine_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Tensor | None = None,
                  out_values: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most likely token of each row, from the winners of S shards of the vocabulary.
+    """The most likely token of each row, from the winners of S vocabulary shards.
 
-    values (S, R): float32, contiguous: what lm_head_argmax gave for each shard, shards in any order.
-    ids (S, R): int64, contiguous, with each shard's id_offset already in them.
-    out_ids (R,): int64, contiguous. out_values (R,): float32, contiguous. Allocated when None.
+    Parameters
+    ----------
+    values : (S, R) float32
+        Values that `lm_head_argmax` returned for each shard, in any order of shards. Contiguous.
+    ids : (S, R) int64
+        Its ids, with each shard's id_offset included. Contiguous.
+    out_ids : (R,) int64, optional
+        Written. Contiguous.
+    out_values : (R,) float32, optional
+        Written. Contiguous.
 
-    Returns (ids, values): the largest value of each column, NaN above everything, and of equal ones that with the
-    lowest id. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
-    Source: reference/head.py; the tie rule is torch.argmax's over the whole vocabulary.
+    Returns
+    -------
+    ids : (R,) int64
+        Id of the largest value in each column. NaN is above everything, and of equal values the lowest id wins.
+    values : (R,) float32
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Notes
+    -----
+    Graph-safe. Source: reference/lm_head.py; the tie rule is that of torch.argmax over the whole vocabulary.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import combine_argmax
+    >>> values = torch.tensor([[1.0, 4.0], [2.0, 4.0]])
+    >>> ids, values = combine_argmax(values, torch.tensor([[10, 11], [70, 71]]))
+    >>> ids.tolist(), values.tolist()
+    ([70, 11], [2.0, 4.0])
     """
     op = "combine_argmax"
     check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R)", (None, None)))
@@ -99,15 +167,54 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
                  num_valid: int | None = None, scale: float = 1.0, softcap: float = 0.0, id_offset: int = 0,
                  out_ids: torch.Tensor | None = None, out_values: torch.Tensor | None = None,
                  out_lse: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k most likely tokens of each row, their logits, and the log-sum-exp of the row's logits.
+    """The k most likely tokens of each row, their logits, and the log-sum-exp of all the row's logits.
 
-    x, weight, bias, num_valid, scale, softcap, id_offset: as for lm_head_argmax. k: 1 to 64, at most num_valid.
-    out_ids (..., k): int64, contiguous. out_values (..., k): float32, contiguous. out_lse (...): float32, contiguous.
-        Allocated when None.
+    Parameters
+    ----------
+    x : (..., H) float32, bfloat16 or float16
+        Last dimension contiguous, rows at any one stride.
+    weight, bias, num_valid, scale, softcap, id_offset
+        As for `lm_head_argmax`.
+    k : int
+        1 to 64, and at most num_valid.
+    out_ids : (..., k) int64, optional
+        Written. Contiguous.
+    out_values : (..., k) float32, optional
+        Written. Contiguous.
+    out_lse : (...) float32, optional
+        Written. Contiguous.
 
-    Returns (ids, values, lse), ids in the order of values: NaN first, then falling, of equal ones the lowest id first.
-    lse is natural, over the rounded logits below num_valid; NaN where one of them is. Raises TypeError for a dtype,
-    ValueError for a shape, layout or device. Graph-safe. Source: reference/head.py.
+    Returns
+    -------
+    ids : (..., k) int64
+        In the order of values. Of equal values the lowest id comes first.
+    values : (..., k) float32
+        NaN first, then descending.
+    lse : (...) float32
+        Natural logarithm, over the rounded logits below num_valid. NaN if one of them is NaN.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout, device or number.
+
+    Notes
+    -----
+    Graph-safe. Source: reference/lm_head.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import lm_head_topk
+    >>> head = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    >>> ids, values, lse = lm_head_topk(torch.eye(2), head, 2)
+    >>> ids.tolist(), values.tolist()
+    ([[2, 0], [1, 2]], [[3.0, 1.0], [2.0, 1.0]])
+    >>> probabilities = (values - lse[:, None]).exp()
+    >>> [round(p, 3) for p in probabilities[0].tolist()]
+    [0.844, 0.114]
     """
     op = "lm_head_topk"
     data, scales, n = weight_of(op, x, weight, bias)
@@ -133,14 +240,49 @@ _lm_head_topk = define(
 def combine_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, out_ids: torch.Tensor | None = None,
                out_values: torch.Tensor | None = None, out_lse: torch.Tensor | None = None,
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k most likely tokens of each row, from those of S shards of the vocabulary.
+    """The k most likely tokens of each row, from those of S vocabulary shards.
 
-    values (S, R, k): float32, ids (S, R, k): int64, lse (S, R): float32, contiguous: what lm_head_topk gave for each
-        shard, with its id_offset; shards in any order.
-    out_ids (R, k): int64. out_values (R, k): float32. out_lse (R,): float32. Contiguous; allocated when None.
+    Parameters
+    ----------
+    values : (S, R, k) float32
+        Values that `lm_head_topk` returned for each shard, in any order of shards. Contiguous.
+    ids : (S, R, k) int64
+        Its ids, with each shard's id_offset included. Contiguous.
+    lse : (S, R) float32
+        Its log-sum-exps. Contiguous.
+    out_ids : (R, k) int64, optional
+        Written. Contiguous.
+    out_values : (R, k) float32, optional
+        Written. Contiguous.
+    out_lse : (R,) float32, optional
+        Written. Contiguous.
 
-    Returns (ids, values, lse) as lm_head_topk over the whole vocabulary does. Raises TypeError for a dtype, ValueError
-    for a shape, layout or device. Graph-safe. Source: reference/head.py.
+    Returns
+    -------
+    ids : (R, k) int64
+        In the order of `lm_head_topk` over the whole vocabulary.
+    values : (R, k) float32
+    lse : (R,) float32
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Notes
+    -----
+    Graph-safe. Source: reference/lm_head.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import combine_topk
+    >>> values = torch.tensor([[[5.0, 1.0]], [[4.0, 3.0]]])
+    >>> ids, values, lse = combine_topk(values, torch.tensor([[[7, 2]], [[64, 70]]]), torch.zeros(2, 1))
+    >>> ids.tolist(), values.tolist()
+    ([[7, 64]], [[5.0, 4.0]])
     """
     op = "combine_topk"
     check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R, k)", (None,) * 3))

@@ -1,9 +1,9 @@
-"""RMSNorm, alone and fused with the residual addition before it.
+"""RMSNorm, alone or fused with the residual addition before it.
 
     rms_norm(x)         = x * rsqrt(mean(x^2) + eps) * weight
     add_rms_norm(x, r)  = rms_norm(h), r <- h,  with h = round(x + r)
 
-Sums and products are float32, with one rounding when a result is stored; h is rounded to the model dtype before the
+Sums and products are float32. A result is rounded once, when it is stored. h is rounded to the model dtype before the
 norm, as it is when the residual stream lives in memory. A row's bits depend on that row alone.
 """
 
@@ -18,13 +18,38 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
              out: torch.Tensor | None = None) -> torch.Tensor:
     """Root-mean-square norm over the last dimension.
 
-    x (..., H): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
-    weight (H,): dtype of x, contiguous.
-    eps: added to the mean of squares.
-    out (..., H): written; may be x itself. Allocated when None.
+    Parameters
+    ----------
+    x : (..., H) float32, bfloat16 or float16
+        Last dimension contiguous, rows at any one stride.
+    weight : (H,) dtype of x
+        Contiguous.
+    eps : float
+        Added to the mean of squares.
+    out : (..., H) dtype of x, optional
+        Written. It can be x itself.
 
-    Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
-    Source: Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; reference/norm.py.
+    Returns
+    -------
+    out : (..., H) dtype of x
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Notes
+    -----
+    Graph-safe. Source: Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; reference/norm.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import rms_norm
+    >>> rms_norm(torch.tensor([[2.0, -2.0]]), torch.tensor([1.0, 3.0]), eps=0.0).tolist()
+    [[1.0, -3.0]]
     """
     op = "rms_norm"
     out, rows, out_rows = _rows(op, x, weight, out)
@@ -35,18 +60,50 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
                  out: torch.Tensor | None = None, residual_out: torch.Tensor | None = None,
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h = round(x + residual); returns (rms_norm(h), h).
+    """Residual addition, then the root-mean-square norm of the sum.
 
-    x (..., H): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride.
-    residual (..., H): like x. Overwritten with h unless residual_out is given.
-    weight (H,): dtype of x, contiguous.
-    eps: added to the mean of squares.
-    out (..., H): the normed rows; may be x itself. Allocated when None.
-    residual_out (..., H): takes h in place of `residual`, which then stays as it was. With it a layer's output lands
-        where a drafter's target features are collected, with no copy.
+    Parameters
+    ----------
+    x : (..., H) float32, bfloat16 or float16
+        Last dimension contiguous, rows at any one stride.
+    residual : (..., H) dtype of x
+        Layout as for x. Overwritten with h = round(x + residual), unless residual_out is given.
+    weight : (H,) dtype of x
+        Contiguous.
+    eps : float
+        Added to the mean of squares.
+    out : (..., H) dtype of x, optional
+        Written: the normed rows. It can be x itself.
+    residual_out : (..., H) dtype of x, optional
+        Takes h in place of residual, which stays as it was. A layer's output then needs no copy to be among the
+        drafter's aux hidden states.
 
-    Returns (out, where h was written). Raises TypeError for a dtype, ValueError for a shape, layout or device.
-    Graph-safe. Source: reference/norm.py; DFlash draft and target layers (arXiv 2602.06036, section 4).
+    Returns
+    -------
+    out : (..., H) dtype of x
+        rms_norm(h).
+    residual : (..., H) dtype of x
+        h: residual_out if it is given, otherwise residual.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Notes
+    -----
+    Graph-safe. Source: the draft and target layers of DFlash, arXiv 2602.06036, section 4; reference/norm.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import add_rms_norm
+    >>> x, residual = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, -3.0]])
+    >>> normed, hidden = add_rms_norm(x, residual, torch.ones(2), eps=0.0)
+    >>> normed.tolist(), hidden.tolist(), hidden is residual
+    ([[1.0, -1.0]], [[2.0, -2.0]], True)
     """
     op = "add_rms_norm"
     out, rows, out_rows = _rows(op, x, weight, out)

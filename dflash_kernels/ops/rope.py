@@ -1,12 +1,14 @@
-"""Per-head q/k RMSNorm and rotary embedding, in place on a packed qkv row.
+"""Per-head RMSNorm and rotary embedding of q and k, in place on packed qkv rows.
 
-    h        = x * rsqrt(mean(x^2) + eps) * weight                    over one head's D elements; h = x without weight
-    (a', b') = (a cos - b sin, b cos + a sin)                         for each pair (a, b) of the first R elements of h
+    h        = x * rsqrt(mean(x^2) + eps) * weight         over one head's D elements; h = x without a weight
+    (a', b') = (a cos - b sin, b cos + a sin)              for each pair (a, b) of the first R elements of h
 
-R = rotary_dim <= D; pair i is (i, i + R/2), or (2i, 2i + 1) when interleaved; cos and sin are entry i of the table's
-row for the token's position. rounding="each" rounds h to the model dtype before it is rotated, as vLLM and the Hugging
-Face models do; rounding="end" stays in float32 from norm through rotation, as SGLang does. Products and sums of the
-rotation are separate float32 operations, so without a norm the result equals the same torch expression's bit for bit.
+R is the rotary dimension, at most D. Pair i is (i, i + R/2), or (2i, 2i + 1) when interleaved. cos and sin are entry i
+of the table's row for the token's position.
+
+Rounding "each" rounds h to the model dtype before the rotation, as vLLM and the Hugging Face models do. Rounding "end"
+stays in float32 from norm through rotation, as SGLang does. Products and sums of the rotation are separate float32
+operations, so without a norm the result equals the same torch expression's bit for bit.
 """
 
 import torch
@@ -24,26 +26,63 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
                  k_weight: torch.Tensor | None = None, eps: float = 1e-6, interleaved: bool = False,
                  cache: PagedKV | None = None, slots: torch.Tensor | None = None,
                  rounding: str = "each") -> torch.Tensor:
-    """Norms and rotates the q and k heads of packed rows [q | k | v]; with a cache also stores K and V there.
+    """Norms and rotates the q and k heads of packed rows [q | k | v], and can store K and V in a cache.
 
-    qkv (T, (Hq + 2 Hkv) * D): float32, bfloat16 or float16, last dimension contiguous, rows at any one stride that
-        keeps them apart. The q and k parts are overwritten, v is left alone.
-    positions (T,): int64, contiguous, absolute token positions. A row whose position is outside the table gets NaN in
-        all of its q and k, so that the mistake shows, and stores nothing (DFLASH_CHECK=1: ValueError).
-    cos_sin (max_pos, R): float32 or dtype of qkv, contiguous, [cos (R/2) | sin (R/2)]; None: no rotation (NoPE).
-    num_heads, num_kv_heads, head_dim: Hq, Hkv and D <= 1024.
-    q_weight, k_weight (D,): dtype of qkv, contiguous; None: that part is not normed.
-    eps: added to the mean of squares.
-    interleaved: pairs of neighbours instead of halves.
-    cache: pages of dtype of qkv, or float8_e4m3fn, with Hkv heads of D; the finished K row and the V row of token t are
-        copied, or quantised as PagedKV says, to slots[t]. Two tokens must not name one slot.
-    slots (T,): int64, contiguous, page * P + row; below 0 or at num_pages * P and above, nothing is stored.
+    Parameters
+    ----------
+    qkv : (T, (Hq + 2 Hkv) * D) float32, bfloat16 or float16
+        q and k are overwritten; v is not. Last dimension contiguous, rows at any one stride that keeps them apart.
+    positions : (T,) int64
+        Absolute token positions. Contiguous. A position outside the table fills that row's q and k with NaN and stores
+        nothing.
+    cos_sin : (max_pos, R) float32 or dtype of qkv, or None
+        Rows [cos (R/2) | sin (R/2)], contiguous. None: no rotation (NoPE).
+    num_heads, num_kv_heads : int
+        Hq and Hkv.
+    head_dim : int
+        D, at most 1024.
+    q_weight, k_weight : (D,) dtype of qkv, optional
+        Norm weights. Contiguous. None: that part is not normed.
+    eps : float
+        Added to the mean of squares.
+    interleaved : bool
+        Pairs neighbours instead of halves.
+    cache : PagedKV of qkv's dtype or float8_e4m3fn, optional
+        Pages with Hkv heads of D. The finished K row and the V row of token t are copied to slots[t], or quantized as
+        PagedKV describes.
+    slots : (T,) int64, optional
+        page * P + row. Contiguous. A slot outside [0, num_pages * P) stores nothing. Two tokens must not share a slot.
         Given exactly when cache is.
-    rounding: "each" or "end", see the module's text.
+    rounding : {"each", "end"}
+        "each" rounds to the model dtype between norm and rotation. "end" does not.
 
-    Returns qkv. Raises TypeError for a dtype, ValueError for a shape, layout, device or rounding, NotImplementedError
-    for a larger D. Graph-safe.
-    Source: Su et al. 2021, arXiv 2104.09864, eq. 34; reference/rope.py.
+    Returns
+    -------
+    qkv : (T, (Hq + 2 Hkv) * D)
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout, device or rounding. With DFLASH_CHECK=1 also a position outside the table.
+    NotImplementedError
+        head_dim above 1024.
+
+    Notes
+    -----
+    Graph-safe. Source: Su et al. 2021, arXiv 2104.09864, eq. 34; reference/rope.py.
+
+    Examples
+    --------
+    One head each. The table's row 1 is a quarter turn, which turns [1, 0] into [0, 1].
+
+    >>> import torch
+    >>> from dflash_kernels import qk_norm_rope
+    >>> qkv = torch.tensor([[1.0, 0.0, 3.0, 0.0, 5.0, 6.0]])
+    >>> cos_sin = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> qk_norm_rope(qkv, torch.tensor([1]), cos_sin, num_heads=1, num_kv_heads=1, head_dim=2).tolist()
+    [[0.0, 1.0, 0.0, 3.0, 5.0, 6.0]]
     """
     op = "qk_norm_rope"
     if not isinstance(qkv, torch.Tensor) or qkv.dtype not in check.FLOATS:

@@ -1,7 +1,14 @@
-"""Sampled verification and drafting: tokens drawn so that what is emitted follows the target's distribution exactly.
+"""Drafting and verification with sampling. Emitted tokens follow the target's distribution exactly.
 
-Row i of a request's block gives the distribution p_i of the token at position context_len + 1 + i, out of its logits by
-temperature, min-p, top-k and top-p (reference/sample.py has the equations); draft token x_i was drawn from q_i.
+Row i of a request's block gives the distribution p_i of the token at position context_len + 1 + i. It comes from the
+row's adjusted logits l, with m = max l and w_v = exp((l_v - m) / temperature):
+
+    min_p   keep v if w_v >= min_p                                     (the most likely token always stays)
+    top_k   of those, keep v if fewer than top_k are larger than l_v
+    top_p   of those, keep v if the mass of the larger ones is < top_p of all their mass
+    p_v  =  w_v / sum of the kept w
+
+Draft token x_i was drawn from q_i. Verification decides by q and by the rule:
 
     one-hot q (no proposal)   y_i = F_i^-1(u_i), the inverse of p_i's cumulative sum; x_i is accepted if it is y_i
     rule "token"              x_i is accepted with probability min(1, p_i(x_i) / q_i(x_i))
@@ -9,9 +16,9 @@ temperature, min-p, top-k and top-p (reference/sample.py has the equations); dra
                               average, and the same thing where q is one-hot
     after the last accepted   one token from the residual (p - q)+, or from p itself after a whole block: the bonus
 
-Random numbers are Philox4x32-10 of (seed, position, purpose), so a request's text depends on its own seed and logits
-alone, never on its batch. With a one-hot q it does not depend on the drafts either: the text is that of plain sampling,
-one row at a time, token by token.
+Random numbers are Philox4x32-10 of (seed, position, purpose). A request's text depends on its own seed and logits
+alone, never on its batch. With a one-hot q it does not depend on the drafts either: it is the text of baseline
+sampling, one token at a time.
 """
 
 import torch
@@ -35,28 +42,65 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
                   proposal: Proposal | None = None, adjustments: LogitAdjustments | None = None, rule: str = "token",
                   block_lens: torch.Tensor | None = None, out: Verified | None = None,
                   workspace: torch.Tensor | None = None) -> Verified:
-    """Accepted lengths, emitted tokens, bonus tokens and new context lengths of B drafted blocks, sampled.
+    """Accepts a prefix of each drafted block and draws the token after it, by the requests' sampling settings.
 
-    draft_ids (B, Q): int64, rows at any stride: the block that the target ran over; column 0 is the anchor. With Q = 1
-        this is plain sampling. A block ends at its first id outside [0, V), such as the -1 of an engine that proposes
-        nothing, as if block_lens said so: what follows counts for nothing, and the token there is drawn from p.
-    logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
-        vocabulary is a view). A row after the first rejection need not be read.
-    context_lens (B,): int32, contiguous: tokens before the anchor.
-    params: SamplingTensors. Requests below temperature 1e-5 are greedy, in the same batch; their proposal counts for
+    Parameters
+    ----------
+    draft_ids : (B, Q) int64
+        The block that the target ran over, rows at any stride. Column 0 is the anchor. A block ends at its first id
+        outside [0, V), such as the -1 of an engine that proposes nothing, as if block_lens said so. The token there is
+        drawn from p. With Q = 1 this is baseline sampling.
+    logits : (B, Q, V) float32, bfloat16 or float16
+        Last dimension contiguous, others at any stride: a crop of a padded vocabulary fits. Rows after the first
+        rejection are not always read.
+    context_lens : (B,) int32
+        Tokens before the anchor. Contiguous.
+    params : SamplingTensors
+        Requests below temperature 1e-5 are greedy, in the same batch. Their proposals are ignored.
+    proposal : Proposal, optional
+        Distribution of the drafts. None: greedy drafts, q is one-hot.
+    adjustments : LogitAdjustments, optional
+        Changes to the logits, read in the same pass.
+    rule : {"token", "block"}
+        Acceptance rule, as in ops/sample.py.
+    block_lens : (B,) int32, optional
+        Live tokens of each block, clamped to [0, Q]. Contiguous. None: Q. A request of length 0 is padding and commits
         nothing.
-    proposal: how the drafts were drawn; None: greedily, q is one-hot.
-    adjustments: LogitAdjustments, read in the same pass.
-    rule: "token" (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318) or "block" (Sun et al.,
-        arXiv 2403.10444).
-    block_lens (B,): int32, contiguous: live tokens of each block, clamped to [0, Q]; None means Q. A request of length
-        0 is padding: it commits nothing.
-    out: a Verified to write into. Allocated when None. new_lens may be context_lens itself; nothing else may overlap.
-    workspace: float32, contiguous, at least workspace_size(B, Q, V) elements, overwritten. Allocated when None.
+    out : Verified, optional
+        Written. new_lens can be context_lens itself; nothing else can overlap.
+    workspace : (n,) float32, optional
+        Overwritten. Contiguous, with at least `workspace_size` elements.
 
-    Returns out, as verify_greedy does. Raises TypeError for a dtype, ValueError for a shape, layout, device or rule.
-    With DFLASH_CHECK=1 also for temperatures and shares that are negative or NaN. Graph-safe. Source: the papers above;
-    reference/sample.py.
+    Returns
+    -------
+    out : Verified
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout, device or rule. With DFLASH_CHECK=1 also sampling settings that are negative or NaN.
+
+    Notes
+    -----
+    Graph-safe. Source: for "token", Leviathan et al. 2023, arXiv 2211.17192, and Chen et al. 2023, arXiv 2302.01318;
+    for "block", Sun et al., arXiv 2403.10444; reference/sample.py.
+
+    Replaces `rejection_sample` of vLLM's V2 runner and SGLang's `compute_dflash_sampling_correct_drafts_and_bonus`.
+
+    Examples
+    --------
+    The target can only draw 7 and then 8 here, so draft 7 is accepted and draft 9 is not.
+
+    >>> import torch
+    >>> from dflash_kernels import SamplingTensors, verify_sample
+    >>> logits = torch.full((1, 3, 10), -torch.inf)
+    >>> logits[0, 0, 7] = logits[0, 1, 8] = logits[0, 2, 1] = 0.0
+    >>> params = SamplingTensors(temperature=torch.ones(1), seeds=torch.tensor([1]))
+    >>> verified = verify_sample(torch.tensor([[5, 7, 9]]), logits, torch.tensor([10], dtype=torch.int32), params)
+    >>> verified.tokens.tolist(), verified.new_lens.tolist()
+    ([[7, 8, -1]], [12])
     """
     op = "verify_sample"
     b, q, vocab = _check_target(op, draft_ids, logits, context_lens, block_lens)
@@ -85,16 +129,50 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
 def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor, params: SamplingTensors, *,
                  out_ids: torch.Tensor | None = None, out_probs: torch.Tensor | None = None,
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws each block's drafts from the K most likely tokens of each slot, and gives the q that they were drawn from.
+    """Draws each block's drafts from the K most likely tokens of each slot.
 
-    values, ids (B, Q - 1, K): float32 and int64, contiguous, as lm_head_topk gives them, largest first.
-    context_lens (B,): int32, contiguous: tokens before the anchor; slot i is at position context_len + 1 + i.
-    params: SamplingTensors: temperature, min-p, top-k and top-p over the K alone. Greedy requests take the most likely.
-    out_ids (B, Q - 1): int64, last dimension contiguous: columns 1 to Q - 1 of the block. out_probs (B, Q - 1, K):
-        float32, contiguous. Allocated when None.
+    Parameters
+    ----------
+    values : (B, Q - 1, K) float32
+        Logits as `lm_head_topk` returns them, largest first. Contiguous.
+    ids : (B, Q - 1, K) int64
+        Their tokens. Contiguous.
+    context_lens : (B,) int32
+        Tokens before the anchor; slot i is at position context_len + 1 + i. Contiguous.
+    params : SamplingTensors
+        Temperature, min-p, top-k and top-p apply to the K tokens alone. Greedy requests take the most likely.
+    out_ids : (B, Q - 1) int64, optional
+        Written. Last dimension contiguous: columns 1 to Q - 1 of the block fit.
+    out_probs : (B, Q - 1, K) float32, optional
+        Written. Contiguous.
 
-    Returns (out_ids, out_probs); Proposal(probs=out_probs, ids=ids) is what verify_sample wants. Raises TypeError for a
-    dtype, ValueError for a shape, layout or device. Graph-safe. Source: reference/sample.py.
+    Returns
+    -------
+    out_ids : (B, Q - 1) int64
+        The drafts.
+    out_probs : (B, Q - 1, K) float32
+        The distribution q that they were drawn from. Pass Proposal(probs=out_probs, ids=ids) to `verify_sample`.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device. With DFLASH_CHECK=1 also sampling settings that are negative or NaN.
+
+    Notes
+    -----
+    Graph-safe. Source: reference/sample.py.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import SamplingTensors, sample_draft
+    >>> values, ids = torch.tensor([[[2.0, 1.0], [4.0, 0.0]]]), torch.tensor([[[30, 8], [17, 5]]])
+    >>> params = SamplingTensors(temperature=torch.zeros(1), seeds=torch.tensor([1]))
+    >>> drafts, probs = sample_draft(values, ids, torch.tensor([10], dtype=torch.int32), params)
+    >>> drafts.tolist(), probs.tolist()
+    ([[30, 17]], [[[1.0, 0.0], [1.0, 0.0]]])
     """
     op = "sample_draft"
     check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(B, Q - 1, K)", (None,) * 3))

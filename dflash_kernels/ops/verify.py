@@ -1,12 +1,12 @@
 """Greedy verification: the longest prefix of the draft that the target would have written itself.
 
-The target's answer after block token i is target_ids[b, i]; the draft said draft_ids[b, i + 1]. With
+The target's answer after block token i is target_ids[b, i]. The draft said draft_ids[b, i + 1]. With
 
     accept = max n such that draft_ids[b, i] == target_ids[b, i - 1] for all 1 <= i <= n
 
-the step emits target_ids[b, 0 ... accept]: the accepted tokens and one that is the target's own, the bonus. From
-logits, target_ids = argmax(logits), the first index winning ties and NaN winning over everything, as in torch.argmax.
-Integers and comparisons only, so results are exact.
+the step emits target_ids[b, 0 ... accept]: the accepted tokens and the target's own next token, the bonus. From logits,
+target_ids = argmax(logits), as in torch.argmax: the first index wins ties, and NaN is above everything. Only integers
+are computed and values compared, so results are exact.
 """
 
 import torch
@@ -20,24 +20,52 @@ from . import _checks as check
 def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, context_lens: torch.Tensor, *,
                   logits: torch.Tensor | None = None, block_lens: torch.Tensor | None = None,
                   out: Verified | None = None) -> Verified:
-    """Accepted lengths, emitted tokens, bonus tokens and new context lengths of B drafted blocks.
+    """Accepts a prefix of each drafted block and emits it with the target's next token.
 
-    draft_ids (B, Q): int64, rows at any stride: the block that the target ran over; column 0 is the anchor. An id that
-        is no token, such as -1 where nothing is proposed, is never accepted, whatever target_ids has there.
-    target_ids (B, Q): int64, rows at any stride: the target's next token after each of them; None with logits.
-    context_lens (B,): int32, contiguous: tokens before the anchor.
-    logits (B, Q, V): float32, bfloat16 or float16, last dimension contiguous, others at any stride (a crop of a padded
-        vocabulary is a view). Their argmax stands for target_ids, in the same call. A row after the first mismatch
-        need not be read.
-    block_lens (B,): int32, contiguous: live tokens of each block, clamped to [0, Q]; None means Q. A request of length
-        0 is padding: it commits nothing.
-    out: a Verified to write into (a graph's fixed addresses). Allocated when None. new_lens may be context_lens itself
-        and tokens may be target_ids; nothing else may overlap.
+    Parameters
+    ----------
+    draft_ids : (B, Q) int64
+        The block that the target ran over, rows at any stride. Column 0 is the anchor. An id that is no token, such as
+        -1 where nothing is proposed, is never accepted, whatever target_ids has there.
+    target_ids : (B, Q) int64, or None
+        The target's next token after each of them, rows at any stride. None exactly when logits are given.
+    context_lens : (B,) int32
+        Tokens before the anchor. Contiguous.
+    logits : (B, Q, V) float32, bfloat16 or float16, optional
+        Their argmax is used as target_ids. Last dimension contiguous, others at any stride: a crop of a padded
+        vocabulary fits. Rows after the first mismatch are not always read.
+    block_lens : (B,) int32, optional
+        Live tokens of each block, clamped to [0, Q]. Contiguous. None: Q. A request of length 0 is padding and commits
+        nothing.
+    out : Verified, optional
+        Written. new_lens can be context_lens itself and tokens can be target_ids; nothing else can overlap.
 
-    Returns out: Verified(accept_lens (B,) int32, commit_lens (B,) int32, tokens (B, Q) int64, bonus (B,) int64,
-    new_lens (B,) int32). Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
-    Source: DFlash, arXiv 2602.06036, section 4; Leviathan et al. 2023, arXiv 2211.17192, at temperature 0;
+    Returns
+    -------
+    out : Verified
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device. With DFLASH_CHECK=1 also lengths out of range.
+
+    Notes
+    -----
+    Graph-safe. Source: DFlash, arXiv 2602.06036, section 4; Leviathan et al. 2023, arXiv 2211.17192, at temperature 0;
     reference/verify.py.
+
+    Replaces `rejection_sample` of vLLM's V1 runner, for greedy requests with equal numbers of drafts.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import verify_greedy
+    >>> drafts, target = torch.tensor([[5, 7, 8, 9]]), torch.tensor([[7, 8, 3, 4]])
+    >>> verified = verify_greedy(drafts, target, torch.tensor([10], dtype=torch.int32))
+    >>> verified.tokens.tolist(), verified.accept_lens.tolist(), verified.new_lens.tolist()
+    ([[7, 8, 3, -1]], [2], [13])
     """
     op = "verify_greedy"
     _check_inputs(op, draft_ids, target_ids, context_lens, logits, block_lens)

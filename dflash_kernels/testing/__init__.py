@@ -1,4 +1,7 @@
-"""Reusable by anyone who tests kernels against a reference: error budgets, poison, and instruction-set control."""
+"""Tools for testing kernels against a reference: error budgets, poisoned memory and instruction sets.
+
+`LAYOUTS` names the cache layouts that `poisoned_storage` and `cache_views` know: "nhd", "hnd", "interleaved", "slots".
+"""
 
 from .budget import assert_within_budget, doubles, same_bits
 from .cache import LAYOUTS, cache_views, poisoned_storage, rotary_table

@@ -1,10 +1,28 @@
-"""How far a kernel may be from the float32 reference."""
+"""Error budgets: how far a kernel can be from its reference."""
 
 import torch
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True when shapes, dtypes and every bit agree (so NaN equals the same NaN, and 0.0 differs from -0.0)."""
+    """Whether shapes, dtypes and every bit agree.
+
+    Parameters
+    ----------
+    a, b : torch.Tensor
+        Any dtype of 1, 2, 4 or 8 bytes.
+
+    Returns
+    -------
+    same : bool
+        NaN equals NaN with the same bits, and 0.0 differs from -0.0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels.testing import same_bits
+    >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    False
+    """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -19,16 +37,59 @@ def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def doubles(*tensors):
-    """Float64 copies: what a reference is given to produce the truth that all dtypes are measured against."""
+    """Float64 copies of float tensors: inputs for a reference whose result all dtypes are measured against.
+
+    Parameters
+    ----------
+    *tensors : torch.Tensor or None
+        Tensors of other dtypes are cloned. None stays None.
+
+    Returns
+    -------
+    copies : tuple
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels.testing import doubles
+    >>> x, ids, none = doubles(torch.ones(2, dtype=torch.bfloat16), torch.tensor([3]), None)
+    >>> x.dtype, ids.dtype, none
+    (torch.float64, torch.int64, None)
+    """
     return tuple(None if t is None else t.double() if t.is_floating_point() else t.clone() for t in tensors)
 
 
 def assert_within_budget(actual: torch.Tensor, reference: torch.Tensor, peer: torch.Tensor | None = None, *,
                          factor: float = 2.0, ulps: float = 1.0, name: str = "") -> None:
-    """|actual - reference| <= factor * max|peer - reference| + ulps * ulp(reference), element by element.
+    """Asserts |actual - reference| <= factor * max|peer - reference| + ulps * ulp(reference), element by element.
 
-    reference: float32 or float64, same shape. peer: the same expression in torch at actual's dtype, or None for ulps
-    alone. NaN and infinities must stand at the same places. The first bad coordinate is in the message.
+    Parameters
+    ----------
+    actual : torch.Tensor
+        The result under test.
+    reference : torch.Tensor, float32 or float64
+        The truth, of the same shape.
+    peer : torch.Tensor, optional
+        The same expression in torch at actual's dtype. None: the budget is ulps alone.
+    factor : float
+        Allowed multiple of the peer's largest error.
+    ulps : float
+        Allowed units in the last place of actual's dtype.
+    name : str
+        Prefix of the message.
+
+    Raises
+    ------
+    AssertionError
+        An element is over the budget, or NaN and infinities stand at other places. The message has the first
+        coordinate.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels.testing import assert_within_budget
+    >>> truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    >>> assert_within_budget(truth.bfloat16(), truth)
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(reference.shape)}"
     got, want = actual.double(), reference.double()

@@ -1,4 +1,4 @@
-"""Runs a piece of code under each instruction set that the CPU has."""
+"""CPU kernels under each instruction set that the CPU has."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,44 @@ from .._library import native
 
 
 def every_isa() -> list[str]:
-    """The instruction sets of this CPU, lowest first; ["reference"] where the C++ library is not built."""
+    """The instruction sets of this CPU.
+
+    Returns
+    -------
+    names : list of str
+        Lowest first; ["reference"] if the C++ library is not built.
+
+    Examples
+    --------
+    >>> from dflash_kernels import build_info
+    >>> from dflash_kernels.testing import every_isa
+    >>> build_info()["isa"] in every_isa()
+    True
+    """
     return native.isas() if native else ["reference"]
 
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """CPU kernels run with instruction set `name` inside the block."""
+    """Runs CPU kernels with one instruction set inside a `with` block.
+
+    Parameters
+    ----------
+    name : str
+        One of `every_isa()`.
+
+    Returns
+    -------
+    context : context manager
+
+    Examples
+    --------
+    >>> from dflash_kernels import build_info
+    >>> from dflash_kernels.testing import every_isa, use_isa
+    >>> with use_isa(every_isa()[0]):
+    ...     build_info()["isa"] == every_isa()[0]
+    True
+    """
     if native is None:
         yield
         return
