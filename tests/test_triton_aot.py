@@ -81,6 +81,17 @@ def test_how_far_a_loop_copies_ahead_is_read_from_its_waits(least, waits):
     assert _aot.main_loop("\n".join(loop((0,), 0))) == (None, None)
 
 
+def test_what_has_a_report_is_not_compiled_again(tmp_path, monkeypatch):
+    """By its key: the committed reports do without a folder of earlier ones."""
+    monkeypatch.setattr(_aot, "NOUNS", ("activation",))
+    known = {key: _aot.Report(*what, 32, 0, 0, 0) for key, what in _aot.keys().items()}
+    assert _aot.report_all(tmp_path, 1, known) == list(known.values()) and not [*tmp_path.iterdir()]
+    changed, _ = known.popitem()
+    found = _aot.report_all(tmp_path, 1, {**known, "gone": _aot.Report("gone", 90, 32, 0, 0, 0)})
+    assert [p.stem for p in tmp_path.iterdir()] == [changed]
+    assert found[:-1] == list(known.values()) and (found[-1].name, found[-1].arch) == _aot.keys()[changed]
+
+
 def test_the_report_carries_warnings_and_waits(tmp_path):
     written = [_aot.Report("k", 90, 32, 0, 0, 64, 3, 7, ("C7515",)), _aot.Report("k", 100, 30, 0, 0, 0)]
     _aot.write(written, tmp_path, {"a": ("k", 90), "b": ("k", 100)})

@@ -1,6 +1,7 @@
 """Compiles kernels for GPUs that are not here, and says what each takes of a multiprocessor.
 
-    python -m dflash_kernels._triton._aot FOLDER [CACHE]     writes triton.md and triton.json there: every case
+    python -m dflash_kernels._triton._aot FOLDER [CACHE]     writes triton.md and triton.json there: every case, of
+                                                             which it compiles those that have changed since
 
 A spilled register is traffic that no roofline counts, and a block over the shared memory of its architecture does not
 launch; both are found here, by ptxas, with no GPU.
@@ -201,11 +202,18 @@ def _number(pattern: str, log: str) -> int:
     return int(found[1])
 
 
-def report_all(cache: str | os.PathLike | None = None, workers: int = 2) -> list[Report]:
-    """Every case of every noun for every architecture, in `workers` processes."""
-    jobs = [(noun, index, arch) for noun in NOUNS for index in range(len(cases(noun))) for arch in SHARED_LIMIT]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(report, *zip(*jobs, strict=True), [cache] * len(jobs)))
+def report_all(cache: str | os.PathLike | None = None, workers: int = 2,
+               known: Mapping[str, Report] | None = None) -> list[Report]:
+    """Every case of every noun for every architecture, in `workers` processes. known: reports by key; what has one is
+    not compiled."""
+    jobs = {key(case.on(arch), arch): (noun, index, arch) for noun in NOUNS for index, case in enumerate(cases(noun))
+            for arch in SHARED_LIMIT}
+    found = {k: r for k, r in (known or {}).items() if k in jobs}
+    anew = [job for k, job in jobs.items() if k not in found]
+    if anew:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return [*found.values(), *pool.map(report, *zip(*anew, strict=True), [cache] * len(anew))]
+    return list(found.values())
 
 
 def summary(reports: list[Report]) -> str:
@@ -248,6 +256,7 @@ def read(file: str | os.PathLike) -> tuple[str, dict[str, Report]]:
 
 
 if __name__ == "__main__":
-    every = report_all(*sys.argv[2:])
+    before = Path(sys.argv[1], "triton.json")
+    every = report_all(*sys.argv[2:], known=read(before)[1] if before.exists() else None)
     write(every, sys.argv[1], keys())
     sys.exit("\n".join(filter(None, (r.complaint() for r in every))) or 0)
