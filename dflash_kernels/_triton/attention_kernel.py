@@ -1,8 +1,9 @@
-"""The programs of block_attention: one for a tile of rows and a unit of keys, and one that merges rows' spans."""
+"""The programs of block_attention: one for a tile of rows and a share of its spans, and one that merges spans."""
 
 import triton
 import triton.language as tl
 
+from .attention_span import begin_of, share_of, span_of
 from .attention_tile import attend_all, merge, nothing_seen
 
 
@@ -61,31 +62,20 @@ def _finish(out, softmax, sinks, lost, left, row, ok, h, group, d, head_dim, o_r
 
 
 @triton.jit
-def _put(softmax, d, parts, sinks, lost, left, place, out, o_row, o_head, units):
-    """Columns d of what a program found: the result, or its part of it."""
-    part, part_top, slot = parts
-    row, ok, h, group, head_dim = place
-    if units == 1:
-        _finish(out, softmax, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head)
-    else:
-        tl.store(part_top + slot * 2, softmax[0], ok)
-        tl.store(part_top + slot * 2 + 1, softmax[1], ok)
-        tl.store(part + slot[:, None] * head_dim + d[None, :], softmax[2], ok[:, None] & (d < head_dim)[None, :])
-
-
-@triton.jit
-def _sight(b, row0, lens, group, left, right, unit_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(live, lost, unit, begin, whole, stop, sight): the tiles [begin, stop) of the program's unit, of which rows see
-    those from `whole` on whole, as far as they are of the context."""
+def _sight(b, row0, lens, group, left, right, shares, octaves, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           SPAN: tl.constexpr, EACH: tl.constexpr):
+    """(live, begin, whole, stop, span, sight): the tiles [begin, stop) of the program's share, of which rows see those
+    from `whole` on whole, as far as they are of the context; its first span."""
     context_lens, block_lens, context_starts, width, capacity, num_pages = lens
-    context, start, live, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
+    context, start, live, _ = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
     first, end = bounds(row0, context, start, live, group, left, right, BLOCK_M)
-    unit = first // unit_size + tl.program_id(1)
-    begin = tl.maximum(unit * unit_size, first) // BLOCK_N
-    stop = tl.cdiv(tl.minimum((unit + 1) * unit_size, end), BLOCK_N)
+    span, last = share_of(tl.program_id(1), shares, first, end, octaves, SPAN, EACH)
+    begin = tl.maximum(begin_of(span, octaves, SPAN, EACH), first) // BLOCK_N
+    stop = tl.where(span < last, tl.cdiv(tl.minimum(begin_of(last, octaves, SPAN, EACH), end), BLOCK_N), begin)
     last_query = (tl.minimum(row0 + BLOCK_M, live * group) - 1) // group
     whole = tl.cdiv(tl.maximum(start, context + last_query - left), BLOCK_N)
-    return live, lost, unit, begin, whole, stop, (context, first, end, left, right)
+    span = span - span_of(first, octaves, SPAN, EACH), begin_of(span + 1, octaves, SPAN, EACH)
+    return live, begin, whole, stop, span, (context, first, end, left, right)
 
 
 @triton.jit
@@ -102,67 +92,74 @@ def _views(b, h, row0, live, context, group, tensors, head_dim, BLOCK_M: tl.cons
                   table[0] + b * table[1])
 
 
-@triton.jit(do_not_specialize=["width", "capacity", "table_row", "units"])
+@triton.jit(do_not_specialize=["width", "capacity", "table_row", "spans", "shares", "octaves"])
 def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_table, context_lens, block_lens,
                            context_starts, sinks, out, part, part_top, width, group, kv_heads, factor, softcap, left,
                            right, num_pages, capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row,
-                           v_head, kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, units,
-                           unit_size, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, NATIVE: tl.constexpr,
+                           v_head, kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, spans,
+                           shares, octaves, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, NATIVE: tl.constexpr,
                            PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                            BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EXACT_D: tl.constexpr, SPAN: tl.constexpr,
-                           SOFTCAP: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr):
-    """Program (task, u) has the u-th unit that a row tile sees; a unit is a span, or the whole context."""
+                           EACH: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr):
+    """Program (task, s) has the s-th share of the spans that a row tile sees: all of them and the result, or some and
+    for each what merge_spans_kernel reads."""
     tiles = tl.cdiv(width * group, BLOCK_M)
     request_head, row0 = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     b, h = request_head // kv_heads, request_head % kv_heads
     lens = context_lens, block_lens, context_starts, width, capacity, num_pages
     tensors = ((q, q_b, q_row, q_head), (k, k_b, k_row, k_head), (v, v_b, v_row, v_head),
                (k_cache, kc_page, kc_row, kc_head), (v_cache, vc_page, vc_row, vc_head), (page_table, table_row))
-    live, lost, unit, begin, whole, stop, sight = _sight(b, row0, lens, group, left, right, unit_size, BLOCK_M, BLOCK_N)
+    # Nothing is before the first program's spans, so that it merges them itself.
+    parts = (part, part_top, spans, width * group, octaves, tl.program_id(1) > 0,
+             (shares > 1) & (tl.program_id(1) == 0))
+    live, begin, whole, stop, span, sight = _sight(b, row0, lens, group, left, right, shares, octaves, BLOCK_M, BLOCK_N,
+                                                   SPAN, EACH)
     if (row0 < live * group) & (begin < stop):
         rows, keys = _views(b, h, row0, live, sight[0], group, tensors, HEAD_DIM, BLOCK_M, BLOCK_D)
         softmax, largest = attend_all(
-            begin, whole, stop, rows, keys, sight, (HEAD_DIM, num_pages), factor, scale_of(k_scales, h, K_SCALE),
-            scale_of(v_scales, h, V_SCALE), softcap, tl.arange(0, BLOCK_D), False, NATIVE, PAGE, BLOCK_M, BLOCK_N,
-            BLOCK_D, CHUNK_D, SPAN, SOFTCAP, WHOLE, STAGES)
-        # Added what is 0, and no compiler knows it, what follows from b, h and row0 is not kept through the loops.
-        zero = largest >> 31
-        b, h, row0 = b + zero, h + zero, row0 + zero
+            begin, whole, stop, span, rows, keys, sight, (HEAD_DIM, num_pages), parts, factor,
+            scale_of(k_scales, h, K_SCALE), scale_of(v_scales, h, V_SCALE), softcap, tl.arange(0, BLOCK_D), False,
+            NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, EACH, SOFTCAP, WHOLE, STAGES)
+        # Added what is 0, and no compiler knows it, none of this is kept through the loops.
+        task, tiles = tl.program_id(0) + (largest >> 31), tl.cdiv(width * group + (largest >> 31), BLOCK_M)
+        b, h, row0 = task // tiles // kv_heads, task // tiles % kv_heads, task % tiles * BLOCK_M
         row, to = row0 + tl.arange(0, BLOCK_M), out + b.to(tl.int64) * o_b
-        parts = part, part_top, ((b * kv_heads + h).to(tl.int64) * units + unit) * (width * group) + row
-        place = row, row < live * group, h, group, HEAD_DIM
+        _, _, live, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
+        ok = row < live * group
         if largest >= 0x7F800000:
-            live, lost, _, begin, whole, stop, sight = _sight(b, row0, lens, group, left, right, unit_size, BLOCK_M,
-                                                              BLOCK_N)
+            tl.debug_barrier()  # what a thread has left to be merged, another may write anew
+            _, begin, whole, stop, span, sight = _sight(b, row0, lens, group, left, right, shares, octaves, BLOCK_M,
+                                                        BLOCK_N, SPAN, EACH)
             rows, keys = _views(b, h, row0, live, sight[0], group, tensors, HEAD_DIM, BLOCK_M, BLOCK_D)
-            for column in tl.range(0, BLOCK_D, EXACT_D):
+            for column in tl.range(0, BLOCK_D, EXACT_D, disable_licm=True):
                 some = column + tl.arange(0, EXACT_D)
                 exact, _ = attend_all(
-                    begin, whole, stop, rows, keys, sight, (HEAD_DIM, num_pages), factor,
+                    begin, whole, stop, span, rows, keys, sight, (HEAD_DIM, num_pages), parts, factor,
                     scale_of(k_scales, h, K_SCALE), scale_of(v_scales, h, V_SCALE), softcap, some, True, NATIVE, PAGE,
-                    BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, SOFTCAP, False, 1)
-                _put(exact, some, parts, sinks, lost, left, place, to, o_row, o_head, units)
-        else:
-            _put(softmax, tl.arange(0, BLOCK_D), parts, sinks, lost, left, place, to, o_row, o_head, units)
+                    BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, EACH, SOFTCAP, False, 1)
+                if shares == 1:
+                    _finish(to, exact, sinks, lost, left, row, ok, h, group, some, HEAD_DIM, o_row, o_head)
+        elif shares == 1:
+            _finish(to, softmax, sinks, lost, left, row, ok, h, group, tl.arange(0, BLOCK_D), HEAD_DIM, o_row, o_head)
 
 
-@triton.jit(do_not_specialize=["width", "capacity", "spans"])
+@triton.jit(do_not_specialize=["width", "capacity", "spans", "shares", "octaves"])
 def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads,
-                       left, right, num_pages, capacity, o_b, o_row, o_head, spans, HEAD_DIM: tl.constexpr,
-                       BLOCK_M: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-                       AHEAD: tl.constexpr):
+                       left, right, num_pages, capacity, o_b, o_row, o_head, spans, shares, octaves,
+                       HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, SPAN: tl.constexpr, EACH: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):
     request_head = tl.program_id(0).to(tl.int64)
     b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(1) * ROWS
     context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
     first, end = bounds(row0 // BLOCK_M * BLOCK_M, context, start, rows, group, left, right, BLOCK_M)
     row, d = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    ok, last_span = row < rows * group, tl.cdiv(end, SPAN)
+    ok, span0 = row < rows * group, span_of(first, octaves, SPAN, EACH)
+    there = span_of(end - 1, octaves, SPAN, EACH) + 1 - span0
+    _, merged = share_of(0, shares, first, end, octaves, SPAN, EACH)  # into the last of the first program's spans
     softmax = nothing_seen(ROWS, BLOCK_D)
-    for begin in range(first // SPAN, last_span, AHEAD):
-        for span in tl.static_range(AHEAD):
-            there = tl.where(begin + span < last_span, ok, False)
-            slot = (request_head * spans + begin + span) * (width * group) + row
-            softmax = merge(softmax, (
-                tl.load(part_top + slot * 2, there, float("-inf")), tl.load(part_top + slot * 2 + 1, there, 0.0),
-                tl.load(part + slot[:, None] * HEAD_DIM + d[None, :], there[:, None] & (d < HEAD_DIM)[None, :], 0.0)))
+    for span in tl.range(merged - 1 - span0, there, num_stages=STAGES):
+        slot = (request_head * spans + span) * (width * group) + row
+        softmax = merge(softmax, (
+            tl.load(part_top + slot * 2, ok, float("-inf")), tl.load(part_top + slot * 2 + 1, ok, 0.0),
+            tl.load(part + slot[:, None] * HEAD_DIM + d[None, :], ok[:, None] & (d < HEAD_DIM)[None, :], 0.0)))
     _finish(out + b * o_b, softmax, sinks, lost, left, row, ok, h, group, d, HEAD_DIM, o_row, o_head)

@@ -18,7 +18,6 @@ A row's bits do not depend on the rows beside it, because every configuration co
 A weight in 8 bits is half of the bytes. It becomes x's type in registers, exactly, and its scales multiply the sums.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ._case import Case
+from ._chip import multiprocessors
 from ._math import NO_SPILLS, PLAIN
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
@@ -159,12 +159,6 @@ ADD_BLOCK, ADD_WARPS = 512, 4  # estimated: 16-byte accesses
 
 
 SECOND_LAUNCH = 0.1  # of the time that the weight takes. Estimated: 2.5 us beside 8 to 64
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def shared(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int, device: torch.device) -> int:

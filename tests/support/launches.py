@@ -33,6 +33,7 @@ def launches(multiprocessors: int = 132, generation: int = 9):
     with ExitStack() as stack:
         for owner, name, stand_in in ((KernelInterface, "__getitem__", get),
                                       (linear, "multiprocessors", lambda device: multiprocessors),
+                                      (attention, "multiprocessors", lambda device: multiprocessors),
                                       (attention, "generation", lambda device: generation)):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         stack.enter_context(OnLaunchers())

@@ -20,8 +20,8 @@ def test_every_op_has_a_launcher():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-@pytest.mark.parametrize("noun", [*NOUNS, "no_token", "sample_engines", "engines", "engines_vllm", "far",
-                                  "specialised"])
+@pytest.mark.parametrize("noun", [*NOUNS, "attention_span", "no_token", "sample_engines", "engines",
+                                  "engines_vllm", "far", "specialised"])
 def test_interpreted(noun, interpreted):
     ran = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider",
                           f"tests/triton/test_triton_{noun}.py"], cwd=ROOT, capture_output=True, text=True,

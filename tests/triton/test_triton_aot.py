@@ -68,6 +68,28 @@ def test_no_attention_in_16_bits_waits_for_its_own_tile(reports):
     assert seen == 9 * len(_aot.SHARED_LIMIT)
 
 
+def test_spans_are_merged_with_several_on_their_way(reports):
+    """Each is a trip to the second-level cache. Written as 8 loads and 8 merges they came one after another: what the
+    compiler makes of an order of loads is its own."""
+    merges = [r for (name, _), r in reports.items() if "merge_spans" in name]
+    assert len(merges) == 9 * len(_aot.SHARED_LIMIT)
+    assert all(r.ahead == 6 for r in merges), [r for r in merges if r.ahead != 6]
+
+
+def test_attention_counts_on_as_many_programs_as_a_multiprocessor_holds(reports):
+    """64 K registers, which a warp gets in eights for each thread, and a KB more of shared memory than one block may
+    have, of which each takes one."""
+    attention, wrong = importlib.import_module("dflash_kernels._triton.attention"), []
+    for case in (c for c in _aot.cases("attention") if "merge_spans" not in c.name):
+        for arch in _aot.SHARED_LIMIT:
+            r, warps = reports[case.name, arch], case.on(arch).num_warps
+            held = min((64 << 10) // (-(-r.registers // 8) * 8 * 32 * warps),
+                       (_aot.SHARED_LIMIT[arch] + 1024) // (r.shared + 1024))
+            if held != attention.blocks_of(warps):
+                wrong.append((case.name, arch, r.registers, r.shared, held))
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("least,waits", [(0, (0,)), (1, (3, 5)), (2, (7,))])
 def test_how_far_a_loop_copies_ahead_is_read_from_its_waits(least, waits):
     """Of the shortest loop with products; three groups a turn."""
@@ -80,7 +102,19 @@ def test_how_far_a_loop_copies_ahead_is_read_from_its_waits(least, waits):
     groups, found = _aot.main_loop(ttgir)
     assert (groups, found) == (3, min(waits))
     assert _aot.Report("k", 90, 32, 0, 0, 0, groups, found).ahead == least
-    assert _aot.main_loop("\n".join(loop((0,), 0))) == (None, None)
+    assert _aot.main_loop("\n".join([*loop((), 0), *loop(waits, 0), *loop((9,), 0, more=9)])) == (3, min(waits))
+    assert _aot.main_loop("\n".join(loop((), 0))) == (None, None)
+
+
+def test_what_has_a_report_is_not_compiled_again(tmp_path, monkeypatch):
+    """By its key: the committed reports do without a folder of earlier ones."""
+    monkeypatch.setattr(_aot, "NOUNS", ("activation",))
+    known = {key: _aot.Report(*what, 32, 0, 0, 0) for key, what in _aot.keys().items()}
+    assert _aot.report_all(tmp_path, 1, known) == list(known.values()) and not [*tmp_path.iterdir()]
+    changed, _ = known.popitem()
+    found = _aot.report_all(tmp_path, 1, {**known, "gone": _aot.Report("gone", 90, 32, 0, 0, 0)})
+    assert [p.stem for p in tmp_path.iterdir()] == [changed]
+    assert found[:-1] == list(known.values()) and (found[-1].name, found[-1].arch) == _aot.keys()[changed]
 
 
 def test_the_report_carries_warnings_and_waits(tmp_path):

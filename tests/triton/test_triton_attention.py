@@ -21,8 +21,9 @@ def dtype(request, monkeypatch):
 
 @pytest.fixture
 def short_spans(monkeypatch):
-    """Spans of 64 positions, so that short contexts have several."""
+    """Spans of 64 positions, of 128 from 256 on, so that short contexts have several."""
     monkeypatch.setattr(triton_attention, "SPAN", 64)
+    monkeypatch.setattr(triton_attention, "EACH", 2)
 
 
 def launch(q, k, v, cache, table, lens, *, out, block_lens=None, context_starts=None, scale=None, causal=False,
@@ -227,11 +228,29 @@ def test_empty_batches_and_blocks_and_no_cache(dtype):
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window": (70, -1)}], ids=str)
-def test_how_spans_are_shared_out_changes_no_bit(dtype, options, short_spans, monkeypatch):
-    case = Case([300, 0, 65, 130], heads=3, kv_heads=1, dim=16, dtype=dtype)
+@pytest.mark.parametrize("kind", ["", "head"], ids=["16 or 32 bits", "fp8"])
+def test_how_spans_are_shared_out_changes_no_bit(dtype, options, kind, short_spans, monkeypatch):
+    """Nor does how many there are room for."""
+    case = Case([300, 0, 65, 128], heads=3, kv_heads=1, dim=16, dtype=dtype)
+    case = fp8_cases.quantise(case, kind) if kind else case
+    monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once: 1)
     want = run(case, **options)
-    monkeypatch.setattr(triton_attention, "SPLIT_BELOW", 0)
-    assert same_bits(run(case, **options), want)
+    for shares in (3, 9):
+        monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once, n=shares: n)
+        assert same_bits(run(case, **options), want), shares
+        case.table = torch.cat([case.table, torch.full((4, 9 * shares), 2**30, dtype=torch.int32)], 1)
+
+
+def test_what_is_not_finite_is_left_to_merge_exactly(dtype, short_spans, monkeypatch):
+    """Of each of a program's spans, not of the last alone."""
+    for at in (10, 100, 190, 205):
+        case = Case([200], width=6, heads=2, kv_heads=1, dim=20, dtype=dtype)
+        case.v[0][at, 0, 17] = float("inf")
+        if at < 200:
+            case.cache.v[int(case.table[0, at // 16]), at % 16, 0, 17] = float("inf")
+        for shares in (1, 2):
+            monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once, n=shares: n)
+            check(case, window=(97, 1))
 
 
 def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, short_spans):
@@ -303,7 +322,7 @@ def test_p23_fp8_rows_have_the_same_bits_however_they_come(dtype, options, short
         for n in (1, 2, 5):
             part = launch(q[:, :n], k[:, :n], v[:, :n], cache, table, lens, out=torch.empty_like(q[:, :n]), **options)
             assert same_bits(part, whole[:, :n].contiguous())
-    monkeypatch.setattr(triton_attention, "SPLIT_BELOW", 0)
+    monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once: 1)
     assert same_bits(run(case, **options), whole)
 
 

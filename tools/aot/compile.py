@@ -1,6 +1,7 @@
 """Compiles kernels for GPUs that are not here, and says what each takes of a multiprocessor.
 
-    python -m tools.aot FOLDER [CACHE]     writes triton.md, triton.json and loops.md there: every case
+    python -m tools.aot FOLDER [CACHE]     writes triton.md, triton.json and loops.md there: every case, of which it
+                                           compiles those that have changed since
 
 A spilled register is traffic that no roofline counts, and a block over the shared memory of its architecture does not
 launch; both are found here, by ptxas, with no GPU.
@@ -122,7 +123,7 @@ def _compile(case: Case, arch: int) -> Report:
 
 def main_loop(ttgir: str) -> tuple[int | None, int | None]:
     """(groups, waits) of a Report: of the shortest loop with products and asynchronous copies, as a loop over tiles
-    that need no mask is shorter than the same with masks."""
+    that need no mask is shorter than the same with masks; of a kernel without products, of the shortest with copies."""
     open_loops, found = [], []
     for line in ttgir.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -133,15 +134,17 @@ def main_loop(ttgir: str) -> tuple[int | None, int | None]:
         elif open_loops:
             open_loops[-1][1].append(line)
     products = r"= tt\.dot |= ttng\.warp_group_dot |ttng\.tc_gen5_mma "
+    some = re.search(products, ttgir)
     for body in sorted(found, key=len):
         waits = [int(n) for n in re.findall(r"ttg\.async_wait .*num = (\d+)", "\n".join(body))]
-        if waits and any(re.search(products, line) for line in body):
+        if waits and (not some or any(re.search(products, line) for line in body)):
             return sum("ttg.async_commit_group" in line for line in body), min(waits)
     return None, None
 
 
 def loops(kernel: Any) -> list[list[str]]:
-    """The machine's instructions in each loop of a compiled kernel, from the branch's target to the branch."""
+    """The machine's instructions in each loop of a compiled kernel, from the branch's target to the branch, without the
+    longest part that a branch in it passes over: what most turns do not do, such as the end of a span."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -150,8 +153,12 @@ def loops(kernel: Any) -> list[list[str]]:
         text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-sass", file.name], check=True,
                               capture_output=True, text=True).stdout
     lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
-    back = [(int(m[1], 16), at) for at, word in lines if (m := re.search(r"\bBRA\b.*0x([0-9a-f]+)", word))]
-    return [[word for at, word in lines if begin <= at <= end] for begin, end in back if begin < end]
+    jumps = [(at, int(m[1], 16)) for at, word in lines if (m := re.search(r"\bBRA\b.*0x([0-9a-f]+)", word))]
+    found = []
+    for end, begin in (jump for jump in jumps if jump[1] < jump[0]):
+        over = max(((at, to) for at, to in jumps if begin <= at < to <= end), key=lambda x: x[1] - x[0], default=(0, 0))
+        found.append([word for at, word in lines if begin <= at <= end and not over[0] < at < over[1]])
+    return found
 
 
 def _specialised(case: Case) -> tuple[dict, dict]:
@@ -179,11 +186,18 @@ def _number(pattern: str, log: str) -> int:
     return int(found[1])
 
 
-def report_all(cache: str | os.PathLike | None = None, workers: int = 2) -> list[Report]:
-    """Every case of every noun for every architecture, in `workers` processes."""
-    jobs = [(noun, index, arch) for noun in NOUNS for index in range(len(cases(noun))) for arch in SHARED_LIMIT]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(report, *zip(*jobs, strict=True), [cache] * len(jobs)))
+def report_all(cache: str | os.PathLike | None = None, workers: int = 2,
+               known: Mapping[str, Report] | None = None) -> list[Report]:
+    """Every case of every noun for every architecture, in `workers` processes. known: reports by key; what has one is
+    not compiled."""
+    jobs = {key(case.on(arch), arch): (noun, index, arch) for noun in NOUNS for index, case in enumerate(cases(noun))
+            for arch in SHARED_LIMIT}
+    found = {k: r for k, r in (known or {}).items() if k in jobs}
+    anew = [job for k, job in jobs.items() if k not in found]
+    if anew:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return [*found.values(), *pool.map(report, *zip(*anew, strict=True), [cache] * len(anew))]
+    return list(found.values())
 
 
 def summary(reports: list[Report]) -> str:
