@@ -145,7 +145,7 @@ def attention_entries(major: int) -> list[Entry]:
         if generation is not None:
             cases = made(key[2]) if key[:2] == (2, 2) else unread
             found.append(Entry("attention", "CONFIGS", (key, generation), cases))
-    numbers = [name for name in ("MERGE_ROWS", "MERGE_WARPS", "MERGE_STAGES") if hasattr(module, name)]
+    numbers = [name for name in ("COMBINE_ROWS", "COMBINE_WARPS", "COMBINE_STAGES") if hasattr(module, name)]
     return sorted(found, key=lambda e: e.path[0] != (2, 2, 128)) + [Entry("attention", name, (), made(128))
                                                                   for name in numbers]
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 # Launches of ours, as tests/bench/test_step_model.py counts them for Qwen3-8B: a layer's two norms, q/k norm and RoPE,
-# activation, attention and the merging of its spans, four products, and for three of them the sum of K's chunks. Beside
-# the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
+# activation, attention and the combining of its splits, four products, and for three of them the sum of K's chunks.
+# Beside the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
 KERNELS_A_LAYER, KERNELS_A_PASS, KERNELS_OF_DRAFTING = 13, 6, 11
 
 

@@ -7,11 +7,11 @@ wgmma reaches. Neither that nor the bytes is where a kernel like this is slow, b
 keys of 128 bfloat16 numbers take to arrive, one multiprocessor of 132 issues 9,000 of them.
 
 - Nearly all tiles lie in the cache and are seen whole by every row. They have a loop with no mask and one source of
-  addresses (WHOLE). It is 514 instructions for each of 8 warps on sm_90, 4,100 for 64 rows, beside the end of a span;
+  addresses (WHOLE). It is 514 instructions for each of 8 warps on sm_90, 4,100 for 64 rows, beside the end of a split;
   with masks, and with the block's keys as the other source, it was 848 for 32 rows, two tiles of which were 13,600.
 - 64 rows are one tile where a product of 64 rows is one instruction of a warp group (wgmma, tcgen05), which reads the
-  query from shared memory. mma.sync has it in registers, and two float32 sums for each row, of the span and of the
-  spans before it, beside it: there 64 rows of 128 numbers spill, and more than 32 rows are more tiles. They are
+  query from shared memory. mma.sync has it in registers, and two float32 sums for each row, of the split and of the
+  splits before it, beside it: there 64 rows of 128 numbers spill, and more than 32 rows are more tiles. They are
   neighbours in the grid, so memory is read once for them all and the second-level cache once for each.
 
 A row's bits depend on its query, its position and the keys that it sees, on nothing else:
@@ -20,23 +20,24 @@ A row's bits depend on its query, its position and the keys that it sees, on not
   is always the same instruction in the same layout, which treats rows alike. Tiles of keys start at multiples of
   BLOCK_N of the ABSOLUTE position, and a key that a row does not see has weight 0 and changes no bit: whether a tile
   was masked does not show.
-- Spans of positions, fixed by the window alone (attention_span.py), are a softmax each, from nothing, and are merged
-  in order. How many programs share out the spans of a tile of rows, and a second launch merges (few requests), or
-  whether one does both (many), moves no bit. Multiply-adds of a merge are fused by name, so that both places round
+- Splits of positions, fixed by the window alone (attention_split.py), are a softmax each, from nothing, and are
+combined
+  in order. How many programs share out the splits of a tile of rows, and a second launch combines (few requests), or
+  whether one does both (many), moves no bit. Multiply-adds of a combine are fused by name, so that both places round
   alike.
 - Keys come from the cache or from the block through one address; the tile does not know which. Those of an fp8 cache
   have a loop of their own, and the bits of a row also depend on where the context ends.
 
 There are as many programs as the chip runs at once, whatever the page tables have room for. A program reads the lengths
-and takes the spans that begin in its part of the positions, one after another in one loop. The first of a tile's merges
-its own; of the others a span costs beside its keys a float32 row of D for each query row, written and read: 2 rows /
-length of the keys' bytes in bfloat16. With 64 rows that is as much as the keys in spans of 128, which short contexts
-have and the second-level cache holds, and 1/8 in spans of 1,024, from 8,192 positions on. What a program does with a
-tile of keys is in attention_tile.py.
+and takes the splits that begin in its part of the positions, one after another in one loop. The first of a tile's
+combines its own; of the others a split costs beside its keys a float32 row of D for each query row, written and read: 2
+rows / length of the keys' bytes in bfloat16. With 64 rows that is as much as the keys in splits of 128, which short
+contexts have and the second-level cache holds, and 1/8 in splits of 1,024, from 8,192 positions on. What a program does
+with a tile of keys is in attention_tile.py.
 
 Known limit: programs are shared out before lengths are known, as if contexts were alike. 13 to 16 requests of 8 key
-heads nearly fill an H100, and 20 and more in tables for 40,960 would leave more to merge than SHARED_FLOATS: these have
-one program for a tile of rows, and of contexts that are not alike the longest takes as long as its program.
+heads nearly fill an H100, and 20 and more in tables for 40,960 would leave more to combine than SHARED_FLOATS: these
+have one program for a tile of rows, and of contexts that are not alike the longest takes as long as its program.
 """
 
 from typing import NamedTuple
@@ -48,8 +49,8 @@ from ._case import Case
 from ._chip import generation, multiprocessors
 from ._fp8 import as_bytes, native_fp8, scale_kind
 from ._math import NO_SPILLS, PLAIN
-from .attention_kernel import block_attention_kernel, merge_spans_kernel
-from .attention_span import EACH, SPAN, octaves_of, spans_in
+from .attention_kernel import block_attention_kernel, combine_splits_kernel
+from .attention_split import EACH, SPLIT, octaves_of, splits_in
 
 FAR = 1 << 29  # a distance that no two positions have; sums of it and a position stay below 2**31
 LOG2E = 1.4426950408889634
@@ -93,10 +94,10 @@ SOFTCAPPED = {(2, 2, 128): {9: Config(64, 32, 128, 16, True, 8, 5)}}
 # Where a generation has no entry it takes another's: 64 rows are wgmma on 9 and tcgen05 on 10 and 11; 8 and 12 have
 # mma.sync alone.
 LIKE = {8: (8,), 9: (9, 8), 10: (10, 9, 8), 11: (10, 9, 8), 12: (12, 8)}
-# Rows a program, its warps, and stages of its loop over spans: two fewer are on their way while one is waited for, as
+# Rows a program, its warps, and stages of its loop over splits: two fewer are on their way while one is waited for, as
 # each is a trip to the second-level cache. Estimated.
-MERGE_ROWS, MERGE_WARPS, MERGE_STAGES = 4, 4, 8
-SHARED_FLOATS = 64 << 20  # what programs leave to merge at most, 256 MB; else one has all spans of its rows
+COMBINE_ROWS, COMBINE_WARPS, COMBINE_STAGES = 4, 4, 8
+SHARED_FLOATS = 64 << 20  # what programs leave to combine at most, 256 MB; else one has all splits of its rows
 
 
 def blocks_of(warps: int) -> int:
@@ -105,11 +106,11 @@ def blocks_of(warps: int) -> int:
     return max(8 // warps, 1)
 
 
-def shares_of(tasks: int, spans: int, at_once: int) -> int:
+def shares_of(tasks: int, splits: int, at_once: int) -> int:
     """Programs a task: with how many the chip ends soonest if all contexts are alike, a tenth added for the second
     launch that more than one need. As many as it runs at once, or up to 4 and more than one round of them: who finds
-    no span costs a launch's share."""
-    most = min(spans, max(at_once // tasks, 4))
+    no split costs a launch's share."""
+    most = min(splits, max(at_once // tasks, 4))
     return min(range(1, most + 1), key=lambda n: (triton.cdiv(tasks * n, at_once) / n * (1 + 0.1 * (n > 1)), n))
 
 
@@ -127,7 +128,7 @@ def config(itemsize: int, cached: int, head_dim: int, softcap: bool, major: int)
 
 def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
                     scale, causal, left, right, sinks, softcap, out):
-    """Where spans are shared out it allocates what they leave to merge, as a graph may: it is in its pool."""
+    """Where splits are shared out it allocates what they leave to combine, as a graph may: it is in its pool."""
     (batch, width, heads, head_dim), kv_heads = q.shape, k.shape[2]
     c = config(q.element_size(), (k if k_cache is None else k_cache).element_size(), head_dim,
                softcap > 0, generation(q.device))
@@ -145,27 +146,27 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         cache_strides = k_cache.stride()[:3] + v_cache.stride()[:3]
         k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
-    rows, octaves = width * group, octaves_of(left, SPAN, EACH)
+    rows, octaves = width * group, octaves_of(left, SPLIT, EACH)
     tasks = batch * kv_heads * triton.cdiv(rows, c.BLOCK_M)
-    spans = min(spans_in(capacity + width, octaves, SPAN, EACH), spans_in(left + width, octaves, SPAN, EACH) + 1)
-    shares = shares_of(tasks, spans, multiprocessors(q.device) * blocks_of(c.warps))
-    if spans * batch * heads * width * (head_dim + 2) > SHARED_FLOATS:
+    splits = min(splits_in(capacity + width, octaves, SPLIT, EACH), splits_in(left + width, octaves, SPLIT, EACH) + 1)
+    shares = shares_of(tasks, splits, multiprocessors(q.device) * blocks_of(c.warps))
+    if splits * batch * heads * width * (head_dim + 2) > SHARED_FLOATS:
         shares = 1
-    slots = batch * kv_heads * spans * rows if shares > 1 else 0
+    slots = batch * kv_heads * splits * rows if shares > 1 else 0
     part, part_top = (torch.empty(slots, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
     block_attention_kernel[tasks, shares](
         q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, sinks, out,
         part, part_top, width, group, kv_heads, factor, softcap, left, right, num_pages, capacity, table_row,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], spans, shares, octaves,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], splits, shares, octaves,
         scale_kind(k_scale), scale_kind(v_scale), native_fp8(q.device), page_size, head_dim, c.BLOCK_M, c.BLOCK_N,
-        block_d, min(c.CHUNK_D, block_d), min(c.EXACT_D, block_d), SPAN, EACH, softcap > 0, c.WHOLE,
+        block_d, min(c.CHUNK_D, block_d), min(c.EXACT_D, block_d), SPLIT, EACH, softcap > 0, c.WHOLE,
         c.stages,
         num_warps=c.warps, num_stages=c.stages, **(NO_SPILLS if q.element_size() == 4 else PLAIN))
     if shares > 1:
-        merge_spans_kernel[batch * kv_heads, triton.cdiv(rows, MERGE_ROWS)](
+        combine_splits_kernel[batch * kv_heads, triton.cdiv(rows, COMBINE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, left, right,
-            num_pages, capacity, *out.stride()[:3], spans, shares, octaves, head_dim, c.BLOCK_M, SPAN, EACH,
-            MERGE_ROWS, block_d, MERGE_STAGES, num_warps=MERGE_WARPS, num_stages=MERGE_STAGES, **PLAIN)
+            num_pages, capacity, *out.stride()[:3], splits, shares, octaves, head_dim, c.BLOCK_M, SPLIT, EACH,
+            COMBINE_ROWS, block_d, COMBINE_STAGES, num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, **PLAIN)
 
 
 _TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
@@ -198,13 +199,20 @@ def cases():
             for softcap in (False, True) if dtype == "bf16" and not fp8 else (False,):
                 constants = {n: of(n, softcap) for n in ("BLOCK_M", "BLOCK_N", "CHUNK_D", "EXACT_D", "WHOLE")} | {
                     "K_SCALE": fp8 * 2, "V_SCALE": fp8 * 2, "NATIVE": _native if fp8 else False, "PAGE": 16,
-                    "HEAD_DIM": dim, "BLOCK_D": dim, "SPAN": SPAN, "EACH": EACH, "SOFTCAP": softcap,
+                    "HEAD_DIM": dim, "BLOCK_D": dim, "SPLIT": SPLIT, "EACH": EACH, "SOFTCAP": softcap,
                     "STAGES": of("stages", softcap)} | ({} if fp8 else {"k_scales": None, "v_scales": None})
                 name = f"block_attention {dim} {dtype}" + " fp8 cache" * fp8 + " softcap" * softcap
                 yield _case(name, block_attention_kernel, dtype, constants, of("warps", softcap),
                             of("stages", softcap), fp8)
             if not fp8:
-                constants = {"HEAD_DIM": dim, "BLOCK_M": of("BLOCK_M"), "SPAN": SPAN, "EACH": EACH, "ROWS": MERGE_ROWS,
-                             "BLOCK_D": dim, "STAGES": MERGE_STAGES}
-                name = f"block_attention merge_spans {dim} {dtype}"
-                yield _case(name, merge_spans_kernel, dtype, constants, MERGE_WARPS, MERGE_STAGES)
+                constants = {
+                    "HEAD_DIM": dim,
+                    "BLOCK_M": of("BLOCK_M"),
+                    "SPLIT": SPLIT,
+                    "EACH": EACH,
+                    "ROWS": COMBINE_ROWS,
+                    "BLOCK_D": dim,
+                    "STAGES": COMBINE_STAGES,
+                }
+                name = f"block_attention combine_splits {dim} {dtype}"
+                yield _case(name, combine_splits_kernel, dtype, constants, COMBINE_WARPS, COMBINE_STAGES)

@@ -1,10 +1,10 @@
-"""The programs of block_attention: one for a tile of rows and a share of its spans, and one that merges spans."""
+"""The programs of block_attention: one for a tile of rows and a share of its splits, and one that combines splits."""
 
 import triton
 import triton.language as tl
 
-from .attention_span import begin_of, share_of, span_of
-from .attention_tile import attend_all, merge, nothing_seen
+from .attention_split import begin_of, share_of, split_of
+from .attention_tile import attend_all, combine, nothing_seen
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def scale_of(scales, h, SCALE: tl.constexpr):
 def _finish(out, softmax, sinks, lost, left, row, ok, h, group, d, head_dim, o_row, o_head):
     head = h * group + row % group
     sink, one = sink_of(sinks, head, ok)
-    top, total, acc = merge((sink, one, tl.zeros_like(softmax[2])), softmax)
+    top, total, acc = combine((sink, one, tl.zeros_like(softmax[2])), softmax)
     total = tl.where(lost & (row // group < left), float("nan"), tl.where(total == 0.0, 1.0, total))
     to = out + (row // group).to(tl.int64)[:, None] * o_row + head.to(tl.int64)[:, None] * o_head + d[None, :]
     tl.store(to, tl.div_rn(acc, total[:, None]).to(out.dtype.element_ty), ok[:, None] & (d < head_dim)[None, :])
@@ -63,19 +63,19 @@ def _finish(out, softmax, sinks, lost, left, row, ok, h, group, d, head_dim, o_r
 
 @triton.jit
 def _sight(b, row0, lens, group, left, right, shares, octaves, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-           SPAN: tl.constexpr, EACH: tl.constexpr):
-    """(live, begin, whole, stop, span, sight): the tiles [begin, stop) of the program's share, of which rows see those
-    from `whole` on whole, as far as they are of the context; its first span."""
+           SPLIT: tl.constexpr, EACH: tl.constexpr):
+    """(live, begin, whole, stop, split, sight): the tiles [begin, stop) of the program's share, of which rows see those
+    from `whole` on whole, as far as they are of the context; its first split."""
     context_lens, block_lens, context_starts, width, capacity, num_pages = lens
     context, start, live, _ = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
     first, end = bounds(row0, context, start, live, group, left, right, BLOCK_M)
-    span, last = share_of(tl.program_id(1), shares, first, end, octaves, SPAN, EACH)
-    begin = tl.maximum(begin_of(span, octaves, SPAN, EACH), first) // BLOCK_N
-    stop = tl.where(span < last, tl.cdiv(tl.minimum(begin_of(last, octaves, SPAN, EACH), end), BLOCK_N), begin)
+    split, last = share_of(tl.program_id(1), shares, first, end, octaves, SPLIT, EACH)
+    begin = tl.maximum(begin_of(split, octaves, SPLIT, EACH), first) // BLOCK_N
+    stop = tl.where(split < last, tl.cdiv(tl.minimum(begin_of(last, octaves, SPLIT, EACH), end), BLOCK_N), begin)
     last_query = (tl.minimum(row0 + BLOCK_M, live * group) - 1) // group
     whole = tl.cdiv(tl.maximum(start, context + last_query - left), BLOCK_N)
-    span = span - span_of(first, octaves, SPAN, EACH), begin_of(span + 1, octaves, SPAN, EACH)
-    return live, begin, whole, stop, span, (context, first, end, left, right)
+    split = split - split_of(first, octaves, SPLIT, EACH), begin_of(split + 1, octaves, SPLIT, EACH)
+    return live, begin, whole, stop, split, (context, first, end, left, right)
 
 
 @triton.jit
@@ -92,34 +92,35 @@ def _views(b, h, row0, live, context, group, tensors, head_dim, BLOCK_M: tl.cons
                   table[0] + b * table[1])
 
 
-@triton.jit(do_not_specialize=["width", "capacity", "table_row", "spans", "shares", "octaves"])
+@triton.jit(do_not_specialize=["width", "capacity", "table_row", "splits", "shares", "octaves"])
 def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_table, context_lens, block_lens,
                            context_starts, sinks, out, part, part_top, width, group, kv_heads, factor, softcap, left,
                            right, num_pages, capacity, table_row, q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row,
-                           v_head, kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, spans,
+                           v_head, kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head, splits,
                            shares, octaves, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, NATIVE: tl.constexpr,
                            PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                           BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EXACT_D: tl.constexpr, SPAN: tl.constexpr,
+                           BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EXACT_D: tl.constexpr, SPLIT: tl.constexpr,
                            EACH: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr):
-    """Program (task, s) has the s-th share of the spans that a row tile sees: all of them and the result, or some and
-    for each what merge_spans_kernel reads."""
+    """Program (task, s) has the s-th share of the splits that a row tile sees: all of them and the result, or some and
+    for each what combine_splits_kernel reads."""
     tiles = tl.cdiv(width * group, BLOCK_M)
     request_head, row0 = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     b, h = request_head // kv_heads, request_head % kv_heads
     lens = context_lens, block_lens, context_starts, width, capacity, num_pages
     tensors = ((q, q_b, q_row, q_head), (k, k_b, k_row, k_head), (v, v_b, v_row, v_head),
                (k_cache, kc_page, kc_row, kc_head), (v_cache, vc_page, vc_row, vc_head), (page_table, table_row))
-    # Nothing is before the first program's spans, so that it merges them itself.
-    parts = (part, part_top, spans, width * group, octaves, tl.program_id(1) > 0,
+    # Nothing is before the first program's splits, so that it combines them itself.
+    parts = (part, part_top, splits, width * group, octaves, tl.program_id(1) > 0,
              (shares > 1) & (tl.program_id(1) == 0))
-    live, begin, whole, stop, span, sight = _sight(b, row0, lens, group, left, right, shares, octaves, BLOCK_M, BLOCK_N,
-                                                   SPAN, EACH)
+    live, begin, whole, stop, split, sight = _sight(
+        b, row0, lens, group, left, right, shares, octaves, BLOCK_M, BLOCK_N, SPLIT, EACH
+    )
     if (row0 < live * group) & (begin < stop):
         rows, keys = _views(b, h, row0, live, sight[0], group, tensors, HEAD_DIM, BLOCK_M, BLOCK_D)
         softmax, largest = attend_all(
-            begin, whole, stop, span, rows, keys, sight, (HEAD_DIM, num_pages), parts, factor,
+            begin, whole, stop, split, rows, keys, sight, (HEAD_DIM, num_pages), parts, factor,
             scale_of(k_scales, h, K_SCALE), scale_of(v_scales, h, V_SCALE), softcap, tl.arange(0, BLOCK_D), False,
-            NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, EACH, SOFTCAP, WHOLE, STAGES)
+            NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPLIT, EACH, SOFTCAP, WHOLE, STAGES)
         # Added what is 0, and no compiler knows it, none of this is kept through the loops.
         task, tiles = tl.program_id(0) + (largest >> 31), tl.cdiv(width * group + (largest >> 31), BLOCK_M)
         b, h, row0 = task // tiles // kv_heads, task // tiles % kv_heads, task % tiles * BLOCK_M
@@ -127,39 +128,39 @@ def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_t
         _, _, live, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
         ok = row < live * group
         if largest >= 0x7F800000:
-            tl.debug_barrier()  # what a thread has left to be merged, another may write anew
-            _, begin, whole, stop, span, sight = _sight(b, row0, lens, group, left, right, shares, octaves, BLOCK_M,
-                                                        BLOCK_N, SPAN, EACH)
+            tl.debug_barrier()  # what a thread has left to be combined, another may write anew
+            _, begin, whole, stop, split, sight = _sight(b, row0, lens, group, left, right, shares, octaves, BLOCK_M,
+                                                        BLOCK_N, SPLIT, EACH)
             rows, keys = _views(b, h, row0, live, sight[0], group, tensors, HEAD_DIM, BLOCK_M, BLOCK_D)
             for column in tl.range(0, BLOCK_D, EXACT_D, disable_licm=True):
                 some = column + tl.arange(0, EXACT_D)
                 exact, _ = attend_all(
-                    begin, whole, stop, span, rows, keys, sight, (HEAD_DIM, num_pages), parts, factor,
+                    begin, whole, stop, split, rows, keys, sight, (HEAD_DIM, num_pages), parts, factor,
                     scale_of(k_scales, h, K_SCALE), scale_of(v_scales, h, V_SCALE), softcap, some, True, NATIVE, PAGE,
-                    BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, EACH, SOFTCAP, False, 1)
+                    BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPLIT, EACH, SOFTCAP, False, 1)
                 if shares == 1:
                     _finish(to, exact, sinks, lost, left, row, ok, h, group, some, HEAD_DIM, o_row, o_head)
         elif shares == 1:
             _finish(to, softmax, sinks, lost, left, row, ok, h, group, tl.arange(0, BLOCK_D), HEAD_DIM, o_row, o_head)
 
 
-@triton.jit(do_not_specialize=["width", "capacity", "spans", "shares", "octaves"])
-def merge_spans_kernel(part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads,
-                       left, right, num_pages, capacity, o_b, o_row, o_head, spans, shares, octaves,
-                       HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, SPAN: tl.constexpr, EACH: tl.constexpr,
+@triton.jit(do_not_specialize=["width", "capacity", "splits", "shares", "octaves"])
+def combine_splits_kernel(part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads,
+                       left, right, num_pages, capacity, o_b, o_row, o_head, splits, shares, octaves,
+                       HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, EACH: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):
     request_head = tl.program_id(0).to(tl.int64)
     b, h, row0 = request_head // kv_heads, request_head % kv_heads, tl.program_id(1) * ROWS
     context, start, rows, lost = lengths(b, context_lens, block_lens, context_starts, width, capacity, num_pages)
     first, end = bounds(row0 // BLOCK_M * BLOCK_M, context, start, rows, group, left, right, BLOCK_M)
     row, d = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    ok, span0 = row < rows * group, span_of(first, octaves, SPAN, EACH)
-    there = span_of(end - 1, octaves, SPAN, EACH) + 1 - span0
-    _, merged = share_of(0, shares, first, end, octaves, SPAN, EACH)  # into the last of the first program's spans
+    ok, split0 = row < rows * group, split_of(first, octaves, SPLIT, EACH)
+    there = split_of(end - 1, octaves, SPLIT, EACH) + 1 - split0
+    _, combined = share_of(0, shares, first, end, octaves, SPLIT, EACH)  # into the last of the first program's splits
     softmax = nothing_seen(ROWS, BLOCK_D)
-    for span in tl.range(merged - 1 - span0, there, num_stages=STAGES):
-        slot = (request_head * spans + span) * (width * group) + row
-        softmax = merge(softmax, (
+    for split in tl.range(combined - 1 - split0, there, num_stages=STAGES):
+        slot = (request_head * splits + split) * (width * group) + row
+        softmax = combine(softmax, (
             tl.load(part_top + slot * 2, ok, float("-inf")), tl.load(part_top + slot * 2 + 1, ok, 0.0),
             tl.load(part + slot[:, None] * HEAD_DIM + d[None, :], ok[:, None] & (d < HEAD_DIM)[None, :], 0.0)))
     _finish(out + b * o_b, softmax, sinks, lost, left, row, ok, h, group, d, HEAD_DIM, o_row, o_head)

@@ -1,4 +1,4 @@
-"""The inner loop of block_attention: tiles of keys, and the merging of softmaxes.
+"""The inner loop of block_attention: tiles of keys, and the combining of softmaxes.
 
 What goes together is a tuple:
     rows    q, where q is from, which rows exist, their positions
@@ -6,9 +6,10 @@ What goes together is a tuple:
     keys    k, v, their rows' strides; the caches of both, the strides of their pages and rows; the page table
     sight   context, first, last, left, right: a row sees keys of [first, last) from position - left to position + right
     extent  head_dim, num_pages
-    span    its number of those that the row tile sees, the position that it ends at
-    parts   part, part_top, spans that a head's slots are for, rows of a head, octaves; whether each span is left to be
-            merged; whether the last one is, with those before it
+    split    its number of those that the row tile sees, the position that it ends at
+    parts   part, part_top, splits that a head's slots are for, rows of a head, octaves; whether each split is left to
+    be
+            combined; whether the last one is, with those before it
 
 A value that is not finite must reach only the rows that see it, and 0 * NaN is NaN. The loops do not look: where their
 sums are not finite, or a page did not exist, which is rare and ends in NaN anyway, all is computed again, EXACT: such
@@ -17,7 +18,7 @@ bits. The second time goes through the keys once for a few columns of the values
 
 Keys of an fp8 cache and keys of the block go through separate loops, as one is scaled and the other is not: a key
 head's k_scale is part of its scores' factor, and what its values add up to takes v_scale when a softmax of the context
-ends. The tile in which the context ends is in both, so that no span is merged before all of it was seen.
+ends. The tile in which the context ends is in both, so that no split is combined before all of it was seen.
 """
 
 import triton
@@ -25,7 +26,7 @@ import triton.language as tl
 
 from ._fp8 import of_fp8
 from ._math import tanh
-from .attention_span import begin_of, span_of
+from .attention_split import begin_of, split_of
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def nothing_seen(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def merge(one, other):
+def combine(one, other):
     """The softmax of two sets of keys, later keys second. One that saw nothing is (-inf, 0, 0) and changes no bit."""
     new = tl.maximum(one[0], other[0])
     shift = tl.where(new == float("-inf"), 0.0, new)
@@ -105,11 +106,11 @@ def weigh(score, softmax, sight, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ma
 
 
 @triton.jit
-def attend(begin, end, softmax, merged, span, rows, keys, sight, extent, parts, factor, v_scale, softcap, columns,
+def attend(begin, end, softmax, combined, split, rows, keys, sight, extent, parts, factor, v_scale, softcap, columns,
            EXACT: tl.constexpr, SOURCE: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPLIT: tl.constexpr,
            EACH: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
-    """The softmax of a span that is not over yet, that of the spans before it, and the span, after the tiles
+    """The softmax of a split that is not over yet, that of the splits before it, and the split, after the tiles
     [begin, end) of keys, of which some rows may not see some. SOURCE: "cache", "block" or "both"."""
     k, v, k_row, v_row, k_cache, v_cache, kc_page, kc_row, vc_page, vc_row, pages = keys
     q, from_q, ok, position = rows
@@ -150,22 +151,23 @@ def attend(begin, end, softmax, merged, span, rows, keys, sight, extent, parts, 
             acc += _not_finite(values, score, SOURCE == "cache")
         else:
             acc = tl.dot(weight.to(values.dtype), values, softmax[2], input_precision="ieee")
-        over = (tile + 1) * BLOCK_N == span[1]
+        over = (tile + 1) * BLOCK_N == split[1]
         if SOURCE == "cache":
             over = over & ((tile + 1) * BLOCK_N <= context)
-        softmax, merged, span = end_of_span(over, (softmax[0], softmax[1], acc), merged, span, parts, v_scale, columns,
-                                            head_dim, SPAN, EACH)
-    return softmax, merged, span
+        softmax, combined, split = end_of_split(
+            over, (softmax[0], softmax[1], acc), combined, split, parts, v_scale, columns, head_dim, SPLIT, EACH
+        )
+    return softmax, combined, split
 
 
 @triton.jit
 def keep(softmax, number, parts, columns, head_dim):
-    """Leaves a span's softmax to be merged."""
-    part, part_top, spans, rows, _, _, _ = parts
+    """Leaves a split's softmax to be combined."""
+    part, part_top, splits, rows, _, _, _ = parts
     # Added what is 0, and no compiler knows it, nothing that follows is kept through the loops.
     task = tl.program_id(0) + (number >> 31)
     row = task % tl.cdiv(rows, softmax[0].shape[0]) * softmax[0].shape[0] + tl.arange(0, softmax[0].shape[0])
-    slot = ((task // tl.cdiv(rows, softmax[0].shape[0])).to(tl.int64) * spans + number) * rows + row
+    slot = ((task // tl.cdiv(rows, softmax[0].shape[0])).to(tl.int64) * splits + number) * rows + row
     tl.store(part_top + slot * 2, softmax[0], row < rows)
     tl.store(part_top + slot * 2 + 1, softmax[1], row < rows)
     tl.store(part + slot[:, None] * head_dim + columns[None, :], softmax[2],
@@ -173,23 +175,25 @@ def keep(softmax, number, parts, columns, head_dim):
 
 
 @triton.jit
-def end_of_span(over, softmax, merged, span, parts, v_scale, columns, head_dim, SPAN: tl.constexpr, EACH: tl.constexpr):
-    number, upto = span
+def end_of_split(
+    over, softmax, combined, split, parts, v_scale, columns, head_dim, SPLIT: tl.constexpr, EACH: tl.constexpr
+):
+    number, upto = split
     if over:
         softmax = softmax[0], softmax[1], softmax[2] * v_scale
         if parts[5]:
             keep(softmax, number, parts, columns, head_dim)
-        merged = merge(merged, softmax)
+        combined = combine(combined, softmax)
         softmax = nothing_seen(softmax[2].shape[0], softmax[2].shape[1])
         number += 1
-        upto = begin_of(span_of(upto, parts[4], SPAN, EACH) + 1, parts[4], SPAN, EACH)
-    return softmax, merged, (number, upto)
+        upto = begin_of(split_of(upto, parts[4], SPLIT, EACH) + 1, parts[4], SPLIT, EACH)
+    return softmax, combined, (number, upto)
 
 
 @triton.jit
-def attend_whole(begin, end, softmax, merged, span, missing, rows, keys, sight, extent, parts, factor, v_scale,
+def attend_whole(begin, end, softmax, combined, split, missing, rows, keys, sight, extent, parts, factor, v_scale,
                  softcap, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 SPAN: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
+                 SPLIT: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr):
     """As attend, of tiles in the cache that every row sees whole. missing counts keys whose page does not exist."""
     k_cache, v_cache, kc_page, kc_row, vc_page, vc_row, pages = keys[4:]
     q = rows[0]
@@ -211,54 +215,112 @@ def attend_whole(begin, end, softmax, merged, span, missing, rows, keys, sight, 
         at_value = (v_cache + row * vc_row + page * vc_page)[:, None] + d[None, :]
         values = load_rows(at_value, exists[:, None] & (d < head_dim)[None, :], q.dtype, NATIVE)
         acc = tl.dot(weight.to(values.dtype), values, softmax[2], input_precision="ieee")
-        softmax, merged, span = end_of_span((tile + 1) * BLOCK_N == span[1], (softmax[0], softmax[1], acc), merged,
-                                            span, parts, v_scale, d, head_dim, SPAN, EACH)
-    return softmax, merged, span, missing
+        softmax, combined, split = end_of_split(
+            (tile + 1) * BLOCK_N == split[1],
+            (softmax[0], softmax[1], acc),
+            combined,
+            split,
+            parts,
+            v_scale,
+            d,
+            head_dim,
+            SPLIT,
+            EACH,
+        )
+    return softmax, combined, split, missing
 
 
 @triton.jit
-def attend_all(begin, whole, stop, span, rows, keys, sight, extent, parts, factor, k_scale, v_scale, softcap, columns,
+def attend_all(begin, whole, stop, split, rows, keys, sight, extent, parts, factor, k_scale, v_scale, softcap, columns,
                EXACT: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPAN: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, SPLIT: tl.constexpr,
                EACH: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr):
     """The softmax of the tiles [begin, stop) of keys for some columns of the values, and the largest of its sums as an
     integer: from 0x7F800000 on it is to be taken anew, EXACT. Rows see the tiles from `whole` on whole, up to the last
-    one that the context fills. span is that of the first tile."""
+    one that the context fills. split is that of the first tile."""
     FP8: tl.constexpr = keys[4].dtype.element_ty == tl.uint8
     SOURCE: tl.constexpr = "cache" if FP8 else "both"
     softmax, context, edge = nothing_seen(BLOCK_M, columns.shape[0]), sight[0], stop
-    merged, missing = softmax, tl.zeros((BLOCK_N,), tl.int32)
+    combined, missing = softmax, tl.zeros((BLOCK_N,), tl.int32)
     if FP8:
         edge = tl.minimum(stop, tl.cdiv(context, BLOCK_N))
     if not WHOLE:
-        softmax, merged, span = attend(
-            begin, edge, softmax, merged, span, rows, keys, sight, extent, parts, factor * k_scale, v_scale, softcap,
-            columns, EXACT, SOURCE, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, EACH, SOFTCAP, STAGES)
+        softmax, combined, split = attend(
+            begin, edge, softmax, combined, split, rows, keys, sight, extent, parts, factor * k_scale, v_scale, softcap,
+            columns, EXACT, SOURCE, NATIVE, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPLIT, EACH, SOFTCAP, STAGES)
     else:
         whole = tl.minimum(tl.maximum(whole, begin), edge)
         after = tl.maximum(tl.minimum(context // BLOCK_N, edge), whole)
         # The tiles before and those behind are one piece of code. What LLVM would take out of it, the loops in it would
         # have to keep beside their own: that spills.
         for side in tl.range(2, disable_licm=True):
-            softmax, merged, span = attend(
-                tl.where(side == 0, begin, after), tl.where(side == 0, whole, edge), softmax, merged, span, rows, keys,
-                sight, extent, parts, factor * k_scale, v_scale, softcap, columns, False, SOURCE, NATIVE, PAGE,
-                BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, SPAN, EACH, SOFTCAP, 2)
-            softmax, merged, span, missing = attend_whole(
-                whole, tl.where(side == 0, after, whole), softmax, merged, span, missing, rows, keys, sight, extent,
-                parts, factor * k_scale, v_scale, softcap, NATIVE, PAGE, BLOCK_N, BLOCK_D, SPAN, EACH, SOFTCAP, STAGES)
+            softmax, combined, split = attend(
+                tl.where(side == 0, begin, after),
+                tl.where(side == 0, whole, edge),
+                softmax,
+                combined,
+                split,
+                rows,
+                keys,
+                sight,
+                extent,
+                parts,
+                factor * k_scale,
+                v_scale,
+                softcap,
+                columns,
+                False,
+                SOURCE,
+                NATIVE,
+                PAGE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                CHUNK_D,
+                SPLIT,
+                EACH,
+                SOFTCAP,
+                2,
+            )
+            softmax, combined, split, missing = attend_whole(
+                whole, tl.where(side == 0, after, whole), softmax, combined, split, missing, rows, keys, sight, extent,
+                parts, factor * k_scale, v_scale, softcap, NATIVE, PAGE, BLOCK_N, BLOCK_D, SPLIT, EACH, SOFTCAP, STAGES)
     if FP8:
-        softmax, merged, span = attend(
-            tl.maximum(begin, context // BLOCK_N), stop, (softmax[0], softmax[1], softmax[2] * v_scale), merged, span,
-            rows, keys, sight, extent, parts, factor, 1.0, softcap, columns, EXACT, "block", NATIVE, PAGE, BLOCK_M,
-            BLOCK_N, BLOCK_D, CHUNK_D, SPAN, EACH, SOFTCAP, 1)
+        softmax, combined, split = attend(
+            tl.maximum(begin, context // BLOCK_N),
+            stop,
+            (softmax[0], softmax[1], softmax[2] * v_scale),
+            combined,
+            split,
+            rows,
+            keys,
+            sight,
+            extent,
+            parts,
+            factor,
+            1.0,
+            softcap,
+            columns,
+            EXACT,
+            "block",
+            NATIVE,
+            PAGE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            CHUNK_D,
+            SPLIT,
+            EACH,
+            SOFTCAP,
+            1,
+        )
     behind, octaves = stop * BLOCK_N, parts[4]
-    tail = begin_of(span_of(behind, octaves, SPAN, EACH), octaves, SPAN, EACH) < behind
+    tail = begin_of(split_of(behind, octaves, SPLIT, EACH), octaves, SPLIT, EACH) < behind
     if parts[5] & tail:
-        keep(softmax, span[0], parts, columns, extent[0])
-    softmax = merge(merged, softmax)
+        keep(softmax, split[0], parts, columns, extent[0])
+    softmax = combine(combined, softmax)
     if parts[6]:
-        keep(softmax, span[0] - tl.where(tail, 0, 1), parts, columns, extent[0])
+        keep(softmax, split[0] - tl.where(tail, 0, 1), parts, columns, extent[0])
     # As integers: for the same look at booleans Triton 3.9 keeps a stack frame.
     largest = tl.max(tl.max(softmax[2].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
     return softmax, tl.where(tl.max(missing, 0) > 0, 0x7FFFFFFF, largest)

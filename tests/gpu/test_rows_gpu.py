@@ -61,7 +61,7 @@ def test_p22_p23_attention_gives_a_row_one_answer(dtype, heads, kv_heads, dim, p
             got = dk.block_attention(case.q[:1, i:i + width], k[:1, i:i + width], v[:1, i:i + width], case.cache,
                                      case.table[:1], ints(start + i).cuda(), **options)
             assert same_bits(got[0], whole[0, i:i + width]), (width, i)
-    many = [t.repeat_interleave(150, 0) for t in (case.q, k, v, case.table, lens)]  # too many to share out spans
+    many = [t.repeat_interleave(150, 0) for t in (case.q, k, v, case.table, lens)]  # too many to share out splits
     got = dk.block_attention(*many[:3], case.cache, *many[3:], **options)
     assert same_bits(got[::150].contiguous(), whole) and same_bits(got[149::150].contiguous(), whole)
 
@@ -70,7 +70,7 @@ def test_p22_p23_attention_gives_a_row_one_answer(dtype, heads, kv_heads, dim, p
                                                       (32, 8, 128, "fp8"), (9, 3, 64, "fp8")])
 def test_a2_a_row_beside_one_that_sees_what_is_not_finite_has_its_bits(dtype, heads, kv_heads, dim, cache):
     """Where a sum is not finite the tile is computed again, a few columns of the values at a time: another instruction,
-    the same bits. With 300 positions in one launch, and with spans that a second launch merges."""
+    the same bits. With 300 positions in one launch, and with splits that a second launch combines."""
     def run(case, **options):
         return dk.block_attention(*on_gpu(case).args(), **options)
 

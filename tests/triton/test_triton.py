@@ -20,7 +20,7 @@ def test_every_op_has_a_launcher():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-@pytest.mark.parametrize("noun", [*NOUNS, "attention_span", "no_token", "sample_engines", "engines",
+@pytest.mark.parametrize("noun", [*NOUNS, "attention_split", "no_token", "sample_engines", "engines",
                                   "engines_vllm", "far", "specialised"])
 def test_interpreted(noun, interpreted):
     ran = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider",

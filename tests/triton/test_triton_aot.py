@@ -68,19 +68,19 @@ def test_no_attention_in_16_bits_waits_for_its_own_tile(reports):
     assert seen == 9 * len(_aot.SHARED_LIMIT)
 
 
-def test_spans_are_merged_with_several_on_their_way(reports):
-    """Each is a trip to the second-level cache. Written as 8 loads and 8 merges they came one after another: what the
+def test_splits_are_merged_with_several_on_their_way(reports):
+    """Each is a trip to the second-level cache. Written as 8 loads and 8 combines they came one after another: what the
     compiler makes of an order of loads is its own."""
-    merges = [r for (name, _), r in reports.items() if "merge_spans" in name]
-    assert len(merges) == 9 * len(_aot.SHARED_LIMIT)
-    assert all(r.ahead == 6 for r in merges), [r for r in merges if r.ahead != 6]
+    combines = [r for (name, _), r in reports.items() if "combine_splits" in name]
+    assert len(combines) == 9 * len(_aot.SHARED_LIMIT)
+    assert all(r.ahead == 6 for r in combines), [r for r in combines if r.ahead != 6]
 
 
 def test_attention_counts_on_as_many_programs_as_a_multiprocessor_holds(reports):
     """64 K registers, which a warp gets in eights for each thread, and a KB more of shared memory than one block may
     have, of which each takes one."""
     attention, wrong = importlib.import_module("dflash_kernels._triton.attention"), []
-    for case in (c for c in _aot.cases("attention") if "merge_spans" not in c.name):
+    for case in (c for c in _aot.cases("attention") if "combine_splits" not in c.name):
         for arch in _aot.SHARED_LIMIT:
             r, warps = reports[case.name, arch], case.on(arch).num_warps
             held = min((64 << 10) // (-(-r.registers // 8) * 8 * 32 * warps),

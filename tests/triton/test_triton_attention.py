@@ -20,9 +20,9 @@ def dtype(request, monkeypatch):
 
 
 @pytest.fixture
-def short_spans(monkeypatch):
-    """Spans of 64 positions, of 128 from 256 on, so that short contexts have several."""
-    monkeypatch.setattr(triton_attention, "SPAN", 64)
+def short_splits(monkeypatch):
+    """Splits of 64 positions, of 128 from 256 on, so that short contexts have several."""
+    monkeypatch.setattr(triton_attention, "SPLIT", 64)
     monkeypatch.setattr(triton_attention, "EACH", 2)
 
 
@@ -52,7 +52,7 @@ def test_matches_reference(dtype, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (70, 2), "softcap": 3.0}], ids=str)
-def test_several_spans_match_reference(dtype, options, short_spans):
+def test_several_splits_match_reference(dtype, options, short_splits):
     check(Case([0, 300, 63, 64, 126], dim=16, dtype=dtype), sinks=torch.linspace(-2, 2, 6), **options)
 
 
@@ -85,7 +85,7 @@ def test_sinks(dtype):
     assert (got[:, :, 5] == 0).all()
 
 
-def test_p1_only_valid_keys_enter_the_softmax_at_every_length(short_spans):
+def test_p1_only_valid_keys_enter_the_softmax_at_every_length(short_splits):
     for context in (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129):
         case = Case([context], width=2, heads=2, kv_heads=1, dim=16)
         case.q.zero_()
@@ -137,9 +137,9 @@ def test_p19_context_starts_hides_what_was_never_written(dtype):
     assert same_bits(run(case, context_starts=starts), want)
 
 
-@pytest.mark.parametrize("spans", [512, 64])
-def test_p20_block_lens_hide_rows_and_padded_requests_write_nothing(dtype, spans, monkeypatch):
-    monkeypatch.setattr(triton_attention, "SPAN", spans)
+@pytest.mark.parametrize("splits", [512, 64])
+def test_p20_block_lens_hide_rows_and_padded_requests_write_nothing(dtype, splits, monkeypatch):
+    monkeypatch.setattr(triton_attention, "SPLIT", splits)
     case = Case([20, 133, 0, 5], width=5, dim=16, dtype=dtype)
     lens = ints(5, 2, 1, 0)
     for b, n in enumerate(lens.tolist()):
@@ -193,10 +193,10 @@ def test_p21_a_context_past_the_table_is_nan_where_it_is_seen(dtype):
     assert same_bits(run(case, window=(120, -1)), run(Case([300, 300], dim=16, dtype=dtype), window=(120, -1)))
 
 
-@pytest.mark.parametrize("spans", [512, 64])
-def test_a_context_far_past_the_table_ends_with_the_table(spans, monkeypatch):
+@pytest.mark.parametrize("splits", [512, 64])
+def test_a_context_far_past_the_table_ends_with_the_table(splits, monkeypatch):
     """As one token past it, in its bits and in what is read: 2**31 - 1 positions, block included, are never counted."""
-    monkeypatch.setattr(triton_attention, "SPAN", spans)
+    monkeypatch.setattr(triton_attention, "SPLIT", splits)
     case = Case([20, 20, 20], dim=16)
     room = 16 * case.table.shape[1]
     case.table[:2] = torch.arange(case.table.shape[1])  # every page exists
@@ -229,31 +229,31 @@ def test_empty_batches_and_blocks_and_no_cache(dtype):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window": (70, -1)}], ids=str)
 @pytest.mark.parametrize("kind", ["", "head"], ids=["16 or 32 bits", "fp8"])
-def test_how_spans_are_shared_out_changes_no_bit(dtype, options, kind, short_spans, monkeypatch):
+def test_how_splits_are_shared_out_changes_no_bit(dtype, options, kind, short_splits, monkeypatch):
     """Nor does how many there are room for."""
     case = Case([300, 0, 65, 128], heads=3, kv_heads=1, dim=16, dtype=dtype)
     case = fp8_cases.quantise(case, kind) if kind else case
-    monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once: 1)
+    monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, splits, at_once: 1)
     want = run(case, **options)
     for shares in (3, 9):
-        monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once, n=shares: n)
+        monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, splits, at_once, n=shares: n)
         assert same_bits(run(case, **options), want), shares
         case.table = torch.cat([case.table, torch.full((4, 9 * shares), 2**30, dtype=torch.int32)], 1)
 
 
-def test_what_is_not_finite_is_left_to_merge_exactly(dtype, short_spans, monkeypatch):
-    """Of each of a program's spans, not of the last alone."""
+def test_what_is_not_finite_is_left_to_merge_exactly(dtype, short_splits, monkeypatch):
+    """Of each of a program's splits, not of the last alone."""
     for at in (10, 100, 190, 205):
         case = Case([200], width=6, heads=2, kv_heads=1, dim=20, dtype=dtype)
         case.v[0][at, 0, 17] = float("inf")
         if at < 200:
             case.cache.v[int(case.table[0, at // 16]), at % 16, 0, 17] = float("inf")
         for shares in (1, 2):
-            monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once, n=shares: n)
+            monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, splits, at_once, n=shares: n)
             check(case, window=(97, 1))
 
 
-def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, short_spans):
+def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, short_splits):
     start, total = 125, 8
     case = Case([start + total, 70], width=total, heads=3, kv_heads=1, dim=16, dtype=dtype)
     lens = ints(start, 70)
@@ -272,7 +272,7 @@ def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, s
 @pytest.mark.parametrize("kind,options", [("none", {}), ("tensor", {"window": (6, 6)}), ("one", {"causal": True}),
                                           ("head", {"softcap": 3.0, "window": (70, 2)}),
                                           ("k alone", {"causal": True, "window": (9, -1)})], ids=str)
-def test_fp8_matches_reference(dtype, options, kind, short_spans):
+def test_fp8_matches_reference(dtype, options, kind, short_splits):
     case = fp8_cases.quantise(Case([37, 0, 150, 64], dim=16, dtype=dtype), kind)
     fp8_cases.check_read(run, case, sinks=torch.linspace(-2, 2, 6), **options)
 
@@ -310,8 +310,8 @@ def test_fp8_nan_reaches_exactly_the_rows_that_see_it(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window": (70, -1)}], ids=str)
-def test_p23_fp8_rows_have_the_same_bits_however_they_come(dtype, options, short_spans, monkeypatch):
-    """Spans shared out or not, a request alone or in a batch, a block or its first rows."""
+def test_p23_fp8_rows_have_the_same_bits_however_they_come(dtype, options, short_splits, monkeypatch):
+    """Splits shared out or not, a request alone or in a batch, a block or its first rows."""
     case = fp8_cases.quantise(Case([126, 0, 65, 150], width=6, heads=3, kv_heads=1, dim=16, dtype=dtype), "head")
     q, k, v, cache, table, lens = case.args()
     whole = run(case, **options)
@@ -322,11 +322,11 @@ def test_p23_fp8_rows_have_the_same_bits_however_they_come(dtype, options, short
         for n in (1, 2, 5):
             part = launch(q[:, :n], k[:, :n], v[:, :n], cache, table, lens, out=torch.empty_like(q[:, :n]), **options)
             assert same_bits(part, whole[:, :n].contiguous())
-    monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, spans, at_once: 1)
+    monkeypatch.setattr(triton_attention, "shares_of", lambda tasks, splits, at_once: 1)
     assert same_bits(run(case, **options), whole)
 
 
-def test_scores_of_minus_524288_are_a_mean_and_no_zeros(dtype, short_spans):
+def test_scores_of_minus_524288_are_a_mean_and_no_zeros(dtype, short_splits):
     check_scores_of_minus_524288(run, contexts=(70, 0), dtype=dtype)
 
 

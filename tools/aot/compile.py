@@ -144,7 +144,7 @@ def main_loop(ttgir: str) -> tuple[int | None, int | None]:
 
 def loops(kernel: Any) -> list[list[str]]:
     """The machine's instructions in each loop of a compiled kernel, from the branch's target to the branch, without the
-    longest part that a branch in it passes over: what most turns do not do, such as the end of a span."""
+    longest part that a branch in it passes over: what most turns do not do, such as the end of a split."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
