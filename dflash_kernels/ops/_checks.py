@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from .. import _library
+from ..limits import FLOATS as FLOATS
+from ..limits import listed
 from ..types import PagedKV
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def values_checked() -> bool:
@@ -34,8 +34,7 @@ def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Sequence[torch.d
     a size of None is free."""
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
-        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{op}: {name} must be {names} {shape}; got {describe(t)}")
+        raise TypeError(f"{op}: {name} must be {listed(dtypes)} {shape}; got {describe(t)}")
     if not _fits(t.shape, sizes):
         want = ", ".join("*" if s is None else str(s) for s in sizes)
         raise ValueError(f"{op}: {name} must have shape {shape} = ({want}); got {describe(t)}")

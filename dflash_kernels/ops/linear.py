@@ -14,6 +14,7 @@ import torch
 from .. import reference
 from .._library import define
 from .._memory import place
+from ..limits import check_packed_dtype
 from ..types import PackedWeight
 from . import _checks as check
 
@@ -96,8 +97,8 @@ def weight_of(op: str, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
         raise ValueError(f"{op}: x must have shape (..., K); got {check.describe(x)}")
     if isinstance(weight, PackedWeight):
         data, scales, n, k = weight.data, weight.scales, weight.out_features, weight.in_features
-        if scales is None and data.dtype != x.dtype:
-            raise TypeError(f"{op}: weight must be {x.dtype}, as x is; got packed {data.dtype}")
+        if scales is None:
+            check_packed_dtype(op, x.dtype, data.dtype)
         if k != x.shape[-1]:
             raise ValueError(f"{op}: x must have {k} = weight's K columns; got {check.describe(x)}")
         if data.device != x.device:

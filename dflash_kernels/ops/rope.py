@@ -13,10 +13,9 @@ import torch
 
 from .. import reference
 from .._library import define
+from ..limits import check_head_dim
 from ..types import FP8, PagedKV
 from . import _checks as check
-
-MAX_HEAD_DIM = 1024  # kMaxHeadDim in csrc/cpu/rope_head.h
 
 
 def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor | None, *, num_heads: int,
@@ -80,8 +79,7 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
 
 def check_rotation(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | None, rows: torch.Tensor, tokens: int,
                    head_dim: int) -> None:
-    if head_dim > MAX_HEAD_DIM:
-        raise NotImplementedError(f"{op}: head_dim must be <= {MAX_HEAD_DIM}; got {head_dim}")
+    check_head_dim(op, head_dim)
     check.contiguous(op, "positions",
                      check.tensor(op, "positions", positions, torch.int64, "(T,)", (tokens,), rows.device))
     if cos_sin is None:

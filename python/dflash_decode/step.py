@@ -61,8 +61,7 @@ class Step:
                                         self.verifier.params if draw else None) if drafter and width > 1 else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
         self.forward = target.make_pass(batch, width, target_kv, drafter.target_layer_ids if drafter else ())
-        self.block = self.draft.block if self.draft else PreparedBlock(
-            ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width), rows=None)
+        self.block = self.draft.block if self.draft else PreparedBlock.empty(batch, width, device=device)
         self.anchors = self.draft.anchors if self.draft else ids(batch)
         self.context_lens, self.block_lens = ids(batch, dtype=torch.int32), ids(batch, dtype=torch.int32)
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
@@ -111,9 +110,8 @@ class Prefill:
         self.work = Recorded(device, target, drafter, pool=pool)
         self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
         self.forward = target.make_pass(1, rows, target_kv, drafter.target_layer_ids if drafter else ())
-        whole = {"dtype": torch.int64, "device": device}
-        ids, positions, slots, self.tokens = (torch.zeros((1, rows), **whole) for _ in range(4))
-        self.block = PreparedBlock(ids=ids, positions=positions, slots=slots, rows=None)
+        self.block = PreparedBlock.empty(1, rows, device=device)
+        self.tokens = torch.zeros((1, rows), dtype=torch.int64, device=device)
         self.context_lens, self.block_lens = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         self.page_table = torch.full((1, max_pages), NO_PAGE, dtype=torch.int32, device=device)
         self.out = None

@@ -6,6 +6,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -208,8 +209,8 @@ class DraftPass:
         def ids(*shape):
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        self.block = PreparedBlock(ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width),
-                                   rows=self.layers.x.view(batch, width, -1))
+        self.block = replace(PreparedBlock.empty(batch, width, device=device),
+                             rows=self.layers.x.view(batch, width, -1))
         # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
         self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].flatten().contiguous()
         self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
