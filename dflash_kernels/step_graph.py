@@ -8,6 +8,7 @@ tables and tokens are read from tensors when the step runs, so they are changed 
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,9 +50,9 @@ class StepGraph:
     DFLASH_CHECK=1: a replay checks no values, and every step is to be checked.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
+    def __init__(self, device: torch.device | str = "cpu", pool: Any = None):
         self.device, self.pool = torch.device(device), pool
-        self._recording = None
+        self._recording: Any = None
 
     @staticmethod
     def available(device: torch.device | str = "cpu") -> bool:

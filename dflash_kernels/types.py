@@ -113,6 +113,7 @@ class PackedWeight:
             raise TypeError(f"PackedWeight: data must be a tensor of {want}; got {got}")
         self._check_scales()
         blocks = (n + 15) // 16
+        shape: tuple[int, ...]
         if self.data.device.type == "cuda":
             shape = (n, k)
         elif self.data.dtype == torch.bfloat16:

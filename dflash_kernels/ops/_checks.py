@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def describe(t: object) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
 
 
-def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Sequence[torch.dtype], shape: str,
+def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
            sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
     """Checks type, dtype, rank and sizes of one tensor. `shape` is its notation for the message, such as '(B, Q)';
     a size of None is free."""
@@ -52,17 +53,17 @@ def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
     return True
 
 
-def integer(op: str, name: str, value: object, minimum: int) -> int:
+def integer(op: str, name: str, value: Any, minimum: int) -> int:
     """Checks one whole number that the host knows."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int; got {describe(value)}")
     if value < minimum or value >= 2**63:
         bound = f"at least {minimum}" if value < minimum else "below 2**63"
         raise ValueError(f"{op}: {name} must be {bound}; got {value}")
-    return value
+    return value  # type: ignore[return-value]  # a SymInt is an int to whoever calls
 
 
-def number(op: str, name: str, value: object) -> float:
+def number(op: str, name: str, value: Any) -> float:
     """Checks one real number that the host knows."""
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number; got {describe(value)}")

@@ -86,7 +86,7 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
                       v_scale, bool(interleaved), each)
 
 
-def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
+def _check_caches(op: str, caches: Sequence[PagedKV], kv: torch.Tensor) -> PagedKV:
     if not caches:
         raise ValueError(f"{op}: caches must be L >= 1 PagedKV; got none")
     check_layers(op, len(caches))

@@ -40,7 +40,7 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
         scales = _without_graph(scales).contiguous()
     weight = _without_graph(weight)
     data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
-    return PackedWeight(data, *weight.shape, scales)
+    return PackedWeight(data, weight.shape[0], weight.shape[1], scales)
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -181,7 +181,7 @@ def _check_proposal(op, proposal, sizes, device):
     if probs is not None:
         check.dense_last(op, "proposal.probs", check.tensor(
             op, "proposal.probs", probs, torch.float32, shape, (b, n, vocab if ids is None else None), device))
-    if ids is not None:
+    if ids is not None and probs is not None:
         if probs.shape[2] < 1:
             raise ValueError(f"{op}: proposal.probs must have K >= 1; got {check.describe(probs)}")
         check.dense_last(op, "proposal.ids",

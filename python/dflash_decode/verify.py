@@ -71,6 +71,7 @@ class SampledVerifier(GreedyVerifier):
     adjustments: LogitAdjustments | None = None
 
     def _make(self, batch, width):
+        self.params: SamplingTensors
         self.logits = torch.zeros((batch, width, self.target.vocab_size), dtype=self.target.dtype, device=self.device)
         self.params = SamplingTensors(
             temperature=self._per_request(batch, torch.float32), seeds=self._per_request(batch, torch.int64),
