@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import dflash_decode
-from tests.support import ROOT
+from tests.support import ROOT, annotations
 
 NAMES = {"CheckpointError": "checkpoint.errors", "Decoder": "loop", "Drafter": "model.drafter", "Event": "requests",
          "Request": "requests", "SamplingParams": "sampling", "Session": "session", "load_checkpoint": "checkpoint",
@@ -29,6 +29,11 @@ def test_every_short_name_is_that_of_its_module():
         value = getattr(dflash_decode, name)
         assert value is getattr(importlib.import_module(f"dflash_decode.{module}"), name)
         assert value.__module__ == f"dflash_decode.{module}"
+
+
+@pytest.mark.parametrize("name", dflash_decode.__all__)
+def test_short_names_have_their_types(name):
+    assert annotations.missing(name, getattr(dflash_decode, name)) == []
 
 
 def test_names_for_type_checkers_are_those_that_are_loaded():

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 import dflash_kernels as dk
 from dflash_kernels import _library, limits
 from dflash_kernels.types import FP8, PackedWeight, PagedKV
+from tests.support import ROOT, annotations
 from tests.support.op_samples import SAMPLES, int32
 
 DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float64, torch.float32, torch.bfloat16,
@@ -270,3 +273,33 @@ def test_what_is_imported_for_users_is_in_all_and_nothing_else_is():
     visible = {name for name, value in vars(dk).items()
                if not name.startswith("_") and not inspect.ismodule(value)}
     assert visible == set(dk.__all__) and len(dk.__all__) == len(visible)
+
+
+@pytest.mark.parametrize("name", dk.__all__)
+def test_public_names_have_their_types(name):
+    assert list(annotations.functions_of(name, getattr(dk, name)))
+    assert annotations.missing(name, getattr(dk, name)) == []
+
+
+def test_a_missing_type_is_seen():
+    class Thing:
+        def __init__(self, size): ...
+
+        def told(self, of: int): ...
+
+        @property
+        def bare(self): ...
+
+        def whole(self, of: int) -> int: ...
+
+    Thing.__module__ = "dflash_kernels.types"
+    assert annotations.missing("Thing", Thing) == ["Thing.__init__: size", "Thing.told: return", "Thing.bare: return"]
+
+
+def test_the_wheel_says_that_the_packages_have_types(tmp_path):
+    """setuptools copies what a wheel has into a folder."""
+    ran = subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)], cwd=ROOT,
+                         capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    typed = {file.parent.name for file in tmp_path.glob("*/py.typed")}
+    assert typed == {"dflash_kernels", "dflash_decode", "dflash_engines", "dflash_bench"}
