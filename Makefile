@@ -3,7 +3,7 @@
 #
 #   make demo      SmolLM2 answers through the CPU kernels, with speculation and without
 #   make test      the tests            make build     the extension
-#   make lint      ruff                 make bench     benchmarks into bench/results
+#   make lint      ruff and mypy        make bench     benchmarks into bench/results
 #   make docs      tables, plots, ops   make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
 #   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON within nine minutes; PART=a to f:
@@ -76,6 +76,7 @@ docs: build $(STAMPS)/dev
 
 lint: $(STAMPS)/dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 sanitize: $(STAMPS)/dev
 	$(PY) -m tools.sanitize $(ARGS)

@@ -5,6 +5,7 @@ Importing the package prints nothing and touches no GPU.
 
 from ._version import __version__ as __version__
 from .info import build_info
+from .limits import Support, supports
 from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
@@ -13,7 +14,7 @@ from .ops.linear import linear, pack_weight, quantize_weight
 from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
-from .ops.sample import sample_draft, verify_sample
+from .ops.sample import sample_draft, verify_sample, workspace_size
 from .ops.verify import verify_greedy
 from .step_graph import StepGraph
 from .types import LogitAdjustments, PackedWeight, PagedKV, PreparedBlock, Proposal, SamplingTensors, Verified
@@ -26,6 +27,7 @@ __all__ = [
     "Proposal",
     "SamplingTensors",
     "StepGraph",
+    "Support",
     "Verified",
     "add_rms_norm",
     "block_attention",
@@ -43,7 +45,9 @@ __all__ = [
     "rms_norm",
     "sample_draft",
     "silu_and_mul",
+    "supports",
     "verify_greedy",
     "verify_sample",
+    "workspace_size",
     "write_context_kv",
 ]

@@ -7,6 +7,7 @@ also be called as torch.ops.dflash_cuda.<op>, whichever is chosen here: that is 
 import importlib.util
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import TypeGuard
 
 import torch
 
@@ -18,18 +19,21 @@ CHOICE = {  # op with a CUDA C++ kernel: (what answers it, where that was measur
 _lib = torch.library.Library("dflash_cuda", "DEF")
 
 
-def usable(cuda: ModuleType | None) -> bool:
+def usable(cuda: ModuleType | None) -> TypeGuard[ModuleType]:
     """Whether the library runs beside this torch: the CUDA runtime inside it must be content with torch's driver."""
-    return bool(cuda) and cuda.build_info()["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
+    return (cuda is not None and torch.version.cuda is not None
+            and cuda.build_info()["cuda"].split(".")[0] == torch.version.cuda.split(".")[0])
 
 
 def install(lib: torch.library.Library, cuda: ModuleType | None, fallbacks: Mapping[str, Callable]) -> None:
     """Registers for CUDA tensors, under dflash, the kernel of every op that has one; fallbacks[op] answers where Triton
     turns out not to load."""
     triton = _triton.found()
-    ours = [op for op in (cuda.ops() if usable(cuda) else ()) if CHOICE[op][0] == "cuda" or not triton]
-    for op in ours:
-        cuda.register("dflash", op)
+    ours = []
+    if usable(cuda):
+        ours = [op for op in cuda.ops() if CHOICE[op][0] == "cuda" or not triton]
+        for op in ours:
+            cuda.register("dflash", op)
     if triton:
         _triton.install(lib, fallbacks, without=ours)
 

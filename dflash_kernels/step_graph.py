@@ -8,6 +8,7 @@ when the step runs, so they are changed in place between replays.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,9 +65,9 @@ class StepGraph:
     ([[300.0]], 1)
     """
 
-    def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
+    def __init__(self, device: torch.device | str = "cpu", pool: Any = None):
         self.device, self.pool = torch.device(device), pool
-        self._recording = None
+        self._recording: Any = None
 
     @staticmethod
     def available(device: torch.device | str = "cpu") -> bool:

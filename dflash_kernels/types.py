@@ -4,8 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FP8 = torch.float8_e4m3fn
+from .limits import FLOATS, check_paged_dtype
+from .limits import FP8 as FP8
+
+
+def _size(op: str, name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int; got {value!r}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}; got {value}")
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +70,7 @@ class PagedKV:
         for name, t in (("k", self.k), ("v", self.v)):
             if not isinstance(t, torch.Tensor):
                 raise TypeError(f"PagedKV: {name} must be a tensor; got {type(t).__name__}")
-            if t.dtype not in (*_FLOATS, FP8):
-                error = NotImplementedError if "float8" in str(t.dtype) else TypeError
-                raise error(f"PagedKV: {name} must be float32, bfloat16, float16 or float8_e4m3fn; got {t.dtype}")
+            check_paged_dtype(name, t.dtype)
             if t.dim() != 4:
                 raise ValueError(f"PagedKV: {name} must have shape (num_pages, P, Hkv, D); got {tuple(t.shape)}")
             if t.shape[3] > 1 and t.stride(3) != 1:
@@ -156,13 +162,14 @@ class PackedWeight:
         for name, size in (("out_features", n), ("in_features", k)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"PackedWeight: {name} must be a positive int; got {size!r}")
-        dtypes = _FLOATS if self.scales is None else (torch.int8,)
+        dtypes = FLOATS if self.scales is None else (torch.int8,)
         if not isinstance(self.data, torch.Tensor) or self.data.dtype not in dtypes:
             want = "float32, bfloat16 or float16" if self.scales is None else "int8, as there are scales"
             got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
             raise TypeError(f"PackedWeight: data must be a tensor of {want}; got {got}")
         self._check_scales()
         blocks = (n + 15) // 16
+        shape: tuple[int, ...]
         if self.data.device.type == "cuda":
             shape = (n, k)
         elif self.data.dtype == torch.bfloat16:
@@ -245,6 +252,47 @@ class PreparedBlock:
     slots: torch.Tensor | None = None
     rows: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls, requests: int, block: int, *, device: str | torch.device | None = None, slots: bool = True,
+              hidden: int = 0, dtype: torch.dtype = torch.bfloat16) -> "PreparedBlock":
+        """Memory for prepare_block to write into, at fixed addresses.
+
+        Parameters
+        ----------
+        requests, block : int
+            B and Q.
+        device : str or torch.device, optional
+            None: torch's default device.
+        slots : bool
+            Whether there are slots, as with a page table.
+        hidden : int
+            H of the embedded rows. 0: no rows, as without an embedding table.
+        dtype : torch.dtype
+            Of the rows: the embedding table's.
+
+        Returns
+        -------
+        PreparedBlock
+            With unspecified values.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A size that is no int, or below 0, or below 1 for block.
+
+        Examples
+        --------
+        >>> from dflash_kernels import PreparedBlock
+        >>> PreparedBlock.empty(2, 8).ids.shape
+        torch.Size([2, 8])
+        """
+        op = "PreparedBlock.empty"
+        shape = (_size(op, "requests", requests, 0), _size(op, "block", block, 1))
+        hidden = _size(op, "hidden", hidden, 0)
+        ids, positions = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
+        return cls(ids, positions, torch.empty(shape, dtype=torch.int64, device=device) if slots else None,
+                   torch.empty((*shape, hidden), dtype=dtype, device=device) if hidden else None)
+
 
 @dataclass(frozen=True, eq=False)
 class Verified:
@@ -278,6 +326,39 @@ class Verified:
     tokens: torch.Tensor
     bonus: torch.Tensor
     new_lens: torch.Tensor
+
+    @classmethod
+    def empty(cls, requests: int, block: int, *, device: str | torch.device | None = None) -> "Verified":
+        """Memory for verify_greedy and verify_sample to write into, at fixed addresses.
+
+        Parameters
+        ----------
+        requests, block : int
+            B and Q.
+        device : str or torch.device, optional
+            None: torch's default device.
+
+        Returns
+        -------
+        Verified
+            With unspecified values.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A size that is no int, or below 0, or below 1 for block.
+
+        Examples
+        --------
+        >>> from dflash_kernels import Verified
+        >>> Verified.empty(2, 8).tokens.shape
+        torch.Size([2, 8])
+        """
+        op = "Verified.empty"
+        b, q = _size(op, "requests", requests, 0), _size(op, "block", block, 1)
+        accept_lens, commit_lens, new_lens = (torch.empty(b, dtype=torch.int32, device=device) for _ in range(3))
+        tokens = torch.empty((b, q), dtype=torch.int64, device=device)
+        return cls(accept_lens, commit_lens, tokens, torch.empty(b, dtype=torch.int64, device=device), new_lens)
 
 
 @dataclass(frozen=True, eq=False)

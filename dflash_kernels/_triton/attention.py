@@ -45,6 +45,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..limits import check_gpu_attention
 from ._case import Case
 from ._chip import generation, multiprocessors
 from ._fp8 import as_bytes, native_fp8, scale_kind
@@ -115,23 +116,19 @@ def shares_of(tasks: int, splits: int, at_once: int) -> int:
 
 
 def config(itemsize: int, cached: int, head_dim: int, softcap: bool, major: int) -> Config:
-    for key, by in CONFIGS.items():
-        if key[:2] == (itemsize, cached) and head_dim <= key[2]:
-            by = by | (SOFTCAPPED.get(key, {}) if softcap else {})
-            return next(by[found] for found in LIKE.get(major, (8,)) if found in by)
-    # The sums of larger heads, beside what the cache's conversion holds, spill on sm_100 and sm_120.
-    if (itemsize, cached) == (4, 1) and head_dim <= 256:
-        raise NotImplementedError("block_attention: float32 queries over an fp8 cache have a CUDA kernel only up to "
-                                  f"heads of 64; got {head_dim}: use bfloat16 or float16 queries")
-    raise NotImplementedError(f"block_attention: heads of more than 256 have no CUDA kernel; got {head_dim}")
+    """The caller has checked that there is one (limits.py, check_gpu_attention)."""
+    key = next(key for key in CONFIGS if key[:2] == (itemsize, cached) and head_dim <= key[2])
+    by = CONFIGS[key] | (SOFTCAPPED.get(key, {}) if softcap else {})
+    return next(by[found] for found in LIKE.get(major, (8,)) if found in by)
 
 
 def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
                     scale, causal, left, right, sinks, softcap, out):
     """Where splits are shared out it allocates what they leave to combine, as a graph may: it is in its pool."""
     (batch, width, heads, head_dim), kv_heads = q.shape, k.shape[2]
-    c = config(q.element_size(), (k if k_cache is None else k_cache).element_size(), head_dim,
-               softcap > 0, generation(q.device))
+    cached = (k if k_cache is None else k_cache).dtype
+    check_gpu_attention(q.dtype, cached, head_dim)
+    c = config(q.element_size(), cached.itemsize, head_dim, softcap > 0, generation(q.device))
     if batch == 0 or width == 0:
         return
     left = FAR if left < 0 else min(left, FAR)

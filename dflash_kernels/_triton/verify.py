@@ -75,7 +75,7 @@ def verify_kernel(draft_ids, target_ids, keys, context_lens, block_lens,
 
 def _parts(rows: int, vocab: int) -> tuple[int, int]:
     """Length and number of the parts of a row."""
-    tile = CONFIGS["logits"][0]
+    tile = CONFIGS["logits"][0]  # type: ignore[index]
     wanted = min(triton.cdiv(PROGRAMS, rows), triton.cdiv(vocab, tile))
     part = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
     return part, triton.cdiv(vocab, part)

@@ -2,14 +2,15 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
 from .. import _library
+from ..limits import FLOATS as FLOATS
+from ..limits import listed
 from ..types import PagedKV
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def values_checked() -> bool:
@@ -28,14 +29,13 @@ def describe(t: object) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
 
 
-def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Sequence[torch.dtype], shape: str,
+def tensor(op: str, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
            sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
     """Checks type, dtype, rank and sizes of one tensor. `shape` is its notation for the message, such as '(B, Q)';
     a size of None is free."""
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
-        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{op}: {name} must be {names} {shape}; got {describe(t)}")
+        raise TypeError(f"{op}: {name} must be {listed(dtypes)} {shape}; got {describe(t)}")
     if not _fits(t.shape, sizes):
         want = ", ".join("*" if s is None else str(s) for s in sizes)
         raise ValueError(f"{op}: {name} must have shape {shape} = ({want}); got {describe(t)}")
@@ -53,17 +53,17 @@ def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
     return True
 
 
-def integer(op: str, name: str, value: object, minimum: int) -> int:
+def integer(op: str, name: str, value: Any, minimum: int) -> int:
     """Checks one whole number that the host knows."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int; got {describe(value)}")
     if value < minimum or value >= 2**63:
         bound = f"at least {minimum}" if value < minimum else "below 2**63"
         raise ValueError(f"{op}: {name} must be {bound}; got {value}")
-    return value
+    return value  # type: ignore[return-value]  # a SymInt is an int to whoever calls
 
 
-def number(op: str, name: str, value: object) -> float:
+def number(op: str, name: str, value: Any) -> float:
     """Checks one real number that the host knows."""
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number; got {describe(value)}")

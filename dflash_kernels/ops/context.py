@@ -17,11 +17,10 @@ import torch
 
 from .. import reference
 from .._library import define
+from ..limits import check_layers
 from ..types import PagedKV
 from . import _checks as check
 from .rope import check_cache, check_positions, check_rotation, check_rounding
-
-MAX_LAYERS = 64  # kMaxLayers in csrc/params/context.h
 
 
 def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, caches: Sequence[PagedKV], *,
@@ -120,11 +119,10 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
                       v_scale, bool(interleaved), each)
 
 
-def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
+def _check_caches(op: str, caches: Sequence[PagedKV], kv: torch.Tensor) -> PagedKV:
     if not caches:
         raise ValueError(f"{op}: caches must be L >= 1 PagedKV; got none")
-    if len(caches) > MAX_LAYERS:
-        raise NotImplementedError(f"{op}: caches must be at most {MAX_LAYERS} layers; got {len(caches)}")
+    check_layers(op, len(caches))
     first = caches[0]
     check_cache(op, "caches[0]", first, kv, None, None)
     wanted = None if check.values_checked() else _layout(first)

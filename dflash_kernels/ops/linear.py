@@ -13,6 +13,7 @@ import torch
 from .. import reference
 from .._library import define
 from .._memory import place
+from ..limits import check_packed_dtype
 from ..types import PackedWeight
 from . import _checks as check
 
@@ -61,7 +62,7 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
         scales = _without_graph(scales).contiguous()
     weight = _without_graph(weight)
     data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
-    return PackedWeight(data, *weight.shape, scales)
+    return PackedWeight(data, weight.shape[0], weight.shape[1], scales)
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,8 +171,8 @@ def weight_of(op: str, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
         raise ValueError(f"{op}: x must have shape (..., K); got {check.describe(x)}")
     if isinstance(weight, PackedWeight):
         data, scales, n, k = weight.data, weight.scales, weight.out_features, weight.in_features
-        if scales is None and data.dtype != x.dtype:
-            raise TypeError(f"{op}: weight must be {x.dtype}, as x is; got packed {data.dtype}")
+        if scales is None:
+            check_packed_dtype(op, x.dtype, data.dtype)
         if k != x.shape[-1]:
             raise ValueError(f"{op}: x must have {k} = weight's K columns; got {check.describe(x)}")
         if data.device != x.device:

@@ -14,6 +14,7 @@ import torch
 
 from .. import reference
 from .._library import define
+from ..limits import MAX_K, check_k
 from ..types import PackedWeight
 from . import _checks as check
 from .linear import weight_of
@@ -160,9 +161,6 @@ _combine_argmax = define("combine_argmax(Tensor values, Tensor ids, Tensor(a!) o
                        reference.lm_head.combine_argmax)
 
 
-MAX_K = 64
-
-
 def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *, bias: torch.Tensor | None = None,
                  num_valid: int | None = None, scale: float = 1.0, softcap: float = 0.0, id_offset: int = 0,
                  out_ids: torch.Tensor | None = None, out_values: torch.Tensor | None = None,
@@ -219,8 +217,7 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     op = "lm_head_topk"
     data, scales, n = weight_of(op, x, weight, bias)
     options, k = _check_logits(op, n, num_valid, scale, softcap, id_offset), check.integer(op, "k", k, 1)
-    if k > (most := min(MAX_K, options[0])):
-        raise ValueError(f"{op}: k must be between 1 and {most}; got {k}")
+    check_k(op, k, min(MAX_K, options[0]))
     shape = (*x.shape[:-1], k)
     ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, shape, torch.int64))
     values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, x, shape, torch.float32))
@@ -289,9 +286,9 @@ def combine_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, 
     (shards, rows, k), device = values.shape, values.device
     check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R, k)", values.shape, device))
     check.contiguous(op, "lse", check.tensor(op, "lse", lse, torch.float32, "(S, R)", (shards, rows), device))
-    if shards < 1 or not 1 <= k <= MAX_K:
-        raise ValueError(f"{op}: values must have at least one shard and 1 to {MAX_K} candidates; "
-                         f"got {check.describe(values)}")
+    check_k(op, k)
+    if shards < 1:
+        raise ValueError(f"{op}: values must have at least one shard; got {check.describe(values)}")
     out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, (rows, k), torch.int64))
     out_values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, values, (rows, k)))
     out_lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, values, (rows,)))

@@ -15,10 +15,9 @@ import torch
 
 from .. import reference
 from .._library import define
+from ..limits import check_head_dim
 from ..types import FP8, PagedKV
 from . import _checks as check
-
-MAX_HEAD_DIM = 1024  # kMaxHeadDim in csrc/cpu/rope_head.h
 
 
 def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor | None, *, num_heads: int,
@@ -119,8 +118,7 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
 
 def check_rotation(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | None, rows: torch.Tensor, tokens: int,
                    head_dim: int) -> None:
-    if head_dim > MAX_HEAD_DIM:
-        raise NotImplementedError(f"{op}: head_dim must be <= {MAX_HEAD_DIM}; got {head_dim}")
+    check_head_dim(op, head_dim)
     check.contiguous(op, "positions",
                      check.tensor(op, "positions", positions, torch.int64, "(T,)", (tokens,), rows.device))
     if cos_sin is None:
@@ -153,7 +151,7 @@ def check_rounding(op: str, rounding: str) -> bool:
 def check_positions(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | None) -> None:
     """Reads the device: only under DFLASH_CHECK=1."""
     bad = ~reference.rope.in_table(positions, cos_sin)
-    if bad.any():
+    if cos_sin is not None and bad.any():
         first = int(bad.nonzero()[0])
         raise ValueError(f"{op}: positions must be in [0, {cos_sin.shape[0]}), the rows of cos_sin; "
                          f"got {int(positions[first])} at row {first}")

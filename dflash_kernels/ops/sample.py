@@ -34,7 +34,34 @@ CHUNK = 1024  # tokens of the vocabulary that share a partial sum
 
 
 def workspace_size(requests: int, block: int, vocab: int) -> int:
-    """float32 elements that verify_sample needs beside its outputs."""
+    """How many float32 elements verify_sample needs as its workspace.
+
+    A captured graph needs the memory to be its own: allocate it once and pass it to every call.
+
+    Parameters
+    ----------
+    requests, block, vocab : int
+        B, Q and V.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    TypeError
+        A size that is no int.
+    ValueError
+        A size below 1; requests may be 0.
+
+    Examples
+    --------
+    >>> from dflash_kernels import workspace_size
+    >>> workspace_size(2, 8, 49152)
+    3328
+    """
+    for name, size, least in (("requests", requests, 0), ("block", block, 1), ("vocab", vocab, 1)):
+        check.integer("workspace_size", name, size, least)
     return requests * block * (4 * -(-vocab // CHUNK) + 16)
 
 
@@ -232,7 +259,7 @@ def _check_proposal(op, proposal, sizes, device):
     if probs is not None:
         check.dense_last(op, "proposal.probs", check.tensor(
             op, "proposal.probs", probs, torch.float32, shape, (b, n, vocab if ids is None else None), device))
-    if ids is not None:
+    if ids is not None and probs is not None:
         if probs.shape[2] < 1:
             raise ValueError(f"{op}: proposal.probs must have K >= 1; got {check.describe(probs)}")
         check.dense_last(op, "proposal.ids",

@@ -4,8 +4,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.loop import Decoder
@@ -16,7 +17,7 @@ from dflash_decode.session import Session
 from .chat import ChatServer, Dropped, Reply
 from .decode import Prompt
 from .metrics import Drafting
-from .protocol import Answered, Turn
+from .protocol import Answered, Answers, Turn
 
 WARM_UP_TOKENS, WARM_UP = 16, "Count to ten."
 
@@ -61,7 +62,7 @@ class OurLoop:
     def counters(self) -> Drafting | None:
         return None  # every step is known
 
-    def answer(self, prompts: Sequence[Prompt], concurrency: int) -> Iterator[tuple[int, Answered | None]]:
+    def answer(self, prompts: Sequence[Prompt], concurrency: int) -> Answers:
         if not self.session.tokenizer.chat_template and any(len(p.turns) > 1 for p in prompts):
             raise CheckpointError(f"{self.session.model}: expected a chat template, for prompts of several turns; "
                                   "got none")
@@ -89,8 +90,8 @@ class OurLoop:
             return tokenizer.encode(tokenizer.apply_chat_template(messages))
         return self.session.prompt_ids(messages[0]["content"])
 
-    def _stream(self, decoder: Decoder, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answered | None]]:
-        waiting, running = deque(_Talk(p) for p in prompts), {}
+    def _stream(self, decoder: Decoder, prompts: Sequence[Prompt]) -> Answers:
+        waiting, running = deque(_Talk(p) for p in prompts), dict[Hashable, _Talk]()
         sent = 0
 
         def requests() -> Iterator[Request | None]:
@@ -123,7 +124,7 @@ class OurLoop:
             return Answered(talk.prompt, tuple(talk.turns))
         tokens, talk.tokens = talk.tokens, []
         return talk.answer(self.session.tokenizer.decode(tokens), Turn(
-            len(tokens), round(time.perf_counter() - talk.began, 4), event.finish, talk.prompt_tokens,
+            len(tokens), round(time.perf_counter() - talk.began, 4), event.finish or "", talk.prompt_tokens,
             event.acceptance_lengths))
 
 
@@ -138,13 +139,15 @@ class Server:
     def counters(self) -> Drafting | None:
         return self.chat.metrics()
 
-    def answer(self, prompts: Sequence[Prompt], concurrency: int) -> Iterator[tuple[int, Answered | None]]:
+    def answer(self, prompts: Sequence[Prompt], concurrency: int) -> Answers:
         self.chat.resume()
         self.chat.chat([{"role": "user", "content": WARM_UP}], WARM_UP_TOKENS)
         return self._stream(prompts, concurrency)
 
-    def _stream(self, prompts, concurrency) -> Iterator[tuple[int, Answered | None]]:
-        todo, found, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    def _stream(self, prompts, concurrency) -> Answers:
+        todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = threading.Event()
         for prompt in prompts:
             todo.put(prompt)
         workers = [threading.Thread(target=self._work, args=(todo, found, stop), daemon=True)

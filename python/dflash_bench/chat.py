@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from socket import SHUT_RDWR
+from typing import Any
 from urllib.parse import urlsplit
 
 from dflash_decode.checkpoint.errors import brief
@@ -53,13 +54,14 @@ class ChatServer:
         if not good:
             raise BadUrl(f"--base-url must be http://HOST[:PORT][/v1]; got {base_url[:100]!r}")
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._where = parts.hostname, parts.port
+        self._where = parts.hostname or "", parts.port
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{self._root}"
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers = {"Content-Type": "application/json"} | key
         self._extra, self._timeout = extra or {}, timeout
-        self._lock, self._open, self._closed = threading.Lock(), set(), False
+        self._lock, self._closed = threading.Lock(), False
+        self._open: set[Any] = set()
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -132,7 +134,7 @@ class _Exchange:
         self.server, self.request = server, (method, f"{server._root}{path}", body, server._headers)
         self.what = f"{server.url}{path}"
         self.connection = server._connect(*server._where, timeout=server._timeout)
-        self.socket = None
+        self.socket: Any = None
 
     def __enter__(self) -> http.client.HTTPResponse:
         try:

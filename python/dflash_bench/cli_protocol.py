@@ -78,7 +78,8 @@ def protocol(
     if base_url is None and extra:
         raise UsageError("--extra-body needs --base-url")
     for name in OUR_LOOPS if base_url is not None else ():
-        if context.get_parameter_source(name).name != "DEFAULT":
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
             raise UsageError(f"--{name.replace('_', '-')} is for our loop; the server of --base-url has its own")
     set_threads(threads)
     check_device(device)
@@ -86,7 +87,7 @@ def protocol(
 
     rows = [row for file in prompts for row in decode.read_prompts(file, limit)]
     if base_url is not None:
-        answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
+        answerer: protocol_report.Answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
     else:
         model = "smollm2" if model is None else model
         answerer = protocol_report.our_loop(model, draft, block_size, max_new_tokens, dtype, device.value,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.cli import report
@@ -33,7 +34,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: expected a file of JSON lines; got {error}") from None
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(lines, 1):
         if limit is not None and len(prompts) == limit:
             break
@@ -65,15 +66,15 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
     found, differences = {}, []
     for task, rows in tasks.items():
         ids = [session.prompt_ids(row.text) for row in rows]
-        options = {"max_new_tokens": max_new_tokens, "concurrency": concurrency, "sampling": sampling,
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "concurrency": concurrency, "sampling": sampling,
                    "sample_from": sample_from, "rule": rule}
         on_task(task, "baseline")
         baseline = session.run(ids, speculative=False, **options)
         on_task(task, "with the drafter")
         ours = session.run(ids, **options)
         different = 0
-        for row, prompt, a, b in zip(rows, ids, ours.answers, baseline.answers, strict=True):
-            found_at = _difference(session, prompt, b.tokens, a.tokens, sampling)
+        for row, asked, a, b in zip(rows, ids, ours.answers, baseline.answers, strict=True):
+            found_at = _difference(session, asked, b.tokens, a.tokens, sampling)
             if found_at is not None:
                 different += 1
                 differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
@@ -93,7 +94,8 @@ def _difference(session, prompt, baseline, ours, sampling) -> Difference | None:
     at = first_index(baseline, ours)
     if at is None or sampling.temperature == 0:
         return first_difference(session.target, prompt, baseline, ours)
-    return Difference(at, *((text[at] if at < len(text) else None) for text in (baseline, ours)), None)
+    there = [text[at] if at < len(text) else None for text in (baseline, ours)]
+    return Difference(at, there[0], there[1], None)
 
 
 @dataclass

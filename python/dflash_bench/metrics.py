@@ -61,7 +61,7 @@ def drafting(text: str) -> Drafting | None:
         return sum(values) if values else None
 
     for engine in dict.fromkeys(name.split(":")[0] for name, _, _ in found if name.endswith(f":{_DRAFTS}")):
-        drafts, accepted = total(f"{engine}:{_DRAFTS}"), total(f"{engine}:{_ACCEPTED}") or 0.0
+        drafts, accepted = (total(f"{engine}:{name}") or 0.0 for name in (_DRAFTS, _ACCEPTED))
         positions: dict[int, float] = {}
         for name, labels, value in found:
             where = _POSITION.search(labels) if name == f"{engine}:{_ACCEPTED}_per_pos" else None

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from dflash_decode.cli.options import UsageError, reason, short
@@ -29,7 +30,7 @@ def _unreadable(file: Path) -> str | None:
     return None
 
 
-def check_written(written: dict[str, Path | None], read: list[Path] = ()) -> None:
+def check_written(written: dict[str, Path | None], read: Sequence[Path] = ()) -> None:
     """Before anything runs. A file that exists is left as it is."""
     taken = list(read)
     for option, file in written.items():

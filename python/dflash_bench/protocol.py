@@ -7,10 +7,10 @@ that an interrupted measurement keeps what it has and the same command goes on.
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from dflash_decode.checkpoint import CheckpointError
 
@@ -48,13 +48,17 @@ class Answered:
     retries: int = 0
 
 
+# Closing it stops what it asks for.
+Answers: TypeAlias = Generator[tuple[int, Answered | None], None, None]
+
+
 class Answerer(Protocol):
     """about: what must be the same for two runs to be one measurement. answer() yields (new tokens, a prompt that is
     finished or None) and stops cleanly when it is closed; counters() are the server's so far."""
 
     about: dict
 
-    def answer(self, prompts: Sequence[Prompt], concurrency: int) -> Iterator[tuple[int, Answered | None]]: ...
+    def answer(self, prompts: Sequence[Prompt], concurrency: int) -> Answers: ...
 
     def counters(self) -> Drafting | None: ...
 
@@ -153,7 +157,7 @@ def measure(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequen
 
 
 def _run(answerer: Answerer, left: list[Prompt], stage: Stage, journal: Journal, on_change) -> None:
-    where = {"task": stage.task, "concurrency": stage.concurrency}
+    where: dict[str, Any] = {"task": stage.task, "concurrency": stage.concurrency}
     run = 1 + max((row["run"] for row in journal.of(**where)), default=0)
     answers = answerer.answer(left, stage.concurrency)
     before, began = answerer.counters(), time.perf_counter()
@@ -169,7 +173,7 @@ def _run(answerer: Answerer, left: list[Prompt], stage: Stage, journal: Journal,
     finally:
         answers.close()
         after = answerer.counters() if before is not None else None
-        if after is not None:
+        if before is not None and after is not None:
             journal.append(where | {"run": run, "counters": asdict(after - before)})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dflash_decode.cli import report
@@ -23,7 +23,7 @@ from .results import commit, write_json
 CARD = "MiniMax-M2.7 on 4 B200"
 
 
-def our_loop(model: str, draft: str, block_size: int, max_new_tokens: int, dtype: str, device: str,
+def our_loop(model: str, draft: str, block_size: int | None, max_new_tokens: int, dtype: str, device: str,
              weights: str = "model", draft_weights: str = "auto") -> OurLoop:
     from dflash_decode.checkpoint import drafter_of
 
@@ -82,7 +82,8 @@ class Watch:
         # By itself the bar forgets after 30 seconds, which one answer of 4,096 tokens may take.
         self.progress = Progress(*columns, console=report.err, disable=not report.err.is_terminal, transient=True,
                                  speed_estimate_period=math.inf)
-        self.stage, self.bar = None, None
+        self.stage: Stage | None = None
+        self.bar: TaskID | None = None
 
     def __enter__(self) -> "Watch":
         self.progress.start()
@@ -96,6 +97,8 @@ class Watch:
         if stage is not self.stage:
             if self.bar is not None:
                 self.progress.remove_task(self.bar)
+            self.bar = None
+        if self.bar is None:
             self.stage, self.bar = stage, self.progress.add_task(name, total=stage.total, completed=stage.done, rate="")
         rate = f"{stage.tokens / stage.seconds:.1f} tokens/s" if stage.seconds else ""
         self.progress.update(self.bar, completed=stage.done, rate=rate)

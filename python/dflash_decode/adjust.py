@@ -33,11 +33,11 @@ class Adjuster:
 
     def __init__(self, batch: int, width: int, vocab: int, device: torch.device):
         words = -(-vocab // 32)
-        self.adjustments = LogitAdjustments(
-            seen=torch.zeros((batch, width, words), dtype=torch.int32, device=device),
-            repetition_penalty=torch.ones(batch, device=device),
-            bias=torch.zeros((batch, width, vocab), device=device),
-            bitmask=torch.full((batch, width, words), -1, dtype=torch.int32, device=device))
+        self.seen = torch.zeros((batch, width, words), dtype=torch.int32, device=device)
+        self.penalty = torch.ones(batch, device=device)
+        self.bias = torch.zeros((batch, width, vocab), device=device)
+        self.bitmask = torch.full((batch, width, words), -1, dtype=torch.int32, device=device)
+        self.adjustments = LogitAdjustments(self.seen, self.penalty, self.bias, self.bitmask)
         self.width, self.vocab = width, vocab
 
     def fill(self, b: int, sampling: SamplingParams, prompt: Sequence[int], text: Sequence[int],
@@ -45,9 +45,9 @@ class Adjuster:
         """Request b of the batch: what it was asked, what it has answered, the drafts of its block, and the tokens that
         would end it. Returns how many rows can be drawn from: those before one that no token may follow, which may be
         never come to. Raises GrammarFailed where that is the first, which is drawn from whatever is drafted."""
-        a, width = self.adjustments, self.width
+        width = self.width
         drafts = list(takewhile(range(self.vocab).__contains__, drafts))  # where verify_sample ends the block too
-        a.repetition_penalty[b] = sampling.repetition_penalty
+        self.penalty[b] = sampling.repetition_penalty
         counts, bias = Counter(text), torch.zeros((width, self.vocab))
         seen = torch.zeros((width, self.vocab), dtype=torch.bool)
 
@@ -64,15 +64,15 @@ class Adjuster:
             counts[token] += 1
             bias[i:, token] = value(token)
             seen[i:, token] = True
-        a.bias[b].copy_(bias)
-        a.seen[b].copy_(pack_bits(seen))
+        self.bias[b].copy_(bias)
+        self.seen[b].copy_(pack_bits(seen))
         words, rows = self._mask(sampling, text, drafts, stops, bias > -math.inf)
-        a.bitmask[b].copy_(words)
+        self.bitmask[b].copy_(words)
         return rows
 
     def _mask(self, sampling, text, drafts, stops, wanted):
         """wanted (width, V) bool: what logit_bias does not ban."""
-        words = torch.full(self.adjustments.bitmask.shape[1:], -1, dtype=torch.int32)
+        words = torch.full(self.bitmask.shape[1:], -1, dtype=torch.int32)
         for i in range(len(drafts) + 1 if sampling.grammar else 0):
             words[i] = _asked(sampling.grammar, [*text, *drafts[:i]], words[i].clone())
             allowed = unpack_bits(words[i], self.vocab)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,13 +32,13 @@ def choice(what: str, name: str, value: object, known: Sequence[str]) -> str:
     return value
 
 
-def of_type(what: str, name: str, value: object, wanted: type | tuple[type, ...], words: str) -> None:
-    """words: what it must be, as a user knows it. Raises TypeError."""
+def of_type(what: str, name: str, value: object, wanted: Any, words: str) -> None:
+    """wanted: as isinstance takes it. words: what it must be, as a user knows it. Raises TypeError."""
     if not isinstance(value, wanted):
         raise TypeError(f"{what}: {name} must be {words}; got {shown(value)}")
 
 
-def path_text(what: str, name: str, value: object) -> str:
+def path_text(what: str, name: str, value: Any) -> str:
     """A path, or a name in a path's place, as text."""
     of_type(what, name, value, (str, os.PathLike), "a path or a name")
     if not (text := os.fsdecode(value)):
@@ -81,7 +82,7 @@ def stored_dtype(where: Path, config: Mapping) -> torch.dtype:
     return torch.bfloat16
 
 
-def read_device(what: str, value: object) -> torch.device:
+def read_device(what: str, value: Any) -> torch.device:
     """"cpu", or a GPU that is there. Raises TypeError or ValueError."""
     try:
         if isinstance(value, bool):

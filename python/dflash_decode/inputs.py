@@ -4,6 +4,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Collection, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 
@@ -37,17 +38,17 @@ def integer(value: object) -> int | None:
     return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
-def number(value: object) -> float | None:
+def number(value: Any) -> float | None:
     """A number of Python's or numpy's, infinite where float has no room for it; None for anything else."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
         return float(value)
     except OverflowError:
-        return float("inf") if value > 0 else float("-inf")
+        return float("inf") if value > 0 else float("-inf")  # type: ignore[operator]  # a Real has an order
 
 
-def is_token_list(value: object, ordered: bool = True) -> bool:
+def is_token_list(value: Any, ordered: bool = True) -> bool:
     """Whether it may hold token ids: a sequence, or a tensor or array of one dimension; a set too, where order does not
     matter. Text and bytes are none."""
     if isinstance(value, torch.Tensor) or hasattr(value, "__array__"):

@@ -6,9 +6,12 @@ Baseline decoding is the same loop with no drafter; a sampled request's text is 
 """
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+
+from dflash_kernels import PagedKV
 
 from .arguments import check_target, choice, of_type, whole
 from .inputs import said, shown
@@ -58,12 +61,16 @@ class Decoder:
         self.pool = PagePool(default_pages(max_batch * pages, page_size, [model.cache for model in models])
                              if num_pages is None else num_pages, page_size)
         self.max_pages, self.prefill_rows = min(pages, self.pool.num_pages), prefill_rows
-        self.kv = [model.cache.allocate(self.pool.num_pages, page_size) if model else ()
-                   for model in (target, self.drafter)]
+        self.kv: tuple[Sequence[PagedKV], Sequence[PagedKV]] = (
+            target.cache.allocate(self.pool.num_pages, page_size),
+            self.drafter.cache.allocate(self.pool.num_pages, page_size) if self.drafter else ())
         # All requests, in the order in which they came. What runs and what waits follows from them, and whose a page is
         # from their lists, so that an interrupt can part no two things that must agree.
         self._requests: list[Live] = []
-        self._steps, self._prefills, self._firsts, self._seated = {}, {}, {}, None
+        self._steps: dict[tuple[int, type[GreedyVerifier]], Step] = {}
+        self._prefills: dict[int, Prefill] = {}
+        self._firsts: dict[type[GreedyVerifier], GreedyVerifier] = {}
+        self._seated: tuple[Step, list[Live]] | None = None
         # Passes and steps follow one another, so what their graphs need between launches can be the same memory.
         self._memory = torch.cuda.graph_pool_handle() if target.device.type == "cuda" else None
 
@@ -79,7 +86,9 @@ class Decoder:
         every batch that max_batch allows. Nothing is decoded, and no text changes.
         prompt_lens: of the prompts that will come, in tokens; None: all that fit. samplings: of the requests that will
         come; None: all there are."""
-        kinds = VERIFIERS if samplings is None else {verifier_for([sampling]) for sampling in samplings}
+        kinds: Iterable[type[GreedyVerifier]] = VERIFIERS
+        if samplings is not None:
+            kinds = {verifier_for([sampling]) for sampling in samplings}
         lens = range(1, min(self.prefill_rows, self.max_context - 1) + 1) if prompt_lens is None else set(prompt_lens)
         device, nothing = self.target.device, self.pool.table_row([], self.max_pages)
         for rows in sorted({size for n in lens for size in prefill_sizes(n, self.prefill_rows, device)}):
@@ -92,8 +101,8 @@ class Decoder:
             if kind not in self._firsts:
                 first = kind(self.target, 1, 1)
                 row = torch.zeros((1, self.target.hidden_size), dtype=self.target.dtype, device=device)
-                first.run(row, *(torch.zeros(n, dtype=t, device=device) for n, t in (((1, 1), torch.int64),
-                                                                                    (1, torch.int32))))
+                first.run(row, torch.zeros((1, 1), dtype=torch.int64, device=device),
+                          torch.zeros(1, dtype=torch.int32, device=device))
                 self._firsts[kind] = first
             if (batch, kind) not in self._steps:
                 step = self._make_step(batch, kind)
@@ -119,9 +128,9 @@ class Decoder:
         this one came to, though events that it had ready to return may be lost."""
         while len(active := self._active) < self.max_batch:
             live = next((live for live in self._requests if not live.emitted and not live.finish), None)
+            if live is None:
+                break
             try:
-                if live is None:
-                    break
                 self._start(live)
             except OutOfPages:
                 break
@@ -157,10 +166,11 @@ class Decoder:
                     yield refused
             yield from self.step()
 
-    def _refusal(self, request: object) -> Event | None:
+    def _refusal(self, request: Any) -> Event | None:
         """Submits it; the event of an error."""
         try:
-            return self.submit(request)
+            self.submit(request)
+            return None
         except (TypeError, ValueError) as error:
             why = str(error)
         except Exception as error:  # its parts are the caller's, and may raise anything when they are read

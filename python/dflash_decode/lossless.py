@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -55,7 +56,8 @@ def _next_logits(target: Target, tokens: Sequence[int]) -> torch.Tensor:
     ids = torch.tensor([tokens], device=target.device)
     nothing, whole = (torch.tensor([n], dtype=torch.int32, device=target.device) for n in (0, len(tokens)))
     block = prepare_block(ids[:, 0], nothing, len(tokens), 0, page_table=table, page_size=pool.page_size)
-    rows, _ = target.make_pass(1, len(tokens), caches).run(ids, block.positions, block.slots, table, nothing, whole)
+    slots = cast(torch.Tensor, block.slots)  # there is a page table
+    rows, _ = target.make_pass(1, len(tokens), caches).run(ids, block.positions, slots, table, nothing, whole)
     logits = torch.empty((1, target.vocab_size), dtype=target.dtype, device=target.device)
     target.logits(rows[-1:], logits)
     return logits[0].float()

@@ -1,6 +1,7 @@
 """What users have for a prompt, text, messages or token ids, as token ids."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ _KINDS = "a text, a list of messages {'role': ..., 'content': ...}, or token ids
 _ONE_BY_ONE = "give each prompt's ids by itself, in a list and without padding"
 
 
-def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> list[int]:
+def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: Any, what: str) -> list[int]:
     """The token ids of one prompt. Errors begin with `what`, which names it."""
     if isinstance(prompt, str):
         return _of_text(tokenizer, prompt, what)
@@ -27,7 +28,7 @@ def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> 
     return _of_ids(vocab, prompt, what)
 
 
-def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: object, what: str) -> list[list[int]]:
+def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: Any, what: str) -> list[list[int]]:
     """The token ids of several prompts, or of the one that is given in the place of a list."""
     if is_single(prompts):
         return [read_prompt(tokenizer, vocab, prompts, f"{what}: prompt 1")]
@@ -46,7 +47,7 @@ def _kind(value: object) -> str:
     return f"{shown(value)}, of type {type(value).__name__}"
 
 
-def is_single(prompts: object) -> bool:
+def is_single(prompts: Any) -> bool:
     """Whether it is one prompt: a text, a message or several, token ids. An empty list is no prompt."""
     if isinstance(prompts, (str, Mapping)):
         return True
@@ -96,7 +97,7 @@ def _unpadded(encoded: Mapping, what: str) -> object:
     return ids
 
 
-def _of_ids(vocab: int, ids: object, what: str) -> list[int]:
+def _of_ids(vocab: int, ids: Any, what: str) -> list[int]:
     if isinstance(ids, torch.Tensor) or hasattr(ids, "__array__"):
         if ids.ndim == 2 and len(ids) == 1:  # a batch of one, as tokenizers return it
             ids = ids[0]
@@ -108,13 +109,14 @@ def _of_ids(vocab: int, ids: object, what: str) -> list[int]:
         raise TypeError(f"{what} must be {_KINDS}; got {shown(ids)}")
     if not len(ids):
         raise ValueError(f"{what} must have at least 1 token; got {shown(ids)}")
-    given = items(ids)
-    found = [integer(token) for token in given]
-    for token, value in zip(given, found, strict=True):
+    found = []
+    for token in items(ids):
+        value = integer(token)
         if value is None:
             several = f" in a list: {_ONE_BY_ONE}" if is_token_list(token) else (
                 " in a list: give each prompt by itself" if isinstance(token, Sequence) else "")
             raise TypeError(f"{what} must be {_KINDS}; got {shown(token)}{several}")
         if not 0 <= value < vocab:
             raise ValueError(f"{what} must hold token ids in [0, {vocab}); got {value}")
+        found.append(value)
     return found

@@ -133,10 +133,12 @@ def _prompt(request: Request, vocab: int, max_context: int, what: str) -> list[i
     if len(given) >= max_context:
         raise ValueError(f"{what}: prompt must be shorter than the context of {max_context} tokens; got {len(given)}")
     found = items(given)
-    ids = [integer(token) for token in found]
-    bad = next((i for i, token in enumerate(ids) if token is None or not 0 <= token < vocab), None)
-    if bad is not None:
-        raise ValueError(f"{what}: prompt must hold token ids in [0, {vocab}); got {shown(found[bad])}")
+    ids = []
+    for given_token in found:
+        token = integer(given_token)
+        if token is None or not 0 <= token < vocab:
+            raise ValueError(f"{what}: prompt must hold token ids in [0, {vocab}); got {shown(given_token)}")
+        ids.append(token)
     return ids
 
 
@@ -147,7 +149,10 @@ def _stops(request: Request, vocab: int, what: str) -> frozenset[int]:
     if len(given) > vocab:
         raise ValueError(f"{what}: stop_tokens must be at most the vocabulary's {vocab}; got {len(given)}")
     found = items(given)
-    stops = [integer(token) for token in found]
-    if None in stops:
-        raise ValueError(f"{what}: stop_tokens must hold token ids; got {shown(found[stops.index(None)])}")
+    stops = set()
+    for given_token in found:
+        token = integer(given_token)
+        if token is None:
+            raise ValueError(f"{what}: stop_tokens must hold token ids; got {shown(given_token)}")
+        stops.add(token)
     return frozenset(stops)

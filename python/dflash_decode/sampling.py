@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -71,13 +71,13 @@ def check_sampling(sampling: SamplingParams, what: str, vocab: int | None = None
     that mean nothing, or that float32, in which they are applied, cannot hold."""
     if not isinstance(sampling, SamplingParams):
         raise TypeError(f"{what}: sampling must be a SamplingParams; got {shown(sampling)}")
-    read = {name: _number(getattr(sampling, name), name, what) for name in _RANGES}
-    read["top_k"] = _integer(sampling.top_k, "top_k", what, 31, "an integer, -1 or 0 (off), or up to")
-    read["seed"] = None if sampling.seed is None else _integer(sampling.seed, "seed", what, 63, "an integer from 0 to")
+    read: dict[str, Any] = {name: _number(getattr(sampling, name), name, what) for name in _RANGES}
+    top_k = _integer(sampling.top_k, "top_k", what, 31, "an integer, -1 or 0 (off), or up to")
+    seed = None if sampling.seed is None else _integer(sampling.seed, "seed", what, 63, "an integer from 0 to")
     grammar = sampling.grammar
     if grammar is not None and not callable(getattr(grammar, "fill_bitmask", None)):
         raise TypeError(f"{what}: grammar must have a method fill_bitmask; got {shown(grammar)}")
-    return replace(sampling, **read, logit_bias=_biases(sampling.logit_bias, what, vocab))
+    return replace(sampling, **read, top_k=top_k, seed=seed, logit_bias=_biases(sampling.logit_bias, what, vocab))
 
 
 def _integer(given: object, name: str, what: str, bits: int, words: str) -> int:
@@ -87,7 +87,7 @@ def _integer(given: object, name: str, what: str, bits: int, words: str) -> int:
     return value
 
 
-def _number(given: object, name: str, what: str) -> float:
+def _number(given: Any, name: str, what: str) -> float:
     value, (low, high) = number(given), _RANGES[name]
     if value is None or not low <= value <= high:
         limits = f" from {low:g} to {high:g}" if high == 1 else _SAID.get(low, "")

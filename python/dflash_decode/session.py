@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -108,7 +109,7 @@ class Session:
         what, draft = "Session.load", NONE if draft is None else draft
         model, draft = (path_text(what, name, value) for name, value in (("model", model), ("draft", draft)))
         asked, draft = draft, drafter_of(model, draft)
-        device, dtype = read_device(what, device), read_dtype(what, dtype)
+        device, wanted = read_device(what, device), read_dtype(what, dtype)
         choice(what, "weights", weights, WEIGHTS)
         choice(what, "draft_weights", draft_weights, DRAFT_WEIGHTS)
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
@@ -120,7 +121,7 @@ class Session:
         config = read_json(where / "config.json") if where.is_dir() else {}
         if "dflash_config" in config:
             raise CheckpointError(f"{where}: model must be a target model; got a drafter, which belongs in draft")
-        dtype = stored_dtype(where, config) if dtype is None else dtype
+        dtype = stored_dtype(where, config) if wanted is None else wanted
         with status(f"loading {model}"):
             tokenizer = load_tokenizer(model)
             target = _target(model, config.get("model_type"), dtype, device, weights)
@@ -179,14 +180,15 @@ class Session:
         answers = [Answer() for _ in prompts]
         started = time.perf_counter()
         for event in decoder.stream(self._requests(prompts, max_new_tokens, sampling)):
+            index = cast(int, event.id)
             if event.error is not None:
                 why = event.error.removeprefix(f"request {event.id}: ")  # the request is ours, the prompt the caller's
-                raise ValueError(f"{what}: prompt {event.id + 1}: {why}")
-            answer = answers[event.id]
+                raise ValueError(f"{what}: prompt {index + 1}: {why}")
+            answer = answers[index]
             answer.tokens += event.tokens
             if event.finish is not None:
                 answer.steps, answer.finish, answer.seed = event.acceptance_lengths, event.finish, event.seed
-            on_tokens(event.id, event.tokens)
+            on_tokens(index, event.tokens)
         seconds = time.perf_counter() - started
         for answer in answers:
             answer.text = self.tokenizer.decode(answer.tokens)

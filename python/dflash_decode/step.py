@@ -1,6 +1,7 @@
 """One step of decoding for a batch, on memory that never moves, so that a graph can capture it."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -23,9 +24,10 @@ class Recorded:
         recordable = all(part is None or part.graph_safe for part in parts)
         self.graph = StepGraph(device, pool) if recordable and StepGraph.available(device) else None
 
-    def done(self, work: Callable[[], None]) -> None:
+    def done(self, work: Callable[[], object]) -> None:
         if self.graph is None:
-            return work()
+            work()
+            return
         if self.graph.captured:
             return self.graph.replay()
         if self.graph.device.type == "cuda":
@@ -61,8 +63,7 @@ class Step:
                                         self.verifier.params if draw else None) if drafter and width > 1 else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
         self.forward = target.make_pass(batch, width, target_kv, drafter.target_layer_ids if drafter else ())
-        self.block = self.draft.block if self.draft else PreparedBlock(
-            ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width), rows=None)
+        self.block = self.draft.block if self.draft else PreparedBlock.empty(batch, width, device=device)
         self.anchors = self.draft.anchors if self.draft else ids(batch)
         self.context_lens, self.block_lens = ids(batch, dtype=torch.int32), ids(batch, dtype=torch.int32)
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
@@ -92,11 +93,12 @@ class Step:
         else:
             ids = prepare_block(self.anchors, self.context_lens, self.width, 0, page_table=self.page_table,
                                 page_size=self.page_size, block_lens=self.block_lens, out=block).ids
-        rows, features = self.forward.run(ids, block.positions, block.slots, *where)
+        slots = cast(torch.Tensor, block.slots)  # there is a page table
+        rows, features = self.forward.run(ids, block.positions, slots, *where)
         proposal = self.draft.proposal if self.draft else None
         verified = self.verifier.run(rows, ids, self.context_lens, self.block_lens, proposal)
         if self.context:
-            self.context.run(features, block.positions, block.slots, verified.commit_lens)
+            self.context.run(features, block.positions, slots, verified.commit_lens)
         return verified
 
 
@@ -111,12 +113,11 @@ class Prefill:
         self.work = Recorded(device, target, drafter, pool=pool)
         self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
         self.forward = target.make_pass(1, rows, target_kv, drafter.target_layer_ids if drafter else ())
-        whole = {"dtype": torch.int64, "device": device}
-        ids, positions, slots, self.tokens = (torch.zeros((1, rows), **whole) for _ in range(4))
-        self.block = PreparedBlock(ids=ids, positions=positions, slots=slots, rows=None)
+        self.block = PreparedBlock.empty(1, rows, device=device)
+        self.tokens = torch.zeros((1, rows), dtype=torch.int64, device=device)
         self.context_lens, self.block_lens = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         self.page_table = torch.full((1, max_pages), NO_PAGE, dtype=torch.int32, device=device)
-        self.out = None
+        self.out: torch.Tensor | None = None
 
     def __call__(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> torch.Tensor:
         """tokens: at most `rows`, at positions done, done + 1, ...; page_table (max_pages,). Returns the last one's
@@ -127,15 +128,16 @@ class Prefill:
         self.block_lens.fill_(n)
         self.page_table[0].copy_(page_table)
         self.work.done(self.run)
-        return self.out[n - 1:n]
+        return cast(torch.Tensor, self.out)[n - 1:n]
 
     def run(self) -> None:
         lens, live, table = self.context_lens, self.block_lens, self.page_table
         block = prepare_block(self.tokens[:, 0], lens, self.rows, 0, page_table=table, page_size=self.page_size,
                               block_lens=live, out=self.block)
-        self.out, features = self.forward.run(self.tokens, block.positions, block.slots, table, lens, live)
+        slots = cast(torch.Tensor, block.slots)  # there is a page table
+        self.out, features = self.forward.run(self.tokens, block.positions, slots, table, lens, live)
         if self.context:
-            self.context.run(features, block.positions, block.slots, live)
+            self.context.run(features, block.positions, slots, live)
 
 
 def prefill_sizes(tokens: int, most: int, device: torch.device) -> list[int]:

@@ -44,10 +44,7 @@ class GreedyVerifier:
 
     def __init__(self, target: Target, batch: int, width: int, rule: str = "token"):
         self.target, self.rule, self.device = target, rule, target.device
-        self.out = Verified(
-            accept_lens=self._per_request(batch, torch.int32), commit_lens=self._per_request(batch, torch.int32),
-            tokens=self._per_request((batch, width), torch.int64), bonus=self._per_request(batch, torch.int64),
-            new_lens=self._per_request(batch, torch.int32))
+        self.out = Verified.empty(batch, width, device=self.device)
         self._make(batch, width)
 
     def _per_request(self, shape, dtype):
@@ -74,6 +71,7 @@ class SampledVerifier(GreedyVerifier):
     adjustments: LogitAdjustments | None = None
 
     def _make(self, batch, width):
+        self.params: SamplingTensors
         self.logits = torch.zeros((batch, width, self.target.vocab_size), dtype=self.target.dtype, device=self.device)
         self.params = SamplingTensors(
             temperature=self._per_request(batch, torch.float32), seeds=self._per_request(batch, torch.int64),

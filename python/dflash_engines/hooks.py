@@ -153,7 +153,8 @@ def _install(hook: Hook, version: str, platform: str, choice: Choice, log: loggi
     setattr(replacement, MARK, original)
     hook.prepare()
     of_class = isinstance(inspect.getattr_static(owner, attribute), classmethod)
-    place(hook, owner, attribute, original, classmethod(replacement) if of_class else replacement)
+    placed: Any = classmethod(replacement) if of_class else replacement
+    place(hook, owner, attribute, original, placed)
     return left()
 
 

@@ -7,6 +7,7 @@ import importlib
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 
 def digest(sources: Iterable[str]) -> str:
@@ -30,7 +31,7 @@ def of_function(function: Callable) -> str:
 def of_file(file: Path, path: str) -> str:
     """The same of "function" or "Class.method", without importing the file."""
     text = file.read_text(encoding="utf-8")
-    node = ast.parse(text)
+    node: Any = ast.parse(text)
     for name in path.split("."):
         found = [n for n in node.body if getattr(n, "name", None) == name]
         if not found:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-Then = Callable[[ModuleType], None]
+Then = Callable[[ModuleType], object]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -24,16 +24,17 @@ class _Finder(importlib.abc.MetaPathFinder):
         others = (finder.find_spec(name, path, target) for finder in list(sys.meta_path)
                   if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for found in others if found), None)
-        if spec and hasattr(spec.loader, "exec_module"):
-            execute = spec.loader.exec_module
+        loader: Any = spec.loader if spec else None
+        if hasattr(loader, "exec_module"):
+            execute = loader.exec_module
 
             def exec_module(module):
-                del spec.loader.exec_module  # the class's own again
+                del loader.exec_module  # the class's own again
                 execute(module)
                 for then, log in self.waiting.pop(name, ()):
                     _quietly(then, module, log)
 
-            spec.loader.exec_module = exec_module
+            loader.exec_module = exec_module
         return spec
 
 
@@ -55,7 +56,7 @@ def when_imported(name: str, then: Then, log: logging.Logger) -> None:
         waiting.append((then, log))
 
 
-def when_made(cls: type, then: Callable[[Mapping[str, Any]], None], log: logging.Logger) -> None:
+def when_made(cls: Any, then: Callable[[Mapping[str, Any]], object], log: logging.Logger) -> None:
     """Calls then(arguments) before each object of cls is initialised, with what it is given by name. Never raises;
     the same class is watched once."""
     original = cls.__init__
@@ -68,11 +69,12 @@ def when_made(cls: type, then: Callable[[Mapping[str, Any]], None], log: logging
         _quietly(lambda _: then(signature.bind(self, *args, **kwargs).arguments), None, log)
         original(self, *args, **kwargs)
 
-    __init__.dflash_watched = original
-    cls.__init__ = __init__
+    watched: Any = __init__
+    watched.dflash_watched = original
+    cls.__init__ = watched
 
 
-def _quietly(then: Callable[[Any], None], value: Any, log: logging.Logger) -> None:
+def _quietly(then: Callable[[Any], object], value: Any, log: logging.Logger) -> None:
     try:
         then(value)
     except Exception as error:  # it would end the engine's process

@@ -222,7 +222,7 @@ def test_bad_input_names_what_was_expected_and_got():
         (r"logits must be contiguous in its last dimension", ValueError, (d, None, c),
          {"logits": torch.zeros(2, 5, 3).transpose(1, 2)}),
         (r"logits must have V >= 1", ValueError, (d, None, c), {"logits": x[..., :0]}),
-        (r"logits must be float32 or bfloat16 or float16", TypeError, (d, None, c), {"logits": x.double()}),
+        (r"logits must be float32, bfloat16 or float16", TypeError, (d, None, c), {"logits": x.double()}),
         (r"block_lens must have shape", ValueError, (d, d, c), {"block_lens": c[:1]}),
         (r"out must be a Verified; got tuple", TypeError, (d, d, c), {"out": ()}),
         (r"out.bonus must be int64", TypeError, (d, d, c), {"out": Verified(c, c, d, c, c)}),

@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -83,14 +84,14 @@ def _dicts(name: str, values: object) -> list[dict] | None:
     return _plain(name, found)
 
 
-def _plain(name: str, value: object) -> object:
+def _plain(name: str, value: object) -> Any:
     try:
         return plain(value)
     except RecursionError:
         raise ValueError(f"{name} must not be nested without end; got {type(value).__name__}") from None
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Rebuilt of JSON's types, as transformers does before a template sees a value: objects have methods that no
     sandbox knows. What is not made of them is the text "<its type>"."""
     if value is None or type(value) in (str, int, float, bool):

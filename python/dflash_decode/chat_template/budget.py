@@ -20,7 +20,7 @@ LONGEST_TEMPLATE = 1 << 17  # characters; the longest of the real ones has 21,00
 DEPTH = 100  # of lists in lists: C recurses over them with no limit of its own
 BITS = 1 << 14  # of an integer; Python prints none above 4,300 digits
 _ESCAPED = 10  # characters that repr makes of one
-_VIEWS = type({}.keys()), type({}.values()), type({}.items())
+_VIEWS: tuple[type, ...] = type({}.keys()), type({}.values()), type({}.items())
 
 _current: ContextVar["Budget"] = ContextVar("budget")
 
@@ -64,7 +64,7 @@ class Budget:
         if isinstance(value, range):
             return STEP * len(value), 1
         if isinstance(value, _VIEWS):
-            return self._sum([*value.mapping, *value.mapping.values()])
+            return self._sum([*value.mapping, *value.mapping.values()])  # type: ignore[attr-defined]
         if not isinstance(value, (list, tuple, dict, set)):
             return 0, 0
         known = self._known.get(id(value))

@@ -44,7 +44,7 @@ def pay_comparison(name: str, left, right) -> None:
 
 def pay_format(text: str, args: tuple, kwargs: dict) -> None:
     """For str.format and str.format_map."""
-    _pay_formatted(text, [spec for _, name, spec, _ in Formatter().parse(text) if name is not None],
+    _pay_formatted(text, [spec or "" for _, name, spec, _ in Formatter().parse(text) if name is not None],
                    [*args, *kwargs.values()])
 
 

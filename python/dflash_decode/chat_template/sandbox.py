@@ -8,6 +8,7 @@ the sandbox calls them (template_costs.py). No constant is computed while the te
 import functools
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import jinja2
 from jinja2 import nodes, pass_context, pass_eval_context
@@ -30,7 +31,8 @@ class Environment(ImmutableSandboxedEnvironment):
     def __init__(self, **options):
         super().__init__(optimized=False, finalize=_finalize, undefined=Undefined, **options)
         self.filters = {name: costs.paid_filter(name, function) for name, function in self.filters.items()}
-        self.tests = {name: costs.paid_test(name, function) for name, function in self.tests.items()}
+        tests: dict[str, Any] = self.tests
+        self.tests = {name: costs.paid_test(name, function) for name, function in tests.items()}
         self.filters |= {_BLOCK: lambda units: budget().spend(*units), _MADE: lambda value: budget().made(value),
                          _JOINED: _joined, _COMPARED: _compared}
 

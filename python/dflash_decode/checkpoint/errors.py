@@ -6,6 +6,7 @@ import stat
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
 MOST_JSON = 64 << 20  # bytes; the index of the largest models has some 20 MB, the largest tokenizers 40
 _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
@@ -14,7 +15,8 @@ _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.
 
 def warn(message: str) -> None:
     """A UserWarning at the line of the caller's own code that led here, not at one of this package."""
-    level, frame, here = 1, sys._getframe(), str(Path(__file__).parents[1]) + os.sep
+    level, here = 1, str(Path(__file__).parents[1]) + os.sep
+    frame: FrameType | None = sys._getframe()
     while frame and frame.f_code.co_filename.startswith(here):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
@@ -35,7 +37,7 @@ class CheckpointNotFound(CheckpointError):
     exit_code = 2  # of the command line: the path was written wrongly
 
 
-def brief(error: BaseException) -> str:
+def brief(error: object) -> str:
     """An error's text on one line, cut to 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 MOST = 2**31 - 1  # of a length or an id: the kernels' are 32 bits wide
 FLOAT_MIN, FLOAT_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32's normal numbers
@@ -33,12 +34,13 @@ class Fields:
     """
 
     def __init__(self, what: str, *places: Mapping, error: type[ValueError] = ValueError):
-        self.what, self.places, self.error, self.seen = what, places, error, set()
+        self.what, self.places, self.error = what, places, error
+        self.seen: set[str] = set()
         for place in places:
             if not isinstance(place, Mapping):
                 raise error(f"{what}: must be a JSON object; got {type(place).__name__}")
 
-    def get(self, name: str, default: object = None) -> object:
+    def get(self, name: str, default: Any = None) -> Any:
         """The value, of any type."""
         self.seen.add(name)
         for place in self.places:
@@ -46,11 +48,11 @@ class Fields:
                 return value
         return default
 
-    def refuse(self, name: str, expected: str, got: object):
+    def refuse(self, name: str, expected: str, got: object) -> NoReturn:
         """Raises the error that `name` must be EXPECTED."""
         raise self.error(f"{self.what}: {name} must be {expected}; got {shown(got)}")
 
-    def whole(self, name: str, default=..., *, least: int = 1, most: int = MOST) -> int:
+    def whole(self, name: str, default: Any = ..., *, least: int = 1, most: int = MOST) -> int:
         value = self.get(name)
         if value is None and default is not ...:
             return default
@@ -60,7 +62,7 @@ class Fields:
             self.refuse(name, f"an integer of at most {most}", value)
         return value
 
-    def number(self, name: str, default=..., *, above: float | None = None, least: float = -FLOAT_MAX,
+    def number(self, name: str, default: Any = ..., *, above: float | None = None, least: float = -FLOAT_MAX,
                most: float = FLOAT_MAX) -> float:
         """A finite number that float32 holds. above: a bound from below that it must not equal in float32 either."""
         value = self.get(name)
@@ -73,7 +75,7 @@ class Fields:
             self.refuse(name, f"a number {' and '.join(limits)}".rstrip(), value)
         return float(value)
 
-    def flag(self, name: str, default=...) -> bool:
+    def flag(self, name: str, default: Any = ...) -> bool:
         value = self.get(name)
         if value is None and default is not ...:
             return default
@@ -81,10 +83,10 @@ class Fields:
             self.refuse(name, "true or false", value)
         return value
 
-    def text(self, name: str, default=...) -> str:
+    def text(self, name: str, default: Any = ...) -> str:
         return self._of(name, default, str, "a text")
 
-    def items(self, name: str, default=..., kind: type = object, each: str = "values") -> list | tuple:
+    def items(self, name: str, default: Any = ..., kind: type = object, each: str = "values") -> list | tuple:
         """A list of `kind`s; each: what they are, in words."""
         value = self._of(name, default, (list, tuple), f"a list of {each}")
         for item in value if self.get(name) is not None else ():
@@ -92,7 +94,7 @@ class Fields:
                 self.refuse(name, f"a list of {each}", value)
         return value
 
-    def table(self, name: str, default=...) -> Mapping:
+    def table(self, name: str, default: Any = ...) -> Mapping:
         return self._of(name, default, Mapping, "a JSON object")
 
     def _of(self, name, default, kind, expected):

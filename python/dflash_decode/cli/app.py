@@ -6,7 +6,7 @@ Exit codes: 0 for success, 2 for wrong arguments or a missing package, 130 after
 import json
 import secrets
 from importlib.metadata import entry_points, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,7 +106,7 @@ def generate(
     from . import report
 
     sampling = SamplingParams(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
-    how = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
+    how: dict[str, Any] = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
     session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
                            weights=weights.value, draft_weights=draft_weights.value,
                            status=report.status)

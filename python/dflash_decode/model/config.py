@@ -73,6 +73,11 @@ class DraftConfig:
     def num_layers(self) -> int:
         return len(self.masks)
 
+    @property
+    def features(self) -> int:
+        """Width of the target's features: a hidden state of each target layer."""
+        return len(self.target_layer_ids) * (self.target_hidden_size or self.hidden_size)
+
 
 class _Fields(Fields):
     """Looks fields up in dflash_config, then at the top level, and knows afterwards which nobody asked for."""

@@ -6,7 +6,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +34,7 @@ from ..kv import CacheShape
 from . import Target
 from .config import DraftConfig, read_draft_config
 from .rope import RopeTable
-from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
+from .transformer import Geometry, Layer, LayersPass, Tensors, packer, take_layer
 
 _WHAT = "draft checkpoint"
 _CANDIDATES = 16  # most likely tokens that a draft is drawn from
@@ -71,17 +73,18 @@ class Drafter:
         self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
         baseline = {name.removeprefix("model."): t for name, t in tensors.items()}
         taker = Tensors(baseline, self.dtype, self.device, _WHAT)
-        self.fc = self.pack(taker.take("fc.weight", c.hidden_size, len(c.target_layer_ids) * c.target_hidden_size))
+        self.fc = self.pack(taker.take("fc.weight", c.hidden_size, c.features))
         self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
         self.norm = taker.take("norm.weight", c.hidden_size)
-        self.layers, context = [], []
+        self.layers: list[Layer] = []
+        context: list[list[Any]] = []
         for i, mask in enumerate(c.masks):
             layer, parts = take_layer(taker, f"layers.{i}.", g, mask, self.pack)
             self.layers.append(layer)
             context.append(parts)
         self.context_kv = self.pack(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
         self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
-        self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
+        self.k_norms = torch.stack([cast(torch.Tensor, layer.k_norm) for layer in self.layers])
         self._take_vocabulary(taker, target)
         if vocabulary is not None:
             self._restrict(vocabulary, target)
@@ -171,9 +174,12 @@ class ContextPass:
 
     def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV]):
         self.drafter, self.caches, rows = drafter, caches, batch * width
-        like = {"dtype": drafter.dtype, "device": drafter.device}
-        self.projected, self.context = (torch.zeros((rows, drafter.config.hidden_size), **like) for _ in range(2))
-        self.kv = torch.zeros((rows, drafter.context_kv.out_features), **like)
+
+        def buffer(columns):
+            return torch.zeros((rows, columns), dtype=drafter.dtype, device=drafter.device)
+
+        self.projected, self.context = (buffer(drafter.config.hidden_size) for _ in range(2))
+        self.kv = buffer(drafter.context_kv.out_features)
         self.cos_sin = drafter.table.reaching(caches, width)
 
     def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
@@ -208,19 +214,22 @@ class DraftPass:
         def ids(*shape):
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        self.block = PreparedBlock(ids=ids(batch, width), positions=ids(batch, width), slots=ids(batch, width),
-                                   rows=self.layers.x.view(batch, width, -1))
+        self.block = replace(PreparedBlock.empty(batch, width, device=device),
+                             rows=self.layers.x.view(batch, width, -1))
         # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
         self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].flatten().contiguous()
         self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
-        self.params, self.proposal = params, None
+        self.params = params
+        self.proposal: Proposal | None = None
+        self.candidates: torch.Tensor | None = None
         shape = (batch, width - 1) if params is None else (batch, width - 1, min(_CANDIDATES, drafter.num_valid))
         self.values, self.lse = (torch.zeros(n, dtype=torch.float32, device=device) for n in (shape, guesses))
         # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
         self.known, self.draft_ids, self.ids = ids(rows), ids(*shape), ids(batch, width)
         self.anchors, self.guesses = self.known[:batch], self.known[batch:].view(batch, width - 1)
         if params is not None:
-            self.proposal = Proposal(probs=torch.zeros_like(self.values), ids=ids(*shape))
+            self.candidates = ids(*shape)
+            self.proposal = Proposal(probs=torch.zeros_like(self.values), ids=self.candidates)
         place = torch.arange(rows, device=device)
         self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
 
@@ -237,7 +246,7 @@ class DraftPass:
     def _guess(self, context_lens: torch.Tensor) -> None:
         """The head, and what it says in the target's ids."""
         d, c = self.drafter, self.drafter.config
-        ids = self.guesses if self.proposal is None else self.proposal.ids
+        ids = self.guesses if self.candidates is None else self.candidates
         named = ids if d.ids_of_draft is None else self.draft_ids
         options = {"bias": d.head_bias, "num_valid": d.num_valid, "scale": c.output_multiplier,
                    "softcap": c.final_logit_softcapping, "out_values": self.values.flatten(0, 1),
@@ -248,7 +257,7 @@ class DraftPass:
             lm_head_topk(self.masked, d.head, self.values.shape[-1], out_lse=self.lse, **options)
         if d.ids_of_draft is not None:
             _gather(d.ids_of_draft, self.draft_ids.view(-1), ids.view(-1))
-        if self.proposal is not None:
+        if self.params is not None and self.proposal is not None:
             sample_draft(self.values, ids, context_lens, self.params, out_ids=self.guesses,
                          out_probs=self.proposal.probs)
 
@@ -283,7 +292,7 @@ def _gather(table, index, out):
 def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint without an embedding or head of its own."""
     q, kv, h, i = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
-    shapes = {"fc.weight": (h, len(c.target_layer_ids) * c.target_hidden_size), "hidden_norm.weight": (h,),
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (h, c.features), "hidden_norm.weight": (h,),
               "norm.weight": (h,)}
     layer = {
         "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),

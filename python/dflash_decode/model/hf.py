@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dflash_kernels import PagedKV, block_attention, linear, lm_head_argmax, pack_weight
+from dflash_kernels import PackedWeight, PagedKV, block_attention, linear, lm_head_argmax, pack_weight
 
 from ..kv import CacheShape
 
@@ -48,7 +48,7 @@ class HFTarget:
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.num_layers = config.num_hidden_layers
         self.max_context = min(max_context or longest, longest)
-        self.head = pack_weight(head.weight.detach())
+        self.head: torch.Tensor | PackedWeight = pack_weight(head.weight.detach())
         self.head_bias = None if head.bias is None else head.bias.detach()
         self._scale = _logit_scale(config)
         self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dflash_kernels import PagedKV, embed_tokens, linear, lm_head_argmax
+from dflash_kernels import PackedWeight, PagedKV, embed_tokens, linear, lm_head_argmax
 
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
 from ..kv import CacheShape
@@ -35,7 +35,7 @@ class NativeTarget:
     """
 
     graph_safe = True
-    head_bias = None
+    head_bias: torch.Tensor | None = None
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
                  device: torch.device | str = "cpu", max_context: int | None = None, int8: bool = False):
@@ -51,9 +51,9 @@ class NativeTarget:
         self._rope = read_rope(config, g.head_dim, _WHAT)
         tied = f.flag("tie_word_embeddings", False)
         name = "model.embed_tokens.weight"
-        if dtype is None and name in tensors:
-            dtype = tensors[name].dtype
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        if dtype is None:  # where there is no such tensor, `take` says so
+            dtype = tensors[name].dtype if name in tensors else torch.bfloat16
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"target checkpoint: the dtype of {name} must be float32, bfloat16 or float16; "
                              f"got {dtype}")
         self.dtype, self.device, self.geometry = dtype, torch.device(device), g
@@ -62,6 +62,7 @@ class NativeTarget:
         taker.drop("rotary_emb.inv_freq")
         self.int8, pack = int8, packer(int8)
         self.embedding = taker.take(name, self.vocab_size, g.hidden).contiguous()
+        self.head: torch.Tensor | PackedWeight
         if tied:
             taker.drop("lm_head.weight")
             self.head = pack(self.embedding)

@@ -146,7 +146,7 @@ def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, float]
     """Those that are given, each in the range in which its formula means something."""
     if kind == "yarn":
         scaling = Fields(scaling.what, *scaling.places, {_LENGTH: config.get("max_position_embeddings")})
-    found = {}
+    found: dict[str, float] = {}
     for name, needed in _KEYS[kind].items():
         if not needed and scaling.get(name) is None:
             continue

@@ -174,10 +174,10 @@ class LayersPass:
     ):
         self.g, self.layers, self.final_norm, self.cos_sin = g, layers, final_norm, cos_sin
         self.interleaved, self.shape, self.caches = interleaved, (batch, width), caches
-        rows, like = batch * width, {"dtype": final_norm.dtype, "device": final_norm.device}
+        rows = batch * width
 
         def buffer(columns):
-            return torch.zeros((rows, columns), **like)
+            return torch.zeros((rows, columns), dtype=final_norm.dtype, device=final_norm.device)
 
         self.x, self.normed, self.added = buffer(g.hidden), buffer(g.hidden), buffer(g.hidden)
         self.qkv, self.mixed = buffer(g.qkv_width), buffer(g.num_heads * g.head_dim)

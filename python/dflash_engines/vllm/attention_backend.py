@@ -139,14 +139,16 @@ class DFlashAttention(AttentionImpl[DFlashMetadata]):
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads or num_heads
         self.scale, self.softcap, self.sinks = float(scale), float(logits_soft_cap or 0), sinks
         self.kv_cache_dtype, self.attn_type = kv_cache_dtype, attn_type
-        self.cache, self.address = None, 0
+        self.cache: PagedKV | None = None
+        self.address = 0
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """The engine asks when it compiles the model, and then quantises outputs itself."""
         return False
 
     def paged(self, kv_cache: torch.Tensor) -> PagedKV:
-        if kv_cache.data_ptr() != self.address:  # an engine that slept wakes with its caches elsewhere
+        # An engine that slept wakes with its caches elsewhere.
+        if self.cache is None or kv_cache.data_ptr() != self.address:
             self.cache, self.address = views([kv_cache], self.head_size)[0], kv_cache.data_ptr()
         return self.cache
 

@@ -28,7 +28,8 @@ class Rows:
         with torch.inference_mode(False):  # what is made in inference mode may not be written outside it
             self.rows = torch.empty(layers, 2, tokens, 1, heads, head_dim, dtype=like.dtype, device=like.device)
             self.slots = torch.arange(tokens, device=like.device)
-        self.caches, self.views = [PagedKV(*pair) for pair in self.rows], {}
+        self.caches = [PagedKV(*pair) for pair in self.rows]
+        self.views: dict[int, tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
 
     def first(self, tokens: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Slots of the first `tokens` rows, and each layer's K and V there, (tokens, Hkv, D)."""
@@ -132,7 +133,8 @@ def fits(model: Any, states: torch.Tensor, positions: torch.Tensor, slots: torch
 
 
 def precompute_and_store_context_kv(self, context_states, context_positions, context_slot_mapping=None):
-    slots, per_layer = context_slot_mapping, isinstance(context_slot_mapping, (list, tuple))
+    slots: Any = context_slot_mapping
+    per_layer = isinstance(slots, (list, tuple))
     # Without slots it measures memory, before there are caches; without buffers weights are made up.
     if slots is None or (per_layer and any(s is None for s in slots)) or not hasattr(self, "_num_attn_layers"):
         return LEFT

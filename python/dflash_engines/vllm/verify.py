@@ -9,7 +9,7 @@ from dflash_kernels import verify_greedy
 
 from ..hooks import LEFT, Hook
 
-RUNNERS = weakref.WeakSet()  # the engine's model runners with a DFlash proposer
+RUNNERS: weakref.WeakSet[Any] = weakref.WeakSet()  # the engine's model runners with a DFlash proposer
 
 
 def of_dflash(metadata: Any) -> bool:

@@ -16,7 +16,7 @@ from ..hooks import LEFT, Hook
 from ..watch import when_imported, when_made
 
 LOG = logging.getLogger("vllm.dflash_kernels")
-SAMPLERS = weakref.WeakSet()  # the engine's rejection samplers of a DFlash configuration
+SAMPLERS: weakref.WeakSet[Any] = weakref.WeakSet()  # the engine's rejection samplers of a DFlash configuration
 
 
 def rejection_sample(target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping, expanded_idx_mapping,

@@ -51,7 +51,7 @@ def load(path: Path, dtype: torch.dtype) -> Checkpoint:
     return Checkpoint(config, tensors, str(path))
 
 
-def _keep(path: Path, entry: Path, config: dict, tensors: dict, reader) -> None:
+def _keep(path: Path, entry: Path | None, config: dict, tensors: dict, reader) -> None:
     from .tokenizer import tokenizer_files
 
     try:
@@ -142,6 +142,7 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype) -> dict[s
     from gguf.quants import dequantize
 
     _check_names(path, config, {stored.name for stored in reader.tensors})
+    names = {stored.name: hf_name(stored.name) or "" for stored in reader.tensors}  # all known, after the check
     tensors = {}
     for stored in reader.tensors:
         if not 1 <= len(stored.shape) <= 2 or not stored.n_elements:
@@ -156,7 +157,7 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype) -> dict[s
             kind = "num_attention_heads" if ".attn_q." in stored.name else "num_key_value_heads"
             values = _neox_rows(path, stored.name, values, config[kind])
         # A copy: what needs no dequantising is otherwise a read-only view of the file.
-        tensors[hf_name(stored.name)] = torch.from_numpy(np.array(values, dtype=np.float32)).to(dtype)
+        tensors[names[stored.name]] = torch.from_numpy(np.array(values, dtype=np.float32)).to(dtype)
     return tensors
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,6 @@ def field(path: Path, reader, key: str, kind, default=...):
     """The metadata value `key`, of type `kind` (an int is not negative); CheckpointError when it is absent (without
     default) or another type."""
     fields = metadata(path, reader)
-    read = {int: functools.partial(fields.whole, least=0), float: fields.number, str: fields.text, bool: fields.flag,
-            list: fields.items}[kind]
-    return read(key, default)
+    reads: dict[Any, Any] = {int: functools.partial(fields.whole, least=0), float: fields.number, str: fields.text,
+                             bool: fields.flag, list: fields.items}
+    return reads[kind](key, default)
