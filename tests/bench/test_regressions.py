@@ -9,7 +9,7 @@ PAGE = (ROOT / "docs/regressions.md").read_text(encoding="utf-8")
 FAULT = re.compile(r"^\| P(\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 
 
-def tests():
+def by_name():
     """Every test's name, and the files that it is in."""
     found = defaultdict(set)
     for file in ROOT.glob("tests/**/test_*.py"):
@@ -21,7 +21,7 @@ def tests():
 def numbered():
     """The files with tests of each P-number: a name begins with one number or with more."""
     found = defaultdict(set)
-    for name, files in tests().items():
+    for name, files in by_name().items():
         for number in re.findall(r"p(\d+)_", re.match(r"test_((?:p\d+_)*)", name)[1]):
             found[int(number)] |= files
     return found
@@ -44,4 +44,4 @@ def test_rows_are_in_order_with_a_source_each():
 
 def test_tests_that_are_named_exist():
     named = set(re.findall(r"`(test_\w+)`", PAGE))
-    assert len(named) > 50 and named <= tests().keys()
+    assert len(named) > 50 and named <= by_name().keys()

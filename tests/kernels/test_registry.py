@@ -65,7 +65,7 @@ def test_every_op_has_a_cpu_kernel(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dflash::{name}", "CPU")
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.written])
 def test_opcheck(name):
     calls = raw_calls(SAMPLES[name])
     assert calls
