@@ -166,6 +166,7 @@ def test_ops_are_complete():
         assert f"`{op}`" in text("CHANGELOG.md") and f"## {op}\n" in text("docs/ops.md"), op
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page, index", [(page, index) for page in ("README.md", "docs/decoding.md")
                                          for index in range(len(blocks(page, "python")))])
 def test_python_for_users_runs(page, index, capsys):

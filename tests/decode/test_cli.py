@@ -45,6 +45,7 @@ def test_info_json(call):
     assert {name: part["version"] for name, part in parts.items()} == {name: installed.get(name) for name in parts}
 
 
+@pytest.mark.slow
 def test_an_instruction_set_that_the_cpu_lacks(models):
     done = subprocess.run([sys.executable, "-m", "dflash_decode.cli", "info"], capture_output=True, text=True,
                           env=environment(DFLASH_ISA="sparc"))
@@ -219,6 +220,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_interrupt_of_the_process(models, tmp_path):
     rows = prompts_file(tmp_path, *(f"t{i}" for i in range(5000)))
     process = subprocess.Popen([sys.executable, "-c", TELLS_WHEN_IT_DECODES, "bench", "decode", "--prompts", str(rows),
@@ -240,11 +242,13 @@ def test_version(call):
     assert call("--version") == (0, build_info()["version"] + "\n", "")
 
 
+@pytest.mark.slow
 def test_a_closed_output_is_no_crash():
     command = f"exec {shlex.quote(sys.executable)} -m dflash_decode.cli info >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], env=environment()).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["info"], ["--version"], ["generate", "--prompt", "hi", "--max-new-tokens", "2"]],
                          ids=lambda words: words[0])
 def test_a_full_disk_under_the_output_is_one_line_in_plain_words(models, words):
@@ -256,6 +260,7 @@ def test_a_full_disk_under_the_output_is_one_line_in_plain_words(models, words):
         1, "dflash-kernels: standard output cannot be written: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_unicode_gets_the_text_escaped(models):
     ran = subprocess.run([sys.executable, "-m", "dflash_decode.cli", "generate", "--prompt", "hi", "--model",
                           models["model"], "--draft", models["draft"], "--max-new-tokens", "4", "--compare"],
@@ -263,6 +268,7 @@ def test_an_output_that_is_not_unicode_gets_the_text_escaped(models):
     assert ran.returncode == 0 and "\\u2588" in ran.stdout, ran.stderr
 
 
+@pytest.mark.slow
 def test_an_instruction_set_that_is_set_to_nothing_is_not_set():
     ran = subprocess.run([sys.executable, "-c", "import dflash_kernels as d; print(d.build_info()['isa'])"],
                          env=environment(DFLASH_ISA=""), capture_output=True, text=True)
