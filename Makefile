@@ -3,6 +3,7 @@
 #
 #   make demo      SmolLM2 answers through the CPU kernels, with speculation and without
 #   make test      the tests            make build     the extension
+#   make test-fast the tests of ops and decoding with one instruction set and dtype, and of the pages
 #   make lint      ruff and mypy        make bench     benchmarks into bench/results
 #   make docs      tables, plots, ops   make sanitize  the CPU kernels' tests under ASan and UBSan
 #   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
@@ -30,9 +31,11 @@ OVERLAY := build/engines/overlay
 DRAFTER := drafters/smollm2-135m-instruct
 TORCH ?= 2.10.0
 OTHER := build/torch-$(TORCH)
+FAST := tests/kernels tests/decode tests/engines \
+  $(patsubst %,tests/bench/test_%.py,docs doc_tables fast imports regressions style)
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test other-torch build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
+.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 demo: build $(STAMPS)/model
@@ -40,6 +43,9 @@ demo: build $(STAMPS)/model
 
 test: build $(STAMPS)/dev $(STAMPS)/model
 	$(PY) -m pytest -n logical --dist worksteal $(ARGS)
+
+test-fast: build $(STAMPS)/dev
+	$(PY) -m pytest --fast -n logical --dist worksteal $(or $(ARGS),$(FAST))
 
 build: $(STAMPS)/build
 

@@ -95,8 +95,25 @@ def interpreted(request):
     return request.config.stash.setdefault(INTERPRETED, []).append
 
 
-def pytest_collection_modifyitems(items):
+# Of the repeats for instruction sets and dtypes, what `make test-fast` leaves out.
+_REPEATS = {"isa": every_isa()[:-1], "vector_isa": every_isa()[:3][:-1], "dtype": [torch.float32, torch.float16]}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true",
+                     help="the best instruction set and bfloat16 alone, and no test that is marked slow")
+
+
+def is_fast(item):
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return not item.get_closest_marker("slow") and not any(given.get(n) in left for n, left in _REPEATS.items())
+
+
+def pytest_collection_modifyitems(config, items):
     """Interpreted kernels first: each of those tests takes up to a minute, and the last to end would end alone."""
+    if config.getoption("fast"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_fast(item)])
+        items[:] = filter(is_fast, items)
     items.sort(key=lambda item: item.path.name != "test_triton.py")
 
 
@@ -118,6 +135,7 @@ class _Workers:
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out by --fast")
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_Workers())
 

@@ -12,7 +12,8 @@ void write_context_kv(const Tensor& kv, const Tensor& positions, const Tensor& s
                       bool round_each) {
   const auto p = context_params(kv, positions, slots, k_caches, v_caches, k_scales, v_scales, k_weights, cos_sin,
                                 commit_lens, eps, v_scale, interleaved, round_each);
-  for (const auto* more : {&v_caches, &k_scales, &v_scales}) k_caches.insert(k_caches.end(), more->begin(), more->end());
+  for (const auto* more : {&v_caches, &k_scales, &v_scales})
+    k_caches.insert(k_caches.end(), more->begin(), more->end());
   launch(write_context_kv_kernels, p, {kv, positions, slots, k_weights, cos_sin, commit_lens}, k_caches);
 }
 

@@ -146,7 +146,8 @@ PyMethodDef kMethods[] = {
     {"build_info", py_build_info, METH_NOARGS, "build_info() -> dict[str, str]"},
     {"recording", py_recording, METH_NOARGS, "recording() -> bool: whether this thread's launches are being noted"},
     {"record_size", py_record_size, METH_O, "record_size(recording) -> int"},
-    {"stream_read", py_stream_read, METH_VARARGS, "stream_read(address, bytes) -> int: reads memory once, sums its words"},
+    {"stream_read", py_stream_read, METH_VARARGS,
+     "stream_read(address, bytes) -> int: reads memory once, sums its words"},
     {"replay", py_replay, METH_O, "replay(recording)"},
     {nullptr, nullptr, 0, nullptr}};
 

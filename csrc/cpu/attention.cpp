@@ -256,7 +256,8 @@ void run(const AttentionParams& p) {
       attention.load_queries(t, w);
       if (plan.by_split) {
         float* first = partials + index * plan.splits * partial;
-        attention.split(t, plan.first_split + item % plan.splits, w, State(first + item % plan.splits * partial, stride));
+        attention.split(t, plan.first_split + item % plan.splits, w,
+                        State(first + item % plan.splits * partial, stride));
         if (__atomic_add_fetch(&done[index], 1, __ATOMIC_ACQ_REL) < plan.splits) continue;
         attention.start(t, total);
         for (int64_t s = 0; s < plan.splits; ++s) attention.combine(t, total, State(first + s * partial, stride));

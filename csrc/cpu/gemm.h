@@ -57,7 +57,8 @@ inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, i
   *ld = padded_k(K);
   float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < *ld; k += Vec::W) store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
+    for (int64_t k = 0; k < *ld; k += Vec::W)
+      store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
   return to;
 }
 
@@ -194,7 +195,9 @@ inline void group_of_blocks(const GemmParams& p, const typename Operand<T, Weigh
 }
 
 // Blocks that each of the streams over [begin, end) walks, a multiple of `unit`; the rest are walked after them.
-inline int64_t stream_length(int64_t begin, int64_t end, int64_t unit) { return (end - begin) / kStreams / unit * unit; }
+inline int64_t stream_length(int64_t begin, int64_t end, int64_t unit) {
+  return (end - begin) / kStreams / unit * unit;
+}
 
 template <class T, class Weight, int64_t UNIT, class Epilogue>
 inline void gemm_blocks_of(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
@@ -206,7 +209,8 @@ inline void gemm_blocks_of(const GemmParams& p, int64_t begin, int64_t end, Epil
                                                 p.K, &ld, rows_scratch);
     const int64_t quarter = stream_length(begin, end, UNIT);
     for (int64_t i = 0; i < quarter; ++i) {
-      const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i, begin + 3 * quarter + i};
+      const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i,
+                                        begin + 3 * quarter + i};
       group_of_blocks<T, Weight, kStreams>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
     }
     int64_t b = begin + quarter * kStreams;

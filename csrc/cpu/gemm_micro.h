@@ -135,7 +135,8 @@ inline void store_tiles(float* c) {
 }
 
 inline void widen_tile(const int8_t* w, bf16* to) {
-  for (int64_t at = 0; at < kTileElements; at += 64) _mm_prefetch((const char*)w + kBytePrefetchBytes + at, _MM_HINT_T0);
+  for (int64_t at = 0; at < kTileElements; at += 64)
+    _mm_prefetch((const char*)w + kBytePrefetchBytes + at, _MM_HINT_T0);
 #pragma GCC unroll 16
   for (int64_t at = 0; at < kTileElements; at += 2 * kBlock) _mm512_store_si512(to + at, load_pairs(w + at));
 }

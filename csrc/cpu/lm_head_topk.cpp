@@ -166,7 +166,8 @@ void combine_topk(const CombineTopkParams& p) {
         for (int64_t i = row * p.k; i < (row + 1) * p.k; ++i) insert(best, p.k, {p.values[i], p.ids[i]});
         if (p.lse[row] > max) max = p.lse[row];
       }
-      for (int64_t i = 0; i < p.k; ++i) p.out_ids[r * p.k + i] = best[i].index, p.out_values[r * p.k + i] = best[i].value;
+      for (int64_t i = 0; i < p.k; ++i)
+        p.out_ids[r * p.k + i] = best[i].index, p.out_values[r * p.k + i] = best[i].value;
       const double base = base_of(max);
       double sum = 0.0;
       for (int64_t s = 0; s < p.shards; ++s) sum += std::exp(p.lse[s * p.rows + r] - base);

@@ -148,7 +148,8 @@ struct Request {
     for (int64_t i = 1; i < width; ++i) {
       need(i - 1, done);
       const Ready r = ready(i - 1);
-      const double px = mass_at(row(i - 1), r.distribution, r.tops, draft(i - 1)), qx = drafted(i - 1, r).at(draft(i - 1));
+      const double px = mass_at(row(i - 1), r.distribution, r.tops, draft(i - 1)),
+                   qx = drafted(i - 1, r).at(draft(i - 1));
       kept *= qx > 0.0 ? px / qx : px > 0.0 ? INFINITY : 0.0;
       if (!(kept > 0.0)) break;
       double odds = kept = kept < 1.0 ? kept : 1.0;
@@ -205,7 +206,8 @@ void sample_draft(const SampleDraftParams& p) {
       const Row row{p.values + r * k, Dtype::f32, k, nullptr, 1.0f, nullptr, nullptr};
       const Filters filters = filters_of(p.sampling, b);
       const bool greedy = double(filters.temperature) < kGreedy;
-      const Distribution distribution = greedy ? Distribution{1.0, argmax_of(row), 0.0f, 0.0f, 0.0f, 0.0f} : distribution_of(row, filters, tops, masses);
+      const Distribution distribution = greedy ? Distribution{1.0, argmax_of(row), 0.0f, 0.0f, 0.0f, 0.0f}
+                                               : distribution_of(row, filters, tops, masses);
       const double u = uniform(p.sampling.seeds[b], start + 1 + slot, Purpose::draft, start);
       const int64_t chosen = draw(row, distribution, tops, masses, u);
       p.out_ids[b * p.out_stride + slot] = p.ids[r * k + chosen];

@@ -44,7 +44,8 @@ struct Weigher {
   bool infinite;
 
   Weigher(const Distribution& distribution, float against)
-      : top(set1(against)), inverse(set1(distribution.inverse)), floor(set1(distribution.floor)), infinite(against == INFINITY) {}
+      : top(set1(against)), inverse(set1(distribution.inverse)), floor(set1(distribution.floor)),
+        infinite(against == INFINITY) {}
   Vec operator()(Vec x) const {
     const Vec clean = vmax(x, set1(-INFINITY));
     const Vec w = infinite ? select_lt(clean, top, set1(0.0f), set1(1.0f)) : vexp_negative((x - top) * inverse);
@@ -87,7 +88,8 @@ inline void weigh_chunks(const Row& row, Distribution& distribution, const float
       continue;
     }
     if (!summed)
-      with_chunk(row, c, [&](const auto* x, int n, int64_t) { masses[c] = sum_of(x, n, Weigher(distribution, tops[c])); });
+      with_chunk(row, c,
+                 [&](const auto* x, int n, int64_t) { masses[c] = sum_of(x, n, Weigher(distribution, tops[c])); });
     masses[c] = float(masses[c] * distribution.scale(tops[c]));
     distribution.total += masses[c];
   }
@@ -140,7 +142,8 @@ void fill_bins(const Row& row, const float* tops, const Range& range, const Weig
 // The smallest value v >= low such that what is larger than v, up to `high`, is less than `goal` tokens; by mass, less
 // than `goal` of mass in units of the row's largest weight. goal < 0: that share, negated, of all from low to high.
 template <bool Mass>
-float threshold(const Row& row, const float* tops, const Distribution& distribution, float low, float high, double goal) {
+float threshold(const Row& row, const float* tops, const Distribution& distribution, float low, float high,
+                double goal) {
   alignas(64) double bins[1 << kBinBits];
   Range range(row.size, key_of(low + 0.0f), key_of(high + 0.0f));
   for (double above = 0.0;;) {
@@ -211,7 +214,8 @@ inline Distribution distribution_of(const Row& row, const Filters& f, float* top
     const double share = f.top_p > 0.0f ? double(f.top_p) : 0.0;
     const float low = sum ? top_p_low(row, distribution, f.top_p) : distribution.floor;
     distribution.floor = share == 0.0 ? distribution.top
-                             : threshold<true>(row, tops, distribution, low, distribution.top, sum ? share * distribution.total : -share);
+                                      : threshold<true>(row, tops, distribution, low, distribution.top,
+                                                        sum ? share * distribution.total : -share);
   }
   weigh_chunks(row, distribution, tops, masses, false);
   return distribution;

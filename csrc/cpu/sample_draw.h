@@ -44,7 +44,8 @@ inline int64_t find_token(const float* weights, int n, double goal) {
 }
 
 // The first token with a cumulative mass above u times the total.
-inline int64_t draw(const Row& row, const Distribution& distribution, const float* tops, const float* masses, double u) {
+inline int64_t draw(const Row& row, const Distribution& distribution, const float* tops, const float* masses,
+                    double u) {
   if (distribution.fixed >= 0) return distribution.fixed;
   double rest = 0.0;
   const int64_t c = find_chunk(masses, row.chunks(), u * distribution.total, &rest);

@@ -37,7 +37,8 @@ inline bool context_in_words(const WriteContextKvParams& p, int64_t itemsize) {
   const int64_t cached = c.is_fp8 ? n : 16;
   bool all = divides(p.tokens, p.kv.stride) && divides(c.num_pages, c.k_page) && divides(c.num_pages, c.v_page) &&
              divides(c.page_size, c.k_row) && divides(c.page_size, c.v_row) && divides(p.num_kv_heads, c.k_head) &&
-             divides(p.num_kv_heads, c.v_head) && aligned(p.kv.data) && aligned(p.k_weights) && aligned(p.table.cos_sin);
+             divides(p.num_kv_heads, c.v_head) && aligned(p.kv.data) && aligned(p.k_weights) &&
+             aligned(p.table.cos_sin);
   for (int64_t layer = 0; layer < p.layers; ++layer)
     all = all && aligned(p.k_caches[layer], cached) && aligned(p.v_caches[layer], cached);
   return all;
@@ -47,7 +48,8 @@ inline ContextShape context_shape(const WriteContextKvParams& p) {
   const int64_t itemsize = p.dtype == Dtype::f32 ? 4 : 2, n = 16 / itemsize;
   const int64_t half = p.table.rotary_dim / 2, tail = p.head_dim - 2 * half;
   const int64_t width = next_power_of_2(half > (tail + 1) / 2 ? half : (tail + 1) / 2);
-  const bool words = half % n == 0 && tail % n == 0 && width % n == 0 && width <= 32 * n && context_in_words(p, itemsize);
+  const bool words = half % n == 0 && tail % n == 0 && width % n == 0 && width <= 32 * n &&
+                     context_in_words(p, itemsize);
   const int64_t chunks = words ? width / n : width;
   return {int(width), int(chunks < 32 ? chunks : 32), int((chunks + 31) / 32), words, tail > 0,
           p.commit_lens && p.requests ? p.tokens / p.requests : 1};

@@ -1,6 +1,7 @@
 """`dflash-kernels bench`: decode, protocol, ops."""
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -104,11 +105,7 @@ def bench_decode(
                            weights=weights.value, draft_weights=draft_weights.value,
                            status=report.status)
     report.start_text(session)
-    with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
-        def on_task(task, what):
-            if shown:
-                shown.update(f"[dim]{report.escape(task)}, {what} ...[/dim]")
-
+    with _shown_tasks() as on_task:
         results = [decode.bench_decode(session, rows, concurrency=concurrency, max_new_tokens=max_new_tokens,
                                       sampling=sampling, sample_from=sample_from.value, rule=rule.value,
                                       on_task=on_task) for sampling in samplings]
@@ -121,6 +118,19 @@ def bench_decode(
                               **report.settings(samplings[0], sample_from.value, rule.value))
         many = {"kind": "decode by temperature", "temperatures": results}
         write_json(json_out, header | (results[0] if len(results) == 1 else many))
+
+
+@contextmanager
+def _shown_tasks() -> Iterator[Callable[[str, str], None]]:
+    """What a benchmark is to call with each task and what is done with it: shown on a terminal while it runs."""
+    from dflash_decode.cli import report
+
+    with report.err.status("") if report.err.is_terminal else nullcontext() as shown:
+        def on_task(task, what):
+            if shown:
+                shown.update(f"[dim]{report.escape(task)}, {what} ...[/dim]")
+
+        yield on_task
 
 
 app.command("protocol")(cli_protocol.protocol)

@@ -59,6 +59,7 @@ def test_bytes_and_operations_are_the_ops_own(name, monkeypatch):
     """With an op module whose prices are a million times as high, every case of the op costs that much more."""
     module = importlib.import_module(f"bench.ops.{name}")
     before = benched([name])
+    assert before
     for key, value in vars(module).items():
         if inspect.ismodule(value) and value.__name__.startswith("dflash_kernels.ops."):
             dearer = {n: lambda *a, f=f, **k: 10**6 * f(*a, **k) for n, f in vars(value).items()
@@ -69,7 +70,9 @@ def test_bytes_and_operations_are_the_ops_own(name, monkeypatch):
 
 
 def test_every_case_has_torch_as_it_is_and_compiled():
-    for case in benched():
+    cases = benched()
+    assert cases
+    for case in cases:
         assert callable(case.peers["torch"]) and case.peers["torch.compile"].startswith("left out"), case.op
 
 

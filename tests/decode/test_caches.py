@@ -49,6 +49,7 @@ print(json.dumps({"codes": [child.exitcode for child in children], "found": foun
 """
 
 
+@pytest.mark.slow
 def test_eight_processes_fill_an_empty_cache_at_once(tmp_path):
     """One entry is left, nobody sees half a file, and all have the same kernel. The cache is prepared as for a launch;
     the launch itself needs a GPU, so the kernel that is compiled is the test's."""
@@ -124,6 +125,7 @@ def test_a_filled_cache_that_can_only_be_read_is_used(prepare, tmp_path, monkeyp
     assert prepare() == ([], str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_beside_a_home_that_cannot_be_written(tmp_path, no_folder):
     """A converted GGUF file is kept for the next start: without that it is only slower."""
     pytest.importorskip("gguf")

@@ -1,45 +1,23 @@
-"""Chat templates against transformers' renderer, and what a template must not do."""
+"""Chat templates against transformers' renderer."""
 
 import dataclasses
 import enum
 import json
-import threading
 from datetime import datetime
 
 import pytest
-
-from tests.support import ROOT
 
 pytest.importorskip("jinja2")
 pytest.importorskip("tokenizers")
 
 from dflash_decode import chat_template
-from dflash_decode.chat_template import budget as template_budget
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from tests.decode.test_tokenizer_files import small_directory
-from tests.support import template_attacks
+from tests.support.templates import FAMILIES, TOKENS, TOOLS, assistant, ours, user
 
-# How the templates of model families go about it, shortened, by family.
-FAMILIES = json.loads((ROOT / "tests" / "support" / "data" / "chat_templates.json").read_text(encoding="utf-8"))
-TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-TOOLS = [{"type": "function", "function": {
-    "name": "get_weather", "description": 'The "weather" & <more> — 天気', "parameters": {
-        "type": "object", "required": ["city"], "properties": {
-            "city": {"type": "string", "description": "A city"}, "unit": {"type": "string", "enum": ["c", "f"]},
-            "days": {"type": "array", "items": {"type": "integer"}}, "any": {"type": ["string", "null"]}}}}}]
 CALL = {"id": "call00001", "type": "function",
         "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": [1, 2], "deep": {"a": None}}}}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
 RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call00001", "content": '{"t": 20}'}
 SYSTEM = {"role": "system", "content": " Be brief. /no_think"}
 TALKS = {
@@ -85,10 +63,6 @@ def theirs(monkeypatch):
         return found[0]
 
     return render
-
-
-def ours(template, messages, add=True, tools=None, documents=None, **variables):
-    return chat_template.render(template, "model", messages, tools, documents, add, TOKENS | variables)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -251,59 +225,6 @@ def test_messages_without_end(tmp_path):
     talk[0]["content"] = talk
     with pytest.raises(ValueError, match="messages must not be nested without end"):
         ours("{{ messages }}", talk)
-
-
-# ---- what a template must not do -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_limits(monkeypatch):
-    """A hundredth of the limits: what is stopped is stopped alike, and sooner."""
-    monkeypatch.setattr(template_budget, "LARGEST", (1 << 18, 16))
-    monkeypatch.setattr(template_budget, "CHARACTERS", (1 << 20, 1024))
-    monkeypatch.setattr(template_budget, "STEPS", (1 << 16, 8))
-
-
-ENDED = "must (have|be|take) "
-
-
-@pytest.mark.parametrize("name", [*template_attacks.GROW, *template_attacks.LOOPS])
-def test_a_template_that_grows_or_loops_is_stopped(small_limits, name):
-    template = (template_attacks.GROW | template_attacks.LOOPS)[name]
-    with pytest.raises(CheckpointError, match=f"^model: the chat template failed: .*{ENDED}"):
-        ours(template, [user("x")])
-
-
-@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", template_attacks.LOOPS["nested loops"]])
-def test_the_limits_as_they_are_stop_a_template(template):
-    with pytest.raises(CheckpointError, match=ENDED):
-        ours(template, [user("x")])
-
-
-@pytest.mark.parametrize("name", template_attacks.FAULTS)
-def test_every_fault_of_a_template_is_a_checkpoint_error(name):
-    template, message = template_attacks.FAULTS[name]
-    with pytest.raises(CheckpointError, match=f"(?s)^model: the chat template failed: .*{message}"):
-        ours(template, [user("x")])
-
-
-def test_threads_pay_each_for_itself():
-    entered, left, seen = threading.Event(), threading.Event(), []
-
-    def other():
-        with template_budget.spending() as theirs:
-            entered.set()
-            left.wait()
-            seen.append(template_budget.budget() is theirs)
-
-    thread = threading.Thread(target=other)
-    with template_budget.spending() as mine:
-        thread.start()
-        entered.wait()
-        seen.append(template_budget.budget() is mine)
-        left.set()
-        thread.join()
-    assert seen == [True, True]
 
 
 # Also the dearest of real templates: all of the text so far is joined with each message.

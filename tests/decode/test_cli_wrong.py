@@ -115,6 +115,7 @@ def test_outputs_are_tried_and_left_as_they_were(tmp_path):
         check_written({"--json": kept, "--journal": tmp_path / "." / "kept.json"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["bench.ops", "bench.peers --prompts x", "bench.engines"])
 def test_the_repositorys_scripts_try_their_output_first(tmp_path, script):
     done = subprocess.run([sys.executable, "-m", *script.split(), "--json", str(tmp_path)], cwd=ROOT,

@@ -3,16 +3,12 @@ neighbours keep their text."""
 
 import dataclasses
 import random
-from collections import Counter
 
 import pytest
 import torch
 
-from bench import sampling_distribution as sampling_texts  # noqa: E402
-from dflash_decode import adjust
 from dflash_decode.loop import Decoder
-from dflash_decode.model import drafter as draft
-from dflash_decode.model.drafter import Drafter, DraftPass
+from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
 from dflash_decode.sampling import GREEDY, SamplingParams
 from dflash_decode.verify import AdjustedVerifier, GreedyVerifier, SampledVerifier
@@ -23,30 +19,7 @@ pytest.importorskip("transformers")
 from tests.decode.test_decode_lossless import DTYPES  # noqa: E402
 from tests.support.decode_models import VOCAB, make_target  # noqa: E402
 from tests.support.decode_runs import PROMPTS, Oracle, run  # noqa: E402
-
-SAMPLINGS = [
-    SamplingParams(0.8, seed=1),
-    GREEDY,
-    SamplingParams(1.3, top_k=20, seed=2),
-    SamplingParams(0.7, top_p=0.9, seed=3),
-    SamplingParams(1.0, min_p=0.05, seed=4),
-    GREEDY,
-    SamplingParams(1.0, 30, 0.95, 0.01, 5),
-    SamplingParams(2.0, seed=1),
-]
-
-
-def requests(samplings=SAMPLINGS, n=24):
-    return [Request(i, p, n - i % 3, (), s) for i, (p, s) in enumerate(zip(PROMPTS, samplings, strict=True))]
-
-
-def texts(found):
-    return {key: value[:2] for key, value in found.items()}
-
-
-def without_drafter(target, wanted):
-    """Each request alone, token by token."""
-    return texts(run(target, None, wanted, max_batch=1, max_context=80))
+from tests.support.sampled_runs import SAMPLINGS, requests, texts, without_drafter  # noqa: E402
 
 
 @DTYPES
@@ -152,206 +125,6 @@ def test_transformers_targets_sample():
         target.logits(rows, logits)
         target.next_ids(rows, ids, torch.zeros(7))
         assert torch.equal(logits.argmax(-1), ids)
-
-
-# ---- drafts drawn from the drafter's distribution
-# ---------------------------------------------------------------------------
-
-DRAWS = 8_000
-
-
-class Likely(Drafter):
-    """Its candidates are the 16 most likely of distributions that it is told, one for each slot."""
-
-    def make_draft(self, *sizes):
-        return LikelyPass(self, *sizes)
-
-
-class LikelyPass(DraftPass):
-    def __init__(self, drafter, batch, *rest):
-        super().__init__(drafter, batch, *rest)
-        top = drafter.distributions.log().topk(16, -1)
-        self.values.copy_(top.values.expand(batch, -1, -1))
-        self.proposal.ids.copy_(top.indices.expand(batch, -1, -1))
-
-    def _guess(self, context_lens):
-        draft.sample_draft(self.values, self.proposal.ids, context_lens, self.params, out_ids=self.guesses,
-                           out_probs=self.proposal.probs)
-
-
-@pytest.fixture(scope="module")
-def texts_of():
-    """Texts of a tiny target with drafters of random weights, and with one whose distributions of tokens 2 and 3 are
-    the target's, but that it does not know the tokens before."""
-    _, target = make_target("llama")
-    settings = SamplingParams(0.9, top_p=0.95, min_p=0.002)
-    made = {"random": Drafter.random(target, num_layers=2, block_size=3)}
-    baseline = sampling_texts.Texts(target, None, [5, 9, 33], VOCAB, tokens=3, width=3)
-    first = baseline.distribution(settings)[0]
-    second = first @ baseline.distribution(settings, list(range(VOCAB)))
-    made["likely"] = Likely.random(target, num_layers=2, block_size=3)
-    made["likely"].distributions = torch.stack((second, second)).float() + 1e-9
-    texts = {name: sampling_texts.Texts(target, drafter, [5, 9, 33], 1024, tokens=3, width=3)
-             for name, drafter in made.items()}
-    return settings, texts, texts["random"].sample(settings, range(DRAWS), speculative=False)[0]
-
-
-def p_values(texts, settings, found):
-    return {name: value["p"] for name, value in sampling_texts.against_distribution(texts, found, settings).items()}
-
-
-def test_baseline_sampling_follows_the_distribution(texts_of):
-    settings, texts, baseline = texts_of
-    assert min(p_values(texts["random"], settings, baseline).values()) > 1e-3
-
-
-@pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("which", ["random", "likely"])
-def test_drawn_drafts_keep_the_distribution(texts_of, which, rule, record_property):
-    settings, texts, baseline = texts_of[0], texts_of[1][which], texts_of[2]
-    found, accepted = texts.sample(settings, range(DRAWS, 2 * DRAWS), draw=True, rule=rule)
-    both, cells = sampling_texts.two_samples(*(Counter(map(tuple, t.tolist())) for t in (baseline, found)))
-    figures = p_values(texts, settings, found) | {"against_baseline": both}
-    for name, p in figures.items():
-        record_property(f"p_{name}", p)
-        assert p > 1e-3
-    assert cells > 50 and (accepted > 0.2 or which == "random")
-
-
-@pytest.mark.parametrize("fault", ["another's q", "q of another temperature"])
-def test_p25_a_q_that_drafts_were_not_drawn_from_is_seen(texts_of, fault, monkeypatch):
-    right = draft.sample_draft
-
-    def wrong(values, ids, lens, params, *, out_ids, out_probs):
-        right(values, ids, lens, params, out_ids=out_ids, out_probs=out_probs)
-        out_probs.copy_(out_probs.roll(1, -1) if fault == "another's q" else torch.softmax(values / 3, -1))
-
-    monkeypatch.setattr(draft, "sample_draft", wrong)
-    monkeypatch.setattr(StepGraph, "available", staticmethod(lambda device="cpu": False))
-    texts = texts_of[1]["likely"]
-    texts.steps.clear()
-    found, _ = texts.sample(texts_of[0], range(DRAWS), draw=True)
-    texts.steps.clear()
-    assert p_values(texts, texts_of[0], found)["first_two"] < 1e-6
-
-
-def test_candidates_are_the_target_s_ids_of_the_most_likely(monkeypatch):
-    """With a draft vocabulary, and with fewer tokens in it than candidates."""
-    for size in (40, 9):
-        _, target = make_target("llama")
-        vocabulary = torch.randperm(VOCAB)[:size].sort().values
-        baseline = Drafter.random(target, num_layers=2, block_size=4)
-        drafter = Drafter(baseline.config, tensors_of(baseline), target, vocabulary)
-        decoder = Decoder(target, drafter, max_context=32, sample_from="request")
-        list(decoder.stream([Request(0, [1, 2], 8, (), SAMPLINGS[0])]))
-        (step,) = decoder._steps.values()
-        k = min(16, size)
-        assert step.draft.proposal.ids.shape == (1, 3, k)
-        logits = step.draft.masked @ target.embedding.T if drafter.head is None else \
-            torch.nn.functional.linear(step.draft.masked, target.head.rows(vocabulary))
-        assert torch.equal(step.draft.proposal.ids[0], vocabulary[logits.topk(k, -1).indices])
-        assert set(step.draft.ids[0, 1:].tolist()) <= set(vocabulary.tolist())
-
-
-def tensors_of(drafter):
-    generator = torch.Generator().manual_seed(3)
-    return {name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 0.1
-            for name, size in draft.tensor_shapes(drafter.config).items()}
-
-
-# ---- adjusted logits -----------------------------------------------------------------------------------------------
-
-PENALTIES = SamplingParams(repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.5,
-                     logit_bias={11: 3.0, 12: -2.5})
-
-
-class Ascending:
-    """A token is larger than the one before it, unless that was the largest: then anything."""
-
-    def fill_bitmask(self, tokens, words):
-        last = tokens[-1] if tokens and tokens[-1] < VOCAB - 1 else -1
-        words.copy_(adjust.pack_bits(torch.arange(VOCAB) > last))
-
-
-def by_hand(model, prompt, n, s):
-    """Greedy decoding with penalties, token by token."""
-    text = []
-    for _ in range(n):
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *text]])).logits[0, -1]
-        for token in {*prompt, *text}:
-            logits[token] = logits[token] / s.repetition_penalty if logits[token] > 0 else \
-                logits[token] * s.repetition_penalty
-        for token in set(text):
-            logits[token] -= s.presence_penalty + s.frequency_penalty * text.count(token)
-        for token, bias in s.logit_bias.items():
-            logits[token] += bias
-        text.append(int(logits.argmax()))
-    return text
-
-
-def test_penalties_and_biases_are_those_by_hand():
-    model, target = make_target("llama")
-    baseline = without_drafter(target, requests([PENALTIES] * 8))
-    changed = without_drafter(target, requests([GREEDY] * 8))
-    for i, prompt in enumerate(PROMPTS):
-        assert baseline[i][0] == by_hand(model, prompt, 24 - i % 3, PENALTIES) != changed[i][0]
-
-
-@pytest.mark.parametrize("fault", [False, True])
-def test_p38_a_row_is_adjusted_by_the_drafts_before_it(fault, monkeypatch):
-    _, target = make_target("llama", torch.bfloat16)
-    hot = dataclasses.replace(PENALTIES, temperature=0.8, seed=5)
-    grammar = SamplingParams(1.0, seed=6, grammar=Ascending())
-    wanted = requests([PENALTIES, hot, grammar, GREEDY, SAMPLINGS[0], hot, grammar, PENALTIES])
-    baseline = without_drafter(target, wanted)
-    known = {key: text for key, (text, _) in baseline.items()}
-    for i in (2, 6):
-        assert all(b > a or a == VOCAB - 1 for a, b in zip(known[i], known[i][1:], strict=False))
-    if fault:
-        right = adjust.Adjuster.fill
-        monkeypatch.setattr(adjust.Adjuster, "fill", lambda self, b, s, prompt, text, drafts, stops: right(
-            self, b, s, prompt, text, drafts[:1] * len(drafts), stops))
-    got = texts(run(target, Oracle.knowing(target, known, 0.2), wanted, max_batch=8, max_context=80))
-    assert (got == baseline) != fault
-    assert all(got[i] == baseline[i] for i in (3, 4))
-
-
-@pytest.mark.parametrize("hole", [-1, VOCAB, 2**40])
-def test_rows_behind_a_draft_that_is_no_token_are_adjusted_for_nothing(hole):
-    """It is nobody's last token: -1 had marked the vocabulary's, and VOCAB ended the step."""
-    settings, found = dataclasses.replace(PENALTIES, grammar=Ascending()), []
-    for drafts in ([3, hole, 5], [3]):
-        adjuster = adjust.Adjuster(1, 4, VOCAB, torch.device("cpu"))
-        adjuster.fill(0, settings, [1, 2], [4], drafts)
-        a = adjuster.adjustments
-        found.append([t[:, :2] for t in (a.seen, a.bias, a.bitmask)] + [a.seen[:, 2:], a.bias[:, 2:]])
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
-
-
-def test_a_grammar_is_not_asked_what_follows_a_stop_token():
-    """A matcher that has ended raises when it is asked again, and that would end everybody's step."""
-    _, target = make_target("llama")
-    prompt = PROMPTS[0]
-    text = without_drafter(target, [Request(0, prompt, 12, (), SamplingParams(1.0, seed=6))])[0][0]
-    stop = next(token for i, token in enumerate(text) if 2 <= i <= 5 and token not in text[:i])
-    asked = []
-
-    class Anything:
-        def fill_bitmask(self, tokens, words):
-            assert stop not in tokens
-            asked.append(len(tokens))
-
-    wanted = [Request(0, prompt, 40, (stop,), SamplingParams(1.0, seed=6, grammar=Anything()))]
-    known = {0: text + [1] * 30}
-    got = texts(run(target, Oracle.knowing(target, known, 0.0), wanted, max_batch=1, max_context=80))
-    assert got[0][0] == text[:text.index(stop) + 1] and asked
-
-
-def test_bits_are_packed_as_the_op_reads_them():
-    mask = torch.rand(3, 97) < 0.5
-    mask[0, 31] = mask[1, 96] = True
-    assert torch.equal(reference.bits(adjust.pack_bits(mask), 97), mask)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

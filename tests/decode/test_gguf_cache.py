@@ -133,6 +133,7 @@ def test_a_user_without_a_home_has_a_slower_start(tmp_path, monkeypatch):
         assert gguf_cache.cached(tmp_path / "m.gguf") is None and load_tokenizer(tmp_path / "m.gguf").stop_ids == (0,)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_real_writer(tmp_path, own_cache):
     """RLIMIT_FSIZE: the weights of this model are longer than a file may be."""
     file = model(tmp_path)
@@ -179,6 +180,7 @@ def test_cache_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert entries() == set()
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed(tmp_path):
     file = model(tmp_path)
     code, _, err = child("""if True:
@@ -208,6 +210,7 @@ def test_what_a_live_process_writes_is_left_alone(tmp_path, own_cache):
     assert entries() == {gguf_cache.cached(file)}
 
 
+@pytest.mark.slow
 def test_six_processes_converting_the_same_gguf_file_at_once(tmp_path):
     file = model(tmp_path)
     code, out, err = child("""if True:

@@ -25,7 +25,7 @@ from dflash_kernels import _library
 from dflash_kernels.testing import same_bits
 from tests.support.decode_runs import random_target
 
-pytestmark = pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")]
 LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
 NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify",
          "model/drafter", "model/transformer", "model/native")
@@ -199,7 +199,7 @@ def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
     assert len(lines) > 300 and {file for file, _ in lines} == FILES
     for (file, line), times in lines.items():
         stem = Path(file).stem
-        if way is interrupt_steps and stem in ("transformer", "draft", "native"):
+        if way is interrupt_steps and stem in ("transformer", "drafter", "native"):
             continue  # they know nothing of who calls
         for nth in {1, times if stem in ("loop", "requests", "kv") else 1}:
             tracer = Tracer((file, line), nth)
@@ -210,10 +210,15 @@ def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
 def test_an_interrupt_between_any_two_bytecodes_loses_no_page(models):
     """Whoever calls for pages, and whoever gives them back."""
     texts, replayed = streamed(decoder_of(models)), some_graph()
-    names = {"Decoder._start", "Decoder._tell", "Decoder.close", "PagePool.allocate", "PagePool.keep"}
-    for place in places(models, stepped, opcodes=True):
-        if place[1] in names:
-            interrupted(interrupt_steps, models, texts, replayed, Tracer(place, opcodes=True))
+    named = {interrupt_steps: {"Decoder._start", "Decoder._tell", "PagePool.allocate", "PagePool.keep"},
+             interrupt_stream: {"Decoder.close"}}
+    for way, names in named.items():
+        found = [place for place in places(models, WAYS[way], opcodes=True) if place[1] in names]
+        assert {name for _, name, _ in found} == names
+        for place in found:
+            tracer = Tracer(place, opcodes=True)
+            interrupted(way, models, texts, replayed, tracer)
+            assert tracer.fired, place
 
 
 def test_an_interrupt_while_a_stream_is_closed_leaves_nobody_behind(models):

@@ -15,6 +15,7 @@ pytest.importorskip("gguf")
 KINDS = {"config", "weights", "index", "draft", "vocabulary", "gguf"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_mutated_files_load_or_are_checkpoint_errors():
     """In a process of its own, for the limit on its memory."""

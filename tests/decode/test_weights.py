@@ -40,6 +40,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @needs_smollm2
+@pytest.mark.slow
 def test_smollm2_equals_transformers():
     transformers = pytest.importorskip("transformers")
     file = find_model("smollm2")

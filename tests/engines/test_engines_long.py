@@ -15,6 +15,8 @@ from dflash_engines.vllm import verify
 from tests.support import attention_parts as attention
 from tests.support import fake_vllm as fake
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def engine(monkeypatch):

@@ -65,6 +65,7 @@ def test_sample_matches_reference(name, dtype):
     with Noted() as noted:
         sample.function(**{n: v if n in FLOAT32 else moved(v, floats_to(dtype), memo)
                            for n, v in arguments.items()})
+    assert noted.calls
     for func, args in noted.calls:
         args = with_rows(func, args)
         by_reference = _library.REFERENCES[func._schema.name.split("::")[1]]

@@ -20,6 +20,7 @@ needs_library = pytest.mark.skipif(not BUILT, reason="the CUDA C++ library is no
 
 # ---- what ptxas says -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.timeout(1200)
 def test_kernels_compile_for_every_architecture_without_spills(capsys, tell):
@@ -31,6 +32,7 @@ def test_kernels_compile_for_every_architecture_without_spills(capsys, tell):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.skipif(not find_cutlass(), reason="the package nvidia-cutlass is not installed")
 @pytest.mark.timeout(1200)

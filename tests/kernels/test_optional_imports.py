@@ -11,6 +11,7 @@ import dflash_kernels as dk
 from dflash_kernels import _gpu, _triton
 from tests.kernels.test_registry import copy_of_the_package, python
 
+pytestmark = pytest.mark.slow
 BROKEN = {"RuntimeError: no driver": "raise RuntimeError('no driver')", "SyntaxError: invalid": "raise 1 2",
           "SystemExit: 3": "raise SystemExit(3)", "AttributeError: module 'triton' has no attribute 'jit'": ""}
 

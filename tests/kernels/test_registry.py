@@ -66,9 +66,11 @@ def test_every_op_has_a_cpu_kernel(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dflash::{name}", "CPU")
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.written])
 def test_opcheck(name):
-    for func, args, kwargs in raw_calls(SAMPLES[name]):
+    calls = raw_calls(SAMPLES[name])
+    assert calls
+    for func, args, kwargs in calls:
         # torch multiplies an op's inputs to see which were written, and has no product of fp8.
         fp8 = any(t.dtype == FP8 for t in tensors_in(list(args)))
         torch.library.opcheck(func, args, kwargs, test_utils=WITHOUT_SCHEMA if fp8 else "ALL")
@@ -85,7 +87,9 @@ def test_docstrings_say_everything(name):
 
 
 def test_everything_else_public_has_a_docstring():
-    for name in set(public) - set(functions):
+    others = set(public) - set(functions)
+    assert others
+    for name in others:
         assert inspect.getdoc(public[name]), name
 
 

@@ -48,6 +48,17 @@ class Features:
         return self.offsets[i + 1] - self.offsets[i]
 
 
+def batches_of_like_lengths(coded: list[list[int]], rows: int) -> list[list[int]]:
+    """The texts' indices by length, with about `rows` tokens in a batch when all are as long as its longest."""
+    batches, batch = [], []
+    for i in sorted(range(len(coded)), key=lambda i: len(coded[i])):
+        if batch and (len(batch) + 1) * len(coded[i]) > rows:
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    return [*batches, batch]
+
+
 def write_features(
     target: Target,
     tokenizer: Tokenizer,
@@ -76,16 +87,9 @@ def write_features(
     ids, states = array("ids", np.int32, n), array("states", np.int16, n, width)
     likely, odds = array("likely", np.int32, n, TEACHER), array("odds", np.float16, n, TEACHER)
     ids[:] = np.concatenate(coded)
-    order, scale = sorted(range(len(coded)), key=lambda i: len(coded[i])), None
-    batches, batch = [], []
-    for i in order:
-        if batch and (len(batch) + 1) * len(coded[i]) > rows:
-            batches.append(batch)
-            batch = []
-        batch.append(i)
-    batches.append(batch)
-    middle = len(batches) // 2
-    for batch in tqdm([batches[middle], *batches[:middle], *batches[middle + 1:]], desc="features", unit="batch"):
+    batches, scale = batches_of_like_lengths(coded, rows), None
+    middle = batches.pop(len(batches) // 2)
+    for batch in tqdm([middle, *batches], desc="features", unit="batch"):
         padded = torch.zeros((len(batch), max(len(coded[i]) for i in batch)), dtype=torch.long)
         for row, i in zip(padded, batch, strict=True):
             row[:len(coded[i])] = torch.tensor(coded[i])
