@@ -16,8 +16,17 @@ def summary(folder: Path) -> str:
             results = kernel_tables.kernel_results(machine)
             lines += [*([kernel_tables.about(results[0]["header"]), ""] if results else []),
                       "| measurement | case | result | of the limit | relative speed |", "|---|---|---|---|---|", *rows,
+                      "", "Commands:", "", *(f"- {rows_}: `{command}`" for command, rows_ in commands(machine).items()),
                       ""]
     return "\n".join(lines or [kernel_tables.EMPTY])
+
+
+def commands(machine: Path) -> dict[str, str]:
+    """What repeats the rows of each kind, and which those are."""
+    timed = [header["command"] for header, *_ in peer_tables.results(machine) if peer_tables.is_timed(header)]
+    texts = [evaluate_command(r) for r in decode_tables.decode_results(machine) if not r.get("temperature")]
+    return {**({"make bench": "ops and steps"} if kernel_tables.kernel_results(machine) else {}),
+            **dict.fromkeys(texts, "decoding"), **{command_of(c): "decoding, other decoders" for c in timed}}
 
 
 def headline(folder: Path) -> str:

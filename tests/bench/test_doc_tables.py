@@ -35,7 +35,7 @@ def test_tables_of_planted_texts(tmp_path):
     }
     row = task | {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 4,
                   "limit": None, "concurrency": 2, "max_new_tokens": 5, "cpu": "c", "threads": 2, "isa": "avx2",
-                  "tasks": {"gsm8k": task}}
+                  "prompts": ["x.jsonl"], "tasks": {"gsm8k": task}}
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / "a.json").write_text(json.dumps(row))
     (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
@@ -63,6 +63,7 @@ def test_tables_of_planted_texts(tmp_path):
     summary = summary_table.summary(tmp_path)
     assert summary.count("| decoding, concurrency 2 | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "
                          "2.00 x baseline decoding, 3 outputs differ |") == 2
+    assert summary.count('- decoding: `make evaluate PROMPTS="x.jsonl" ARGS="--max-new-tokens 5"`') == 1
     assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card
 
 

@@ -138,6 +138,17 @@ def test_readme_shows_what_the_command_line_prints(call):
         [line for line in shown.splitlines() if line != "..."]
 
 
+def test_readme_s_status_of_the_plugins_is_theirs():
+    from dflash_engines import sglang, vllm
+    for engine, module in (("vLLM", vllm), ("SGLang", sglang)):
+        row = re.search(rf"^\| plugin for {engine} ([\d., ]+) \| (.*) \|$", text("README.md"), re.M)
+        versions, status = row.groups()
+        hooks = module.hooks()
+        assert {v for h in hooks for v in h.read} == set(versions.split(", "))
+        assert any("cpu" in h.measured for h in hooks) == ("measured on a CPU" in status)
+        assert all(set(h.measured) <= {"cpu"} for h in hooks) == ("off on a GPU until measured" in status)
+
+
 def test_readme_s_examples_have_their_output():
     pairs = re.findall(r"^```python\n.*?^```\n\n```text\n", text("README.md"), re.DOTALL | re.MULTILINE)
     assert len(pairs) == len(blocks("README.md", "python")) == 2
