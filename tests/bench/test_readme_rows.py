@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from bench.report import commands, kernel_tables, summary_table, values
+import dflash_kernels
+from bench.report import commands, draw, kernel_tables, summary_table, values
 from tests.support import ROOT
 
 RESULTS = ROOT / "bench" / "results"
@@ -82,3 +83,8 @@ def test_prose_agrees_with_the_tables():
     ("python x", "python x")])
 def test_a_recorded_command_is_shown_as_it_runs_today(recorded, today):
     assert commands.command_of(recorded) == today
+
+
+def test_the_picture_names_ops():
+    drawn = {op for _, ops, _ in draw.STEP for op in ops if " " not in op}
+    assert drawn <= set(dflash_kernels.__all__) and len(drawn) == 9
