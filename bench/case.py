@@ -136,7 +136,7 @@ class Case:
     flops: int = 0
     peers: dict[str, Callable[[int], object] | str] = field(default_factory=dict)
     check: Callable[[tuple], None] = lambda got: None
-    headline: bool = False  # shown in the README
+    headline: bool = False  # in the first table of docs/performance.md
     replays: bool = False  # run is the replay of a graph
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.report import peer_tables
 from bench.report.peer_tables import is_timed
 
 KEYWORD = "Data"  # of the PNG's text chunk
@@ -39,7 +40,8 @@ def plots(results: Path) -> dict[str, Plot]:
     found = {}
     for folder in sorted(f for f in results.iterdir() if f.is_dir()):
         files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
-        for name, make in (("bandwidth", bandwidth), ("peers", peers), ("acceptance", acceptance), ("step", steps)):
+        for name, make in (("bandwidth", bandwidth), ("peers", peers), ("acceptance", acceptance), ("step", steps),
+                           ("overview", overview)):
             if plot := make(files):
                 found[f"{name}-{folder.name}.png"] = plot
     return found
@@ -72,6 +74,82 @@ def write(plot: Plot, file: Path) -> None:
         plot.draw(figure, plot.data)
         figure.savefig(file, dpi=120, metadata={KEYWORD: plot.stamp})
         pyplot.close(figure)
+
+
+# ---- README's picture: a step, and what it gives --------------------------------------------------------------------
+
+STEP = (("Draft", ("prepare_block", "add_rms_norm", "linear", "qk_norm_rope", "block_attention", "silu_and_mul",
+                   "lm_head_argmax"), "one pass fills a block: anchor, then masks"),
+        ("Target", ("the same layer ops, causal",), "one pass over the whole block"),
+        ("Verify", ("verify_greedy",), "keep drafts up to the first difference"),
+        ("Commit", ("write_context_kv",), "target's hidden states into the drafter's pages"))
+DRAFT_LAYERS = slice(1, 6)  # of the draft's ops: once for each layer
+
+
+def overview(files: dict) -> Plot | None:
+    """One request: our two modes, and each peer's best."""
+    for f in files.values():
+        header = f.get("header")
+        if not (isinstance(header, dict) and header.get("kind") == "peers" and is_timed(header)):
+            continue
+        best: dict[tuple, float] = {}
+        for r in (r for r in peer_tables.whole(f["rows"])
+                  if r["concurrency"] == 1 and r["peer"] != peer_tables.OURS_TOO):
+            best[r["peer"], r["mode"]] = max(best.get((r["peer"], r["mode"]), 0.0), round(r["tokens_per_s"], 1))
+        if (peer_tables.OURS, peer_tables.DFLASH) in best:
+            names = {**peer_tables.NAMES, peer_tables.OURS: "dflash_kernels"}
+            bars = [[names.get(peer, peer), mode, rate]
+                    for (peer, mode), rate in best.items()]
+            where = f"{header['model']}, greedy, one request; {header['cpu']}, {header['threads']} threads"
+            return Plot({"step": STEP, "bars": bars, "where": where}, draw_overview, (9.5, 4.2),
+                        f"Left: a DFlash step and its ops. Right: tokens a second, {where}.")
+    return None
+
+
+def draw_overview(figure, data) -> None:
+    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.15])
+    draw_step(left, data["step"])
+    rows = data["bars"]
+    for y, (name, mode, rate) in enumerate(rows):
+        ours, drafted = name == "dflash_kernels", mode == peer_tables.DFLASH
+        right.barh(y, rate, color=TONES[0] if ours else TONES[1], edgecolor="black",
+                   hatch="" if drafted else "//", alpha=0.75 if ours and not drafted else 1.0)
+        right.text(rate, y, f" {rate:.0f}", va="center")
+    right.set(yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), xlabel="tokens/s (hatched: no speculation)",
+              yticklabels=[f"{name}, {'DFlash' if mode == peer_tables.DFLASH else mode}" for name, mode, _ in rows])
+    right.set_title(data["where"].replace("; ", "\n"), fontsize=8)
+    right.margins(x=0.14)
+
+
+def draw_step(axes, parts) -> None:
+    """Parts from top to bottom, each a box with its ops, and the way back to the next step."""
+    axes.set(xlim=(0, 11), ylim=(11.2, 0))
+    axes.axis("off")
+    top, line, arrow = 0.2, 0.5, {"arrowstyle": "-|>", "color": "black"}
+    for i, (title, ops, about) in enumerate(parts):
+        lines = [ops[0], *(f"   {op}" for op in ops[DRAFT_LAYERS]), ops[-1]] if len(ops) > 1 else ops
+        height = 0.85 + line * len(lines)
+        axes.add_patch(rounded_box(0.2, top, 9.8, height, TONES[3] if i % 2 else "white"))
+        axes.text(0.45, top + 0.4, title, weight="bold", va="center")
+        axes.text(2.3, top + 0.4, about, va="center", fontsize=7, style="italic")
+        for k, op in enumerate(lines):
+            axes.text(2.3, top + 0.95 + line * k, op, va="center", family="monospace", fontsize=7.5)
+        if len(ops) > 1:
+            axes.text(6.6, top + 0.95 + line * 3, "for each draft layer", va="center", fontsize=7)
+        top += height
+        if i + 1 < len(parts):
+            axes.annotate("", (5.1, top + 0.47), (5.1, top), arrowprops=arrow)
+            top += 0.45
+    axes.plot([10, 10.4, 10.4], [top - 0.6, top - 0.6, 0.7], color="black", linewidth=1)
+    axes.annotate("", (10, 0.7), (10.45, 0.7), arrowprops=arrow)
+    axes.text(10.75, top / 2, "next step", rotation=90, va="center", ha="center", fontsize=7)
+
+
+def rounded_box(x, y, width, height, face):
+    from matplotlib.patches import FancyBboxPatch
+
+    return FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.2", facecolor=face,
+                          edgecolor="black")
 
 
 # ---- achieved bandwidth ----------------------------------------------------------------------------------------------

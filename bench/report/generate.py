@@ -7,15 +7,24 @@ from pathlib import Path
 
 from bench import ROOT
 from bench.model import tables as step_tables
-from bench.report import decode_tables, draw, engine_tables, kernel_tables, peer_tables, summary_table
+from bench.report import decode_tables, draw, engine_tables, kernel_tables, peer_tables, summary_table, values
 from bench.report.ops_page import ops_page
 
 PLOTS = ROOT / "docs" / "plots"
 
 
 def plots_block(folder: Path) -> str:
-    lines = [f"![{plot.caption}](plots/{name})\n\n{plot.caption}\n" for name, plot in draw.plots(folder).items()]
+    """All but README's picture."""
+    lines = [f"![{plot.caption}](plots/{name})\n\n{plot.caption}\n" for name, plot in draw.plots(folder).items()
+             if not name.startswith("overview-")]
     return "\n".join(lines or [kernel_tables.EMPTY])
+
+
+def picture_block(folder: Path) -> str:
+    """README's one picture, of the first machine that has it."""
+    found = [f"![{plot.caption}](docs/plots/{name})" for name, plot in draw.plots(folder).items()
+             if name.startswith("overview-")]
+    return (found or [kernel_tables.EMPTY])[0]
 
 
 def with_block(page: str, name: str, block: str) -> str:
@@ -29,9 +38,10 @@ def pages() -> dict[Path, str]:
     """Everything that is made, as it should be."""
     results = ROOT / "bench" / "results"
     docs = ROOT / "docs"
-    made = {ROOT / "README.md": {"results": summary_table.summary(results)},
+    made = {ROOT / "README.md": {"results": summary_table.headline(results), "picture": picture_block(results)},
             docs / "engines.md": {"results": engine_tables.engines_block(results)},
             docs / "performance.md": {
+                "summary": summary_table.summary(results),
                 "limits": kernel_tables.limits_block(results), "decode": decode_tables.decode_block(results),
                 "peers": peer_tables.peers_block(results), "protocol": decode_tables.protocol_block(results),
                 "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results),
@@ -39,11 +49,12 @@ def pages() -> dict[Path, str]:
     for card in (ROOT / "drafters").glob("*/README.md"):
         made[card] = {"results": decode_tables.card_block(results, card.parent.name)}
     found = {docs / "ops.md": ops_page(), docs / "cases.md": kernel_tables.cases_page(results)}
+    known = values.values(results)
     for page, blocks in made.items():
         text = page.read_text(encoding="utf-8")
         for name, block in blocks.items():
             text = with_block(text, name, block)
-        found[page] = text
+        found[page] = values.filled(text, known)
     return found
 
 

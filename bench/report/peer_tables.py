@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from bench.report.commands import command_of
+
 ALL, OURS, DFLASH = "all", "ours", "dflash"
 OURS_TOO = "ours8"  # our loop on other weights
 NAMES = {OURS_TOO: "ours, 8 bits", "dflash": "dflash's own loop", "llama": "llama.cpp, 4 bits",
@@ -44,7 +46,7 @@ def about(h: dict) -> list[str]:
         f"{h['max_new_tokens']} new tokens; one at a time {first} of each file, many concurrently the first ones of "
         f"all files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}; {versions}.",
         "",
-        f"`{h['command']}`",
+        f"`{command_of(h['command'])}`",
         "",
     ]
 

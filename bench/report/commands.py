@@ -1,0 +1,22 @@
+"""The `make` commands that repeat what results were recorded with."""
+
+import re
+
+# A result keeps the command that it was recorded with, under the module's name of that day.
+RECORDED = ((re.compile(r"python (?:-m bench\.peers|bench/peers/run\.py) --prompts ((?:\S+\.jsonl )+)(.*)"), "peers"),
+            (re.compile(r"python (?:-m bench\.ops|bench/run\.py) ()(.*)"), "bench"))
+
+
+def command_of(recorded: str) -> str:
+    for pattern, target in RECORDED:
+        if match := pattern.fullmatch(recorded):
+            prompts = f' PROMPTS="{match[1].strip()}"' if match[1] else ""
+            return f'make {target}{prompts} ARGS="{match[2]}"'
+    return recorded
+
+
+def evaluate_command(r: dict) -> str:
+    limit = f"--limit {r['limit']} " if r["limit"] else ""
+    weights = "--weights int8 " if r.get("weights") == "int8" else ""
+    return (f'make evaluate PROMPTS="{" ".join(r["prompts"])}" '
+            f'ARGS="{weights}{limit}--max-new-tokens {r["max_new_tokens"]}"')

@@ -1,0 +1,120 @@
+"""Numbers in the prose of README and docs, from bench/results: `<!-- value NAME -->78 %<!-- end -->`."""
+
+import re
+import statistics
+from pathlib import Path
+
+import torch
+
+from bench.model.step import GEOMETRIES, KERNELS_A_LAYER, MACHINES
+from bench.model.tables import CARD_CONTEXT, DECODE_CONTEXT, card_table
+from bench.report import decode_tables, kernel_tables, peer_tables
+from dflash_decode.step import block_width
+
+SPAN = re.compile(r"<!-- value ([\w.-]+) -->(.*?)<!-- end -->", re.DOTALL)
+
+
+def values(folder: Path) -> dict[str, str]:
+    """By name. Those of results are of the first machine that has them."""
+    found = {**of_geometries(), **of_the_model()}
+    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+        for group in (of_steps, of_texts, of_peers):
+            for name, value in group(machine).items():
+                found.setdefault(name, value)
+    return found
+
+
+def filled(page: str, known: dict[str, str]) -> str:
+    """The page with every span as it should be; KeyError names a value that no result has."""
+    return SPAN.sub(lambda m: f"<!-- value {m[1]} -->{known[m[1]]}<!-- end -->", page)
+
+
+def size(count: float) -> str:
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
+
+
+def of_geometries() -> dict[str, str]:
+    """Bytes and counts that follow from the models' shapes alone."""
+    g, big = GEOMETRIES["smollm2"], GEOMETRIES["minimax-m2.7"]
+    weights = g.target.weights(1) + g.head
+    draft = g.draft.weights(1) + g.features
+    one_byte = (draft + g.draft_head) / (2 * weights)
+    found = {"weights": size(2 * weights), "draft-weights": f"{draft / 1e6:.1f}",
+             "draft-head-weights": f"{g.draft_head / 1e6:.1f}", "draft-share": f"{100 * 2 * one_byte:.0f} %",
+             "draft-share-int8": f"{100 * one_byte:.0f} %", "floor-of-dflash": f"{1 + one_byte:.2f}",
+             "draft-head-bytes": size(g.draft_head), "head-bytes": size(2 * g.head),
+             "draft-vocab": f"{g.draft_vocab:,}", "vocab": f"{g.vocab:,}", "experts": f"{big.target.experts}",
+             "expert-weights": f"{big.target.mlp_weights / 1e6:.1f} million", "chosen": f"{big.target.chosen}",
+             "experts-of-8": f"{big.target.coverage(8):.0f}", "card-layers": f"{big.target.layers}"}
+    found |= {f"kv-{name}": size(each.target.kv_bytes()) for name, each in GEOMETRIES.items()}
+    return found | {f"block-{n}": f"{block_width(g.block, n, torch.device('cpu'))}" for n in (8, 16, 32)}
+
+
+def of_the_model() -> dict[str, str]:
+    """Guesses of bench/model, and how far the servers that others measured are from what it expects."""
+    machine = next(iter(MACHINES.values()))
+    shares = sorted(int(share) for line in card_table() for share in re.findall(r"(\d+)% \|$", line))
+    return {"model-share": f"{100 * machine.share:.0f} %", "model-reduce": f"{machine.reduce_us:.0f} µs",
+            "model-gap": f"{machine.gap_us:.0f} µs", "model-kernels": f"{KERNELS_A_LAYER}",
+            "card-context": f"{CARD_CONTEXT:,}", "decode-context": f"{DECODE_CONTEXT}",
+            "measured-of-model": f"{shares[0]} to {shares[-1]} %"}
+
+
+def of_steps(machine: Path) -> dict[str, str]:
+    """Whole steps, ops against their limit, and the floor that the read bandwidth sets."""
+    results = kernel_tables.kernel_results(machine)
+    rows = [row for r in results for row in r["rows"] if "us" in row]
+    by_op = {}
+    for row in rows:
+        by_op.setdefault(row["op"], []).append(row)
+    found = {}
+    if rows:
+        limits = [row["gbps"] / row["pct_of_limit"] * 100 for row in rows]
+        g = GEOMETRIES["smollm2"]
+        floor_ms = 2 * (g.target.weights(1) + g.head) / statistics.median(limits) / 1e6
+        found |= {"read-gbps": f"{statistics.median(limits):.1f} GB/s", "floor": f"{floor_ms:.1f} ms",
+                  "floor-rate": f"{1e3 / floor_ms:.0f} tokens/s"}
+    for op, of in by_op.items():
+        shares = [row["pct_of_limit"] for row in of]
+        found[f"share-{op.replace(' ', '-')}"] = f"{kernel_tables.span(shares, 0)} %"
+    steps = {op: by_op[op][0] for op in ("verify pass", "DFlash step") if op in by_op}
+    ratios = {op: row["us"] / row["peers"]["baseline step"] for op, row in steps.items()
+              if "baseline step" in row["peers"]}
+    if len(ratios) == 2:
+        verify, dflash = ratios.values()
+        found |= {"verify-steps": f"{verify:.2f}", "dflash-steps": f"{dflash:.2f}",
+                  "draft-steps": f"{dflash - verify:.2f}"}
+    return found
+
+
+def of_texts(machine: Path) -> dict[str, str]:
+    found = {}
+    for r in decode_tables.decode_results(machine):
+        if not r.get("temperature") and r["draft"] != "random":
+            at = ("int8-" if r.get("weights") == "int8" else "") + f"c{r['concurrency']}"
+            found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
+                      f"length-{at}": f"{r['acceptance_length']:.2f}"}
+    return found
+
+
+def of_peers(machine: Path) -> dict[str, str]:
+    """Rates beside our baseline's with as many requests; acceptance lengths beside ours on most prompts."""
+    found, most = {}, 0
+    for header, rows, *_ in peer_tables.results(machine):
+        whole = peer_tables.whole(rows)
+        rates = {(r["peer"], r["mode"], r["concurrency"]): r["tokens_per_s"] for r in whole}
+        baseline = {c: rates[peer, mode, c] for peer, mode, c in rates
+                    if (peer, mode) == (peer_tables.OURS, "baseline")}
+        if peer_tables.is_timed(header):
+            found |= {f"{peer}-{mode}-c{c}": f"{rate / baseline[c]:.2f}" for (peer, mode, c), rate in rates.items()
+                      if c in baseline}
+        drafted = {r["peer"]: r for r in whole if r["mode"] == peer_tables.DFLASH and r["concurrency"] == 1}
+        ours = drafted.get(peer_tables.OURS)
+        if ours and ours["prompts"] > most and header["dtype"] == "bfloat16":
+            most = ours["prompts"]
+            found |= {"longer-prompts": f"{most}"} | {
+                f"longer-{peer}": f"{100 * (r['acceptance_length'] / ours['acceptance_length'] - 1):.1f} %"
+                for peer, r in drafted.items()}
+    return found
+
+
