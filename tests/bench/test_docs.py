@@ -159,7 +159,7 @@ def test_variables_of_the_environment_are_read(page):
 
 @pytest.mark.parametrize("page", WRITTEN)
 def test_options_exist(page):
-    known = options(command_group())
+    known = options(command_group()) | {"--no-build-isolation", "--no-deps"}  # pip's
     known = known.union(re.findall(r'add_argument\("(--[a-z-]+)"', sources("bench/**/*.py", "tools/**/*.py")))
     for span in named(page, NAMED["option"]):
         assert span in known, span

@@ -29,8 +29,19 @@ def functions(file):
             yield f"{named(file)}: {node.name}", node.end_lineno - first.lineno + 1, KERNEL if kernel else FUNCTION
 
 
+def length(file):
+    """Lines, but for docstrings: those are as long as what they describe."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py":
+        return text.count("\n")
+    documented = (node for node in ast.walk(ast.parse(text))
+                  if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
+    docstrings = [node.body[0] for node in documented if ast.get_docstring(node)]
+    return text.count("\n") - sum(d.end_lineno - d.lineno + 1 for d in docstrings)
+
+
 def test_files_are_short():
-    lines = {named(f): f.read_text(encoding="utf-8").count("\n") for f in (*PYTHON, *CPP)}
+    lines = {named(f): length(f) for f in (*PYTHON, *CPP)}
     assert len(PYTHON) > 250 and len(CPP) > 50
     assert {name: n for name, n in lines.items() if n > FILE}.keys() == LONGER.keys()
 
