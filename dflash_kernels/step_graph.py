@@ -50,7 +50,7 @@ class StepGraph:
     DFLASH_CHECK=1: a replay checks no values, and every step is to be checked.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", pool: Any = None):
+    def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
         self.device, self.pool = torch.device(device), pool
         self._recording: Any = None
 
@@ -85,7 +85,8 @@ class StepGraph:
     def _capture_cuda(self) -> Iterator[None]:
         recording, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(recording, pool=self.pool):
+            with torch.cuda.device(self.device), torch.cuda.graph(
+                    recording, pool=self.pool):  # type: ignore[arg-type]  # torch has a NewType of such a pair
                 yield
         finally:  # torch's own exit does both, unless an interrupt came between its lines
             try:

@@ -183,7 +183,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     file = model(tmp_path)
     code, _, err = child("""if True:
         import os, signal, sys
-        from dflash_decode import gguf_cache
+        from dflash_decode.checkpoint.gguf import cache as gguf_cache
         from dflash_decode.checkpoint import load_checkpoint
         write = gguf_cache.save_file
         gguf_cache.save_file = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL))
@@ -212,7 +212,7 @@ def test_six_processes_converting_the_same_gguf_file_at_once(tmp_path):
     file = model(tmp_path)
     code, out, err = child("""if True:
         import hashlib, os, sys, torch
-        from dflash_decode import gguf_file
+        from dflash_decode.checkpoint.gguf import file as gguf_file
         from dflash_decode.checkpoint.tokenizer import load_tokenizer
         from dflash_decode.checkpoint import load_checkpoint
         import gguf, jinja2, safetensors.torch
