@@ -65,7 +65,7 @@ class StepGraph:
     ([[300.0]], 1)
     """
 
-    def __init__(self, device: torch.device | str = "cpu", pool: Any = None):
+    def __init__(self, device: torch.device | str = "cpu", pool: tuple[int, int] | None = None):
         self.device, self.pool = torch.device(device), pool
         self._recording: Any = None
 
@@ -121,7 +121,8 @@ class StepGraph:
     def _capture_cuda(self) -> Iterator[None]:
         recording, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(recording, pool=self.pool):
+            with torch.cuda.device(self.device), torch.cuda.graph(
+                    recording, pool=self.pool):  # type: ignore[arg-type]  # torch has a NewType of such a pair
                 yield
         finally:  # torch's own exit does both, unless an interrupt came between its lines
             try:
