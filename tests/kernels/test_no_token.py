@@ -49,7 +49,7 @@ def test_text_follows_the_distribution_where_blocks_have_ids_that_are_no_token(k
 
 @pytest.mark.parametrize("kind,rule", [("dense", "token"), ("sparse", "block"), ("logits", "block")])
 def test_text_follows_the_distribution_under_every_instruction_set(vector_isa, kind, rule):
-    found = sampled(kind, rule, "plain", requests=15_000, seed=12, verify=with_holes(verify_sample))
+    found = sampled(kind, rule, "baseline", requests=15_000, seed=12, verify=with_holes(verify_sample))
     chain.SEEN.extend(found.values())
     assert min(found.values()) > SMALLEST, found
 
@@ -87,7 +87,7 @@ def test_a_draft_of_minus_one_leaves_p_and_no_residual(kind, rule, place, verify
 def test_it_is_as_if_the_block_were_shorter(vector_isa, dtype, kind, rule):
     """Whatever stands behind, real ids and proposals, and whatever is proposed there, poison too."""
     logits, lens = (torch.randn(14, 5, 1100) * 2).to(dtype), torch.arange(14).int()
-    draft, given, p = block_of(logits), proposal(kind, logits), some_params(14, "plain", greedy_every=5)
+    draft, given, p = block_of(logits), proposal(kind, logits), some_params(14, "baseline", greedy_every=5)
     widths = int32(5, 4, 3, 5, 2, 0, 1, 5, 4, 3, 5, -3, 9, 2)
     ends = torch.arange(14) % 4 + 1
     ended, ids = torch.minimum(widths, ends.int()), no_tokens(1100)

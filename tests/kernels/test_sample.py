@@ -77,7 +77,7 @@ def test_agrees_with_the_reference(vector_isa, kind, rule):
 def test_agrees_at_every_size_of_the_vocabulary(vector_isa, dtype, vocab):
     b, q = (2, 2) if vocab > 2000 else (6, 4)
     logits = (torch.randn(b, q, vocab) * 3).to(dtype)
-    for n, filters in enumerate(FILTERS if vocab < 2000 else ("plain", "top_p", "all")):
+    for n, filters in enumerate(FILTERS if vocab < 2000 else ("baseline", "top_p", "all")):
         kind = KINDS[(n + vocab) % 4]
         agree(block(logits), logits, torch.arange(b).int(), some_params(b, filters, seed=n), proposal(kind, logits),
               rule=("token", "block")[n % 2])

@@ -41,7 +41,7 @@ def test_p28_text_follows_the_target_s_distribution(kind, rule, filters):
     assert min(found.values()) > SMALLEST, found
 
 
-@pytest.mark.parametrize("filters", ["plain", "all"])
+@pytest.mark.parametrize("filters", ["baseline", "all"])
 def test_text_follows_the_distribution_under_every_instruction_set(vector_isa, filters):
     for kind, rule in (("one_hot", "token"), ("dense", "block")):
         found = sampled(kind, rule, filters, requests=20_000, seed=3)
@@ -118,7 +118,7 @@ def three_tokens():
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_text_of_three_tokens_follows_the_distribution(rule):
-    found = sampled("dense", rule, "plain", made=three_tokens())
+    found = sampled("dense", rule, "baseline", made=three_tokens())
     chain.SEEN.extend(found.values())
     assert min(found.values()) > SMALLEST, found
 
@@ -142,7 +142,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_rule_fails(wrong):
     kind, rule, verify = WRONG[wrong]
-    found = sampled(kind, rule, "plain", requests=15_000, verify=verify,
+    found = sampled(kind, rule, "baseline", requests=15_000, verify=verify,
                     made=three_tokens() if rule == "block" else None)
     assert min(found.values()) < SMALLEST, (wrong, found)
 

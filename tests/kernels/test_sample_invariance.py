@@ -51,7 +51,7 @@ def test_the_number_of_threads_changes_nothing(vector_isa, kind):
         same(a, b)
 
 
-@pytest.mark.parametrize("filters", ["plain", "all"])
+@pytest.mark.parametrize("filters", ["baseline", "all"])
 def test_one_hot_text_depends_on_neither_the_block_size_nor_the_drafts(vector_isa, filters):
     """A chain target: its logits after token t are table[t]."""
     b, v, length = 12, 40, 24

@@ -53,6 +53,7 @@ def one_of(p, n):
 
 def some_params(b, filters="all", greedy_every=0, seed=0, temperature=(0.5, 1.5)):
     """Parameters that differ from request to request."""
+    assert filters in FILTERS
     draw = torch.Generator().manual_seed(seed)
     temp = torch.empty(b).uniform_(*temperature, generator=draw)
     if greedy_every:
