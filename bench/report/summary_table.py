@@ -45,7 +45,7 @@ def headline(folder: Path) -> str:
                 "| | measurement | result | compared with | ratio |", "|---|---|---|---|---|",
                 *(f"| {i + 1} | {row}" for i, row in enumerate(rows)), "",
                 f"{about['device']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, bfloat16. "
-                "A rate is of new tokens, prompts included. Commands:", "",
+                "Rates count new tokens over the whole time, the prompts' passes included. Commands:", "",
                 *(f"- {rows_of(commands, command)}: `{command}`" for command in dict.fromkeys(commands))])
     return kernel_tables.EMPTY
 
