@@ -9,7 +9,9 @@ import torch
 
 from .. import reference
 from .._library import define
-from . import _checks as check
+from ._checks import Checker, describe
+
+_check = Checker("silu_and_mul")
 
 
 def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -21,13 +23,11 @@ def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.T
     Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
     Source: Shazeer 2020, arXiv 2002.05202, section 2; reference/activation.py.
     """
-    op = "silu_and_mul"
-    if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16 (..., 2I); got {check.describe(x)}")
+    _check.floats("x", x, "(..., 2I)")
     if x.dim() < 1 or x.shape[-1] % 2:
-        raise ValueError(f"{op}: x must have shape (..., 2I); got {check.describe(x)}")
-    out = check.output(op, "out", out, x, (*x.shape[:-1], x.shape[-1] // 2))
-    _silu_and_mul(check.as_rows(op, "x", x), check.as_rows(op, "out", out))
+        raise ValueError(f"{_check.op}: x must have shape (..., 2I); got {describe(x)}")
+    out = _check.output("out", out, x, (*x.shape[:-1], x.shape[-1] // 2))
+    _silu_and_mul(_check.as_rows("x", x), _check.as_rows("out", out))
     return out
 
 

@@ -18,8 +18,10 @@ import torch
 from .. import reference
 from .._library import define
 from ..types import PagedKV
-from . import _checks as check
+from ._checks import Checker, describe, values_checked
 from .rope import check_cache, check_positions, check_rotation, check_rounding
+
+_check = Checker("write_context_kv")
 
 MAX_LAYERS = 64  # kMaxLayers in csrc/params/context.h
 
@@ -53,65 +55,60 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     for more layers or a larger D. Graph-safe.
     Source: DFlash, arXiv 2602.06036, section 4 (KV injection); reference/context.py.
     """
-    op = "write_context_kv"
-    if not isinstance(kv, torch.Tensor) or kv.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: kv must be float32, bfloat16 or float16 (T, L * 2 * Hkv * D); "
-                        f"got {check.describe(kv)}")
+    _check.floats("kv", kv, "(T, L * 2 * Hkv * D)")
     if not isinstance(caches, (list, tuple)):
-        raise TypeError(f"{op}: caches must be a list of PagedKV; got {check.describe(caches)}")
-    eps, v_scale = check.number(op, "eps", eps), check.number(op, "v_scale", v_scale)
-    num_layers, first = len(caches), _check_caches(op, caches, kv)
+        raise TypeError(f"{_check.op}: caches must be a list of PagedKV; got {describe(caches)}")
+    eps, v_scale = _check.number("eps", eps), _check.number("v_scale", v_scale)
+    num_layers, first = len(caches), _check_caches(caches, kv)
     width = num_layers * 2 * first.num_kv_heads * first.head_dim
-    check.dense_last(op, "kv", check.tensor(op, "kv", kv, kv.dtype, "(T, L * 2 * Hkv * D)", (None, width)))
+    _check.dense("kv", kv, kv.dtype, "(T, L * 2 * Hkv * D)", (None, width))
     tokens = kv.shape[0]
-    check_rotation(op, positions, cos_sin, kv, tokens, first.head_dim)
+    check_rotation(_check, positions, cos_sin, kv, tokens, first.head_dim)
     per_layer = isinstance(slots, torch.Tensor) and slots.dim() == 2
-    check.dense_last(op, "slots", check.tensor(
-        op, "slots", slots, torch.int64, "(L, T)" if per_layer else "(T,)",
-        (num_layers, tokens) if per_layer else (tokens,), kv.device))
+    _check.dense("slots", slots, torch.int64, "(L, T)" if per_layer else "(T,)",
+                 (num_layers, tokens) if per_layer else (tokens,), kv.device)
     if k_weights is not None:
-        check.contiguous(op, "k_weights", check.tensor(op, "k_weights", k_weights, kv.dtype, "(L, D)",
-                                                       (num_layers, first.head_dim), kv.device))
+        _check.contiguous("k_weights", k_weights, kv.dtype, "(L, D)", (num_layers, first.head_dim), kv.device)
     if commit_lens is not None:
-        check.contiguous(op, "commit_lens",
-                         check.tensor(op, "commit_lens", commit_lens, torch.int32, "(B,)", (None,), kv.device))
+        _check.contiguous("commit_lens", commit_lens, torch.int32, "(B,)", (None,), kv.device)
         if tokens % commit_lens.shape[0] if commit_lens.shape[0] else tokens:
-            raise ValueError(f"{op}: commit_lens must have a length B that divides T = {tokens}; "
-                             f"got {check.describe(commit_lens)}")
-    each = check_rounding(op, rounding)
-    if check.values_checked():
-        _check_written_positions(op, positions, slots, cos_sin, commit_lens, first)
+            raise ValueError(f"{_check.op}: commit_lens must have a length B that divides T = {tokens}; "
+                             f"got {describe(commit_lens)}")
+    each = check_rounding(_check, rounding)
+    if values_checked():
+        _check_written_positions(positions, slots, cos_sin, commit_lens, first)
     _write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches],
                       [c.k_scale for c in caches if c.k_scale is not None],
                       [c.v_scale for c in caches if c.v_scale is not None], k_weights, cos_sin, commit_lens, eps,
                       v_scale, bool(interleaved), each)
 
 
-def _check_caches(op: str, caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
+def _check_caches(caches: list[PagedKV], kv: torch.Tensor) -> PagedKV:
     if not caches:
-        raise ValueError(f"{op}: caches must be L >= 1 PagedKV; got none")
+        raise ValueError(f"{_check.op}: caches must be L >= 1 PagedKV; got none")
     if len(caches) > MAX_LAYERS:
-        raise NotImplementedError(f"{op}: caches must be at most {MAX_LAYERS} layers; got {len(caches)}")
+        raise NotImplementedError(f"{_check.op}: caches must be at most {MAX_LAYERS} layers; got {len(caches)}")
     first = caches[0]
-    check_cache(op, "caches[0]", first, kv, None, None)
-    wanted = None if check.values_checked() else _layout(first)
+    check_cache(_check, "caches[0]", first, kv, None, None)
+    wanted = None if values_checked() else _layout(first)
     for layer, cache in enumerate(caches[1:], 1):
         if type(cache) is PagedKV and _layout(cache) == wanted:  # what costs a call of few rows its time is this loop
             continue
         name = f"caches[{layer}]"
-        check_cache(op, name, cache, kv, None, None)
+        check_cache(_check, name, cache, kv, None, None)
         if cache.k.shape != first.k.shape:
-            raise ValueError(f"{op}: {name} must have the shape of caches[0], {tuple(first.k.shape)}; "
+            raise ValueError(f"{_check.op}: {name} must have the shape of caches[0], {tuple(first.k.shape)}; "
                              f"got {tuple(cache.k.shape)}")
         if cache.k.stride() != first.k.stride() or cache.v.stride() != first.v.stride():
-            raise ValueError(f"{op}: {name} must have the strides of caches[0], k {first.k.stride()} and "
+            raise ValueError(f"{_check.op}: {name} must have the strides of caches[0], k {first.k.stride()} and "
                              f"v {first.v.stride()}; got {cache.k.stride()} and {cache.v.stride()}")
         if cache.k.dtype != first.k.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of caches[0], {first.k.dtype}; got {cache.k.dtype}")
+            raise TypeError(f"{_check.op}: {name} must have the dtype of caches[0], {first.k.dtype}; "
+                            f"got {cache.k.dtype}")
         for which in ("k_scale", "v_scale"):
             have, want = (None if (t := getattr(c, which)) is None else t.numel() for c in (cache, first))
             if have != want:
-                raise ValueError(f"{op}: {name}.{which} must be as large as that of caches[0], "
+                raise ValueError(f"{_check.op}: {name}.{which} must be as large as that of caches[0], "
                                  f"{'none' if want is None else want}; got {'none' if have is None else have}")
     return first
 
@@ -123,14 +120,14 @@ def _layout(cache: PagedKV) -> tuple:
             None if v_scale is None else v_scale.numel())
 
 
-def _check_written_positions(op, positions, slots, cos_sin, commit_lens, cache):
+def _check_written_positions(positions, slots, cos_sin, commit_lens, cache):
     """Rows that write nothing may hold any position."""
     written = (slots >= 0) & (slots < cache.num_pages * cache.page_size)
     written = written.any(0) if slots.dim() == 2 else written
     if commit_lens is not None and commit_lens.shape[0]:
         block = torch.arange(positions.shape[0] // commit_lens.shape[0], device=positions.device)
         written = written & (block < commit_lens[:, None]).flatten()
-    check_positions(op, positions.where(written, 0), cos_sin)
+    check_positions(_check, positions.where(written, 0), cos_sin)
 
 
 _write_context_kv = define(

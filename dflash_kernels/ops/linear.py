@@ -15,7 +15,11 @@ from .. import reference
 from .._library import define
 from .._memory import place
 from ..types import PackedWeight
-from . import _checks as check
+from ._checks import FLOATS, Checker, describe
+
+_pack_weight_check = Checker("pack_weight")
+_quantize_weight_check = Checker("quantize_weight")
+_linear_check = Checker("linear")
 
 
 def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
@@ -30,12 +34,12 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     Raises TypeError for a dtype, ValueError for a shape. Allocates: call it outside graphs.
     Graph-safe: no. Source: reference/linear.py, `pack`.
     """
-    op = "pack_weight"
-    check.tensor(op, "weight", weight, check.FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
+    check = _pack_weight_check
+    check.tensor("weight", weight, FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
     if weight.numel() == 0:
-        raise ValueError(f"{op}: weight must not be empty; got {check.describe(weight)}")
+        raise ValueError(f"{check.op}: weight must not be empty; got {describe(weight)}")
     if scales is not None:
-        check.tensor(op, "scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
+        check.tensor("scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
         scales = _without_graph(scales).contiguous()
     weight = _without_graph(weight)
     data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
@@ -53,10 +57,10 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises TypeError for a dtype, ValueError for a shape or a weight that is not finite. Allocates: call it outside
     graphs. Graph-safe: no. Source: reference/linear.py, `quantize`.
     """
-    op = "quantize_weight"
-    check.tensor(op, "weight", weight, check.FLOATS, "(N, K)", (None, None))
+    check = _quantize_weight_check
+    check.tensor("weight", weight, FLOATS, "(N, K)", (None, None))
     if weight.numel() == 0 or weight.device.type != "meta" and not bool(weight.isfinite().all()):
-        raise ValueError(f"{op}: weight must be finite and not empty; got {check.describe(weight)}")
+        raise ValueError(f"{check.op}: weight must be finite and not empty; got {describe(weight)}")
     return reference.linear.quantize(_without_graph(weight))
 
 
@@ -78,40 +82,38 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Ten
     Returns out. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
     Source: reference/linear.py.
     """
-    op = "linear"
-    data, scales, n = weight_of(op, x, weight, bias)
-    out = check.output(op, "out", out, x, (*x.shape[:-1], n))
-    _linear(check.as_rows(op, "x", x), data, scales, bias, n, check.as_rows(op, "out", out))
+    check = _linear_check
+    data, scales, n = weight_of(check, x, weight, bias)
+    out = check.output("out", out, x, (*x.shape[:-1], n))
+    _linear(check.as_rows("x", x), data, scales, bias, n, check.as_rows("out", out))
     return out
 
 
-def weight_of(op: str, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
+def weight_of(check: Checker, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
               bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """The weight's memory, its scales and its number of outputs, after checking x, weight and bias against each
     other."""
     scales = None
-    if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16 (..., K); got {check.describe(x)}")
+    check.floats("x", x, "(..., K)")
     if x.dim() < 1:
-        raise ValueError(f"{op}: x must have shape (..., K); got {check.describe(x)}")
+        raise ValueError(f"{check.op}: x must have shape (..., K); got {describe(x)}")
     if isinstance(weight, PackedWeight):
         data, scales, n, k = weight.data, weight.scales, weight.out_features, weight.in_features
         if scales is None and data.dtype != x.dtype:
-            raise TypeError(f"{op}: weight must be {x.dtype}, as x is; got packed {data.dtype}")
+            raise TypeError(f"{check.op}: weight must be {x.dtype}, as x is; got packed {data.dtype}")
         if k != x.shape[-1]:
-            raise ValueError(f"{op}: x must have {k} = weight's K columns; got {check.describe(x)}")
+            raise ValueError(f"{check.op}: x must have {k} = weight's K columns; got {describe(x)}")
         if data.device != x.device:
-            raise ValueError(f"{op}: weight must be on {x.device}; got {data.device}")
+            raise ValueError(f"{check.op}: weight must be on {x.device}; got {data.device}")
     else:
-        data = check.tensor(op, "weight", weight, x.dtype, "(N, K)", (None, x.shape[-1]), x.device)
-        check.dense_last(op, "weight", data)
+        data = check.dense("weight", weight, x.dtype, "(N, K)", (None, x.shape[-1]), x.device)
         n = data.shape[0]
         if n > 1 and data.stride(0) == 0:
-            raise ValueError(f"{op}: weight must not be an expanded view; got strides {data.stride()}")
+            raise ValueError(f"{check.op}: weight must not be an expanded view; got strides {data.stride()}")
         if data.numel() == 0:
-            raise ValueError(f"{op}: weight must not be empty; got {check.describe(data)}")
+            raise ValueError(f"{check.op}: weight must not be empty; got {describe(data)}")
     if bias is not None:
-        check.contiguous(op, "bias", check.tensor(op, "bias", bias, x.dtype, "(N,)", (n,), x.device))
+        check.contiguous("bias", bias, x.dtype, "(N,)", (n,), x.device)
     return data, scales, n
 
 

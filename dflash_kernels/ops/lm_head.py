@@ -13,8 +13,13 @@ import torch
 from .. import reference
 from .._library import define
 from ..types import PackedWeight
-from . import _checks as check
+from ._checks import Checker, describe
 from .linear import weight_of
+
+_lm_head_argmax_check = Checker("lm_head_argmax")
+_combine_argmax_check = Checker("combine_argmax")
+_lm_head_topk_check = Checker("lm_head_topk")
+_combine_topk_check = Checker("combine_topk")
 
 
 def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias: torch.Tensor | None = None,
@@ -34,25 +39,24 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     Returns (ids, values). Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
     Source: reference/head.py; the tie rule is torch.argmax's.
     """
-    op = "lm_head_argmax"
-    data, scales, n = weight_of(op, x, weight, bias)
-    options = _check_logits(op, n, num_valid, scale, softcap, id_offset)
-    ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, x.shape[:-1], torch.int64))
-    values = check.contiguous(
-        op, "out_values", check.output(op, "out_values", out_values, x, x.shape[:-1], torch.float32))
-    _lm_head_argmax(check.as_rows(op, "x", x), data, scales, bias, n, *options, ids.view(-1), values.view(-1))
+    check = _lm_head_argmax_check
+    data, scales, n = weight_of(check, x, weight, bias)
+    options = _check_logits(check, n, num_valid, scale, softcap, id_offset)
+    ids = check.contiguous_output("out_ids", out_ids, x, x.shape[:-1], torch.int64)
+    values = check.contiguous_output("out_values", out_values, x, x.shape[:-1], torch.float32)
+    _lm_head_argmax(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1), values.view(-1))
     return ids, values
 
 
-def _check_logits(op, rows, num_valid, scale, softcap, id_offset):
+def _check_logits(check, rows, num_valid, scale, softcap, id_offset):
     """(num_valid, scale, softcap, id_offset) of a head of `rows` rows, as the schemas take them."""
-    num_valid = rows if num_valid is None else check.integer(op, "num_valid", num_valid, 1)
-    id_offset = check.integer(op, "id_offset", id_offset, 0)
-    scale, softcap = check.number(op, "scale", scale), check.number(op, "softcap", softcap)
+    num_valid = rows if num_valid is None else check.integer("num_valid", num_valid, 1)
+    id_offset = check.integer("id_offset", id_offset, 0)
+    scale, softcap = check.number("scale", scale), check.number("softcap", softcap)
     if num_valid > rows:
-        raise ValueError(f"{op}: num_valid must be between 1 and {rows}; got {num_valid}")
+        raise ValueError(f"{check.op}: num_valid must be between 1 and {rows}; got {num_valid}")
     if not softcap >= 0:
-        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+        raise ValueError(f"{check.op}: softcap must be 0 (none) or positive; got {softcap}")
     return num_valid, scale, softcap, id_offset
 
 
@@ -75,15 +79,14 @@ def combine_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Te
     lowest id. Raises TypeError for a dtype, ValueError for a shape, layout or device. Graph-safe.
     Source: reference/head.py; the tie rule is torch.argmax's over the whole vocabulary.
     """
-    op = "combine_argmax"
-    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R)", (None, None)))
-    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R)", values.shape, values.device))
+    check = _combine_argmax_check
+    check.contiguous("values", values, torch.float32, "(S, R)", (None, None))
+    check.contiguous("ids", ids, torch.int64, "(S, R)", values.shape, values.device)
     if values.shape[0] == 0:
-        raise ValueError(f"{op}: values must have at least one shard; got {check.describe(values)}")
+        raise ValueError(f"{check.op}: values must have at least one shard; got {describe(values)}")
     rows = values.shape[1:]
-    out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, rows, torch.int64))
-    out_values = check.contiguous(
-        op, "out_values", check.output(op, "out_values", out_values, values, rows, torch.float32))
+    out_ids = check.contiguous_output("out_ids", out_ids, values, rows, torch.int64)
+    out_values = check.contiguous_output("out_values", out_values, values, rows, torch.float32)
     _combine_argmax(values, ids, out_ids, out_values)
     return out_ids, out_values
 
@@ -109,16 +112,16 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     lse is natural, over the rounded logits below num_valid; NaN where one of them is. Raises TypeError for a dtype,
     ValueError for a shape, layout or device. Graph-safe. Source: reference/head.py.
     """
-    op = "lm_head_topk"
-    data, scales, n = weight_of(op, x, weight, bias)
-    options, k = _check_logits(op, n, num_valid, scale, softcap, id_offset), check.integer(op, "k", k, 1)
+    check = _lm_head_topk_check
+    data, scales, n = weight_of(check, x, weight, bias)
+    options, k = _check_logits(check, n, num_valid, scale, softcap, id_offset), check.integer("k", k, 1)
     if k > (most := min(MAX_K, options[0])):
-        raise ValueError(f"{op}: k must be between 1 and {most}; got {k}")
+        raise ValueError(f"{check.op}: k must be between 1 and {most}; got {k}")
     shape = (*x.shape[:-1], k)
-    ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, shape, torch.int64))
-    values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, x, shape, torch.float32))
-    lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, x, shape[:-1], torch.float32))
-    _lm_head_topk(check.as_rows(op, "x", x), data, scales, bias, n, *options, ids.view(-1, k), values.view(-1, k),
+    ids = check.contiguous_output("out_ids", out_ids, x, shape, torch.int64)
+    values = check.contiguous_output("out_values", out_values, x, shape, torch.float32)
+    lse = check.contiguous_output("out_lse", out_lse, x, shape[:-1], torch.float32)
+    _lm_head_topk(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1, k), values.view(-1, k),
                   lse.view(-1))
     return ids, values, lse
 
@@ -142,17 +145,17 @@ def combine_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, 
     Returns (ids, values, lse) as lm_head_topk over the whole vocabulary does. Raises TypeError for a dtype, ValueError
     for a shape, layout or device. Graph-safe. Source: reference/head.py.
     """
-    op = "combine_topk"
-    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R, k)", (None,) * 3))
+    check = _combine_topk_check
+    check.contiguous("values", values, torch.float32, "(S, R, k)", (None,) * 3)
     (shards, rows, k), device = values.shape, values.device
-    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R, k)", values.shape, device))
-    check.contiguous(op, "lse", check.tensor(op, "lse", lse, torch.float32, "(S, R)", (shards, rows), device))
+    check.contiguous("ids", ids, torch.int64, "(S, R, k)", values.shape, device)
+    check.contiguous("lse", lse, torch.float32, "(S, R)", (shards, rows), device)
     if shards < 1 or not 1 <= k <= MAX_K:
-        raise ValueError(f"{op}: values must have at least one shard and 1 to {MAX_K} candidates; "
-                         f"got {check.describe(values)}")
-    out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, (rows, k), torch.int64))
-    out_values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, values, (rows, k)))
-    out_lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, values, (rows,)))
+        raise ValueError(f"{check.op}: values must have at least one shard and 1 to {MAX_K} candidates; "
+                         f"got {describe(values)}")
+    out_ids = check.contiguous_output("out_ids", out_ids, values, (rows, k), torch.int64)
+    out_values = check.contiguous_output("out_values", out_values, values, (rows, k))
+    out_lse = check.contiguous_output("out_lse", out_lse, values, (rows,))
     _combine_topk(values, ids, lse, out_ids, out_values, out_lse)
     return out_ids, out_values, out_lse
 
