@@ -32,12 +32,3 @@ def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.T
 
 
 _silu_and_mul = define("silu_and_mul(Tensor x, Tensor(a!) out) -> ()", reference.activation.silu_and_mul)
-
-
-def bytes(rows: int, width: int, itemsize: int) -> int:
-    """Bytes that must move for rows of I = width outputs: both halves read, the result written."""
-    return itemsize * 3 * rows * width
-
-
-def flops(rows: int, width: int) -> int:
-    return rows * width * 5

@@ -153,19 +153,3 @@ _block_attention = define(
     "int left, int right, Tensor? sinks, float softcap, Tensor(a!) out) -> ()",
     reference.attention.block_attention,
 )
-
-
-def bytes(context: int, width: int, heads: int, kv_heads: int, head_dim: int, itemsize: int,
-          cache_itemsize: int | None = None) -> int:
-    """Bytes of one request that must move: visible context K/V once, block K/V once, queries in and rows out.
-
-    context: context tokens that some query sees (at most left + Q - 1 with a window), of elements of cache_itemsize
-    (None: itemsize).
-    """
-    cached = 2 * kv_heads * context * (itemsize if cache_itemsize is None else cache_itemsize)
-    return head_dim * (cached + 2 * (kv_heads + heads) * width * itemsize)
-
-
-def flops(pairs: int, heads: int, head_dim: int) -> int:
-    """pairs: visible (query, key) pairs of one request; a multiply and an add each for q.k and for p.v."""
-    return 4 * pairs * heads * head_dim

@@ -149,17 +149,3 @@ _prepare_block = define(
     reference.block.prepare_block,
 )
 _embed_tokens = define("embed_tokens(Tensor ids, Tensor table, Tensor(a!) out) -> ()", reference.block.embed_tokens)
-
-
-def bytes(requests: int, block: int, *, hidden: int = 0, itemsize: int = 0, slots: bool = True) -> int:
-    """Bytes that must move: anchors and lengths in; ids, positions, slots and embedded rows out; table rows in."""
-    return requests * (12 + block * (24 if slots else 16)) + 2 * requests * block * hidden * itemsize
-
-
-def flops(requests: int, block: int) -> int:
-    return 0
-
-
-def embed_bytes(tokens: int, hidden: int, itemsize: int) -> int:
-    """Bytes that embed_tokens must move: an id, a row in and a row out for each token."""
-    return tokens * (8 + 2 * hidden * itemsize)

@@ -136,16 +136,3 @@ _write_context_kv = define(
     "float v_scale, bool interleaved, bool round_each) -> ()",
     reference.context.write_context_kv,
 )
-
-
-def bytes(tokens: int, layers: int, num_kv_heads: int, head_dim: int, rotary_dim: int, itemsize: int, *,
-          table_itemsize: int = 4, normed: bool = True, cache_itemsize: int | None = None) -> int:
-    """Bytes that must move for `tokens` written rows: K and V read, and written in elements of cache_itemsize (None:
-    itemsize), a table row and a slot a token, and the norm weights once."""
-    both = itemsize + (itemsize if cache_itemsize is None else cache_itemsize)
-    row = 2 * layers * num_kv_heads * head_dim * both + rotary_dim * table_itemsize + 16
-    return tokens * row + (layers * head_dim * itemsize if normed else 0)
-
-
-def flops(tokens: int, layers: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> int:
-    return tokens * layers * num_kv_heads * (4 * head_dim + 3 * rotary_dim)

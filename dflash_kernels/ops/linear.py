@@ -120,13 +120,3 @@ def weight_of(check: Checker, x: torch.Tensor, weight: torch.Tensor | PackedWeig
 _linear = define(
     "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, Tensor(a!) out) -> ()",
     reference.linear.linear)
-
-
-def bytes(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int | None = None, chunks: int = 0) -> int:
-    """Bytes that move: the weight once, and the rows. weight_itemsize: bytes of the weight's elements, if they are
-    others. chunks: of K whose float32 sums go through memory, written and read (_triton/linear.py, `shared`)."""
-    return (weight_itemsize or itemsize) * n * k + itemsize * rows * (n + k) + 8 * chunks * rows * n
-
-
-def flops(rows: int, n: int, k: int) -> int:
-    return 2 * rows * n * k

@@ -162,18 +162,3 @@ def combine_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, 
 
 _combine_topk = define("combine_topk(Tensor values, Tensor ids, Tensor lse, Tensor(a!) out_ids, Tensor(b!) out_values,"
                      " Tensor(c!) out_lse) -> ()", reference.lm_head.combine_topk)
-
-
-def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> int:
-    """Bytes that must move: the weight once, the rows, and k ids and values a row."""
-    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows * k
-
-
-def flops(rows: int, vocab: int, hidden: int) -> int:
-    return 2 * rows * vocab * hidden
-
-
-def combine_bytes(shards: int, rows: int, *, k: int = 1, lse: bool = False) -> int:
-    """Bytes that a combine must move: the ids and values, and with lse the log-sum-exps, of every shard and of the
-    result."""
-    return (shards + 1) * rows * (12 * k + 4 * lse)

@@ -78,12 +78,3 @@ _add_rms_norm = define(
     " -> ()",
     reference.norm.add_rms_norm,
 )
-
-
-def bytes(rows: int, width: int, itemsize: int, *, add: bool) -> int:
-    """Bytes that must move: rows read and written once each; with the addition, residual too; and the weight."""
-    return itemsize * ((4 if add else 2) * rows * width + width)
-
-
-def flops(rows: int, width: int, *, add: bool) -> int:
-    return rows * width * (5 if add else 4)

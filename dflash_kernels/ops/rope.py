@@ -123,17 +123,3 @@ _qk_norm_rope = define(
     "int num_kv_heads, int head_dim, float eps, bool interleaved, bool round_each) -> ()",
     reference.rope.qk_norm_rope,
 )
-
-
-def bytes(tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, itemsize: int, *,
-          table_itemsize: int = 4, cached: bool = False, cache_itemsize: int | None = None) -> int:
-    """Bytes that must move: q and k read and written, a table row a token; with a cache V read, K and V written, in
-    elements of cache_itemsize (None: itemsize)."""
-    row = 2 * (num_heads + num_kv_heads) * itemsize
-    if cached:
-        row += num_kv_heads * (itemsize + 2 * (itemsize if cache_itemsize is None else cache_itemsize))
-    return tokens * (row * head_dim + rotary_dim * table_itemsize + (16 if cached else 8))
-
-
-def flops(tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> int:
-    return tokens * (num_heads + num_kv_heads) * (4 * head_dim + 3 * rotary_dim)

@@ -195,20 +195,3 @@ _sample_draft = define(
     " Tensor? top_p, Tensor? min_p, Tensor(a!) out_ids, Tensor(b!) out_probs) -> ()",
     reference.sample.sample_draft,
 )
-
-
-def bytes(requests: int, block: int, vocab: int, itemsize: int, *, rows: int | None = None) -> int:
-    """Bytes that must move: each logit of `rows` rows (None: all) once, drafted and emitted ids, lengths."""
-    rows = requests * block if rows is None else rows
-    return rows * vocab * itemsize + requests * (16 * block + 36)
-
-
-def flops(requests: int, block: int, vocab: int, *, rows: int | None = None) -> int:
-    """One exponential and three sums or comparisons for each logit of `rows` rows (None: all)."""
-    return 4 * (requests * block if rows is None else rows) * vocab
-
-
-def draft_bytes(requests: int, slots: int, k: int) -> int:
-    """Bytes that sample_draft must move: K ids and values a slot in; an id and K probabilities a slot out; temperature,
-    seed and length of each request."""
-    return requests * (slots * (16 * k + 8) + 16)

@@ -102,13 +102,3 @@ _verify_greedy = define(
     " Tensor(a!) accept_lens, Tensor(b!) commit_lens, Tensor(c!) tokens, Tensor(d!) bonus, Tensor(e!) new_lens) -> ()",
     reference.verify.verify_greedy,
 )
-
-
-def bytes(requests: int, block: int, *, vocab: int = 0, itemsize: int = 0) -> int:
-    """Bytes that must move: drafted and emitted ids, lengths in and out, and target ids or, with vocab, the logits."""
-    target = vocab * itemsize if vocab else 8
-    return requests * (block * (16 + target) + 24)
-
-
-def flops(requests: int, block: int, *, vocab: int = 0) -> int:
-    return requests * block * max(vocab, 1)
