@@ -25,7 +25,7 @@ from .verify import check_verified
 _verify_sample_check = Checker("verify_sample")
 _sample_draft_check = Checker("sample_draft")
 
-_RULES = ("token", "block")
+RULES = ("token", "block")
 CHUNK = 1024  # tokens of the vocabulary that share a partial sum
 
 
@@ -68,8 +68,8 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     adjustments = LogitAdjustments() if adjustments is None else adjustments
     _check_proposal(check, proposal, (b, q - 1, vocab), logits.device)
     _check_adjustments(check, adjustments, (b, q, vocab), logits.device)
-    if rule not in _RULES:
-        raise ValueError(f"{check.op}: rule must be 'token' or 'block'; got {rule!r}")
+    if rule not in RULES:
+        raise ValueError(f"{check.op}: rule must be {' or '.join(map(repr, RULES))}; got {rule!r}")
     out = check_verified(check, draft_ids, out)
     size = workspace_size(b, q, vocab)
     if workspace is None:

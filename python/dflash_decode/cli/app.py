@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ..choices import NONE
 from .options import (
     BlockSize,
     By,
@@ -104,7 +105,7 @@ def generate(
     from ..checkpoint import drafter_of
 
     draft = drafter_of(model, draft)
-    if draft == "none" and block_size is not None:
+    if draft == NONE and block_size is not None:
         raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
     check_device(device)
