@@ -17,6 +17,7 @@ one row at a time, token by token.
 import torch
 
 from .. import reference
+from .._constants import CHUNK_SUMS, ROW_STATS, SAMPLE_CHUNK
 from .._library import define
 from ..types import LogitAdjustments, Proposal, SamplingTensors, Verified
 from ._checks import FLOATS, Checker, describe, values_checked
@@ -26,12 +27,11 @@ _verify_sample_check = Checker("verify_sample")
 _sample_draft_check = Checker("sample_draft")
 
 RULES = ("token", "block")
-CHUNK = 1024  # tokens of the vocabulary that share a partial sum
 
 
 def workspace_size(requests: int, block: int, vocab: int) -> int:
     """float32 elements that verify_sample needs beside its outputs."""
-    return requests * block * (4 * -(-vocab // CHUNK) + 16)
+    return requests * block * (CHUNK_SUMS * -(-vocab // SAMPLE_CHUNK) + ROW_STATS)
 
 
 def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: torch.Tensor, params: SamplingTensors, *,
