@@ -1,4 +1,4 @@
-"""Public ops, one file per noun: contract, checks and schema."""
+"""Public ops, one file per noun: contract, checks, schema, and the bytes and operations that a call must cost."""
 
 from . import activation as activation
 from . import attention as attention
