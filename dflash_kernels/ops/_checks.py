@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -43,7 +43,7 @@ class Checker:
             raise TypeError(f"{self.op}: {name} must be float32, bfloat16 or float16 {shape}; got {describe(t)}")
         return t
 
-    def tensor(self, name: str, t: object, dtypes: torch.dtype | Sequence[torch.dtype], shape: str,
+    def tensor(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
                sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
         """Type, dtype, rank and sizes of one tensor, at any strides. `shape` is its notation for the message, such as
         '(B, Q)'; a size of None is free."""
@@ -58,18 +58,18 @@ class Checker:
             raise ValueError(f"{self.op}: {name} must be on {device}; got {t.device}")
         return t
 
-    def dense(self, name: str, t: object, dtypes: torch.dtype | Sequence[torch.dtype], shape: str,
+    def dense(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
               sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
         """A `tensor` that is contiguous in its last dimension; the others may have any strides."""
-        self.tensor(name, t, dtypes, shape, sizes, device)
+        t = self.tensor(name, t, dtypes, shape, sizes, device)
         if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise self._spread(name, t)
         return t
 
-    def contiguous(self, name: str, t: object, dtypes: torch.dtype | Sequence[torch.dtype], shape: str,
+    def contiguous(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
                    sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
         """A `tensor` that is contiguous."""
-        self.tensor(name, t, dtypes, shape, sizes, device)
+        t = self.tensor(name, t, dtypes, shape, sizes, device)
         if not t.is_contiguous():
             raise self._broken(name, t)
         return t
