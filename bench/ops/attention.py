@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import dflash_kernels as dk
+from bench import cost
 from bench.case import Case, Sizes, agreeing
-from dflash_kernels.ops import attention as op
 
 # query heads, key/value heads, head dim
 GEOMETRIES = {"cpu": {"smollm2": (9, 3, 64), "qwen3-8b": (32, 8, 128)},
@@ -35,7 +35,7 @@ def case(sizes, name, heads, kv_heads, dim, context, width, batch):
     lens = torch.full((batch,), context, dtype=torch.int32)
     table = torch.randperm(batch * pages).to(torch.int32).view(batch, pages)
     inputs, gathered = [], []
-    moved = batch * op.bytes(context, width, heads, kv_heads, dim, 2)
+    moved = batch * cost.attention_bytes(context, width, heads, kv_heads, dim, 2)
     copies = sizes.copies_of(moved)
     for _ in range(copies):
         qkv = sizes.random(batch, width, heads + 2 * kv_heads, dim)
@@ -71,5 +71,5 @@ def case(sizes, name, heads, kv_heads, dim, context, width, batch):
     pairs = batch * sum(context + i + 1 for i in range(width))
     requests = "" if batch == 1 else f", {batch} requests"
     return Case("block_attention", f"{name} context {context}, Q {width}{requests}", run, moved, copies,
-                op.flops(pairs, heads, dim), sizes.peers_of("block_attention", problem),
+                cost.attention_flops(pairs, heads, dim), sizes.peers_of("block_attention", problem),
                 lambda got: agrees((got[0][ends],)), headline=problem.headline)

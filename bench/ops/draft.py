@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import torch
 
 import dflash_kernels as dk
+from bench import cost
 from bench.case import Case, Sizes, captured, packed_bytes
 from dflash_decode.kv import PagePool
 from dflash_decode.model.config import read_draft_config
 from dflash_decode.model.drafter import Drafter, tensor_shapes
-from dflash_kernels.ops import attention
 
 PAGE = 64
 CONTEXT = {"cpu": 1024, "cuda": 1024, "tiny": 40}
@@ -59,7 +59,7 @@ def step_cases(sizes, name, d, batch):
     lens, whole = (torch.full((batch,), n, dtype=torch.int32) for n in (length, width))
     draft, context = d.make_draft(batch, width, caches, PAGE), d.make_context(batch, width, caches)
     features = sizes.random(batch * width, len(c.target_layer_ids) * c.target_hidden_size)
-    keys = c.num_layers * batch * attention.bytes(length, width, c.num_heads, c.num_kv_heads, c.head_dim, 2)
+    keys = c.num_layers * batch * cost.attention_bytes(length, width, c.num_heads, c.num_kv_heads, c.head_dim, 2)
     head, layers = d.head.data.nbytes, packed_bytes(*d.layers)
     label = f"{name} drafter, {batch} x block {width}, context {length}"
 

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import dflash_kernels as dk
+from bench import cost
 from bench.case import Case, Sizes, agreeing
-from dflash_kernels.ops import linear as linear_op
-from dflash_kernels.ops import lm_head as head_op
 
 # outputs, inputs
 GEOMETRIES = {"cpu": {"smollm2 head": (49152, 576), "smollm2 gate_up": (3072, 576), "smollm2 down": (576, 1536),
@@ -50,7 +49,7 @@ def bytes_of(sizes, rows, n, k, weight_itemsize=2):
         from dflash_kernels._triton.linear import shared
 
         chunks = shared(rows, n, k, 2, weight_itemsize, torch.device("cuda", torch.cuda.current_device()))
-    return linear_op.bytes(rows, n, k, 2, weight_itemsize, chunks)
+    return cost.linear_bytes(rows, n, k, 2, weight_itemsize, chunks)
 
 
 def linear_case(sizes, name, rows, weights, packed):
@@ -58,7 +57,7 @@ def linear_case(sizes, name, rows, weights, packed):
     x, out = sizes.random(rows, k), torch.empty(rows, n, dtype=sizes.dtype)
     problem = SimpleNamespace(expression=lambda x, w: (F.linear(x, w),), args=lambda i: (x, weights[i]))
     return Case("linear", f"{name} {n}x{k}, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
-                bytes_of(sizes, rows, n, k), len(packed), linear_op.flops(rows, n, k),
+                bytes_of(sizes, rows, n, k), len(packed), cost.linear_flops(rows, n, k),
                 sizes.peers_of("linear", problem),
                 agreeing(lambda: F.linear(x.float(), weights[0].float()), lambda: F.linear(x, weights[0])),
                 headline=rows == 8 and "gate_up" in name)
@@ -79,7 +78,7 @@ def int8_case(sizes, name, rows, weights):
     q, scales = quantized[0]
     wide = q * scales[:, None]
     return Case("linear", f"{name} {n}x{k} in 8 bits, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
-                bytes_of(sizes, rows, n, k, 1), len(packed), linear_op.flops(rows, n, k), peers,
+                bytes_of(sizes, rows, n, k, 1), len(packed), cost.linear_flops(rows, n, k), peers,
                 agreeing(lambda: F.linear(x.float(), wide), lambda: F.linear(x, q.to(x.dtype)) * halves[0][1]),
                 headline=rows == 8 and "gate_up" in name)
 
@@ -97,7 +96,7 @@ def head_case(sizes, name, rows, weights, packed):
     problem = SimpleNamespace(expression=lambda x, w: (F.linear(x, w).argmax(-1),), args=lambda i: (x, weights[i]))
     return Case("lm_head_argmax", f"{name} {n}x{k}, {rows} rows",
                 lambda i: dk.lm_head_argmax(x, packed[i], out_ids=ids, out_values=values),
-                head_op.bytes(rows, n, k, 2), len(packed), head_op.flops(rows, n, k),
+                cost.lm_head_bytes(rows, n, k, 2), len(packed), cost.lm_head_flops(rows, n, k),
                 sizes.peers_of("lm_head_argmax", problem), check, headline=rows in (8, 128))
 
 
@@ -122,5 +121,5 @@ def topk_case(sizes, name, rows, weights, packed):
     problem = SimpleNamespace(expression=expression, args=lambda i: (x, weights[i]))
     return Case("lm_head_topk", f"{name} {n}x{k}, {rows} rows, K {TOPK}",
                 lambda i: dk.lm_head_topk(x, packed[i], TOPK, out_ids=ids, out_values=values, out_lse=lse),
-                head_op.bytes(rows, n, k, 2, k=TOPK), len(packed), head_op.flops(rows, n, k),
+                cost.lm_head_bytes(rows, n, k, 2, k=TOPK), len(packed), cost.lm_head_flops(rows, n, k),
                 sizes.peers_of("lm_head_topk", problem), check)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import dflash_kernels as dk
+from bench import cost
 from bench.case import Case, Sizes, agreeing
 from dflash_kernels import reference
-from dflash_kernels.ops import activation, block, context, norm, rope, verify
 
 PAGE, EPS = 64, 1e-6
 ROWS = {"cpu": (8, 64), "cuda": (64, 8192), "tiny": (3,)}
@@ -54,7 +54,7 @@ def cases(sizes: Sizes):
 
 
 def norm_case(sizes, rows, width):
-    moved = norm.bytes(rows, width, 2, add=False)
+    moved = cost.norm_bytes(rows, width, 2, add=False)
     copies = sizes.copies_of(moved)
     xs, weight = [sizes.random(rows, width) for _ in range(copies)], torch.rand(width).to(sizes.dtype)
     out = torch.empty_like(xs[0])
@@ -64,12 +64,12 @@ def norm_case(sizes, rows, width):
 
     problem = SimpleNamespace(expression=expression, args=lambda i: (xs[i], weight))
     return Case("rms_norm", f"{rows} x {width}", lambda i: dk.rms_norm(xs[i], weight, EPS, out=out), moved, copies,
-                norm.flops(rows, width, add=False), sizes.peers_of("rms_norm", problem),
+                cost.norm_flops(rows, width, add=False), sizes.peers_of("rms_norm", problem),
                 agreeing(lambda: expression(xs[0].float(), weight.float()), lambda: expression(xs[0], weight)))
 
 
 def embed_case(sizes, tokens, hidden, vocab):
-    moved = block.embed_bytes(tokens, hidden, 2)
+    moved = cost.embed_bytes(tokens, hidden, 2)
     table, copies = sizes.random(vocab, hidden), sizes.copies_of(moved)
     ids, out = torch.randint(0, vocab, (copies, tokens)), torch.empty(tokens, hidden, dtype=sizes.dtype)
 
@@ -84,7 +84,7 @@ def embed_case(sizes, tokens, hidden, vocab):
 
 
 def add_norm_case(sizes, rows, width):
-    moved = norm.bytes(rows, width, 2, add=True)
+    moved = cost.norm_bytes(rows, width, 2, add=True)
     copies = sizes.copies_of(moved)
     xs, residuals = ([sizes.random(rows, width) for _ in range(copies)] for _ in range(2))
     weight, out, sums = torch.rand(width).to(sizes.dtype), *(torch.empty_like(xs[0]) for _ in range(2))
@@ -102,12 +102,12 @@ def add_norm_case(sizes, rows, width):
     )
     return Case("add_rms_norm", f"{rows} x {width}",
                 lambda i: dk.add_rms_norm(xs[i], residuals[i], weight, out=out, residual_out=sums), moved, copies,
-                norm.flops(rows, width, add=True), sizes.peers_of("add_rms_norm", problem),
+                cost.norm_flops(rows, width, add=True), sizes.peers_of("add_rms_norm", problem),
                 agreeing(truth, lambda: expression(xs[0], residuals[0], weight)), headline=rows == 8192)
 
 
 def silu_case(sizes, rows, inner):
-    moved = activation.bytes(rows, inner, 2)
+    moved = cost.activation_bytes(rows, inner, 2)
     copies = sizes.copies_of(moved)
     gates = [sizes.random(rows, 2 * inner) for _ in range(copies)]
     out = torch.empty(rows, inner, dtype=sizes.dtype)
@@ -118,7 +118,7 @@ def silu_case(sizes, rows, inner):
 
     problem = SimpleNamespace(expression=expression, args=lambda i: (gates[i],))
     return Case("silu_and_mul", f"{rows} x {inner}", lambda i: dk.silu_and_mul(gates[i], out=out), moved, copies,
-                activation.flops(rows, inner), sizes.peers_of("silu_and_mul", problem),
+                cost.activation_flops(rows, inner), sizes.peers_of("silu_and_mul", problem),
                 agreeing(lambda: expression(gates[0].float()), lambda: expression(gates[0])))
 
 
@@ -131,7 +131,7 @@ def rotated(x, cos_sin):
 
 
 def rope_case(sizes, tokens, heads, kv_heads, dim):
-    moved = rope.bytes(tokens, heads, kv_heads, dim, dim, 2)
+    moved = cost.rope_bytes(tokens, heads, kv_heads, dim, dim, 2)
     copies = sizes.copies_of(moved)
     rows = [sizes.random(tokens, (heads + 2 * kv_heads) * dim) for _ in range(copies)]
     theirs = [t.clone() for t in rows]  # ours are changed in place
@@ -148,13 +148,14 @@ def rope_case(sizes, tokens, heads, kv_heads, dim):
     return Case("qk_norm_rope", f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}",
                 lambda i: dk.qk_norm_rope(rows[i], positions, table, num_heads=heads, num_kv_heads=kv_heads,
                                           head_dim=dim, q_weight=weights[0], k_weight=weights[1], eps=EPS),
-                moved, copies, rope.flops(tokens, heads, kv_heads, dim, dim), sizes.peers_of("qk_norm_rope", problem),
+                moved, copies, cost.rope_flops(tokens, heads, kv_heads, dim, dim),
+                sizes.peers_of("qk_norm_rope", problem),
                 agreeing(lambda: expression(*(t.float() if t.is_floating_point() else t for t in args(0))),
                          lambda: expression(*args(0))))
 
 
 def context_case(sizes, tokens, layers, kv_heads, dim):
-    moved = context.bytes(tokens, layers, kv_heads, dim, dim, 2)
+    moved = cost.context_bytes(tokens, layers, kv_heads, dim, dim, 2)
     copies = sizes.copies_of(moved)
     kv = [sizes.random(tokens, layers * 2 * kv_heads * dim) for _ in range(copies)]
     pages = -(-tokens // PAGE)
@@ -198,7 +199,7 @@ def context_case(sizes, tokens, layers, kv_heads, dim):
     )
     by_layer = lambda found: tuple(t.transpose(0, 1) for t in found)  # noqa: E731
     return Case("write_context_kv", f"{tokens} tokens, {layers} layers, {kv_heads} heads of {dim}", run, moved, copies,
-                context.flops(tokens, layers, kv_heads, dim, dim),
+                cost.context_flops(tokens, layers, kv_heads, dim, dim),
                 sizes.peers_of("write_context_kv", problem),
                 agreeing(lambda: by_layer(expression(kv[0].float())), lambda: by_layer(expression(kv[0]))),
                 headline=tokens == 4096)
@@ -231,12 +232,12 @@ def block_case(sizes, requests, width, hidden, vocab):
     problem = SimpleNamespace(expression=expression, args=lambda i: args, anchors=anchors, lens=lens, table=table,
                               page=PAGE, width=width, mask=7, embedding=embedding)
     return Case("prepare_block", f"{requests} blocks of {width}, hidden {hidden}", run,
-                block.bytes(requests, width, hidden=hidden, itemsize=2), sizes.copies_of(1 << 20),
+                cost.block_bytes(requests, width, hidden=hidden, itemsize=2), sizes.copies_of(1 << 20),
                 peers=sizes.peers_of("prepare_block", problem), check=agreeing(truth, lambda: expression(*args)))
 
 
 def verify_case(sizes, requests, width, vocab):
-    moved = verify.bytes(requests, width, vocab=vocab, itemsize=2)
+    moved = cost.verify_bytes(requests, width, vocab=vocab, itemsize=2)
     copies = sizes.copies_of(moved)
     logits = [sizes.random(requests, width, vocab) for _ in range(copies)]
     drafts = torch.randint(0, vocab, (requests, width))
@@ -258,5 +259,5 @@ def verify_case(sizes, requests, width, vocab):
         expression=expression, args=lambda i: (drafts, logits[i], lens), drafts=drafts, logits=logits, lens=lens
     )
     return Case("verify_greedy", f"{requests} x {width} x {vocab} logits", run, moved, copies,
-                verify.flops(requests, width, vocab=vocab), sizes.peers_of("verify_greedy", problem),
+                cost.verify_flops(requests, width, vocab=vocab), sizes.peers_of("verify_greedy", problem),
                 agreeing(lambda: expression(drafts, logits[0], lens)), headline=True)

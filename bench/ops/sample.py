@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import dflash_kernels as dk
+from bench import cost
 from bench.case import Case, Sizes
 from dflash_kernels.ops import sample
 
@@ -81,7 +82,7 @@ def sample_case(sizes, requests, width, vocab, name, filters):
     problem = SimpleNamespace(expression=expression, args=lambda i: (logits[i], drafts[i]))
     read = round(rows)
     return Case("verify_sample", f"{requests} x {width} x {vocab}, {name}", run,
-                sample.bytes(requests, width, vocab, 2, rows=read), copies,
-                sample.flops(requests, width, vocab, rows=read), sizes.peers_of("verify_sample", problem), check,
+                cost.sample_bytes(requests, width, vocab, 2, rows=read), copies,
+                cost.sample_flops(requests, width, vocab, rows=read), sizes.peers_of("verify_sample", problem), check,
                 headline=sizes.device == "cpu" and vocab == 49152 and name in ("no filters", "top-k, top-p")
                 or sizes.device == "cuda" and requests == 8)

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import torch
 
 import dflash_kernels as dk
+from bench import cost
 from bench.case import Case, Sizes, agreeing
-from dflash_kernels.ops import lm_head as head
-from dflash_kernels.ops import sample
 
 # shards, requests, drafted slots, K, vocabulary
 GEOMETRIES = {"cpu": {"smollm2": (4, 8, 7, 16, 49152)}, "cuda": {"qwen3-8b": (4, 8, 15, 16, 151936)},
@@ -25,7 +24,7 @@ def cases(sizes: Sizes):
 
 
 def combine_case(sizes, shards, rows, vocab):
-    moved = head.combine_bytes(shards, rows)
+    moved = cost.combine_bytes(shards, rows)
     copies = sizes.copies_of(moved)
     values, ids = torch.randn(copies, shards, rows), torch.randint(0, vocab, (copies, shards, rows))
     out_ids, out_values = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
@@ -42,7 +41,7 @@ def combine_case(sizes, shards, rows, vocab):
 
 
 def combine_topk_case(sizes, shards, rows, k, vocab):
-    moved = head.combine_bytes(shards, rows, k=k, lse=True)
+    moved = cost.combine_bytes(shards, rows, k=k, lse=True)
     copies = sizes.copies_of(moved)
     values = torch.randn(copies, shards, rows, k).sort(-1, descending=True).values
     ids = torch.randint(0, vocab, (copies, shards, rows, k))
@@ -66,7 +65,7 @@ def combine_topk_case(sizes, shards, rows, k, vocab):
 
 
 def draft_case(sizes, requests, slots, k, vocab):
-    moved = sample.draft_bytes(requests, slots, k)
+    moved = cost.draft_bytes(requests, slots, k)
     copies = sizes.copies_of(moved)
     values = torch.randn(copies, requests, slots, k).sort(-1, descending=True).values
     ids, lens = torch.randint(0, vocab, (copies, requests, slots, k)), torch.full((requests,), 100, dtype=torch.int32)
@@ -87,4 +86,4 @@ def draft_case(sizes, requests, slots, k, vocab):
 
     problem = SimpleNamespace(expression=expression, args=lambda i: (values[i], ids[i]))
     return Case("sample_draft", f"{requests} x {slots} slots, K {k}", run, moved, copies,
-                sample.flops(requests, slots, k), sizes.peers_of("sample_draft", problem), check)
+                cost.sample_flops(requests, slots, k), sizes.peers_of("sample_draft", problem), check)

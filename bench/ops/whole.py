@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 
 import dflash_kernels as dk
+from bench import cost
 from bench.case import Case, Sizes, packed_bytes
 from bench.model.step import GEOMETRIES as MODELS
 from bench.model.step import Geometry, Layers
 from bench.random_model import random_drafter, random_on, random_target
 from dflash_decode.kv import PagePool
 from dflash_decode.step import Step
-from dflash_kernels.ops import attention, linear
 from dflash_kernels.testing import rotary_table, same_bits
 
 PAGE = 16
@@ -133,8 +133,8 @@ def layer_case(sizes, model, batch, capacity, context, rotary):
         dk.block_attention(q, k, v, cache, table, lens, causal=True, out=mixed.view(batch, width, -1, t.head_dim))
         return dk.linear(mixed, o, out=out)
 
-    moved = (linear.bytes(rows, qkv_rows, t.hidden, 2) + linear.bytes(rows, t.hidden, t.heads * t.head_dim, 2)
-             + batch * attention.bytes(context, width, t.heads, t.kv_heads, t.head_dim, 2))
+    moved = (cost.linear_bytes(rows, qkv_rows, t.hidden, 2) + cost.linear_bytes(rows, t.hidden, t.heads * t.head_dim, 2)
+             + batch * cost.attention_bytes(context, width, t.heads, t.kv_heads, t.head_dim, 2))
     return Case("attention layer", f"{model.name}, {batch} x context {context}, capacity {capacity}, {width} rows",
                 captured_once(run, sizes), moved, replays=True)
 

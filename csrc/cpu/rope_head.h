@@ -6,7 +6,7 @@
 
 namespace dflash {
 
-constexpr int64_t kMaxHeadDim = 1024;  // MAX_HEAD_DIM in ops/rope.py
+constexpr int64_t kMaxHeadDim = 1024;  // MAX_HEAD_DIM in dflash_kernels/limits.py
 
 }  // namespace dflash
 

@@ -62,14 +62,14 @@ struct Request {
 
   float* memory(int64_t i) const {
     const int64_t chunks = ceil_div(p.vocab, kChunk);
-    return p.workspace + (b * p.block + i) * (4 * chunks + 16);
+    return p.workspace + (b * p.block + i) * (kChunkSums * chunks + kRowStats);
   }
   Ready ready(int64_t i) const {
     Ready r;
     float* at = memory(i);
     const int64_t chunks = ceil_div(p.vocab, kChunk);
     std::memcpy(&r.distribution, at, 2 * sizeof(Distribution));
-    r.tops = at + 16;
+    r.tops = at + kRowStats;
     r.masses = r.tops + chunks;
     r.drafted_tops = r.masses + chunks;
     r.rest = r.drafted_tops + chunks;

@@ -4,7 +4,9 @@
 
 namespace dflash {
 
+// As in dflash_kernels/_constants.py.
 constexpr int kSampleChunk = 1024;  // tokens of the vocabulary that share a partial sum
+constexpr int kChunkSums = 4, kRowStats = 16;  // floats of the workspace for a chunk, and for a row beside its chunks
 
 // How each request draws; a null array is off for everyone.
 struct SamplingRecord {

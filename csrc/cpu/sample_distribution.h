@@ -10,7 +10,7 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-constexpr double kGreedy = 1e-5;  // temperatures below are 0
+constexpr double kGreedy = 1e-5;  // temperatures below are 0; as in dflash_kernels/_constants.py
 constexpr float kLargest = 1e37f;  // an infinite temperature must not make NaN of -inf
 
 struct Filters {
@@ -36,7 +36,7 @@ struct Distribution {
     return chunk_top == top ? 1.0 : std::exp((double(chunk_top) - double(top)) / double(temperature));
   }
 };
-static_assert(sizeof(Distribution) == 32, "two of them are a row's header in the workspace");
+static_assert(2 * sizeof(Distribution) == kRowStats * sizeof(float), "two of them are a row's header in the workspace");
 
 // The weight of logits against the largest of their chunk, or of the row. Where that is +inf, it takes all.
 struct Weigher {

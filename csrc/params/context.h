@@ -5,7 +5,7 @@
 
 namespace dflash {
 
-constexpr int64_t kMaxLayers = 64;  // MAX_LAYERS in ops/context.py
+constexpr int64_t kMaxLayers = 64;  // MAX_LAYERS in dflash_kernels/limits.py
 
 // Rows [K_0 | V_0 | K_1 | V_1 | ...]: K normed and rotated, V scaled, each layer's to its own cache.
 struct WriteContextKvParams {

@@ -2,13 +2,13 @@
 
 About 25 instructions an output (an exponential and a division that round correctly), under the 50 that a multiprocessor
 of an H100 can issue while six bytes of bfloat16 pass.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import triton
 import triton.language as tl
 
-from ._case import Case
-from ._math import DTYPES, PLAIN, exp
+from ._math import PLAIN, exp
 
 # widest row: (outputs a program takes, warps). Estimated: 16-byte accesses, two a thread in flight.
 CONFIGS = {256: (256, 2), 1 << 62: (1024, 4)}
@@ -32,12 +32,3 @@ def silu_and_mul(x, out):
         block, warps = next(config for widest, config in CONFIGS.items() if width <= widest)
         silu_and_mul_kernel[rows, triton.cdiv(width, block)](x, out, x.stride(0), out.stride(0), width, BLOCK=block,
                                                              num_warps=warps, **PLAIN)
-
-
-def cases():
-    for block, warps in CONFIGS.values():
-        for dtype in DTYPES:
-            signature = {"x": "*" + dtype, "out": "*" + dtype, "x_stride": "i32:16", "out_stride": "i32:16",
-                         "width": "i32:16", "BLOCK": "constexpr"}
-            yield Case(f"silu_and_mul {block} {dtype}", silu_and_mul_kernel, signature, {"BLOCK": block}, warps, 3,
-                       PLAIN)

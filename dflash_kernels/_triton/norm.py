@@ -3,13 +3,13 @@ the copy bandwidth, or the launch where rows are few.
 
 A program has one row, in registers from load to store; rows over the widest configuration are read twice, the second
 time from the cache. Which configuration runs depends on the width alone, so that a row's bits do too.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import triton
 import triton.language as tl
 
-from ._case import Case
-from ._math import DTYPES, PLAIN, inverse_rms, tree_sum
+from ._math import PLAIN, inverse_rms, tree_sum
 
 CONFIGS = {1024: 4, 4096: 8, 8192: 16}  # widest row: warps. Estimated: 8 to 16 elements a thread.
 
@@ -86,16 +86,3 @@ def rms_norm(x, weight, eps, out):
 
 def add_rms_norm(x, residual, weight, eps, out, residual_out):
     _launch(x, residual, weight, eps, out, residual if residual_out is None else residual_out, True)
-
-
-def cases():
-    for width in (*CONFIGS, 2 * max(CONFIGS)):
-        kernel, block, warps = _config(width)
-        for dtype in DTYPES:
-            for add in (False, True):
-                signature = dict.fromkeys(("x", "residual", "weight", "out", "residual_out"), "*" + dtype)
-                signature |= dict.fromkeys(("x_stride", "residual_stride", "out_stride", "residual_out_stride",
-                                            "width"), "i32:16")
-                signature |= {"count": "fp32", "eps": "fp32", "ADD": "constexpr", "BLOCK": "constexpr"}
-                yield Case(f"{'add_rms_norm' if add else 'rms_norm'} {width} {dtype}", kernel, signature,
-                           {"ADD": add, "BLOCK": block}, warps, 3, PLAIN)

@@ -16,7 +16,6 @@ row that may hold the cut, from the second-level cache: two bits of the cut a re
 or 16 (bfloat16), fewer by what bounds the cut; some 5 readings for top-p of bfloat16 logits, and one for the sum of
 what is left. min-p needs the last one only. That is longer than launch 1 and does not grow with the batch until rows
 outnumber multiprocessors. None of this is measured.
-
 sample_draft: 24 bytes a candidate; the launch is its floor.
 """
 
@@ -24,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._constants import CHUNK_SUMS
 from ._case import Case
 from ._math import DTYPES, NO_SPILLS, PLAIN, order_key, tree_sum
 from .sample_accept import (
@@ -229,7 +229,7 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
     if not requests:
         return
     rows, chunks, ragged = requests * block, triton.cdiv(vocab, CHUNK.value), block_lens is not None
-    plane, stats = rows * chunks, workspace[4 * rows * chunks:]
+    plane, stats = rows * chunks, workspace[CHUNK_SUMS * rows * chunks:]
     k = 1 if draft_candidates is None else draft_candidates.shape[2]
     raw, strides = (logits, seen, repetition_penalty, bias, bitmask), _strides(logits, seen, bias, bitmask)
     proposal = (draft_probs, draft_candidates, draft_logits)

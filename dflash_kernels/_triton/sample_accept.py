@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .._constants import ROW_STATS
 from ._math import tree_sum
 from .sample_distribution import (
     ACCEPT,
@@ -20,9 +21,8 @@ from .sample_distribution import (
     weight,
 )
 
-# Numbers of a row in the workspace: the distributions of the target and of the proposal's logits, p and q of the draft,
-# and the token that the row's u gives.
-STATS = tl.constexpr(16)
+# Numbers of a row in the workspace: the target's and the proposal's distribution, the draft's p and q, the u's token.
+STATS = tl.constexpr(ROW_STATS)
 TARGET, PROPOSAL, PX, QX, TOKEN = (tl.constexpr(i) for i in (0, 5, 10, 11, 12))
 RESIDUAL_POINT = tl.constexpr(2.0**50)  # a residual sums to 1 at most
 CANDIDATES = tl.constexpr(2)  # of a sparse proposal at a time: four spill on sm_100

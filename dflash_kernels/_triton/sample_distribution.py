@@ -16,11 +16,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .. import _constants as shared
 from ._math import of_order_key, order_key, tree_sum
 
-CHUNK = tl.constexpr(1024)
-GREEDY = tl.constexpr(1e-5)
-SAMPLE, ACCEPT, DRAFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # purposes of a random number
+CHUNK, GREEDY = tl.constexpr(shared.SAMPLE_CHUNK), tl.constexpr(shared.GREEDY)
+SAMPLE, ACCEPT, DRAFT = (tl.constexpr(purpose) for purpose in (shared.SAMPLE, shared.ACCEPT, shared.DRAFT))
 FIXED_POINT = tl.constexpr(2.0**40)
 LOWEST = tl.constexpr(-(1 << 31))  # below the key of minus infinity
 

@@ -3,14 +3,14 @@ read once, and the floor is that over the read bandwidth.
 
 From logits there are two launches: few long rows fill the chip only in parts, and a part's winner has to wait for the
 others. They meet in 8 bytes a part that are allocated for the call, from the graph's own pool when it is captured.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._case import Case
-from ._math import DTYPES, order_key
+from ._math import order_key
 
 CONFIGS = {"ids": 1, "logits": (4096, 8)}  # warps; (logits a program reads at a time, warps). Estimated.
 PROGRAMS = 528  # rows are cut into parts until there are so many: four for each multiprocessor of an H100. Estimated.
@@ -99,22 +99,3 @@ def verify_greedy(draft_ids, target_ids, logits, context_lens, block_lens, accep
         draft_ids.stride(0), 0 if target_ids is None else target_ids.stride(0), tokens.stride(0), block, parts,
         RAGGED=block_lens is not None, FROM_KEYS=keys is not None, BLOCK=triton.next_power_of_2(block),
         PARTS=triton.next_power_of_2(parts), num_warps=CONFIGS["ids"])
-
-
-def cases():
-    for dtype in DTYPES:
-        signature = dict.fromkeys(argmax_parts_kernel.arg_names, "i32") | {
-            "logits": "*" + dtype, "block_lens": "*i32", "keys": "*i64", "outer_stride": "i32:16",
-            "row_stride": "i32:16", "vocab": "i32:16", "part": "i32:16", "RAGGED": "constexpr", "BLOCK": "constexpr"}
-        tile, warps = CONFIGS["logits"]
-        yield Case(f"verify_greedy argmax {dtype}", argmax_parts_kernel, signature, {"RAGGED": True, "BLOCK": tile},
-                   warps, 3)
-    for source, parts in (("ids", 1), ("keys", 1), ("keys", 64)):
-        constexprs = {"RAGGED": True, "FROM_KEYS": source == "keys", "BLOCK": 16, "PARTS": parts,
-                      "target_ids" if source == "keys" else "keys": None}
-        signature = dict.fromkeys(("draft_ids", "target_ids", "keys", "context_lens", "block_lens", "accept_lens",
-                                   "commit_lens", "tokens", "bonus", "new_lens"), "*i32")
-        signature |= dict.fromkeys(("draft_ids", "target_ids", "keys", "tokens", "bonus"), "*i64")
-        signature = {n: signature.get(n, "i32") for n in verify_kernel.arg_names}
-        yield Case(f"verify_greedy {source} {parts}", verify_kernel, signature | dict.fromkeys(constexprs, "constexpr"),
-                   constexprs, CONFIGS["ids"], 3)

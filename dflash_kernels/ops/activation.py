@@ -9,7 +9,9 @@ import torch
 
 from .. import reference
 from .._library import define
-from . import _checks as check
+from ._checks import Checker, describe
+
+_check = Checker("silu_and_mul")
 
 
 def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,23 +46,12 @@ def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.T
     >>> silu_and_mul(torch.tensor([[0.0, 100.0, 5.0, 2.0]])).tolist()
     [[0.0, 200.0]]
     """
-    op = "silu_and_mul"
-    if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16 (..., 2I); got {check.describe(x)}")
+    _check.floats("x", x, "(..., 2I)")
     if x.dim() < 1 or x.shape[-1] % 2:
-        raise ValueError(f"{op}: x must have shape (..., 2I); got {check.describe(x)}")
-    out = check.output(op, "out", out, x, (*x.shape[:-1], x.shape[-1] // 2))
-    _silu_and_mul(check.as_rows(op, "x", x), check.as_rows(op, "out", out))
+        raise ValueError(f"{_check.op}: x must have shape (..., 2I); got {describe(x)}")
+    out = _check.output("out", out, x, (*x.shape[:-1], x.shape[-1] // 2))
+    _silu_and_mul(_check.as_rows("x", x), _check.as_rows("out", out))
     return out
 
 
 _silu_and_mul = define("silu_and_mul(Tensor x, Tensor(a!) out) -> ()", reference.activation.silu_and_mul)
-
-
-def bytes(rows: int, width: int, itemsize: int) -> int:
-    """Bytes that must move for rows of I = width outputs: both halves read, the result written."""
-    return itemsize * 3 * rows * width
-
-
-def flops(rows: int, width: int) -> int:
-    return rows * width * 5

@@ -26,7 +26,9 @@ import torch
 from .. import reference
 from .._library import define
 from ..types import FP8, PagedKV
-from . import _checks as check
+from ._checks import Checker, describe, values_checked
+
+_check = Checker("block_attention")
 
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: PagedKV | None,
@@ -103,24 +105,23 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     >>> block_attention(zeros, zeros, values, cache, *tables, causal=True).flatten().tolist()
     [4.0, 3.0]
     """
-    op = "block_attention"
-    if not isinstance(q, torch.Tensor) or q.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: q must be float32, bfloat16 or float16 (B, Q, Hq, D); got {check.describe(q)}")
+    _check.floats("q", q, "(B, Q, Hq, D)")
     if q.dim() != 4 or 0 in q.shape[2:]:
-        raise ValueError(f"{op}: q must have shape (B, Q, Hq, D), Hq and D > 0; got {check.describe(q)}")
+        raise ValueError(f"{_check.op}: q must have shape (B, Q, Hq, D), Hq and D > 0; got {describe(q)}")
     batch, width, _, head_dim = q.shape
-    check.dense_last(op, "q", q)
-    kv_heads = _check_keys(op, q, k, v)
-    _check_cache(op, q, kv_heads, cache, page_table)
-    for name, t in (("context_lens", context_lens), ("block_lens", block_lens), ("context_starts", context_starts)):
-        if t is not None or name == "context_lens":
-            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", (batch,), q.device))
-    softcap = check.number(op, "softcap", softcap)
-    left, right = _check_options(op, q, window, sinks, softcap)
-    if check.values_checked():
-        _check_values(op, width, cache, page_table, context_lens, block_lens, context_starts)
-    out = check.output(op, "out", out, q, q.shape)
-    scale = 1 / math.sqrt(head_dim) if scale is None else check.number(op, "scale", scale)
+    _check.dense_last("q", q)
+    kv_heads = _check_keys(q, k, v)
+    _check_cache(q, kv_heads, cache, page_table)
+    _check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (batch,), q.device)
+    for name, t in (("block_lens", block_lens), ("context_starts", context_starts)):
+        if t is not None:
+            _check.contiguous(name, t, torch.int32, "(B,)", (batch,), q.device)
+    softcap = _check.number("softcap", softcap)
+    left, right = _check_options(q, window, sinks, softcap)
+    if values_checked():
+        _check_values(width, cache, page_table, context_lens, block_lens, context_starts)
+    out = _check.output("out", out, q, q.shape)
+    scale = 1 / math.sqrt(head_dim) if scale is None else _check.number("scale", scale)
     k_cache, v_cache, k_scale, v_scale = (None,) * 4 if cache is None else (
         cache.k, cache.v, cache.k_scale, cache.v_scale)
     _block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
@@ -128,66 +129,63 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     return out
 
 
-def _check_keys(op, q, k, v):
+def _check_keys(q, k, v):
     batch, width, heads, head_dim = q.shape
     kv_heads = k.shape[2] if isinstance(k, torch.Tensor) and k.dim() == 4 else None
     for name, t in (("k", k), ("v", v)):
-        check.tensor(op, name, t, q.dtype, "(B, Q, Hkv, D)", (batch, width, kv_heads, head_dim), q.device)
-        check.dense_last(op, name, t)
+        _check.dense(name, t, q.dtype, "(B, Q, Hkv, D)", (batch, width, kv_heads, head_dim), q.device)
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{op}: Hkv must divide Hq = {heads}; got Hkv = {kv_heads}")
+        raise ValueError(f"{_check.op}: Hkv must divide Hq = {heads}; got Hkv = {kv_heads}")
     return kv_heads
 
 
-def _check_cache(op, q, kv_heads, cache, page_table):
+def _check_cache(q, kv_heads, cache, page_table):
     if cache is None:
         if page_table is not None:
-            raise ValueError(f"{op}: page_table must be None when cache is None; got {check.describe(page_table)}")
+            raise ValueError(f"{_check.op}: page_table must be None when cache is None; got {describe(page_table)}")
         return
     if not isinstance(cache, PagedKV):
-        raise TypeError(f"{op}: cache must be a PagedKV or None; got {type(cache).__name__}")
+        raise TypeError(f"{_check.op}: cache must be a PagedKV or None; got {type(cache).__name__}")
     sizes = (None, None, kv_heads, q.shape[3])
-    check.tensor(op, "cache.k", cache.k, (q.dtype, FP8), "(num_pages, P, Hkv, D)", sizes, q.device)
+    _check.tensor("cache.k", cache.k, (q.dtype, FP8), "(num_pages, P, Hkv, D)", sizes, q.device)
     if cache.page_size == 0:
-        raise ValueError(f"{op}: cache must have a page size P > 0; got {check.describe(cache.k)}")
-    check.tensor(op, "page_table", page_table, torch.int32, "(B, max_pages)", (q.shape[0], None), q.device)
-    check.dense_last(op, "page_table", page_table)
+        raise ValueError(f"{_check.op}: cache must have a page size P > 0; got {describe(cache.k)}")
+    _check.dense("page_table", page_table, torch.int32, "(B, max_pages)", (q.shape[0], None), q.device)
 
 
-def _check_options(op, q, window, sinks, softcap):
+def _check_options(q, window, sinks, softcap):
     if sinks is not None:
-        check.tensor(op, "sinks", sinks, {torch.float32, q.dtype}, "(Hq,)", (q.shape[2],), q.device)
-        check.contiguous(op, "sinks", sinks)
+        _check.contiguous("sinks", sinks, {torch.float32, q.dtype}, "(Hq,)", (q.shape[2],), q.device)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(f"{op}: window must be (left, right); got {window!r}")
-    left, right = (check.integer(op, "window", x, -1) for x in window)
+        raise ValueError(f"{_check.op}: window must be (left, right); got {window!r}")
+    left, right = (_check.integer("window", x, -1) for x in window)
     if not 0 <= softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be finite and >= 0; got {softcap!r}")
+        raise ValueError(f"{_check.op}: softcap must be finite and >= 0; got {softcap!r}")
     return left, right
 
 
-def _check_values(op, width, cache, page_table, context_lens, block_lens, context_starts):
+def _check_values(width, cache, page_table, context_lens, block_lens, context_starts):
     """Reads the device. A context longer than the page table can hold is an error here, not a truncated answer."""
     contexts = context_lens.tolist()
     starts = [0] * len(contexts) if context_starts is None else context_starts.tolist()
     if cache is not None:
-        check.scales(op, "cache", cache)
+        _check.scales("cache", cache)
     for b, n in enumerate([] if block_lens is None else block_lens.tolist()):
         if not 0 <= n <= width:
-            raise ValueError(f"{op}: block_lens must be in [0, Q = {width}]; got {n} for request {b}")
+            raise ValueError(f"{_check.op}: block_lens must be in [0, Q = {width}]; got {n} for request {b}")
     for b, (start, context) in enumerate(zip(starts, contexts, strict=True)):
         if context < 0 or not 0 <= start <= context:
-            raise ValueError(f"{op}: 0 <= context_starts <= context_lens must hold; got {start} and {context} "
+            raise ValueError(f"{_check.op}: 0 <= context_starts <= context_lens must hold; got {start} and {context} "
                              f"for request {b}")
         if cache is None or start == context:
             continue
         page = cache.page_size
         if context > page_table.shape[1] * page:
-            raise ValueError(f"{op}: context_lens must fit page_table's {page_table.shape[1]} pages of {page}; "
+            raise ValueError(f"{_check.op}: context_lens must fit page_table's {page_table.shape[1]} pages of {page}; "
                              f"got {context} for request {b}")
         used = page_table[b, start // page:(context + page - 1) // page]
         if ((used < 0) | (used >= cache.num_pages)).any():
-            raise ValueError(f"{op}: page_table must hold ids in [0, num_pages = {cache.num_pages}); "
+            raise ValueError(f"{_check.op}: page_table must hold ids in [0, num_pages = {cache.num_pages}); "
                              f"got {used.tolist()} for request {b}")
 
 
@@ -197,19 +195,3 @@ _block_attention = define(
     "int left, int right, Tensor? sinks, float softcap, Tensor(a!) out) -> ()",
     reference.attention.block_attention,
 )
-
-
-def bytes(context: int, width: int, heads: int, kv_heads: int, head_dim: int, itemsize: int,
-          cache_itemsize: int | None = None) -> int:
-    """Bytes of one request that must move: visible context K/V once, block K/V once, queries in and rows out.
-
-    context: context tokens that some query sees (at most left + Q - 1 with a window), of elements of cache_itemsize
-    (None: itemsize).
-    """
-    cached = 2 * kv_heads * context * (itemsize if cache_itemsize is None else cache_itemsize)
-    return head_dim * (cached + 2 * (kv_heads + heads) * width * itemsize)
-
-
-def flops(pairs: int, heads: int, head_dim: int) -> int:
-    """pairs: visible (query, key) pairs of one request; a multiply and an add each for q.k and for p.v."""
-    return 4 * pairs * heads * head_dim

@@ -14,7 +14,10 @@ import torch
 from .. import reference
 from .._library import define
 from ..types import PreparedBlock
-from . import _checks as check
+from ._checks import FLOATS, Checker, describe, values_checked
+
+_prepare_block_check = Checker("prepare_block")
+_embed_tokens_check = Checker("embed_tokens")
 
 
 def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_size: int, mask_token_id: int, *,
@@ -70,12 +73,12 @@ def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_si
     >>> block.ids.tolist(), block.positions.tolist(), block.slots.tolist()
     ([[7, 99, 99, 99]], [[6, 7, 8, 9]], [[10, 11, 0, 1]])
     """
-    op = "prepare_block"
-    q, mask_token_id, page_size = _check_inputs(op, anchor_ids, context_lens, block_size, mask_token_id, page_table,
+    check = _prepare_block_check
+    q, mask_token_id, page_size = _check_inputs(check, anchor_ids, context_lens, block_size, mask_token_id, page_table,
                                                 page_size, block_lens, embedding)
-    out = _check_out(op, anchor_ids, q, page_table, embedding, out)
-    if check.values_checked():
-        _check_values(op, anchor_ids, context_lens, q, block_lens, embedding)
+    out = _check_out(check, anchor_ids, q, page_table, embedding, out)
+    if values_checked():
+        _check_values(check, anchor_ids, context_lens, q, block_lens, embedding)
     _prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding,
                    out.ids, out.positions, out.slots, out.rows)
     return out
@@ -116,45 +119,42 @@ def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | 
     >>> embed_tokens(torch.tensor([1, 0, -1]), table).tolist()
     [[3.0, 4.0], [1.0, 2.0], [0.0, 0.0]]
     """
-    op = "embed_tokens"
+    check = _embed_tokens_check
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
-        raise TypeError(f"{op}: ids must be int64 (...); got {check.describe(ids)}")
-    check.dense_last(op, "table", check.tensor(op, "table", table, (*check.FLOATS, torch.int64), "(V, H)",
-                                                (None, None), ids.device))
-    out = check.output(op, "out", out, table, (*ids.shape, table.shape[1]))
-    ids_rows = check.as_rows(op, "ids", ids if ids.dim() else ids[None])
-    _embed_tokens(ids_rows, table, _as_matrix_of_rows(op, out, ids_rows.shape))
+        raise TypeError(f"{check.op}: ids must be int64 (...); got {describe(ids)}")
+    check.dense("table", table, (*FLOATS, torch.int64), "(V, H)", (None, None), ids.device)
+    out = check.output("out", out, table, (*ids.shape, table.shape[1]))
+    ids_rows = check.as_rows("ids", ids if ids.dim() else ids[None])
+    _embed_tokens(ids_rows, table, _as_matrix_of_rows(check, out, ids_rows.shape))
     return out
 
 
-def _check_inputs(op, anchor_ids, context_lens, block_size, mask_token_id, page_table, page_size, block_lens,
+def _check_inputs(check, anchor_ids, context_lens, block_size, mask_token_id, page_table, page_size, block_lens,
                   embedding):
-    check.tensor(op, "anchor_ids", anchor_ids, torch.int64, "(B,)", (None,))
+    check.tensor("anchor_ids", anchor_ids, torch.int64, "(B,)", (None,))
     b, device = anchor_ids.shape[0], anchor_ids.device
-    for name, t in (("context_lens", context_lens), ("block_lens", block_lens)):
-        if t is not None or name == "context_lens":
-            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", (b,), device))
-    q = check.integer(op, "block_size", block_size, 1)
-    mask_token_id = check.integer(op, "mask_token_id", mask_token_id, 0)
+    check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (b,), device)
+    if block_lens is not None:
+        check.contiguous("block_lens", block_lens, torch.int32, "(B,)", (b,), device)
+    q = check.integer("block_size", block_size, 1)
+    mask_token_id = check.integer("mask_token_id", mask_token_id, 0)
     if (page_table is None) != (page_size is None):
-        raise ValueError(f"{op}: page_table and page_size must be given together; got "
-                         f"{check.describe(page_table)} and {page_size}")
+        raise ValueError(f"{check.op}: page_table and page_size must be given together; got "
+                         f"{describe(page_table)} and {page_size}")
     if page_table is not None:
-        check.dense_last(op, "page_table", check.tensor(op, "page_table", page_table, torch.int32, "(B, max_pages)",
-                                                        (b, None), device))
-        page_size = check.integer(op, "page_size", page_size, 1)
+        check.dense("page_table", page_table, torch.int32, "(B, max_pages)", (b, None), device)
+        page_size = check.integer("page_size", page_size, 1)
     if embedding is not None:
-        check.dense_last(op, "embedding", check.tensor(op, "embedding", embedding, check.FLOATS, "(V, H)",
-                                                       (None, None), device))
+        check.dense("embedding", embedding, FLOATS, "(V, H)", (None, None), device)
         if mask_token_id >= embedding.shape[0]:
-            raise ValueError(f"{op}: mask_token_id must be a row of embedding, below {embedding.shape[0]}; "
+            raise ValueError(f"{check.op}: mask_token_id must be a row of embedding, below {embedding.shape[0]}; "
                              f"got {mask_token_id}")
     return q, mask_token_id, 1 if page_size is None else page_size
 
 
-def _check_out(op, anchor_ids, q, page_table, embedding, out):
+def _check_out(check, anchor_ids, q, page_table, embedding, out):
     if out is not None and not isinstance(out, PreparedBlock):
-        raise TypeError(f"{op}: out must be a PreparedBlock; got {check.describe(out)}")
+        raise TypeError(f"{check.op}: out must be a PreparedBlock; got {describe(out)}")
     shape = (anchor_ids.shape[0], q)
     needed = {"ids": True, "positions": True, "slots": page_table is not None, "rows": embedding is not None}
     made = {}
@@ -162,37 +162,37 @@ def _check_out(op, anchor_ids, q, page_table, embedding, out):
         given = None if out is None else getattr(out, name)
         if out is not None and (given is not None) != wanted:
             source = {"slots": "; page_table decides", "rows": "; embedding decides"}.get(name, "")
-            raise ValueError(f"{op}: out.{name} must be {'a tensor' if wanted else 'None'}{source}; "
-                             f"got {check.describe(given)}")
+            raise ValueError(f"{check.op}: out.{name} must be {'a tensor' if wanted else 'None'}{source}; "
+                             f"got {describe(given)}")
         if wanted and name == "rows":
-            made[name] = check.output(op, "out.rows", given, embedding, (*shape, embedding.shape[1]))
+            made[name] = check.output("out.rows", given, embedding, (*shape, embedding.shape[1]))
         elif wanted:
-            made[name] = check.output(op, f"out.{name}", given, anchor_ids, shape, torch.int64)
+            made[name] = check.output(f"out.{name}", given, anchor_ids, shape, torch.int64)
     return PreparedBlock(**made) if out is None else out
 
 
-def _check_values(op, anchor_ids, context_lens, q, block_lens, embedding):
+def _check_values(check, anchor_ids, context_lens, q, block_lens, embedding):
     if anchor_ids.device.type == "meta":
         return
     live = None if block_lens is None else block_lens > 0
     if bool((context_lens < 0).any()):
-        raise ValueError(f"{op}: context_lens must be at least 0; got {int(context_lens.min())}")
+        raise ValueError(f"{check.op}: context_lens must be at least 0; got {int(context_lens.min())}")
     if block_lens is not None and bool(((block_lens < 0) | (block_lens > q)).any()):
-        raise ValueError(f"{op}: block_lens must be in [0, {q}]; got {block_lens.tolist()}")
+        raise ValueError(f"{check.op}: block_lens must be in [0, {q}]; got {block_lens.tolist()}")
     if embedding is not None:
         anchors = anchor_ids if live is None else anchor_ids[live]
         if bool(((anchors < 0) | (anchors >= embedding.shape[0])).any()):
-            raise ValueError(f"{op}: anchor_ids must be in [0, {embedding.shape[0]}); got {anchors.tolist()}")
+            raise ValueError(f"{check.op}: anchor_ids must be in [0, {embedding.shape[0]}); got {anchors.tolist()}")
 
 
-def _as_matrix_of_rows(op, out, shape):
+def _as_matrix_of_rows(check, out, shape):
     """out (..., H) as (R, n, H) for ids (R, n)."""
     if out.dim() == 3 and out.shape[:2] == shape:
         return out
     try:
         return out.view(*shape, out.shape[-1]) if out.numel() else out.new_empty((*shape, out.shape[-1]))
     except RuntimeError:
-        raise ValueError(f"{op}: out must flatten to rows without a copy; got {check.describe(out)} with strides "
+        raise ValueError(f"{check.op}: out must flatten to rows without a copy; got {describe(out)} with strides "
                          f"{out.stride()}") from None
 
 
@@ -203,17 +203,3 @@ _prepare_block = define(
     reference.block.prepare_block,
 )
 _embed_tokens = define("embed_tokens(Tensor ids, Tensor table, Tensor(a!) out) -> ()", reference.block.embed_tokens)
-
-
-def bytes(requests: int, block: int, *, hidden: int = 0, itemsize: int = 0, slots: bool = True) -> int:
-    """Bytes that must move: anchors and lengths in; ids, positions, slots and embedded rows out; table rows in."""
-    return requests * (12 + block * (24 if slots else 16)) + 2 * requests * block * hidden * itemsize
-
-
-def flops(requests: int, block: int) -> int:
-    return 0
-
-
-def embed_bytes(tokens: int, hidden: int, itemsize: int) -> int:
-    """Bytes that embed_tokens must move: an id, a row in and a row out for each token."""
-    return tokens * (8 + 2 * hidden * itemsize)

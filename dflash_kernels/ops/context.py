@@ -19,8 +19,10 @@ from .. import reference
 from .._library import define
 from ..limits import check_layers
 from ..types import PagedKV
-from . import _checks as check
+from ._checks import Checker, describe, values_checked
 from .rope import check_cache, check_positions, check_rotation, check_rounding
+
+_check = Checker("write_context_kv")
 
 
 def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, caches: Sequence[PagedKV], *,
@@ -85,64 +87,59 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     >>> cache.k[1, 1, 0].tolist(), cache.v[1, 1, 0].tolist(), int(cache.k.count_nonzero())
     ([1.0, 2.0], [3.0, 4.0], 2)
     """
-    op = "write_context_kv"
-    if not isinstance(kv, torch.Tensor) or kv.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: kv must be float32, bfloat16 or float16 (T, L * 2 * Hkv * D); "
-                        f"got {check.describe(kv)}")
+    _check.floats("kv", kv, "(T, L * 2 * Hkv * D)")
     if not isinstance(caches, (list, tuple)):
-        raise TypeError(f"{op}: caches must be a list of PagedKV; got {check.describe(caches)}")
-    eps, v_scale = check.number(op, "eps", eps), check.number(op, "v_scale", v_scale)
-    num_layers, first = len(caches), _check_caches(op, caches, kv)
+        raise TypeError(f"{_check.op}: caches must be a list of PagedKV; got {describe(caches)}")
+    eps, v_scale = _check.number("eps", eps), _check.number("v_scale", v_scale)
+    num_layers, first = len(caches), _check_caches(caches, kv)
     width = num_layers * 2 * first.num_kv_heads * first.head_dim
-    check.dense_last(op, "kv", check.tensor(op, "kv", kv, kv.dtype, "(T, L * 2 * Hkv * D)", (None, width)))
+    _check.dense("kv", kv, kv.dtype, "(T, L * 2 * Hkv * D)", (None, width))
     tokens = kv.shape[0]
-    check_rotation(op, positions, cos_sin, kv, tokens, first.head_dim)
+    check_rotation(_check, positions, cos_sin, kv, tokens, first.head_dim)
     per_layer = isinstance(slots, torch.Tensor) and slots.dim() == 2
-    check.dense_last(op, "slots", check.tensor(
-        op, "slots", slots, torch.int64, "(L, T)" if per_layer else "(T,)",
-        (num_layers, tokens) if per_layer else (tokens,), kv.device))
+    _check.dense("slots", slots, torch.int64, "(L, T)" if per_layer else "(T,)",
+                 (num_layers, tokens) if per_layer else (tokens,), kv.device)
     if k_weights is not None:
-        check.contiguous(op, "k_weights", check.tensor(op, "k_weights", k_weights, kv.dtype, "(L, D)",
-                                                       (num_layers, first.head_dim), kv.device))
+        _check.contiguous("k_weights", k_weights, kv.dtype, "(L, D)", (num_layers, first.head_dim), kv.device)
     if commit_lens is not None:
-        check.contiguous(op, "commit_lens",
-                         check.tensor(op, "commit_lens", commit_lens, torch.int32, "(B,)", (None,), kv.device))
+        _check.contiguous("commit_lens", commit_lens, torch.int32, "(B,)", (None,), kv.device)
         if tokens % commit_lens.shape[0] if commit_lens.shape[0] else tokens:
-            raise ValueError(f"{op}: commit_lens must have a length B that divides T = {tokens}; "
-                             f"got {check.describe(commit_lens)}")
-    each = check_rounding(op, rounding)
-    if check.values_checked():
-        _check_written_positions(op, positions, slots, cos_sin, commit_lens, first)
+            raise ValueError(f"{_check.op}: commit_lens must have a length B that divides T = {tokens}; "
+                             f"got {describe(commit_lens)}")
+    each = check_rounding(_check, rounding)
+    if values_checked():
+        _check_written_positions(positions, slots, cos_sin, commit_lens, first)
     _write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches],
                       [c.k_scale for c in caches if c.k_scale is not None],
                       [c.v_scale for c in caches if c.v_scale is not None], k_weights, cos_sin, commit_lens, eps,
                       v_scale, bool(interleaved), each)
 
 
-def _check_caches(op: str, caches: Sequence[PagedKV], kv: torch.Tensor) -> PagedKV:
+def _check_caches(caches: Sequence[PagedKV], kv: torch.Tensor) -> PagedKV:
     if not caches:
-        raise ValueError(f"{op}: caches must be L >= 1 PagedKV; got none")
-    check_layers(op, len(caches))
+        raise ValueError(f"{_check.op}: caches must be L >= 1 PagedKV; got none")
+    check_layers(_check.op, len(caches))
     first = caches[0]
-    check_cache(op, "caches[0]", first, kv, None, None)
-    wanted = None if check.values_checked() else _layout(first)
+    check_cache(_check, "caches[0]", first, kv, None, None)
+    wanted = None if values_checked() else _layout(first)
     for layer, cache in enumerate(caches[1:], 1):
         if type(cache) is PagedKV and _layout(cache) == wanted:  # what costs a call of few rows its time is this loop
             continue
         name = f"caches[{layer}]"
-        check_cache(op, name, cache, kv, None, None)
+        check_cache(_check, name, cache, kv, None, None)
         if cache.k.shape != first.k.shape:
-            raise ValueError(f"{op}: {name} must have the shape of caches[0], {tuple(first.k.shape)}; "
+            raise ValueError(f"{_check.op}: {name} must have the shape of caches[0], {tuple(first.k.shape)}; "
                              f"got {tuple(cache.k.shape)}")
         if cache.k.stride() != first.k.stride() or cache.v.stride() != first.v.stride():
-            raise ValueError(f"{op}: {name} must have the strides of caches[0], k {first.k.stride()} and "
+            raise ValueError(f"{_check.op}: {name} must have the strides of caches[0], k {first.k.stride()} and "
                              f"v {first.v.stride()}; got {cache.k.stride()} and {cache.v.stride()}")
         if cache.k.dtype != first.k.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of caches[0], {first.k.dtype}; got {cache.k.dtype}")
+            raise TypeError(f"{_check.op}: {name} must have the dtype of caches[0], {first.k.dtype}; "
+                            f"got {cache.k.dtype}")
         for which in ("k_scale", "v_scale"):
             have, want = (None if (t := getattr(c, which)) is None else t.numel() for c in (cache, first))
             if have != want:
-                raise ValueError(f"{op}: {name}.{which} must be as large as that of caches[0], "
+                raise ValueError(f"{_check.op}: {name}.{which} must be as large as that of caches[0], "
                                  f"{'none' if want is None else want}; got {'none' if have is None else have}")
     return first
 
@@ -154,14 +151,14 @@ def _layout(cache: PagedKV) -> tuple:
             None if v_scale is None else v_scale.numel())
 
 
-def _check_written_positions(op, positions, slots, cos_sin, commit_lens, cache):
+def _check_written_positions(positions, slots, cos_sin, commit_lens, cache):
     """Rows that write nothing may hold any position."""
     written = (slots >= 0) & (slots < cache.num_pages * cache.page_size)
     written = written.any(0) if slots.dim() == 2 else written
     if commit_lens is not None and commit_lens.shape[0]:
         block = torch.arange(positions.shape[0] // commit_lens.shape[0], device=positions.device)
         written = written & (block < commit_lens[:, None]).flatten()
-    check_positions(op, positions.where(written, 0), cos_sin)
+    check_positions(_check, positions.where(written, 0), cos_sin)
 
 
 _write_context_kv = define(
@@ -170,16 +167,3 @@ _write_context_kv = define(
     "float v_scale, bool interleaved, bool round_each) -> ()",
     reference.context.write_context_kv,
 )
-
-
-def bytes(tokens: int, layers: int, num_kv_heads: int, head_dim: int, rotary_dim: int, itemsize: int, *,
-          table_itemsize: int = 4, normed: bool = True, cache_itemsize: int | None = None) -> int:
-    """Bytes that must move for `tokens` written rows: K and V read, and written in elements of cache_itemsize (None:
-    itemsize), a table row and a slot a token, and the norm weights once."""
-    both = itemsize + (itemsize if cache_itemsize is None else cache_itemsize)
-    row = 2 * layers * num_kv_heads * head_dim * both + rotary_dim * table_itemsize + 16
-    return tokens * row + (layers * head_dim * itemsize if normed else 0)
-
-
-def flops(tokens: int, layers: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> int:
-    return tokens * layers * num_kv_heads * (4 * head_dim + 3 * rotary_dim)

@@ -15,7 +15,11 @@ from .._library import define
 from .._memory import place
 from ..limits import check_packed_dtype
 from ..types import PackedWeight
-from . import _checks as check
+from ._checks import FLOATS, Checker, describe
+
+_pack_weight_check = Checker("pack_weight")
+_quantize_weight_check = Checker("quantize_weight")
+_linear_check = Checker("linear")
 
 
 def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
@@ -53,12 +57,12 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     >>> linear(torch.tensor([[1.0, 2.0]]), packed).tolist()
     [[11.0, 17.0]]
     """
-    op = "pack_weight"
-    check.tensor(op, "weight", weight, check.FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
+    check = _pack_weight_check
+    check.tensor("weight", weight, FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
     if weight.numel() == 0:
-        raise ValueError(f"{op}: weight must not be empty; got {check.describe(weight)}")
+        raise ValueError(f"{check.op}: weight must not be empty; got {describe(weight)}")
     if scales is not None:
-        check.tensor(op, "scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
+        check.tensor("scales", scales, torch.float32, "(N,)", weight.shape[:1], weight.device)
         scales = _without_graph(scales).contiguous()
     weight = _without_graph(weight)
     data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
@@ -102,10 +106,10 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     >>> pack_weight(quantized, scales).dtype
     torch.int8
     """
-    op = "quantize_weight"
-    check.tensor(op, "weight", weight, check.FLOATS, "(N, K)", (None, None))
+    check = _quantize_weight_check
+    check.tensor("weight", weight, FLOATS, "(N, K)", (None, None))
     if weight.numel() == 0 or weight.device.type != "meta" and not bool(weight.isfinite().all()):
-        raise ValueError(f"{op}: weight must be finite and not empty; got {check.describe(weight)}")
+        raise ValueError(f"{check.op}: weight must be finite and not empty; got {describe(weight)}")
     return reference.linear.quantize(_without_graph(weight))
 
 
@@ -153,53 +157,41 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Ten
     >>> linear(torch.tensor([[1.0, 2.0]]), weight, torch.tensor([0.5, 0.0])).tolist()
     [[11.5, 17.0]]
     """
-    op = "linear"
-    data, scales, n = weight_of(op, x, weight, bias)
-    out = check.output(op, "out", out, x, (*x.shape[:-1], n))
-    _linear(check.as_rows(op, "x", x), data, scales, bias, n, check.as_rows(op, "out", out))
+    check = _linear_check
+    data, scales, n = weight_of(check, x, weight, bias)
+    out = check.output("out", out, x, (*x.shape[:-1], n))
+    _linear(check.as_rows("x", x), data, scales, bias, n, check.as_rows("out", out))
     return out
 
 
-def weight_of(op: str, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
+def weight_of(check: Checker, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
               bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """The weight's memory, its scales and its number of outputs, after checking x, weight and bias against each
     other."""
     scales = None
-    if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16 (..., K); got {check.describe(x)}")
+    check.floats("x", x, "(..., K)")
     if x.dim() < 1:
-        raise ValueError(f"{op}: x must have shape (..., K); got {check.describe(x)}")
+        raise ValueError(f"{check.op}: x must have shape (..., K); got {describe(x)}")
     if isinstance(weight, PackedWeight):
         data, scales, n, k = weight.data, weight.scales, weight.out_features, weight.in_features
         if scales is None:
-            check_packed_dtype(op, x.dtype, data.dtype)
+            check_packed_dtype(check.op, x.dtype, data.dtype)
         if k != x.shape[-1]:
-            raise ValueError(f"{op}: x must have {k} = weight's K columns; got {check.describe(x)}")
+            raise ValueError(f"{check.op}: x must have {k} = weight's K columns; got {describe(x)}")
         if data.device != x.device:
-            raise ValueError(f"{op}: weight must be on {x.device}; got {data.device}")
+            raise ValueError(f"{check.op}: weight must be on {x.device}; got {data.device}")
     else:
-        data = check.tensor(op, "weight", weight, x.dtype, "(N, K)", (None, x.shape[-1]), x.device)
-        check.dense_last(op, "weight", data)
+        data = check.dense("weight", weight, x.dtype, "(N, K)", (None, x.shape[-1]), x.device)
         n = data.shape[0]
         if n > 1 and data.stride(0) == 0:
-            raise ValueError(f"{op}: weight must not be an expanded view; got strides {data.stride()}")
+            raise ValueError(f"{check.op}: weight must not be an expanded view; got strides {data.stride()}")
         if data.numel() == 0:
-            raise ValueError(f"{op}: weight must not be empty; got {check.describe(data)}")
+            raise ValueError(f"{check.op}: weight must not be empty; got {describe(data)}")
     if bias is not None:
-        check.contiguous(op, "bias", check.tensor(op, "bias", bias, x.dtype, "(N,)", (n,), x.device))
+        check.contiguous("bias", bias, x.dtype, "(N,)", (n,), x.device)
     return data, scales, n
 
 
 _linear = define(
     "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, Tensor(a!) out) -> ()",
     reference.linear.linear)
-
-
-def bytes(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int | None = None, chunks: int = 0) -> int:
-    """Bytes that move: the weight once, and the rows. weight_itemsize: bytes of the weight's elements, if they are
-    others. chunks: of K whose float32 sums go through memory, written and read (_triton/linear.py, `shared`)."""
-    return (weight_itemsize or itemsize) * n * k + itemsize * rows * (n + k) + 8 * chunks * rows * n
-
-
-def flops(rows: int, n: int, k: int) -> int:
-    return 2 * rows * n * k

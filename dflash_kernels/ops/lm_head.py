@@ -16,8 +16,13 @@ from .. import reference
 from .._library import define
 from ..limits import MAX_K, check_k
 from ..types import PackedWeight
-from . import _checks as check
+from ._checks import Checker, describe
 from .linear import weight_of
+
+_lm_head_argmax_check = Checker("lm_head_argmax")
+_combine_argmax_check = Checker("combine_argmax")
+_lm_head_topk_check = Checker("lm_head_topk")
+_combine_topk_check = Checker("combine_topk")
 
 
 def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias: torch.Tensor | None = None,
@@ -74,25 +79,24 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     >>> ids.tolist(), values.tolist()
     ([2, 1], [3.0, 2.0])
     """
-    op = "lm_head_argmax"
-    data, scales, n = weight_of(op, x, weight, bias)
-    options = _check_logits(op, n, num_valid, scale, softcap, id_offset)
-    ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, x.shape[:-1], torch.int64))
-    values = check.contiguous(
-        op, "out_values", check.output(op, "out_values", out_values, x, x.shape[:-1], torch.float32))
-    _lm_head_argmax(check.as_rows(op, "x", x), data, scales, bias, n, *options, ids.view(-1), values.view(-1))
+    check = _lm_head_argmax_check
+    data, scales, n = weight_of(check, x, weight, bias)
+    options = _check_logits(check, n, num_valid, scale, softcap, id_offset)
+    ids = check.contiguous_output("out_ids", out_ids, x, x.shape[:-1], torch.int64)
+    values = check.contiguous_output("out_values", out_values, x, x.shape[:-1], torch.float32)
+    _lm_head_argmax(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1), values.view(-1))
     return ids, values
 
 
-def _check_logits(op, rows, num_valid, scale, softcap, id_offset):
+def _check_logits(check, rows, num_valid, scale, softcap, id_offset):
     """(num_valid, scale, softcap, id_offset) of a head of `rows` rows, as the schemas take them."""
-    num_valid = rows if num_valid is None else check.integer(op, "num_valid", num_valid, 1)
-    id_offset = check.integer(op, "id_offset", id_offset, 0)
-    scale, softcap = check.number(op, "scale", scale), check.number(op, "softcap", softcap)
+    num_valid = rows if num_valid is None else check.integer("num_valid", num_valid, 1)
+    id_offset = check.integer("id_offset", id_offset, 0)
+    scale, softcap = check.number("scale", scale), check.number("softcap", softcap)
     if num_valid > rows:
-        raise ValueError(f"{op}: num_valid must be between 1 and {rows}; got {num_valid}")
+        raise ValueError(f"{check.op}: num_valid must be between 1 and {rows}; got {num_valid}")
     if not softcap >= 0:
-        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+        raise ValueError(f"{check.op}: softcap must be 0 (none) or positive; got {softcap}")
     return num_valid, scale, softcap, id_offset
 
 
@@ -144,15 +148,14 @@ def combine_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Te
     >>> ids.tolist(), values.tolist()
     ([70, 11], [2.0, 4.0])
     """
-    op = "combine_argmax"
-    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R)", (None, None)))
-    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R)", values.shape, values.device))
+    check = _combine_argmax_check
+    check.contiguous("values", values, torch.float32, "(S, R)", (None, None))
+    check.contiguous("ids", ids, torch.int64, "(S, R)", values.shape, values.device)
     if values.shape[0] == 0:
-        raise ValueError(f"{op}: values must have at least one shard; got {check.describe(values)}")
+        raise ValueError(f"{check.op}: values must have at least one shard; got {describe(values)}")
     rows = values.shape[1:]
-    out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, rows, torch.int64))
-    out_values = check.contiguous(
-        op, "out_values", check.output(op, "out_values", out_values, values, rows, torch.float32))
+    out_ids = check.contiguous_output("out_ids", out_ids, values, rows, torch.int64)
+    out_values = check.contiguous_output("out_values", out_values, values, rows, torch.float32)
     _combine_argmax(values, ids, out_ids, out_values)
     return out_ids, out_values
 
@@ -214,15 +217,15 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     >>> [round(p, 3) for p in probabilities[0].tolist()]
     [0.844, 0.114]
     """
-    op = "lm_head_topk"
-    data, scales, n = weight_of(op, x, weight, bias)
-    options, k = _check_logits(op, n, num_valid, scale, softcap, id_offset), check.integer(op, "k", k, 1)
-    check_k(op, k, min(MAX_K, options[0]))
+    check = _lm_head_topk_check
+    data, scales, n = weight_of(check, x, weight, bias)
+    options, k = _check_logits(check, n, num_valid, scale, softcap, id_offset), check.integer("k", k, 1)
+    check_k(check.op, k, min(MAX_K, options[0]))
     shape = (*x.shape[:-1], k)
-    ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, x, shape, torch.int64))
-    values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, x, shape, torch.float32))
-    lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, x, shape[:-1], torch.float32))
-    _lm_head_topk(check.as_rows(op, "x", x), data, scales, bias, n, *options, ids.view(-1, k), values.view(-1, k),
+    ids = check.contiguous_output("out_ids", out_ids, x, shape, torch.int64)
+    values = check.contiguous_output("out_values", out_values, x, shape, torch.float32)
+    lse = check.contiguous_output("out_lse", out_lse, x, shape[:-1], torch.float32)
+    _lm_head_topk(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1, k), values.view(-1, k),
                   lse.view(-1))
     return ids, values, lse
 
@@ -281,35 +284,20 @@ def combine_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, 
     >>> ids.tolist(), values.tolist()
     ([[7, 64]], [[5.0, 4.0]])
     """
-    op = "combine_topk"
-    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(S, R, k)", (None,) * 3))
+    check = _combine_topk_check
+    check.contiguous("values", values, torch.float32, "(S, R, k)", (None,) * 3)
     (shards, rows, k), device = values.shape, values.device
-    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(S, R, k)", values.shape, device))
-    check.contiguous(op, "lse", check.tensor(op, "lse", lse, torch.float32, "(S, R)", (shards, rows), device))
-    check_k(op, k)
+    check.contiguous("ids", ids, torch.int64, "(S, R, k)", values.shape, device)
+    check.contiguous("lse", lse, torch.float32, "(S, R)", (shards, rows), device)
+    check_k(check.op, k)
     if shards < 1:
-        raise ValueError(f"{op}: values must have at least one shard; got {check.describe(values)}")
-    out_ids = check.contiguous(op, "out_ids", check.output(op, "out_ids", out_ids, values, (rows, k), torch.int64))
-    out_values = check.contiguous(op, "out_values", check.output(op, "out_values", out_values, values, (rows, k)))
-    out_lse = check.contiguous(op, "out_lse", check.output(op, "out_lse", out_lse, values, (rows,)))
+        raise ValueError(f"{check.op}: values must have at least one shard; got {describe(values)}")
+    out_ids = check.contiguous_output("out_ids", out_ids, values, (rows, k), torch.int64)
+    out_values = check.contiguous_output("out_values", out_values, values, (rows, k))
+    out_lse = check.contiguous_output("out_lse", out_lse, values, (rows,))
     _combine_topk(values, ids, lse, out_ids, out_values, out_lse)
     return out_ids, out_values, out_lse
 
 
 _combine_topk = define("combine_topk(Tensor values, Tensor ids, Tensor lse, Tensor(a!) out_ids, Tensor(b!) out_values,"
                      " Tensor(c!) out_lse) -> ()", reference.lm_head.combine_topk)
-
-
-def bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> int:
-    """Bytes that must move: the weight once, the rows, and k ids and values a row."""
-    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows * k
-
-
-def flops(rows: int, vocab: int, hidden: int) -> int:
-    return 2 * rows * vocab * hidden
-
-
-def combine_bytes(shards: int, rows: int, *, k: int = 1, lse: bool = False) -> int:
-    """Bytes that a combine must move: the ids and values, and with lse the log-sum-exps, of every shard and of the
-    result."""
-    return (shards + 1) * rows * (12 * k + 4 * lse)

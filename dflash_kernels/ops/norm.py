@@ -11,7 +11,10 @@ import torch
 
 from .. import reference
 from .._library import define
-from . import _checks as check
+from ._checks import Checker, describe
+
+_rms_norm_check = Checker("rms_norm")
+_add_rms_norm_check = Checker("add_rms_norm")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
@@ -51,9 +54,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
     >>> rms_norm(torch.tensor([[2.0, -2.0]]), torch.tensor([1.0, 3.0]), eps=0.0).tolist()
     [[1.0, -3.0]]
     """
-    op = "rms_norm"
-    out, rows, out_rows = _rows(op, x, weight, out)
-    _rms_norm(rows, weight, check.number(op, "eps", eps), out_rows)
+    check = _rms_norm_check
+    out, rows, out_rows = _rows(check, x, weight, out)
+    _rms_norm(rows, weight, check.number("eps", eps), out_rows)
     return out
 
 
@@ -105,26 +108,25 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     >>> normed.tolist(), hidden.tolist(), hidden is residual
     ([[1.0, -1.0]], [[2.0, -2.0]], True)
     """
-    op = "add_rms_norm"
-    out, rows, out_rows = _rows(op, x, weight, out)
-    check.tensor(op, "residual", residual, x.dtype, "(..., H)", tuple(x.shape), x.device)
+    check = _add_rms_norm_check
+    out, rows, out_rows = _rows(check, x, weight, out)
+    check.tensor("residual", residual, x.dtype, "(..., H)", tuple(x.shape), x.device)
     if residual_out is None:
-        check.apart(op, "residual", residual)
+        check.apart("residual", residual)
     else:
-        check.output(op, "residual_out", residual_out, x, x.shape)
-    _add_rms_norm(rows, check.as_rows(op, "residual", residual), weight, check.number(op, "eps", eps), out_rows,
-                  None if residual_out is None else check.as_rows(op, "residual_out", residual_out))
+        check.output("residual_out", residual_out, x, x.shape)
+    _add_rms_norm(rows, check.as_rows("residual", residual), weight, check.number("eps", eps), out_rows,
+                  None if residual_out is None else check.as_rows("residual_out", residual_out))
     return out, residual if residual_out is None else residual_out
 
 
-def _rows(op, x, weight, out):
-    if not isinstance(x, torch.Tensor) or x.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16 (..., H); got {check.describe(x)}")
+def _rows(check, x, weight, out):
+    check.floats("x", x, "(..., H)")
     if x.dim() < 1:
-        raise ValueError(f"{op}: x must have shape (..., H); got {check.describe(x)}")
-    check.contiguous(op, "weight", check.tensor(op, "weight", weight, x.dtype, "(H,)", (x.shape[-1],), x.device))
-    out = check.output(op, "out", out, x, x.shape)
-    return out, check.as_rows(op, "x", x), check.as_rows(op, "out", out)
+        raise ValueError(f"{check.op}: x must have shape (..., H); got {describe(x)}")
+    check.contiguous("weight", weight, x.dtype, "(H,)", (x.shape[-1],), x.device)
+    out = check.output("out", out, x, x.shape)
+    return out, check.as_rows("x", x), check.as_rows("out", out)
 
 
 _rms_norm = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()", reference.norm.rms_norm)
@@ -133,12 +135,3 @@ _add_rms_norm = define(
     " -> ()",
     reference.norm.add_rms_norm,
 )
-
-
-def bytes(rows: int, width: int, itemsize: int, *, add: bool) -> int:
-    """Bytes that must move: rows read and written once each; with the addition, residual too; and the weight."""
-    return itemsize * ((4 if add else 2) * rows * width + width)
-
-
-def flops(rows: int, width: int, *, add: bool) -> int:
-    return rows * width * (5 if add else 4)

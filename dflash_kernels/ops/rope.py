@@ -17,7 +17,9 @@ from .. import reference
 from .._library import define
 from ..limits import check_head_dim
 from ..types import FP8, PagedKV
-from . import _checks as check
+from ._checks import Checker, describe, values_checked
+
+_check = Checker("qk_norm_rope")
 
 
 def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor | None, *, num_heads: int,
@@ -83,32 +85,29 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     >>> qk_norm_rope(qkv, torch.tensor([1]), cos_sin, num_heads=1, num_kv_heads=1, head_dim=2).tolist()
     [[0.0, 1.0, 0.0, 3.0, 5.0, 6.0]]
     """
-    op = "qk_norm_rope"
-    if not isinstance(qkv, torch.Tensor) or qkv.dtype not in check.FLOATS:
-        raise TypeError(f"{op}: qkv must be float32, bfloat16 or float16 (T, (Hq + 2 Hkv) * D); "
-                        f"got {check.describe(qkv)}")
+    _check.floats("qkv", qkv, "(T, (Hq + 2 Hkv) * D)")
     for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        check.integer(op, name, heads, 0)
-    check.integer(op, "head_dim", head_dim, 1)
-    eps = check.number(op, "eps", eps)
+        _check.integer(name, heads, 0)
+    _check.integer("head_dim", head_dim, 1)
+    eps = _check.number("eps", eps)
     width = (num_heads + 2 * num_kv_heads) * head_dim
-    check.dense_last(op, "qkv", check.tensor(op, "qkv", qkv, qkv.dtype, "(T, (Hq + 2 Hkv) * D)", (None, width)))
+    _check.dense("qkv", qkv, qkv.dtype, "(T, (Hq + 2 Hkv) * D)", (None, width))
     tokens = qkv.shape[0]
     if tokens > 1 and qkv.stride(0) < width:
-        raise ValueError(f"{op}: qkv must have rows that do not overlap; got strides {qkv.stride()}")
-    check_rotation(op, positions, cos_sin, qkv, tokens, head_dim)
+        raise ValueError(f"{_check.op}: qkv must have rows that do not overlap; got strides {qkv.stride()}")
+    check_rotation(_check, positions, cos_sin, qkv, tokens, head_dim)
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
         if w is not None:
-            check.contiguous(op, name, check.tensor(op, name, w, qkv.dtype, "(D,)", (head_dim,), qkv.device))
+            _check.contiguous(name, w, qkv.dtype, "(D,)", (head_dim,), qkv.device)
     if (cache is None) != (slots is None):
-        raise ValueError(f"{op}: cache and slots must be given together; got "
+        raise ValueError(f"{_check.op}: cache and slots must be given together; got "
                          f"{'slots' if cache is None else 'cache'} alone")
     if cache is not None:
-        check_cache(op, "cache", cache, qkv, num_kv_heads, head_dim)
-        check.contiguous(op, "slots", check.tensor(op, "slots", slots, torch.int64, "(T,)", (tokens,), qkv.device))
-    each = check_rounding(op, rounding)
-    if check.values_checked():
-        check_positions(op, positions, cos_sin)
+        check_cache(_check, "cache", cache, qkv, num_kv_heads, head_dim)
+        _check.contiguous("slots", slots, torch.int64, "(T,)", (tokens,), qkv.device)
+    each = check_rounding(_check, rounding)
+    if values_checked():
+        check_positions(_check, positions, cos_sin)
     k_cache, v_cache, k_scale, v_scale = (None,) * 4 if cache is None else (
         cache.k, cache.v, cache.k_scale, cache.v_scale)
     _qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, num_heads,
@@ -116,44 +115,42 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     return qkv
 
 
-def check_rotation(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | None, rows: torch.Tensor, tokens: int,
-                   head_dim: int) -> None:
-    check_head_dim(op, head_dim)
-    check.contiguous(op, "positions",
-                     check.tensor(op, "positions", positions, torch.int64, "(T,)", (tokens,), rows.device))
+def check_rotation(check: Checker, positions: torch.Tensor, cos_sin: torch.Tensor | None, rows: torch.Tensor,
+                   tokens: int, head_dim: int) -> None:
+    check_head_dim(check.op, head_dim)
+    check.contiguous("positions", positions, torch.int64, "(T,)", (tokens,), rows.device)
     if cos_sin is None:
         return
-    check.tensor(op, "cos_sin", cos_sin, {torch.float32, rows.dtype}, "(max_pos, R)", (None, None), rows.device)
-    check.contiguous(op, "cos_sin", cos_sin)
+    check.contiguous("cos_sin", cos_sin, {torch.float32, rows.dtype}, "(max_pos, R)", (None, None), rows.device)
     if cos_sin.numel() == 0 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
-        raise ValueError(f"{op}: cos_sin must have shape (max_pos, R), max_pos > 0 and R > 0, even and <= {head_dim}; "
-                         f"got {check.describe(cos_sin)}")
+        raise ValueError(f"{check.op}: cos_sin must have shape (max_pos, R), max_pos > 0 and R > 0, even and <= "
+                         f"{head_dim}; got {describe(cos_sin)}")
 
 
-def check_cache(op: str, name: str, cache: PagedKV, rows: torch.Tensor, num_kv_heads: int | None,
+def check_cache(check: Checker, name: str, cache: PagedKV, rows: torch.Tensor, num_kv_heads: int | None,
                 head_dim: int | None) -> None:
     if not isinstance(cache, PagedKV):
-        raise TypeError(f"{op}: {name} must be a PagedKV; got {check.describe(cache)}")
-    check.tensor(op, f"{name}.k", cache.k, (rows.dtype, FP8), "(num_pages, P, Hkv, D)",
+        raise TypeError(f"{check.op}: {name} must be a PagedKV; got {describe(cache)}")
+    check.tensor(f"{name}.k", cache.k, (rows.dtype, FP8), "(num_pages, P, Hkv, D)",
                  (None, None, num_kv_heads, head_dim), rows.device)
-    check.apart(op, f"{name}.k", cache.k)
-    check.apart(op, f"{name}.v", cache.v)
-    if check.values_checked():
-        check.scales(op, name, cache)
+    check.apart(f"{name}.k", cache.k)
+    check.apart(f"{name}.v", cache.v)
+    if values_checked():
+        check.scales(name, cache)
 
 
-def check_rounding(op: str, rounding: str) -> bool:
+def check_rounding(check: Checker, rounding: str) -> bool:
     if not isinstance(rounding, str) or rounding not in ("each", "end"):
-        raise ValueError(f"{op}: rounding must be 'each' or 'end'; got {rounding!r}")
+        raise ValueError(f"{check.op}: rounding must be 'each' or 'end'; got {rounding!r}")
     return rounding == "each"
 
 
-def check_positions(op: str, positions: torch.Tensor, cos_sin: torch.Tensor | None) -> None:
+def check_positions(check: Checker, positions: torch.Tensor, cos_sin: torch.Tensor | None) -> None:
     """Reads the device: only under DFLASH_CHECK=1."""
     bad = ~reference.rope.in_table(positions, cos_sin)
     if cos_sin is not None and bad.any():
         first = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: positions must be in [0, {cos_sin.shape[0]}), the rows of cos_sin; "
+        raise ValueError(f"{check.op}: positions must be in [0, {cos_sin.shape[0]}), the rows of cos_sin; "
                          f"got {int(positions[first])} at row {first}")
 
 
@@ -163,17 +160,3 @@ _qk_norm_rope = define(
     "int num_kv_heads, int head_dim, float eps, bool interleaved, bool round_each) -> ()",
     reference.rope.qk_norm_rope,
 )
-
-
-def bytes(tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, itemsize: int, *,
-          table_itemsize: int = 4, cached: bool = False, cache_itemsize: int | None = None) -> int:
-    """Bytes that must move: q and k read and written, a table row a token; with a cache V read, K and V written, in
-    elements of cache_itemsize (None: itemsize)."""
-    row = 2 * (num_heads + num_kv_heads) * itemsize
-    if cached:
-        row += num_kv_heads * (itemsize + 2 * (itemsize if cache_itemsize is None else cache_itemsize))
-    return tokens * (row * head_dim + rotary_dim * table_itemsize + (16 if cached else 8))
-
-
-def flops(tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> int:
-    return tokens * (num_heads + num_kv_heads) * (4 * head_dim + 3 * rotary_dim)

@@ -24,13 +24,17 @@ sampling, one token at a time.
 import torch
 
 from .. import reference
+from .._constants import CHUNK_SUMS, ROW_STATS, SAMPLE_CHUNK
 from .._library import define
 from ..types import LogitAdjustments, Proposal, SamplingTensors, Verified
-from . import _checks as check
-from .verify import check_lengths, check_verified
+from ._checks import FLOATS, Checker, describe, values_checked
+from .verify import check_verified
 
-_RULES = ("token", "block")
-CHUNK = 1024  # tokens of the vocabulary that share a partial sum
+_workspace_size_check = Checker("workspace_size")
+_verify_sample_check = Checker("verify_sample")
+_sample_draft_check = Checker("sample_draft")
+
+RULES = ("token", "block")
 
 
 def workspace_size(requests: int, block: int, vocab: int) -> int:
@@ -61,8 +65,8 @@ def workspace_size(requests: int, block: int, vocab: int) -> int:
     3328
     """
     for name, size, least in (("requests", requests, 0), ("block", block, 1), ("vocab", vocab, 1)):
-        check.integer("workspace_size", name, size, least)
-    return requests * block * (4 * -(-vocab // CHUNK) + 16)
+        _workspace_size_check.integer(name, size, least)
+    return requests * block * (CHUNK_SUMS * -(-vocab // SAMPLE_CHUNK) + ROW_STATS)
 
 
 def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: torch.Tensor, params: SamplingTensors, *,
@@ -129,23 +133,22 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     >>> verified.tokens.tolist(), verified.new_lens.tolist()
     ([[7, 8, -1]], [12])
     """
-    op = "verify_sample"
-    b, q, vocab = _check_target(op, draft_ids, logits, context_lens, block_lens)
-    _check_params(op, params, b, logits.device)
+    check = _verify_sample_check
+    b, q, vocab = _check_target(check, draft_ids, logits, context_lens, block_lens)
+    _check_params(check, params, b, logits.device)
     proposal = Proposal() if proposal is None else proposal
     adjustments = LogitAdjustments() if adjustments is None else adjustments
-    _check_proposal(op, proposal, (b, q - 1, vocab), logits.device)
-    _check_adjustments(op, adjustments, (b, q, vocab), logits.device)
-    if rule not in _RULES:
-        raise ValueError(f"{op}: rule must be 'token' or 'block'; got {rule!r}")
-    out = check_verified(op, draft_ids, out)
+    _check_proposal(check, proposal, (b, q - 1, vocab), logits.device)
+    _check_adjustments(check, adjustments, (b, q, vocab), logits.device)
+    if rule not in RULES:
+        raise ValueError(f"{check.op}: rule must be {' or '.join(map(repr, RULES))}; got {rule!r}")
+    out = check_verified(check, draft_ids, out)
     size = workspace_size(b, q, vocab)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=logits.device)
-    check.contiguous(op, "workspace",
-                     check.tensor(op, "workspace", workspace, torch.float32, "(n,)", (None,), logits.device))
+    check.contiguous("workspace", workspace, torch.float32, "(n,)", (None,), logits.device)
     if workspace.numel() < size:
-        raise ValueError(f"{op}: workspace must have at least {size} elements; got {check.describe(workspace)}")
+        raise ValueError(f"{check.op}: workspace must have at least {size} elements; got {describe(workspace)}")
     _verify_sample(draft_ids, logits, context_lens, params.temperature, params.seeds, params.top_k, params.top_p,
                    params.min_p, proposal.probs, proposal.ids, proposal.logits, adjustments.seen,
                    adjustments.repetition_penalty, adjustments.bias, adjustments.bitmask, block_lens, rule == "block",
@@ -201,33 +204,32 @@ def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Te
     >>> drafts.tolist(), probs.tolist()
     ([[30, 17]], [[[1.0, 0.0], [1.0, 0.0]]])
     """
-    op = "sample_draft"
-    check.contiguous(op, "values", check.tensor(op, "values", values, torch.float32, "(B, Q - 1, K)", (None,) * 3))
-    check.contiguous(op, "ids", check.tensor(op, "ids", ids, torch.int64, "(B, Q - 1, K)", values.shape,
-                                             values.device))
+    check = _sample_draft_check
+    check.contiguous("values", values, torch.float32, "(B, Q - 1, K)", (None,) * 3)
+    check.contiguous("ids", ids, torch.int64, "(B, Q - 1, K)", values.shape, values.device)
     b, n, k = values.shape
     if k < 1:
-        raise ValueError(f"{op}: values must have K >= 1; got {check.describe(values)}")
-    check.contiguous(op, "context_lens", check.tensor(op, "context_lens", context_lens, torch.int32, "(B,)", (b,),
-                                                      values.device))
-    _check_params(op, params, b, values.device)
-    out_ids = check.output(op, "out_ids", out_ids, values, (b, n), torch.int64)
-    out_probs = check.contiguous(op, "out_probs", check.output(op, "out_probs", out_probs, values, (b, n, k)))
+        raise ValueError(f"{check.op}: values must have K >= 1; got {describe(values)}")
+    check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (b,), values.device)
+    _check_params(check, params, b, values.device)
+    out_ids = check.output("out_ids", out_ids, values, (b, n), torch.int64)
+    out_probs = check.contiguous_output("out_probs", out_probs, values, (b, n, k))
     _sample_draft(values, ids, context_lens, params.temperature, params.seeds, params.top_k, params.top_p,
                   params.min_p, out_ids, out_probs)
     return out_ids, out_probs
 
 
-def _check_target(op, draft_ids, logits, context_lens, block_lens):
-    check.dense_last(op, "draft_ids", check.tensor(op, "draft_ids", draft_ids, torch.int64, "(B, Q)", (None, None)))
+def _check_target(check, draft_ids, logits, context_lens, block_lens):
+    check.dense("draft_ids", draft_ids, torch.int64, "(B, Q)", (None, None))
     b, q = draft_ids.shape
     if q < 1:
-        raise ValueError(f"{op}: draft_ids must have Q >= 1, the anchor's column; got {check.describe(draft_ids)}")
-    check.dense_last(op, "logits", check.tensor(op, "logits", logits, check.FLOATS, "(B, Q, V)", (b, q, None),
-                                                draft_ids.device))
+        raise ValueError(f"{check.op}: draft_ids must have Q >= 1, the anchor's column; got {describe(draft_ids)}")
+    check.dense("logits", logits, FLOATS, "(B, Q, V)", (b, q, None), draft_ids.device)
     if logits.shape[2] < 1:
-        raise ValueError(f"{op}: logits must have V >= 1; got {check.describe(logits)}")
-    check_lengths(op, draft_ids, context_lens, block_lens)
+        raise ValueError(f"{check.op}: logits must have V >= 1; got {describe(logits)}")
+    check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (b,), logits.device)
+    if block_lens is not None:
+        check.contiguous("block_lens", block_lens, torch.int32, "(B,)", (b,), logits.device)
     return b, q, logits.shape[2]
 
 
@@ -235,58 +237,55 @@ _PARAMS = (("temperature", torch.float32), ("seeds", torch.int64), ("top_k", tor
            ("min_p", torch.float32))
 
 
-def _check_params(op, params, b, device):
+def _check_params(check, params, b, device):
     if not isinstance(params, SamplingTensors):
-        raise TypeError(f"{op}: params must be SamplingTensors; got {check.describe(params)}")
+        raise TypeError(f"{check.op}: params must be SamplingTensors; got {describe(params)}")
     for name, dtype in _PARAMS:
         t = getattr(params, name)
         if t is None and name not in ("temperature", "seeds"):
             continue
-        t = check.contiguous(op, f"params.{name}", check.tensor(op, f"params.{name}", t, dtype, "(B,)", (b,), device))
-        if check.values_checked() and t.device.type != "meta" and name != "seeds" and not bool((t >= 0).all()):
-            raise ValueError(f"{op}: params.{name} must be at least 0; got {t.tolist()}")
+        t = check.contiguous(f"params.{name}", t, dtype, "(B,)", (b,), device)
+        if values_checked() and t.device.type != "meta" and name != "seeds" and not bool((t >= 0).all()):
+            raise ValueError(f"{check.op}: params.{name} must be at least 0; got {t.tolist()}")
 
 
-def _check_proposal(op, proposal, sizes, device):
+def _check_proposal(check, proposal, sizes, device):
     if not isinstance(proposal, Proposal):
-        raise TypeError(f"{op}: proposal must be a Proposal; got {check.describe(proposal)}")
+        raise TypeError(f"{check.op}: proposal must be a Proposal; got {describe(proposal)}")
     b, n, vocab = sizes
     probs, ids, logits = proposal.probs, proposal.ids, proposal.logits
     if (probs is not None and logits is not None) or (ids is not None and probs is None):
-        raise ValueError(f"{op}: proposal must have probs, or probs and ids, or logits; got probs "
-                         f"{check.describe(probs)}, ids {check.describe(ids)}, logits {check.describe(logits)}")
+        raise ValueError(f"{check.op}: proposal must have probs, or probs and ids, or logits; got probs "
+                         f"{describe(probs)}, ids {describe(ids)}, logits {describe(logits)}")
     shape = "(B, Q - 1, V)" if ids is None else "(B, Q - 1, K)"
     if probs is not None:
-        check.dense_last(op, "proposal.probs", check.tensor(
-            op, "proposal.probs", probs, torch.float32, shape, (b, n, vocab if ids is None else None), device))
+        check.dense("proposal.probs", probs, torch.float32, shape, (b, n, vocab if ids is None else None), device)
     if ids is not None and probs is not None:
         if probs.shape[2] < 1:
-            raise ValueError(f"{op}: proposal.probs must have K >= 1; got {check.describe(probs)}")
-        check.dense_last(op, "proposal.ids",
-                         check.tensor(op, "proposal.ids", ids, torch.int64, shape, probs.shape, device))
+            raise ValueError(f"{check.op}: proposal.probs must have K >= 1; got {describe(probs)}")
+        check.dense("proposal.ids", ids, torch.int64, shape, probs.shape, device)
     if logits is not None:
-        check.dense_last(op, "proposal.logits",
-                         check.tensor(op, "proposal.logits", logits, check.FLOATS, shape, sizes, device))
+        check.dense("proposal.logits", logits, FLOATS, shape, sizes, device)
 
 
-def _check_adjustments(op, adjustments, sizes, device):
+def _check_adjustments(check, adjustments, sizes, device):
     if not isinstance(adjustments, LogitAdjustments):
-        raise TypeError(f"{op}: adjustments must be LogitAdjustments; got {check.describe(adjustments)}")
+        raise TypeError(f"{check.op}: adjustments must be LogitAdjustments; got {describe(adjustments)}")
     b, q, vocab = sizes
     a, words = adjustments, -(-vocab // 32)
     if (a.seen is None) != (a.repetition_penalty is None):
-        raise ValueError(f"{op}: adjustments must have seen and repetition_penalty, or neither; "
-                         f"got {check.describe(a.seen)} and {check.describe(a.repetition_penalty)}")
+        raise ValueError(f"{check.op}: adjustments must have seen and repetition_penalty, or neither; "
+                         f"got {describe(a.seen)} and {describe(a.repetition_penalty)}")
     for name, t in (("seen", a.seen), ("bitmask", a.bitmask)):
         if t is not None:
-            check.dense_last(op, name, check.tensor(op, f"adjustments.{name}", t, torch.int32,
-                                                    "(B, Q, ceil(V / 32))", (b, q, words), device))
+            check.tensor(f"adjustments.{name}", t, torch.int32, "(B, Q, ceil(V / 32))", (b, q, words), device)
+            check.dense_last(name, t)
     if a.repetition_penalty is not None:
-        check.contiguous(op, "repetition_penalty", check.tensor(
-            op, "adjustments.repetition_penalty", a.repetition_penalty, torch.float32, "(B,)", (b,), device))
+        check.tensor("adjustments.repetition_penalty", a.repetition_penalty, torch.float32, "(B,)", (b,), device)
+        check.unbroken("repetition_penalty", a.repetition_penalty)
     if a.bias is not None:
-        check.dense_last(op, "bias", check.tensor(op, "adjustments.bias", a.bias, torch.float32, "(B, Q, V)", sizes,
-                                                  device))
+        check.tensor("adjustments.bias", a.bias, torch.float32, "(B, Q, V)", sizes, device)
+        check.dense_last("bias", a.bias)
 
 
 _verify_sample = define(
@@ -302,20 +301,3 @@ _sample_draft = define(
     " Tensor? top_p, Tensor? min_p, Tensor(a!) out_ids, Tensor(b!) out_probs) -> ()",
     reference.sample.sample_draft,
 )
-
-
-def bytes(requests: int, block: int, vocab: int, itemsize: int, *, rows: int | None = None) -> int:
-    """Bytes that must move: each logit of `rows` rows (None: all) once, drafted and emitted ids, lengths."""
-    rows = requests * block if rows is None else rows
-    return rows * vocab * itemsize + requests * (16 * block + 36)
-
-
-def flops(requests: int, block: int, vocab: int, *, rows: int | None = None) -> int:
-    """One exponential and three sums or comparisons for each logit of `rows` rows (None: all)."""
-    return 4 * (requests * block if rows is None else rows) * vocab
-
-
-def draft_bytes(requests: int, slots: int, k: int) -> int:
-    """Bytes that sample_draft must move: K ids and values a slot in; an id and K probabilities a slot out; temperature,
-    seed and length of each request."""
-    return requests * (slots * (16 * k + 8) + 16)

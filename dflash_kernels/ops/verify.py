@@ -14,7 +14,9 @@ import torch
 from .. import reference
 from .._library import define
 from ..types import Verified
-from . import _checks as check
+from ._checks import FLOATS, Checker, describe, values_checked
+
+_check = Checker("verify_greedy")
 
 
 def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, context_lens: torch.Tensor, *,
@@ -67,68 +69,60 @@ def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, cont
     >>> verified.tokens.tolist(), verified.accept_lens.tolist(), verified.new_lens.tolist()
     ([[7, 8, 3, -1]], [2], [13])
     """
-    op = "verify_greedy"
-    _check_inputs(op, draft_ids, target_ids, context_lens, logits, block_lens)
-    out = check_verified(op, draft_ids, out)
-    if check.values_checked():
-        _check_values(op, draft_ids, context_lens, block_lens)
+    _check_inputs(draft_ids, target_ids, context_lens, logits, block_lens)
+    out = check_verified(_check, draft_ids, out)
+    if values_checked():
+        _check_values(draft_ids, context_lens, block_lens)
     _verify_greedy(draft_ids, target_ids, logits, context_lens, block_lens, out.accept_lens, out.commit_lens,
                    out.tokens, out.bonus, out.new_lens)
     return out
 
 
-def _check_inputs(op, draft_ids, target_ids, context_lens, logits, block_lens):
-    check.dense_last(op, "draft_ids", check.tensor(op, "draft_ids", draft_ids, torch.int64, "(B, Q)", (None, None)))
+def _check_inputs(draft_ids, target_ids, context_lens, logits, block_lens):
+    _check.dense("draft_ids", draft_ids, torch.int64, "(B, Q)", (None, None))
     (b, q), device = draft_ids.shape, draft_ids.device
     if q < 1:
-        raise ValueError(f"{op}: draft_ids must have Q >= 1, the anchor's column; got {check.describe(draft_ids)}")
+        raise ValueError(f"{_check.op}: draft_ids must have Q >= 1, the anchor's column; got {describe(draft_ids)}")
     if (target_ids is None) == (logits is None):
-        raise ValueError(f"{op}: target_ids or logits must be given, and not both; got {check.describe(target_ids)} "
-                         f"and {check.describe(logits)}")
+        raise ValueError(f"{_check.op}: target_ids or logits must be given, and not both; got {describe(target_ids)} "
+                         f"and {describe(logits)}")
     if target_ids is not None:
-        check.dense_last(op, "target_ids",
-                         check.tensor(op, "target_ids", target_ids, torch.int64, "(B, Q)", (b, q), device))
+        _check.dense("target_ids", target_ids, torch.int64, "(B, Q)", (b, q), device)
     else:
-        check.dense_last(op, "logits",
-                         check.tensor(op, "logits", logits, check.FLOATS, "(B, Q, V)", (b, q, None), device))
+        _check.dense("logits", logits, FLOATS, "(B, Q, V)", (b, q, None), device)
         if logits.shape[2] < 1:
-            raise ValueError(f"{op}: logits must have V >= 1; got {check.describe(logits)}")
-    check_lengths(op, draft_ids, context_lens, block_lens)
-
-
-def check_lengths(op, draft_ids, context_lens, block_lens):
-    for name, t in (("context_lens", context_lens), ("block_lens", block_lens)):
-        if t is not None or name == "context_lens":
-            check.contiguous(op, name, check.tensor(op, name, t, torch.int32, "(B,)", draft_ids.shape[:1],
-                                                    draft_ids.device))
+            raise ValueError(f"{_check.op}: logits must have V >= 1; got {describe(logits)}")
+    _check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (b,), device)
+    if block_lens is not None:
+        _check.contiguous("block_lens", block_lens, torch.int32, "(B,)", (b,), device)
 
 
 _FIELDS = (("accept_lens", torch.int32, False), ("commit_lens", torch.int32, False), ("tokens", torch.int64, True),
            ("bonus", torch.int64, False), ("new_lens", torch.int32, False))
 
 
-def check_verified(op, draft_ids, out):
+def check_verified(check, draft_ids, out):
     """The caller's Verified, checked, or a fresh one."""
     if out is not None and not isinstance(out, Verified):
-        raise TypeError(f"{op}: out must be a Verified; got {check.describe(out)}")
+        raise TypeError(f"{check.op}: out must be a Verified; got {describe(out)}")
     made = {}
     for name, dtype, per_token in _FIELDS:
         shape = tuple(draft_ids.shape) if per_token else (draft_ids.shape[0],)
         given = None if out is None else getattr(out, name)
         if out is not None and given is None:
-            raise TypeError(f"{op}: out.{name} must be {str(dtype).removeprefix('torch.')}; got NoneType")
-        made[name] = check.output(op, f"out.{name}", given, draft_ids, shape, dtype)
+            raise TypeError(f"{check.op}: out.{name} must be {str(dtype).removeprefix('torch.')}; got NoneType")
+        made[name] = check.output(f"out.{name}", given, draft_ids, shape, dtype)
     return Verified(**made) if out is None else out
 
 
-def _check_values(op, draft_ids, context_lens, block_lens):
+def _check_values(draft_ids, context_lens, block_lens):
     if draft_ids.device.type == "meta":
         return
     q = draft_ids.shape[1]
     if bool((context_lens < 0).any()):
-        raise ValueError(f"{op}: context_lens must be at least 0; got {int(context_lens.min())}")
+        raise ValueError(f"{_check.op}: context_lens must be at least 0; got {int(context_lens.min())}")
     if block_lens is not None and bool(((block_lens < 0) | (block_lens > q)).any()):
-        raise ValueError(f"{op}: block_lens must be in [0, {q}]; got {block_lens.tolist()}")
+        raise ValueError(f"{_check.op}: block_lens must be in [0, {q}]; got {block_lens.tolist()}")
 
 
 _verify_greedy = define(
@@ -136,13 +130,3 @@ _verify_greedy = define(
     " Tensor(a!) accept_lens, Tensor(b!) commit_lens, Tensor(c!) tokens, Tensor(d!) bonus, Tensor(e!) new_lens) -> ()",
     reference.verify.verify_greedy,
 )
-
-
-def bytes(requests: int, block: int, *, vocab: int = 0, itemsize: int = 0) -> int:
-    """Bytes that must move: drafted and emitted ids, lengths in and out, and target ids or, with vocab, the logits."""
-    target = vocab * itemsize if vocab else 8
-    return requests * (block * (16 + target) + 24)
-
-
-def flops(requests: int, block: int, *, vocab: int = 0) -> int:
-    return requests * block * max(vocab, 1)

@@ -16,8 +16,8 @@ import math
 
 import torch
 
-GREEDY = 1e-5  # temperatures below are 0
-SAMPLE, ACCEPT, DRAFT = 0, 1, 2  # purposes of a random number
+from .._constants import ACCEPT, DRAFT, GREEDY, SAMPLE
+
 _WORD = 0xFFFFFFFF
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dflash_decode.choices import AUTO, NONE
 from dflash_decode.cli.options import (
     BlockSize,
     By,
@@ -84,8 +85,8 @@ def bench_decode(
         return repository.peers(peers, prompts, {
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
             "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
-    if draft == "none":
-        why = f"; {no_drafter(model)}" if asked == "auto" else ""
+    if draft == NONE:
+        why = f"; {no_drafter(model)}" if asked == AUTO else ""
         raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is measured beside it"
                          + why)
     check_files(prompts, {"--json": json_out})

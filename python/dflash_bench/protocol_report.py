@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dflash_decode.choices import NONE
 from dflash_decode.cli import report
 from dflash_decode.session import Session
 from dflash_kernels import build_info
@@ -27,7 +28,7 @@ def our_loop(model: str, draft: str, block_size: int | None, max_new_tokens: int
              weights: str = "model", draft_weights: str = "auto") -> OurLoop:
     from dflash_decode.checkpoint import drafter_of
 
-    baseline = drafter_of(model, draft) == "none"
+    baseline = drafter_of(model, draft) == NONE
     session = Session.load(model, draft, block_size=None if baseline else block_size, dtype=dtype, device=device,
                            weights=weights, draft_weights=draft_weights, status=report.status)
     report.start_text(session)

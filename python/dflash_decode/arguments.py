@@ -1,7 +1,8 @@
 """The arguments of the public Python entries, read and checked before anything is loaded or allocated."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def whole(what: str, name: str, value: object, least: int, most: int | None = No
     return found
 
 
-def choice(what: str, name: str, value: object, known: Sequence[str]) -> str:
+def choice(what: str, name: str, value: object, kind: type[Enum]) -> str:
+    """One of a choice's words. Raises TypeError or ValueError."""
+    known = [word.value for word in kind]
     if not isinstance(value, str) or value not in known:
         raise (ValueError if isinstance(value, str) else TypeError)(
             f"{what}: {name} must be one of {', '.join(known)}; got {shown(value)}")

@@ -14,6 +14,7 @@ import torch
 from dflash_kernels import PagedKV
 
 from .arguments import check_target, choice, of_type, whole
+from .choices import Rule, SampleFrom
 from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
 from .model import Target
@@ -22,8 +23,6 @@ from .requests import Event, Live, Request, admit
 from .sampling import SamplingParams
 from .step import Prefill, Step, block_width, prefill_sizes
 from .verify import VERIFIERS, GreedyVerifier, first_token, verifier_for
-
-RULES, SAMPLE_FROM = ("token", "block"), ("greedy", "request")
 
 
 class Decoder:
@@ -50,10 +49,10 @@ class Decoder:
             ("max_batch", max_batch), ("prefill_rows", prefill_rows), ("page_size", page_size),
             ("max_context", target.max_context if max_context is None else max_context)))
         num_pages = None if num_pages is None else whole("Decoder", "num_pages", num_pages, 1)
-        choice("Decoder", "sample_from", sample_from, SAMPLE_FROM)
-        choice("Decoder", "rule", rule, RULES)
+        choice("Decoder", "sample_from", sample_from, SampleFrom)
+        choice("Decoder", "rule", rule, Rule)
         self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
-        self.draw, self.rule = sample_from == "request", rule
+        self.draw, self.rule = sample_from == SampleFrom.request, rule
         self.adapts = block_size is None and self.width > 1 and not self.draw
         self.max_context = min(target.max_context, max_context)
         pages = -(-self.max_context // page_size)

@@ -22,19 +22,16 @@ from .checkpoint import (
     no_drafter,
 )
 from .checkpoint.errors import brief, read_json
-from .checkpoint.find import AUTO
 from .checkpoint.tokenizer import Tokenizer, load_tokenizer
+from .choices import AUTO, NONE, RANDOM, DraftersWeights, Rule, SampleFrom, Weights
 from .inputs import shown
-from .loop import RULES, SAMPLE_FROM, Decoder
+from .loop import Decoder
 from .model import Target
 from .model.drafter import Drafter, read_vocabulary, refuse_side_files
 from .model.native import FAMILIES, NativeTarget
 from .prompts import read_prompt, read_prompts
 from .requests import Request
 from .sampling import GREEDY, SamplingParams, check_sampling
-
-RANDOM, NONE = "random", "none"
-WEIGHTS, DRAFT_WEIGHTS = ("model", "int8"), ("auto", "int8", "model")
 
 
 @dataclass
@@ -110,8 +107,8 @@ class Session:
         model, draft = (path_text(what, name, value) for name, value in (("model", model), ("draft", draft)))
         asked, draft = draft, drafter_of(model, draft)
         device, wanted = read_device(what, device), read_dtype(what, dtype)
-        choice(what, "weights", weights, WEIGHTS)
-        choice(what, "draft_weights", draft_weights, DRAFT_WEIGHTS)
+        choice(what, "weights", weights, Weights)
+        choice(what, "draft_weights", draft_weights, DraftersWeights)
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
         block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
         if draft not in (RANDOM, NONE) and not exists(draft):
@@ -163,8 +160,8 @@ class Session:
         concurrency = whole(what, "concurrency", concurrency, 1)
         of_type(what, "speculative", speculative, bool, "True or False")
         of_type(what, "on_tokens", on_tokens, Callable, "a function of a prompt's index and its new tokens")
-        choice(what, "sample_from", sample_from, SAMPLE_FROM)
-        choice(what, "rule", rule, RULES)
+        choice(what, "sample_from", sample_from, SampleFrom)
+        choice(what, "rule", rule, Rule)
         sampling = check_sampling(sampling, what, self.target.vocab_size)
         prompts = read_prompts(self.tokenizer, self.target.vocab_size, prompts, what)
         for i, prompt in enumerate(prompts):
@@ -209,13 +206,13 @@ def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.de
     its config.json; None where that has none, and for a GGUF file."""
     if model_type not in (None, *FAMILIES):
         where = find_model(model)
-        if weights == "int8":
+        if weights == Weights.int8:
             raise CheckpointError(f"{where}: weights in 8 bits need a model_type of {', '.join(FAMILIES)}; "
                                   f"got {shown(model_type)}")
         return _hf_target(where, model_type, dtype, device)
     found = load_checkpoint(model, dtype)
     try:
-        return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == "int8")
+        return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == Weights.int8)
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error
 
@@ -235,8 +232,8 @@ def _hf_target(folder: Path, model_type: object, dtype: torch.dtype, device: tor
 
 
 def _int8(draft_weights: str, target: Target) -> bool:
-    if draft_weights != "auto":
-        return draft_weights == "int8"
+    if draft_weights != DraftersWeights.auto:
+        return draft_weights == DraftersWeights.int8
     return target.device.type == "cpu" and target.dtype.itemsize == 2
 
 

@@ -1,4 +1,4 @@
-"""Every public op has a benchmark case, in SmolLM2's geometry too, priced by the op's own bytes and operations."""
+"""Every public op has a benchmark case, in SmolLM2's geometry too, priced by bench.cost."""
 
 import importlib
 import inspect
@@ -9,6 +9,7 @@ import torch
 
 import dflash_kernels
 from bench import case as cases
+from bench import cost
 from bench.peers import cpu_peers
 from tests.support.clocks import Clock
 
@@ -55,16 +56,13 @@ def test_smollm2_s_numbers():
 
 
 @pytest.mark.parametrize("name", BENCHES)
-def test_bytes_and_operations_are_the_ops_own(name, monkeypatch):
-    """With an op module whose prices are a million times as high, every case of the op costs that much more."""
-    module = importlib.import_module(f"bench.ops.{name}")
+def test_bytes_and_operations_are_those_of_cost(name, monkeypatch):
+    """Where all prices are a million times as high, every case costs that much more."""
     before = benched([name])
     assert before
-    for key, value in vars(module).items():
-        if inspect.ismodule(value) and value.__name__.startswith("dflash_kernels.ops."):
-            dearer = {n: lambda *a, f=f, **k: 10**6 * f(*a, **k) for n, f in vars(value).items()
-                      if n.endswith(("bytes", "flops")) and callable(f)}
-            monkeypatch.setattr(module, key, SimpleNamespace(**{**vars(value), **dearer}))
+    for key, price in list(vars(cost).items()):
+        if callable(price):
+            monkeypatch.setattr(cost, key, lambda *a, price=price, **k: 10**6 * price(*a, **k))
     for cheap, dear in zip(before, benched([name]), strict=True):
         assert dear.bytes == 10**6 * cheap.bytes and dear.flops == 10**6 * cheap.flops, cheap.op
 

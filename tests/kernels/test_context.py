@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from dflash_kernels import StepGraph, pack_weight, qk_norm_rope, reference, write_context_kv
-from dflash_kernels.ops import context
 from dflash_kernels.testing import LAYOUTS, assert_within_budget, cache_views, doubles, same_bits
 from dflash_kernels.testing.cache import poisoned_storage, rotary_table
 from dflash_kernels.types import PagedKV
@@ -309,9 +308,3 @@ def test_schema_and_fake():
     torch.library.opcheck(torch.ops.dflash.write_context_kv, (
         case.kv, case.positions, case.slots, k, v, [], [], case.args["k_weights"], case.args["cos_sin"],
         torch.tensor([2, 1], dtype=torch.int32), 1e-6, 0.5, False, True))
-
-
-def test_bytes_and_flops():
-    assert context.bytes(8, 3, 3, 64, 64, 2) == 8 * (4 * 3 * 3 * 64 * 2 + 64 * 4 + 16) + 3 * 64 * 2
-    assert context.bytes(8, 3, 3, 64, 64, 2) - context.bytes(8, 3, 3, 64, 64, 2, cache_itemsize=1) == 8 * 2 * 9 * 64
-    assert context.flops(1, 3, 3, 64, 64) == 9 * 7 * 64

@@ -55,9 +55,7 @@ def test_every_op_has_a_schema_that_writes_a_reference_and_a_fake(name):
     assert any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(f"dflash::{name}", "CompositeExplicitAutograd") and has(f"dflash::{name}", "Meta")
-    function = _library.REFERENCES[name]
-    assert list(inspect.signature(function).parameters) == [a.name for a in schema.arguments]
-    assert function.__module__.startswith(reference.__name__) and function.__name__ == name
+    assert _library.REFERENCES[name].__module__.startswith(reference.__name__)
 
 
 @needs_native

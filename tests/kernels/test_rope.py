@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from dflash_kernels import qk_norm_rope, reference
-from dflash_kernels.ops import rope
 from dflash_kernels.testing import assert_within_budget, doubles, rotary_table, same_bits
 from dflash_kernels.types import PagedKV
 
@@ -203,11 +202,3 @@ def test_schema_and_fake():
         None, None, torch.arange(3), 2, 1, 16, 1e-6, False, True))
     torch.library.opcheck(torch.ops.dflash.qk_norm_rope, (
         qkv, args["positions"], *[None] * 8, 2, 1, 16, 1e-6, True, False))
-
-
-def test_bytes_and_flops():
-    assert rope.bytes(8, 9, 3, 64, 64, 2) == 8 * (2 * 12 * 64 * 2 + 64 * 4 + 8)
-    assert rope.bytes(1, 9, 3, 64, 64, 2, cached=True) - rope.bytes(1, 9, 3, 64, 64, 2) == 3 * 3 * 64 * 2 + 8
-    assert rope.bytes(1, 9, 3, 64, 64, 2, cached=True, cache_itemsize=1) == rope.bytes(
-        1, 9, 3, 64, 64, 2, cached=True) - 2 * 3 * 64
-    assert rope.flops(1, 9, 3, 64, 32) == 12 * (4 * 64 + 3 * 32)

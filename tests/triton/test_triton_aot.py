@@ -1,7 +1,6 @@
 """Every GPU kernel in every configuration of its table, compiled for four architectures without a GPU."""
 
 import importlib
-import inspect
 import json
 import re
 
@@ -12,8 +11,10 @@ from tests.support import ROOT
 
 triton = pytest.importorskip("triton")
 
-from dflash_kernels._triton import LAUNCHERS, load  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 from tools.aot import compile as _aot  # noqa: E402
+from tools.aot import launched  # noqa: E402
 from tools.aot import loops as _loops  # noqa: E402
 
 CACHE, COMMITTED = ROOT / "build" / "aot", ROOT / "bench" / "results" / "aot" / "triton.json"
@@ -35,6 +36,23 @@ def test_what_is_committed_is_of_the_kernels_as_they_are():
     stale = sorted({rows[key].name for key in rows.keys() - known} | {known[key][0] for key in known.keys() - rows})
     assert not stale, f"changed since `make aot` compiled them: {', '.join(stale)}"
     assert all(known[key] == (r.name, r.arch) for key, r in rows.items())
+
+
+@triton.jit(do_not_specialize=["free"])
+def probe(x, absent, one, sixteens, odd, free, number, SIZE: tl.constexpr):
+    pass
+
+
+def test_a_recorded_launch_is_specialised_as_triton_does():
+    x = launched.empty(4, dtype=torch.float16)
+    (launch,) = launched.launches(lambda: probe[1,](x, None, 1, 32, 7, 16, 1.0, SIZE=8, num_warps=2, num_stages=4,
+                                                        maxnreg=64))
+    case = launched.case("probe", launch)
+    assert case.signature == {"x": "*fp16", "absent": "constexpr", "one": "constexpr", "sixteens": "i32:16",
+                              "odd": "i32", "free": "i32", "number": "fp32", "SIZE": "constexpr"}
+    assert list(case.signature) == case.kernel.arg_names and case.kernel is probe
+    assert list(case.constexprs.items()) == [("SIZE", 8), ("absent", None), ("one", 1)]
+    assert case[4:] == (2, 4, {"maxnreg": 64}) and launch.options["num_warps"] == 2
 
 
 @pytest.mark.parametrize("noun", _aot.NOUNS)
@@ -166,10 +184,3 @@ def test_spills_stack_and_too_much_shared_memory_are_complaints():
     assert "8 bytes spilled" in good._replace(spills=8).complaint()
     assert "16 bytes of stack" in good._replace(stack=16).complaint()
     assert "over 101376" in good._replace(arch=120).complaint()
-
-
-@pytest.mark.parametrize("op", LAUNCHERS)
-def test_a_launcher_has_the_name_and_the_arguments_of_its_op(op):
-    function, schema = load(LAUNCHERS[op]), getattr(torch.ops.dflash, op).default._schema
-    assert function.__name__ == op
-    assert list(inspect.signature(function).parameters) == [a.name for a in schema.arguments]

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.cost import linear_bytes
 from dflash_kernels import reference
 from dflash_kernels._triton import linear as triton_linear
-from dflash_kernels.ops import linear as op
 from dflash_kernels.testing import assert_within_budget, doubles, same_bits
 from tests.support.launches import launches
 
@@ -96,7 +96,7 @@ def test_b5_how_far_k_is_shared_out_follows_the_rows(rows, on_chip):
             triton_linear.linear(x, w, None, None, n, out)
             chunks = triton_linear.shared(rows, n, k, 2, 2, x.device)
             assert noted[-1 - (chunks > 0)] == ("linear_kernel", noted[-1 - (chunks > 0)][1][:2] + (max(chunks, 1),))
-            moved += op.bytes(rows, n, k, 2, chunks=chunks) - op.bytes(rows, n, k, 2)
+            moved += linear_bytes(rows, n, k, 2, chunks=chunks) - linear_bytes(rows, n, k, 2)
     programs = sum(math.prod(grid) for kernel, grid in noted if kernel == "linear_kernel")
     assert (len(noted), programs, round(moved / 1e6)) == LAYERS[rows]
 

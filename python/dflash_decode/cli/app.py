@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..choices import NONE
 from .options import (
     BlockSize,
     By,
@@ -96,7 +97,7 @@ def generate(
     text = read_prompt(prompt)
     from ..checkpoint import drafter_of
 
-    if drafter_of(model, draft) == "none" and block_size is not None:
+    if drafter_of(model, draft) == NONE and block_size is not None:
         raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
     check_device(device)

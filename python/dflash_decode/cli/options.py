@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..choices import DraftersWeights, Rule, SampleFrom, Weights
 from ..dtypes import dtype_name
 from .streams import UsageError, reason
 
@@ -15,27 +16,6 @@ from .streams import UsageError, reason
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
-
-
-class SampleFrom(str, Enum):
-    greedy = "greedy"
-    request = "request"
-
-
-class Rule(str, Enum):
-    token = "token"
-    block = "block"
-
-
-class Weights(str, Enum):
-    model = "model"
-    int8 = "int8"
-
-
-class DraftersWeights(str, Enum):
-    auto = "auto"
-    int8 = "int8"
-    model = "model"
 
 
 def read_dtype(text: str) -> str:

@@ -12,8 +12,9 @@ from rich.markup import escape
 from dflash_kernels import build_info
 
 from .. import lossless
+from ..choices import RANDOM, SampleFrom
 from ..sampling import SamplingParams
-from ..session import RANDOM, Run, Session
+from ..session import Run, Session
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -90,7 +91,7 @@ def print_answer(session: Session, prompt: list[int], run: Run, baseline: Run | 
         line("baseline tokens/s", f"{baseline.tokens_per_s:.1f}")
         line("ratio", f"{run.tokens_per_s / baseline.tokens_per_s:.2f}")
         same = _identical(session, prompt, answer, baseline.answers[0], drawn)
-        if drawn and sample_from == "request" and not same.startswith("[green]"):
+        if drawn and sample_from == SampleFrom.request and not same.startswith("[green]"):
             same += " (drafts were drawn: the distribution is the same, the text need not be)"
         line(f"identical to baseline {'sampling of this seed' if drawn else 'decoding'}", same)
 
@@ -134,7 +135,7 @@ def header(session: Session, **options) -> dict:
     return {
         "kind": "decode", "model": session.model, "draft": Path(session.draft).name, "block_size": session.block_size,
         "weights": session.weights, "draft_int8": session.drafter is not None and session.drafter.int8,
-        "adapts": session.adapts and options.get("sample_from") != "request",  # drawn drafts fill whole blocks
+        "adapts": session.adapts and options.get("sample_from") != SampleFrom.request,  # drawn drafts fill whole blocks
         "dtype": str(session.target.dtype).removeprefix("torch."), **options,
         "cpu": info["cpu"], "threads": torch.get_num_threads(), "isa": info["isa"],
         "versions": {"dflash-kernels": info["version"], "torch": info["torch"], "python": info["python"]},

@@ -1,0 +1,7 @@
+"""Numbers that the ops, the reference and the Triton kernels share. The C++ sources have the same under the same names;
+tests/kernels/test_constants.py compares them."""
+
+GREEDY = 1e-5  # temperatures below are 0
+SAMPLE, ACCEPT, DRAFT = 0, 1, 2  # purposes of a random number
+SAMPLE_CHUNK = 1024  # tokens of the vocabulary that share a partial sum
+CHUNK_SUMS, ROW_STATS = 4, 16  # float32 in verify_sample's workspace for a chunk, and for a row beside its chunks
