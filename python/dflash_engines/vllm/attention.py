@@ -42,7 +42,8 @@ def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=
     from .attention_backend import DFlashAttentionBackend
 
     reasons = DFlashAttentionBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
-    LOG.info("dflash-kernels: attention: %s for this model", f"left, {', '.join(reasons)}" if reasons else "in use")
+    LOG.info("dflash-kernels: attention: %s",
+             f"not active for this model, {', '.join(reasons)}" if reasons else "active for this model")
     return LEFT if reasons else CLASS
 
 
