@@ -1,6 +1,6 @@
 """The command `dflash-kernels`: info and generate, and the commands that other packages register.
 
-Exit codes: 0, 2 for a command that was written wrongly, 130 after Ctrl-C, 1 for everything else.
+Exit codes: 0 for success, 2 for wrong arguments, 130 after Ctrl-C, 1 for every other error.
 """
 
 import json
@@ -42,7 +42,7 @@ from .options import (
 from .streams import describe, drop_output, end, prepare
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="DFlash speculative decoding with kernels of its own.")
+                  help="DFlash speculative decoding with fused kernels.")
 for command in entry_points(group="dflash_kernels.commands"):
     app.add_typer(command.load(), name=command.name)
 
@@ -66,7 +66,7 @@ def options(version: Annotated[bool, typer.Option("--version", callback=show_ver
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
-    """Versions, what is built, which instruction set runs, what is missing and how to get it."""
+    """Show versions, built kernels, the instruction set in use, and missing parts with their install commands."""
     from . import report
 
     found = report.facts()
@@ -78,7 +78,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What the user says; '-' reads it from standard input.")],
+    prompt: Annotated[str, typer.Option(help="The user's message; '-' reads standard input.")],
     model: Model = "smollm2",
     draft: Draft = "auto",
     weights: ModelWeights = Weights.model,
@@ -95,11 +95,11 @@ def generate(
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also decode without a drafter, and compare.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run baseline decoding, and compare.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt, streamed, and say how fast."""
+    """Answer one prompt, streamed, and report the speed."""
     text = read_prompt(prompt)
     from ..checkpoint import drafter_of
 
@@ -137,7 +137,7 @@ def generate(
             report.write("\n")  # what follows, an error or the shell's prompt, starts a line
     baseline = None
     if compare:
-        with report.status("decoding without a drafter, to compare"):
+        with report.status("baseline decoding, for comparison"):
             baseline = session.run([ids], max_new_tokens=max_new_tokens, speculative=False, **how)
     if as_json:
         value = report.answer_json(session, run, baseline, "".join(pieces))
@@ -149,7 +149,7 @@ def generate(
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of the command; an error is one line on standard error."""
+    """Runs the command and returns its exit code. An error prints one line on standard error."""
     debug = "--debug" in arguments
     try:
         code = app(arguments, prog_name="dflash-kernels", standalone_mode=False)
