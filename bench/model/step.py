@@ -1,16 +1,16 @@
-"""What a DFlash step would take on another machine: every byte, product, message and launch of it, priced.
+"""Model of the time of a DFlash step on another machine, from its bytes, products, messages and launches.
 
-A step is a draft and a verify pass, one after the other. A part takes the longer of its bytes over the bandwidth and
-its arithmetic over the matrix rate; tensor parallelism divides both and adds two all-reduces a layer; every layer adds
-the gaps between its kernels. A step commits the acceptance length: tokens/s = batch x acceptance length / step.
+A step is a draft pass followed by a verify pass. Each part takes the longer of two times: its bytes over the bandwidth,
+and its arithmetic over the matrix rate. Tensor parallelism divides both and adds two all-reduces per layer. Every layer
+adds the gaps between its kernels. A step commits the acceptance length: tokens/s = batch x acceptance length / step.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 # Launches of ours, as tests/bench/test_step_model.py counts them for Qwen3-8B: a layer's two norms, q/k norm and RoPE,
-# activation, attention and the merging of its spans, four products, and for three of them the sum of K's chunks. Beside
-# the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
+# activation, attention and the combination of its splits, four products, and for three of them the sum of K's chunks.
+# Outside the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
 KERNELS_A_LAYER, KERNELS_A_PASS, KERNELS_OF_DRAFTING = 13, 6, 11
 
 
