@@ -1,7 +1,7 @@
-"""What a model or a drafter is called: a path, or the name of one that a pip package brings.
+"""Finds models and drafters by path, or by the name that an installed package provides.
 
-A package registers its drafter in the entry-point group "dflash.drafters": the target's name, and a function that gives
-the drafter's directory.
+A package registers its drafter in the entry-point group "dflash.drafters", with the target's name and a function that
+returns the drafter's directory.
 """
 
 import importlib.util
@@ -18,8 +18,8 @@ _READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transf
 
 
 def find_model(path: str | os.PathLike) -> Path:
-    """The directory or GGUF file that `path` means; CheckpointNotFound when there is none, CheckpointError when it is
-    something else."""
+    """The directory or GGUF file of `path`. Raises CheckpointNotFound if there is none, and CheckpointError if it is
+    anything else."""
     if str(path) in KNOWN:
         return _packaged(str(path))
     try:
@@ -48,14 +48,14 @@ def _not_found(path: str) -> CheckpointNotFound:
 
 
 def _refuse_odd_files(folder: Path) -> None:
-    """Raises CheckpointError for a pipe or a device in a model's directory: whoever reads it may wait for ever."""
+    """Raises CheckpointError for a pipe or a device in a model's directory, because a reader could wait forever."""
     for file in sorted(folder.iterdir()):
         if file.suffix in _READ and file.exists() and not file.is_dir():
             regular(file)
 
 
 def drafter_of(model: str, draft: str = AUTO) -> str:
-    """What `draft` means for `model`: itself, or for "auto" the directory of an installed drafter for it, or "none"."""
+    """The drafter for `model`: `draft` itself, or for "auto" the directory of an installed drafter, or "none"."""
     if draft != AUTO:
         return draft
     found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
