@@ -1,1 +1,1 @@
-"""DFlash speculative decoding, as a thin loop over the public ops of dflash_kernels."""
+"""DFlash speculative decoding: a thin loop over the public ops of dflash_kernels."""

@@ -1,4 +1,4 @@
-"""What users have for a prompt, text, messages or token ids, as token ids."""
+"""Converts prompts (text, messages or token ids) to token ids."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +13,7 @@ _ONE_BY_ONE = "give each prompt's ids by itself, in a list and without padding"
 
 
 def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> list[int]:
-    """The token ids of one prompt. Errors begin with `what`, which names it."""
+    """The token ids of one prompt. Error messages begin with `what`, its name."""
     if isinstance(prompt, str):
         return _of_text(tokenizer, prompt, what)
     if isinstance(prompt, Mapping) and "input_ids" in prompt:  # what a tokenizer of transformers answers
@@ -28,7 +28,7 @@ def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> 
 
 
 def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: object, what: str) -> list[list[int]]:
-    """The token ids of several prompts, or of the one that is given in the place of a list."""
+    """The token ids of several prompts, or of a single prompt in place of a list."""
     if is_single(prompts):
         return [read_prompt(tokenizer, vocab, prompts, f"{what}: prompt 1")]
     if getattr(prompts, "ndim", 1) != 1:  # rows of one length: what is padding is not to be seen
@@ -47,7 +47,7 @@ def _kind(value: object) -> str:
 
 
 def is_single(prompts: object) -> bool:
-    """Whether it is one prompt: a text, a message or several, token ids. An empty list is no prompt."""
+    """Whether the value is one prompt: a text, a message or several, or token ids. An empty list is no prompt."""
     if isinstance(prompts, (str, Mapping)):
         return True
     if isinstance(prompts, torch.Tensor) or hasattr(prompts, "__array__"):
@@ -87,7 +87,7 @@ def _encoded(what: str, prompt: object, encode: Callable[[], list[int]]) -> list
 
 
 def _unpadded(encoded: Mapping, what: str) -> object:
-    """The ids of a tokenizer's answer. Padding would be part of the prompt."""
+    """The ids of a tokenizer's result without padding, which would become part of the prompt."""
     ids, mask = encoded["input_ids"], encoded.get("attention_mask")
     if isinstance(ids, Sequence) and len(ids) > 1 and any(is_token_list(row) for row in ids):
         raise ValueError(f"{what}: input_ids must be of one prompt; got a batch of {len(ids)}: {_ONE_BY_ONE}")
