@@ -2,7 +2,7 @@
 
     python -m bench.ops [linear] [attention] [memory] [sample] [small] [draft] [step] [whole] [--runs N] [--json OUT]
 
-A file is written after each case, whole or not at all. Also `dflash-kernels bench ops`.
+A file is written atomically after each case. `dflash-kernels bench ops` runs the same.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 class Kept:
-    """A file of rows, which has each as soon as it is kept."""
+    """A file of rows, written whenever a row is added."""
 
     def __init__(self, file: Path, head: dict, names: list[str], options: argparse.Namespace):
         words = ["python -m bench.ops", *names, f"--runs {options.runs} --device {options.device}"]
@@ -65,7 +65,8 @@ class Kept:
             self.result |= {"rows": before["rows"], "command": "; ".join(commands)}
 
     def keep(self, row: dict) -> None:
-        """In the place of the same case's row, if there is one. It says its commit: others may be of an earlier one."""
+        """Adds a row, or replaces the row of the same case. Each row has its commit, because rows can be of different
+        ones."""
         row = {**row, "commit": self.result["header"].get("commit")}
         others = [r for r in self.result["rows"] if (r["op"], r["case"]) != (row["op"], row["case"])]
         self.result["rows"] = [*others, row]

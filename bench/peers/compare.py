@@ -1,11 +1,11 @@
-"""The same prompts and the same drafter through other people's loops and ours, greedy.
+"""Compares other projects' loops with ours on the same prompts and the same drafter, greedy.
 
     python -m bench.peers --prompts FILE... [--draft DIR] [--limit N] [--only ours,dflash,...] [--json OUT]
 
-Each peer is a process in an environment of its own, loaded and warmed up before anything is timed, and idle while
-another answers. In every round, task by task, each answers the same prompts in turn, in the opposite order the next
-time: what slows the machine down slows all of them alike. A rate is the median of the rounds. After the rounds each
-answers the first prompt of each task once more, with its passes timed: a step by part.
+Each peer is a process in its own environment. It is loaded and warmed up before anything is timed, and idle while
+another answers. In every round each peer answers the same prompts task by task, in the opposite order the next time, so
+that anything that slows the machine slows all alike. A rate is the median of the rounds. After the rounds each peer
+answers the first prompt of each task once more with its passes timed, which gives the parts of a step.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WIDE = 150  # columns of the table, also where the output is a file
 
 @dataclass(frozen=True)
 class Unit:
-    """What is asked in one go: the prompts of a task one by one, or prompts of all tasks at once."""
+    """One unit of questions: the prompts of a task in sequence, or concurrent prompts of all tasks."""
 
     task: str
     prompts: list[list[int]]
@@ -50,7 +50,7 @@ class Unit:
 
 
 def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
-    """One unit a task with the first `limit` prompts of each file; for each number at once, a unit with as many
+    """One unit per task with the first `limit` prompts of each file; for each higher concurrency a unit with as many
     prompts, the first ones of every file."""
     tasks: dict[str, list[list[int]]] = {}
     for file in options.prompts:
@@ -65,7 +65,7 @@ def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
 
 
 def forms(model: str, draft: str | None, needed: set[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What each kind of reader is given for the model, and for the drafter."""
+    """The model and the drafter in the form that each kind of reader takes."""
     where, found = find_model(model), {"model": model}
     if where.suffix == ".gguf":
         found["gguf"] = str(where)
@@ -87,7 +87,7 @@ def block_size(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace) -> str:
-    """What repeats it, without the folders of this machine."""
+    """The command that repeats the run, without this machine's folders."""
     def words(name, values):
         return [f"--{name}", *map(str, values)] if values else []
 
@@ -103,7 +103,7 @@ def command(options: argparse.Namespace) -> str:
 
 @dataclass
 class Measurement:
-    """Peers that run, what they found so far, and why others are missing."""
+    """The running peers, their results so far, and the reasons for missing peers."""
 
     options: argparse.Namespace
     header: dict
@@ -172,7 +172,7 @@ class Measurement:
 
 @dataclass
 class _Surviving:
-    """A peer that fails is missing from then on, with the reason; the others go on."""
+    """Continues after a peer fails: it is missing from then on, with the reason."""
 
     measurement: Measurement
     turn: peers.Turn

@@ -105,7 +105,7 @@ def row(key: Key, rounds: list[Round], baseline: list[list[int]] | None) -> dict
     same = None
     if baseline is not None and reply.tokens is not None:
         same = sum(a == b for a, b in zip(reply.tokens, baseline, strict=True))
-    one = key.concurrency == 1  # of many concurrently the prompts' passes stand between the others' steps
+    one = key.concurrency == 1  # else prefills of some requests run between the steps of others
     passes = [r.steps or r.decoded for r in rounds]
     timed = [(r, n) for r, n in zip(rounds, passes, strict=True) if one and n and r.decode_seconds > 0]
     return {

@@ -27,7 +27,7 @@ class Difference:
 
     def __str__(self) -> str:
         margin = "one text is a prefix of the other" if self.margin is None else f"logit margin {self.margin:.3g}"
-        return f"token {self.index}: plain {self.baseline}, speculative {self.speculative} ({margin})"
+        return f"token {self.index}: baseline {self.baseline}, speculative {self.speculative} ({margin})"
 
 
 def first_index(one: Sequence[int], other: Sequence[int]) -> int | None:
