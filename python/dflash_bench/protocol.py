@@ -70,7 +70,7 @@ class Journal:
     """
 
     def __init__(self, file: Path, about: dict):
-        """Raises CheckpointError where the file is no journal, or that of another measurement."""
+        """Raises CheckpointError if the file is no journal, or that of another measurement."""
         self.file = file
         found = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         if found and not found[-1].endswith(b"\n"):
@@ -143,7 +143,7 @@ class Stage:
 
 def measure(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[int], journal: Journal,
             on_change: Callable[[Stage], None] = lambda stage: None) -> None:
-    """Answers what the journal does not have yet, task by task at one concurrency after the other."""
+    """Decodes the prompts that the journal lacks, task by task and one concurrency after another."""
     tasks = by_task(prompts)
     for concurrency in concurrencies:
         for task, rows in tasks.items():
@@ -177,7 +177,7 @@ def _run(answerer: Answerer, left: list[Prompt], stage: Stage, journal: Journal,
 
 
 def figures(journal: Journal, prompts: Sequence[Prompt], concurrencies: Sequence[int]) -> list[dict]:
-    """A row for each concurrency and task of which a prompt is finished."""
+    """A row for each concurrency and task with a finished prompt."""
     found = []
     for concurrency in concurrencies:
         for task, rows in by_task(prompts).items():

@@ -1,9 +1,9 @@
-"""What ptxas says of the CUDA C++ kernels: registers, spills and shared memory on every architecture, without a GPU.
+"""Reports ptxas' registers, spills and shared memory of the CUDA C++ kernels on every architecture, without a GPU.
 
     python -m tools.aot.ptxas FOLDER     writes the table of every kernel there
 
-Sources are compiled with setup.py's own flags. A report is kept in build/aot under a hash of everything that it depends
-on, so that the second run compiles nothing.
+Sources are compiled with the flags of setup.py. A report is kept in build/aot under a hash of everything that it
+depends on, so the second run compiles nothing.
 """
 
 import hashlib

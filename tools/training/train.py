@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
 
 
 def collect_texts(args: argparse.Namespace, target: Target, tokenizer: Tokenizer) -> list[dict]:
-    """The conversations of --answers, and those that the target writes until --write-minutes are over."""
+    """The conversations of --answers, and those that the target writes within --write-minutes."""
     found = [row for file in args.answers for row in texts.read_jsonl(file)]
     kept = args.work / "texts.jsonl"
     if kept.is_file():
