@@ -197,7 +197,7 @@ def measured(case: Case, runs: int, device: str, limit: ReadBandwidth | CopyBand
     try:
         case.check(settled(case.run(0)))
         return timed(case, runs, device, limit)
-    except AssertionError as error:  # told at the end: the other cases are worth their time
+    except AssertionError as error:  # reported at the end, after the other cases
         return {"op": case.op, "case": case.case, "wrong": first_line(error)}
     except Exception as error:
         if device == "cpu":

@@ -182,12 +182,12 @@ def command(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("serve", "trace", "alone"))
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each way, alternating")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes minutes at every start")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile, which takes minutes at every start")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=900)
-    parser.add_argument("--note", default="", help="what a reader of the figures must know, such as a busy machine")
+    parser.add_argument("--note", default="", help="a note for readers of the results, such as a busy machine")
     parser.add_argument("--json", type=output, default=results_folder() / "engine-vllm.json")
     options = parser.parse_args()
     if not PYTHON.is_file():

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, choices=range(1, 9), metavar="1-8")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, default=2000)
-    parser.add_argument("--block", type=int, help="the drafter's if not given")
+    parser.add_argument("--block", type=int, help="tokens per block; by default the drafter's")
     parser.add_argument("--acceptance", type=float)
     parser.add_argument("--histogram", type=Path, help="a result of `dflash-kernels bench decode`")
     options = parser.parse_args()

@@ -145,7 +145,7 @@ class Measurement:
         first = running.ask(Question(unit.prompts, 1)).seconds if unit.concurrency == 1 else 0.0
         reply = running.ask(Question(unit.prompts, most, unit.concurrency))
         self.rows.add(Key(turn.peer.name, turn.mode, turn.threads, unit.concurrency, unit.task), reply, first)
-        OUT.print(f"round {round_}, {unit.task}, {unit.concurrency} concurrent: {turn}: "
+        OUT.print(f"round {round_}, {unit.task}, concurrency {unit.concurrency}: {turn}: "
                   f"{sum(reply.counts) / reply.seconds:.1f} tokens/s", markup=False)
 
     def watch(self, units: list[Unit]) -> Iterator[None]:
@@ -256,19 +256,20 @@ def parsed() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help='JSON lines: {"task", "id", "turns"}')
-    parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the model's that comes with the "
-                                                        "package; none: baseline decoding only")
+    parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the installed one for the "
+                                                        "model; none: baseline decoding only")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--limit", type=int, help="the first N prompts of each file, where they are asked one by one")
+    parser.add_argument("--limit", type=int, help="the first N prompts of each file, at concurrency 1")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32], help="above 1 only who has batches")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32],
+                        help="values above 1 apply to peers that batch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--block-size", type=int, help="the drafter's if not given")
+    parser.add_argument("--block-size", type=int, help="tokens per block; by default the drafter's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", type=chosen, default=names, metavar="NAME,...",
-                        help=f"of {','.join(names)}; ours is always there")
+                        help=f"of {','.join(names)}; ours is always included")
     parser.add_argument("--dtype", choices=[BFLOAT16, "float32"], default=BFLOAT16,
-                        help="float32 has no near ties, so texts and acceptance can be compared; it is slow")
+                        help="float32 has no near ties, so outputs and acceptance can be compared; it is slow")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")
     parser.add_argument("--json", type=output, help="written after every answer, so that an interrupted run keeps its "
                                                   "rows; default bench/results/<device>/peers.json, "

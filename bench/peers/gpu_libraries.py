@@ -34,7 +34,7 @@ def flex(p):
 
     context, width = p.context, p.width
     if not p.headline:
-        raise Absent("it compiles for every shape, so it is timed in the headline cases alone")
+        raise Absent("it compiles for every shape, so it is timed only in the headline cases")
     mask = create_block_mask(lambda b, h, q, k: k <= q + context, None, None, width, context + width,
                              device=p.gathered[0][0].device)
     attend = torch.compile(flex_attention, dynamic=False)

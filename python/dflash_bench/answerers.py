@@ -181,7 +181,7 @@ class Server:
                     answered = talk.answer(reply.text, Turn(
                         reply.tokens, round(time.perf_counter() - talk.began, 4), reply.finish, reply.prompt_tokens))
                     found.put((reply.tokens, answered))
-        except BaseException as error:  # whoever waits for this thread's news is told
+        except BaseException as error:  # wakes the thread that waits for this one's results
             found.put(error)
 
     def _ask(self, talk: _Talk, messages: list[dict], stop: threading.Event) -> Reply:

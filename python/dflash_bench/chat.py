@@ -142,7 +142,7 @@ class _Exchange:
             self.socket = self.connection.sock  # http.client lets go of it before the response is read
             with self.server._lock:
                 if self.server._closed:
-                    raise Dropped(f"{self.what}: broken off")
+                    raise Dropped(f"{self.what}: aborted")
                 self.server._open.add(self.socket)
             self.connection.request(*self.request)
             response = self.connection.getresponse()

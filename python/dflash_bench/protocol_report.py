@@ -55,7 +55,7 @@ def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[i
         rows = figures(journal, prompts, concurrencies)
         finished = sum(row["prompts"] for row in rows)
         if finished < wanted:
-            report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command goes on with "
+            report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command continues with "
                           "the rest")
         elif json_out is not None:
             names = {key: Path(about[key]).name for key in ("model", "draft")  # folders are a machine's own

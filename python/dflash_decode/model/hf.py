@@ -130,7 +130,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if sliding_window is None and attention_mask is not None and int(attention_mask) < now.target.max_context:
-        raise NotImplementedError(f"HFTarget: a window of {int(attention_mask)} that is in the mask alone is not "
+        raise NotImplementedError(f"HFTarget: a window of {int(attention_mask)} given only in the mask is not "
                                   "supported")
     window = (-1, -1) if sliding_window is None else (int(sliding_window) - 1, -1)
     return now.attend(module.layer_idx, query, key, value, scaling=scaling, window=window, sinks=s_aux,
@@ -151,13 +151,13 @@ def refuse_model(model) -> None:
     if why := _layers_apart(config):
         raise NotImplementedError(f"HFTarget: {name} {why}")
     if not model._can_set_attn_implementation():
-        raise NotImplementedError(f"HFTarget: {name} does not take its attention from transformers' attention "
+        raise NotImplementedError(f"HFTarget: {name} does not use transformers' attention "
                                   "interface")
     # A class may be of hybrids and this model have attention alone: a state comes with a short convolution, or all
     # layers have one.
     if getattr(model, "_is_stateful", False) and (not getattr(config, "layer_types", None) or any(
             module.endswith("conv1d") for module, _ in model.named_modules())):
-        raise NotImplementedError(f"HFTarget: {name} keeps a state beside its keys and values, which has no pages")
+        raise NotImplementedError(f"HFTarget: {name} keeps state other than keys and values, which has no pages")
     if any(getattr(module, "is_causal", None) is False for module in model.get_decoder().modules()):
         raise NotImplementedError(f"HFTarget: {name} does not attend causally, as its config makes it an encoder")
 

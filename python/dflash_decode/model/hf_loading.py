@@ -35,7 +35,7 @@ def _read_config(folder: Path):
     kind = read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"model_type {shown(kind)} is unknown to transformers {transformers.__version__}; a "
-                              "newer one may know it")
+                              "newer version may support it")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:

@@ -138,7 +138,7 @@ class DFlashAttention(AttentionImpl[DFlashMetadata]):
                  kv_cache_dtype="auto", logits_soft_cap=None, attn_type=AttentionType.DECODER,
                  kv_sharing_target_layer_name=None, sinks=None):
         if alibi_slopes is not None or sliding_window is not None or kv_sharing_target_layer_name is not None:
-            raise NotImplementedError(f"{NAME}: no ALiBi slopes, windows or shared caches")
+            raise NotImplementedError(f"{NAME}: ALiBi slopes, windows and shared caches are not supported")
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads or num_heads
         self.scale, self.softcap, self.sinks = float(scale), float(logits_soft_cap or 0), sinks
         self.kv_cache_dtype, self.attn_type = kv_cache_dtype, attn_type
@@ -157,7 +157,7 @@ class DFlashAttention(AttentionImpl[DFlashMetadata]):
                 output_block_scale=None):
         """query (T, Hq, D), key and value (T, Hkv, D): B requests' blocks in sequence. T can be padded."""
         if output_scale is not None or output_block_scale is not None:  # in the pass that measures memory already
-            raise NotImplementedError(f"{NAME}: no quantised outputs")
+            raise NotImplementedError(f"{NAME}: quantised outputs are not supported")
         if attn_metadata is None:  # the engine measures memory; there is no cache yet
             return output
         _attend(self, query, key, value, kv_cache, attn_metadata, output)

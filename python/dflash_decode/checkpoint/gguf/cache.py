@@ -70,7 +70,7 @@ def keep(path: Path, entry: Path | None, tensors: Mapping[str, torch.Tensor], te
                 _write(path, entry, tensors, texts)
                 _remove_stale(entry.parent)
     except (OSError, SafetensorError) as error:
-        warn(f"{path}: the next start converts this file again, as its converted form cannot be kept"
+        warn(f"{path}: the next start converts this file again, because its converted form cannot be cached"
              f"{f' in {entry.parent}' if entry else ''}: {brief(error)}")
 
 

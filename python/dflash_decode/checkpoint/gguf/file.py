@@ -56,7 +56,7 @@ def _keep(path: Path, entry: Path, config: dict, tensors: dict, reader) -> None:
 
     try:
         files = tokenizer_files(path, reader)
-    except CheckpointError:  # whoever asks for the tokenizer is told; the weights are good
+    except CheckpointError:  # loading the tokenizer reports it; the weights are good
         return
     keep(path, entry, tensors, files | {"config.json": json.dumps(config, indent=1)})
 
