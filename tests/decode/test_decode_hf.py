@@ -144,7 +144,7 @@ def test_what_the_pages_cannot_hold_or_hide_is_refused(name, changes, match):
     "gemma4_text": "has layers with keys of several shapes",
     "llama4": "attends in chunks of 8192 tokens",
     "mllama": "has layers that attend to images alone",
-    "xlstm": "keeps state other than its keys and values",
+    "xlstm": "keeps state other than keys and values",
     "falcon": "does not use transformers' attention interface",
     "bert": "does not attend causally, as its config makes it an encoder",
     "llava": "model_type 'llava' is a multimodal model, with vision_config; a target must be a causal language model",
