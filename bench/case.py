@@ -1,4 +1,4 @@
-"""What a benchmark is made of: cases, checked before they are timed, and rows that tell how far the limit is."""
+"""Benchmark cases, which are checked before they are timed, and the rows of their results."""
 
 import functools
 import os
@@ -24,10 +24,10 @@ FOOTPRINT = 192 << 20  # bytes that the copies of a case's inputs take together,
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a benchmark's shapes are chosen by: the device, and whether they are tiny, to see that everything runs.
-    peers: whether other ways to do the same are timed too.
+    """Selects a benchmark's shapes: by device, and tiny ones to check that everything runs. peers: whether peers are
+    timed.
 
-    Tiny cases are float16, because tiny is for the interpreter too, which computes bfloat16 wrongly.
+    Tiny cases are float16, because they also run in the interpreter, which computes bfloat16 wrongly.
     """
 
     device: str = "cpu"
@@ -44,26 +44,27 @@ class Sizes:
 
     @property
     def matrix(self) -> int:
-        """Rows of the matrices whose product is the matrix rate."""
+        """The number of rows of the matrices that measure the matrix rate."""
         return 64 if self.tiny else 2048 if self.device == "cpu" else 8192
 
     @property
     def buffer(self) -> int:
-        """Megabytes of the buffer whose reading or copying is the limit."""
+        """Megabytes of the buffer that measures the bandwidth limit."""
         return 1 if self.tiny else 256 if self.device == "cpu" else 512
 
     def random(self, *shape) -> torch.Tensor:
         return torch.randn(shape).to(self.dtype)
 
     def copies_of(self, nbytes: int) -> int:
-        """How many copies of nbytes-large inputs to rotate over."""
+        """The number of copies to rotate over, for inputs of nbytes."""
         return 2 if self.tiny else max(3, min(FOOTPRINT // nbytes, 256))
 
     def peers_of(self, op: str, problem) -> dict[str, Callable[[int], object] | str]:
-        """The problem's own expression in torch, as it is and compiled, and on a GPU what bench/peers has for the op.
+        """The problem's own expression in torch, eager and compiled, and on a GPU the op's peers of bench/peers.
 
-        problem.expression(*problem.args(i)): the expression; or problem.whole, which writes its result to where
-        problem.written() finds it."""
+        problem.expression(*problem.args(i)) is the expression; or problem.whole, which writes its result to where
+        problem.written() finds it.
+        """
         if not self.peers:
             return {}
         whole, written = getattr(problem, "whole", problem.expression), getattr(problem, "written", None)
@@ -90,19 +91,19 @@ def device_name(device: str = "cpu") -> str:
 
 
 def results_folder(device: str = "cpu") -> Path:
-    """Where this machine's results are kept."""
+    """The folder of this machine's results."""
     return RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
 
 
 def settled(result) -> tuple:
-    """The tensors of a result: one, several, or a function that gets them."""
+    """The tensors of a result: one, several, or those of a function that returns them."""
     result = result() if callable(result) else result
     return result if isinstance(result, tuple) else (result,)
 
 
 def agreeing(truth: Callable[[], tuple], like: Callable[[], tuple] | None = None) -> Callable[[tuple], None]:
-    """A check: integers are equal to the truth's, floats within the error budget that like, the same work written in
-    torch in the same dtype, gives them."""
+    """A check. Integers must equal the truth; floats must stay within the error budget of `like`, the same work written
+    in torch in the same dtype."""
     wanted = functools.cache(lambda: (settled(truth()), settled(like()) if like else None))
 
     def check(got: tuple) -> None:
@@ -119,13 +120,14 @@ def agreeing(truth: Callable[[], tuple], like: Callable[[], tuple] | None = None
 
 @dataclass(frozen=True)
 class Case:
-    """run(i) and each peer(i) do the same work on copy i of the inputs, i < copies. check is given the settled results
-    of run(0) and of each peer(0), and raises AssertionError for a wrong one. A peer that is a text is absent: the text
-    says why.
+    """One case. run(i) and each peer(i) do the same work on copy i of the inputs, i < copies.
 
-    With more than one copy, our calls are recorded, one a copy, and timed as one replay: what is measured is the kernel
-    and its launch, as in a decoding step, not Python. On a GPU that goes for peers too; on a CPU they are called in a
-    expression loop.
+    check is given the settled results of run(0) and of each peer(0), and raises AssertionError for a wrong one. A peer
+    that is a text is absent, and the text says why.
+
+    With several copies our calls are recorded, one per copy, and timed as one replay. The time is that of the kernel
+    and its launch, as in a decoding step, without Python. On a GPU the same holds for peers; on a CPU peers are called
+    in a Python loop.
     """
 
     op: str
@@ -141,13 +143,13 @@ class Case:
 
 
 def packed_bytes(*records) -> int:
-    """Of every packed weight in some layers or a drafter."""
+    """The bytes of every packed weight in some layers or a drafter."""
     return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dflash_kernels.PackedWeight))
 
 
 def header(sizes: Sizes) -> dict:
-    """Where and with what rows were measured, and what the machine can do at most: copying, on a CPU also reading, in
-    GB/s, and torch's matrix product in TFLOP/s."""
+    """The machine and settings of the rows, and the machine's limits: copy bandwidth, on a CPU also read bandwidth, in
+    GB/s, and the rate of torch's matrix product in TFLOP/s."""
     device = sizes.device
     info = dflash_kernels.build_info()
     where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit(), **limits(sizes)}
@@ -176,9 +178,11 @@ def limits(sizes: Sizes) -> dict[str, float]:
 
 def measure(cases: Iterable[Case], runs: int, sizes: Sizes, keep: Callable[[dict], None] = lambda row: None
             ) -> list[dict]:
-    """One row a case, without times where our own result is wrong. The limit, a CPU's read bandwidth or a GPU's copy
-    bandwidth, is measured between the calls of the case itself. keep is given each row as soon as there is one: whoever
-    ends the process then loses the case that is being measured, and no other."""
+    """One row per case, without times if our own result is wrong.
+
+    The limit, a CPU's read bandwidth or a GPU's copy bandwidth, is measured between the calls of the case. keep is
+    given each row as soon as it exists, so that an interruption loses only the case in progress.
+    """
     on_cpu = sizes.device == "cpu"
     rows, limit = [], ReadBandwidth(sizes.buffer) if on_cpu else CopyBandwidth(sizes.device, sizes.buffer)
     for case in cases:
@@ -193,7 +197,7 @@ def measured(case: Case, runs: int, device: str, limit: ReadBandwidth | CopyBand
     try:
         case.check(settled(case.run(0)))
         return timed(case, runs, device, limit)
-    except AssertionError as error:  # told at the end: the other cases are worth their time
+    except AssertionError as error:  # reported at the end, after the other cases
         return {"op": case.op, "case": case.case, "wrong": first_line(error)}
     except Exception as error:
         if device == "cpu":
@@ -220,7 +224,7 @@ def timed(case: Case, runs: int, device: str, limit: ReadBandwidth | CopyBandwid
 
 
 def affordable(functions: dict[str, Callable[[int], object]], runs: int) -> int:
-    """As many of the runs as SECONDS allow: some peers take a thousand times as long as we do."""
+    """The number of runs that fit in SECONDS: some peers take a thousand times as long as we do."""
     began = time.perf_counter()
     for function in functions.values():
         function(0)
@@ -228,13 +232,13 @@ def affordable(functions: dict[str, Callable[[int], object]], runs: int) -> int:
 
 
 class Unusable(Exception):
-    """Why a peer has no time in a row."""
+    """The reason that a peer has no time in a row."""
 
 
 def ready(case: Case, name: str, peer: Callable[[int], object] | str,
           device: str) -> tuple[Callable[[int], object], int]:
-    """The peer as it is timed, after its result is compared, and over how many copies of the inputs: all, or as many as
-    are not too slow. Whatever goes wrong in it is a line in the table: a peer must not end a benchmark of ours."""
+    """The peer ready to be timed, after its result is compared, and its number of copies: all, or as many as are not
+    too slow. Any failure becomes a line in the table, because a peer must not end a benchmark."""
     if isinstance(peer, str):
         raise Unusable(f"{name}: {peer}")
     where = f"in {case.op}, {case.case}"
@@ -259,7 +263,7 @@ def first_line(error: Exception) -> str:
 
 
 def over_copies(function, copies, count=None):
-    """call(run): the function on `count` of the copies, all if not given, going on where the run before ended."""
+    """call(run): the function on `count` copies, by default all, continuing where the previous run ended."""
     count = count or copies
 
     def call(run):
@@ -269,7 +273,7 @@ def over_copies(function, copies, count=None):
 
 
 def captured(function, device: str):
-    """A call whose launches are captured once and replayed, on a GPU: what is timed is the device."""
+    """A call whose launches are captured once and replayed, on a GPU, so that the device is timed."""
     graph = StepGraph(device)
     function(0)
     with graph.capture():
@@ -293,5 +297,5 @@ def line(row: dict) -> str:
 
 
 def footnotes(rows: list[dict]) -> list[str]:
-    """Why peers have no time, each reason once."""
+    """The reasons for missing peer times, each once."""
     return list(dict.fromkeys(why for row in rows for why in row.get("without", {}).values()))

@@ -1,4 +1,4 @@
-"""Decoding with a drafter beside baseline decoding, one request and many at a time, into bench/results/<device>/.
+"""Measures speculative and baseline decoding at several concurrencies, into bench/results/<device>/.
 
     python -m bench.evaluate PROMPTS.jsonl ... [--draft DIR] [--weights int8] [--limit N] [--max-new-tokens N]
                              [--concurrency N ...] [--temperature T ...]

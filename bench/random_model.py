@@ -1,5 +1,7 @@
-"""Targets and drafters of random weights in a real model's geometry, made where they are to lie: no checkpoint of
-16 GB has to travel to a machine for its steps to be timed there, and a tensor on "meta" has no memory at all."""
+"""Targets and drafters with random weights in a real model's geometry, made on the device that times them.
+
+No checkpoint of 16 GB has to be copied to a machine, and a tensor on "meta" takes no memory.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -12,7 +14,7 @@ from dflash_decode.model.native import NativeTarget
 
 
 class Tensors(Mapping):
-    """A checkpoint whose tensors are made when they are asked for, and not kept."""
+    """A checkpoint whose tensors are made on demand and not kept."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[..., torch.Tensor]):
         self.shapes, self.make = shapes, make
@@ -34,7 +36,7 @@ def random_on(device: torch.device | str, dtype: torch.dtype) -> Callable[..., t
 
 
 def layer_shapes(x: Layers, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Of a dense layer with norms of q and k, as Qwen3 has it."""
+    """The shapes of a dense layer with q and k norms, as in Qwen3."""
     q, kv = x.heads * x.head_dim, x.kv_heads * x.head_dim
     shapes = {"self_attn.q_proj": (q, x.hidden), "self_attn.k_proj": (kv, x.hidden), "self_attn.v_proj": (kv, x.hidden),
               "self_attn.o_proj": (x.hidden, q), "self_attn.q_norm": (x.head_dim,), "self_attn.k_norm": (x.head_dim,),
@@ -45,7 +47,7 @@ def layer_shapes(x: Layers, prefix: str) -> dict[str, tuple[int, ...]]:
 
 def random_target(g: Geometry, device: torch.device | str, dtype: torch.dtype, max_context: int,
                   layers: int | None = None) -> NativeTarget:
-    """layers: as many of them; all if None. max_context: positions that it can have."""
+    """layers: their number; by default all. max_context: the number of positions."""
     t, count = g.target, layers or g.target.layers
     config = {"model_type": "qwen3", "hidden_size": t.hidden, "num_attention_heads": t.heads,
               "num_key_value_heads": t.kv_heads, "head_dim": t.head_dim, "intermediate_size": t.mlp,

@@ -1,13 +1,13 @@
-"""Whether sampled text follows SmolLM2's distribution: one prompt's first tokens over many seeds, without a drafter and
-with a drafter.
+"""Tests whether sampled output follows SmolLM2's distribution: one prompt's first tokens over many seeds, with baseline
+and speculative decoding.
 
     python -m bench.sampling_distribution [--seeds N] [--temperature T] [--top-p P] [--batch B] [--prompt TEXT]
                                           [--no-write]
 
-Greedy drafts must give each seed baseline sampling's tokens, so their distribution is baseline sampling's. For that,
-and for drawn drafts by either rule, chi-square tests compare the first token, and the pairs of first two, with the
-exact distribution in float64, and all four tokens of drawn drafts with baseline sampling of other seeds.
-The prompt's K/V are shared by all texts of a batch. Writes bench/results/<device>/sampling_distribution.json.
+With greedy drafts each seed must give the tokens of baseline sampling, so both have one distribution. For it, and for
+sampled drafts under either rule, chi-square tests compare the first token and the pairs of the first two with the exact
+distribution in float64. All four tokens of sampled drafts are compared with baseline sampling of other seeds. The
+prompt's K/V are shared by all texts of a batch. Writes bench/results/<device>/sampling_distribution.json.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TOKENS, FIRSTS = (
 
 
 class Texts:
-    """Short texts that begin with one prompt, `batch` at a time, on pages of which the first holds the prompt."""
+    """Short texts that begin with one prompt, `batch` at a time, on pages that share the prompt."""
 
     def __init__(self, target, drafter, prompt, batch, tokens=TOKENS, width=TOKENS):
         self.target, self.drafter, self.prompt = target, drafter, list(prompt)
@@ -59,7 +59,7 @@ class Texts:
         return self.steps[key]
 
     def sample(self, sampling: SamplingParams, seeds, *, speculative=True, draw=False, rule="token"):
-        """The tokens (len(seeds), tokens) of each seed, and the drafts that each step accepted, first steps only."""
+        """The tokens (len(seeds), tokens) of each seed, and the drafts that each first step accepted."""
         texts, accepted = [], []
         for start in range(0, len(seeds), self.batch):
             some = seeds[start:start + self.batch]
@@ -108,7 +108,7 @@ class Texts:
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
-    """p-value, and degrees of freedom, of counts whose expectation is known; cells below 5 are put together."""
+    """p-value and degrees of freedom of counts with a known expectation; cells below 5 are pooled."""
     counts, expected = counts.double(), expected.double()
     if bool((counts[expected <= 0] > 0).any()):
         return 0.0, 0
@@ -120,8 +120,7 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int
 
 
 def two_samples(one: Counter, other: Counter) -> tuple[float, int]:
-    """p-value, and degrees of freedom, for two samples of one distribution; what came less than 10 times is put
-    together."""
+    """p-value and degrees of freedom for two samples of one distribution; values seen less than 10 times are pooled."""
     pairs = [(one[key], other[key]) for key in one | other]
     often = [pair for pair in pairs if sum(pair) >= 10]
     rest = [sum(side) for side in zip(*(pair for pair in pairs if sum(pair) < 10), strict=True)]
@@ -138,7 +137,7 @@ def _tail(statistic, freedom):
 
 
 def against_distribution(texts: Texts, found: torch.Tensor, sampling: SamplingParams) -> dict:
-    """p-values of the first token, and of the first two where the first is one of the most likely."""
+    """p-values of the first token, and of the first two where the first is among the most likely."""
     n, vocab = len(found), texts.target.vocab_size
     first = texts.distribution(sampling)[0]
     likely = first.topk(min(FIRSTS, int((first > 0).sum()), texts.batch)).indices
@@ -157,7 +156,7 @@ def figures(result: tuple[float, int]) -> dict:
 
 
 def measure(texts: Texts, sampling: SamplingParams, seeds: int) -> dict:
-    """Every way of decoding, with seeds of its own; greedy drafts with baseline sampling's."""
+    """Measures every way of decoding with seeds of its own; greedy drafts use those of baseline sampling."""
     started = time.perf_counter()
     baseline, _ = texts.sample(sampling, range(seeds), speculative=False)
     same, accepted = texts.sample(sampling, range(seeds))

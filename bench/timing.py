@@ -1,4 +1,4 @@
-"""Timing: interleaved, with the machine's own limit measured in the same run."""
+"""Interleaved timing, with the machine's limit measured in the same run."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from dflash_kernels._memory import place
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds for one call: median, 20th and 80th percentile of `runs` calls."""
+    """Seconds per call: median, 20th and 80th percentile of `runs` calls."""
 
     median: float
     p20: float
@@ -23,9 +23,10 @@ class Timing:
 
 def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30,
                 warmup: int = 3) -> dict[str, Timing]:
-    """Times each function(i) for i in range(runs), one call of each in turn, so that a noisy neighbour hits all alike.
+    """Times each function(i) for i in range(runs), one call of each in turn, so that noise on the machine affects all
+    alike.
 
-    Each is given the run's number, to rotate its inputs by.
+    i is the number of the run, to rotate the inputs by.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for name, function, i in _in_turn(functions, runs, warmup):
@@ -38,7 +39,7 @@ def interleaved(functions: Mapping[str, Callable[[int], object]], *, runs: int =
 def interleaved_cuda(functions: Mapping[str, Callable[[int], object]], *, runs: int = 30,
                      warmup: int = 3) -> dict[str, Timing]:
     """`interleaved` with the GPU's clock: events before and after each call on the current stream. The host runs ahead,
-    so what a call costs the host does not count while it costs less than the device."""
+    so its cost does not count while it is below the device's."""
     marks: dict[str, list[tuple]] = {name: [] for name in functions}
     for name, function, i in _in_turn(functions, runs, warmup):
         pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -51,7 +52,7 @@ def interleaved_cuda(functions: Mapping[str, Callable[[int], object]], *, runs: 
 
 
 def _in_turn(functions, runs, warmup):
-    """Warms up, then (name, function, run's number) of every call that is to be timed."""
+    """Warms up, then yields (name, function, number of the run) of every call to be timed."""
     for i in range(warmup):
         for function in functions.values():
             function(i)
@@ -67,9 +68,9 @@ def _summary(values: list[float]) -> Timing:
 
 
 class ReadBandwidth:
-    """Reads a buffer that no cache holds, in huge pages, with all of torch's threads, several streams each.
+    """Reads a buffer larger than every cache, in huge pages, with all of torch's threads and several streams each.
 
-    As a function for `interleaved`; gbps(timing) is the figure, in 1e9 bytes a second.
+    It is a function for `interleaved`; gbps(timing) gives 1e9 bytes per second.
     """
 
     def __init__(self, megabytes: int = 256):
@@ -87,7 +88,7 @@ class ReadBandwidth:
 
 
 class CopyBandwidth:
-    """Copies a buffer larger than a GPU's L2; gbps(timing) counts what is read and what is written, in 1e9 bytes/s."""
+    """Copies a buffer larger than a GPU's L2. gbps(timing) counts reads and writes, in 1e9 bytes/s."""
 
     def __init__(self, device: torch.device | str = "cuda", megabytes: int = 512):
         self._from = torch.ones(megabytes << 18, dtype=torch.int32, device=device)

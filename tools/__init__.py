@@ -1,1 +1,1 @@
-"""For those who work on the package: training, compiled kernels, a stand-in for a GPU."""
+"""Tools for developers of the package: training, kernels compiled ahead of time, a stand-in for a GPU."""

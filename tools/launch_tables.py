@@ -1,10 +1,10 @@
-"""Sets the GPU kernels' launch tables from what a sweep on a GPU found.
+"""Sets the GPU kernels' launch tables from the results of a sweep on a GPU.
 
     python -m tools.launch_tables SWEEP.json [PACKAGE]
 
-SWEEP.json: of `make gpu PART=c` (bench/gpu/sweep.py). Each entry that was measured says where, and has the fastest
-setting, if that is another than it had. PACKAGE: the folder of the kernels' sources, dflash_kernels/_triton if not
-given. All tables are read and found to be those that were measured before one is written.
+SWEEP.json comes from `make gpu PART=c` (bench/gpu/sweep.py). Each measured entry records where it was measured, and
+gets the fastest setting if that is another one. PACKAGE: the folder of the kernels' sources, by default
+dflash_kernels/_triton. All tables are read and compared with the measured ones before any is written.
 """
 
 import ast
@@ -18,7 +18,7 @@ MEASURED = re.compile(r"#.*measured on .*")
 
 
 class Stale(ValueError):
-    """A table is not the one that was measured."""
+    """A table differs from the measured one."""
 
 
 def as_key(value):
@@ -112,7 +112,7 @@ class Table:
 
 
 def apply(sweep: dict, package: Path) -> dict[Path, str]:
-    """The sources as they are to be, of the modules whose tables were measured; prints what is another setting now."""
+    """The new sources of the modules whose tables were measured. Prints the settings that change."""
     sources: dict[Path, str] = {}
     for entry in sweep["entries"]:
         if not any("gain" in tried for tried in entry["tried"]):

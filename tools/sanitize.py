@@ -2,11 +2,11 @@
 
     python -m tools.sanitize [pytest arguments]        or: make sanitize ARGS="..."
 
-The package is copied to build/sanitize and built there with DFLASH_SANITIZE=address,undefined, so the library that
-other commands load stays as it is, and the next run compiles only what changed. Python itself is not sanitized, hence
-the sanitizers' run-time libraries are preloaded, and leaks are not counted (the interpreter's own would drown ours).
-The first finding ends the run, with its report. Without arguments the tests of every csrc/cpu/<noun>.cpp and the input
-fuzz are run; the first build takes some minutes.
+The package is copied to build/sanitize and built there with DFLASH_SANITIZE=address,undefined. The library of other
+commands is unchanged, and the next run compiles only changed files. Python is not sanitized, so the sanitizers'
+libraries are preloaded, and leaks are not counted (the interpreter's own would hide ours). The first finding ends the
+run with its report. Without arguments it runs the tests of every csrc/cpu/<noun>.cpp and the input fuzz. The first
+build takes some minutes.
 """
 
 import os
@@ -22,7 +22,7 @@ COPIED = ("setup.py", "pyproject.toml", "csrc", "dflash_kernels", "python", "tes
 
 
 def copy() -> None:
-    """Only files that differ are written, so that ninja compiles what changed since the copy's last build."""
+    """Writes only files that differ, so that ninja compiles only changes since the copy's last build."""
     sources = [p for name in COPIED for p in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])
                if p.is_file() and p.suffix not in (".so", ".pyc")]
     wanted = {FOLDER / p.relative_to(ROOT): p for p in sources}

@@ -1,1 +1,1 @@
-"""Engines with our plugin and without it."""
+"""Benchmarks of engines with and without our plugin."""

@@ -1,8 +1,8 @@
-"""The drafter's context K/V and attention, each in a loop, at the sizes of SmolLM2's drafter: the engine's beside ours.
+"""Times the drafter's context K/V and attention in a loop, at the sizes of SmolLM2's drafter: the engine's and ours.
 
-    python alone.py reply.json
+    python -m bench.engines.alone reply.json
 
-Runs in the engine's environment with our wheel on its path; no model is loaded, and the plugin replaces nothing.
+It runs in the engine's environment with our wheel on its path. No model is loaded, and the plugin replaces nothing.
 """
 
 import json
@@ -40,7 +40,7 @@ def layer(ours: bool) -> SimpleNamespace:
 
 
 def model(layers: list[SimpleNamespace]) -> DFlashQwen3Model:
-    """What its precomputation of the context's K/V looks at."""
+    """The parts of a model that its precomputation of the context K/V reads."""
     made = object.__new__(DFlashQwen3Model)
     torch.nn.Module.__init__(made)
     angles = torch.arange(8192)[:, None] / 1e5 ** (torch.arange(DIM // 2) / (DIM // 2))
@@ -56,7 +56,7 @@ def model(layers: list[SimpleNamespace]) -> DFlashQwen3Model:
 
 
 def medians(calls: dict) -> dict[str, float]:
-    """Microseconds of each, in turn with the others."""
+    """Median microseconds of each function, called in turn."""
     seconds = {way: [] for way in calls}
     for number in range(CALLS + 20):
         for way, call in calls.items():
@@ -80,7 +80,7 @@ def context_kv(tokens: int) -> dict:
 
 
 def attend(requests: int, length: int) -> dict:
-    """A layer of a draft pass; the engine writes the block's K/V into the cache first."""
+    """One layer of a draft pass. The engine first writes the block's K/V into the cache."""
     theirs, ours, pages = layer(False), layer(True), -(-(length + WIDTH) // PAGE)
     table = torch.arange(requests * pages, dtype=torch.int32).view(requests, pages)
     slots = (table.long()[..., None] * PAGE + torch.arange(PAGE)).flatten(1)

@@ -1,9 +1,9 @@
-"""What users do to a server: the model card's snippet, streaming, many concurrently, one who leaves, one who asks too
-much.
+"""Typical clients of a server: the model card's snippet, streaming, concurrent requests, a client that leaves, and a
+prompt that is too long.
 
-    python client.py http://127.0.0.1:PORT model reply.json
+    python -m bench.engines.client http://127.0.0.1:PORT model reply.json
 
-Runs in the engine's environment, which has the openai package.
+It runs in the engine's environment, which has the openai package.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ def card(base: str, model: str) -> str:
 
 
 async def streamed(client: AsyncOpenAI, model: str, question: str = QUESTION) -> list[str]:
-    """The pieces as they came."""
+    """The pieces of a streamed answer."""
     stream = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], max_tokens=TOKENS, temperature=0.0, stream=True)
     return [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
 
 
 async def leaves(client: AsyncOpenAI, model: str, base: str) -> dict:
-    """Asks for a text as long as the engine's limit, reads a little, closes the connection, and waits until no more
-    tokens are made: fewer than were asked for, if the engine has dropped the request."""
+    """Requests a text as long as the engine's limit, reads a little, closes the connection, and waits until no more
+    tokens are generated: fewer than requested, if the engine dropped the request."""
     before = metrics(base)
     stream = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=LIMIT - 64, temperature=0.0,
@@ -55,7 +55,7 @@ async def leaves(client: AsyncOpenAI, model: str, base: str) -> dict:
 
 
 async def scenes(base: str, model: str) -> dict:
-    """What should happen and whether it did, and what was seen."""
+    """The expected behaviours, whether each happened, and the observed values."""
     client = AsyncOpenAI(base_url=f"{base}/v1", api_key="EMPTY", max_retries=0, timeout=1800)
     baseline, found, seen = card(base, model), {}, {}
     found["chat completions answer"] = bool(baseline.strip())

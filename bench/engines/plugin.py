@@ -1,8 +1,8 @@
-"""vLLM with our plugin and without it: the same prompts, drafts, K/V and times; and a server that real clients use.
+"""Compares vLLM with and without our plugin on the same prompts (drafts, K/V, times), and serves it to real clients.
 
     python -m bench.engines [--only serve|trace|alone] [--rounds N] [--compile] [--json OUT]
 
-`make engine-vllm` makes the environment and the wheel that this installs beside the engine.
+`make engine-vllm` builds the environment, and the wheel that is added to it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ OUT = Console(highlight=False, soft_wrap=True)
 
 
 def environment(plugin: bool, threads: int, **more: str) -> dict[str, str]:
-    """One process and no core kept for a scheduler, as in bench/peers; the plugin is there or it is not."""
+    """One process, and no core reserved for a scheduler, as in bench/peers; with or without the plugin."""
     openmp = PEERS / "vllm" / "lib" / "libiomp5.so"
     found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
              "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0",
@@ -50,7 +50,8 @@ def environment(plugin: bool, threads: int, **more: str) -> dict[str, str]:
 
 
 def trace(way: str, options: argparse.Namespace) -> dict:
-    """One run: with the plugin, with its attention too, without it, or without it but with the norms mended."""
+    """One run: with the plugin, with the plugin and its attention, without it, or without it but with per-layer norms.
+    """
     plugin = way in ("with", "attention")
     tokenizer = load_tokenizer("smollm2")
     prompts = [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": q}])) for q in QUESTIONS]
@@ -69,7 +70,7 @@ def trace(way: str, options: argparse.Namespace) -> dict:
 
 
 def alone(options: argparse.Namespace) -> dict:
-    """Context K/V and attention by themselves."""
+    """Context K/V and attention outside the engine."""
     log = PEERS / "last-alone.log"
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
         reply = Path(folder, "reply.json")
@@ -81,13 +82,13 @@ def alone(options: argparse.Namespace) -> dict:
 
 
 def said(log: Path) -> list[str]:
-    """The plugin's lines, each once."""
+    """The plugin's log lines, each once."""
     lines = [line.partition("dflash-kernels: ")[2].strip() for line in log.read_text(errors="replace").splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
 
 
 def serve(options: argparse.Namespace) -> dict:
-    """vLLM's server on loopback with the plugin, the client's scenes against it, and its end."""
+    """Starts vLLM's server on loopback with the plugin, runs the client's scenes, and stops the server."""
     log = PEERS / "last-serve.log"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -131,7 +132,7 @@ def wait(base: str, server: subprocess.Popen, timeout: float, log: Path) -> None
 
 
 def stop(server: subprocess.Popen, patience: float = 30) -> None:
-    """It and what it started, which share its session: asked first, then ended."""
+    """Stops the server and its children, which share its session: first by request, then by force."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
@@ -141,7 +142,7 @@ def stop(server: subprocess.Popen, patience: float = 30) -> None:
 
 
 def step_by_step(a: dict, b: dict) -> dict[str, int]:
-    """Two runs' drafts and K/V rows where both have a step, or a row, at the same position of the same prompt."""
+    """Compares the drafts and K/V rows of two runs, at the positions of a prompt where both have one."""
     counts = dict.fromkeys(("steps", "same_steps", "ids", "same_ids", "rows", "same_rows"), 0)
     for x, y in zip(a["alone"], b["alone"], strict=True):
         for one, many, key in (("steps", "ids", "steps"), (None, "rows", "rows")):
@@ -157,8 +158,8 @@ def step_by_step(a: dict, b: dict) -> dict[str, int]:
 
 
 def compare(runs: dict[str, list[dict]]) -> dict:
-    """Bits of the first run of each way, times of all of them. Ways: with, attention, without, and without but with the
-    norms mended."""
+    """Compares the bits of the first run of each way, and the times of all runs. Ways: with, attention, without, and
+    mended (without, but with per-layer norms)."""
     first = {way: found[0] for way, found in runs.items()}
     pairs = [(a, b) for a in ("with", "attention") for b in ("without", "mended") if a in first and b in first]
     return {"same_text": len({json.dumps(f["texts"]) for f in first.values()}) == 1,
@@ -173,7 +174,7 @@ def compare(runs: dict[str, list[dict]]) -> dict:
 
 
 def command(options: argparse.Namespace) -> str:
-    """What repeats it."""
+    """The command that repeats the run."""
     words = f"--rounds {options.rounds} --tokens {options.tokens} --threads {options.threads}"
     return f'make engine-vllm ARGS="{words}{" --compile" * options.compile}"'
 
@@ -181,12 +182,12 @@ def command(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("serve", "trace", "alone"))
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each way, alternating")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes minutes at every start")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile, which takes minutes at every start")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=900)
-    parser.add_argument("--note", default="", help="what a reader of the figures must know, such as a busy machine")
+    parser.add_argument("--note", default="", help="a note for readers of the results, such as a busy machine")
     parser.add_argument("--json", type=output, default=results_folder() / "engine-vllm.json")
     options = parser.parse_args()
     if not PYTHON.is_file():

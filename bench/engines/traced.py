@@ -1,8 +1,8 @@
-"""One run of vLLM in one process, with every draft, the K/V that the drafter reads, and the time of each part.
+"""One run of vLLM in one process, which records every draft, the K/V that the drafter reads, and the time of each part.
 
-    python trace.py job.json reply.json
+    python -m bench.engines.traced job.json reply.json
 
-Runs in the engine's environment, with or without our plugin: the environment decides, this file does not know.
+It runs in the engine's environment, which decides whether our plugin is there.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ PARTS = {  # what replaces it, and where it is
 
 
 class Recorder:
-    """While `noting`: what parts return and write, ours beside the original on the same input where it is replaced.
-    While `timing`: how long they take."""
+    """While `noting`: the results and writes of each part, and where it is replaced also of the original on the same
+    input. While `timing`: the time of each part."""
 
     def __init__(self):
         self.noting = self.timing = False
@@ -82,7 +82,7 @@ class Recorder:
             self.alone["rows"] += [[at, list(digests)] for at, digests in self.written if at < anchor]
 
     def facts(self, name, args, result) -> list:
-        """The ids that a part returns; for the context K/V, each layer's bits in memory after it."""
+        """The ids that a part returns; for the context K/V, the bits of each layer in memory after it."""
         if name == "context_kv":
             return [digest(layer.kv_cache, args[3]) for layer in args[0]._attn_layers]
         return result.flatten().tolist()
@@ -94,7 +94,7 @@ class Recorder:
             counts[i] += n
 
     def time_attention(self, layers):
-        """The drafter's layers: attention, and where the engine does that first, the block's K/V into the cache."""
+        """Times the drafter's layers: attention, and where the engine does that first, the write of the block's K/V."""
         for layer in layers:
             layer.impl.forward = self.added(layer.impl.forward)
             if not layer.attn_backend.forward_includes_kv_cache_update:
@@ -119,8 +119,8 @@ class Recorder:
 
 
 def normalise(model, keys):
-    """On a CPU the engine's rms_norm has no rows of weights: it norms the keys of all layers by those of the first.
-    Here each layer's keys are normed by its own."""
+    """Normalises each layer's keys by its own weights. On a CPU the engine's rms_norm takes no weight rows, and uses
+    those of the first layer for all."""
     import torch
     from vllm import _custom_ops
 
@@ -140,14 +140,14 @@ def own_norms(model):
 
 
 def mend():
-    """The whole run with each layer's own norms, without our plugin."""
+    """Gives the whole run per-layer norms, without our plugin."""
     from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
     DFlashQwen3Model._normalize_context_k = normalise
 
 
 def digest(kv_cache, slots) -> str:
-    """Of the blocks that the slots lie in, as they are in memory."""
+    """A digest of the memory of the blocks that hold the slots."""
     import torch
 
     pages = (slots[slots >= 0] // kv_cache.shape[2]).unique()
@@ -155,9 +155,9 @@ def digest(kv_cache, slots) -> str:
 
 
 def order_in_memory(layer):
-    """Where the layer's backend puts element d of token t in a head's page: (2, P, D), keys then values.
+    """The place of element d of token t in a head's page: (2, P, D), keys then values.
 
-    It is asked to write a page of numbers: the engine's CPU backend keeps keys and values in tiles, ours in rows.
+    It has the backend write a page of numbers: the engine's CPU backend keeps keys and values in tiles, ours in rows.
     """
     import torch
 
@@ -173,7 +173,7 @@ def order_in_memory(layer):
 
 
 def row_digests(layer, slots, order) -> list[str]:
-    """Of the key and value of each slot, all heads, whatever their order in memory; slots below 0 are left out."""
+    """Digests of the key and value of each slot, over all heads and in any memory order. Slots below 0 are left out."""
     import torch
 
     page, row = slots // layer.kv_cache.shape[2], slots % layer.kv_cache.shape[2]

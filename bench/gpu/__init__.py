@@ -1,1 +1,1 @@
-"""The plan of `make gpu`."""
+"""The parts of `make gpu`."""

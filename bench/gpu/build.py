@@ -1,4 +1,4 @@
-"""Whether the libraries that lie in the tree are those of its sources."""
+"""Checks whether the libraries in the tree were built from its sources."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,8 @@ from bench import ROOT
 
 
 def prebuilt(folder: Path = ROOT / "dflash_kernels", nvcc: bool | None = None) -> bool:
-    """Both libraries are there, or the one that can be built here, and carry the mark of this tree's sources
-    (setup.py). nvcc: whether there is one; looked for if None."""
+    """Whether both libraries, or the one that can be built here, exist and carry the mark of this tree's sources
+    (setup.py). nvcc: whether it is there; looked for if None."""
     import setup
 
     wanted = ["_C"] + ["_cuda"] * bool(setup.find_nvcc() if nvcc is None else nvcc)

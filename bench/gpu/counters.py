@@ -1,4 +1,5 @@
-"""Five kernels, each once between the profiler's start and stop, for Nsight Compute: python -m bench.gpu.counters"""
+"""Runs five kernels once each between the profiler's start and stop, for Nsight Compute: python -m bench.gpu.counters
+"""
 
 import sys
 
@@ -10,7 +11,7 @@ from bench.random_model import random_on
 
 
 def problems(sizes: Sizes):
-    """What is called, and which kernels that launches."""
+    """The calls, and the kernels that they launch."""
     make = random_on("cuda", sizes.dtype)
     # weight's rows and columns, heads, key heads, head dim; rows of x; requests and their contexts; wide rows
     n, k, heads, kv_heads, dim, rows, batches, wide = (

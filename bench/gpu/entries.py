@@ -1,4 +1,4 @@
-"""The launch tables' entries: what each could be instead, and the benchmark's cases that it decides the time of."""
+"""The entries of the launch tables: alternatives for each, and the benchmark cases whose time it decides."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -31,8 +31,8 @@ class Wide(Sizes):
 
 @dataclass(frozen=True)
 class Entry:
-    """table: a dict in dflash_kernels._triton.<noun>, or a number there, whose path is empty. path: its keys, one after
-    the other. cases: made anew by each call."""
+    """table: a dict in dflash_kernels._triton.<noun>, or a number there, whose path is empty. path: its keys in order.
+    cases: made anew by each call."""
 
     noun: str
     table: str
@@ -66,7 +66,7 @@ class Entry:
 
 
 def literal(value) -> str:
-    """As it is written in the table."""
+    """The value as written in the table."""
     if hasattr(value, "_fields"):
         return f"{type(value).__name__}({', '.join(map(repr, value))})"
     return repr(value)
@@ -96,7 +96,7 @@ def with_number(value, at: int, n: int):
 
 
 def entries(tiny: bool, major: int) -> list[Entry]:
-    """Those that decide most come first. major: the chip's compute capability, whose part of the tables is meant."""
+    """The entries, the most decisive first. major: the compute capability whose part of the tables is used."""
     if tiny:
         return [Entry("linear", "CONFIGS", ((2, 16),), lambda sizes: products(sizes, 3, {"tiny": (40, 1100)})),
                 Entry("norm", "CONFIGS", (1024,), lambda sizes: [bench_memory.norm_case(sizes, 3, 64)])]
@@ -129,7 +129,7 @@ def head(sizes: Sizes, rows: int) -> list[Case]:
 
 
 def attention_entries(major: int) -> list[Entry]:
-    """Caches of 16 bits first: those in 8 bits, float32 and a soft cap are read by no benchmark, which is said."""
+    """16-bit caches first. No benchmark covers 8-bit caches, float32 and a soft cap, which is reported."""
     module = importlib.import_module("dflash_kernels._triton.attention")
 
     def made(dim):

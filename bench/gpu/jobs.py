@@ -1,4 +1,4 @@
-"""The commands of `make gpu`: each has a time by which it ends, and what it says goes to one log."""
+"""Runs the commands of `make gpu`, each with a deadline, and logs their output to one file."""
 
 import contextlib
 import ctypes
@@ -17,14 +17,14 @@ TOLD = 25  # lines of a command that failed which are also shown
 
 
 class Jobs:
-    """Runs commands one after the other. log: where their output is added."""
+    """Runs commands in sequence. log: the file that their output is added to."""
 
     def __init__(self, log: Path):
         self.log, self.processes = log, []
 
     def run(self, words: list[str], end: float, workers: int = 1, environment: dict | None = None) -> str:
-        """What became of a command, "passed", "failed (code)" or "out of time", and its seconds. end: by
-        time.monotonic. workers: in so many processes, each with its share (tests/gpu/conftest.py)."""
+        """The outcome of a command ("passed", "failed (code)" or "out of time") and its seconds. end: the deadline, by
+        time.monotonic. workers: the number of processes, each with its share (tests/gpu/conftest.py)."""
         start = time.monotonic()
         if start >= end:
             return "out of time before it began"
@@ -50,7 +50,7 @@ class Jobs:
         return "out of time" + took if None in codes else f"failed ({wrong[0]}){took}" if wrong else "passed" + took
 
     def output(self, workers: int):
-        """Where a command writes: many concurrently do not write between each other's lines."""
+        """The file of a command's output. Concurrent commands do not write between each other's lines."""
         return tempfile.TemporaryFile() if workers > 1 else self.log.open("ab")
 
     def started(self, words, out, share, environment):
@@ -60,7 +60,7 @@ class Jobs:
                  "DFLASH_SHARE": share, **environment})
 
     def stop(self) -> None:
-        """Ends what runs, with the processes that it started."""
+        """Ends the running commands and their child processes."""
         for process in self.processes:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -84,15 +84,15 @@ class Jobs:
 
 
 def with_us() -> None:
-    """In the process of a command: a group of its own, so that its children end with it, and where Linux can, an end
-    with ours, however that comes."""
+    """Called in the process of a command. It starts a process group, so that its children end with it, and on Linux it
+    ends with ours, however ours ends."""
     os.setpgrp()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def waited(process: subprocess.Popen, end: float) -> int | None:
-    """Its exit status, or None where the time is up."""
+    """The exit status, or None after the deadline."""
     try:
         return process.wait(max(end - time.monotonic(), 0))
     except subprocess.TimeoutExpired:

@@ -1,21 +1,21 @@
-"""`make gpu`: builds, tests, measures and tunes on a machine with a GPU, and ends by itself within nine minutes.
+"""`make gpu`: builds, tests, measures and tunes on a machine with a GPU, within nine minutes.
 
     python -m bench.gpu [dry] [a] [b] [c] [d] [e] [f] [--out FOLDER] [--no-peers]
 
-a  every op in bfloat16 against its reference, rows among others; linear, attention, heads, draft step
-b  whole steps at Qwen3-8B's geometry, a layer of MiniMax-M2.7's; one step's kernels and gaps
-c  the launch tables' entries against their neighbours: tools/launch_tables.py FOLDER/sweep.json sets the tables
-d  Nsight Compute's counters of five kernels
-e  the other tests, compute-sanitizer
-f  small ops, and everything beside its peers
+    a  every op in bfloat16 against its reference, rows among others; linear, attention, heads, draft step
+    b  whole steps at Qwen3-8B's geometry, a layer of MiniMax-M2.7's; one step's kernels and gaps
+    c  the launch tables' entries against their neighbours: tools/launch_tables.py FOLDER/sweep.json sets the tables
+    d  Nsight Compute's counters of five kernels
+    e  the other tests, compute-sanitizer
+    f  small ops, and every op against its peers
 
-Needs python with torch for CUDA, triton, pytest and, unless dflash_kernels/*.so are those of the sources, ninja and a
-compiler; nothing is fetched. Results are written after each case, so whoever cuts it off has what was measured until
-then: cases.json, profile.json, sweep.json, counters.csv, plan.json, summary.txt, log.txt, into the folder of --out or
+It needs python with torch for CUDA, triton, pytest and, unless dflash_kernels/*.so match the sources, ninja and a
+compiler. Nothing is downloaded. Results are written after each case, so an interrupted run keeps them: cases.json,
+profile.json, sweep.json, counters.csv, plan.json, summary.txt, log.txt, in the folder of --out or in
 bench/results/<device>.
 
-dry: the same without a GPU, on tiny shapes, in tools.dry_gpu.gpu, with results into the folder of --out or one
-that is thrown away. It needs no CUDA, and finds what Python would trip over.
+dry: the same without a GPU, on tiny shapes, in tools.dry_gpu.gpu, with results in the folder of --out or in a temporary
+one. It needs no CUDA, and finds errors in the Python code.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dflash_bench.results import commit, write_json
 
 
 class Refused(Exception):
-    """Bad input: one line, and nothing was written."""
+    """Bad input: one line, and nothing is written."""
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
@@ -51,7 +51,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
 
 
 def output_folder(options: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
-    """Made if need be, and seen to take a file."""
+    """Creates the folder if needed, and checks that it can be written."""
     if options.out is None:
         if options.dry:
             return Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -69,7 +69,7 @@ def output_folder(options: argparse.Namespace, stack: contextlib.ExitStack) -> P
 
 
 class Plan:
-    """Runs the parts and keeps what became of each command."""
+    """Runs the parts and records the outcome of each command."""
 
     def __init__(self, options: argparse.Namespace, out: Path, began: float):
         self.options, self.out, self.began, self.done = options, out, began, {}
@@ -97,7 +97,7 @@ class Plan:
                                                                              step.environment))
 
     def close(self) -> int:
-        """The last page, whatever happened."""
+        """Writes the last page in any case."""
         self.jobs.stop()
         for left in self.out.glob(".*.json.*"):  # of a process that was ended while it wrote
             left.unlink()

@@ -1,4 +1,4 @@
-"""What `make gpu` runs, in the order in which results are worth most, each part with its share of the time."""
+"""The commands of `make gpu`, the most valuable first, each part with its share of the time."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ CHECKS = {"memcheck": ("sample and bf16", 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING":
 
 @dataclass(frozen=True)
 class Step:
-    """A command. seconds: at most, of its part's. workers: in so many processes. absent: why it is not run."""
+    """A command. seconds: its limit within its part. workers: the number of processes. absent: why it is not run."""
 
     name: str
     words: list[str]
@@ -66,7 +66,7 @@ def steps(part: str, out: Path, dry: bool, peers: bool) -> list[Step]:
 
 
 def counters(out: Path, dry: bool) -> Step:
-    """Nsight Compute, where it is installed, on five kernels; without it (dry) the five are run."""
+    """Five kernels under Nsight Compute, where it is installed; without it (dry) they run alone."""
     found, words = shutil.which("ncu"), ["-m", "bench.gpu.counters"]
     if dry:
         return Step("counters", [*DRY, *words, "--tiny"])

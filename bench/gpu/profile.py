@@ -1,9 +1,9 @@
-"""One replay of a recorded step under torch's profiler: microseconds in kernels, and in the gaps between them.
+"""Profiles one replay of a recorded step: microseconds in kernels, and in the gaps between them.
 
     python -m bench.gpu.profile OUT.json [--tiny]
 
-A step's launches follow one another, so what is not in a kernel is a gap: a launch's latency, the filling and draining
-of the chip. The file is written after each step.
+A step's launches run in sequence, so time outside kernels is a gap: launch latency, and filling and draining of the
+chip. The file is written after each step.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from dflash_bench.results import commit, write_json
 
 
 def table(events: Iterable[tuple[str, float, float]]) -> dict:
-    """From (kernel's name, when it began and ended in microseconds): what each takes, most first, and the gaps. Where
-    kernels overlap, what is covered counts once."""
+    """From (kernel's name, begin and end in microseconds): the time of each kernel, longest first, and the gaps.
+    Overlapping time counts once."""
     by_name, covered, at, begin, end = {}, 0.0, -float("inf"), float("inf"), -float("inf")
     count = 0
     for name, start, stop in sorted(events, key=lambda event: event[1]):

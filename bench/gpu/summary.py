@@ -1,4 +1,4 @@
-"""One page of what `make gpu` found, from the files that it left: python -m bench.gpu.summary FOLDER"""
+"""One page of the results of `make gpu`, from its files: python -m bench.gpu.summary FOLDER"""
 
 import json
 import sys

@@ -1,10 +1,10 @@
-"""Times every entry of the launch tables against its neighbours, and says which is the fastest on this chip.
+"""Times every entry of the launch tables against its neighbours, and reports the fastest on this chip.
 
     python -m bench.gpu.sweep OUT.json [--seconds N] [--tiny]
 
-Kernels are compiled ahead in many processes, as each takes a core up to 20 s. A setting is compared with the truth
-before it is timed, in turn with what the table has. The file is written after each setting;
-`python -m tools.launch_tables OUT.json` sets the tables from it.
+Kernels are compiled ahead in many processes, because each takes up to 20 s of a core. A setting is compared with the
+truth before it is timed, alternating with the table's setting. The file is written after each setting; `python -m
+tools.launch_tables OUT.json` sets the tables from it.
 """
 
 import argparse
@@ -28,15 +28,15 @@ RUNS = 15
 
 
 class Once(Sizes):
-    """One copy of the inputs: what is compiled does not depend on how many there are, and many processes share the
-    GPU's memory."""
+    """One copy of the inputs: compilation does not depend on their number, and many processes share the GPU's memory.
+    """
 
     def copies_of(self, nbytes: int) -> int:
         return 1
 
 
 def compile_share(jobs: list[tuple[Entry, object]], share: int, of: int, sizes: Sizes) -> None:
-    """Runs this process's share of the settings once each, so that their kernels lie in Triton's cache."""
+    """Runs this process's share of the settings once each, to put their kernels into Triton's cache."""
     made: dict[int, list] = {}
     for entry, value in jobs[share::of]:
         try:
@@ -50,7 +50,7 @@ def compile_share(jobs: list[tuple[Entry, object]], share: int, of: int, sizes: 
 
 
 def compile_ahead(end: float) -> None:
-    """In as many processes as there are cores, until nearly all is compiled or half of the time is over."""
+    """Compiles in one process per core, until nearly everything is compiled or half of the time is over."""
     processes = [subprocess.Popen([sys.executable, "-m", "bench.gpu.sweep", "-", "--share", f"{i}/{WORKERS}"],
                                   env=os.environ) for i in range(WORKERS)]
     for process in processes:
@@ -93,7 +93,7 @@ class Sweep:
             self.keep(entry, result)
 
     def tried(self, entry: Entry, value, cases: list, now: list) -> dict:
-        """gain: how much faster than the table's, the geometric mean over the cases."""
+        """gain: the speedup over the table's setting, as a geometric mean over the cases."""
         try:
             other = self.graphs(entry, value, cases)
             runs = {"runs": 1, "warmup": 1} if self.sizes.tiny else {"runs": RUNS}
@@ -106,7 +106,7 @@ class Sweep:
                 "us_now": [a * 1e6 for a, _ in pairs]}
 
     def graphs(self, entry: Entry, value, cases: list) -> list:
-        """The cases' calls as recorded with this setting, each compared with the truth before."""
+        """The cases' calls recorded with this setting, each compared with the truth first."""
         with entry.set_to(value):
             for case in cases:
                 case.check(settled(case.run(0)))

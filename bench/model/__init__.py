@@ -1,1 +1,1 @@
-"""The time of a decoding step, computed from its parts."""
+"""A model of the time of a decoding step."""

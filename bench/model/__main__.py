@@ -1,13 +1,13 @@
-"""What a DFlash step would take on another machine: every byte, product, message and launch of it, priced.
+"""Model of the time of a DFlash step on another machine, from its bytes, products, messages and launches.
 
     python -m bench.model [--geometry minimax-m2.7] [--machine B200] [--tp 4] [--batch 1 32] [--context 2000]
                           [--block 8] [--acceptance 3.561 | --histogram bench/results/DEVICE/decode-c1.json]
 
-Without options: the tables of docs/performance.md, with the model's error against what was measured.
+Without options it prints the tables of docs/performance.md, with the model's error against measurements.
 
-A step is a draft and a verify pass, one after the other. A part takes the longer of its bytes over the bandwidth and
-its arithmetic over the matrix rate; tensor parallelism divides both and adds two all-reduces a layer; every layer adds
-the gaps between its kernels. A step commits the acceptance length: tokens/s = batch x acceptance length / step.
+A step is a draft pass followed by a verify pass. Each part takes the longer of two times: its bytes over the bandwidth,
+and its arithmetic over the matrix rate. Tensor parallelism divides both and adds two all-reduces per layer. Every layer
+adds the gaps between its kernels. A step commits the acceptance length: tokens/s = batch x acceptance length / step.
 """
 
 import json
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, choices=range(1, 9), metavar="1-8")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, default=2000)
-    parser.add_argument("--block", type=int, help="the drafter's if not given")
+    parser.add_argument("--block", type=int, help="tokens per block; by default the drafter's")
     parser.add_argument("--acceptance", type=float)
     parser.add_argument("--histogram", type=Path, help="a result of `dflash-kernels bench decode`")
     options = parser.parse_args()

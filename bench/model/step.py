@@ -1,22 +1,22 @@
-"""What a DFlash step would take on another machine: every byte, product, message and launch of it, priced.
+"""Model of the time of a DFlash step on another machine, from its bytes, products, messages and launches.
 
-A step is a draft and a verify pass, one after the other. A part takes the longer of its bytes over the bandwidth and
-its arithmetic over the matrix rate; tensor parallelism divides both and adds two all-reduces a layer; every layer adds
-the gaps between its kernels. A step commits the acceptance length: tokens/s = batch x acceptance length / step.
+A step is a draft pass followed by a verify pass. Each part takes the longer of two times: its bytes over the bandwidth,
+and its arithmetic over the matrix rate. Tensor parallelism divides both and adds two all-reduces per layer. Every layer
+adds the gaps between its kernels. A step commits the acceptance length: tokens/s = batch x acceptance length / step.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 # Launches of ours, as tests/bench/test_step_model.py counts them for Qwen3-8B: a layer's two norms, q/k norm and RoPE,
-# activation, attention and the combining of its splits, four products, and for three of them the sum of K's chunks.
-# Beside the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
+# activation, attention and the combination of its splits, four products, and for three of them the sum of K's chunks.
+# Outside the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
 KERNELS_A_LAYER, KERNELS_A_PASS, KERNELS_OF_DRAFTING = 13, 6, 11
 
 
 @dataclass(frozen=True)
 class Layers:
-    """A stack of transformer layers. experts: 0 for a dense MLP, else how many of width `mlp` there are."""
+    """A stack of transformer layers. experts: 0 for a dense MLP, else the number of experts of width `mlp`."""
 
     layers: int
     hidden: int
@@ -29,47 +29,50 @@ class Layers:
 
     @property
     def kv_weights(self) -> int:
-        """Of one layer's key and value projections."""
+        """The weights of one layer's key and value projections."""
         return 2 * self.hidden * self.kv_heads * self.head_dim
 
     @property
     def attention_weights(self) -> int:
-        """Of one layer: query and output, key and value."""
+        """The weights of one layer's query, output, key and value projections."""
         return 2 * self.hidden * self.heads * self.head_dim + self.kv_weights
 
     @property
     def mlp_weights(self) -> int:
-        """Of one layer's MLP, or of one expert: gate, up, down."""
+        """The weights of one layer's MLP, or of one expert: gate, up, down."""
         return 3 * self.hidden * self.mlp
 
     def coverage(self, rows: int) -> float:
-        """How many experts of a layer are read: the expected number that `rows` tokens choose, each of them `chosen`
-        different ones at random and independently."""
+        """The expected number of experts of a layer that are read when each of `rows` tokens independently chooses
+        `chosen` different ones at random."""
         return self.experts * (1 - (1 - self.chosen / self.experts) ** rows) if self.experts else 1.0
 
     def weights(self, rows: int) -> float:
-        """Read by a pass of `rows` tokens; with experts, their router too."""
+        """The weights read by a pass of `rows` tokens, including the router of experts."""
         mlp = self.mlp_weights * self.coverage(rows) + self.hidden * self.experts
         return self.layers * (self.attention_weights + mlp)
 
     def active(self) -> int:
-        """Weights that one token is multiplied with."""
+        """The weights that one token is multiplied with."""
         mlp = self.mlp_weights * (self.chosen if self.experts else 1) + self.hidden * self.experts
         return self.layers * (self.attention_weights + mlp)
 
     def kv_bytes(self, element: int = 2) -> int:
-        """Of one token in all layers' caches."""
+        """The bytes of one token in all layers' caches."""
         return self.layers * 2 * self.kv_heads * self.head_dim * element
 
     def attention_flops(self, context: int) -> int:
-        """Of one query row in all layers: scores and the sum over values."""
+        """The arithmetic of one query row in all layers: scores and the weighted sum of values."""
         return self.layers * 4 * self.heads * self.head_dim * context
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A target and its drafter. element: bytes of a target's weight; its head's and the drafter's are of two.
-    target_layer_ids: target layers that the drafter reads. draft_vocab: rows of the draft head."""
+    """A target and its drafter.
+
+    element: bytes of a target weight; those of its LM head and of the drafter have two. target_layer_ids: the target
+    layers that the drafter reads. draft_vocab: rows of the draft head.
+    """
 
     name: str
     target: Layers
@@ -90,12 +93,12 @@ class Geometry:
 
     @property
     def features(self) -> int:
-        """Weights of the projection of the target layers' outputs."""
+        """The weights of the projection of the target layers' outputs."""
         return self.target_layer_ids * self.target.hidden * self.draft.hidden
 
     @property
     def resident_bytes(self) -> float:
-        """Target, drafter, the target's head and embedding."""
+        """The bytes of target, drafter, and the target's LM head and embedding."""
         every = self.target.weights(10**9) * self.element
         return every + 2 * (2 * self.head + self.draft.weights(1) + self.features)
 
@@ -113,9 +116,16 @@ GEOMETRIES = {g.name: g for g in (
 
 @dataclass(frozen=True)
 class Machine:
-    """One device. gbps: memory bandwidth, 1e9 bytes/s; tflops: dense bfloat16, fp8 is twice that; link_gbps: one
-    direction, to the other devices; memory: GB. share: of bandwidth and rate that kernels reach; reduce_us: an
-    all-reduce of nothing; gap_us: between two kernels of a graph."""
+    """One device.
+
+    gbps: memory bandwidth, 1e9 bytes/s.
+    tflops: dense bfloat16; fp8 is twice that.
+    link_gbps: bandwidth to the other devices, one direction.
+    memory: GB.
+    share: the share of bandwidth and rate that kernels reach.
+    reduce_us: the time of an empty all-reduce.
+    gap_us: the time between two kernels of a graph.
+    """
 
     name: str
     gbps: float
@@ -127,7 +137,7 @@ class Machine:
     gap_us: float = 1.0
 
     def ideal(self) -> "Machine":
-        """The roofline: nothing but bytes and arithmetic."""
+        """The roofline: only bytes and arithmetic."""
         return replace(self, share=1.0, reduce_us=0.0, gap_us=0.0, link_gbps=float("inf"))
 
 
@@ -138,7 +148,7 @@ MACHINES = {m.name: m for m in (Machine("H100", 3350, 989, 450, 80), Machine("H2
 
 @dataclass(frozen=True)
 class Step:
-    """Microseconds by part. verify and draft hold their weights and arithmetic, *_kv the reading of the context."""
+    """Microseconds by part. verify and draft hold their weights and arithmetic, *_kv the reads of the context."""
 
     verify: float
     verify_kv: float
@@ -170,7 +180,7 @@ def step(g: Geometry, machine: Machine, batch: int, context: int, block: int | N
         return us(batch * context * layers.kv_bytes(), rows * layers.attention_flops(context))
 
     def reduce(layers: Layers) -> float:
-        """Two a layer, as a ring moves them."""
+        """The time of the all-reduces, two per layer, in a ring."""
         if tp == 1:
             return 0.0
         moved = 2 * (tp - 1) / tp * rows * layers.hidden * 2
@@ -188,14 +198,14 @@ def step(g: Geometry, machine: Machine, batch: int, context: int, block: int | N
 
 
 def launches(g: Geometry, drafting: bool = True) -> int:
-    """Kernels of a step."""
+    """The number of kernels in a step."""
     layers = g.target.layers + drafting * g.draft.layers
     return layers * KERNELS_A_LAYER + KERNELS_A_PASS + drafting * KERNELS_OF_DRAFTING
 
 
 def acceptance_of(histogram: Sequence[int], block: int | None = None) -> float:
-    """Mean tokens a step, from how many steps committed 1, 2, ...; a shorter block cuts what a step may commit, if the
-    drafts at its positions stay what they were."""
+    """The mean tokens per step, from the numbers of steps that committed 1, 2, ... tokens. A shorter block cuts the
+    tokens of a step, if the drafts at its positions stay the same."""
     width = block or len(histogram)
     steps = sum(histogram)
     return sum(min(n, width) * count for n, count in enumerate(histogram, 1)) / steps if steps else 1.0

@@ -1,4 +1,4 @@
-"""The step model's tables: its error against what was measured here, the model cards' machines, other machines."""
+"""Tables of the step model: its error against our measurements and the model cards, and predictions."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from dflash_decode.step import block_width
 
 TILE_ROWS = 16  # the CPU products are measured up to here; each row more costs what the last eight of them did
 DECODE_CONTEXT, CARD_CONTEXT = 256, 2000
-# What others measured, with its source: geometry, machine, devices, concurrency, tokens/s, acceptance length, context.
+# Published measurements and sources: geometry, machine, devices, concurrency, tokens/s, acceptance length, context.
 ELSEWHERE = [("minimax-m2.7", "B200", 4, c, CARD_THROUGHPUT[c]["math500"], CARD_ACCEPTANCE[c]["math500"], CARD_CONTEXT,
               "the model card, Math500") for c in (1, 32)]
 ELSEWHERE += [("qwen3-8b", "B200", 1, c, rate, length, 500, "sgl-project/sglang#23000, GSM8K")
@@ -23,9 +23,10 @@ ELSEWHERE += [("qwen3-8b", "B200", 1, c, rate, length, 500, "sgl-project/sglang#
 
 @dataclass(frozen=True)
 class Parts:
-    """A CPU as its op benchmarks saw it. limit: read bandwidth, GB/s; linear: share of it by rows, for each number of
-    bytes of a weight; row_s: seconds that one weight costs for each further row; attention: GB/s over K and V by block
-    length."""
+    """A CPU, described by its op benchmarks.
+
+    limit: read bandwidth, GB/s. linear: share of the limit by rows, for each size of a weight in bytes. row_s: seconds
+    that one weight costs for each further row. attention: GB/s over K and V by block length."""
 
     limit: float
     linear: dict[int, dict[int, float]]
@@ -59,7 +60,7 @@ def load(folder: Path, name: str) -> dict | None:
 
 
 def parts(folder: Path, geometry: str = "smollm2") -> Parts | None:
-    """None where the folder lacks a measurement that it takes."""
+    """None where the folder lacks a measurement that this needs."""
     linear, attention = (load(folder, name) for name in ("linear", "attention"))
     shares, head, rates = {1: {}, 2: {}}, {}, {}
     for row in (linear or {"rows": []})["rows"]:
@@ -101,11 +102,11 @@ def checks(folder: Path) -> list[tuple[str, float, float, str]]:
             baseline = p.target(g, concurrency, 1, DECODE_CONTEXT)
             ours = p.target(g, concurrency, block, DECODE_CONTEXT) + p.draft(
                 g, concurrency, block, DECODE_CONTEXT, 1 if r.get("draft_int8") else 2)
-            where = f"{concurrency} concurrent"
+            where = f"concurrency {concurrency}"
             found += [
                 (f"baseline decoding, {where}", r["baseline_tokens_per_s"], concurrency / baseline * 1e6, "tokens/s"),
                 (
-                    f"decoding with the drafter, {where}",
+                    f"DFlash decoding, {where}",
                     r["tokens_per_s"],
                     concurrency * r["acceptance_length"] / ours * 1e6,
                     "tokens/s",
@@ -118,8 +119,8 @@ def check_table(results: Path) -> list[str]:
     lines = []
     for folder in sorted(f for f in results.iterdir() if f.is_dir()):
         if found := checks(folder):
-            lines += [f"From the op benchmarks in `bench/results/{folder.name}` alone, against whole steps and "
-                      "decoding:", "", "| what | measured | model | error |", "|---|---|---|---|"]
+            lines += [f"Model of the op benchmarks in `bench/results/{folder.name}`, compared with measured steps and "
+                      "decoding:", "", "| case | measured | model | error |", "|---|---|---|---|"]
             lines += [f"| {what} | {measured:.{digits}f} {unit} | {model:.{digits}f} | {model / measured - 1:+.0%} |"
                       for what, measured, model, unit in found for digits in [0 if unit == "µs" else 1]]
             lines.append("")
@@ -127,8 +128,8 @@ def check_table(results: Path) -> list[str]:
 
 
 def card_table() -> list[str]:
-    lines = ["| model, machine | concurrency | acceptance length | measured tokens/s | by whom | roofline | expected | "
-             "measured of the expected |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| model, machine | concurrency | acceptance length | measured tokens/s | source | roofline | expected | "
+             "measured / expected |", "|---|---|---|---|---|---|---|---|"]
     for name, machine, tp, batch, rate, length, context, source in ELSEWHERE:
         ideal, expected = (step(GEOMETRIES[name], m, batch, context, tp=tp).tokens_per_s(batch, length)
                            for m in (MACHINES[machine].ideal(), MACHINES[machine]))
@@ -138,10 +139,10 @@ def card_table() -> list[str]:
 
 
 def prediction_table(name: str, length: float, context: int, devices: tuple[int, ...]) -> list[str]:
-    """Expected tokens/s with the drafter, and the ratio to baseline decoding."""
+    """Expected tokens/s with the drafter, and the speedup over baseline decoding."""
     g, batches = GEOMETRIES[name], (1, 8, 32, 128)
     lines = [f"{name}, block {g.block}, acceptance length {length}, context {context}:", "",
-             "| machine | " + " | ".join(f"{b} concurrent" for b in batches) + " |", "|---" * (len(batches) + 1) + "|"]
+             "| machine | " + " | ".join(f"concurrency {b}" for b in batches) + " |", "|---" * (len(batches) + 1) + "|"]
     for machine in MACHINES.values():
         for tp in devices:
             if not fits(g, machine, tp):
@@ -158,8 +159,8 @@ def prediction_table(name: str, length: float, context: int, devices: tuple[int,
 def tables(results: Path) -> list[str]:
     """For docs/performance.md."""
     decode = [load(f, "decode-c1") for f in sorted(results.iterdir()) if (f / "decode-c1.json").is_file()]
-    lines = [*check_table(results), "Against what others measured on GPUs:", "", *card_table(), "",
-             "Expected tokens/s, and in brackets the ratio to baseline decoding on the same machine:", "",
+    lines = [*check_table(results), "Compared with published measurements on GPUs:", "", *card_table(), "",
+             "Expected tokens/s, with the speedup over baseline decoding on the same machine in brackets:", "",
              *prediction_table("minimax-m2.7", CARD_ACCEPTANCE[1]["math500"], CARD_CONTEXT, (1, 2, 4, 8)),
              *prediction_table("qwen3-8b", 6.35, 500, (1, 2, 4))]
     if decode:

@@ -1,1 +1,1 @@
-"""The benchmarks of the ops, a module each."""
+"""The benchmarks of the ops, one module each."""

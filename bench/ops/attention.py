@@ -1,5 +1,8 @@
-"""block_attention at several models' geometries, against attention over K/V that are gathered and contiguous already:
-torch's SDPA, and on a GPU flex attention, flash-attn and FlashInfer (which has pages of its own)."""
+"""block_attention at several models' geometries.
+
+Its peers attend over K/V that are already gathered and contiguous: torch's SDPA, and on a GPU flex attention,
+flash-attn and FlashInfer (which has pages of its own).
+"""
 
 from types import SimpleNamespace
 

@@ -1,7 +1,7 @@
-"""The draft step as a whole and by stage, random weights in a real drafter's geometry, each stage one graph.
+"""The draft step, whole and by stage, with random weights in a real drafter's geometry; each stage is one graph.
 
-The floor of the step is its weights and the context's K and V, once, over the bandwidth. Stages share the memory of the
-step, so their times add up to it but for what the gaps between launches cost.
+The limit of the step is one read of its weights and of the context's K and V at the bandwidth. Stages share the memory
+of the step, so their times add up to the step's, apart from the gaps between launches.
 """
 
 from types import SimpleNamespace

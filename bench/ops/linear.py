@@ -1,4 +1,4 @@
-"""linear and the heads for the few rows of decoding, against torch's library GEMM."""
+"""linear and the LM heads for the few rows of decoding, against torch's library GEMM."""
 
 from types import SimpleNamespace
 
@@ -37,13 +37,13 @@ def cases(sizes: Sizes):
 
 
 def weights_of(sizes, n, k):
-    """As many copies as no cache keeps, unpacked and packed."""
+    """Enough copies to exceed every cache, unpacked and packed."""
     unpacked = [(torch.randn(n, k) / k**0.5).to(sizes.dtype) for _ in range(sizes.copies_of(n * k * 2))]
     return unpacked, [dk.pack_weight(w) for w in unpacked]
 
 
 def bytes_of(sizes, rows, n, k, weight_itemsize=2):
-    """With the partial sums of a GPU that shares K out: they are read and written, too."""
+    """The bytes moved, including the partial sums that a GPU writes and reads when it splits K."""
     chunks = 0
     if sizes.device == "cuda":
         from dflash_kernels._triton.linear import shared
@@ -64,7 +64,7 @@ def linear_case(sizes, name, rows, weights, packed):
 
 
 def int8_case(sizes, name, rows, weights):
-    """A weight in 8 bits, against torch widening it, and on a CPU against its own product for such weights."""
+    """An 8-bit weight, against torch converting it, and on a CPU against torch's own product for such weights."""
     n, k = weights[0].shape
     x, out = sizes.random(rows, k), torch.empty(rows, n, dtype=sizes.dtype)
     quantized = [dk.quantize_weight(w) for w in weights]

@@ -2,7 +2,7 @@
 
     python -m bench.ops [linear] [attention] [memory] [sample] [small] [draft] [step] [whole] [--runs N] [--json OUT]
 
-A file is written after each case, whole or not at all. Also `dflash-kernels bench ops`.
+A file is written atomically after each case. `dflash-kernels bench ops` runs the same.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def main() -> int:
                         help=f"of {', '.join(NAMES)}, {', '.join(GPU_NAMES)}; default all but the last")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--json", type=output, help="one file for all rows, instead of one a name")
+    parser.add_argument("--json", type=output, help="one file for all rows, instead of one per name")
     parser.add_argument("--add", action="store_true",
-                        help="keep what the file of --json has of other cases; those measured again are replaced")
+                        help="keep other cases in the file of --json, and replace those measured again")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads; all cores if not given")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs, not how fast")
-    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default one per core")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to check that it runs")
+    parser.add_argument("--no-peers", action="store_true", help="do not time peers")
     parser.add_argument("--folder", type=Path, help="where results go; default bench/results/<device>")
     options = parser.parse_args()
     if options.threads:
@@ -46,14 +46,14 @@ def main() -> int:
             rows = measure(importlib.import_module(f"bench.ops.{name}").cases(sizes), options.runs, sizes,
                            file.keep if file else lambda row: None)
         found += rows
-        new = [line for line in footnotes(rows) if line not in why]  # a reason is told once
+        new = [line for line in footnotes(rows) if line not in why]  # each reason is reported once
         why |= dict.fromkeys(new)
         print("".join(f"  {line}\n" for line in new), end="", flush=True)
     return int(any("wrong" in row for row in found))
 
 
 class Kept:
-    """A file of rows, which has each as soon as it is kept."""
+    """A file of rows, written whenever a row is added."""
 
     def __init__(self, file: Path, head: dict, names: list[str], options: argparse.Namespace):
         words = ["python -m bench.ops", *names, f"--runs {options.runs} --device {options.device}"]
@@ -65,7 +65,8 @@ class Kept:
             self.result |= {"rows": before["rows"], "command": "; ".join(commands)}
 
     def keep(self, row: dict) -> None:
-        """In the place of the same case's row, if there is one. It says its commit: others may be of an earlier one."""
+        """Adds a row, or replaces the row of the same case. Each row has its commit, because rows can be of different
+        ones."""
         row = {**row, "commit": self.result["header"].get("commit")}
         others = [r for r in self.result["rows"] if (r["op"], r["case"]) != (row["op"], row["case"])]
         self.result["rows"] = [*others, row]

@@ -1,5 +1,8 @@
-"""The ops whose limit is memory: norms, activation, RoPE, context K/V, blocks, verification; against torch and, on a
-GPU, what bench/peers has. Geometries of the drafters of SmolLM2 (on a CPU) and Qwen3-8B, few rows and many."""
+"""The ops limited by memory: norms, activation, RoPE, context K/V, blocks, verification; against torch and, on a GPU,
+the peers of bench/peers.
+
+The geometries are those of the drafters of SmolLM2 (on a CPU) and Qwen3-8B, with few rows and many.
+"""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ TOKENS = {"cpu": (64,), "cuda": (64, 4096), "tiny": (5,)}
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a drafter's layers; requests of `block` tokens each."""
+    """A drafter's layers; requests of `block` tokens each."""
 
     hidden: int
     inner: int
@@ -171,7 +174,7 @@ def context_case(sizes, tokens, layers, kv_heads, dim):
                              for name in "kv")
 
     def expression(rows):
-        """K normed and rotated, and V: (tokens, layers, heads, dim)."""
+        """K, normalised and rotated, and V: (tokens, layers, heads, dim)."""
         k, v = rows.view(tokens, layers, 2, kv_heads, dim).unbind(2)
         k = F.rms_norm(k, (dim,), None, EPS) * weights.to(rows.dtype)[:, None]
         return rotated(k.flatten(1, 2), table[positions]).view_as(k), v

@@ -1,7 +1,7 @@
-"""Sampled verification against the same thing in torch: softmax, top-k and top-p by a sort, min-p, multinomial's draw.
+"""Sampled verification against the same in torch: softmax, top-k and top-p by a sort, min-p, multinomial.
 
-Bytes are those of the rows that had to be read: up to the first rejection of each request, and one more where a whole
-block is accepted. torch's expression works on all rows of the batch, as the engines' do.
+Bytes count the rows that must be read: up to the first rejection of each request, and one more where a whole block is
+accepted. Torch's expression works on all rows of the batch, as the engines' do.
 """
 
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def filtered_distribution(logits, top_k=None, top_p=None, min_p=None):
 
 
 def sample_case(sizes, requests, width, vocab, name, filters):
-    """Logits whose most likely token has about half of the mass, and drafts that are it: some are rejected."""
+    """Logits whose most likely token has about half of the probability and is the draft, so that some are rejected."""
     copies = sizes.copies_of(requests * width * vocab * 2)
     logits = [torch.randn(requests, width, vocab).mul_(2).to(sizes.dtype) for _ in range(copies)]
     drafts = torch.randint(0, vocab, (copies, requests, width))

@@ -1,5 +1,7 @@
-"""The ops behind the heads: shards combined, drafts drawn. They move kilobytes, so what they cost is a launch; the
-limit says how little that leaves of the bandwidth."""
+"""The ops behind the LM heads: shards combined, drafts sampled.
+
+They move kilobytes, so their cost is a launch; the share of the limit shows how little bandwidth they use.
+"""
 
 import math
 from types import SimpleNamespace

@@ -1,6 +1,6 @@
 """Whole steps of SmolLM2-135M in bfloat16: a baseline step, a verify pass, a DFlash step.
 
-Each is a recorded step, replayed on the same memory. The floor of a pass is its weights' bytes over the read bandwidth.
+Each is a recorded step, replayed on the same memory. The limit of a pass is its weights' bytes over the read bandwidth.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ BLOCK, CONTEXT, PAGE = 8, 256, 64
 
 
 def recorded(step, context):
-    """A graph of the step, with the request's pages and lengths in place."""
+    """A graph of the step, with the request's pages and lengths set."""
     pool = PagePool(64, PAGE)
     step.seat([pool.table_row(pool.allocate(context + step.width), step.page_table.shape[1])])
     step.fill([(1, context, step.width)])

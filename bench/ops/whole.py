@@ -1,8 +1,9 @@
-"""Whole steps of Qwen3-8B's geometry with a drafter of five layers, and an attention layer of MiniMax-M2.7's, on
-weights that are random and made on the device.
+"""Whole steps at Qwen3-8B's geometry with a drafter of five layers, and an attention layer of MiniMax-M2.7, with random
+weights made on the device.
 
-A step is recorded and replayed on the same memory, as in bench_step.py. Its floor is its weights and the context's K
-and V, once, over the bandwidth. Page tables have room for more than the context: the time must not follow the capacity.
+A step is recorded and replayed on the same memory, as in bench/ops/step.py. Its limit is one read of its weights and of
+the context's K and V at the bandwidth. Page tables have room for more than the context: the time must not depend on the
+capacity.
 """
 
 from dataclasses import replace
@@ -44,8 +45,8 @@ def cases(sizes: Sizes):
 
 
 def step_cases(model, target, drafter, batch, capacity, context):
-    """Each is made as its turn comes: all requests' buffers and graphs need not lie beside each other. The three have
-    one context, so a block's first row is the baseline step's, bit for bit, or the case is wrong."""
+    """The cases, each made when its turn comes, so that not all buffers and graphs exist at the same time. The three
+    have one context: unless the block's first row equals the baseline step's, bit for bit, the case is wrong."""
     layers, draft = packed_bytes(*target._layers) + target.head.data.nbytes, packed_bytes(drafter, *drafter.layers)
     label = f"{model.name}, {batch} x context {context}, capacity {capacity}"
     caches, baseline = filled(target, drafter, batch, context + model.block), []
@@ -85,7 +86,7 @@ def as_baseline(baseline):
 
 
 def filled(target, drafter, batch, tokens) -> tuple[list, list]:
-    """The target's and the drafter's caches for so many tokens a request."""
+    """The target's and the drafter's caches for this many tokens per request."""
     caches = tuple(made.cache.allocate(batch * -(-tokens // PAGE), PAGE) for made in (target, drafter))
     for cache in (c for kv in caches for c in kv):
         cache.k.normal_()
@@ -94,7 +95,7 @@ def filled(target, drafter, batch, tokens) -> tuple[list, list]:
 
 
 def recorded(target, drafter, caches, batch, width, capacity, context) -> dk.StepGraph:
-    """A graph of the step, with the requests' pages and lengths in place."""
+    """A graph of the step, with the requests' pages and lengths set."""
     max_pages, pages = -(-capacity // PAGE), caches[0][0].num_pages
     pool = PagePool(pages, PAGE)
     step = Step(target, drafter, caches[0], caches[1] if drafter else (), batch, width, PAGE, max_pages)
@@ -109,7 +110,7 @@ def recorded(target, drafter, caches, batch, width, capacity, context) -> dk.Ste
 
 
 def layer_case(sizes, model, batch, capacity, context, rotary):
-    """Norm, q, k and v, their norms and RoPE of a part of each head, attention, output."""
+    """Norm, q, k and v, their norms and partial RoPE, attention, output."""
     t, width = replace(model.target, layers=1), model.block
     make, rows = random_on(sizes.device, sizes.dtype), batch * width
     qkv_rows = (t.heads + 2 * t.kv_heads) * t.head_dim

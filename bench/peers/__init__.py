@@ -1,1 +1,1 @@
-"""Other people's decoders and kernels on the same work."""
+"""Other projects' decoders and kernels on the same work."""

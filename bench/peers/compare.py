@@ -1,11 +1,11 @@
-"""The same prompts and the same drafter through other people's loops and ours, greedy.
+"""Compares other projects' loops with ours on the same prompts and the same drafter, greedy.
 
     python -m bench.peers --prompts FILE... [--draft DIR] [--limit N] [--only ours,dflash,...] [--json OUT]
 
-Each peer is a process in an environment of its own, loaded and warmed up before anything is timed, and idle while
-another answers. In every round, task by task, each answers the same prompts in turn, in the opposite order the next
-time: what slows the machine down slows all of them alike. A rate is the median of the rounds. After the rounds each
-answers the first prompt of each task once more, with its passes timed: a step by part.
+Each peer is a process in its own environment. It is loaded and warmed up before anything is timed, and idle while
+another answers. In every round each peer answers the same prompts task by task, in the opposite order the next time, so
+that anything that slows the machine slows all alike. A rate is the median of the rounds. After the rounds each peer
+answers the first prompt of each task once more with its passes timed, which gives the parts of a step.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WIDE = 150  # columns of the table, also where the output is a file
 
 @dataclass(frozen=True)
 class Unit:
-    """What is asked in one go: the prompts of a task one by one, or prompts of all tasks at once."""
+    """One unit of questions: the prompts of a task in sequence, or concurrent prompts of all tasks."""
 
     task: str
     prompts: list[list[int]]
@@ -50,7 +50,7 @@ class Unit:
 
 
 def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
-    """One unit a task with the first `limit` prompts of each file; for each number at once, a unit with as many
+    """One unit per task with the first `limit` prompts of each file; for each higher concurrency a unit with as many
     prompts, the first ones of every file."""
     tasks: dict[str, list[list[int]]] = {}
     for file in options.prompts:
@@ -65,7 +65,7 @@ def read_tasks(options: argparse.Namespace, tokenizer) -> list[Unit]:
 
 
 def forms(model: str, draft: str | None, needed: set[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What each kind of reader is given for the model, and for the drafter."""
+    """The model and the drafter in the form that each kind of reader takes."""
     where, found = find_model(model), {"model": model}
     if where.suffix == ".gguf":
         found["gguf"] = str(where)
@@ -87,7 +87,7 @@ def block_size(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace) -> str:
-    """What repeats it, without the folders of this machine."""
+    """The command that repeats the run, without this machine's folders."""
     def words(name, values):
         return [f"--{name}", *map(str, values)] if values else []
 
@@ -103,7 +103,7 @@ def command(options: argparse.Namespace) -> str:
 
 @dataclass
 class Measurement:
-    """Peers that run, what they found so far, and why others are missing."""
+    """The running peers, their results so far, and the reasons for missing peers."""
 
     options: argparse.Namespace
     header: dict
@@ -145,7 +145,7 @@ class Measurement:
         first = running.ask(Question(unit.prompts, 1)).seconds if unit.concurrency == 1 else 0.0
         reply = running.ask(Question(unit.prompts, most, unit.concurrency))
         self.rows.add(Key(turn.peer.name, turn.mode, turn.threads, unit.concurrency, unit.task), reply, first)
-        OUT.print(f"round {round_}, {unit.task}, {unit.concurrency} concurrent: {turn}: "
+        OUT.print(f"round {round_}, {unit.task}, concurrency {unit.concurrency}: {turn}: "
                   f"{sum(reply.counts) / reply.seconds:.1f} tokens/s", markup=False)
 
     def watch(self, units: list[Unit]) -> Iterator[None]:
@@ -172,7 +172,7 @@ class Measurement:
 
 @dataclass
 class _Surviving:
-    """A peer that fails is missing from then on, with the reason; the others go on."""
+    """Continues after a peer fails: it is missing from then on, with the reason."""
 
     measurement: Measurement
     turn: peers.Turn
@@ -256,19 +256,20 @@ def parsed() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help='JSON lines: {"task", "id", "turns"}')
-    parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the model's that comes with the "
-                                                        "package; none: baseline decoding only")
+    parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the installed one for the "
+                                                        "model; none: baseline decoding only")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--limit", type=int, help="the first N prompts of each file, where they are asked one by one")
+    parser.add_argument("--limit", type=int, help="the first N prompts of each file, at concurrency 1")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32], help="above 1 only who has batches")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32],
+                        help="values above 1 apply to peers that batch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--block-size", type=int, help="the drafter's if not given")
+    parser.add_argument("--block-size", type=int, help="tokens per block; by default the drafter's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", type=chosen, default=names, metavar="NAME,...",
-                        help=f"of {','.join(names)}; ours is always there")
+                        help=f"of {','.join(names)}; ours is always included")
     parser.add_argument("--dtype", choices=[BFLOAT16, "float32"], default=BFLOAT16,
-                        help="float32 has no near ties, so texts and acceptance can be compared; it is slow")
+                        help="float32 has no near ties, so outputs and acceptance can be compared; it is slow")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")
     parser.add_argument("--json", type=output, help="written after every answer, so that an interrupted run keeps its "
                                                   "rows; default bench/results/<device>/peers.json, "

@@ -8,7 +8,7 @@ import torch
 
 @cache
 def unusable() -> str:
-    """Why nothing can be compiled here, found out once; empty where it can."""
+    """The reason that nothing can be compiled here, determined once; empty where it can."""
     try:
         with torch.device("cpu"):
             torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8))
@@ -19,7 +19,7 @@ def unusable() -> str:
 
 
 def compiled(function: Callable) -> Callable | str:
-    """The function compiled for each shape of its own, when it is first called; or the reason why it cannot be."""
+    """The function, compiled for each shape when first called, or the reason that it cannot be."""
     if why := unusable():
         return why
     torch._dynamo.reset()  # cases share their code, and only so many versions of one are kept

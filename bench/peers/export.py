@@ -1,4 +1,4 @@
-"""A model that we read, as the Hugging Face directory that transformers and vLLM want."""
+"""Writes a model that we read as the Hugging Face directory that transformers and vLLM need."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dflash_decode.checkpoint.tokenizer import load_tokenizer
 
 def export(model: str, folder: Path) -> Path:
     """Writes config.json, model.safetensors in bfloat16, tokenizer.json and tokenizer_config.json with the chat
-    template, whole or not at all."""
+    template, atomically."""
     found, tokenizer = load_checkpoint(model, torch.bfloat16), load_tokenizer(model)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template,
                 **tokenizer.special_tokens}

@@ -1,7 +1,7 @@
-"""A DFlash drafter as the GGUF file that llama.cpp reads beside its target's: architecture "dflash".
+"""Writes a DFlash drafter as the GGUF file that llama.cpp reads next to the target's: architecture "dflash".
 
-llama.cpp's own converter needs its source tree, and a gguf package that is newer than the released one. The file has no
-embedding and no head: they are the target's, in the target's bits.
+llama.cpp's own converter needs its source tree and a gguf package newer than the released one. The file has no
+embedding and no LM head: they are the target's, in the target's quantisation.
 """
 
 import os
@@ -21,7 +21,7 @@ LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_att
 
 
 def tensor_name(name: str) -> str:
-    """KeyError for a tensor that llama.cpp has no place for."""
+    """The tensor's GGUF name. Raises KeyError for a tensor that llama.cpp does not support."""
     if name in TOP:
         return TOP[name]
     _, layer, rest = name.split(".", 2)
@@ -29,7 +29,7 @@ def tensor_name(name: str) -> str:
 
 
 def write(draft: str, target: str, file: Path) -> Path:
-    """The drafter's directory as one file, its vocabulary copied from the target's GGUF file; whole or not at all."""
+    """Writes the drafter's directory as one file, with the vocabulary of the target's GGUF file, atomically."""
     found = load_checkpoint(draft, torch.bfloat16)
     c, raw = read_draft_config(found.config), found.config
     temporary = file.with_name(f".{file.name}.{os.getpid()}")

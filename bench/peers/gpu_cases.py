@@ -1,4 +1,4 @@
-"""Every peer on a GPU, for a case's problem."""
+"""The GPU peers of a case's problem."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from bench.peers.gpu_peers import MAKERS, Absent
 
 
 def peers_of(op: str, problem: SimpleNamespace) -> dict[str, Callable | str]:
-    """The callable of every peer of an op, or the reason why it has none."""
+    """The callable of every peer of an op, or the reason that it has none."""
     found = {}
     for name, make in MAKERS.get(op, {}).items():
         try:

@@ -1,4 +1,4 @@
-"""SGLang's and vLLM's own kernels for our ops, from the files of gpu_peers.FILES, called as their DFlash workers do."""
+"""SGLang's and vLLM's own kernels for our ops, from the files of gpu_peers.FILES, called as in their DFlash workers."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ def sglang_verify(p):
 
 @peer("verify_greedy", "vllm")
 def vllm_verify(p):
-    """Its rejection sampler at temperature 0."""
+    """vLLM's rejection sampler at temperature 0."""
     sample = load("vllm", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py").rejection_sample
     batch, width = p.drafts.shape
     starts, requests = torch.arange(batch + 1).int() * width, torch.arange(batch).int()

@@ -1,4 +1,4 @@
-"""What PyTorch, FlashInfer and flash-attn have for our ops on a GPU."""
+"""Peers from PyTorch, FlashInfer and flash-attn for our ops on a GPU."""
 
 import importlib
 from types import ModuleType
@@ -19,7 +19,7 @@ def imported(name: str) -> ModuleType:
 
 
 def compiled(p):
-    """torch.compile of the problem's expression expression."""
+    """torch.compile of the problem's expression."""
     function = torch.compile(p.expression, fullgraph=True, dynamic=False)
     return lambda i: function(*p.args(i))
 
@@ -34,7 +34,7 @@ def flex(p):
 
     context, width = p.context, p.width
     if not p.headline:
-        raise Absent("it compiles for every shape, so it is timed in the headline cases alone")
+        raise Absent("it compiles for every shape, so it is timed only in the headline cases")
     mask = create_block_mask(lambda b, h, q, k: k <= q + context, None, None, width, context + width,
                              device=p.gathered[0][0].device)
     attend = torch.compile(flex_attention, dynamic=False)
@@ -43,7 +43,7 @@ def flex(p):
 
 @peer("block_attention", "flash-attn")
 def flash_attention(p):
-    """Over the gathered K/V; its causal mask ends at the last key, as the block's does."""
+    """Over the gathered K/V. Its causal mask ends at the last key, as the block's does."""
     attend = imported("flash_attn").flash_attn_func
     rows = [tuple(t.transpose(1, 2) for t in copy) for copy in p.gathered]
     return lambda i: (attend(*rows[i], causal=True),)
@@ -51,7 +51,7 @@ def flash_attention(p):
 
 @peer("block_attention", "flashinfer")
 def flashinfer_attention(p):
-    """Over pages that hold the block's own K/V too, which its engines write there first."""
+    """Over pages that also hold the block's own K/V, which its engines write there first."""
     library, (batch, heads, width, dim) = imported("flashinfer"), p.gathered[0][0].shape
     kv_heads, pages = p.gathered[0][1].shape[1], -(-(p.context + p.width) // p.page)
     q, paged = [], []
@@ -71,7 +71,7 @@ def flashinfer_attention(p):
 
 @peer("add_rms_norm", "flashinfer")
 def flashinfer_norm(p):
-    """In place: it adds x to the residual, and norms into x."""
+    """In place: adds x to the residual, and writes the norm into x."""
     norm = imported("flashinfer").fused_add_rmsnorm
     copies = [tuple(t.clone() for t in p.args(i)[:2]) for i in range(p.copies)]
 

@@ -1,13 +1,13 @@
-"""What else answers an op on a GPU: libraries, and the engines' own Triton kernels, loaded without the engines.
+"""The GPU peers of an op: libraries, and the engines' own Triton kernels, loaded without the engines.
 
-    python -m bench.peers.gpu_peers WHEEL ...     copies the files that are needed out of wheels of sglang and vllm
+    python -m bench.peers.gpu_peers WHEEL ...     copies the needed files out of wheels of sglang and vllm
 
-A peer of an op is a function, registered with @peer(op, name), that is given a benchmark's problem and returns call(i):
-the op's work on copy i of the inputs, as tensors in the order of our own result, or as a function that gets them
-afterwards. One that cannot be had raises Absent with the reason, when it is made.
+A peer is a function registered with @peer(op, name). It takes a benchmark's problem and returns call(i), which does the
+op's work on copy i of the inputs. Results are tensors in the order of our own result, or a function that returns them
+afterwards. A peer that is unavailable raises Absent with the reason.
 
-The engines' files lie in DFLASH_PEER_KERNELS, or else in build/peers/kernels, in their package's folders. A file is
-imported as the module that it is in its engine; what it imports of the engine and is not there is an empty stand-in.
+The engines' files are in DFLASH_PEER_KERNELS, or else in build/peers/kernels, in their package's folders. A file is
+imported under its module name in the engine. Modules of the engine that are not there become empty stand-ins.
 """
 
 import importlib.abc
@@ -40,7 +40,7 @@ MAKERS: dict[str, dict[str, Callable]] = {}
 
 
 class Absent(Exception):
-    """Why a peer is not there, in a line."""
+    """The reason that a peer is unavailable, in one line."""
 
 
 def folder() -> Path:
@@ -56,7 +56,7 @@ def peer(op: str, name: str) -> Callable:
 
 
 class _Nothing:
-    """A name of the engine that is imported, and not used by what is called here."""
+    """A name of the engine that is imported but not used by the functions called here."""
 
     def __init__(self, *_args, **_kwargs):
         pass
@@ -70,7 +70,7 @@ class _StandIn(ModuleType):
 
 
 def _values(module: str) -> dict:
-    """What the files take from modules that are not there."""
+    """The values that the files import from missing modules."""
     import triton
     import triton.language as tl
     from triton.language.extra import libdevice
@@ -107,7 +107,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def _only_here(engine: str):
-    """The engine's modules are those of the folder; an installed engine is put back afterwards."""
+    """Uses only the engine modules of the folder; an installed engine is restored afterwards."""
     of_engine = lambda: [n for n in sys.modules if n.split(".")[0] == engine]  # noqa: E731
     before, finder = {n: sys.modules.pop(n) for n in of_engine()}, _Finder(engine)
     sys.meta_path.insert(0, finder)
@@ -130,7 +130,7 @@ def load(engine: str, path: str) -> ModuleType:
 
 
 def unpack(wheels: list[Path]) -> None:
-    """Copies FILES out of wheels, with the wheel's name, to say which version was measured."""
+    """Copies FILES out of wheels, and records the wheel's name as the measured version."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             engine = wheel.name.split("-")[0]

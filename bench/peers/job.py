@@ -1,6 +1,6 @@
-"""What a peer is asked and what it answers: JSON lines over a socket, for as long as the driver keeps it open.
+"""Questions to a peer and its replies: JSON lines over a socket, for as long as the driver keeps it open.
 
-Standard library only: every peer's environment runs it.
+It uses only the standard library, because every peer's environment runs it.
 """
 
 import json
@@ -17,8 +17,8 @@ BASELINE, DFLASH = "baseline", "dflash"
 
 @dataclass
 class Job:
-    """What a peer is made for. draft: None in baseline mode. longest: tokens of the longest prompt and its answer.
-    concurrency: the most requests that it is asked to answer together."""
+    """The setup of a peer. draft: None in baseline mode. longest: tokens of the longest prompt and its answer.
+    concurrency: the most concurrent requests."""
 
     mode: str
     model: str
@@ -34,8 +34,8 @@ class Job:
 
 @dataclass
 class Question:
-    """prompts: token ids, the same for every peer, so that none uses its own template; concurrency of them together.
-    watched: steps are timed by part, which is for one prompt and for a peer's last questions: it stays watched."""
+    """prompts: token ids, the same for every peer, so that none uses its own template; `concurrency` of them at a time.
+    watched: steps are timed by part, for one prompt. Watched questions are a peer's last, because it stays watched."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -45,11 +45,19 @@ class Question:
 
 @dataclass
 class Reply:
-    """seconds: for all prompts. counts: new tokens of each, with the stop token; tokens: which they are, None from a
-    peer that does not tell. steps: target passes that checked drafts, for each prompt, or of all prompts together if
-    the peer tells no more; accepted: in how many of them the draft at position 1, 2, ... of the block was accepted.
-    Both empty in baseline mode. parts: of a watched question, the seconds of each step: "step" in all, and "draft" and
-    "verify" where they can be told apart; whole: why they cannot."""
+    """The reply to a question.
+
+    seconds: for all prompts.
+    counts: new tokens of each prompt, including the stop token.
+    tokens: the ids, or None from a peer that does not report them.
+    steps: target passes that verified drafts, for each prompt, or for all prompts if the peer reports no more. Empty in
+        baseline mode.
+    accepted: the number of steps in which the draft at position 1, 2, ... of the block was accepted. Empty in baseline
+        mode.
+    parts: of a watched question, the seconds of each step: "step" in all, and "draft" and "verify" where they can be
+        separated.
+    whole: the reason that they cannot.
+    """
 
     seconds: float
     counts: list[int]
@@ -65,15 +73,17 @@ Watch = Callable[[Passes], None]
 
 
 def accepted_drafts(commits: list[int], block_size: int) -> list[int]:
-    """From how many tokens each step committed, its own last one included, to Reply.accepted."""
+    """Converts the tokens that each step committed, including its own last one, to Reply.accepted."""
     return [sum(n > i for n in commits) for i in range(1, block_size)]
 
 
 def serve(load: Callable[[Job], tuple[Answering, dict[str, str], Watch | None]]) -> None:
-    """The main function of a peer, which is given the number of its end of the socket: load(job) gives a function that
-    answers, versions, and a function that has the decoder's passes timed from then on. That one raises
-    NotImplementedError with the reason where it cannot; None: the answers themselves tell what there is to tell. What
-    goes wrong ends the peer, and the last line of its log says why."""
+    """The main function of a peer, called with the number of its end of the socket.
+
+    load(job) returns a function that answers, versions, and a function that starts timing the decoder's passes. The
+    last raises NotImplementedError with the reason where it cannot time them; None means that the answers contain the
+    times. An error ends the peer, and the last line of its log has the reason.
+    """
     end = socket.socket(fileno=int(sys.argv[1]))
     end.set_inheritable(False)  # a child of ours must not keep the driver waiting when we are gone
     lines = end.makefile("rw", encoding="utf-8")

@@ -1,6 +1,7 @@
-"""What the steps of a decoder take by part, seen from outside: the calls of its passes are timed where it keeps them.
+"""Times the parts of a decoder's steps from outside, by wrapping the calls of its passes.
 
-Standard library only: every peer's environment runs it. For decoders that compute before a call returns: on a CPU.
+It uses only the standard library, because every peer's environment runs it. It suits decoders whose computation ends
+before a call returns, as on a CPU.
 """
 
 import time
@@ -11,10 +12,10 @@ DRAFT, VERIFY = "draft", "verify"
 
 
 class Passes:
-    """steps: the seconds of each finished step, "step" in all and of its parts, "draft" and "verify".
+    """steps: the seconds of each finished step, "step" in all and its parts "draft" and "verify".
 
-    A step goes from where a target pass begins to where the next one does. So what the host does between passes is in
-    it, whoever's loop it is, and the pass over a prompt, with the first draft after it, is none.
+    A step lasts from the start of one target pass to the start of the next, so it includes the host's work between
+    passes. The pass over a prompt, with the first draft after it, is not a step.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -23,12 +24,11 @@ class Passes:
         self.prompt()
 
     def prompt(self) -> None:
-        """A prompt comes next: what is open is no step, and neither is its pass."""
+        """Announces a prompt: the open interval and the prompt's pass are not steps."""
         self._began, self._parts, self._of_prompt = None, {}, True
 
     def part(self, name: str, function: Callable, opens: bool = False) -> Callable:
-        """The function, timed as this part wherever it is not called by another part. opens: it begins a target
-        pass."""
+        """The function, timed as this part unless another part calls it. opens: whether it starts a target pass."""
         @wraps(function)
         def timed(*args, **kwargs):
             if self._inside:
@@ -53,6 +53,6 @@ class Passes:
         self._began, self._parts = now, {}
 
     def taken(self) -> list[dict[str, float]]:
-        """The steps since it was last asked."""
+        """The steps since the last call."""
         found, self.steps = self.steps, []
         return found

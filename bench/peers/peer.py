@@ -1,4 +1,4 @@
-"""A peer as the driver sees it: a process in an environment of its own that answers until it is closed."""
+"""A peer as the driver sees it: a process in its own environment that answers until it is closed."""
 
 import contextlib
 import json
@@ -17,10 +17,15 @@ ENVIRONMENTS = ROOT / "build" / "peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """own: it is installed apart, with a Python of its own or as a program. reads: the form of the models that it
-    loads. also_one_thread: baseline decoding with one thread too, which for 4-bit weights need not be the slower.
-    batches: it answers several concurrent requests. script: of peer_<script>.py, the name if empty. weights: what our
-    loop keeps the model's in."""
+    """A peer.
+
+    own: whether it is installed apart, with a Python of its own or as a program.
+    reads: the form of the models that it loads.
+    also_one_thread: whether baseline decoding also runs on one thread, which need not be slower with 4-bit weights.
+    batches: whether it answers concurrent requests.
+    script: of peer_<script>.py; empty for the name.
+    weights: how our loop keeps the model's weights.
+    """
 
     name: str
     reads: str
@@ -68,7 +73,7 @@ def turns(only: list[str], threads: int, drafting: bool) -> list[Turn]:
 
 
 def environment(turn: Turn) -> dict[str, str]:
-    """What the caller has set goes before what we would set, but for the number of threads."""
+    """The environment of a peer. The caller's variables take precedence over ours, except the number of threads."""
     found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if turn.peer.name == "vllm":
         # By itself vLLM keeps a core for its scheduler, which waits busily: of two cores one would compute. In one
@@ -86,7 +91,7 @@ def environment(turn: Turn) -> dict[str, str]:
 
 
 class Running:
-    """A peer that is loaded. Every failure is a RuntimeError with the reason, and ends the process."""
+    """A loaded peer. Every failure is a RuntimeError with the reason, and ends the process."""
 
     def __init__(self, turn: Turn, job: Job, timeout: float):
         if job.dtype not in turn.peer.dtypes:
@@ -126,7 +131,7 @@ class Running:
         raise RuntimeError(f"{last_line(self.log) or f'exit code {code}'}; see build/peers/{self.log.name}")
 
     def close(self) -> int:
-        """The exit code. A peer leaves when its end of the socket closes; one that does not is ended."""
+        """The exit code. A peer exits when its end of the socket closes; otherwise it is ended."""
         with contextlib.suppress(OSError):  # it has gone already
             self._end.shutdown(socket.SHUT_RDWR)
         self._end.close()

@@ -1,4 +1,4 @@
-"""The authors' reference: dflash.model.dflash_generate over transformers."""
+"""The authors' reference implementation: dflash.model.dflash_generate over transformers."""
 
 import time
 from importlib.metadata import version

@@ -1,5 +1,7 @@
-"""llama.cpp's own server, built for this machine: the GGUF file as it is, 4 bits, one request at a time, with its own
-DFlash where there is a drafter."""
+"""llama.cpp's own server, built for this machine, on the unchanged 4-bit GGUF file, one request at a time.
+
+With a drafter it uses its own DFlash.
+"""
 
 import atexit
 import ctypes
@@ -64,7 +66,7 @@ def options(job: Job, port: int) -> list:
 
 
 def end_with_the_peer() -> None:
-    """A peer that is killed cannot end its server."""
+    """Ties the server to this process, because a killed peer cannot end its server."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -85,7 +87,7 @@ def post(url: str, body: dict) -> dict:
 
 
 def versions(log: str) -> dict[str, str]:
-    """The sources' release, and what the server says that it was built for."""
+    """The release of the sources, and the server's build target."""
     source = next(HOME.glob("source/*.tar.gz"), Path("unknown"))
     info = re.search(r"system_info:.*?\| *(.*)", log)
     return {"llama.cpp of": source.name.removesuffix(".tar.gz"), "llama.cpp": info[1].strip(" |") if info else ""}

@@ -1,4 +1,4 @@
-"""Us, as `dflash-kernels bench decode` runs."""
+"""Our loop, as in `dflash-kernels bench decode`."""
 
 import torch
 

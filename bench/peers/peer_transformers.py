@@ -1,4 +1,4 @@
-"""Hugging Face transformers, greedy, without a drafter."""
+"""Hugging Face transformers, greedy baseline decoding."""
 
 import time
 from importlib.metadata import version

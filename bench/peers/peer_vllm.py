@@ -1,4 +1,4 @@
-"""vLLM's CPU build. run.py sets its environment: threads, and everything in one process."""
+"""vLLM's CPU build. bench/peers/peer.py sets its environment: threads, and everything in one process."""
 
 import time
 from importlib.metadata import version
@@ -49,7 +49,7 @@ def runner_of(llm: LLM):
 
 
 def watch_runner(runner, drafts: bool, passes: Passes) -> None:
-    """The target's pass and head, and with a drafter all of its proposal, the context's keys and values included."""
+    """Times the target's pass and LM head, and with a drafter its whole proposal, including the context K/V."""
     if not hasattr(runner, "_model_forward") or drafts and not hasattr(getattr(runner, "drafter", None), "propose"):
         raise NotImplementedError(f"{type(runner).__module__} calls its passes otherwise than the runner of vLLM's V1")
     runner._model_forward = passes.part(VERIFY, runner._model_forward, opens=True)
@@ -59,7 +59,7 @@ def watch_runner(runner, drafts: bool, passes: Passes) -> None:
 
 
 def drafted(llm: LLM) -> tuple[int, list[int]]:
-    """Steps with drafts so far, and how many of them accepted each position; (0, []) without a drafter."""
+    """The steps with drafts so far, and how many of them accepted each position; (0, []) without a drafter."""
     found = {metric.name: metric for metric in llm.get_metrics()}
     if DRAFTS not in found:
         return 0, []

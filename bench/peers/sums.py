@@ -1,4 +1,4 @@
-"""From replies to rows: one for each peer, mode, task and number of concurrent requests, one for all tasks together."""
+"""Turns replies into rows: one per peer, mode, task and concurrency, and one over all tasks."""
 
 import statistics
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ class Key:
 
 @dataclass
 class Round:
-    """What one round brought: of one peer and task, or of several tasks added up."""
+    """The result of one round, for one peer and task, or for several tasks added up."""
 
     reply: Reply
     prompt_seconds: float
@@ -50,13 +50,13 @@ class Round:
 
     @property
     def decoded(self) -> int:
-        """Tokens that steps gave: the first of an answer is its prompt's."""
+        """The tokens from steps: the first token of an answer comes from its prefill."""
         return sum(self.reply.counts) - len(self.reply.counts)
 
 
 @dataclass
 class Rows:
-    """Every round of every key, in the order in which they were first seen."""
+    """All rounds of every key, ordered by first appearance."""
 
     found: dict[Key, list[Round]] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Rows:
         self.found.setdefault(key, []).append(Round(reply, prompt_seconds))
 
     def rows(self) -> list[dict]:
-        """Task by task, then all together for whoever did every task; few at once before many."""
+        """By task, then over all tasks for the peers that ran all; low concurrency first."""
         rows = []
         for concurrency in sorted({key.concurrency for key in self.found}):
             found = {key: rounds for key, rounds in self.found.items() if key.concurrency == concurrency}
@@ -94,18 +94,20 @@ def whole(found: dict[Key, list[Round]], tasks: list[str]) -> dict[Key, list[Rou
 
 
 def row(key: Key, rounds: list[Round], baseline: list[list[int]] | None) -> dict:
-    """Rates are medians over the rounds, with the slowest and the fastest round's beside.
+    """A row. Rates are medians over the rounds, with the slowest and the fastest round.
 
-    acceptance_length: tokens that a step gives. An answer's last step is cut at the limit, by every peer alike because
-    it is the tokens that are counted. by_position: in which share of the steps the draft at position 1, 2, ... was
-    accepted. decode_tokens_per_s, ms_per_step: without the prompts' passes and their one token each; of baseline
-    decoding a step is a token's."""
+    acceptance_length: tokens per step. The last step of an answer is cut at the limit, for every peer alike, because
+        tokens are counted.
+    by_position: the share of steps that accepted the draft at position 1, 2, ...
+    decode_tokens_per_s, ms_per_step: without the prefills and their one token each. A step of baseline decoding is one
+        token.
+    """
     rates, reply = [r.rate for r in rounds], rounds[0].reply
     steps, decoded = sum(r.steps for r in rounds), sum(r.decoded for r in rounds)
     same = None
     if baseline is not None and reply.tokens is not None:
         same = sum(a == b for a, b in zip(reply.tokens, baseline, strict=True))
-    one = key.concurrency == 1  # of many concurrently the prompts' passes stand between the others' steps
+    one = key.concurrency == 1  # else prefills of some requests run between the steps of others
     passes = [r.steps or r.decoded for r in rounds]
     timed = [(r, n) for r, n in zip(rounds, passes, strict=True) if one and n and r.decode_seconds > 0]
     return {
@@ -124,8 +126,8 @@ def row(key: Key, rounds: list[Round], baseline: list[list[int]] | None) -> dict
 
 
 def parts_row(turn: tuple[str, str, int], replies: list[Reply]) -> dict:
-    """Medians over the steps of all answers, in ms: of the step and of what it is known to consist of; "rest" is what
-    the passes leave of it. whole: why it could not be split."""
+    """Medians over the steps of all answers, in ms: of the step and its parts. "rest" is the step without the passes.
+    whole: the reason that it could not be split."""
     peer, mode, threads = turn
     steps = [with_rest(step) for reply in replies for step in reply.parts]
     known = {name: middle((1e3 * step[name] for step in steps if name in step), 3) for name in STEP_PARTS}
@@ -140,8 +142,8 @@ def with_rest(step: dict[str, float]) -> dict[str, float]:
 
 
 def where_same(reply: Reply, ours: Reply | None) -> dict | None:
-    """The acceptance lengths of a peer and of ours over the prompts that both answered with the same text: where a near
-    tie parts the texts, other text is drafted, and acceptance differs for that alone."""
+    """The acceptance lengths of a peer and of ours over the prompts with identical output. Where a near tie makes
+    outputs differ, the drafts are for other text, and acceptance differs for that reason alone."""
     if ours is None or reply.tokens is None or not len(reply.steps) == len(ours.steps) == len(ours.counts):
         return None
     same = [i for i, tokens in enumerate(reply.tokens) if tokens == ours.tokens[i] and reply.steps[i] and ours.steps[i]]
@@ -157,7 +159,7 @@ def middle(values: Iterable[float], digits: int) -> float | None:
 
 
 def added(lists: Iterable[list[int]]) -> list[int]:
-    """Sums by position; a shorter list, of an answer without a step, counts as zeros."""
+    """Sums by position. A shorter list, of an answer without a step, counts as zeros."""
     out: list[int] = []
     for values in lists:
         out += [0] * (len(values) - len(out))

@@ -1,4 +1,4 @@
-"""Our loop's steps by part: a step's recording is cut where a part begins and ends, and its pieces are timed."""
+"""Times the parts of our loop's steps: a step's recording is cut between its parts, and the pieces are timed."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ from dflash_kernels import StepGraph
 
 
 class Pieces:
-    """In the place of a step's one recording. records: False where the step is called, not replayed."""
+    """Replaces a step's single recording. records: False where the step is called instead of replayed."""
 
     def __init__(self, passes: Passes, records: bool):
         self.passes, self.records, self.replays, self._capture = passes, records, [], ExitStack()
@@ -28,7 +28,7 @@ class Pieces:
             work()
 
     def part(self, name: str, function: Callable, opens: bool = False) -> Callable:
-        """The function, which the work calls, as a piece of its own."""
+        """The function, recorded as a piece of its own."""
         timed = self.passes.part(name, function, opens)
 
         def piece(*args):
@@ -43,7 +43,7 @@ class Pieces:
         return piece
 
     def _cut(self) -> StepGraph:
-        """Ends the piece that is being recorded and begins another."""
+        """Ends the current piece and begins another."""
         self._capture.close()
         graph = StepGraph()
         self._capture.enter_context(graph.capture())
@@ -52,7 +52,7 @@ class Pieces:
 
 
 def watch(passes: Passes) -> None:
-    """From now on, of every decoder that is made, on a CPU."""
+    """Times the steps of every decoder made from now on, on a CPU."""
     loop.Step, loop.Prefill = steps_of(passes)
 
 

@@ -1,4 +1,4 @@
-"""Whole texts, from the results of `dflash-kernels bench decode` and `bench protocol`, as tables."""
+"""Tables of decoding, from the results of `dflash-kernels bench decode` and `bench protocol`."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,9 @@ EMPTY = "No results yet: `make evaluate` measures them."
 
 
 def decode_results(folder: Path, kind: str = "decode") -> list[dict]:
-    """Every result of `dflash-kernels bench decode` under the folder, in the order of the files' names. kind "decode by
-    temperature": those of several temperatures."""
+    """The results of `dflash-kernels bench decode` under the folder, ordered by file name.
+
+    kind "decode by temperature": those of several temperatures."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
     return [r for r in found if isinstance(r, dict) and r.get("kind") == kind]
 
@@ -26,24 +27,25 @@ def run_line(r: dict, drawn: str) -> str:
     block = f"{'blocks of at most' if r.get('adapts') and r['concurrency'] > 1 else 'block'} {r['block_size']}"
     model = r["model"] + " in 8 bits" * (r.get("weights") == "int8")
     return (f"{model} with {drafter}, {r['dtype']}, {block}, {drawn}, at most "
-            f"{r['max_new_tokens']} new tokens, {r['concurrency']} concurrent, "
+            f"{r['max_new_tokens']} new tokens, concurrency {r['concurrency']}, "
             f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.")
 
 
 def drawing(r: dict) -> str:
-    """The settings that are not off, the temperature apart."""
+    """The sampling settings that are not off, without the temperature."""
     set_ = [f"{name.replace('_', '-')} {r[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))
             if r[name] != off]
-    drafts = "the most likely drafts" if r["sample_from"] == "greedy" else f"drawn drafts, rule {r['rule']}"
+    drafts = "greedy drafts" if r["sample_from"] == "greedy" else f"sampled drafts, rule {r['rule']}"
     return ", ".join([*set_, drafts, f"seed {r['seed']}"])
 
 
 def temperature_table(results: list[dict]) -> list[str]:
-    """A row for each temperature of each result, all its tasks together."""
+    """A row for each temperature of each result, over all its tasks."""
     lines = []
     for r in results:
         lines += [run_line(r, drawing(r)), "",
-                  "| temperature | prompts | acceptance length | tokens/s | baseline tokens/s | ratio | same text |",
+                  "| temperature | prompts | acceptance length | tokens/s | baseline tokens/s | speedup | "
+                  "identical output |",
                   "|---|---|---|---|---|---|---|"]
         for t in r["temperatures"]:
             same = "yes" if t["identical_to_baseline"] else f"{t['different_requests']} differ"
@@ -54,13 +56,13 @@ def temperature_table(results: list[dict]) -> list[str]:
 
 
 def decode_table(results: list[dict]) -> list[str]:
-    """A row for each task of each result, beside the acceptance length on the card of MiniMax-M2.7's drafter."""
+    """A row for each task of each result, with the acceptance length from the card of MiniMax-M2.7's drafter."""
     lines = []
     for r in results:
         temp = r.get("temperature", 0)
         lines += [run_line(r, f"temperature {temp:g}, {drawing(r)}" if temp else "greedy"), "",
-                  "| task | prompts | acceptance length | MiniMax-M2.7's card | tokens/s | baseline tokens/s | ratio | "
-                  "same text |", "|---|---|---|---|---|---|---|---|"]
+                  "| task | prompts | acceptance length | MiniMax-M2.7's card | tokens/s | baseline tokens/s | "
+                  "speedup | identical output |", "|---|---|---|---|---|---|---|---|"]
         for task, t in [*r["tasks"].items(), ("all", r)]:
             same = "yes" if t["identical_to_baseline"] else f"{t['different_requests']} differ"
             card = f"{CARD[task]:.3f}" if task in CARD else ""
@@ -71,7 +73,7 @@ def decode_table(results: list[dict]) -> list[str]:
 
 
 def position_table(r: dict) -> list[str]:
-    """How often the draft at a position of the block was accepted, given that all before it were."""
+    """The acceptance rate at each block position, given that all earlier drafts were accepted."""
     width = r["block_size"]
     lines = ["| task | " + " | ".join(map(str, range(1, width))) + " |", "|---" * width + "|"]
     for task, t in [*r["tasks"].items(), ("all", r)]:
@@ -88,18 +90,18 @@ def decode_block(folder: Path) -> str:
 
 
 def card_block(folder: Path, drafter: str) -> str:
-    """The model card's figures: those of the drafter alone."""
+    """The results of one drafter, for its model card."""
     found = [r for r in decode_results(folder) if r["draft"] == drafter]
     lines = decode_table(found) + temperature_table([r for r in decode_results(folder, "decode by temperature")
                                                      if r["draft"] == drafter])
     if found:
-        lines += ["By position in the block: how often a draft was accepted, given that all before it were "
-                  f"({found[0]['concurrency']} concurrent).", "", *position_table(found[0])]
+        lines += ["Acceptance rate by position in the block, given that all earlier drafts were accepted "
+                  f"(concurrency {found[0]['concurrency']}).", "", *position_table(found[0])]
     return "\n".join(lines or [EMPTY])
 
 
 def protocol_block(folder: Path) -> str:
-    """The card's two tables, from `dflash-kernels bench protocol`."""
+    """The two tables of the model cards, from `dflash-kernels bench protocol`."""
     lines = []
     for file in sorted(folder.rglob("*.json")):
         r = json.loads(file.read_text(encoding="utf-8"))
@@ -111,7 +113,8 @@ def protocol_block(folder: Path) -> str:
         lines += [f"{who}, greedy, at most {r['max_new_tokens']} new tokens, {asked} prompts of each file.", ""]
         for title, key, form in (("tokens/s", "tokens_per_s", ".1f"),
                                  ("acceptance length", "acceptance_length", ".3f")):
-            lines += [f"| {title}, concurrency | " + " | ".join(TASKS.values()) + " |", "|---" * (len(TASKS) + 1) + "|"]
+            lines += [f"| {title} by concurrency | " + " | ".join(TASKS.values()) + " |",
+                      "|---" * (len(TASKS) + 1) + "|"]
             for concurrency in dict.fromkeys(row["concurrency"] for row in r["rows"]):
                 found = {row["task"]: row[key] for row in r["rows"] if row["concurrency"] == concurrency}
                 cells = [NOT_REPORTED if found.get(t, 0) is None else format(found[t], form) if t in found else ""

@@ -1,6 +1,6 @@
-"""Plots of bench/results for docs/performance.md, on white, in tones and shapes that survive a greyscale printer.
+"""Plots of bench/results for docs/performance.md, on white, with tones and shapes that survive greyscale printing.
 
-A picture carries a hash of what it was drawn from, so that a test can tell an old one whatever matplotlib wrote it.
+Each picture carries a hash of its data, so that a test detects an outdated one under any version of matplotlib.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ DASHES, MARKERS, HATCHES = ("-", "--", "-.", ":"), "osD^v", ("", "//", "..", "xx
 
 @dataclass(frozen=True)
 class Plot:
-    """draw(axes' figure, data) fills a figure of `size` inches; caption: what is seen, under the picture."""
+    """draw(figure, data) fills a figure of `size` inches. The caption stands under the picture."""
 
     data: dict
     draw: Callable
@@ -36,7 +36,7 @@ class Plot:
 
 
 def plots(results: Path) -> dict[str, Plot]:
-    """By file name: those for which there are results."""
+    """The plots that have results, by file name."""
     found = {}
     for folder in sorted(f for f in results.iterdir() if f.is_dir()):
         files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
@@ -48,7 +48,7 @@ def plots(results: Path) -> dict[str, Plot]:
 
 
 def stamp_of(file: Path) -> str | None:
-    """The hash in a picture; None where it is no PNG or has none."""
+    """The hash in a picture; None if it has none or is no PNG."""
     data = file.read_bytes()
     at = 8
     while data[:4] == b"\x89PNG" and at + 8 <= len(data):
@@ -160,12 +160,12 @@ def measured_rows(files: dict) -> list[dict]:
 
 
 def bandwidth(files: dict) -> Plot | None:
-    """Every case of every op in percent of the limit that was measured in the same run."""
+    """Every case of every op, in percent of the limit measured in the same run."""
     ops: dict[str, list[float]] = {}
     for row in measured_rows(files):
         ops.setdefault(row["op"], []).append(round(row["pct_of_limit"], 1))
-    caption = "Achieved bandwidth, one mark a case, in percent of the limit measured in the same run. " \
-              "What stays in the caches may exceed it."
+    caption = "Achieved bandwidth in percent of the limit measured in the same run; one mark per case. " \
+              "Cases that stay in the caches can exceed the limit."
     return Plot({"ops": ops}, draw_bandwidth, (7.5, 1.1 + 0.32 * len(ops)), caption) if ops else None
 
 
@@ -185,21 +185,21 @@ def draw_bandwidth(figure, data) -> None:
 
 
 def peers(files: dict) -> Plot | None:
-    """Tokens a second of each peer, all tasks together."""
+    """Tokens/s of each peer, over all tasks."""
     rows = []
     for f in files.values():
         if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers" and \
                 is_timed(f["header"]):
             whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
-            rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., {r['concurrency']} concurrent",
+            rows += [[f"{r['peer']}, {r['mode']}, {r['threads']} thr., concurrency {r['concurrency']}",
                       r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]
     return Plot({"rows": rows}, draw_peers, (7.5, 1.0 + 0.3 * len(rows)),
-                "Tokens a second of each peer on the same prompts, greedy: the median round, and the slowest to the "
-                "fastest.") if rows else None
+                "Tokens/s of each peer on the same prompts, greedy: the median round, with the range from the slowest "
+                "to the fastest.") if rows else None
 
 
 def draw_peers(figure, data) -> None:
-    """Few at once and many have axes of their own: a bar of the one says nothing beside a bar of the other."""
+    """One axis per concurrency, because their rates do not compare."""
     groups: dict[str, list] = {}
     for row in data["rows"]:
         groups.setdefault(row[0].rsplit(", ", 1)[1], []).append(row)
@@ -219,7 +219,7 @@ def draw_peers(figure, data) -> None:
 
 
 def reached(counts: list[int]) -> list[float]:
-    """Of the steps whose drafts before a position were all accepted, the share that accepted it, by position."""
+    """The acceptance rate at each position, over the steps that accepted all earlier drafts."""
     left = [sum(counts[k:]) for k in range(len(counts))]
     return [round(left[k] / left[k - 1], 4) for k in range(1, len(counts)) if left[k - 1]]
 
@@ -230,7 +230,7 @@ def acceptance(files: dict) -> Plot | None:
         return None
     tasks = {task: reached(t["acceptance_histogram"]) for task, t in found["tasks"].items()}
     return Plot({"tasks": tasks}, draw_acceptance, (6.5, 3.2),
-                f"How often a draft was accepted, given that all before it were; {found['model']} with "
+                f"Acceptance rate by position, given that all earlier drafts were accepted; {found['model']} with "
                 f"{found['draft']}.")
 
 
@@ -239,7 +239,7 @@ def draw_acceptance(figure, data) -> None:
     for i, (task, shares) in enumerate(data["tasks"].items()):
         axes.plot(range(1, len(shares) + 1), shares, color=LINES[i % 4], linestyle=DASHES[i % 4],
                   marker=MARKERS[i % 5], label=task)
-    axes.set(xlabel="position in the block", ylabel="accepted", ylim=(0, 1))
+    axes.set(xlabel="position in the block", ylabel="acceptance rate", ylim=(0, 1))
     axes.legend(ncols=4, loc="upper center")
 
 
@@ -257,8 +257,8 @@ def place(case: str) -> str:
 
 
 def steps(files: dict) -> Plot | None:
-    """Target and draft part of whole steps, and the draft by stage, for every batch and context that was measured; then
-    the steps of whole decoders that told their parts."""
+    """Target and draft part of whole steps, and the draft by stage, for every measured batch and context; then the
+    steps of decoders that report their parts."""
     times: dict[str, dict[str, float]] = {}
     for row in measured_rows(files):
         if row["op"] in WHOLE or row["op"] in STAGES:
@@ -266,7 +266,7 @@ def steps(files: dict) -> Plot | None:
     bars = {}
     for where, t in times.items():
         if "baseline step" in t:
-            bars[f"plain: {where}"] = {"target": round(t["baseline step"], 1)}
+            bars[f"baseline: {where}"] = {"target": round(t["baseline step"], 1)}
         if "DFlash step" in t and "verify pass" in t:
             bars[f"DFlash: {where}"] = {"target": round(t["verify pass"], 1),
                                         "draft": round(t["DFlash step"] - t["verify pass"], 1)}
@@ -277,9 +277,9 @@ def steps(files: dict) -> Plot | None:
             if p["verify_ms"] is not None:
                 bars[f"{p['peer']}, {p['mode']}, {p['threads']} thr."] = {
                     part: round(1e3 * p[name], 1) for part, name in DECODER_PARTS if p[name] is not None}
-    caption = "A step by part. The draft part of a DFlash step is what it takes over a verify pass."
+    caption = "Parts of a step. The draft part of a DFlash step is its time minus that of the verify pass."
     if any("rest" in parts for parts in bars.values()):
-        caption += " Named decoders: their own passes, timed while they answer."
+        caption += " Named decoders: their own passes, timed while they decode."
     return Plot({"bars": bars}, draw_steps, (7.5, 1.2 + 0.36 * len(bars)), caption) if bars else None
 
 

@@ -1,6 +1,6 @@
-"""Writes what is made from data: tables and plots from bench/results, docs/ops.md from the ops' docstrings.
+"""Writes the generated pages: tables and plots from bench/results, docs/ops.md from the ops' docstrings.
 
-`make docs` runs it; tests/bench/test_docs.py fails when what it would write is not what is there.
+`make docs` runs it. tests/bench/test_docs.py fails when a page is out of date.
 """
 
 from pathlib import Path
@@ -28,14 +28,14 @@ def picture_block(folder: Path) -> str:
 
 
 def with_block(page: str, name: str, block: str) -> str:
-    """The page with what stands between the markers of that name replaced."""
+    """The page with a new block between the markers of that name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = page.split(begin, 1)
     return f"{before}{begin}\n{block}\n{end}{rest.split(end, 1)[1]}"
 
 
 def pages() -> dict[Path, str]:
-    """Everything that is made, as it should be."""
+    """The up-to-date text of every generated page."""
     results = ROOT / "bench" / "results"
     docs = ROOT / "docs"
     made = {ROOT / "README.md": {"results": summary_table.headline(results), "picture": picture_block(results)},
@@ -59,7 +59,7 @@ def pages() -> dict[Path, str]:
 
 
 def old_plots(folder: Path = PLOTS, results: Path = ROOT / "bench" / "results") -> list[str]:
-    """Pictures that are missing, drawn from other data, or of nothing that is there."""
+    """Pictures that are missing, outdated or no longer wanted."""
     wanted = draw.plots(results)
     there = {file.name: draw.stamp_of(file) for file in folder.glob("*.png")}
     return sorted(name for name in {*wanted, *there} if name not in wanted or there.get(name) != wanted[name].stamp)

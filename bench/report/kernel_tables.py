@@ -1,4 +1,4 @@
-"""Ops and steps beside their limits and other ways to do the same, from the results of bench/ops, as tables."""
+"""Tables of ops and steps with their bandwidth limits and peers, from the results of bench/ops."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,17 @@ EMPTY = "No results yet: `make bench` measures and fills this in."
 
 
 def hardware(h: dict) -> tuple[str, str]:
-    """What a header says of the machine, and which bandwidth was its limit."""
+    """The machine of a header, and the name of the bandwidth that was its limit."""
     if "cuda" in h:
         return f"CUDA {h['cuda']}, triton {h['triton']}", "copy"
     return f"{h['threads']} threads, {h['isa']}", "read"
 
 
 def cases_page(folder: Path) -> str:
-    """Every case of every op, a table a machine."""
-    lines = ["# Every case", "",
-             "Made by `make docs` from what `make bench` and `make gpu` measured. A row is one case: "
-             "its inputs rotate so that no cache holds them, and its limit was measured between its own calls.",
+    """Every case of every op, in one table per machine."""
+    lines = ["# All benchmark cases", "",
+             "`make docs` generates this page from the results of `make bench` and `make gpu`. A row is one case. "
+             "Its inputs rotate so that no cache holds them, and its limit was measured between its own calls.",
              ""]
     for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
         results = kernel_results(machine)
@@ -25,13 +25,13 @@ def cases_page(folder: Path) -> str:
             continue
         h, rows = results[0]["header"], [row for r in results for row in r["rows"] if "us" in row]
         lines += [f"## {h['device']}", "", about(h), "",
-                  "| op | case | µs, median [p20 to p80] | GB/s | of the limit | TFLOP/s | speed against |",
+                  "| op | case | µs, median [p20 to p80] | GB/s | of the limit | TFLOP/s | relative speed |",
                   "|---|---|---|---|---|---|---|"]
         lines += [f"| `{row['op']}` | {row['case']} | {row['us']:.1f} [{row['p20']:.1f} to {row['p80']:.1f}] | "
                   f"{row['gbps']:.1f} | {row['pct_of_limit']:.0f} % | {row['tflops']:.3f} | {against(row)} |"
                   for row in rows]
         without = dict.fromkeys(why for row in rows for why in row.get("without", {}).values())
-        lines += ["", "Without a time: " + "; ".join(without) + "."] if without else []
+        lines += ["", "Not timed: " + "; ".join(without) + "."] if without else []
         lines.append("")
     return "\n".join(lines)
 
@@ -49,13 +49,13 @@ def about(h: dict) -> str:
 
 
 def against(row: dict) -> str:
-    """A step is compared with the baseline step that it contains, an op with another's way of doing it."""
+    """Compares a step with the baseline step that it contains, and an op with its peers."""
     return ", ".join(f"takes {row['us'] / us:.2f} baseline steps" if name == "baseline step" else
                      f"{us / row['us']:.2f} x {name}" for name, us in row["peers"].items())
 
 
 def limits_block(folder: Path) -> str:
-    """For each op and machine, over all cases: how much of the limit, and how much faster than each peer."""
+    """For each op and machine, over all cases: the share of the limit and the speed relative to each peer."""
     lines = []
     for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
         results = kernel_results(machine)
@@ -65,7 +65,7 @@ def limits_block(folder: Path) -> str:
         h = results[0]["header"]
         limits = sorted(row["gbps"] / row["pct_of_limit"] * 100 for row in rows)
         lines += [f"{h['device']}, {hardware(h)[0]}: the limit was {limits[0]:.1f} to {limits[-1]:.1f} GB/s.", "",
-                  "| op | cases | of the limit | speed against |", "|---|---|---|---|"]
+                  "| op | cases | of the limit | relative speed |", "|---|---|---|---|"]
         for op in dict.fromkeys(row["op"] for row in rows):
             of = [row for row in rows if row["op"] == op]
             ratios = {peer: [row["peers"][peer] / row["us"] for row in of if peer in row["peers"]]

@@ -1,4 +1,4 @@
-"""Whole decoders on the same prompts, from the results of bench/peers, as tables."""
+"""Tables of complete decoders on the same prompts, from the results of bench/peers."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ def peers_block(folder: Path) -> str:
 
 
 def is_timed(header: dict) -> bool:
-    """A rate is a median of rounds. One round is for texts and acceptance, and so is float32, which nobody serves and
-    not every decoder has."""
+    """Whether rates are reported. A rate is a median of rounds; a single round gives output and acceptance only. So
+    does float32, which nobody serves and not every decoder supports."""
     return header["dtype"] == "bfloat16" and header["rounds"] > 1
 
 
 def results(folder: Path) -> list[tuple[dict, list[dict], list[dict], dict]]:
-    """Header, rows, steps by part and missing peers of every result of the peers."""
+    """The header, rows, step parts and missing peers of each result."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
     return [(r["header"], r["rows"], r.get("parts", []), r["missing"]) for r in found
             if isinstance(r, dict) and isinstance(r.get("header"), dict) and r["header"].get("kind") == "peers"]
@@ -43,8 +43,8 @@ def about(h: dict) -> list[str]:
     first = f"the first {h['limit']} prompts" if h["limit"] else "all prompts"
     return [
         f"{h['model']} with {h['draft']}, {h['dtype']}, block {h['block_size']}, greedy, at most "
-        f"{h['max_new_tokens']} new tokens; one at a time {first} of each file, many concurrently the first ones of "
-        f"all files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}; {versions}.",
+        f"{h['max_new_tokens']} new tokens. Concurrency 1: {first} of each file; higher concurrency: the first prompts "
+        f"of all files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}; {versions}.",
         "",
         f"`{command_of(h['command'])}`",
         "",
@@ -56,19 +56,19 @@ def counted(number: int, what: str) -> str:
 
 
 def versions_of(found: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Of the packages that answer, not of what all of them stand on twice."""
+    """Versions of the peers' packages, each once."""
     left = ("isa", "llama.cpp")
     return {name: version for peer in found.values() for name, version in peer.items() if name not in left}
 
 
 def rates(rows: list[dict]) -> list[str]:
-    """All tasks together; the ratio is to our baseline decoding with as many concurrently."""
+    """Rates over all tasks. The speedup is over our baseline decoding at the same concurrency."""
     baseline = {
         r["concurrency"]: r["tokens_per_s"] for r in whole(rows) if (r["peer"], r["mode"]) == (OURS, "baseline")
     }
     lines = [
-        "| decoder | mode | threads | concurrency | tokens/s, median | of the rounds | of our baseline | ms a step | "
-        "acceptance length | same text as our baseline |",
+        "| decoder | mode | threads | concurrency | tokens/s, median | range of the rounds | speedup over our "
+        "baseline | ms per step | acceptance length | output identical to our baseline |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in whole(rows):
@@ -82,13 +82,13 @@ def rates(rows: list[dict]) -> list[str]:
 
 
 def step_parts(parts: list[dict], rows: list[dict]) -> list[str]:
-    """Beside the step of the rounds, in which nobody watched."""
+    """The parts of a step, with the step time of the rounds, which run without this instrumentation."""
     if not parts:
         return []
     rounds = {(r["peer"], r["mode"], r["threads"]): r["ms_per_step"] for r in whole(rows) if r["concurrency"] == 1}
-    lines = ["A step by part, ms: medians over the steps of each task's first prompt, answered once more after the "
-             "rounds with the passes timed. Draft: with its head and the context's keys and values; verify: the "
-             "target's pass and head; rest: acceptance, and what the host does.", "",
+    lines = ["Parts of a step in ms: medians over the steps of each task's first prompt, decoded once more after the "
+             "rounds with timers around the passes. Draft: the drafter's pass, its LM head and the context's K/V; "
+             "verify: the target's pass and LM head; rest: acceptance and host work.", "",
              "| decoder | mode | threads | draft | verify | rest | step | mean step in the rounds |",
              "|---|---|---|---|---|---|---|---|"]
     for p in parts:
@@ -101,7 +101,7 @@ def step_parts(parts: list[dict], rows: list[dict]) -> list[str]:
 
 
 def acceptance(rows: list[dict]) -> list[str]:
-    """By task, one at a time, with the difference to ours."""
+    """The acceptance length by task at concurrency 1, with the difference to ours."""
     drafted = [r for r in rows if r["mode"] == DFLASH and r["concurrency"] == 1]
     peers = list(dict.fromkeys(r["peer"] for r in drafted))
     if OURS not in peers or len(peers) < 2:
@@ -118,7 +118,7 @@ def acceptance(rows: list[dict]) -> list[str]:
     for r in drafted:
         same = r["same_text"] if r["task"] == ALL and r["peer"] != OURS else None
         if same and same["prompts"]:
-            lines += ["", f"{NAMES.get(r['peer'], r['peer'])} on the {same['prompts']} prompts that it answers with "
-                      f"our text: {same['acceptance_length']:.3f}, ours there {same['ours']:.3f} "
-                      f"({100 * (same['acceptance_length'] / same['ours'] - 1):+.1f} %)."]
+            lines += ["", f"On the {same['prompts']} prompts with output identical to ours, the acceptance length of "
+                      f"{NAMES.get(r['peer'], r['peer'])} is {same['acceptance_length']:.3f} and ours "
+                      f"{same['ours']:.3f} ({100 * (same['acceptance_length'] / same['ours'] - 1):+.1f} %)."]
     return [*lines, ""]

@@ -1,1 +1,1 @@
-"""Decoding measured: the commands `dflash-kernels bench`."""
+"""Measures decoding: the commands of `dflash-kernels bench`."""

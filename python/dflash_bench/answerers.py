@@ -1,4 +1,4 @@
-"""Who answers the protocol's prompts: our loop, or a server."""
+"""The two answerers of the protocol: our loop and a server."""
 
 import queue
 import threading
@@ -24,7 +24,7 @@ WARM_UP_TOKENS, WARM_UP = 16, "Count to ten."
 
 @dataclass
 class _Talk:
-    """A conversation: what was said, and the answer that is coming."""
+    """A conversation: its messages, and the answer in progress."""
 
     prompt: Prompt
     messages: list[dict] = field(default_factory=list)
@@ -35,13 +35,13 @@ class _Talk:
     retries: int = 0
 
     def ask(self) -> list[dict]:
-        """The messages up to the next of the user's."""
+        """The messages up to the user's next one."""
         self.messages.append({"role": "user", "content": self.prompt.turns[len(self.turns)]})
         self.began = time.perf_counter()
         return self.messages
 
     def answer(self, text: str, turn: Turn) -> Answered | None:
-        """The conversation if this was its last turn."""
+        """Returns the conversation if this was its last turn."""
         self.messages.append({"role": "assistant", "content": text})
         self.turns.append(turn)
         over = len(self.turns) == len(self.prompt.turns)
@@ -49,7 +49,7 @@ class _Talk:
 
 
 class OurLoop:
-    """The package's own decoder. What a server would do before its first request is done before the clock runs."""
+    """The package's own decoder. It warms up before the clock runs, as a server does before its first request."""
 
     def __init__(self, session: Session, max_new_tokens: int):
         self.session, self.max_new_tokens = session, max_new_tokens
@@ -74,7 +74,7 @@ class OurLoop:
         return self._stream(decoder, prompts)
 
     def _room(self, prompt: Prompt) -> int:
-        """Tokens that the whole conversation may take. Raises ValueError where its first message does not fit."""
+        """The tokens that the whole conversation can use. Raises ValueError if its first message does not fit."""
         room, first = self.session.target.max_context, len(self._ids(_Talk(prompt).ask()))
         if first >= room:
             raise ValueError(f"{prompt.id}: the prompt must be shorter than the model's context of {room} tokens; "
@@ -129,8 +129,8 @@ class OurLoop:
 
 
 class Server:
-    """A chat server, asked by as many threads as there are concurrent requests. A request that is dropped or refused
-    for a moment is sent again, `patience` seconds later and then twice as long; `tries` in all."""
+    """A chat server, called from one thread per concurrent request. A dropped or temporarily refused request is sent
+    again after `patience` seconds, then after twice as long, for `tries` attempts in all."""
 
     def __init__(self, chat: ChatServer, max_new_tokens: int, extra: dict, tries: int = 4, patience: float = 1.0):
         self.chat, self.max_new_tokens, self.tries, self.patience = chat, max_new_tokens, tries, patience
@@ -184,7 +184,7 @@ class Server:
                     answered = talk.answer(reply.text, Turn(
                         reply.tokens, round(time.perf_counter() - talk.began, 4), reply.finish, reply.prompt_tokens))
                     found.put((reply.tokens, answered))
-        except BaseException as error:  # whoever waits for this thread's news is told
+        except BaseException as error:  # wakes the thread that waits for this one's results
             found.put(error)
 
     def _ask(self, talk: _Talk, messages: list[dict], stop: threading.Event) -> Reply:

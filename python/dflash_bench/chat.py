@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible chat servers: streamed answers, and their /metrics."""
+"""A client of OpenAI-compatible chat servers, with streamed answers and /metrics."""
 
 import http.client
 import json
@@ -16,17 +16,17 @@ from .metrics import Drafting, drafting
 
 
 class ServerError(ValueError):
-    """What the server answered, and will answer again."""
+    """An error that the server would return again."""
 
 
 class BadUrl(ServerError):
-    """What is no address of a server."""
+    """A URL that is not the address of a server."""
 
     exit_code = 2  # of the command line
 
 
 class Dropped(ServerError):
-    """A request that may go well the next time: no connection, a broken one, or a server that is busy."""
+    """A failure that can succeed on retry: no connection, a broken one, or a busy server."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ class Reply:
 
 
 class ChatServer:
-    """base_url: "http://host:port", with or without "/v1". model: its name there; the first it lists if None. extra:
-    fields for every request. timeout: the longest silence, in seconds.
+    """A chat server. Each request has its own connection; one ChatServer serves many threads.
 
-    Each request has a connection of its own; one ChatServer serves many threads.
+    base_url: "http://host:port", with or without "/v1".
+    model: its name on the server; by default the first that it lists.
+    extra: fields added to every request.
+    timeout: the longest silence, in seconds.
     """
 
     def __init__(self, base_url: str, model: str | None = None, *, api_key: str | None = None,
@@ -83,14 +85,14 @@ class ChatServer:
             return response.read().decode("utf-8", "replace")
 
     def metrics(self) -> Drafting | None:
-        """None where the server has no /metrics, or none about drafting."""
+        """Draft counters, or None if the server has no /metrics or none about drafting."""
         try:
             return drafting(self._get("/metrics"))
         except ServerError:
             return None
 
     def chat(self, messages: list[dict], max_tokens: int) -> Reply:
-        """The greedy answer. Raises ServerError; Dropped where asking again may help."""
+        """The greedy answer. Raises ServerError, or Dropped where a retry can help."""
         body = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0.0, "stream": True,
                 "stream_options": {"include_usage": True}} | self._extra
         with _Exchange(self, "POST", "/v1/chat/completions", json.dumps(body).encode()) as response:
@@ -116,7 +118,7 @@ class ChatServer:
         return Reply("".join(pieces), usage["completion_tokens"], usage.get("prompt_tokens"), finish)
 
     def abort(self) -> None:
-        """Breaks off every request that runs, from any thread, and refuses new ones until resume()."""
+        """Aborts every running request, from any thread, and refuses new ones until resume()."""
         with self._lock:
             self._closed = True
             for socket in self._open:
@@ -128,7 +130,7 @@ class ChatServer:
 
 
 class _Exchange:
-    """A request and its response as a context: transport's errors become Dropped, a refusal becomes ServerError."""
+    """A request and its response as a context. Transport errors become Dropped, a refusal becomes ServerError."""
 
     def __init__(self, server: ChatServer, method: str, path: str, body: bytes | None = None):
         self.server, self.request = server, (method, f"{server._root}{path}", body, server._headers)
@@ -142,7 +144,7 @@ class _Exchange:
             self.socket = self.connection.sock  # http.client lets go of it before the response is read
             with self.server._lock:
                 if self.server._closed:
-                    raise Dropped(f"{self.what}: broken off")
+                    raise Dropped(f"{self.what}: aborted")
                 self.server._open.add(self.socket)
             self.connection.request(*self.request)
             response = self.connection.getresponse()

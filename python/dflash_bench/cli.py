@@ -1,4 +1,4 @@
-"""`dflash-kernels bench`: decode, protocol, ops."""
+"""The commands `dflash-kernels bench decode`, `protocol` and `ops`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,17 +39,17 @@ from dflash_decode.cli.options import (
 from . import cli_protocol, repository
 from .options import check_files
 
-app = typer.Typer(no_args_is_help=True, help="Measure.")
+app = typer.Typer(no_args_is_help=True, help="Measure decoding, the model card protocol, and single ops.")
 
 
 @app.command("decode")
 def bench_decode(
-    prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; '
-                                                     "may be given several times.")],
+    prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [...]}. '
+                                                     "Repeatable.")],
     model: Model = "smollm2",
     draft: Draft = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each file.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 1,
     max_new_tokens: MaxNewTokens = 256,
     weights: ModelWeights = Weights.model,
     draft_weights: DraftWeights = DraftersWeights.auto,
@@ -64,14 +64,13 @@ def bench_decode(
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
-    peers: Annotated[str | None, typer.Option(help="Instead: our loop and these decoders in turn, each in a process of "
-                                              "its own, of ours8,dflash,transformers,vllm,llama, or all. Needs the "
-                                              "source repository; its `make peers` installs them.")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Compare our loop with these decoders instead, each in a process of "
+                                              "its own: ours8,dflash,transformers,vllm,llama, or all. Needs the "
+                                              "source repository, whose `make peers` installs them.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Decode prompts with the drafter and without a drafter, in one process: speed, acceptance, and whether the text is
-    the same.
+    """Compare speculative with baseline decoding in one process: speed, acceptance length, identical output.
 
     The first turn of each row is the prompt."""
     from dflash_decode.checkpoint import drafter_of, no_drafter
@@ -81,13 +80,13 @@ def bench_decode(
         check_files(prompts, {"--json": json_out})
         known = dtype in ("bfloat16", "float32")
         if temperature != [0.0] or not known or device is not Device.cpu or weights is not Weights.model:
-            raise UsageError("--peers are compared on the CPU, greedy, in bfloat16 or float32; ours in 8 bits is one")
+            raise UsageError("--peers runs on the CPU, greedy, in bfloat16 or float32; for 8 bits name the peer ours8")
         return repository.peers(peers, prompts, {
             "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
             "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
     if draft == NONE:
         why = f"; {no_drafter(model)}" if asked == AUTO else ""
-        raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is measured beside it"
+        raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is always measured too"
                          + why)
     check_files(prompts, {"--json": json_out})
     set_threads(threads)

@@ -35,15 +35,15 @@ def protocol(
     prompts: Annotated[
         list[Path],
         typer.Option(
-            help='JSON lines: {"task": ..., "id": ..., "turns": [text, ...]}; the '
-            "card's tasks are math500, gsm8k, humaneval and mt_bench."
+            help='JSON lines: {"task": ..., "id": ..., "turns": [...]}. Tasks of the '
+            "model cards: math500, gsm8k, humaneval, mt_bench."
         ),
     ],
     model: Annotated[
         str | None,
         typer.Option(
-            help="As for generate, smollm2 if not given; with --base-url the model's "
-            "name there, its first if not given."
+            help="Model, as for generate; by default smollm2. With --base-url: a model name of the server; by "
+            "default its first."
         ),
     ] = None,
     draft: Draft = "auto",
@@ -52,14 +52,14 @@ def protocol(
     base_url: Annotated[
         str | None,
         typer.Option(
-            help="Ask this OpenAI-compatible server instead of our loop, with the key in OPENAI_API_KEY if that is set."
+            help="Measure this OpenAI-compatible server instead of our loop. OPENAI_API_KEY sets its key."
         ),
     ] = None,
-    extra_body: Annotated[str | None, typer.Option(help="JSON object: more fields of the server's requests.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N prompts of each file.")] = None,
+    extra_body: Annotated[str | None, typer.Option(help="JSON object with more fields for the requests.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each file.")] = None,
     concurrency: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Concurrent requests, may be given several times; 1 and 32 if not given."),
+        typer.Option(min=1, help="Number of concurrent requests; by default 1 and 32. Repeatable."),
     ] = None,
     max_new_tokens: MaxNewTokens = 4096,
     block_size: BlockSize = 8,
@@ -67,12 +67,14 @@ def protocol(
     device: Where = Device.cpu,
     threads: Threads = None,
     journal: Annotated[
-        Path, typer.Option(help="Where finished prompts are kept; the same command goes on with what is there.")
+        Path, typer.Option(help="File of finished prompts. Repeating the command continues from it.")
     ] = Path("protocol.jsonl"),
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """The model cards' protocol: all turns of all tasks, greedy; throughput and acceptance length by concurrency."""
+    """Run the protocol of the model cards: throughput and acceptance length by concurrency.
+
+    All turns of all tasks are decoded, greedily."""
     check_files(prompts, {"--json": json_out, "--journal": journal})
     extra = read_extra(extra_body)
     if base_url is None and extra:

@@ -1,4 +1,4 @@
-"""`dflash-kernels bench decode`: many prompts with a drafter and without, in one process."""
+"""`dflash-kernels bench decode`: many prompts with speculative and baseline decoding, in one process."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,8 @@ class Prompt:
 
 
 def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
-    """The user's messages of each row: {"task": ..., "id": ..., "turns": [message, ...]}, one JSON object a line."""
+    """The user messages of each row. A row is one JSON object per line: {"task": ..., "id": ..., "turns": [message,
+    ...]}."""
     try:
         # A byte order mark is not text; and only a line feed ends a row, as a JSON string may hold other separators.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -58,8 +59,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
 def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_new_tokens: int,
                  sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token",
                  on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
-    """Figures for each task and for all together. Both ways of decoding run task by task, one after the other, with the
-    same seeds."""
+    """Results by task and overall. Speculative and baseline decoding alternate task by task, with the same seeds."""
     tasks: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         tasks.setdefault(prompt.task, []).append(prompt)
@@ -90,7 +90,7 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
 
 
 def _difference(session, prompt, baseline, ours, sampling) -> Difference | None:
-    """Drawn texts part where their random numbers say: a margin of logits would mean nothing."""
+    """The first difference. For sampled outputs it has no logit margin, which would mean nothing."""
     at = first_index(baseline, ours)
     if at is None or sampling.temperature == 0:
         return first_difference(session.target, prompt, baseline, ours)
@@ -127,5 +127,5 @@ class _Sums:
 
 
 def header(session: Session, **options) -> dict:
-    """Where, with what and at which commit the figures were taken."""
+    """The machine, settings and commit of a measurement."""
     return report.header(session, **options) | {"commit": commit()}

@@ -1,4 +1,4 @@
-"""Acceptance from what a server's /metrics counts: vLLM's and llama.cpp's counters, SGLang's, or SGLang's gauge."""
+"""Reads acceptance from a server's /metrics: counters of vLLM, llama.cpp and SGLang, or SGLang's gauge."""
 
 import re
 from dataclasses import dataclass
@@ -10,8 +10,13 @@ _DRAFTS, _ACCEPTED = "spec_decode_num_drafts", "spec_decode_num_accepted_tokens"
 
 @dataclass(frozen=True)
 class Drafting:
-    """drafts: blocks that the target checked; accepted: draft tokens that it took; by_position: of them at each
-    position of the block. gauge: an acceptance length that the server averaged itself, over a stretch that it chose."""
+    """Draft counters of a server.
+
+    drafts: verified blocks.
+    accepted: accepted draft tokens.
+    by_position: accepted draft tokens by position in the block.
+    gauge: an acceptance length that the server averaged over a period of its choice.
+    """
 
     source: str
     drafts: float = 0.0
@@ -21,7 +26,7 @@ class Drafting:
 
     @property
     def length(self) -> float | None:
-        """Tokens that a step committed, the target's own one included; None where nothing was drafted."""
+        """The acceptance length: tokens committed per step, including the target's own; None if nothing was drafted."""
         if self.gauge is not None:
             return self.gauge or None
         return 1 + self.accepted / self.drafts if self.drafts else None
@@ -40,7 +45,7 @@ class Drafting:
 
 
 def samples(text: str) -> list[tuple[str, str, float]]:
-    """(name, labels, value) of each sample of Prometheus' text format, names without _total."""
+    """(name, labels, value) of each sample in Prometheus' text format, with names without _total."""
     found = []
     for line in text.splitlines():
         match = _LINE.match(line)
@@ -53,7 +58,7 @@ def samples(text: str) -> list[tuple[str, str, float]]:
 
 
 def drafting(text: str) -> Drafting | None:
-    """What /metrics says of drafting since the server started, over all of its engines; None where it says nothing."""
+    """The draft counters since the server started, over all its engines; None if there are none."""
     found = samples(text)
 
     def total(name: str) -> float | None:

@@ -1,4 +1,4 @@
-"""Files that the commands read and write, checked before anything runs."""
+"""Checks of the files that the commands read and write, made before anything runs."""
 
 import os
 import stat
@@ -31,7 +31,7 @@ def _unreadable(file: Path) -> str | None:
 
 
 def check_written(written: dict[str, Path | None], read: Sequence[Path] = ()) -> None:
-    """Before anything runs. A file that exists is left as it is."""
+    """Raises UsageError for an output that cannot be written. An existing file is not changed."""
     taken = list(read)
     for option, file in written.items():
         if file is None:

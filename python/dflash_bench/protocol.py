@@ -1,7 +1,7 @@
-"""The protocol of the DFlash model cards: tasks, concurrencies, greedy; tokens a second and acceptance length.
+"""The protocol of the DFlash model cards: throughput and acceptance length by task and concurrency, greedy.
 
-Whoever answers, our loop or a server, is an Answerer. Every finished prompt is one JSON line in the journal at once, so
-that an interrupted measurement keeps what it has and the same command goes on.
+Our loop and a server are both an Answerer. Every finished prompt is written immediately as one JSON line to the
+journal, so an interrupted measurement keeps its results and the same command continues it.
 """
 
 import json
@@ -29,8 +29,8 @@ NOT_REPORTED = "not reported"
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer. tokens: generated ones; steps: how many tokens each step committed, where that is known; finish:
-    stop, length, or what the server says."""
+    """One answer. tokens: generated tokens. steps: tokens committed by each step, where known. finish: stop, length, or
+    the server's word."""
 
     tokens: int
     seconds: float
@@ -53,8 +53,11 @@ Answers: TypeAlias = Generator[tuple[int, Answered | None], None, None]
 
 
 class Answerer(Protocol):
-    """about: what must be the same for two runs to be one measurement. answer() yields (new tokens, a prompt that is
-    finished or None) and stops cleanly when it is closed; counters() are the server's so far."""
+    """Answers prompts.
+
+    about: the settings that two runs of one measurement must share. answer() yields (new tokens, a finished prompt or
+    None) and stops cleanly when it is closed. counters() returns the server's counters so far.
+    """
 
     about: dict
 
@@ -64,14 +67,14 @@ class Answerer(Protocol):
 
 
 class Journal:
-    """The lines of a measurement: what it is of, then finished prompts and each run's counters as they come.
+    """The lines of a measurement: its description, then finished prompts and each run's counters as they arrive.
 
-    A run is a stretch without interruption. A prompt's line says how far its run was then: `at` seconds and `so_far`
-    tokens of all prompts, finished or not. A last line that was cut off is dropped.
+    A run is a period without interruption. A prompt's line records its run's progress: `at` seconds and `so_far` tokens
+    of all prompts, finished or not. An incomplete last line is dropped.
     """
 
     def __init__(self, file: Path, about: dict):
-        """Raises CheckpointError where the file is no journal, or that of another measurement."""
+        """Raises CheckpointError if the file is no journal, or that of another measurement."""
         self.file = file
         found = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         if found and not found[-1].endswith(b"\n"):
@@ -119,7 +122,7 @@ def _same_measurement(file: Path, before: dict, now: dict) -> None:
 
 
 def by_task(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
-    """Tasks in the card's order, others after them. Raises CheckpointError where an id comes twice."""
+    """Tasks in the card's order, then others. Raises CheckpointError for a repeated id."""
     found: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         rows = found.setdefault(prompt.task, [])
@@ -132,7 +135,7 @@ def by_task(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
 
 @dataclass
 class Stage:
-    """What is being measured: one task at one concurrency. done: prompts with all their turns."""
+    """One task at one concurrency. done: prompts with all their turns."""
 
     task: str
     concurrency: int
@@ -144,7 +147,7 @@ class Stage:
 
 def measure(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[int], journal: Journal,
             on_change: Callable[[Stage], None] = lambda stage: None) -> None:
-    """Answers what the journal does not have yet, task by task at one concurrency after the other."""
+    """Decodes the prompts that the journal lacks, task by task and one concurrency after another."""
     tasks = by_task(prompts)
     for concurrency in concurrencies:
         for task, rows in tasks.items():
@@ -178,7 +181,7 @@ def _run(answerer: Answerer, left: list[Prompt], stage: Stage, journal: Journal,
 
 
 def figures(journal: Journal, prompts: Sequence[Prompt], concurrencies: Sequence[int]) -> list[dict]:
-    """A row for each concurrency and task of which a prompt is finished."""
+    """A row for each concurrency and task with a finished prompt."""
     found = []
     for concurrency in concurrencies:
         for task, rows in by_task(prompts).items():

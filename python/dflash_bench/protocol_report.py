@@ -1,4 +1,4 @@
-"""The protocol at work: who answers, a progress bar, the card's two tables, the figures as a file."""
+"""Runs the protocol: the answerer, a progress bar, the two tables of the card, and the results file."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def server(base_url: str, model: str | None, max_new_tokens: int, extra: dict) -
 
 def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[int], journal_file: Path,
         json_out: Path | None, source: dict) -> None:
-    """Measures what is missing in the journal, shows the tables, writes the figures."""
+    """Measures the prompts that the journal lacks, prints the tables and writes the results."""
     about = answerer.about | source | where(answerer)
     journal = Journal(journal_file, about)
     wanted = len(prompts) * len(concurrencies)
@@ -56,7 +56,7 @@ def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[i
         rows = figures(journal, prompts, concurrencies)
         finished = sum(row["prompts"] for row in rows)
         if finished < wanted:
-            report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command goes on with "
+            report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command continues with "
                           "the rest")
         elif json_out is not None:
             names = {key: Path(about[key]).name for key in ("model", "draft")  # folders are a machine's own
@@ -66,7 +66,7 @@ def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[i
 
 
 def where(answerer: Answerer) -> dict:
-    """With what it is measured. A server says nothing certain of its own machine."""
+    """The machine and versions of a measurement. The machine of a server is unknown."""
     if isinstance(answerer, Server):
         return {}
     info = build_info()
@@ -75,7 +75,7 @@ def where(answerer: Answerer) -> dict:
 
 
 class Watch:
-    """A bar with the time that is left on a terminal's standard error; elsewhere a line when a task is done."""
+    """A progress bar with the remaining time on a terminal's standard error; elsewhere one line per finished task."""
 
     def __init__(self):
         columns = (TextColumn("[dim]{task.description}[/dim]"), BarColumn(), MofNCompleteColumn(),
@@ -108,7 +108,7 @@ class Watch:
 
 
 def print_tables(rows: list[dict]) -> None:
-    """The two tables of the card, with its own figures below ours."""
+    """The two tables of the card, with the card's own values below ours."""
     tasks = [*TASKS, *dict.fromkeys(row["task"] for row in rows if row["task"] not in TASKS)]
     found = {(row["concurrency"], row["task"]): row for row in rows}
 
@@ -139,7 +139,7 @@ def cell(row: dict | None, key: str, form: str) -> str:
 
 
 def notes(rows: Iterable[dict]) -> list[str]:
-    """What a reader of the tables has to know."""
+    """Notes for a reader of the tables."""
     rows, found = list(rows), []
     if sources := {row["acceptance_from"] for row in rows} - {"steps", NOT_REPORTED}:
         found.append(f"the acceptance length is the server's own: {', '.join(sorted(sources))}, whoever asked")

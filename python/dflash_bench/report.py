@@ -1,4 +1,4 @@
-"""Figures of `dflash-kernels bench decode`, for people."""
+"""Prints the results of `dflash-kernels bench decode`."""
 
 from rich.markup import escape
 from rich.table import Table
@@ -7,9 +7,9 @@ from dflash_decode.cli.report import out
 
 
 def print_bench(results: list[dict]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     drawn = any(result["temperature"] for result in results)
-    for column in (*("T",) * drawn, "task", "requests", "tokens", "acceptance", "tokens/s", "baseline", "ratio",
+    for column in (*("T",) * drawn, "task", "prompts", "tokens", "acceptance", "tokens/s", "baseline", "speedup",
                    "identical"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for result in results:

@@ -1,4 +1,4 @@
-"""Commands that run the repository's benchmarks, of its ops and of other people's decoders; a wheel has none."""
+"""Commands that run the benchmarks in the repository's folder bench, which is not part of the wheel."""
 
 import os
 import subprocess
@@ -16,17 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ops(
-    names: Annotated[list[str] | None, typer.Argument(help="Which benchmarks; all if not given.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed calls of each case.")] = 40,
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks to run; by default all.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls per case.")] = 40,
     device: Where = Device.cpu,
     threads: Threads = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Tiny shapes: whether it runs, not how fast.")] = False,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Use tiny shapes, to check that the benchmarks run.")] = False,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Each op and whole steps: compared with its reference, then timed beside its peers and the memory's limit.
+    """Benchmark each op and whole steps. Each case is compared with its reference, then timed against its peers and
+    the memory bandwidth limit.
 
-    `make bench` does the same and keeps the figures in the repository."""
+    `make bench` does the same and keeps the results in the repository."""
     check_written({"--json": json_out})
     known = sorted(file.stem for file in (ROOT / "bench" / "ops").glob("[a-z]*.py") if file.stem != "measure")
     if known and (unknown := sorted(set(names or ()) - set(known))):
@@ -37,7 +38,7 @@ def ops(
 
 
 def peers(names: str, prompts: list[Path], options: dict[str, object]) -> None:
-    """Our loop and the peers of these names, separated by commas, in turn. options: of the script, None if not set."""
+    """Runs our loop and the named peers, separated by commas, in turn. options: of the script, None if not set."""
     words = ["--only", names, "--prompts", *map(str, prompts)]
     for name, value in options.items():
         if value is not None:
@@ -46,10 +47,10 @@ def peers(names: str, prompts: list[Path], options: dict[str, object]) -> None:
 
 
 def start(module: str, words: list[str]) -> None:
-    """Runs a module of the repository's folder bench and ends as it ends."""
+    """Runs a module of the repository's folder bench and exits with its code."""
     if not (ROOT / module.replace(".", "/") / "__main__.py").is_file():
-        raise UsageError(f"this needs the source repository, for its {module.replace('.', '/')}: in a clone, `make "
-                         "build` and `.venv/bin/dflash-kernels`; it is not part of the installed package")
+        raise UsageError(f"this needs the source repository: {module.replace('.', '/')} is not part of the installed "
+                         "package; in a clone, run `make build` and `.venv/bin/dflash-kernels`")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = subprocess.run([sys.executable, "-m", module, *words], env=os.environ | {"PYTHONPATH": path}).returncode
     if code:

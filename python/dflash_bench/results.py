@@ -1,4 +1,4 @@
-"""What a file of results says of where it comes from, and how it is written. No package but the standard library."""
+"""Writes results files, and records their origin. Imports only the standard library."""
 
 import argparse
 import json
@@ -24,8 +24,8 @@ def commit() -> str | None:
 
 
 def check_output(file: Path, inputs: Iterable[Path] = ()) -> None:
-    """Raises OSError or ValueError, with the reason, where write_json could not write the file, or would write over an
-    input or a device. What it tries it takes back."""
+    """Raises OSError or ValueError, with the reason, if write_json could not write the file or would overwrite an input
+    or a device. It undoes its own trials."""
     if str(file) == "-":
         raise ValueError("it does not mean standard output here; name a file")
     try:
@@ -35,14 +35,14 @@ def check_output(file: Path, inputs: Iterable[Path] = ()) -> None:
     if there is not None and not stat.S_ISREG(there.st_mode) and not file.is_file():
         raise ValueError("it is a directory" if file.is_dir() else "it is not a regular file")
     if any(file.resolve() == other.resolve() for other in inputs):
-        raise ValueError("it is read too")
+        raise ValueError("it is also an input")
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.absolute().parent)
     os.close(handle)
     os.unlink(temporary)
 
 
 def output(text: str) -> Path:
-    """A file that write_json can write: for argparse, as the type of an option."""
+    """A file that write_json can write; for argparse, the type of an option."""
     file = Path(text)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def output(text: str) -> Path:
 
 
 def write_json(file: Path, value: dict) -> None:
-    """Writes the file whole or not at all, in a new folder if need be: a machine's first results have none."""
+    """Writes the file atomically, in a new folder if needed: a machine's first results have none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     try:

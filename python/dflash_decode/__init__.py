@@ -1,4 +1,4 @@
-"""DFlash speculative decoding, as a thin loop over the public ops of dflash_kernels.
+"""DFlash speculative decoding: a thin loop over the public ops of dflash_kernels.
 
 The names below are loaded when they are first used: importing the package, as the command line does, loads no torch.
 """

@@ -1,4 +1,4 @@
-"""Penalties, biases and grammars as the tensors that verify_sample reads, a row for each position of a block."""
+"""Penalties, biases and grammars as the tensors that verify_sample reads, with one row per block position."""
 
 import math
 from collections import Counter
@@ -25,11 +25,11 @@ def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
 
 
 class GrammarFailed(Exception):
-    """A request's grammar raised, or left nothing that may follow: its answer cannot go on."""
+    """A request's grammar raised, or allowed no token, so its answer cannot continue."""
 
 
 class Adjuster:
-    """Adjustments of `batch` blocks of `width` tokens. Row i is for the token after the drafts before it."""
+    """Logit adjustments for `batch` blocks of `width` tokens. Row i adjusts the token after the first i drafts."""
 
     def __init__(self, batch: int, width: int, vocab: int, device: torch.device):
         words = -(-vocab // 32)
@@ -42,9 +42,11 @@ class Adjuster:
 
     def fill(self, b: int, sampling: SamplingParams, prompt: Sequence[int], text: Sequence[int],
              drafts: Sequence[int], stops: Collection[int] = ()) -> int:
-        """Request b of the batch: what it was asked, what it has answered, the drafts of its block, and the tokens that
-        would end it. Returns how many rows can be drawn from: those before one that no token may follow, which may be
-        never come to. Raises GrammarFailed where that is the first, which is drawn from whatever is drafted."""
+        """Fills the rows of request b from its prompt, its answer so far, the drafts of its block and its stop tokens.
+
+        Returns the number of usable rows: those before the first row that allows no token. Raises GrammarFailed if that
+        is the first row, which is used whatever is drafted.
+        """
         width = self.width
         drafts = list(takewhile(range(self.vocab).__contains__, drafts))  # where verify_sample ends the block too
         self.penalty[b] = sampling.repetition_penalty
@@ -71,7 +73,7 @@ class Adjuster:
         return rows
 
     def _mask(self, sampling, text, drafts, stops, wanted):
-        """wanted (width, V) bool: what logit_bias does not ban."""
+        """wanted (width, V) bool: the tokens that logit_bias does not ban."""
         words = torch.full(self.bitmask.shape[1:], -1, dtype=torch.int32)
         for i in range(len(drafts) + 1 if sampling.grammar else 0):
             words[i] = _asked(sampling.grammar, [*text, *drafts[:i]], words[i].clone())
@@ -89,7 +91,7 @@ class Adjuster:
 
 
 def _asked(grammar: Grammar, tokens: list[int], words: torch.Tensor) -> torch.Tensor:
-    """The grammar's answer in words, which are nobody else's: whatever it does to them, it does to its own row."""
+    """The grammar's answer, in words that no other row shares."""
     expected = _kind(words)
     try:
         grammar.fill_bitmask(tokens, words)

@@ -1,4 +1,4 @@
-"""The arguments of the public Python entries, read and checked before anything is loaded or allocated."""
+"""Reads and checks the arguments of the public Python entry points, before anything is loaded or allocated."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _DTYPES = {name: getattr(torch, name) for name in sorted(set(NAMES.values()) - {
 
 
 def whole(what: str, name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer of Python's or numpy's. Raises TypeError or ValueError."""
+    """An integer of Python or numpy. Raises TypeError or ValueError."""
     limits = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
     found = integer(value)
     if found is None:
@@ -36,13 +36,13 @@ def choice(what: str, name: str, value: object, kind: type[Enum]) -> str:
 
 
 def of_type(what: str, name: str, value: object, wanted: Any, words: str) -> None:
-    """wanted: as isinstance takes it. words: what it must be, as a user knows it. Raises TypeError."""
+    """Checks a type. wanted: as isinstance takes it. words: the expected type in a user's words. Raises TypeError."""
     if not isinstance(value, wanted):
         raise TypeError(f"{what}: {name} must be {words}; got {shown(value)}")
 
 
 def path_text(what: str, name: str, value: Any) -> str:
-    """A path, or a name in a path's place, as text."""
+    """A path, or a known name, as text."""
     of_type(what, name, value, (str, os.PathLike), "a path or a name")
     if not (text := os.fsdecode(value)):
         raise CheckpointNotFound(f"{what}: {name} must be a path or a name; got an empty text")
@@ -50,7 +50,7 @@ def path_text(what: str, name: str, value: Any) -> str:
 
 
 def exists(path: str) -> bool:
-    """False also for what can be no path: ~ of nobody, too long a name, a NUL in it."""
+    """Whether the path exists; False also for an invalid path (an unknown ~user, a name too long, a NUL)."""
     try:
         return Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):
@@ -58,7 +58,7 @@ def exists(path: str) -> bool:
 
 
 def read_dtype(what: str, value: object) -> torch.dtype | None:
-    """None for "auto". Takes torch's dtypes, their names, the names in use elsewhere, and numpy's dtypes."""
+    """The dtype, or None for "auto". Takes torch's dtypes, their names, common short names, and numpy's dtypes."""
     text = value
     if not isinstance(value, str):
         text = value if isinstance(value, torch.dtype) else getattr(value, "name", getattr(value, "__name__", None))
@@ -72,8 +72,8 @@ def read_dtype(what: str, value: object) -> torch.dtype | None:
 
 
 def stored_dtype(where: Path, config: Mapping) -> torch.dtype:
-    """What "auto" means for a model: the dtype that its config.json names, or bfloat16 where there is none. Raises
-    CheckpointError for another."""
+    """The dtype of "auto" for a model: that of its config.json, or bfloat16 if it names none. Raises CheckpointError
+    for an unsupported one."""
     inner = config.get("text_config")
     for fields in (config, inner if isinstance(inner, Mapping) else {}):
         for name in ("dtype", "torch_dtype"):
@@ -86,7 +86,7 @@ def stored_dtype(where: Path, config: Mapping) -> torch.dtype:
 
 
 def read_device(what: str, value: Any) -> torch.device:
-    """"cpu", or a GPU that is there. Raises TypeError or ValueError."""
+    """"cpu", or an available GPU. Raises TypeError or ValueError."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -106,7 +106,7 @@ def read_device(what: str, value: Any) -> torch.device:
     return device
 
 
-# What a drafter asks of its target, and what a decoder does.
+# The attributes of a target that a drafter and a decoder need.
 _OF_TARGET = {
     "Drafter": ("vocab_size", "hidden_size", "num_layers", "max_context", "dtype", "device", "embedding", "head"),
     "Decoder": ("vocab_size", "max_context", "dtype", "device", "cache", "make_pass", "next_ids", "logits"),
@@ -114,8 +114,7 @@ _OF_TARGET = {
 
 
 def check_target(what: str, target: object) -> None:
-    """Raises TypeError for what cannot be a target: the wrong one of several arguments, or a path of one. what:
-    "Drafter" or "Decoder"."""
+    """Raises TypeError for an object that cannot be a target, such as a path. what: "Drafter" or "Decoder"."""
     if missing := [name for name in _OF_TARGET[what] if not hasattr(target, name)]:
         raise TypeError(f"{what}: target must be a NativeTarget, an HFTarget or what has all of a Target; got "
                         f"{shown(target)}, which has no {missing[0]}")

@@ -1,4 +1,4 @@
-"""What the dtypes that a model can be kept in are called, here and elsewhere. No package but the standard library."""
+"""Names of the supported dtypes, here and in other tools. Imports only the standard library."""
 
 AUTO = "auto"
 NAMES = {
@@ -10,5 +10,5 @@ NAMES = {
 
 
 def dtype_name(text: str) -> str | None:
-    """Our name for what `text` calls a dtype; None for one that is not supported, or none at all."""
+    """Our name of a dtype; None for a text that names no supported dtype."""
     return NAMES.get(text.strip().lower().removeprefix("torch."))

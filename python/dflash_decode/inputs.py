@@ -1,4 +1,4 @@
-"""What callers give, as plain Python values, and what is shown of it where it is wrong."""
+"""Converts callers' values to Python values, and formats them for error messages."""
 
 import numbers
 import operator
@@ -14,15 +14,15 @@ _short.maxstring = _short.maxother = 80
 
 
 def shown(value: object) -> str:
-    """The value as an error names it: never long, and never an error of its own."""
+    """The value as an error shows it: short, and never an error of its own."""
     try:
         return _short.repr(value)
-    except Exception:  # an integer of 5,000 digits has no repr, nor has an object whose own raises
+    except Exception:  # repr fails for an integer of 5,000 digits, or raises
         return f"a value of type {type(value).__name__}"
 
 
 def said(error: BaseException) -> str:
-    """An error's kind and text, never long."""
+    """The kind and text of an error, shortened."""
     kind = type(error).__name__
     try:
         text = " ".join(str(error).split())
@@ -32,14 +32,14 @@ def said(error: BaseException) -> str:
 
 
 def integer(value: object) -> int | None:
-    """An integer of Python's or numpy's; None for anything else, bools and whole floats among it."""
+    """An integer of Python or numpy; None for anything else, including bools and whole floats."""
     if type(value) is int:
         return value
     return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
 def number(value: Any) -> float | None:
-    """A number of Python's or numpy's, infinite where float has no room for it; None for anything else."""
+    """A number of Python or numpy, infinite where float overflows; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
@@ -49,8 +49,8 @@ def number(value: Any) -> float | None:
 
 
 def is_token_list(value: Any, ordered: bool = True) -> bool:
-    """Whether it may hold token ids: a sequence, or a tensor or array of one dimension; a set too, where order does not
-    matter. Text and bytes are none."""
+    """Whether the value can hold token ids: a sequence, or a tensor or array of one dimension; also a set where order
+    does not matter. Text and bytes cannot."""
     if isinstance(value, torch.Tensor) or hasattr(value, "__array__"):
         return value.ndim == 1
     if isinstance(value, (str, bytes, bytearray, Mapping)):
@@ -59,5 +59,5 @@ def is_token_list(value: Any, ordered: bool = True) -> bool:
 
 
 def items(value: Collection) -> list:
-    """What a token list holds: ids, if the caller is right."""
+    """The elements of a token list, not yet checked."""
     return value.tolist() if hasattr(value, "tolist") else list(value)

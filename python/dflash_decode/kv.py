@@ -1,4 +1,4 @@
-"""Pages: who owns which, and the caches that they index. Host side only."""
+"""Allocates pages to requests, and the caches that they index. Runs on the host only."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ _SHARE = 0.8  # of a GPU's free memory, for pages; steps, their graphs and kerne
 
 
 class OutOfPages(RuntimeError):
-    """No room now; there may be when a request leaves."""
+    """No pages are free at the moment; a request that ends frees some."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one model keeps for a token: layers x kv_heads x head_dim keys, and as many values."""
+    """A model's cache per token: layers x kv_heads x head_dim keys, and as many values."""
 
     layers: int
     kv_heads: int
@@ -32,7 +32,7 @@ class CacheShape:
         return 2 * self.layers * self.kv_heads * page_size * self.head_dim * self.dtype.itemsize
 
     def allocate(self, num_pages: int, page_size: int) -> list[PagedKV]:
-        """Raises ValueError for what the device cannot hold."""
+        """Allocates the caches. Raises ValueError if the device cannot hold them."""
         # (page, head, row, dim) in memory: a head's keys of one page are one stretch for the attention to stream.
         shape = (num_pages, self.kv_heads, page_size, self.head_dim)
         needed = num_pages * self.page_bytes(page_size)
@@ -49,8 +49,8 @@ class CacheShape:
 
 
 def default_pages(most: int, page_size: int, caches: Sequence[CacheShape]) -> int:
-    """`most`, or how many a GPU has room for, in the caches of all models together. On a CPU pages that nobody touches
-    cost nothing. Raises ValueError where a GPU has no room for one."""
+    """`most`, or as many pages as fit on the GPU in the caches of all models. On a CPU untouched pages cost nothing.
+    Raises ValueError if a GPU has no room for one page."""
     device = torch.device(caches[0].device)
     if device.type != "cuda":
         return most
@@ -65,7 +65,7 @@ def default_pages(most: int, page_size: int, caches: Sequence[CacheShape]) -> in
 
 class PagePool:
     """num_pages pages of page_size tokens. A page holds the same tokens in every layer's cache of every model that
-    shares the pool, so the target and its drafter have one page table and one slot per token."""
+    shares the pool, so the target and its drafter share one page table and one slot per token."""
 
     def __init__(self, num_pages: int, page_size: int = 16):
         for name, value in (("num_pages", num_pages), ("page_size", page_size)):
@@ -93,8 +93,8 @@ class PagePool:
         return pages
 
     def keep(self, owned: Iterable[Sequence[int]]) -> None:
-        """Every page that is in none of the lists is free again, whoever had it. Raises ValueError for lists that share
-        a page, or have one that this pool has not."""
+        """Frees every page that is in none of the lists. Raises ValueError for lists that share a page or name one
+        outside the pool."""
         pages = list(chain.from_iterable(owned))
         out = set(pages)
         if len(out) < len(pages) or out and not 0 <= min(out) <= max(out) < self.num_pages:

@@ -1,8 +1,8 @@
 """DFlash decoding of a ragged batch, greedy or sampled, and lossless.
 
-Each request is a context, whose K/V are in its pages, and an anchor, its last token. A step drafts a block after every
-anchor, lets the target check it, and commits what the target would have written itself plus one token of its own.
-Baseline decoding is the same loop with no drafter; a sampled request's text is baseline sampling's with the same seed.
+A request has a context, whose K/V are in its pages, and an anchor, its last token. A step drafts a block after every
+anchor, verifies it with the target, and commits the accepted drafts plus one token of the target. Baseline decoding is
+the same loop with no drafter. A sampled request gives the output of baseline sampling with the same seed.
 """
 
 import itertools
@@ -26,14 +26,18 @@ from .verify import VERIFIERS, GreedyVerifier, first_token, verifier_for
 
 
 class Decoder:
-    """block_size: Q, at most the drafter's own. None: that, and on a CPU less where many requests run at once, which
-    changes no text (and is left where drafts are drawn). max_batch: requests decoded together. num_pages: default
-    room for max_batch requests of max_context tokens, on a GPU at most what fits in 0.8 of its free memory. Pages are
-    taken when a request starts, for all that it may write.
+    """Decodes requests in a batch, one block per step.
 
-    sample_from: how drafts of sampled requests are made. "greedy": the most likely, and the text for a seed is plain
-    sampling's token by token. "request": drawn as the request draws, which keeps the target's distribution, not the
-    text, and rule says how they are accepted: "token" or "block", as for verify_sample."""
+    block_size: Q, at most the drafter's block size, which is the default. By default a CPU uses smaller blocks while
+        many requests run concurrently, unless drafts are sampled; the output does not change.
+    max_batch: the number of requests decoded concurrently.
+    num_pages: by default enough for max_batch requests of max_context tokens, and on a GPU at most what fits in 0.8 of
+        its free memory. A request takes its pages when it starts, for all the tokens that it can write.
+    sample_from: how drafts of sampled requests are chosen. "greedy": the most likely tokens; for a given seed the
+        output is that of baseline sampling, token by token. "request": sampled with the request's settings, which keeps
+        the target's distribution but not the output of a seed.
+    rule: how sampled drafts are accepted, "token" or "block", as for verify_sample.
+    """
 
     def __init__(self, target: Target, drafter: Drafter | None = None, *, block_size: int | None = None,
                  max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 64,
@@ -63,14 +67,14 @@ class Decoder:
         self.kv: tuple[Sequence[PagedKV], Sequence[PagedKV]] = (
             target.cache.allocate(self.pool.num_pages, page_size),
             self.drafter.cache.allocate(self.pool.num_pages, page_size) if self.drafter else ())
-        # All requests, in the order in which they came. What runs and what waits follows from them, and whose a page is
-        # from their lists, so that an interrupt can part no two things that must agree.
+        # All requests in order of arrival. What runs, what waits and who owns a page follow from this list alone,
+        # so an interrupt cannot leave two records that disagree.
         self._requests: list[Live] = []
         self._steps: dict[tuple[int, type[GreedyVerifier]], Step] = {}
         self._prefills: dict[int, Prefill] = {}
         self._firsts: dict[type[GreedyVerifier], GreedyVerifier] = {}
         self._seated: tuple[Step, list[Live]] | None = None
-        # Passes and steps follow one another, so what their graphs need between launches can be the same memory.
+        # Passes and steps run one after another, so their graphs can share scratch memory.
         self._memory = torch.cuda.graph_pool_handle() if target.device.type == "cuda" else None
 
     @property
@@ -81,10 +85,11 @@ class Decoder:
     def warm_up(
         self, prompt_lens: Iterable[int] | None = None, samplings: Iterable[SamplingParams] | None = None
     ) -> None:
-        """Does once what is slow the first time: allocates, compiles and records the prompts' passes, and the steps of
-        every batch that max_batch allows. Nothing is decoded, and no text changes.
-        prompt_lens: of the prompts that will come, in tokens; None: all that fit. samplings: of the requests that will
-        come; None: all there are."""
+        """Allocates, compiles and records prefill passes and steps for every batch size, before the first request.
+
+        Nothing is decoded, and no output changes. prompt_lens: lengths of the expected prompts, in tokens; by default
+        all that fit. samplings: settings of the expected requests; by default all kinds.
+        """
         kinds: Iterable[type[GreedyVerifier]] = VERIFIERS
         if samplings is not None:
             kinds = {verifier_for([sampling]) for sampling in samplings}
@@ -109,22 +114,24 @@ class Decoder:
                 self._steps[batch, kind] = step
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises ValueError or TypeError if it can never run; nothing is allocated then."""
+        """Queues a request. Raises ValueError or TypeError, and allocates nothing, if the request can never run."""
         live = admit(request, self.target.vocab_size, self.max_context, self.pool)
         if any(other.request.id == request.id for other in self._requests if not other.finish):
             raise ValueError(f"request {shown(request.id)}: id must be new; got that of a request that still runs")
         self._requests.append(live)
 
     def cancel(self, request_id: Hashable) -> None:
-        """The request leaves before the next step."""
+        """Ends the request before the next step; does nothing if it has ended."""
         for live in self._requests:
             if live.request.id == request_id and not live.finish:
                 live.ended = "cancelled"
 
     def step(self) -> list[Event]:
-        """Starts whatever fits, then decodes one block for everyone, and returns what is new. A request whose grammar
-        raises ends with an error event. After any other exception, an interrupt among them, the next step goes on where
-        this one came to, though events that it had ready to return may be lost."""
+        """Starts the requests that fit, decodes one block for each running request, and returns the new events.
+
+        A request whose grammar raises ends with an error event. After any other exception, including an interrupt, the
+        next step continues where this one stopped, but events that were ready to be returned can be lost.
+        """
         while len(active := self._active) < self.max_batch:
             live = next((live for live in self._requests if not live.emitted and not live.finish), None)
             if live is None:
@@ -141,10 +148,12 @@ class Decoder:
         return self._tell()
 
     def stream(self, requests: Iterable[Request | None]) -> Iterator[Event]:
-        """Pulls requests as there is room (None: no news yet) and yields events until all are done. Closing it frees
-        every page. A request that cannot run, or whose grammar raises, gives an error event and disturbs nobody; the
-        event of what is no Request has the id None. Where `requests` itself raises, nobody knows what else was to come:
-        every request leaves, and the exception comes out of here."""
+        """Pulls requests while there is room (None: none at the moment) and yields events until all are done.
+
+        Closing the generator frees every page. A request that cannot run, or whose grammar raises, gives an error event
+        and does not affect the others; for an object that is no Request the event's id is None. If `requests` raises,
+        all requests are dropped and the exception is raised here.
+        """
         of_type("Decoder.stream", "requests", requests, Iterable, "an iterable of Requests")
         try:
             try:
@@ -152,7 +161,7 @@ class Decoder:
             finally:
                 self.close()
         finally:
-            self.close()  # an interrupt may have ended the first before it began
+            self.close()  # an interrupt can end the first call before it begins
 
     def _answer(self, source: Iterator[Request | None]) -> Iterator[Event]:
         more = True
@@ -166,18 +175,18 @@ class Decoder:
             yield from self.step()
 
     def _refusal(self, request: Any) -> Event | None:
-        """Submits it; the event of an error."""
+        """Submits the request; returns an error event if it is refused."""
         try:
             self.submit(request)
             return None
         except (TypeError, ValueError) as error:
             why = str(error)
-        except Exception as error:  # its parts are the caller's, and may raise anything when they are read
+        except Exception as error:  # the caller's objects can raise anything when they are read
             why = said(error)
         return Event(request.id if isinstance(request, Request) else None, [], "error", error=why)
 
     def close(self) -> None:
-        """Every request leaves; every page is free again."""
+        """Drops every request and frees every page."""
         self._requests.clear()
         self.pool.keep(())
         self._unseat()
@@ -225,10 +234,10 @@ class Decoder:
                 live.take(tokens[:next((i + 1 for i in range(count) if tokens[i] in live.request.stop_tokens), count)])
 
     def _tell(self) -> list[Event]:
-        """Whatever has no event yet; those that have ended leave."""
+        """Returns the new events, and removes the requests that have ended."""
         news = [live for live in self._requests if live.has_news]
         events = [live.event() for live in news]
-        if any(event.finish for event in events):  # first, so that an interrupt leaves nobody out with pages in hand
+        if any(event.finish for event in events):  # first: an interrupt must not leave a removed request with pages
             self._unseat()
             self.pool.keep(live.pages for live in self._requests if not live.finish)
         for live in news:
@@ -238,12 +247,12 @@ class Decoder:
         return events
 
     def _unseat(self) -> None:
-        """No step knows of a request any more, so that nothing keeps those that have left."""
+        """Clears the requests of the last step, so that nothing keeps those that have ended."""
         seated, self._seated = self._seated, None
         if seated:
             seated[0].verifier.seat(())
 
 
 def _bucket(requests: int) -> int:
-    """The batch that serves so many: one recorded step for each power of two."""
+    """The batch size for this many requests: one recorded step for each power of two."""
     return 1 << (requests - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Where a speculative text parts from the baseline one, and by how little."""
+"""Finds the first token where speculative output differs from baseline output, and the logit margin there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,12 @@ from .model import Target
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two texts differ: position in the answer, the token of each (None: the text ended), and the
-    baseline pass's logit of the baseline token minus that of the other. A margin near 0 is a near tie that another
-    order of additions decided; a large one is a bug."""
+    """The first difference of two answers.
+
+    It has the position in the answer, the token of each (None: the answer ended), and the margin: the baseline logit of
+    the baseline token minus that of the other. A margin near 0 is a near tie that another order of additions decided; a
+    large margin is a bug.
+    """
 
     index: int
     baseline: int | None
@@ -25,11 +28,11 @@ class Difference:
 
     def __str__(self) -> str:
         margin = "one text is a prefix of the other" if self.margin is None else f"logit margin {self.margin:.3g}"
-        return f"token {self.index}: plain {self.baseline}, speculative {self.speculative} ({margin})"
+        return f"token {self.index}: baseline {self.baseline}, speculative {self.speculative} ({margin})"
 
 
 def first_index(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The index of the first token in which two texts differ, or None."""
+    """The index of the first differing token, or None."""
     shortest = min(len(one), len(other))
     at = next((i for i in range(shortest) if one[i] != other[i]), shortest)
     return None if at == len(one) == len(other) else at
@@ -37,7 +40,7 @@ def first_index(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 def first_difference(target: Target, prompt: Sequence[int], baseline: Sequence[int],
                      speculative: Sequence[int]) -> Difference | None:
-    """None when the two answers to `prompt` are equal, else where they part and the target's margin there."""
+    """None if the two answers to `prompt` are equal, else their first difference with the target's margin."""
     index = first_index(baseline, speculative)
     if index is None:
         return None

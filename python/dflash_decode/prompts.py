@@ -1,4 +1,4 @@
-"""What users have for a prompt, text, messages or token ids, as token ids."""
+"""Converts prompts (text, messages or token ids) to token ids."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from .checkpoint.tokenizer import Tokenizer
 from .inputs import integer, is_token_list, items, shown
 
 _KINDS = "a text, a list of messages {'role': ..., 'content': ...}, or token ids"
-_ONE_BY_ONE = "give each prompt's ids by itself, in a list and without padding"
+_ONE_BY_ONE = "give each prompt's ids separately, in a list and without padding"
 
 
 def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: Any, what: str) -> list[int]:
-    """The token ids of one prompt. Errors begin with `what`, which names it."""
+    """The token ids of one prompt. Error messages begin with `what`, its name."""
     if isinstance(prompt, str):
         return _of_text(tokenizer, prompt, what)
     if isinstance(prompt, Mapping) and "input_ids" in prompt:  # what a tokenizer of transformers answers
@@ -29,7 +29,7 @@ def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: Any, what: str) -> lis
 
 
 def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: Any, what: str) -> list[list[int]]:
-    """The token ids of several prompts, or of the one that is given in the place of a list."""
+    """The token ids of several prompts, or of a single prompt in place of a list."""
     if is_single(prompts):
         return [read_prompt(tokenizer, vocab, prompts, f"{what}: prompt 1")]
     if getattr(prompts, "ndim", 1) != 1:  # rows of one length: what is padding is not to be seen
@@ -48,7 +48,7 @@ def _kind(value: object) -> str:
 
 
 def is_single(prompts: Any) -> bool:
-    """Whether it is one prompt: a text, a message or several, token ids. An empty list is no prompt."""
+    """Whether the value is one prompt: a text, a message or several, or token ids. An empty list is no prompt."""
     if isinstance(prompts, (str, Mapping)):
         return True
     if isinstance(prompts, torch.Tensor) or hasattr(prompts, "__array__"):
@@ -78,7 +78,7 @@ def _of_template(tokenizer: Tokenizer, messages: list[dict], what: str) -> list[
 def _encoded(what: str, prompt: object, encode: Callable[[], list[int]]) -> list[int]:
     try:
         ids = encode()
-    except CheckpointError:  # the model's fault, whose file it names
+    except CheckpointError:  # a fault of the model; the message names its file
         raise
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
@@ -88,7 +88,7 @@ def _encoded(what: str, prompt: object, encode: Callable[[], list[int]]) -> list
 
 
 def _unpadded(encoded: Mapping, what: str) -> object:
-    """The ids of a tokenizer's answer. Padding would be part of the prompt."""
+    """The ids of a tokenizer's result without padding, which would become part of the prompt."""
     ids, mask = encoded["input_ids"], encoded.get("attention_mask")
     if isinstance(ids, Sequence) and len(ids) > 1 and any(is_token_list(row) for row in ids):
         raise ValueError(f"{what}: input_ids must be of one prompt; got a batch of {len(ids)}: {_ONE_BY_ONE}")

@@ -1,4 +1,4 @@
-"""What goes into the loop and what comes out."""
+"""Requests to the decoding loop, and its events."""
 
 import secrets
 from collections.abc import Collection, Hashable, Sequence
@@ -12,8 +12,14 @@ from .sampling import GREEDY, SamplingParams, check_sampling
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids, in a sequence, or a tensor or array of one dimension. stop_tokens: generation ends after any
-    of these; a set will do. sampling: how tokens are drawn. All is read when the request is submitted."""
+    """A request to decode one prompt. All fields are read when it is submitted.
+
+    id: any hashable value that no running request has.
+    prompt: token ids, as a sequence or a tensor or array of one dimension.
+    max_new_tokens: the maximum length of the answer.
+    stop_tokens: the answer ends after any of these.
+    sampling: the sampling parameters; greedy by default.
+    """
 
     id: Hashable
     prompt: Sequence[int]
@@ -24,9 +30,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """tokens: new ones, in order, a stop token included. finish: None while it goes on, else stop, length, cancelled or
-    error. acceptance_lengths: with finish, the tokens that each step committed (prefill's one apart). seed: what the
-    text is drawn with, so that it can be had again; None where nothing is drawn."""
+    """New tokens of a request, or its end.
+
+    tokens: the new tokens in order, including a stop token.
+    finish: None while the request runs, else "stop", "length", "cancelled" or "error".
+    acceptance_lengths: at the end, the tokens that each step committed, without the one of the prefill.
+    error: the message, where finish is "error".
+    seed: the seed that reproduces the output; None for greedy requests.
+    """
 
     id: Hashable
     tokens: list[int]
@@ -38,29 +49,32 @@ class Event:
 
 @dataclass(eq=False)
 class Live:
-    """A request that waits or runs. request: as it was read, in plain Python values; sampling: its own, with a seed;
-    limit: tokens that it may emit; told: how many of them its events have told.
+    """A waiting or running request.
 
-    What a step adds is there as a whole or not at all, wherever an interrupt comes: `take` commits it by one append."""
+    request: the request in Python values. sampling: its parameters, with a seed. limit: the most tokens it can emit.
+    told: the number of tokens that its events have reported.
+
+    `take` commits the tokens of a step with one append, so an interrupt leaves all of them or none.
+    """
 
     request: Request
     limit: int
     sampling: SamplingParams
     pages: list[int] = field(default_factory=list)
     told: int = 0
-    ended: str | None = None  # from outside: cancelled or error
+    ended: str | None = None  # set from outside: cancelled or error
     error: str | None = None
     _tokens: list[int] = field(default_factory=list)
-    _ends: list[int] = field(default_factory=list)  # how many tokens count after the prompt's pass and after each step
+    _ends: list[int] = field(default_factory=list)  # the number of tokens after the prefill and after each step
 
     def take(self, tokens: Sequence[int]) -> None:
-        """What the prompt's pass or a step emits."""
+        """Commits the tokens of the prefill or of a step."""
         done = self.emitted
         self._tokens[done:] = tokens
         self._ends.append(done + len(tokens))
 
     def fail(self, why: str) -> None:
-        """The request ends with an error."""
+        """Ends the request with an error."""
         self.error = f"request {shown(self.request.id)}: {why}"
         self.ended = "error"
 
@@ -79,7 +93,7 @@ class Live:
 
     @property
     def context(self) -> int:
-        """Tokens in the target's cache, once the prompt's are."""
+        """The number of tokens in the target's cache after the prefill."""
         return len(self.request.prompt) + self.emitted - 1
 
     @property
@@ -93,14 +107,14 @@ class Live:
         return self.finish is not None or self.told < self.emitted
 
     def event(self) -> Event:
-        """What its events have not told yet."""
+        """The event of everything that is not reported yet."""
         finish, tokens = self.finish, self._tokens[self.told:self.emitted]
         return Event(self.request.id, tokens, finish, tuple(b - a for a, b in pairwise(self._ends)) if finish else (),
                      self.error, self.sampling.seed if self.sampling.temperature > 0 else None)
 
 
 def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Live:
-    """The request, ready to wait. Raises ValueError, or TypeError, if it can never run."""
+    """The checked request, ready to be queued. Raises ValueError or TypeError if it can never run."""
     if not isinstance(request, Request):
         raise TypeError(f"request must be a Request; got {shown(request)}")
     what = f"request {shown(request.id)}"

@@ -1,4 +1,4 @@
-"""How a request's tokens are drawn."""
+"""Sampling parameters of a request."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,36 @@ from .inputs import FLOAT32, integer, number, shown
 
 
 class Grammar(Protocol):
-    """What may follow. It is asked about any beginning of an answer, in any order, so it keeps no state of its own."""
+    """Restricts the next token. It is called for any prefix of an answer, in any order, so it must keep no state."""
 
     def fill_bitmask(self, tokens: Sequence[int], words: torch.Tensor) -> None:
-        """words (ceil(V / 32),) int32, on the CPU: bit v % 32 of word v // 32 is set if token v may follow the answer
-        `tokens`, as in xgrammar. All bits are set before the call, and bits from V on mean nothing.
+        """Clears the bits of the tokens that must not follow the answer `tokens`.
 
-        The request ends with an error event, and no other is disturbed, where this raises an Exception, leaves words
-        with another shape, dtype or device, or allows no token in [0, V) (or only those whose logit_bias is -inf) after
-        what has been answered. Allowing none after drafts that are not answered in the end is no error."""
+        words (ceil(V / 32),) int32, on the CPU: bit v % 32 of word v // 32 stands for token v, as in xgrammar. All bits
+        are set before the call. Bits from V on have no meaning.
+
+        The request ends with an error event, without effect on others, if this raises an Exception, changes the shape,
+        dtype or device of words, or allows no token in [0, V) (or only tokens whose logit_bias is -inf) after the
+        answer so far. It can allow none after drafts that are then not accepted.
+        """
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are drawn; the meaning of the filters together is verify_sample's.
+    """Sampling parameters of one request. The filters combine as in verify_sample.
 
-    temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
-    seed: the text depends on it, the prompt and these settings alone, never on what else runs. None: a fresh one, which
-        the request's events tell.
-    repetition_penalty: logits of tokens in prompt or answer are divided by it if positive, else multiplied. 1 is none.
-    presence_penalty, frequency_penalty: taken once, and once for each time, from the logits of tokens in the answer.
-    logit_bias: added to the logits of these tokens. grammar: what may follow.
+    temperature: 0 is greedy.
+    top_k: keeps the K most likely tokens; 0 or -1 keeps all.
+    top_p: keeps the most likely tokens with this probability together; 1 keeps all.
+    min_p: keeps tokens with at least this share of the highest probability; 0 keeps all.
+    seed: the output depends only on the seed, the prompt and these settings, never on other requests. None selects a
+        fresh seed, which the request's events report.
+    repetition_penalty: divides positive logits of tokens in the prompt or the answer, and multiplies negative ones; 1
+        is off.
+    presence_penalty: is subtracted from the logit of each token in the answer; 0 is off.
+    frequency_penalty: is subtracted from it once per occurrence; 0 is off.
+    logit_bias: is added to the logits of these tokens.
+    grammar: restricts the next token.
     """
 
     temperature: float = 0.0
@@ -51,7 +60,7 @@ class SamplingParams:
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits change before anything is chosen."""
+        """Whether the logits are adjusted before a token is chosen."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
                     or self.grammar is not None)
 
@@ -67,8 +76,8 @@ _SAID = {0.0: " of at least 0", FLOAT32.tiny: " above 0"}
 
 
 def check_sampling(sampling: SamplingParams, what: str, vocab: int | None = None) -> SamplingParams:
-    """The same settings in plain Python numbers. Raises TypeError or ValueError, which begin with `what`, for settings
-    that mean nothing, or that float32, in which they are applied, cannot hold."""
+    """The same settings as Python numbers. Raises TypeError or ValueError, with a message that begins with `what`, for
+    invalid settings and for numbers that float32, in which they are applied, cannot hold."""
     if not isinstance(sampling, SamplingParams):
         raise TypeError(f"{what}: sampling must be a SamplingParams; got {shown(sampling)}")
     read: dict[str, Any] = {name: _number(getattr(sampling, name), name, what) for name in _RANGES}
@@ -107,7 +116,7 @@ def _biases(given: object, what: str, vocab: int | None) -> dict[int, float]:
         token, value = integer(key), number(bias)
         if token is None or token < 0 or (vocab is not None and token >= vocab):
             raise ValueError(f"{what}: logit_bias must be for token ids in [0, {vocab or 'V'}); got {shown(key)}")
-        # Infinities ban a token or leave no other; what float32 would round to one says something else.
+        # An infinity bans a token or all others. A finite number that float32 rounds to infinity is an error.
         if value is None or value != value or abs(value) > FLOAT32.max and abs(bias) != math.inf:
             raise ValueError(f"{what}: logit_bias must be numbers that float32 can hold; got {shown(bias)} for token "
                              f"{token}")

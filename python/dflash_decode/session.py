@@ -1,4 +1,4 @@
-"""A model, its tokenizer and a drafter, loaded and ready: what the command line and the benchmark share."""
+"""A session: a loaded model with its tokenizer and drafter, shared by the command line and the benchmarks."""
 
 import os
 import time
@@ -36,8 +36,14 @@ from .sampling import GREEDY, SamplingParams, check_sampling
 
 @dataclass
 class Answer:
-    """text: the tokens as text. steps: how many tokens each step committed, the prompt's pass apart. seed: None where
-    nothing was drawn."""
+    """The answer to one prompt.
+
+    tokens: the token ids.
+    text: the tokens as text.
+    steps: the tokens that each step committed, without the one of the prefill.
+    finish: "stop", "length", "cancelled" or "error".
+    seed: the seed of the output; None for greedy decoding.
+    """
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -48,7 +54,7 @@ class Answer:
 
 @dataclass
 class Run:
-    """seconds: from the first prompt's first pass to the last token, all requests together."""
+    """The answers to all prompts. seconds: from the first prompt's prefill to the last token, over all requests."""
 
     answers: list[Answer]
     seconds: float
@@ -67,11 +73,11 @@ class Run:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean number of tokens that a step committed."""
+        """The mean number of tokens that a step committed."""
         return sum(self.steps) / len(self.steps) if self.steps else 1.0
 
     def histogram(self, width: int) -> list[int]:
-        """How many steps committed 1, 2, ... `width` tokens."""
+        """The number of steps that committed 1, 2, ... `width` tokens."""
         return [self.steps.count(n) for n in range(1, width + 1)]
 
 
@@ -83,8 +89,8 @@ class Session:
     tokenizer: Tokenizer
     drafter: Drafter | None
     block_size: int
-    adapts: bool = False  # to how many requests run at once, up to block_size
-    weights: str = "model"  # what the model's are kept in
+    adapts: bool = False  # the block size to the number of concurrent requests, up to block_size
+    weights: str = "model"  # "model" or "int8"
 
     @classmethod
     def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
@@ -92,16 +98,23 @@ class Session:
              draft_weights: str = "auto",
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
-        """model: a directory with config.json and safetensors, a .gguf file, or a known name. draft: a drafter's
-        directory, "auto" (the one installed for the model, or none, with a warning), "random" or "none" (or None).
-        dtype: torch.bfloat16, float16 or float32, a name of one of them ("bf16", "half", "fp32"), or "auto", what the
-        model's config.json says. device: "cpu" or a CUDA device. weights: "model" keeps the model's as they are, "int8"
-        in 8 bits: half of the bytes a step, and another model, whose text differs here and there. draft_weights: the
-        drafter's, in "int8", as the "model"'s, or "auto": in 8 bits on a CPU beside a model in 16, where reading them
-        takes half of the time; the text is the same. status(text) is entered while the part that it names is loaded.
+        """Loads a model, its tokenizer and a drafter.
 
-        Arguments are checked before anything is loaded. Raises TypeError and ValueError for arguments that are wrong or
-        do not fit together, CheckpointError for what cannot be read.
+        model: a directory with config.json and safetensors, a .gguf file, or a known name.
+        draft: a drafter's directory, "auto" (the installed drafter for the model, or none, with a warning), "random",
+            or "none" or None.
+        block_size: tokens per block, at most the drafter's block size, which is the default.
+        dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
+            config.json.
+        device: "cpu" or a CUDA device.
+        weights: "model" keeps the model's weights unchanged. "int8" keeps them in 8 bits: a step reads half of the
+            bytes, and the output can differ from the 16-bit model's.
+        draft_weights: "int8", "model" for the model's dtype, or "auto" for 8 bits on a CPU with a 16-bit model, where
+            they take half of the time to read. The output does not change.
+        status: status(text) is entered while the named part is loaded.
+
+        Arguments are checked before anything is loaded. Raises TypeError and ValueError for wrong or inconsistent
+        arguments, and CheckpointError for files that cannot be read.
         """
         what, draft = "Session.load", NONE if draft is None else draft
         model, draft = (path_text(what, name, value) for name, value in (("model", model), ("draft", draft)))
@@ -137,24 +150,32 @@ class Session:
         return cls(model, draft, target, tokenizer, drafter, width, block_size is None, weights)
 
     def prompt_ids(self, prompt: object) -> list[int]:
-        """The token ids of a prompt: of a text as a user's message, or of a list of messages {"role": ..., "content":
-        ...}, in the model's chat template; a text where the model has none, after its BOS. Token ids, in a list, a
-        tensor or array (n,) or (1, n), or in what a tokenizer of transformers answers, are taken as they are.
+        """The token ids of a prompt.
 
-        Raises TypeError for anything else, ValueError for no token and for ids that the model does not have,
-        CheckpointError where messages have no template or it fails."""
+        A text becomes a user's message in the model's chat template; without a template it follows the model's BOS. A
+        list of messages {"role": ..., "content": ...} goes through the template. Token ids are used as they are: a
+        list, a tensor or array (n,) or (1, n), or the result of a transformers tokenizer.
+
+        Raises TypeError for anything else, ValueError for an empty prompt and for ids outside the vocabulary, and
+        CheckpointError where messages have no template or the template fails.
+        """
         return read_prompt(self.tokenizer, self.target.vocab_size, prompt, "Session.prompt_ids: prompt")
 
     def run(self, prompts: object, *, max_new_tokens: int, concurrency: int = 1, speculative: bool = True,
             on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None,
             sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token") -> Run:
-        """Answers all prompts, `concurrency` at a time. prompts: a list of what prompt_ids takes, or one such prompt.
-        max_new_tokens: of each answer, at least 1; the context's end ends it sooner. on_tokens(prompt's index, new
-        tokens) is called as they come. sampling: of all prompts; prompt i draws with seed + i, or with a fresh seed if
-        there is none. sample_from, rule: as for Decoder.
+        """Answers all prompts, with `concurrency` requests at a time.
 
-        Raises TypeError and ValueError, before anything is answered, for arguments that are wrong and for a prompt
-        that does not fit the model's context."""
+        prompts: a list of prompts as prompt_ids takes them, or one such prompt.
+        max_new_tokens: the maximum length of each answer, at least 1. The end of the context ends an answer earlier.
+        speculative: False for baseline decoding.
+        on_tokens: on_tokens(prompt's index, new tokens) is called as tokens arrive.
+        sampling: of all prompts. Prompt i uses seed + i, or a fresh seed if there is none.
+        sample_from, rule: as for Decoder.
+
+        Raises TypeError and ValueError, before anything is decoded, for wrong arguments and for a prompt that does not
+        fit the model's context.
+        """
         what, room = "Session.run", self.target.max_context
         max_new_tokens = whole(what, "max_new_tokens", max_new_tokens, 1)
         concurrency = whole(what, "concurrency", concurrency, 1)
@@ -179,7 +200,7 @@ class Session:
         for event in decoder.stream(self._requests(prompts, max_new_tokens, sampling)):
             index = cast(int, event.id)
             if event.error is not None:
-                why = event.error.removeprefix(f"request {event.id}: ")  # the request is ours, the prompt the caller's
+                why = event.error.removeprefix(f"request {event.id}: ")  # the caller knows prompts, not our requests
                 raise ValueError(f"{what}: prompt {index + 1}: {why}")
             answer = answers[index]
             answer.tokens += event.tokens
@@ -197,12 +218,12 @@ class Session:
             yield Request(i, list(prompt), max_new_tokens, self.tokenizer.stop_ids, replace(sampling, seed=seed))
 
     def _warm(self, decoder: Decoder, prompts, sampling) -> None:
-        """Memory, recorded steps and threads are made before the clock runs, the same for both ways of decoding."""
+        """Allocates memory, records steps and starts threads before the clock runs, for both ways of decoding."""
         decoder.warm_up(map(len, prompts), [sampling])
 
 
 def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str) -> Target:
-    """Our own layers where the model is of a family that they serve, transformers' where they do not. model_type: of
+    """Loads our own layers for the families that they support, and transformers' for all others. model_type: of
     its config.json; None where that has none, and for a GGUF file."""
     if model_type not in (None, *FAMILIES):
         where = find_model(model)

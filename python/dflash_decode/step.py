@@ -1,4 +1,4 @@
-"""One step of decoding for a batch, on memory that never moves, so that a graph can capture it."""
+"""One decoding step of a batch, on memory that never moves, so that it can be recorded as a graph."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -17,10 +17,10 @@ VERIFY_ROWS = 32
 
 
 class Recorded:
-    """Work that is recorded the first time that it is done and replayed from then on, where that is possible."""
+    """Work that is recorded on its first call and replayed afterwards, where the device and its parts allow it."""
 
     def __init__(self, device: torch.device, *parts, pool: tuple[int, int] | None = None):
-        """parts: who does the work, each with `graph_safe`, or None. pool: as for StepGraph."""
+        """parts: the objects that do the work, each with `graph_safe`, or None. pool: as for StepGraph."""
         recordable = all(part is None or part.graph_safe for part in parts)
         self.graph = StepGraph(device, pool) if recordable and StepGraph.available(device) else None
 
@@ -31,22 +31,24 @@ class Recorded:
         if self.graph.captured:
             return self.graph.replay()
         if self.graph.device.type == "cuda":
-            work()  # a capture runs nothing there, and can neither compile nor load a kernel
+            work()  # a capture only records, and cannot compile or load a kernel
         with self.graph.capture():
             work()
 
 
 class Step:
-    """Draft, verify, commit: `batch` requests, blocks of `width` tokens; of width 1 or with no drafter, a baseline
-    step.
-    verifier: greedy if None. draw: drafts are drawn from the drafter's distribution, as the verifier's requests draw
-    theirs.
-    pool: as for StepGraph.
+    """Draft, verify, commit for `batch` requests with blocks of `width` tokens.
 
-    Inputs, to be filled in place: anchors (B,) int64, the last token of each request, not yet in the target's cache;
-    context_lens (B,) int32, tokens before it; block_lens (B,) int32, how many of the block's tokens count (0: no
-    request); page_table (B, max_pages) int32. A call returns what is verified; then the drafter's pages hold what was
-    committed.
+    Width 1, or no drafter, is a baseline step. verifier: greedy if None. draw: drafts are sampled from the drafter's
+    distribution with the settings of the verifier's requests. pool: as for StepGraph.
+
+    Inputs, filled in place:
+        anchors (B,) int64: the last token of each request, which is not in the target's cache yet.
+        context_lens (B,) int32: tokens before the anchor.
+        block_lens (B,) int32: valid tokens of the block; 0 for no request.
+        page_table (B, max_pages) int32.
+
+    A call returns a Verified, and writes the committed tokens to the drafter's pages.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
@@ -69,14 +71,16 @@ class Step:
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
 
     def seat(self, tables: Sequence[torch.Tensor], requests: Sequence[Live] = ()) -> None:
-        """Page-table rows of the requests, first to last; the rest of the batch is empty. requests: whose they are,
-        which only greedy requests can do without."""
+        """Sets the page-table rows of the requests, in order; the rest of the batch is empty.
+
+        requests: the owners of the rows, needed unless all are greedy.
+        """
         self.page_table.fill_(NO_PAGE)
         self.page_table[:len(tables)].copy_(torch.stack(tuple(tables)))
         self.verifier.seat(requests)
 
     def fill(self, requests: Sequence[tuple[int, int, int]]) -> None:
-        """(anchor, context length, block length) of each request, first to last; the rest of the batch is empty."""
+        """Sets (anchor, context length, block length) of each request, in order; the rest of the batch is empty."""
         padded = [*requests, *[(0, 0, 0)] * (self.batch - len(requests))]
         columns = zip(*padded, strict=True)
         for into, values in zip((self.anchors, self.context_lens, self.block_lens), columns, strict=True):
@@ -103,8 +107,10 @@ class Step:
 
 
 class Prefill:
-    """Runs up to `rows` tokens of one prompt through the target, and what it says of them into the drafter's pages.
-    pool: as for StepGraph."""
+    """Runs up to `rows` tokens of one prompt through the target, and writes their K/V to the drafter's pages.
+
+    pool: as for StepGraph.
+    """
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
                  draft_kv: Sequence[PagedKV], rows: int, page_size: int, max_pages: int,
@@ -120,8 +126,8 @@ class Prefill:
         self.out: torch.Tensor | None = None
 
     def __call__(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> torch.Tensor:
-        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (max_pages,). Returns the last one's
-        row (1, H), from which the target's head says what comes next."""
+        """tokens: at most `rows`, at positions done, done + 1, ...; page_table (max_pages,). Returns the last token's
+        hidden state (1, H), the input of the LM head."""
         n = len(tokens)
         self.tokens[0, :n].copy_(torch.tensor(tokens, dtype=torch.int64))
         self.context_lens.fill_(done)
@@ -141,8 +147,10 @@ class Prefill:
 
 
 def prefill_sizes(tokens: int, most: int, device: torch.device) -> list[int]:
-    """Rows of each pass that a prompt takes: a few sizes, of which each keeps its memory. A GPU reads the weights for
-    as long as it computes a few hundred rows; on a CPU every padded row costs its arithmetic."""
+    """The rows of each pass over a prompt: few different sizes, because each keeps its own memory.
+
+    A GPU reads the weights for as long as it computes a few hundred rows; on a CPU every padded row costs arithmetic.
+    """
     whole, left = divmod(tokens, most)
     if not left:
         return [most] * whole
@@ -152,6 +160,6 @@ def prefill_sizes(tokens: int, most: int, device: torch.device) -> list[int]:
 
 
 def block_width(most: int, batch: int, device: torch.device) -> int:
-    """Tokens of a block for `batch` requests. A CPU computes some 32 rows while it reads the weights; more take longer:
+    """The block size for `batch` requests. A CPU computes about 32 rows while it reads the weights; more take longer:
     eight concurrent requests of SmolLM2 gain 1.27 times in blocks of 8, 1.51 times in blocks of 4."""
     return max(1, min(most, VERIFY_ROWS // batch)) if device.type == "cpu" else most

@@ -1,7 +1,7 @@
-"""What the target says of a drafted block: which of its tokens stay, and what comes after them.
+"""Verifies drafted blocks: which tokens are accepted, and the token that follows them.
 
-There are three ways, and a batch goes the cheapest that serves all its requests: argmax with no logits in memory; draws
-from logits; logits that are adjusted first. A later one gives a request the text that an earlier one would.
+There are three verifiers: argmax without logits in memory, sampling from logits, and sampling from adjusted logits. A
+batch uses the cheapest that serves all its requests. Each gives a request the output that a cheaper one would give.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ _FIELDS = {"temperature": "temperature", "seeds": "seed", "top_k": "top_k", "top
 
 
 def verifier_for(samplings: Sequence[SamplingParams]) -> type["GreedyVerifier"]:
-    """The least that these settings need."""
+    """The cheapest verifier for these settings."""
     if any(sampling.adjusts for sampling in samplings):
         return AdjustedVerifier
     return SampledVerifier if any(sampling.temperature > 0 for sampling in samplings) else GreedyVerifier
 
 
 def first_token(verifier: "GreedyVerifier", live: Live, row: torch.Tensor) -> int:
-    """The token after the prompt; row (1, H): what the target's pass gave for the prompt's last token."""
+    """The token after the prompt. row (1, H): the target's hidden state of the last prompt token."""
     prompt = live.request.prompt
     ids = torch.tensor([[prompt[-1]]], device=row.device)
     before = torch.tensor([len(prompt) - 1], dtype=torch.int32, device=row.device)
@@ -37,7 +37,7 @@ def first_token(verifier: "GreedyVerifier", live: Live, row: torch.Tensor) -> in
 
 
 class GreedyVerifier:
-    """Accepts what greedy decoding would have written."""
+    """Accepts the drafts that greedy decoding would have written."""
 
     graph_safe = True
     params: SamplingTensors | None = None
@@ -55,18 +55,20 @@ class GreedyVerifier:
         self.values = self._per_request(batch * width, torch.float32)
 
     def seat(self, requests: Sequence[Live]) -> None:
-        """The requests of the batch, first to last; the rest is empty."""
+        """Sets the requests of the batch, in order; the rest is empty."""
 
     def run(self, rows: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor,
             block_lens: torch.Tensor | None = None, proposal: Proposal | None = None) -> Verified:
-        """rows (B * Q, H), what the target's pass gave for the blocks ids (B, Q); proposal: how drafts were drawn."""
+        """rows (B * Q, H): the target's hidden states of the blocks ids (B, Q). proposal: how drafts were sampled."""
         self.target.next_ids(rows, self.next_ids.view(-1), self.values)
         return verify_greedy(ids, self.next_ids, context_lens, block_lens=block_lens, out=self.out)
 
 
 class SampledVerifier(GreedyVerifier):
-    """Accepts so that what is emitted follows the target's distribution, each request's by its own settings. rule:
-    "token" or "block", as for verify_sample."""
+    """Accepts drafts so that the output follows the target's distribution under each request's settings.
+
+    rule: "token" or "block", as for verify_sample.
+    """
 
     adjustments: LogitAdjustments | None = None
 
@@ -92,10 +94,13 @@ class SampledVerifier(GreedyVerifier):
 
 
 class AdjustedVerifier(SampledVerifier):
-    """What a row may emit depends on the drafts before it, so they are read between drafting and verifying: such a step
-    is not recorded. A request whose grammar raises, or lets nothing follow, has failed, and what its row says counts
-    for nothing. Where nothing may follow some of the drafts, the block ends before: only an answer that comes there
-    fails, in the next step, as it would with no drafts."""
+    """Adjusts the logits by penalties, biases and grammars before it accepts.
+
+    A row's adjustments depend on the drafts before it, which are read between drafting and verifying, so the step is
+    not recorded. A request fails if its grammar raises or allows no token; its row is then ignored. Where the grammar
+    allows no token after some of the drafts, the block ends before them. The request fails only if its answer gets
+    there, in the next step, as it would without drafts.
+    """
 
     graph_safe = False
 

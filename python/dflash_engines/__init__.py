@@ -1,1 +1,1 @@
-"""Adapters that engines load through their own plugin entry points; importing this imports no engine."""
+"""Plugins that engines load through their own entry points. Importing this package imports no engine."""

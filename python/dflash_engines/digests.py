@@ -1,9 +1,9 @@
-"""The digests of every hook's functions, from an engine's files, which are not imported.
+"""Prints the digests of every hook's functions from an engine's files, without importing them.
 
     python -m dflash_engines.digests FOLDER
 
-FOLDER is where the engine is installed (site-packages) or its wheel unpacked. A line ends with what a hook's `read`
-takes for that version, once somebody has read the functions.
+FOLDER is where the engine is installed (site-packages), or its unpacked wheel. Each line ends with the digest for a
+hook's `read`, to be entered once the functions have been read.
 """
 
 import sys

@@ -1,13 +1,12 @@
-"""The gate between an engine's private functions and our replacements, and the way back from them.
+"""Installs replacements for an engine's private functions, and falls back to the originals.
 
-Engines move their internals between releases, so a hook is installed only where the engine's version was read, the
-functions are still those, and the hook was measured faster on the platform or is asked for by name. Otherwise the
-original stays, and the log says why. What a hook needs of the model is decided once for each object that it works on;
-what a call brings that it was not written for is left to the original, and so is everything from the first exception
-on.
+Engines change their internals between releases. A hook is therefore installed only where the engine's version was read,
+the functions still have the sources that were read, and the hook was measured faster on the platform or is enabled by
+name. Otherwise the original stays, and the log says why. A hook checks the model once for each object that it works on.
+Calls that it was not written for go to the original, and so do all calls after its first exception.
 
-Ranks of one group never wait for each other in vain: a replacement has no collective before its `finish`, which has
-those of the original in the same order and shapes, so it does not matter which of the two a rank runs.
+Ranks of one group never wait for each other in vain. A replacement runs no collective before its `finish`, which runs
+those of the original in the same order and with the same shapes, so each rank can run either of the two.
 """
 
 import functools
@@ -24,23 +23,27 @@ if TYPE_CHECKING:  # imported where it is used: this module is part of what ever
     import torch
 
 MARK = "dflash_original"
-LEFT = object()  # what a replacement returns for a call that it leaves to the original; it has then changed nothing
+LEFT = object()  # a replacement returns this to leave the call to the original; it has then changed nothing
 Placing = Callable[["Hook", Any, str, Callable, Callable], None]  # hook, owner, attribute, original, replacement
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One function of an engine and what replaces it.
+    """One function of an engine and its replacement.
 
-    name: what the log and the environment's variables call it. target: "module:function" or "module:Class.method".
-    ours: takes the original's arguments; returns its result, or LEFT. An exception means that the original is called
-    after it, so what ours had written by then must be what the original writes too. read: the digest of the functions'
-    sources in each version of the engine that was read. measured: of each platform (see platform_of) where it was,
-    whether it is faster than the original. defined: where the target's source is, if not at the target. beside: other
-    functions whose work ours does too. keep() -> why the original stays on this engine's platform, or None. prepare():
-    is called before it is put in place. draws: its results are drawn by random numbers of its own, so that a rank which
-    goes back alone would part from the others. finish(result, arguments): makes ours' result the original's, with the
-    original's collectives; what fails there fails as it would in the original.
+    name: used in the log and in the environment variables.
+    target: "module:function" or "module:Class.method".
+    ours: the replacement. It takes the original's arguments and returns its result, or LEFT. After an exception the
+        original is called, so ours must not have written anything that the original does not overwrite.
+    read: the digest of the functions' sources, by engine version that was read.
+    measured: whether ours is faster than the original, by platform (see platform_of) where it was measured.
+    defined: where the target's source is, if not at the target.
+    beside: other functions whose work ours also does.
+    keep() -> why the original stays on this engine's platform, or None.
+    prepare(): called before the replacement is installed.
+    draws: ours draws random numbers of its own, so a rank that falls back alone would diverge from the others.
+    finish(result, arguments): turns ours' result into the original's, with the original's collectives. A failure there
+        is raised as it would be in the original.
     """
 
     name: str
@@ -60,7 +63,7 @@ class Hook:
         return self.defined or self.target, *self.beside
 
     def unread(self, version: str) -> str | None:
-        """Why it does not know this version; what follows a plus sign says how it was built."""
+        """Why the hook does not support this version. The part after a plus sign names the build and is ignored."""
         if version.partition("+")[0] in self.read:
             return None
         return f"version {version} was not read; {', '.join(self.read)} {'were' if len(self.read) > 1 else 'was'}"
@@ -68,7 +71,7 @@ class Hook:
 
 @dataclass(frozen=True)
 class Outcome:
-    """why: empty where replaced. available: whether asking for it by name is all that is missing."""
+    """why: empty where replaced. available: whether enabling it by name would replace it."""
 
     name: str
     target: str
@@ -76,12 +79,12 @@ class Outcome:
     available: bool = False
 
     def __str__(self):
-        return f"{self.name}: {f'left, {self.why}' if self.why else 'replaced'} ({self.target})"
+        return f"{self.name}: {f'not replaced, {self.why}' if self.why else 'replaced'} ({self.target})"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `<prefix>_DISABLE` and `<prefix>_ENABLE` in the environment say, comma-separated names of hooks."""
+    """The hooks named in the environment variables `<prefix>_DISABLE` and `<prefix>_ENABLE`, separated by commas."""
 
     prefix: str
     disabled: frozenset[str]
@@ -93,7 +96,7 @@ class Choice:
         for variable in (f"{prefix}_DISABLE", f"{prefix}_ENABLE"):
             names = {name.strip() for name in environment.get(variable, "").split(",")} - {""}
             if unknown := names.difference(known):
-                log.warning("dflash-kernels: %s must be of %s; got %s", variable, ",".join(known),
+                log.warning("dflash-kernels: %s must be names of %s; got %s", variable, ",".join(known),
                             ",".join(sorted(unknown)))
             given.append(frozenset(names))
         return cls(prefix, *given)
@@ -112,10 +115,9 @@ def platform_of(device: "torch.device") -> str:
 
 def install(hooks: Iterable[Hook], version: str, platform: str, choice: Choice, log: logging.Logger,
             place: Placing | None = None) -> list[Outcome]:
-    """Installs what can be and says so in the log: a line for each hook, one for all that may be asked for. Never
-    raises; a second call finds everything in place.
+    """Installs the hooks that apply, and logs a line for each, and one for all that can be enabled by name.
 
-    place: puts a replacement in, where the engine has its own way.
+    Never raises. A second call changes nothing. place: installs a replacement where the engine has a way of its own.
     """
     outcomes = []
     for hook in hooks:
@@ -127,7 +129,7 @@ def install(hooks: Iterable[Hook], version: str, platform: str, choice: Choice, 
         if not found.available:
             log.info("dflash-kernels: %s", found)
     if names := ",".join(found.name for found in outcomes if found.available):
-        log.info("dflash-kernels: not measured on %s yet, and so left: %s; %s_ENABLE=%s replaces them", platform,
+        log.info("dflash-kernels: not replaced, because not measured on %s yet: %s; enable with %s_ENABLE=%s", platform,
                  names.replace(",", ", "), choice.prefix, names)
     return outcomes
 
@@ -160,10 +162,9 @@ def _install(hook: Hook, version: str, platform: str, choice: Choice, log: loggi
 
 def guarded(name: str, ours: Callable, theirs: Callable, log: logging.Logger, draws: bool = False,
             finish: Callable | None = None) -> Callable:
-    """ours, then finish; for a call that ours leaves or fails in, and in this process for all that follow a failure,
-    theirs.
+    """Runs ours, then finish. Runs theirs where ours returns LEFT or raises, and in every call after a failure.
 
-    Where it draws and there are several ranks, the failure ends this rank instead, and the engine with it.
+    If ours draws and there are several ranks, a failure is raised instead and ends the engine.
     """
     failed = False
 
@@ -174,7 +175,7 @@ def guarded(name: str, ours: Callable, theirs: Callable, log: logging.Logger, dr
                 found = ours(*args, **kwargs)
             except Exception as error:
                 failed = True
-                log.warning("dflash-kernels: %s: failed, and is off in this process from now on. %s: %s",
+                log.warning("dflash-kernels: %s: failed and is now off in this process. %s: %s",
                             name, type(error).__name__, error, exc_info=True)
                 if draws and _ranks() > 1:
                     raise
@@ -194,7 +195,7 @@ def _ranks() -> int:
 
 
 def _set(hook: Hook, owner: Any, attribute: str, original: Callable, replacement: Callable) -> None:
-    """`from module import function` elsewhere in the engine made copies of the name, which are replaced too."""
+    """Also replaces the names that `from module import function` made elsewhere in the engine."""
     setattr(owner, attribute, replacement)
     if inspect.isclass(owner):
         return
@@ -205,10 +206,10 @@ def _set(hook: Hook, owner: Any, attribute: str, original: Callable, replacement
 
 
 def plan(owner: Any, name: str, decide: Callable[[Any], Any], log: logging.Logger) -> Any:
-    """What decide(owner) returned the first time, kept on owner; None where the original must do it.
+    """The plan that decide(owner) returned the first time, kept on owner; None where the original must run.
 
-    decide returns a plan or says, as a str, what of the configuration is not covered. What it prepares would be only
-    recorded while a CUDA graph is captured, so then the original runs, and the next call decides.
+    decide returns a plan, or a str that names the part of the configuration that is not covered. During the capture of
+    a CUDA graph its preparations would only be recorded, so the original runs then and the next call decides.
     """
     import torch
 
@@ -219,6 +220,7 @@ def plan(owner: Any, name: str, decide: Callable[[Any], Any], log: logging.Logge
             return None
         found = decide(owner)
         why = found if isinstance(found, str) else None
-        log.info("dflash-kernels: %s: %s for this model", name, f"left, {why}" if why else "in use")
+        log.info("dflash-kernels: %s: %s", name,
+                 f"not active for this model, {why}" if why else "active for this model")
         kept = owner.__dict__[key] = (None if why else found,)
     return kept[0]

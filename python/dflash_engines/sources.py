@@ -1,4 +1,4 @@
-"""Digests of functions' sources: whether an engine's function is the one that a hook was written for."""
+"""Digests of functions' sources, to tell whether an engine's function is the one that a hook was written for."""
 
 import ast
 import functools
@@ -15,10 +15,10 @@ def digest(sources: Iterable[str]) -> str:
 
 
 def of_function(function: Callable) -> str:
-    """The definition of a Python function as it stands in its file, decorators and comments too, from column 0 on.
+    """The source of a Python function's definition, with decorators and comments, dedented.
 
-    By its code, not by its name: what somebody put in its place is read as what it is, functools.wraps or not. OSError
-    where there is no file.
+    It is found by the function's code, not by its name, so a replaced function gives the source of its replacement,
+    with or without functools.wraps. Raises OSError if there is no file.
     """
     code = function.__code__
     text = Path(code.co_filename).read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def of_function(function: Callable) -> str:
 
 
 def of_file(file: Path, path: str) -> str:
-    """The same of "function" or "Class.method", without importing the file."""
+    """The same for "function" or "Class.method", without importing the file."""
     text = file.read_text(encoding="utf-8")
     node: Any = ast.parse(text)
     for name in path.split("."):
@@ -41,13 +41,13 @@ def of_file(file: Path, path: str) -> str:
 
 
 def of_folder(folder: Path, targets: Iterable[str]) -> str:
-    """The digest of "module:function" or "module:Class.method" each."""
+    """The digest of the named functions, each "module:function" or "module:Class.method"."""
     pairs = (target.split(":") for target in targets)
     return digest(of_file(folder / f"{module.replace('.', '/')}.py", path) for module, path in pairs)
 
 
 def resolve(target: str) -> tuple[object, str, Callable]:
-    """Of "module:function" or "module:Class.method": what holds it, its name there, and the plain function."""
+    """The owner, attribute name and function of "module:function" or "module:Class.method"."""
     module, _, path = target.partition(":")
     *owners, attribute = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))

@@ -1,4 +1,4 @@
-"""Acts when an engine imports one of its modules or makes one of its objects; imports nothing of the engine itself."""
+"""Runs callbacks when an engine imports a module or creates an object, without importing the engine."""
 
 import functools
 import importlib.abc
@@ -13,7 +13,7 @@ Then = Callable[[ModuleType], object]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds a module as the others do, and has what waits for it called once the module has run."""
+    """Finds a module through the other finders, and runs the callbacks for it after its import."""
 
     def __init__(self):
         self.waiting: dict[str, list[tuple[Then, logging.Logger]]] = {}
@@ -42,9 +42,10 @@ _FINDER = _Finder()
 
 
 def when_imported(name: str, then: Then, log: logging.Logger) -> None:
-    """Calls then(module) once: now if the module is there, or right after its import. The same `then` waits once.
+    """Calls then(module) once: now if the module is loaded, else right after its import. The same `then` is registered
+    once.
 
-    What it raises becomes a line in the log: it stands in the way of nobody's import.
+    An exception in it becomes a log line, so that it cannot break an import.
     """
     module = sys.modules.get(name)
     if module is not None:
@@ -57,8 +58,8 @@ def when_imported(name: str, then: Then, log: logging.Logger) -> None:
 
 
 def when_made(cls: Any, then: Callable[[Mapping[str, Any]], object], log: logging.Logger) -> None:
-    """Calls then(arguments) before each object of cls is initialised, with what it is given by name. Never raises;
-    the same class is watched once."""
+    """Calls then(arguments) with the arguments by name before each object of cls is initialised. Never raises. A class
+    is watched once."""
     original = cls.__init__
     if hasattr(original, "dflash_watched"):
         return

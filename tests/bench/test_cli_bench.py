@@ -1,6 +1,7 @@
 """`dflash-kernels bench`: figures, files, and what it hands to the repository's scripts."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,13 @@ from dflash_decode import session
 from dflash_decode.checkpoint import CheckpointError
 
 # ---- bench ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["decode", "protocol"])
+def test_help_shows_the_form_of_a_prompt_whole(call, command):
+    """The help is rendered with markup, which takes a word in brackets for a style and drops it."""
+    _, out, _ = call("bench", command, "--help")
+    assert '"turns": [...]}' in " ".join(re.sub("[^\\w\\s.:\"{}\\[\\]]", " ", out).split())
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -52,7 +60,7 @@ def test_bench_decode_by_temperature(call, models, tmp_path):
                  prompts_file(tmp_path, "alpha"), "--max-new-tokens", 7, "--concurrency", 2, "--json", out_file]
     code, out, err = call(*arguments, "--temperature", 0, "--temperature", 0.5, "--temperature", 1.25, "--seed", 3)
     found = json.loads(out_file.read_text())
-    assert code == 0 and err == "" and found["kind"] == "decode by temperature" and "1.25  alpha" in out
+    assert code == 0 and err == "" and found["kind"] == "decode by temperature" and "1.25 alpha" in out
     assert "acceptance" in out and "identical" in out
     assert [t["temperature"] for t in found["temperatures"]] == [0, 0.5, 1.25]
     assert (found["seed"], found["top_p"], found["sample_from"], found["rule"]) == (3, 1.0, "greedy", "token")

@@ -18,7 +18,7 @@ def test_a_gpu_s_table_says_why_peers_are_missing(tmp_path):
     page = kernel_tables.cases_page(tmp_path)
     assert "\nH, CUDA 13.0, triton 3.6, torch 2.11" in page and "copy bandwidth" in page
     assert page.count("| `o` | c | 2.0 [1.5 to 2.5] | 1.0 | 50 % | 0.250 | 2.00 x torch |") == 2
-    assert "Without a time: vllm: gone." in page
+    assert "Not timed: vllm: gone." in page
     assert summary_table.summary(tmp_path).count("| `o` | c | 2 µs | 50 % | 2.00 x torch |") == 1
 
 
@@ -52,9 +52,9 @@ def test_tables_of_planted_texts(tmp_path):
     (tmp_path / "device" / "c.json").write_text(json.dumps(hot))
     (tmp_path / "other.json").write_text('{"kind": "op"}')
     block = decode_tables.decode_block(tmp_path)
-    assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, 2 concurrent" in block
+    assert "m with random weights, bfloat16, block 4, greedy, at most 5 new tokens, concurrency 2" in block
     assert block.count("| gsm8k | 9 | 1.25 | 3.481 | 12.3 | 6.2 | 2.00 | 3 differ |") == 2
-    assert "block 4, top-p 0.95, drawn drafts, rule block, seed 3, at most 5 new tokens" in block
+    assert "block 4, top-p 0.95, sampled drafts, rule block, seed 3, at most 5 new tokens" in block
     assert "| 0 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | 3 differ |\n| 0.5 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | yes |" in block
     page = "x\n<!-- n:begin -->\nold\n<!-- n:end -->\ny"
     assert generate.with_block(page, "n", block) == f"x\n<!-- n:begin -->\n{block}\n<!-- n:end -->\ny"
@@ -149,7 +149,8 @@ def test_blocks_of_planted_results(tmp_path):
     assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers
     assert "| ours | baseline | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
     assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
-    assert "on the 2 prompts that it answers with our text: 2.200, ours there 2.000 (+10.0 %)." in peers
+    assert ("On the 2 prompts with output identical to ours, the acceptance length of vLLM's CPU build is 2.200 and "
+            "ours 2.000 (+10.0 %).") in peers
     assert "| decoder | mode | threads | draft | verify | rest | step | mean step in the rounds |" in peers
     assert "| ours | baseline | 2 |  | 9.0 | 0.2 | 9.3 |  |" in peers
     assert "| vLLM's CPU build | dflash | 2 | 8.0 | 22.0 | 2.0 | 32.0 | 41.2 |" in peers
@@ -161,7 +162,7 @@ def test_blocks_of_planted_results(tmp_path):
     for file in results.glob("*/a-peers.json"):
         file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
     exact = peer_tables.peers_block(results)
-    assert "with our text: 2.200" in exact and "48.0 to 51.0" not in exact and "by part" not in exact
+    assert "CPU build is 2.200" in exact and "48.0 to 51.0" not in exact and "Parts of a step" not in exact
     assert "other decoders" not in summary_table.summary(results)
     assert draw.peers({f.stem: json.loads(f.read_text()) for f in results.glob("*/a-peers.json")}) is None
     protocol = decode_tables.protocol_block(results)
@@ -174,7 +175,7 @@ def test_results_without_parts_have_no_table_of_them(tmp_path):
     file = plant(tmp_path) / "m" / "a-peers.json"
     found = json.loads(file.read_text())
     file.write_text(json.dumps({name: value for name, value in found.items() if name != "parts"}))
-    assert "by part" not in peer_tables.peers_block(tmp_path)
+    assert "Parts of a step" not in peer_tables.peers_block(tmp_path)
     bars = draw.plots(tmp_path)["step-m.png"]
     assert not any("rest" in parts for parts in bars.data["bars"].values()) and "Named" not in bars.caption
 
@@ -188,9 +189,9 @@ def test_plots_of_planted_results(tmp_path):
     assert plots["overview-m.png"].data["bars"] == [
         ["dflash_kernels", "baseline", 25.0], ["dflash_kernels", "dflash", 50.0], ["vLLM's CPU build", "dflash", 50.0]]
     assert plots["bandwidth-m.png"].data["ops"]["linear"] == [50.0, 80.0]
-    assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., 1 concurrent", 50.0, 48.0, 51.0]
-    assert [row[0].rsplit(", ")[-1] for row in plots["peers-m.png"].data["rows"]] == ["1 concurrent"] * 3 + [
-        "32 concurrent"]
+    assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., concurrency 1", 50.0, 48.0, 51.0]
+    assert [row[0].rsplit(", ")[-1] for row in plots["peers-m.png"].data["rows"]] == ["concurrency 1"] * 3 + [
+        "concurrency 32"]
     bars = plots["step-m.png"].data["bars"]
     assert bars["DFlash: SmolLM2, batch 1, context 512"] == {"target": 1612.0, "draft": 400.0}
     assert bars["vllm, dflash, 2 thr."] == {"target": 22000.0, "draft": 8000.0, "rest": 2000.0}

@@ -242,7 +242,7 @@ def test_a_block_s_first_row_must_be_the_baseline_step_s():
     check = bench_whole.as_baseline([ids, values])
     check((ids.clone(), values.clone()))
     above = values.nextafter(torch.tensor(9.0))
-    for wrong, said in (((ids + 1, values), "not the plain"), ((ids, above), "not the plain"),
+    for wrong, said in (((ids + 1, values), "not the baseline"), ((ids, above), "not the baseline"),
                         ((ids, values / 0), "not finite")):
         with pytest.raises(AssertionError, match=said):
             check(wrong)

@@ -159,7 +159,7 @@ def test_checks_against_planted_results(tmp_path):
     assert found["DFlash step, context 0"][1] == pytest.approx(weights + 2 * draft / 5e3)
     keys = (30 + 3) * 2 * 3 * 64 * 2 / 2e3
     assert found["DFlash step, context 1"][1] == pytest.approx(weights + draft / 4e3 + keys)
-    measured, model = found["decoding with the drafter, 8 concurrent"]
+    measured, model = found["DFlash decoding, concurrency 8"]
     assert measured == 200.0 and 0 < model < 8 * 2 / (weights / 1e6)
     assert p.product(1e6, 64) == pytest.approx(p.product(1e6, 16) + 48 * 1e6 * p.row_s * 1e6)
     text = "\n".join(tables.check_table(tmp_path))

@@ -111,7 +111,7 @@ def test_outputs_are_tried_and_left_as_they_were(tmp_path):
     kept.write_text("before")
     check_written({"--json": kept, "--journal": tmp_path / "new.json"})
     assert kept.read_text() == "before" and os.listdir(tmp_path) == ["kept.json"]
-    with pytest.raises(options.UsageError, match="--journal must be a file .*: it is read too"):
+    with pytest.raises(options.UsageError, match="--journal must be a file .*: it is also an input"):
         check_written({"--json": kept, "--journal": tmp_path / "." / "kept.json"})
 
 

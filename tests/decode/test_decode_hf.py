@@ -79,7 +79,7 @@ def test_a_difference_is_reported_with_its_margin():
     other = [*baseline[:7], (baseline[7] + 1) % VOCAB, *baseline[8:]]
     found = first_difference(target, PROMPTS[0], baseline, other)
     assert (found.index, found.baseline, found.speculative) == (7, baseline[7], other[7]) and found.margin > 0
-    assert "token 7: plain" in str(found)
+    assert "token 7: baseline" in str(found)
     assert first_difference(target, PROMPTS[0], baseline, baseline[:5]).margin is None
 
 
@@ -144,14 +144,14 @@ def test_what_the_pages_cannot_hold_or_hide_is_refused(name, changes, match):
     "gemma4_text": "has layers with keys of several shapes",
     "llama4": "attends in chunks of 8192 tokens",
     "mllama": "has layers that attend to images alone",
-    "xlstm": "keeps a state beside its keys and values",
-    "falcon": "does not take its attention from transformers' attention interface",
+    "xlstm": "keeps state other than keys and values",
+    "falcon": "does not use transformers' attention interface",
     "bert": "does not attend causally, as its config makes it an encoder",
     "llava": "model_type 'llava' is a multimodal model, with vision_config; a target must be a causal language model",
     "qwen2_audio": "model_type 'qwen2_audio' is a multimodal model, with audio_config",
     "t5": "model_type 't5' reads with an encoder; a target must be a causal language model of text",
     "vit": "model_type 'vit' is not a causal language model",
-    "klingon": f"model_type 'klingon' is unknown to transformers {transformers.__version__}; a newer one may know it",
+    "klingon": f"model_type 'klingon' is unknown to transformers {transformers.__version__}; a newer version may",
 }.items())
 def test_a_model_that_is_no_target_is_refused_by_its_config_alone(tmp_path, kind, words):
     """There are no weights: a message about them would come too late."""

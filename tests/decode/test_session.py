@@ -49,7 +49,7 @@ def test_token_ids_are_taken_as_they_are(loaded, ids):
     ([1.5], KINDS + "1.5"), ([True], KINDS + "True"), (np.array([1.5]), KINDS + "1.5"), (torch.ones(2), KINDS + "1.0"),
     ([], "at least 1 token; got"), ([[]], "at least 1 token"), (torch.tensor([]), "at least 1 token"),
     (["a", "b"], "got 'a' in a list: give each prompt by itself"),
-    ([[1], [2]], r"got \[1\] in a list: give each prompt's ids by itself, in a list and without padding"),
+    ([[1], [2]], r"got \[1\] in a list: give each prompt's ids separately, in a list and without padding"),
     ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]}, "got a batch of 2: give each prompt's ids"),
     ({"input_ids": [[1], [3, 4]], "attention_mask": [[1], [1, 1]]}, "got a batch of 2: give each prompt's ids"),
     ("\ud800", r"text must be valid Unicode; got '\\ud800'"),
@@ -97,7 +97,7 @@ def test_run_takes_one_prompt_or_a_list_of_any_kinds(loaded):
     ((i for i in [1]), "token ids must be in a list, a tensor or an array; got <generator .*, of type generator"),
     ("\ud800", "prompt 1: text must be valid Unicode"), (["hi", "\ud800"], "prompt 2: text must be valid Unicode"),
     ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]},
-     "prompt 1: input_ids must be of one prompt; got a batch of 2: give each prompt's ids by itself, in a list and"),
+     "prompt 1: input_ids must be of one prompt; got a batch of 2: give each prompt's ids separately, in a list and"),
     ([[1], ["a"]], "prompt 2 .* got 'a' in a list"), (np.ones((2, 2), int), r"token ids .* got \(2, 2\): give each"),
     (["hi", "x" * 200], "prompt 2 must be shorter than the model's context of 128 tokens; got 202")],
     ids=lambda value: str(value)[:20])

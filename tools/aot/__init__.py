@@ -1,1 +1,1 @@
-"""Kernels compiled for GPUs that are not here."""
+"""Compiles kernels for GPUs that this machine does not have."""

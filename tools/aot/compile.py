@@ -1,10 +1,10 @@
-"""Compiles kernels for GPUs that are not here, and says what each takes of a multiprocessor.
+"""Compiles kernels for GPUs that this machine does not have, and reports the resources of each.
 
     python -m tools.aot FOLDER [CACHE]     writes triton.md, triton.json and loops.md there: every case, of which it
                                            compiles those that have changed since
 
-A spilled register is traffic that no roofline counts, and a block over the shared memory of its architecture does not
-launch; both are found here, by ptxas, with no GPU.
+A spilled register is memory traffic that no roofline counts, and a block over its architecture's shared memory does not
+launch. ptxas finds both without a GPU.
 """
 
 import contextlib

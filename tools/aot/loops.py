@@ -1,9 +1,9 @@
-"""What a multiprocessor has to do while the bytes of a kernel's loop arrive, counted in the machine's instructions.
+"""Counts the work of a multiprocessor while the bytes of a kernel's loop arrive, in machine instructions.
 
     python -m tools.aot FOLDER     writes FOLDER/loops.md
 
-Two units can be slower than the memory: the four schedulers, an instruction a clock each, and shared memory, 128 bytes
-a clock. A loop that takes more of either than fits is bound by it, whatever the rest of it does.
+Two units can be slower than the memory: the four schedulers, with one instruction per clock each, and shared memory,
+with 128 bytes per clock. A loop that exceeds either is bound by it.
 """
 
 import re

@@ -1,9 +1,9 @@
-"""What ptxas says of the CUDA C++ kernels: registers, spills and shared memory on every architecture, without a GPU.
+"""Reports ptxas' registers, spills and shared memory of the CUDA C++ kernels on every architecture, without a GPU.
 
     python -m tools.aot.ptxas FOLDER     writes the table of every kernel there
 
-Sources are compiled with setup.py's own flags. A report is kept in build/aot under a hash of everything that it depends
-on, so that the second run compiles nothing.
+Sources are compiled with the flags of setup.py. A report is kept in build/aot under a hash of everything that it
+depends on, so the second run compiles nothing.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def parse(log: str, arch: int) -> list[Report]:
     for part in log.split("Compiling entry function '")[1:]:
         number = lambda pattern, part=part: int((re.search(pattern, part) or [0, 0])[1])  # noqa: E731
         if "Used" not in part or "spill stores" not in part:
-            raise RuntimeError(f"ptxas said something else than expected:\n{log}")
+            raise RuntimeError(f"ptxas gave unexpected output:\n{log}")
         found.append(Report(_readable(part.split("'")[0]), arch, number(r"Used (\d+) registers"),
                             number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes stack frame"),
                             number(r"(\d+) bytes smem")))

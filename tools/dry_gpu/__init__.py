@@ -1,1 +1,1 @@
-"""A stand-in for a GPU, of tensors in this machine's memory."""
+"""A stand-in for a GPU, made of tensors in this machine's memory."""

@@ -1,4 +1,4 @@
-"""Runs a script or a module with the stand-in: python -m tools.dry_gpu SCRIPT | -m MODULE [WORD ...]"""
+"""Runs a script or a module on the stand-in: python -m tools.dry_gpu SCRIPT | -m MODULE [WORD ...]"""
 
 import sys
 

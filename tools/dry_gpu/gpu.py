@@ -1,15 +1,15 @@
-"""A stand-in for a GPU: programs written for CUDA run to their end on a CPU, Triton kernels in the interpreter.
+"""A stand-in for a GPU: runs programs written for CUDA on a CPU, with Triton kernels in the interpreter.
 
     python -m tools.dry_gpu.gpu SCRIPT [ARGUMENT ...]        or -m MODULE [ARGUMENT ...]
 
-It finds what Python would trip over on a GPU before a GPU is paid for: names, shapes and dtypes, launchers and their
-arguments, tensors of two devices in one op, a host synchronisation while a graph is captured, a graph that does not
-follow its inputs. It says nothing about time, nor about what only a compiler or a GPU can get wrong.
+It finds Python errors before a GPU is rented: names, shapes and dtypes, launchers and their arguments, tensors of two
+devices in one op, a host synchronisation during a capture, a graph that does not follow its inputs. It shows neither
+time nor errors of the compiler or the GPU.
 
-Tensors report cuda:0 and hold a CPU tensor each. Every op on them is run on what they hold, dflash ops through the
-launchers that CUDA has. A captured graph notes ops and kernel launches and runs them again on the same memory; unlike
-CUDA's it also runs them while it captures. Triton decides at its import whether it interprets, so this module sets
-TRITON_INTERPRET and refuses to come too late. bfloat16 is computed wrongly by the interpreter: use float16.
+Tensors report cuda:0 and hold a CPU tensor each. Every op on them runs on the held tensors, and dflash ops through the
+CUDA launchers. A captured graph records ops and kernel launches and repeats them on the same memory; unlike CUDA's, it
+also runs them during the capture. Triton decides at its import whether it interprets, so this module sets
+TRITON_INTERPRET and refuses to be imported after it. The interpreter computes bfloat16 wrongly: use float16.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Triton's interpreter beside a NumPy that is newer than it."""
+"""Makes Triton's interpreter work with a NumPy newer than it supports."""
 
 
 def accept_newer_numpy() -> None:

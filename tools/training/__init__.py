@@ -1,1 +1,1 @@
-"""What `tools/training` is made of: the target that writes its own text, features, drafter, optimisation."""
+"""Trains a drafter: the target writes text, its hidden states are stored, the drafter is optimised."""

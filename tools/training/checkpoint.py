@@ -1,4 +1,4 @@
-"""The trained drafter on disk: z-lab's config.json and safetensors, and what the run was."""
+"""Writes the trained drafter: z-lab's config.json and safetensors, and a record of the run."""
 
 import gzip
 import json
@@ -15,8 +15,8 @@ from .target import Target
 
 def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: torch.Tensor,
           shard_mb: int | None = None) -> None:
-    """config.json, model.safetensors (or shards with an index) and draft_vocabulary.json: the ids of the tokens
-    that were trained, which our loop takes as the draft head's rows; other readers do not look at it."""
+    """Writes config.json, model.safetensors (or shards with an index) and draft_vocabulary.json: the ids of the trained
+    tokens, which our loop uses as the rows of the draft head. Other readers ignore it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(drafter.shape.config(target), indent=2) + "\n")
     tensors, kept = drafter.tensors(), {"format": "pt"}
@@ -39,14 +39,14 @@ def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: tor
 
 
 def read_prompts(folder: Path | None) -> set[str]:
-    """The prompts that a checkpoint was trained on; none where it does not say."""
+    """The prompts that a checkpoint was trained on; none if it has no record."""
     file = folder and folder / "training_prompts.json.gz"
     return set(json.loads(gzip.decompress(file.read_bytes()))) if file and file.is_file() else set()
 
 
 def write_record(folder: Path, training, prompts: Iterable[str], start: Path | None) -> None:
-    """training.json: the recipe, the data and the course of the run, and under "start" those of the checkpoint whose
-    weights it started from. training_prompts.json.gz: every prompt of either."""
+    """Writes training.json: the recipe, the data and the progress of the run, and under "start" those of the checkpoint
+    that it started from; and training_prompts.json.gz: every prompt of either."""
     features = training.features
     answered = sum(features.length(i) - features.starts[i] for i in training.used)
     record = {"recipe": asdict(training.recipe), "shape": asdict(training.drafter.shape), "texts": len(training.used),

@@ -68,7 +68,8 @@ def rms_norm(x, weight, eps):
 
 @torch.compile
 def project(x, norm, weights, q_norm, k_norm, cos, sin, eps):
-    """Rows (B, R, H) -> their (q,) k, v heads (B, R, h, D), q and k normed and rotated. norm None: x is normed."""
+    """Rows (B, R, H) -> their (q,) k, v heads (B, R, h, D), q and k normalised and rotated. norm None: x is already
+    normalised."""
     head_dim, x = k_norm.shape[0], x if norm is None else rms_norm(x, norm, eps)
     *q, k, v = (F.linear(x, weight).unflatten(-1, (-1, head_dim)) for weight in weights)
     rotated = [rotate(rms_norm(y, weight, eps), cos, sin) for y, weight in zip((*q, k), (q_norm, k_norm)[-1 - len(q):],
@@ -85,9 +86,10 @@ def finish(x, attended, o, post_norm, gate, up, down, eps):
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax over (context | own block) without the scores in memory: the CPU's flash attention over the context,
-    a small product over the block, joined by their log-sum-exps. Its backward takes the joint output and log-sum-exp,
-    with which either part's own backward is that of the whole (as in ring attention)."""
+    """softmax over (context | own block) without the scores in memory: the CPU's flash attention over the context and a
+    small product over the block, combined by their log-sum-exps. Given the combined output and log-sum-exp, either
+    part's own backward is that of the whole (as in ring attention).
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, mask, k_block, v_block, blocks):
@@ -121,11 +123,11 @@ class BlockAttention(torch.autograd.Function):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of a frozen head against a few weighted labels a row, in chunks: no (rows, vocabulary) survives.
+    """Cross-entropy of a frozen LM head against a few weighted labels per row, in chunks, so that no (rows, vocabulary)
+    tensor is kept.
 
-    hidden (N, H); head (V, H); bias (V,) or None; labels (N, K) int64; shares (N, K) float32 summing to at most
-    1: what is missing is of labels that the head does not have; weight (N,). Returns (the weighted sum, the losses
-    (N,)).
+    hidden (N, H); head (V, H); bias (V,) or None; labels (N, K) int64; shares (N, K) float32 summing to at most 1, the
+    rest being labels that the head does not have; weight (N,). Returns (the weighted sum, the losses (N,)).
     """
 
     @staticmethod
@@ -155,8 +157,8 @@ def hits(hidden, head, labels):
 
 
 class TrainedDrafter(torch.nn.Module):
-    """Parameters in float32 under z-lab's names, arithmetic in bfloat16. Features arrive divided by `feature_scale`
-    (F * H,), which `tensors` multiplies into fc, so that fc learns from inputs of one size."""
+    """Parameters in float32 under z-lab's names, arithmetic in bfloat16. Features are divided by `feature_scale` (F *
+    H,), which `tensors` multiplies into fc, so that fc learns from inputs of unit size."""
 
     def __init__(self, shape: Shape, final_norm: torch.Tensor, feature_scale: torch.Tensor, seed: int = 0):
         super().__init__()
@@ -199,7 +201,7 @@ class TrainedDrafter(torch.nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes the weights of a checkpoint that `tensors` wrote, whatever features it was scaled by."""
+        """Loads the weights of a checkpoint that `tensors` wrote, under any feature scale."""
         for name, weight in self.named().items():
             value = tensors[name + ".weight"].float()
             weight.copy_(value * self.feature_scale.to(value.device) if name == "fc" else value)
@@ -229,7 +231,7 @@ class TrainedDrafter(torch.nn.Module):
 
 
 class _Attention:
-    """The mask of the module's docstring, once for all layers of a pass."""
+    """The mask of the module's docstring, made once for all layers of a pass."""
 
     def __init__(self, shape: Shape, anchors: torch.Tensor, context: int, width: int):
         self.shape, self.blocks, self.width, self.context = shape, anchors.shape[1], width, context

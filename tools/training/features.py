@@ -1,5 +1,5 @@
-"""What the target knows of each training text, computed once and kept on disk: hidden states at the target layers and
-its most likely next tokens."""
+"""Computes the target's features of each training text and stores them: hidden states at the target layers, and the
+most likely next tokens."""
 
 import json
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def write_features(
     longest: int = 512,
     rows: int = 8192,
 ) -> Features:
-    """Computes and keeps the features of `texts`, each cut to `longest` tokens, about `rows` tokens at a time."""
+    """Computes and stores the features of `texts`, each cut to `longest` tokens, about `rows` tokens at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     coded, starts = [], []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Batches, schedule, evaluation, state: the training loop."""
+"""The training loop: batches, schedule, evaluation and state."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def block_weights(width: int, device) -> torch.Tensor:
 
 
 class Training:
-    """State of a run: parameters, optimisers, what was measured. `folder` keeps it, so that a run can go on."""
+    """The state of a run: parameters, optimisers, measurements. `folder` stores it, so that a run can be resumed."""
 
     def __init__(self, drafter: TrainedDrafter, target: Target, features: Features, recipe: Recipe, folder: Path,
                  seen: Collection[str] = ()):
@@ -127,7 +127,7 @@ class Training:
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
 
     def resume(self) -> bool:
-        """Goes on from `folder` when a state is there."""
+        """Resumes from `folder` if it has a state."""
         file = self.folder / "state.pt"
         if not file.is_file():
             return False
@@ -142,7 +142,7 @@ class Training:
         return True
 
     def _batches(self) -> Iterator[list[int]]:
-        """Texts of similar length together, the order random."""
+        """Batches of texts of similar length, in random order."""
         while True:
             order, size = self.draw.sample(self.used, len(self.used)), self.recipe.texts
             for start in range(0, len(order), size * 32):
@@ -152,8 +152,10 @@ class Training:
                 yield from groups
 
     def _negatives(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Head rows of random tokens outside the vocabulary, and the log of how many each of them stands for (sampled
-        softmax). Without them a reader with the whole head finds tokens that training never pushed down."""
+        """LM-head rows of random tokens outside the vocabulary, and the log of the number of tokens that each stands
+        for (sampled softmax). Without them a reader with the whole LM head drafts tokens that training never made
+        unlikely.
+        """
         n = min(self.recipe.negatives, len(self.others))
         if n == 0:
             return None
@@ -179,8 +181,8 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """At random anchors of held-out greedy texts: loss, acceptance length, and by position the share of drafts
-        accepted there (given that all before were)."""
+        """At random anchors of held-out greedy texts: loss, acceptance length, and the acceptance rate by position
+        (given that all earlier drafts were accepted)."""
         draw, width = random.Random(0), self.drafter.shape.block
         losses, runs, tried = [], torch.zeros(width - 1), torch.zeros(width - 1)
         ranked = sorted(self.held_out, key=self.features.length)
@@ -220,8 +222,8 @@ class Training:
         return value
 
     def average(self, start: Mapping[str, torch.Tensor]) -> None:
-        """The result becomes recipe.start_share of the weights `start` and the rest of those that were trained: what a
-        run forgets of the one before, it keeps in part. The saved state stays the trained one."""
+        """Sets the result to recipe.start_share of the weights `start` plus the rest of the trained weights, which
+        keeps part of what the run forgot. The saved state remains the trained one."""
         trained = {name: weight.clone() for name, weight in self.drafter.state_dict().items()}
         self.drafter.load_tensors(start)
         with torch.no_grad():
@@ -231,7 +233,7 @@ class Training:
         self.history.append(self.evaluate() | {"loss": self.history[-1]["loss"]})
 
     def run(self, evaluations: int = 24) -> None:
-        """Trains until `recipe.minutes` of training are reached, those of earlier runs counted."""
+        """Trains until `recipe.minutes` of training are reached, including those of earlier runs."""
         total = self.recipe.minutes * 60
         batches, due, saved, losses = self._batches(), self.seconds, time.perf_counter(), []
         bar = tqdm(total=round(total), initial=round(self.seconds), desc="training", unit="s")

@@ -1,4 +1,4 @@
-"""The course of a training run as a picture, readable in greyscale."""
+"""Plots the progress of a training run, readable in greyscale."""
 
 from pathlib import Path
 

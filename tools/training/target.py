@@ -1,7 +1,7 @@
-"""The target as plain PyTorch: a dense Llama-like model that writes text in large batches and shows its hidden states.
+"""The target in PyTorch: a dense Llama-like model that writes text in large batches and returns its hidden states.
 
-Training wants thousands of rows at once and any device, so this is made of torch's own operators; only the attention
-of texts being written on a CPU is ours, as requests of unlike lengths cost torch the longest one's.
+Training needs thousands of rows on any device, so it uses torch's own operators. Only attention on a CPU, for texts
+being written, is ours: with torch, requests of different lengths all cost as much as the longest.
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,7 +39,7 @@ class Layer:
 
 @dataclass
 class Writing:
-    """One text on its way: `ids` are its prompt, `answer` what was written."""
+    """A text in progress: `ids` are its prompt, `answer` the tokens written."""
 
     key: object
     ids: list[int]

@@ -1,7 +1,7 @@
-"""Training conversations that the target writes itself: prompts at temperature 1, answers greedy (mostly) or sampled.
+"""Training conversations that the target writes: prompts at temperature 1, answers mostly greedy or sampled.
 
-A prompt is the target's own continuation of an empty user turn, the idea of Magpie (arXiv 2406.08464); openings steer
-a share of them to code, mathematics and everyday tasks. Files are JSON lines of source, prompt, answer, temperature and
+A prompt is the target's own continuation of an empty user turn, the idea of Magpie (arXiv 2406.08464). Openings steer a
+share of them to code, mathematics and everyday tasks. Files are JSON lines of source, prompt, answer, temperature and
 finish.
 """
 
@@ -36,12 +36,12 @@ def read_jsonl(file: Path) -> list[dict]:
 
 
 def chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of one user message, up to where the answer begins."""
+    """The ids of one user message, up to the start of the answer."""
     return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
 
 
 def write_prompts(target: Target, tokenizer: Tokenizer, count: int, slots: int, seed: int) -> Iterator[tuple[str, str]]:
-    """(kind, prompt) pairs, `count` tries: those that came to an end by themselves, each once."""
+    """(kind, prompt) pairs from `count` tries: those that ended with a stop token, without repeats."""
     draw, empty = random.Random(seed), tokenizer.apply_chat_template([{"role": "user", "content": "\0"}])
     before = empty.split("\0")[0]
     kinds, seen = list(SHARES), set()
@@ -62,7 +62,7 @@ def write_prompts(target: Target, tokenizer: Tokenizer, count: int, slots: int, 
 
 def write_answers(target: Target, tokenizer: Tokenizer, prompts: Iterable[tuple[str, str]], slots: int, budget: int,
                   sampled: float, seed: int, capacity: int = 512) -> Iterator[dict]:
-    """One conversation for each (source, prompt), a share `sampled` of them at temperature 0.8."""
+    """One conversation per (source, prompt), a share `sampled` of them at temperature 0.8."""
     draw = random.Random(seed)
 
     def turns():

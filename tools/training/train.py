@@ -27,34 +27,34 @@ from tools.training.target import Target
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help="the target: smollm2, a .gguf file or a checkpoint's directory")
-    p.add_argument("--work", type=Path, default=Path("build/drafter"), help="where everything is kept")
+    p.add_argument("--work", type=Path, default=Path("build/drafter"), help="folder of all stages and of the result")
     p.add_argument("--answers", type=Path, nargs="*", default=[], help="conversations that the target has written")
     p.add_argument("--questions", type=Path, nargs="*", default=[], help="JSON lines with `turns`, to be answered")
-    p.add_argument("--self-prompts", type=int, default=0, help="prompts that the target is to write itself")
-    p.add_argument("--write-minutes", type=float, default=10.0, help="time to answer questions and own prompts")
+    p.add_argument("--self-prompts", type=int, default=0, help="number of prompts that the target writes")
+    p.add_argument("--write-minutes", type=float, default=10.0, help="minutes for writing answers")
     p.add_argument("--sampled", type=float, default=0.1, help="share of the answers written at temperature 0.8")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer")
-    p.add_argument("--slots", type=int, help="texts written at a time; 128 on a CPU, 1024 on a GPU")
-    p.add_argument("--limit", type=int, help="use this many texts, for a rehearsal")
+    p.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer")
+    p.add_argument("--slots", type=int, help="texts written concurrently; by default 128 on a CPU, 1024 on a GPU")
+    p.add_argument("--limit", type=int, help="use only this many texts, for a rehearsal")
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--target-layer-ids", type=int, nargs="+", default=[1, 10, 19, 28],
-                   help="the target's layers whose outputs the drafter sees")
+                   help="target layers whose outputs the drafter reads")
     p.add_argument("--block-size", type=int, default=8)
     p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes")
-    p.add_argument("--start", type=Path, help="a checkpoint of the same shape whose weights to start from; what "
-                   "is held out is chosen among texts that it was not trained on")
+    p.add_argument("--start", type=Path, help="a checkpoint of the same shape to start from; held-out texts "
+                   "are chosen among those that it was not trained on")
     p.add_argument("--early-share", type=float, default=Recipe.early_share, help="share of the time with short blocks")
     p.add_argument("--minutes", type=float, default=Recipe.minutes, help="time to train")
     p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
     p.add_argument("--blocks-per-text", type=int, default=Recipe.blocks)
     p.add_argument("--matrix-rate", type=float, default=Recipe.matrix_rate, help="Muon's learning rate")
-    p.add_argument("--vector-rate", type=float, default=Recipe.vector_rate, help="AdamW's")
+    p.add_argument("--vector-rate", type=float, default=Recipe.vector_rate, help="AdamW's learning rate")
     p.add_argument("--decay-from", type=float, default=Recipe.decay_from, help="share of the time with full rates")
     p.add_argument("--start-share", type=float, default=Recipe.start_share,
-                   help="of the weights of --start in the result, an average")
+                   help="share of the weights of --start in the averaged result")
     p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
-    p.add_argument("--negatives", type=int, default=Recipe.negatives, help="others that a step pushes down")
-    p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, whose size is 1")
+    p.add_argument("--negatives", type=int, default=Recipe.negatives, help="random other tokens per step")
+    p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, which have unit size")
     p.add_argument("--shard-mb", type=int, help="write the weights in shards of at most this size")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
 
 
 def collect_texts(args: argparse.Namespace, target: Target, tokenizer: Tokenizer) -> list[dict]:
-    """The conversations of --answers, and those that the target writes until --write-minutes are over."""
+    """The conversations of --answers, and those that the target writes within --write-minutes."""
     found = [row for file in args.answers for row in texts.read_jsonl(file)]
     kept = args.work / "texts.jsonl"
     if kept.is_file():

@@ -1,7 +1,7 @@
-"""Chat templates: the text of a conversation, with the names and values that transformers shows to a template.
+"""Renders chat templates, with the names and values that transformers gives a template.
 
-A template is code from whoever made the checkpoint. It runs in Jinja's sandbox (template_sandbox.py), on copies of
-plain data, within a budget (template_budget.py), and whatever goes wrong in it is a CheckpointError.
+A template is code from the checkpoint's author. It runs in Jinja's sandbox (sandbox.py), on copies of plain data,
+within a budget (budget.py). Every failure in it is a CheckpointError.
 """
 
 import dataclasses
@@ -25,9 +25,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's 
 
 def render(template: str, source: str, messages: Iterable, tools: Iterable | None, documents: Iterable | None,
            add_generation_prompt: bool, variables: Mapping) -> str:
-    """The text that `template` makes of `messages`. source: what errors name. variables: special tokens and whatever
-    else the template shall see. Raises ValueError for messages of another form, CheckpointError for the template's
-    faults."""
+    """The text that `template` makes of `messages`. source: named in errors. variables: special tokens and further
+    names for the template. Raises ValueError for malformed messages and CheckpointError for a template that fails."""
     values = {"messages": _messages(messages), "tools": _dicts("tools", tools),
               "documents": _dicts("documents", documents), "add_generation_prompt": bool(add_generation_prompt)}
     values = _plain("variables", variables) | values
@@ -58,7 +57,7 @@ def _said(error: BaseException) -> str:
 
 
 def _messages(messages: object) -> list[dict]:
-    """The conversation without the keys that are None, and with its reasoning under each of its names."""
+    """The messages without keys that are None, and with the reasoning under each of its names."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise ValueError(f'messages must be a list of {{"role": ..., "content": ...}}; got {type(messages).__name__}')
     made = []
@@ -92,8 +91,8 @@ def _plain(name: str, value: object) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Rebuilt of JSON's types, as transformers does before a template sees a value: objects have methods that no
-    sandbox knows. What is not made of them is the text "<its type>"."""
+    """A copy made of JSON's types, as in transformers: other objects have methods that no sandbox controls. Anything
+    else becomes the text "<its type>"."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):  # an enum, or a NumPy scalar
@@ -123,7 +122,7 @@ def _environment() -> Environment:
 
 
 class _Generation(Extension):
-    """{% generation %} marks what the assistant wrote, for training; here its body is text like any other."""
+    """{% generation %} marks the assistant's text for training; here its body is ordinary text."""
 
     tags = {"generation"}
 
@@ -137,7 +136,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """dict without its class's attributes."""
+    """A dict without the attributes of its class."""
 
     def __call__(self, *args, **kwargs):
         return dict(*args, **kwargs)
@@ -147,8 +146,8 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Refuses names with an underscore in front, which are Python's own. It can change, so it must not be written out:
-    a list of it would grow after it was measured."""
+    """A namespace that refuses names with a leading underscore. It is mutable, so it cannot be written out: a list of
+    it could grow after it was measured."""
 
     def __init__(*args, **kwargs):  # `self` may be a variable
         self, values = args[0], dict(*args[1:], **kwargs)

@@ -1,7 +1,7 @@
-"""What a chat template may spend: a template is code from whoever made the checkpoint, and code can loop or grow.
+"""The budget of a chat template. A template is code from the checkpoint's author, and code can loop or grow.
 
-Steps (a call, a filter, a turn of a loop) bound the time, characters read or written the memory. The same template on
-the same messages ends at the same place on every machine and in every thread; no clock is read.
+Steps (a call, a filter, one iteration of a loop) bound the time; characters read or written bound the memory. No clock
+is read, so the same template on the same messages stops at the same place on every machine and in every thread.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,14 +26,14 @@ _current: ContextVar["Budget"] = ContextVar("budget")
 
 
 class TooMuch(Exception):
-    """A template that asks for more than it may have."""
+    """A template exceeded its budget."""
 
 
 class Budget:
-    """inputs: what the template is given. The limits grow with it.
+    """The budget of one rendering. Its limits grow with the inputs.
 
-    A value made of values (a list in a list in a list) counts as what it is when written out, and no value may be
-    larger than the output may: otherwise forty lists, each twice the one before it, are a terabyte in one `str`.
+    A nested value counts as its full written size, and no value can exceed the limit of the output. Otherwise forty
+    lists, each holding the previous one twice, would be a terabyte in one `str`.
     """
 
     def __init__(self, inputs: object = ()):
@@ -43,7 +43,7 @@ class Budget:
         self.largest, self.characters, self.steps = self.limits
 
     def spend(self, characters: int, steps: int = 1) -> bool:
-        """True, so that a condition can pay."""
+        """Spends from the budget; returns True, so that a condition can call it."""
         self.characters -= characters
         self.steps -= steps
         if self.characters < 0 or self.steps < 0:
@@ -52,11 +52,11 @@ class Budget:
         return True
 
     def size(self, value: object) -> int:
-        """Of a value written out, in characters."""
+        """The size of a value when written out, in characters."""
         return len(value) if type(value) is str else self.measure(value)[0]
 
     def measure(self, value: object) -> tuple[int, int]:
-        """Size and depth. A template cannot change a list or a dict that exists, so each is walked once."""
+        """Size and depth. A template cannot change an existing list or dict, so each is measured once."""
         if isinstance(value, (str, bytes)):
             return len(value), 0
         if isinstance(value, int):
@@ -84,11 +84,11 @@ class Budget:
         return size, depth + 1
 
     def sizes(self, args: Iterable, kwargs: dict | None = None) -> int:
-        """Of all arguments of a call."""
+        """The total size of a call's arguments."""
         return sum(map(self.size, args)) + (sum(map(self.size, kwargs.values())) if kwargs else 0)
 
     def made(self, value: object) -> object:
-        """A value that the template has made, paid for; not larger than the output may be."""
+        """Pays for a value that the template made, which cannot exceed the limit of the output."""
         size = 0 if isinstance(value, range) else self.allow(self.size(value))  # a range costs when it is walked
         if isinstance(value, int):
             self.allow_bits(value.bit_length())
@@ -104,24 +104,24 @@ class Budget:
             raise TooMuch(f"its integers must have at most {BITS} bits; got {bits}")
 
     def allow(self, size: int) -> int:
-        """The size of a value that is about to be made."""
+        """Checks the size of a value before it is made."""
         if size > self.largest:
             raise TooMuch(f"what it makes must be at most {self.largest} characters for this conversation; got {size}")
         return size
 
     def written(self, value: object) -> object:
-        """A value that becomes text."""
+        """Pays for a value that becomes text."""
         self.spend(STEP + (len(value) if isinstance(value, str) else _ESCAPED * self.size(value)))
         return value
 
     def each(self, items: Iterable, more: int = 0) -> Iterator:
-        """The items, each paid for when it is asked for. more: characters on top for each."""
+        """Iterates over the items and pays for each one. more: additional characters per item."""
         for item in items:
             self.spend(STEP + more + (STEP * (1 + len(item)) if isinstance(item, (list, tuple)) else 0))
             yield item
 
     def listed(self, value: object) -> object:
-        """What is made item by item as a list, so that it has a size; anything else as it is."""
+        """A lazy sequence as a list, so that it has a size; any other value unchanged."""
         if not isinstance(value, Iterator):
             return value
         items = []
@@ -132,13 +132,13 @@ class Budget:
 
 
 def budget() -> Budget:
-    """Of the rendering that is under way in this thread."""
+    """The budget of the rendering in progress in this thread."""
     return _current.get()
 
 
 @contextmanager
 def spending(inputs: object = ()) -> Iterator[Budget]:
-    """A budget for the time of the context."""
+    """Sets a budget for the duration of the context."""
     made = Budget(inputs)
     token = _current.set(made)
     try:

@@ -1,6 +1,6 @@
-"""What the operators, methods, filters and tests of a chat template cost, in the units of template_budget.py.
+"""The costs of a chat template's operators, methods, filters and tests, in the units of budget.py.
 
-Each cost is paid before the work is done, and is at least what the work takes and makes, up to a small factor.
+Each cost is paid before the work is done. It is at least the work's time and output, up to a small factor.
 """
 
 import functools
@@ -15,7 +15,7 @@ _PERCENT = re.compile(r"%(?:\([^()]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
 def pay_operator(operator: str, left, right) -> None:
-    """For a binary operator; the result's own size is paid for when it is there."""
+    """Pays for a binary operator; its result is paid for once it exists."""
     spent = budget()
     if operator == "%" and isinstance(left, str):
         _pay_percent(left, right)
@@ -31,7 +31,7 @@ def pay_operator(operator: str, left, right) -> None:
 
 
 def pay_comparison(name: str, left, right) -> None:
-    """name: of Jinja's operators; "in" and "notin" search the right side."""
+    """Pays for a comparison. name: one of Jinja's operators; "in" and "notin" search the right side."""
     spent, size = budget(), budget().size(right)
     if name not in ("in", "notin"):
         size = min(size, spent.size(left))
@@ -43,7 +43,7 @@ def pay_comparison(name: str, left, right) -> None:
 
 
 def pay_format(text: str, args: tuple, kwargs: dict) -> None:
-    """For str.format and str.format_map."""
+    """Pays for str.format and str.format_map."""
     _pay_formatted(text, [spec or "" for _, name, spec, _ in Formatter().parse(text) if name is not None],
                    [*args, *kwargs.values()])
 
@@ -56,7 +56,7 @@ def _pay_percent(text: str, values: object) -> None:
 
 
 def _pay_formatted(text: str, specs: list[str], values: Sequence) -> None:
-    """A width stands in the text as a number: not among the values, not in a field of its own."""
+    """Pays for formatted text. A width is accepted only as a literal number in the text."""
     widths = [width for spec in specs for width in re.findall(r"\d+|[*{]", spec)]
     if any(width in "*{" or len(width) > _WIDTH_DIGITS for width in widths):
         raise TooMuch(f"a width in a format must be a number of at most {_WIDTH_DIGITS} digits; got {text[:60]!r}")
@@ -100,7 +100,7 @@ _AT_ONCE = frozenset(("get", "keys", "values", "items", "startswith", "endswith"
 
 
 def pay_call(function, args: tuple, kwargs: dict) -> None:
-    """For a call of what is not a macro."""
+    """Pays for a call of anything but a macro."""
     spent, name = budget(), getattr(function, "__name__", "")
     owner = getattr(function, "__self__", None)
     if name in _AT_ONCE and isinstance(owner, (str, dict)) and all(isinstance(a, (str, int)) for a in args[:1]):
@@ -167,7 +167,7 @@ def _pay_filter(name: str, value, args: tuple, kwargs: dict) -> None:
 
 
 def paid_filter(name: str, function: Callable) -> Callable:
-    """The filter `function`, paying. What it makes item by item pays so."""
+    """The filter `function` with payments. A lazy result pays item by item."""
     at = 1 if hasattr(function, "jinja_pass_arg") else 0  # after the context
 
     @functools.wraps(function)
@@ -186,7 +186,7 @@ def paid_filter(name: str, function: Callable) -> Callable:
 
 
 def paid_test(name: str, function: Callable) -> Callable:
-    """The test `function` ("is defined", "is eq"), paying for what it compares."""
+    """The test `function` ("is defined", "is eq"), which pays for the values it compares."""
     at = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)

@@ -1,8 +1,8 @@
-"""Jinja's sandbox with a budget (template_budget.py): whatever loops or grows is paid for before it happens.
+"""Jinja's sandbox with a budget (budget.py): every loop and every growing value is paid for before it runs.
 
-A template is rewritten between parsing and compiling: each run of statements pays for its nodes when it is entered, so
-no loop is free, and what makes or compares values pays for their size. Calls, filters, tests and operators pay where
-the sandbox calls them (template_costs.py). No constant is computed while the template is compiled.
+A template is rewritten between parsing and compiling. Each run of statements pays for its nodes when it is entered, so
+no loop is free, and nodes that make or compare values pay for their size. Calls, filters, tests and operators pay in
+the sandbox's hooks (costs.py). No constant is computed while the template is compiled.
 """
 
 import functools
@@ -24,7 +24,7 @@ _BLOCK, _MADE, _JOINED, _COMPARED = "(block)", "(made)", "(joined)", "(compared)
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """A sandbox for templates that are made with `template` and run inside `spending`."""
+    """A sandbox for templates made with `template` and run inside `spending`."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -73,7 +73,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 class Undefined(jinja2.Undefined):
-    """What is not there costs more to make than what is there costs to find."""
+    """An undefined value, which also pays: it costs more to make than a defined one costs to find."""
 
     __slots__ = ()
 
@@ -103,7 +103,7 @@ _COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq":
 
 
 def _compared(left, *rest):
-    """rest: an operator's name and a right side, or several."""
+    """Pays for a comparison. rest: an operator's name and a right side, or several."""
     for name, right in zip(rest[::2], rest[1::2], strict=True):
         right = budget().listed(right) if name in ("in", "notin") else right
         costs.pay_comparison(name, left, right)
@@ -115,7 +115,7 @@ def _compared(left, *rest):
 
 
 class _Paying(NodeTransformer):
-    """Puts the payments into a template's tree."""
+    """Inserts the payments into a template's syntax tree."""
 
     def generic_visit(self, node, *args, **kwargs):
         super().generic_visit(node, *args, **kwargs)
@@ -156,7 +156,7 @@ class _Paying(NodeTransformer):
 
 
 def _bounded(left: nodes.Expr, operand: nodes.Operand) -> bool:
-    """Whether a constant bounds what a comparison costs. A constant that is searched for does not."""
+    """Whether a constant bounds the cost of a comparison. A constant that is searched does not."""
     return _constant(operand.expr) or (_constant(left) and operand.op not in ("in", "notin"))
 
 
@@ -171,14 +171,13 @@ def _constant(node: nodes.Node) -> bool:
 
 
 def _price(*run: nodes.Node) -> nodes.Filter:
-    """Pays for nodes that are run one after the other, but for the statements inside them, which pay when they are
-    entered."""
+    """Pays for nodes that run in sequence, except the statements inside them, which pay when they are entered."""
     count, text = map(sum, zip((0, 0), *map(_parts, run), strict=True))
     return _filter(nodes.Const((STEP + text, 1 + count // 2), lineno=run[0].lineno if run else 1), _BLOCK)
 
 
 def _parts(node: nodes.Node) -> tuple[int, int]:
-    """How many nodes, and characters of the template's text."""
+    """The number of nodes, and of characters of the template's text."""
     if isinstance(node, nodes.TemplateData):
         return 1, len(node.data)
     fields = [field for name, field in node.iter_fields() if name not in ("body", "else_")]

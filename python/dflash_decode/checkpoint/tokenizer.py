@@ -1,4 +1,4 @@
-"""Text to token ids and back, chat templates, and a decoder for streams, with the `tokenizers` library alone."""
+"""Tokenizers, chat templates and streaming decoders, with only the `tokenizers` library."""
 
 import contextlib
 import json
@@ -24,8 +24,12 @@ _UNFINISHED = "\ufffd"  # what the decoder puts where a character's bytes are no
 
 
 class Tokenizer:
-    """A model's tokenizer. `stop_ids` end an answer; `special_tokens` are the texts of those that it has, by name
-    ("bos_token"); `chat_template` is a text, or texts by name, or None."""
+    """A model's tokenizer.
+
+    stop_ids: the tokens that end an answer.
+    special_tokens: the texts of the special tokens, by name ("bos_token").
+    chat_template: a text, texts by name, or None.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, source: str, stop_ids: Sequence[int] = ()):
         self.backend, self.source = backend, source
@@ -40,9 +44,12 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; special tokens written out in it are recognised. add_special_tokens puts BOS before it
-        where the model wants one (a chat template writes its own). Raises ValueError for a lone surrogate: Python's
-        sign for bytes that are not text, CheckpointError where the model's tokenizer fails."""
+        """The token ids of `text`. Special tokens in the text are recognised.
+
+        add_special_tokens: puts BOS first where the model wants one (a chat template writes its own). Raises ValueError
+        for a lone surrogate, which Python uses for bytes that are not text, and CheckpointError where the model's
+        tokenizer fails.
+        """
         if not isinstance(text, str):
             raise ValueError(f"text must be a string; got {type(text).__name__}")
         if bad := re.search("[\ud800-\udfff]", text):
@@ -56,22 +63,25 @@ class Tokenizer:
             return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        """A decoder that takes tokens as they come."""
+        """A decoder that takes tokens as they arrive."""
         return TextStream(self, skip_special_tokens)
 
     def apply_chat_template(self, messages: Iterable[dict], add_generation_prompt: bool = True, *,
                             tools: Iterable[dict] | None = None, documents: Iterable[dict] | None = None,
                             **variables) -> str:
-        """The prompt text of a conversation of {"role": ..., "content": ...} messages, as transformers writes it.
+        """The prompt of a conversation of {"role": ..., "content": ...} messages, as transformers writes it.
 
-        tools: JSON schemas of functions. documents: with "title" and "text". variables: further names for the template
-        ("enable_thinking"); they win over the special tokens. Raises ValueError for arguments of another form,
-        CheckpointError when the model has no template or its template fails, asks for more than
-        template_budget.py allows, or makes an endless loop."""
+        tools: JSON schemas of functions.
+        documents: entries with "title" and "text".
+        variables: further names for the template ("enable_thinking"), which take precedence over the special tokens.
+
+        Raises ValueError for malformed arguments. Raises CheckpointError if the model has no template, or its template
+        fails, exceeds the budget of chat_template/budget.py, or loops forever.
+        """
         for name in _ELSEWHERE:
             if variables.pop(name, None):
                 raise ValueError(f"apply_chat_template makes text of the model's own template; got {name}")
-        from .. import chat_template  # here: whoever writes prompts of their own needs no jinja2
+        from .. import chat_template  # imported here: token-id prompts need no jinja2
 
         return chat_template.render(self._template(tools), self.source, messages, tools, documents,
                                     add_generation_prompt, self.special_tokens | variables)
@@ -92,7 +102,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Tokens in, text out, never half a character: the pieces joined are the text of all tokens together."""
+    """Decodes a stream of tokens without splitting a character. The joined pieces are the text of all tokens."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens)
@@ -100,12 +110,12 @@ class TextStream:
         self._start = self._done = 0  # ids[start:done] are printed and give the next ones their context
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain with these tokens; "" while a character is unfinished."""
+        """The text that is complete with these tokens; "" while a character is unfinished."""
         self._ids.extend(ids)
         return self._emit(final=False)
 
     def flush(self) -> str:
-        """What is left at the end, an unfinished character included."""
+        """The remaining text at the end, including an unfinished character."""
         return self._emit(final=True)
 
     def _emit(self, final: bool) -> str:
@@ -149,7 +159,7 @@ def _from_directory(folder: Path, source: str) -> Tokenizer:
 
 
 def _without_tokenizer(folder: Path) -> str:
-    """What to do about it."""
+    """The advice for a model without a tokenizer."""
     others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
               if (folder / name).is_file()]
     if others:
@@ -160,7 +170,7 @@ def _without_tokenizer(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _library(source: str) -> Iterator[None]:
-    """The tokenizers library's errors, its bare Exception and a Rust panic among them, as ours."""
+    """Turns the tokenizers library's errors, including its bare Exception and Rust panics, into CheckpointErrors."""
     try:
         yield
     except BaseException as error:

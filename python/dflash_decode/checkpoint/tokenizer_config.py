@@ -1,4 +1,4 @@
-"""What a model directory says about its tokenizer: special tokens, chat templates, the tokens that end an answer."""
+"""Reads the tokenizer settings of a model directory: special tokens, chat templates, stop tokens."""
 
 import json
 import math
@@ -15,13 +15,13 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def read_optional(file: Path) -> dict:
-    """The JSON object in `file`; {} when there is none."""
+    """The JSON object in `file`; {} if there is no such file."""
     return read_json(file) if file.exists() else {}
 
 
 def read_config(folder: Path) -> dict:
-    """tokenizer_config.json with what other files say in its place: special_tokens_map.json of older checkpoints, and
-    the templates that are files of their own ("chat_template" is a dict of them where they have names)."""
+    """tokenizer_config.json, completed from other files: special_tokens_map.json of older checkpoints, and templates in
+    files of their own ("chat_template" is a dict of them where they have names)."""
     config = read_optional(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config |= read_optional(folder / "special_tokens_map.json")
@@ -50,7 +50,7 @@ def chat_templates(config: dict, source: str) -> str | dict[str, str] | None:
 
 
 def special_tokens(config: dict, source: str) -> dict[str, str]:
-    """Names and texts of a model's special tokens: the ones that every model may have, and its own ("image_token")."""
+    """Names and texts of a model's special tokens: the common ones, and its own ("image_token")."""
     own = {name: token for name, token in config.items() if name.endswith("_token") and name not in _NAMED
            and (isinstance(token, str) or (isinstance(token, dict) and "content" in token))}
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
@@ -69,7 +69,7 @@ def _content(name: str, token: object, source: str) -> str:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """The tokens that end an answer, of generation_config.json and config.json."""
+    """The stop tokens of generation_config.json and config.json."""
     ends = []
     for name in ("generation_config.json", "config.json"):
         found = read_optional(folder / name).get("eos_token_id")
@@ -82,8 +82,8 @@ def stop_ids(folder: Path) -> list[int]:
 
 
 def prepare(backend: tokenizers.Tokenizer, source: str) -> None:
-    """Turns off the truncation and padding that a tokenizer.json may have kept from training, and refuses steps that
-    multiply a text: thirty replacements of "a" by "aa" are gigabytes."""
+    """Turns off truncation and padding that tokenizer.json kept from training, and refuses steps that multiply a text:
+    thirty replacements of "a" by "aa" make gigabytes."""
     backend.no_truncation()
     backend.no_padding()
     for name in ("normalizer", "decoder", "post_processor"):

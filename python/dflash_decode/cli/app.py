@@ -59,12 +59,12 @@ def options(version: Annotated[bool, typer.Option("--version", callback=show_ver
     pass
 
 
-# Heavy modules are imported inside the commands: --help and usage errors answer at once.
+# Heavy modules are imported inside the commands, so that --help and usage errors are fast.
 
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
-    """Versions, what is built, which instruction set runs, what is missing and how to get it."""
+    """Show versions, built kernels, the instruction set in use, and missing parts with their install commands."""
     from . import info
 
     info.show(as_json)
@@ -72,7 +72,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What the user says; '-' reads it from standard input.")],
+    prompt: Annotated[str, typer.Option(help="The user's message; '-' reads standard input.")],
     model: Model = "smollm2",
     draft: Draft = "auto",
     weights: ModelWeights = Weights.model,
@@ -89,11 +89,11 @@ def generate(
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also decode without a drafter, and compare.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run baseline decoding, and compare.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt, streamed, and say how fast."""
+    """Answer one prompt, streamed, and report the speed."""
     text = read_prompt(prompt)
     from ..checkpoint import drafter_of
 
@@ -130,7 +130,7 @@ def generate(
             report.write("\n")  # what follows, an error or the shell's prompt, starts a line
     baseline = None
     if compare:
-        with report.status("decoding without a drafter, to compare"):
+        with report.status("baseline decoding, for comparison"):
             baseline = session.run([ids], max_new_tokens=max_new_tokens, speculative=False, **how)
     if as_json:
         value = report.answer_json(session, run, baseline, "".join(pieces))

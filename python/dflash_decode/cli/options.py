@@ -1,4 +1,4 @@
-"""What the commands of `dflash-kernels` share: options, and the checks of them that need no heavy module."""
+"""Options shared by the commands of `dflash-kernels`, and the checks of them that need no heavy module."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def read_dtype(text: str) -> str:
 
 
 def _finite(low: float, high: float) -> Callable[[str | float], float]:
-    """What reads an option's number: the library's own range would take nan for a value out of it."""
+    """A parser for finite numbers from low to high; typer's own range check accepts nan."""
     def number(text: str | float) -> float:
         try:
             if low <= (value := float(text)) <= high:
@@ -44,51 +44,54 @@ def short(value: object) -> str:
 
 MOST_THREADS = max(os.cpu_count() or 1, 64)  # more are no faster, and some thousands end the process without a word
 MOST_TEMPERATURE, MOST_SEED = 3.4e38, 2**63 - 1  # float32 and int64 have room for no more
-Model = Annotated[str, typer.Option(help="A directory with config.json and safetensors, a .gguf file, or: smollm2.")]
-Draft = Annotated[str, typer.Option(help="A drafter's directory; 'auto': the one that comes with this package for the "
-                                         "model, or none; 'random': random weights; 'none': baseline decoding.")]
-ModelWeights = Annotated[Weights, typer.Option("--weights", help="Keep the model's weights as they are, or in 8 bits: "
-                                               "half of the bytes to read, and another model, whose text differs "
-                                               "here and there. With a drafter or without, its text is the same.")]
-DraftWeights = Annotated[DraftersWeights, typer.Option(help="What the drafter's weights are kept in: 8 bits, the "
-                                                            "model's dtype, or 'auto': 8 bits on a CPU. The text is "
-                                                            "the same.")]
-BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens in a block; the drafter's if not given.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+Model = Annotated[str, typer.Option(help="Model: a directory with config.json and safetensors, a .gguf file, or "
+                                         "smollm2.")]
+Draft = Annotated[str, typer.Option(help="Drafter: its directory, 'auto' (the installed one for the model, or none), "
+                                         "'random' (random weights) or 'none' (baseline decoding).")]
+ModelWeights = Annotated[Weights, typer.Option("--weights", help="Model weights: unchanged, or in 8 bits. 8 bits halve "
+                                               "the bytes read. The output can differ from the 16-bit model's; "
+                                               "with and without a drafter it is identical.")]
+DraftWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the model's dtype, or "
+                                                            "'auto' (8 bits on a CPU). The output does not "
+                                                            "change.")]
+BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens per block; by default the drafter's.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
 Dtype = Annotated[str, typer.Option(parser=read_dtype, metavar="[auto|bfloat16|float16|float32]",
-                                    help="What weights and activations are kept in; 'auto': what the model's "
-                                         "config.json says.")]
-Where = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; all cores if not given.")]
+                                    help="Dtype of weights and activations; 'auto' follows the model's "
+                                         "config.json.")]
+Where = Annotated[Device, typer.Option("--device", help="Device that runs the model.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; by default one per core.")]
 _TEMPERATURE = {"parser": _finite(0, MOST_TEMPERATURE), "metavar": "FLOAT"}
 _SHARE = {"parser": _finite(0, 1), "metavar": "FLOAT"}
-Temperature = Annotated[float, typer.Option(**_TEMPERATURE, help="0: greedy.")]
+Temperature = Annotated[float, typer.Option(**_TEMPERATURE, help="Sampling temperature; 0 is greedy.")]
 Temperatures = Annotated[list[float], typer.Option("--temperature", **_TEMPERATURE,
-                                                   help="0: greedy; may be given several times.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed, the same text; a fresh one, which "
-                                                                     "is printed, if not given.")]
-FirstSeed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="The seed of each task's first prompt; "
-                                                                             "the next has one more.")]
+                                                   help="Sampling temperature; 0 is greedy. Repeatable.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Sampling seed. The same seed gives the same "
+                                                                     "output; by default a fresh one, which is "
+                                                                     "printed.")]
+FirstSeed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of each task's first prompt; each "
+                                                                             "further prompt adds one.")]
 TopK = Annotated[
-    int, typer.Option(min=-1, max=2**31 - 1, help="Draw from the K most likely tokens; 0 or -1: from all.")
+    int, typer.Option(min=-1, max=2**31 - 1, help="Sample from the K most likely tokens; 0 or -1: from all.")
 ]
-TopP = Annotated[float, typer.Option(**_SHARE, help="Draw from the most likely tokens with this share together.")]
-MinP = Annotated[float, typer.Option(**_SHARE, help="Draw from tokens with this share of the most likely token's.")]
+TopP = Annotated[float, typer.Option(**_SHARE, help="Sample from the most likely tokens that together have "
+                                               "probability P.")]
+MinP = Annotated[float, typer.Option(**_SHARE, help="Sample from tokens at least P times as probable as the most "
+                                               "likely one.")]
 From = Annotated[
     SampleFrom,
     typer.Option(
         "--sample-from",
-        help="Drafts of sampled text: the most likely ('greedy': the "
-        "text is baseline sampling's, for each seed), or drawn as the text is "
-        "('request': its distribution is).",
+        help="How drafts are chosen when sampling. 'greedy': most likely tokens; each seed gives the output of "
+        "baseline sampling. 'request': sampled like the output; the distribution is that of baseline sampling.",
     ),
 ]
-By = Annotated[Rule, typer.Option("--rule", help="How drawn drafts are accepted: one by one, or as a block.")]
+By = Annotated[Rule, typer.Option("--rule", help="Acceptance of sampled drafts: token by token, or as a block.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def read_prompt(text: str) -> str:
-    """The prompt, from standard input where it is '-'."""
+    """The prompt; '-' reads standard input."""
     if text == "-":
         if sys.stdin is None:
             raise UsageError("--prompt - reads standard input, which is closed")

@@ -1,4 +1,4 @@
-"""What the command line prints: text for people, JSON for programs."""
+"""Output of the command line: text for people, JSON for programs."""
 
 import sys
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ from ..session import Run, Session
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 RANDOM_NOTICE = ("the drafter's weights are random: its guesses are worthless, so the acceptance length is 1 and "
-                 "decoding is slower than baseline; the text is the same")
+                 "decoding is slower than baseline; the output is the same")
 DRAWN_NOTICE = (
-    "drafts are drawn: sampled texts follow the distribution of baseline sampling, and need not be the same texts"
+    "drafts are sampled: outputs follow the distribution of baseline sampling, but can differ for the same seed"
 )
 _BAR = 32
 
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Says on a terminal's stderr what is being done while it is."""
+    """Shows on a terminal's stderr the work in progress."""
     if not err.is_terminal:
         yield
         return
@@ -42,14 +42,14 @@ def notice(text: str) -> None:
 
 def start_text(session: Session) -> None:
     if not session.target.graph_safe:
-        notice("this model's layers are transformers', whose products may differ in their last bits with the number of "
-               "rows: a near tie can part the text from baseline decoding's")
+        notice("this model runs on transformers' layers, whose results can change in the last bits with the number of "
+               "rows: a near tie can make the output differ from baseline decoding's")
     if session.draft == RANDOM:
         notice(RANDOM_NOTICE)
 
 
 def write(piece: str) -> None:
-    """One piece of the answer, at once."""
+    """Prints one piece of the answer and flushes it."""
     sys.stdout.write(piece)
     sys.stdout.flush()
 
@@ -72,10 +72,10 @@ def answer_json(session: Session, run: Run, baseline: Run | None, text: str) -> 
 
 def print_answer(session: Session, prompt: list[int], run: Run, baseline: Run | None, sampling: SamplingParams,
                  sample_from: str) -> None:
-    """The figures under a streamed answer."""
+    """Prints the figures below a streamed answer."""
     answer, drawn = run.answers[0], sampling.temperature > 0
     out.print()
-    end = "stopped by itself" if answer.finish == "stop" else "cut at the limit"
+    end = "end of text" if answer.finish == "stop" else "length limit reached"
     line("tokens", f"{run.tokens}, in {run.seconds:.2f} s ({end})")
     line("tokens/s", f"{run.tokens_per_s:.1f}")
     if drawn:
@@ -89,15 +89,15 @@ def print_answer(session: Session, prompt: list[int], run: Run, baseline: Run | 
             out.print(f"  {n:>3} [cyan]{bar}[/cyan] {count}")
     if baseline:
         line("baseline tokens/s", f"{baseline.tokens_per_s:.1f}")
-        line("ratio", f"{run.tokens_per_s / baseline.tokens_per_s:.2f}")
+        line("speedup", f"{run.tokens_per_s / baseline.tokens_per_s:.2f}")
         same = _identical(session, prompt, answer, baseline.answers[0], drawn)
         if drawn and sample_from == SampleFrom.request and not same.startswith("[green]"):
-            same += " (drafts were drawn: the distribution is the same, the text need not be)"
+            same += " (drafts were sampled: the distribution is the same, the output can differ)"
         line(f"identical to baseline {'sampling of this seed' if drawn else 'decoding'}", same)
 
 
 def how(sampling: SamplingParams) -> str:
-    """The settings that are not off."""
+    """The sampling settings that are not off."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     return ", ".join([f"temperature {sampling.temperature:g}",
                       *(f"{name.replace('_', '-')} {value:g}" for name, none in off.items()
@@ -124,13 +124,13 @@ def _identical(session, prompt, answer, baseline, drawn) -> str:
 
 
 def settings(sampling: SamplingParams, sample_from: str, rule: str) -> dict:
-    """What results say of how tokens were drawn, the temperature apart."""
+    """The sampling settings that results record, without the temperature."""
     return {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "seed": sampling.seed,
             "sample_from": sample_from, "rule": rule}
 
 
 def header(session: Session, **options) -> dict:
-    """Where and with what figures were taken."""
+    """The machine, versions and settings of a measurement."""
     info = build_info()
     return {
         "kind": "decode", "model": session.model, "draft": Path(session.draft).name, "block_size": session.block_size,

@@ -1,4 +1,4 @@
-"""Standard output and standard error of `dflash-kernels`: errors in words, and outputs that are closed, full or not
+"""Standard output and standard error of `dflash-kernels`: error messages, and streams that are closed, full or not
 Unicode."""
 
 import io
@@ -21,10 +21,10 @@ def reason(error: Exception) -> str:
 
 
 def prepare() -> None:
-    """Before anything is printed."""
+    """Prepares the streams before anything is printed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started us
+        if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="backslashreplace")
@@ -66,8 +66,9 @@ def describe(error: Exception) -> str:
 
 
 def end(message: str, code: int) -> int:
-    """What a command ends with: a line on standard error, if there is something to say, and the exit code. What a full
-    disk did not take is still to be written, so the same error comes again here, whatever it was called before."""
+    """Flushes the output, prints the message, if any, on standard error, and returns the exit code.
+
+    After an error on a full disk the buffered output is still unwritten, so the flush raises the same error again."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -80,5 +81,5 @@ def end(message: str, code: int) -> int:
 
 
 def drop_output() -> None:
-    """What is still to be written to standard output goes nowhere."""
+    """Discards the output that is not written yet."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

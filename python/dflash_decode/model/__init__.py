@@ -1,4 +1,4 @@
-"""Target models. The loop needs what `Target` says and nothing else."""
+"""The interface of target models. The loop uses only `Target`."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,19 +11,20 @@ from ..kv import CacheShape
 
 
 class TargetPass(Protocol):
-    """A causal pass over B blocks of Q tokens, with memory of its own that never moves."""
+    """A causal pass over B blocks of Q tokens, in memory of its own that never moves."""
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, page_table: torch.Tensor,
             context_lens: torch.Tensor, block_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids, positions, slots (B, Q) int64; page_table (B, max_pages), context_lens, block_lens (B,) int32.
+        """Runs the blocks, and writes their K/V to their slots (a negative slot writes nothing).
 
-        Writes the block's K/V to its slots (negative: nowhere). Returns the rows (B * Q, H) that the head takes, and
-        the features (B * Q, F * H): the outputs of the target layers, in the order of the target_layer_ids.
+        ids, positions, slots (B, Q) int64; page_table (B, max_pages), context_lens, block_lens (B,) int32. Returns the
+        rows (B * Q, H), inputs of the LM head, and the features (B * Q, F * H): the outputs of the target layers, in
+        the order of target_layer_ids.
         """
 
 
 class Target(Protocol):
-    """Any causal language model whose K/V live in our pages."""
+    """A causal language model whose K/V are in our pages."""
 
     vocab_size: int
     hidden_size: int
@@ -40,10 +41,10 @@ class Target(Protocol):
     def make_pass(
         self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = ()
     ) -> TargetPass:
-        """caches: one for each layer, of shape self.cache. target_layer_ids: layers whose output is collected."""
+        """caches: one per layer, of shape self.cache. target_layer_ids: the layers whose outputs are collected."""
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
         """rows (R, H) from a pass -> the most likely next tokens, ids (R,) int64, and their logits, values (R,)."""
 
     def logits(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """rows (R, H) from a pass -> out (R, V), of the target's dtype, contiguous; next_ids is its argmax."""
+        """rows (R, H) from a pass -> out (R, V), contiguous and in the target's dtype. next_ids is its argmax."""

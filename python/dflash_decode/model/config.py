@@ -1,4 +1,4 @@
-"""config.json of a DFlash drafter: every field of version 1, and an error that names whatever else it finds."""
+"""Reads config.json of a DFlash drafter: every field of version 1, and an error for any other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ _LATER = {
 
 @dataclass(frozen=True)
 class LayerMask:
-    """Which keys a layer's queries see. window = (left, right) as in block_attention; sinks: it has learned logits."""
+    """The keys visible to a layer's queries. window = (left, right) as in block_attention; sinks: learned sink logits.
+    """
 
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
@@ -41,8 +42,7 @@ class LayerMask:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """A drafter's geometry and rules. Lengths are in tokens; target_layer_ids name layers whose OUTPUT is
-    a feature."""
+    """A drafter's geometry and rules. Lengths are in tokens; the features are the outputs of target_layer_ids."""
 
     hidden_size: int
     num_heads: int
@@ -80,7 +80,7 @@ class DraftConfig:
 
 
 class _Fields(Fields):
-    """Looks fields up in dflash_config, then at the top level, and knows afterwards which nobody asked for."""
+    """Looks fields up in dflash_config, then at the top level, and reports the fields that were never looked up."""
 
     def __init__(self, config: Mapping):
         self.top = Fields(_WHAT, config)
@@ -101,8 +101,8 @@ class _Fields(Fields):
 
 
 def spread_target_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """The target_layer_ids of a checkpoint that names none: the authors' rule (build_target_layer_ids), over 1 ... N -
-    3."""
+    """The target_layer_ids of a checkpoint without any: the authors' rule (build_target_layer_ids), over 1 ... N - 3.
+    """
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
     span = num_target_layers - 4
@@ -112,7 +112,7 @@ def spread_target_layers(num_target_layers: int, num_draft_layers: int) -> tuple
 def read_draft_config(config: Mapping) -> DraftConfig:
     """A DraftConfig from config.json.
 
-    Raises ValueError for a missing or wrong field, NotImplementedError for one that is not supported yet or not known.
+    Raises ValueError for a missing or wrong field, and NotImplementedError for an unsupported or unknown one.
     """
     f = _Fields(config)
     if any("DFlash2" in name for name in f.top.items("architectures", (), str, "names")):

@@ -1,4 +1,4 @@
-"""A DFlash drafter out of our ops: L layers that fill a block in one bidirectional pass.
+"""A DFlash drafter built from our ops: L layers that fill a block in one bidirectional pass.
 
     context:  c = norm(fc(features of the target));  K, V of every layer = one linear of c;  norm, RoPE, pages
     draft:    [anchor, MASK, ...] -> layers, each attending to its context pages and to the block itself -> argmax
@@ -41,16 +41,19 @@ _CANDIDATES = 16  # most likely tokens that a draft is drawn from
 
 
 class Drafter:
-    """config: a DraftConfig or a config.json as a dict. tensors: by the names of z-lab's checkpoints (`layers.N. ...`,
-    `fc`, `hidden_norm`, `norm`, and if it has its own: `embed_tokens`, `lm_head`, `d2t`), with or without `model.`.
-    vocabulary (n,) int: the target's tokens that this drafter can draft. With it the draft head is these rows of the
-    target's head, so that a step streams n rows instead of all; None: all.
-    int8: its weights, and its head where that is not all of the target's, are kept in 8 bits (quantize_weight), at half
-    of the bytes a step. The drafts may be others, the text is not.
+    """A drafter for one target.
 
-    The embedding and the head are the target's where the checkpoint has none. Raises TypeError for an argument of
-    another type, ValueError for a tensor that is missing, unexpected or of another shape, and where the drafter does
-    not fit the target.
+    config: a DraftConfig, or config.json as a dict.
+    tensors: by the names of z-lab's checkpoints (`layers.N. ...`, `fc`, `hidden_norm`, `norm`, and where it has its
+        own: `embed_tokens`, `lm_head`, `d2t`), with or without `model.`.
+    vocabulary (n,) int: the target's tokens that the drafter can draft. The draft head is then these rows of the
+        target's LM head, so a step streams n rows instead of all. None: all.
+    int8: keeps the weights in 8 bits (quantize_weight), and the draft head unless it is the target's whole LM head. A
+        step reads half of the bytes. Drafts can differ; the output does not.
+
+    The embedding and the LM head are the target's where the checkpoint has none. Raises TypeError for an argument of
+    another type, and ValueError for a missing, unexpected or misshapen tensor and for a drafter that does not fit the
+    target.
     """
 
     graph_safe = True
@@ -96,7 +99,7 @@ class Drafter:
         return self.config.target_layer_ids
 
     def _take_vocabulary(self, tensors, target):
-        """Embedding, head and the map from draft to target ids: the checkpoint's own or the target's."""
+        """Embedding, LM head and the map from draft to target ids: the checkpoint's own or the target's."""
         c = self.config
         for name, flag in (("embed_tokens", c.own_embedding), ("lm_head", c.own_head)):
             there = f"{name}.weight" in tensors
@@ -133,7 +136,7 @@ class Drafter:
         self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
 
     def _restrict(self, vocabulary, target):
-        """The draft head becomes the rows `vocabulary` of the target's."""
+        """Reduces the draft head to the rows `vocabulary` of the target's LM head."""
         if self.head is not target.head or self.ids_of_draft is not None:
             raise ValueError(f"{_WHAT}: a draft vocabulary must come with the target's head; got a head of its own")
         ids = vocabulary.to(self.device, torch.int64)
@@ -153,7 +156,8 @@ class Drafter:
 
     @classmethod
     def random(cls, target: Target, num_layers: int = 3, block_size: int = 8, seed: int = 0) -> "Drafter":
-        """A drafter of random weights in the target's geometry: its guesses are worthless, its work is real."""
+        """A drafter with random weights in the target's geometry. Its drafts are worthless; its work is that of a
+        trained one."""
         shape, n = target.cache, target.num_layers
         heads = max(target.hidden_size // shape.head_dim // shape.kv_heads, 1) * shape.kv_heads
         config = {
@@ -170,7 +174,7 @@ class Drafter:
 
 
 class ContextPass:
-    """Writes what the target has committed into the drafter's pages: T = B * Q rows at once, with memory of its own."""
+    """Writes K/V of the committed tokens to the drafter's pages: T = B * Q rows in one pass, in memory of its own."""
 
     def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV]):
         self.drafter, self.caches, rows = drafter, caches, batch * width
@@ -196,12 +200,11 @@ class ContextPass:
 
 
 class DraftPass:
-    """Drafts blocks of Q tokens for B requests, with memory of its own that never moves. params: how drafts are drawn;
-    None: the most likely.
+    """Drafts blocks of Q tokens for B requests, in memory of its own that never moves.
 
-    anchors (B,) int64: put each request's last token here. After run(): ids (B, Q), the anchors in column 0,
-    block.positions and block.slots (B, Q), and proposal, the distribution that the drafts were drawn from; None: the
-    most likely.
+    params: the settings to sample drafts with; None drafts the most likely tokens. anchors (B,) int64: an input, each
+    request's last token. After run(): ids (B, Q) with the anchors in column 0, block.positions and block.slots (B, Q),
+    and proposal, the distribution that the drafts were sampled from, or None.
     """
 
     def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
@@ -244,7 +247,7 @@ class DraftPass:
         return self.ids
 
     def _guess(self, context_lens: torch.Tensor) -> None:
-        """The head, and what it says in the target's ids."""
+        """Runs the draft head, and maps its result to the target's ids."""
         d, c = self.drafter, self.drafter.config
         ids = self.guesses if self.candidates is None else self.candidates
         named = ids if d.ids_of_draft is None else self.draft_ids
@@ -263,7 +266,7 @@ class DraftPass:
 
 
 def refuse_side_files(folder: str | os.PathLike) -> None:
-    """Raises NotImplementedError where a checkpoint's directory has weights beside its safetensors that would count."""
+    """Raises NotImplementedError if a checkpoint's directory has weights in other files than its safetensors."""
     name = "mask_embedding.pt"
     if os.path.lexists(Path(folder) / name):
         raise NotImplementedError(
@@ -273,7 +276,7 @@ def refuse_side_files(folder: str | os.PathLike) -> None:
 
 def read_vocabulary(folder: str | os.PathLike) -> torch.Tensor | None:
     """The ids (n,), ascending, of {"token_ids": [id, ...]} in draft_vocabulary.json: the tokens that the drafter was
-    trained to draft. None where there is no such file. Raises CheckpointError."""
+    trained to draft. None if there is no such file. Raises CheckpointError."""
     file = Path(folder) / "draft_vocabulary.json"
     if not os.path.lexists(file):
         return None
@@ -290,7 +293,7 @@ def _gather(table, index, out):
 
 
 def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a checkpoint without an embedding or head of its own."""
+    """The tensor shapes of a checkpoint without an embedding or LM head of its own."""
     q, kv, h, i = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (h, c.features), "hidden_norm.weight": (h,),
               "norm.weight": (h,)}

@@ -1,9 +1,9 @@
-"""Any Hugging Face causal language model as a target, with our paged attention inside it.
+"""Any Hugging Face causal language model as a target, with our paged attention in it.
 
-Transformers looks its attention function up by name. We register one under a name of our own that keeps K and V in our
-pages and calls `block_attention`; the rest of the model stays as it is. Its matrix products are the library's, which
-may choose another kernel for another number of rows, so in bfloat16 speculative and baseline text can part at a near
-tie: `dflash_decode.lossless` says where, and by how little.
+Transformers looks its attention function up by name. We register a function that keeps K and V in our pages and calls
+`block_attention`; the rest of the model is unchanged. Its matrix products come from the library, which can choose
+another kernel for another number of rows. In bfloat16, speculative and baseline output can therefore differ at a near
+tie; `dflash_decode.lossless` finds the place and the margin.
 """
 
 import threading
@@ -23,12 +23,15 @@ _current = threading.local()
 
 
 class HFTarget:
-    """model: a transformers PreTrainedModel for causal language modelling, on any device, in eval mode.
+    """A transformers model as a target.
 
-    Its attention implementation is switched to ours for good. Raises TypeError for what is no such model,
-    NotImplementedError for one whose layers do not all attend through transformers' attention interface (linear
-    attention, convolutions, MLA, layers of several head dims), that keeps a state beside K and V, or whose masks have
-    windows that its attention is not told of; ValueError for one without an output head.
+    model: a transformers PreTrainedModel for causal language modelling, on any device, in eval mode. Its attention
+    implementation is replaced permanently.
+
+    Raises TypeError for any other object, and ValueError for a model without an output head. Raises NotImplementedError
+    for a model whose layers do not all use transformers' attention interface (linear attention, convolutions, MLA,
+    layers of several head dims), that keeps state other than K and V, or whose masks have windows that its attention is
+    not given.
     """
 
     graph_safe = False
@@ -127,7 +130,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if sliding_window is None and attention_mask is not None and int(attention_mask) < now.target.max_context:
-        raise NotImplementedError(f"HFTarget: a window of {int(attention_mask)} that is in the mask alone is not "
+        raise NotImplementedError(f"HFTarget: a window of {int(attention_mask)} given only in the mask is not "
                                   "supported")
     window = (-1, -1) if sliding_window is None else (int(sliding_window) - 1, -1)
     return now.attend(module.layer_idx, query, key, value, scaling=scaling, window=window, sinks=s_aux,
@@ -135,7 +138,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
 
 
 def refuse_model(model) -> None:
-    """Raises for a model that cannot be a target, which may be on the meta device: its weights say nothing of that."""
+    """Raises for a model that cannot be a target. The model can be on the meta device, because weights do not matter.
+    """
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise TypeError(f"HFTarget: model must be a transformers model for causal language modelling; got a "
                         f"{type(model).__name__}")
@@ -147,19 +151,19 @@ def refuse_model(model) -> None:
     if why := _layers_apart(config):
         raise NotImplementedError(f"HFTarget: {name} {why}")
     if not model._can_set_attn_implementation():
-        raise NotImplementedError(f"HFTarget: {name} does not take its attention from transformers' attention "
+        raise NotImplementedError(f"HFTarget: {name} does not use transformers' attention "
                                   "interface")
     # A class may be of hybrids and this model have attention alone: a state comes with a short convolution, or all
     # layers have one.
     if getattr(model, "_is_stateful", False) and (not getattr(config, "layer_types", None) or any(
             module.endswith("conv1d") for module, _ in model.named_modules())):
-        raise NotImplementedError(f"HFTarget: {name} keeps a state beside its keys and values, which has no pages")
+        raise NotImplementedError(f"HFTarget: {name} keeps state other than keys and values, which has no pages")
     if any(getattr(module, "is_causal", None) is False for module in model.get_decoder().modules()):
         raise NotImplementedError(f"HFTarget: {name} does not attend causally, as its config makes it an encoder")
 
 
 def _layers_apart(config) -> str | None:
-    """Why pages of keys and values, of one shape and as many as tokens, are not what the layers keep."""
+    """Why the layers' state is not pages of keys and values of one shape, one per token."""
     try:
         heads, _, head_dim, of_values, elsewhere, rank = (getattr(config, name, None) for name in (
             "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "global_head_dim", "kv_lora_rank"))
@@ -184,7 +188,7 @@ def _layers_apart(config) -> str | None:
 
 
 def _logit_scale(config) -> float:
-    """What the model's own class does to the head's product, which the draws of a temperature depend on."""
+    """The scale that the model's own class applies to the logits, which sampling with a temperature depends on."""
     if getattr(config, "logit_scale", None):  # Cohere
         return float(config.logit_scale)
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite, MiniCPM and HyperCLOVA X

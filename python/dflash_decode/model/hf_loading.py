@@ -1,4 +1,4 @@
-"""Loads a model for HFTarget. What its config.json says is checked before a weight is read."""
+"""Loads a model for HFTarget. Its config.json is checked before any weight is read."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from .hf import HFTarget, refuse_model
 
 
 def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
-    """Raises CheckpointError for what transformers cannot read, NotImplementedError for a model that is no target."""
+    """Raises CheckpointError for a model that transformers cannot read, and NotImplementedError for one that cannot be
+    a target."""
     config = _read_config(folder)
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise NotImplementedError(f"model_type {config.model_type!r} {_other_kind(config)}; a target must be a causal "
@@ -29,12 +30,12 @@ def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
 
 
 def _read_config(folder: Path):
-    """Transformers raises errors of many kinds for fields that it does not like, among them those of the libraries that
-    check them."""
+    """Reads the config. For bad fields transformers raises many kinds of errors, including those of its validation
+    libraries."""
     kind = read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"model_type {shown(kind)} is unknown to transformers {transformers.__version__}; a "
-                              "newer one may know it")
+                              "newer version may support it")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -43,7 +44,7 @@ def _read_config(folder: Path):
 
 
 def _made(make):
-    """As _read_config, for models."""
+    """Makes the model; errors as in _read_config."""
     try:
         return make()
     except NotImplementedError:

@@ -1,4 +1,4 @@
-"""Dense Llama- and Qwen-family targets on our ops and pages."""
+"""Dense Llama- and Qwen-family targets built from our ops and pages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,12 +26,15 @@ _NEUTRAL = {
 class NativeTarget:
     """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; with or without per-head norms and biases.
 
-    config: a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3. tensors: by Hugging Face names.
-    dtype: that of the embedding when None. max_context: longest prompt plus answer, at most the model's own. int8: the
-    weights of products are kept in 8 bits, with a scale for each row (quantize_weight): half of the bytes a step, and
-    another model.
-    Raises ValueError for a missing or wrong field or tensor, NotImplementedError for a field that would change the
-    arithmetic into something that is not built.
+    config: a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3.
+    tensors: by Hugging Face names.
+    dtype: by default that of the embedding.
+    max_context: the longest prompt plus answer, at most the model's own.
+    int8: keeps the weights of products in 8 bits, with one scale per row (quantize_weight). A step reads half of the
+        bytes, and the output can differ.
+
+    Raises ValueError for a missing or wrong field or tensor, and NotImplementedError for a field that changes the
+    arithmetic into something not implemented.
     """
 
     graph_safe = True
@@ -125,7 +128,7 @@ def _geometry(f: Fields) -> tuple[Geometry, int]:
 
 
 def _refuse_windows(f: Fields, family: str, layers: int) -> None:
-    """Sliding windows of these families are used by few checkpoints, and none of those is supported."""
+    """Refuses sliding windows, which few checkpoints of these families use and none is supported."""
     types, qwen = f.items("layer_types", None, str, "names"), family.startswith("qwen")
     if types is not None and set(types) != {"full_attention"}:
         raise NotImplementedError(f"{_WHAT}: layer_types must all be full_attention; got {shown(types)}")

@@ -1,4 +1,4 @@
-"""Rotary embeddings as configs describe them, turned into one cos/sin table."""
+"""Turns the rotary embedding of a config into one cos/sin table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,8 @@ _HARMLESS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 @dataclass(frozen=True)
 class Rope:
-    """rotary_dim: the leading part of a head that turns. kind: default, linear, llama3 or yarn, with its parameters."""
+    """rotary_dim: the leading part of a head that is rotated. kind: default, linear, llama3 or yarn, with its
+    parameters."""
 
     theta: float
     rotary_dim: int
@@ -35,15 +36,15 @@ class Rope:
     def table(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """(length, rotary_dim) float32: the cosines of each position, then the sines, both times the yarn factor.
 
-        The frequencies are made in float32 in the order of operations of transformers, which checkpoints were trained
-        with: at position 10,000 a better rounded frequency is another angle.
+        The frequencies are computed in float32 in the order of operations of transformers, which checkpoints were
+        trained with: at position 10,000 a more exact frequency is another angle.
         """
         inverse, factor = self._frequencies()
         angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse
         return torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1).to(device)
 
     def check(self, what: str) -> None:
-        """Raises ValueError where the parameters, each in its range, give no angle together."""
+        """Raises ValueError for parameters that are valid one by one but give no angle together."""
         inverse, factor = self._frequencies()
         if not bool(torch.isfinite(inverse).all()) or not FLOAT_MIN <= factor <= FLOAT_MAX:
             raise ValueError(f"{what}: rope of type {self.kind!r} must give finite frequencies; got theta "
@@ -62,16 +63,16 @@ class Rope:
 
 
 class RopeTable:
-    """One model's cos/sin table on `device`, made as long as is asked for and at most `most` rows: the positions that a
-    config allows may be far more than memory holds."""
+    """One model's cos/sin table on `device`. It grows on demand to at most `most` rows, because a config can allow far
+    more positions than memory holds."""
 
     def __init__(self, rope: Rope, most: int, device: torch.device):
         self._rope, self._most, self._device = rope, most, device
         self._table: torch.Tensor | None = None
 
     def reaching(self, caches: Sequence[PagedKV], width: int) -> torch.Tensor:
-        """A table for passes of `width` tokens on these pages: a row for every position that they hold and for a block
-        that sticks out, but `most` rows at most. It never moves: a longer one is another tensor."""
+        """A table for passes of `width` tokens on these pages: a row for every position in them and for a block past
+        their end, but at most `most` rows. A table never moves; a longer one is another tensor."""
         need = min(caches[0].k.shape[0] * caches[0].page_size + width, self._most)
         if self._table is None or len(self._table) < need:
             doubled = 1 << (need - 1).bit_length()  # passes of other sizes need a few rows more, and share it
@@ -80,7 +81,7 @@ class RopeTable:
 
 
 def _llama3(inverse, p):
-    """Llama 3.1: long waves are stretched by factor, short ones stay, those between are mixed."""
+    """Llama 3.1: long wavelengths are stretched by factor, short ones stay, those in between are interpolated."""
     low, high, old = p["low_freq_factor"], p["high_freq_factor"], p[_LENGTH]
     wave = 2 * math.pi / inverse
     scaled = torch.where(wave > old / low, inverse / p["factor"], inverse)
@@ -115,10 +116,10 @@ def _yarn(powers, theta, dim, p):
 
 
 def read_rope(config: Mapping, head_dim: int, what: str) -> Rope:
-    """The Rope of a config.json: rope_parameters (new) or rope_theta + rope_scaling (old), whole or partial.
+    """The Rope of a config.json: rope_parameters (new) or rope_theta + rope_scaling (old), full or partial.
 
-    what: names the config in errors. Raises ValueError for a wrong or missing value, NotImplementedError for a kind or
-    key that is not supported.
+    what: names the config in errors. Raises ValueError for a wrong or missing value, and NotImplementedError for an
+    unsupported kind or key.
     """
     f = Fields(what, config)
     new, old = f.table("rope_parameters", {}), f.table("rope_scaling", {})
@@ -143,7 +144,7 @@ def read_rope(config: Mapping, head_dim: int, what: str) -> Rope:
 
 
 def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, float]:
-    """Those that are given, each in the range in which its formula means something."""
+    """The given parameters, each checked for the range in which its formula is defined."""
     if kind == "yarn":
         scaling = Fields(scaling.what, *scaling.places, {_LENGTH: config.get("max_position_embeddings")})
     found: dict[str, float] = {}

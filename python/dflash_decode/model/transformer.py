@@ -1,9 +1,9 @@
-"""The decoder layers that a Llama- or Qwen3-like target and a DFlash drafter share, out of our ops.
+"""The decoder layers shared by Llama- or Qwen3-like targets and DFlash drafters, built from our ops.
 
     h = norm(x);  x += o(attention(qk_norm_rope(qkv(h))));  h = norm(x);  x += down(silu(gate(h)) * up(h))
 
-with each addition fused into the norm that follows it. All memory of a pass over B requests of Q tokens is allocated
-when the pass is made, so that a graph can capture it.
+Each addition is fused into the norm that follows it. All memory of a pass over B requests of Q tokens is allocated when
+the pass is made, so that it can be recorded as a graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Tensors:
-    """A checkpoint's tensors, taken one by one with their shapes checked; what nobody took is an error."""
+    """A checkpoint's tensors, taken one by one with their shapes checked. A tensor that is never taken is an error."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device, what: str):
         self._tensors, self._dtype, self._device, self._what = tensors, dtype, device, what
@@ -41,11 +41,11 @@ class Tensors:
         return name in self._left
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
-        """A weight: of a float type that says by itself what it holds, made `dtype`."""
+        """Takes a weight of any float dtype and converts it to `dtype`."""
         return self._take(name, shape, _FLOATS).to(self._device, self._dtype)
 
     def take_ids(self, name: str, *shape: int) -> torch.Tensor:
-        """Integers, made int64."""
+        """Takes integers and converts them to int64."""
         return self._take(name, shape, _INTEGERS).to(self._device, torch.int64)
 
     def _take(self, name, shape, dtypes):
@@ -62,7 +62,7 @@ class Tensors:
         return t
 
     def drop(self, *endings: str) -> None:
-        """Forgets tensors that carry nothing new."""
+        """Ignores tensors that carry no new information."""
         self._left = {name for name in self._left if not name.endswith(endings)}
 
     def finish(self) -> None:
@@ -91,7 +91,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Geometry:
-    """value_scale multiplies V; it is folded into the weight, so that V is the same wherever it is computed."""
+    """value_scale multiplies V. It is folded into the weight, so that V is the same wherever it is computed."""
 
     hidden: int
     intermediate: int
@@ -111,13 +111,13 @@ class Geometry:
 
 
 def packer(int8: bool) -> Callable[[torch.Tensor], PackedWeight]:
-    """How weights are kept: as they are, or in 8 bits with a scale for each row."""
+    """The packing of weights: in their dtype, or in 8 bits with one scale per row."""
     return (lambda weight: pack_weight(*quantize_weight(weight))) if int8 else pack_weight
 
 
 def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
                pack: Callable[[torch.Tensor], PackedWeight]) -> tuple[Layer, list[torch.Tensor | None]]:
-    """One layer's weights, packed; and [k weight, v weight, k bias, v bias] as they are used, unpacked."""
+    """One layer's weights, packed, and [k weight, v weight, k bias, v bias] unpacked."""
     kv = g.num_kv_heads * g.head_dim
 
     def projection(name, n, k, bias):
@@ -152,11 +152,11 @@ def _cat(*parts):
 
 
 class LayersPass:
-    """A pass of some layers over B blocks of Q tokens, T = B * Q rows, with its own memory.
+    """A pass of some layers over B blocks of Q tokens, T = B * Q rows, in memory of its own.
 
-    x (T, H): put the embedded tokens here; run() uses it up.
-    features (T, F * H): after run(), the outputs of the target layers side by side, in the order of `target_layer_ids`;
-    the last layer's output is taken after the final norm, as transformers' hidden_states[-1] is.
+    x (T, H): an input, the embedded tokens; run() overwrites it.
+    features (T, F * H): after run(), the outputs of the target layers side by side, in the order of `target_layer_ids`.
+        The last layer's output is taken after the final norm, as in transformers' hidden_states[-1].
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class LayersPass:
 
     def run(self, positions: torch.Tensor, slots: torch.Tensor | None, page_table: torch.Tensor,
             context_lens: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
-        """Returns the rows (T, H) after the final norm. slots: where this block's K/V go; None writes none."""
+        """Returns the rows (T, H) after the final norm. slots: where this block's K/V are written; None writes none."""
         x, stream = self.x, self.x
         for index, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             if index == 0:
@@ -206,8 +206,8 @@ class LayersPass:
         return last
 
     def _add(self, stream, weight, into):
-        """normed = norm(stream + added); the sum goes to `into`, which may lie in the features, so that they need no
-        copy."""
+        """normed = norm(stream + added). The sum is written to `into`, which can be part of the features, so that they
+        need no copy."""
         add_rms_norm(self.added, stream, weight, self.g.eps, out=self.normed,
                      residual_out=None if into is stream else into)
         return into

@@ -1,7 +1,7 @@
-"""SGLang's plugin: `sglang.srt.plugins` calls register() in each of its processes.
+"""SGLang's plugin. `sglang.srt.plugins` calls register() in each of its processes.
 
-Nothing is replaced, and nothing of SGLang or torch imported, before SGLang imports its DFlash worker, which it does for
-a DFlash configuration alone. Then our replacements go through its HookRegistry.
+Nothing is replaced, and nothing of SGLang or torch imported, before SGLang imports its DFlash worker, which it does
+only for a DFlash configuration. The hooks are then installed through its HookRegistry.
 """
 
 import logging
@@ -26,16 +26,17 @@ def hooks() -> tuple["Hook", ...]:
 
 
 def register() -> None:
-    """Waits for a DFlash configuration, and then replaces what dflash_kernels covers; see docs/engines.md. Never
-    raises, and may be called again.
+    """Waits for a DFlash configuration, then installs the hooks (see docs/engines.md). Never raises, and can be called
+    again.
 
-    `DFLASH_SGLANG_DISABLE=name,...` leaves single hooks out, `DFLASH_SGLANG_ENABLE` brings in what is off by itself.
+    `DFLASH_SGLANG_DISABLE=name,...` disables single hooks; `DFLASH_SGLANG_ENABLE` enables hooks that are off by
+    default.
     """
     when_imported("sglang.srt.speculative.dflash_worker_v2", seen, LOG)
 
 
 def seen(_worker: ModuleType) -> list["Outcome"]:
-    """Hands what is on to SGLang's HookRegistry, once in a process."""
+    """Installs the active hooks through SGLang's HookRegistry, once per process."""
     import sglang.version
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

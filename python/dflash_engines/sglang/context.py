@@ -1,6 +1,6 @@
-"""_append_target_hidden_fused -> write_context_kv: one launch into every draft layer's pool, of accepted rows alone.
+"""_append_target_hidden_fused -> write_context_kv: writes the accepted rows to all draft layers' pools in one launch.
 
-The engine's helper norms and rotates into a workspace and then writes layer by layer; its projection stays.
+The engine's helper normalises and rotates into a workspace and then writes layer by layer. Its projection stays.
 """
 
 import logging
@@ -45,8 +45,7 @@ def decide(worker: Any) -> Plan | str:
 
 def fits(helper: Any, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
          commit_lens: torch.Tensor | None) -> bool:
-    """Whether the engine's tensors are those that this was written for. slots (T,), or (B, Q) with
-    commit_lens (B,)."""
+    """Whether the engine's tensors have the expected form. slots (T,), or (B, Q) with commit_lens (B,)."""
     ids = (torch.int32, torch.int64)
     blocks = commit_lens is None or (slots.dim() == 2 and commit_lens.shape == slots.shape[:1]
                                      and commit_lens.dtype in ids)
@@ -69,8 +68,8 @@ def _append_target_hidden_fused(self, ctx_hidden, ctx_positions, ctx_cache_loc, 
 
 def write(helper: Any, made: Plan, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
           commit_lens: torch.Tensor | None) -> None:
-    """hidden (T, H), normed. slots (T,); or (B, Q) with commit_lens (B,): the first commit_lens[b] rows of each
-    block."""
+    """hidden (T, H), normalised. slots (T,); or (B, Q) with commit_lens (B,), of which the first commit_lens[b] rows of
+    each block are written."""
     if not slots.numel():
         return
     weight = helper.flat_kv_weight_t

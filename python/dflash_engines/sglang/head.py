@@ -1,6 +1,7 @@
 """_DflashDraftSampler -> lm_head_argmax: the draft head without logits, inside the captured draft graph.
 
-With a vocabulary over several ranks each finds its own winner here; what is gathered, and in which shapes, stays.
+With a vocabulary split over ranks, each rank finds its own winner here. The gathered values and their shapes are the
+engine's.
 """
 
 import logging
@@ -30,7 +31,7 @@ def decide(sampler: Any) -> Plan | str:
 
 
 def winners(self, hidden_states, input_ids=None):
-    """This rank's best id and logit for each row; no collective yet, so that a failure may still go the other way."""
+    """This rank's best id and logit for each row. It runs no collective, so that a failure can still fall back."""
     made = plan(self, "draft_head", decide, LOG)
     if (made is None or hidden_states.dim() != 2 or hidden_states.shape[1] != self.weight.shape[1]
             or hidden_states.shape[0] % self.block_size):
@@ -47,7 +48,7 @@ def choose(found, self, hidden_states, input_ids=None):
 
 
 def gather(sampler: Any, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The engine's two collectives, in its buffers; the first rank of those with the largest value wins."""
+    """The engine's two collectives, in its buffers. The first rank with the largest value wins."""
     n, ranks = ids.shape[0], sampler.tp_size
     best, found = sampler.gathered_max[: ranks * n], sampler.gathered_ids[: ranks * n]
     # Exact: a value is a logit rounded to the model dtype.

@@ -1,8 +1,8 @@
-"""vLLM's plugin: `vllm.general_plugins` calls register() in each of its processes.
+"""vLLM's plugin. `vllm.general_plugins` calls register() in each of its processes.
 
-No hook is in place, and nothing of vLLM or torch imported by us, before vLLM makes the proposer of a DFlash
-configuration. Until then we have wrapped the initialisers of its proposers' classes, once it imports those by itself,
-and entered a name in its registry of attention backends.
+No hook is installed, and nothing of vLLM or torch imported by us, before vLLM creates the proposer of a DFlash
+configuration. Until then the plugin only wraps the initialisers of its proposer classes, once vLLM imports them, and
+registers a name as an attention backend.
 """
 
 import logging
@@ -33,10 +33,10 @@ def hooks() -> tuple["Hook", ...]:
 
 
 def register() -> None:
-    """Waits for a DFlash configuration, and then replaces what dflash_kernels covers; see docs/engines.md. Never
-    raises, and may be called again.
+    """Waits for a DFlash configuration, then installs the hooks (see docs/engines.md). Never raises, and can be called
+    again.
 
-    `DFLASH_VLLM_DISABLE=name,...` leaves single hooks out, `DFLASH_VLLM_ENABLE` brings in what is off by itself.
+    `DFLASH_VLLM_DISABLE=name,...` disables single hooks; `DFLASH_VLLM_ENABLE` enables hooks that are off by default.
     """
     for module in PROPOSERS:
         when_imported(module, _watch, LOG)
@@ -49,8 +49,10 @@ def _watch(module: ModuleType) -> None:
 
 
 def seen(arguments: Mapping[str, Any], names: tuple[str, ...]) -> list["Outcome"]:
-    """arguments: of a proposer of vLLM's, by name. names: of the hooks for its runner. Installs them if it is DFlash's:
-    methods derived from it have the same class."""
+    """Installs the hooks if the proposer is DFlash's: methods derived from DFlash use the same class.
+
+    arguments: of a vLLM proposer, by name. names: the hooks for its runner.
+    """
     if arguments["vllm_config"].speculative_config.method != "dflash":
         return []
     from ..hooks import Choice, install, platform_of
@@ -65,7 +67,8 @@ def seen(arguments: Mapping[str, Any], names: tuple[str, ...]) -> list["Outcome"
 
 
 def _enter(registry: ModuleType) -> None:
-    """The name of our attention backend, which a configuration may hold that is read before there is a proposer."""
+    """Registers our attention backend early, because a configuration that names it can be read before there is a
+    proposer."""
     from . import attention
 
     if not attention.HOOK.unread(sys.modules["vllm"].__version__):

@@ -1,8 +1,8 @@
 """The drafter's attention -> block_attention, through vLLM's registry of attention backends. vLLM's V1 runner.
 
-The backend is registered under NAME on every platform; vLLM takes it for the drafter alone where the speculative
-configuration names it ("attention_backend"). Its CPU platform takes no backend but its own, so there the function that
-says which one is wrapped, and gives ours to layers whose configuration is that of a DFlash drafter.
+The backend is registered under NAME on every platform. vLLM uses it for the drafter only, where the speculative
+configuration names it ("attention_backend"). Its CPU platform accepts no backend but its own. There the function that
+selects the backend is wrapped, and returns ours for layers whose configuration is that of a DFlash drafter.
 """
 
 import inspect
@@ -17,7 +17,7 @@ REGISTER = ("backend", "class_path", "is_mamba")
 
 
 def enter(registry: ModuleType) -> None:
-    """Enters the backend's name in vLLM's registry, once; raises where that is not the one that we know."""
+    """Registers the backend in vLLM, once. Raises if the registry is not the known one."""
     found = tuple(inspect.signature(registry.register_backend).parameters)
     if found != REGISTER:
         raise TypeError(f"register_backend takes {', '.join(found)}")
@@ -26,9 +26,8 @@ def enter(registry: ModuleType) -> None:
 
 
 def is_drafter(config: Any, selected: Any, layer: Any) -> bool:
-    """Whether nobody chose a backend for this layer, and it is a DFlash drafter's. config: the VllmConfig that the
-    model is made with. layer: vLLM's AttentionSelectorConfig; it asks for attention that is not causal in drafters
-    alone."""
+    """Whether this layer belongs to a DFlash drafter and no backend was chosen for it. config: the VllmConfig of the
+    model. layer: vLLM's AttentionSelectorConfig, which asks for non-causal attention only in drafters."""
     speculative = getattr(config, "speculative_config", None)
     named = selected is not None and selected.name == NAME
     return named or (selected is None and layer.use_non_causal and getattr(speculative, "method", None) == "dflash")
@@ -42,12 +41,13 @@ def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=
     from .attention_backend import DFlashAttentionBackend
 
     reasons = DFlashAttentionBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
-    LOG.info("dflash-kernels: attention: %s for this model", f"left, {', '.join(reasons)}" if reasons else "in use")
+    LOG.info("dflash-kernels: attention: %s",
+             f"not active for this model, {', '.join(reasons)}" if reasons else "active for this model")
     return LEFT if reasons else CLASS
 
 
 def keep() -> str | None:
-    """On a GPU nothing is wrapped: there the engine takes any backend of its registry that somebody names."""
+    """On a GPU nothing is wrapped: there the engine accepts any backend of its registry by name."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -1,8 +1,8 @@
 """vLLM's attention backend for a DFlash drafter: block_attention over the engine's pages and the block's own K/V.
 
-A page holds a head's keys and values side by side, (pages, Hkv, P, 2 * D) in the order of memory that the engine chose,
-as its FLASH_ATTN has them. The block's K/V are read where the projection left them and are not written to the cache:
-what the cache holds of a position is always what the context's projection wrote there.
+A page holds a head's keys and values side by side, (pages, Hkv, P, 2 * D) in the engine's memory order, as in its
+FLASH_ATTN. The block's K/V are read from the projection and never written to the cache, so the cache of a position
+always has the K/V of the context's projection.
 """
 
 from dataclasses import dataclass
@@ -57,9 +57,12 @@ class DFlashAttentionBackend(AttentionBackend):
 
 @dataclass
 class DFlashMetadata:
-    """Of B requests with `width` queries each; width is 0 where they differ in it, as in the target's passes, whose
-    metadata are made for every group of layers and not used by this one, and None where making them failed.
-    seq_lens (B,) int32, with the queries; context_lens (B,), without them; query_starts (B + 1,), their rows."""
+    """Metadata of B requests with `width` queries each.
+
+    width is 0 where requests differ in it, as in the target's passes, whose metadata are made for every group of layers
+    and not used by this one. It is None where making the metadata failed. seq_lens (B,) int32 count the queries;
+    context_lens (B,) do not. query_starts (B + 1,) are their rows.
+    """
 
     causal: bool
     width: int | None
@@ -135,7 +138,7 @@ class DFlashAttention(AttentionImpl[DFlashMetadata]):
                  kv_cache_dtype="auto", logits_soft_cap=None, attn_type=AttentionType.DECODER,
                  kv_sharing_target_layer_name=None, sinks=None):
         if alibi_slopes is not None or sliding_window is not None or kv_sharing_target_layer_name is not None:
-            raise NotImplementedError(f"{NAME}: no ALiBi slopes, windows or shared caches")
+            raise NotImplementedError(f"{NAME}: ALiBi slopes, windows and shared caches are not supported")
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads or num_heads
         self.scale, self.softcap, self.sinks = float(scale), float(logits_soft_cap or 0), sinks
         self.kv_cache_dtype, self.attn_type = kv_cache_dtype, attn_type
@@ -154,14 +157,14 @@ class DFlashAttention(AttentionImpl[DFlashMetadata]):
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
                 output_block_scale=None):
-        """query (T, Hq, D), key and value (T, Hkv, D), of B requests' blocks one after the other; T may be padded."""
+        """query (T, Hq, D), key and value (T, Hkv, D): B requests' blocks in sequence. T can be padded."""
         if output_scale is not None or output_block_scale is not None:  # in the pass that measures memory already
-            raise NotImplementedError(f"{NAME}: no quantised outputs")
+            raise NotImplementedError(f"{NAME}: quantised outputs are not supported")
         if attn_metadata is None:  # the engine measures memory; there is no cache yet
             return output
         _attend(self, query, key, value, kv_cache, attn_metadata, output)
         return output
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        """Context K/V (T, Hkv, D), rotated already, where the engine's own precomputation writes them."""
+        """Writes context K/V (T, Hkv, D), already rotated, in the engine's own precomputation."""
         _store(self, key, value, kv_cache, slot_mapping)

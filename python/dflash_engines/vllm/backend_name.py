@@ -1,4 +1,4 @@
-"""What vLLM's registry calls our attention backend, and the log that both of its modules write to."""
+"""The name of our attention backend in vLLM's registry, and the logger of both of its modules."""
 
 import logging
 

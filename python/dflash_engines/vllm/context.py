@@ -1,6 +1,6 @@
 """precompute_and_store_context_kv -> write_context_kv: context K/V of all draft layers, for both of vLLM's runners.
 
-The engine's norm and projection stay; K norm, RoPE, the value scale and the writes to all layers' caches are one call.
+The engine's norm and projection stay. K norm, RoPE, the value scale and the writes to all layers' caches are one call.
 """
 
 import logging
@@ -22,7 +22,7 @@ KEPT = 64  # tokens of a decoding step, for which rows and views are made once
 
 
 class Rows:
-    """K and V of every layer as plain rows, where the engine's layout is not one that a PagedKV can describe."""
+    """K and V of every layer as rows, for an engine layout that PagedKV cannot describe."""
 
     def __init__(self, layers: int, tokens: int, heads: int, head_dim: int, like: torch.Tensor):
         with torch.inference_mode(False):  # what is made in inference mode may not be written outside it
@@ -32,7 +32,7 @@ class Rows:
         self.views: dict[int, tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
 
     def first(self, tokens: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Slots of the first `tokens` rows, and each layer's K and V there, (tokens, Hkv, D)."""
+        """The slots of the first `tokens` rows, and each layer's K and V there, (tokens, Hkv, D)."""
         if tokens not in self.views:
             self.views[tokens] = self.slots[:tokens], [(k[:tokens, 0], v[:tokens, 0]) for k, v in self.rows]
         return self.views[tokens]
@@ -40,8 +40,8 @@ class Rows:
 
 @dataclass
 class Plan:
-    """caches: views of the engine's, or None where it must write itself, from rows. address: of the cache that they
-    are views of."""
+    """caches: views of the engine's caches, or None where the engine must write from rows. address: of the viewed
+    cache."""
 
     cos_sin: torch.Tensor
     v_scale: float
@@ -51,7 +51,7 @@ class Plan:
 
 
 def decide(model: Any) -> Plan | str:
-    """model: vLLM's DFlashQwen3Model, its buffers built and its caches bound."""
+    """model: vLLM's DFlashQwen3Model, with its buffers built and its caches bound."""
     if model.vllm_config.speculative_config.method != "dflash":
         return f"the drafter of {model.vllm_config.speculative_config.method}"
     if type(model)._project_context_kv.__module__ != type(model).precompute_and_store_context_kv.__module__:
@@ -85,12 +85,12 @@ def decide(model: Any) -> Plan | str:
 
 
 def views(kv_caches: list[torch.Tensor], head_dim: int) -> list[PagedKV]:
-    """Of (pages, Hkv, P, 2 * D) in any physical order: keys, then values, in the last dimension."""
+    """Keys and values of (pages, Hkv, P, 2 * D) in any physical order, split in the last dimension."""
     return [PagedKV(*kv_cache.transpose(1, 2).split(head_dim, -1)) for kv_cache in kv_caches]
 
 
 def project(model: Any, states: torch.Tensor) -> torch.Tensor:
-    """Rows [K_0 | V_0 | K_1 | ...] of all layers, by the engine's own norm and product."""
+    """Rows [K_0 | V_0 | K_1 | ...] of all layers, from the engine's own norm and product."""
     from vllm import _custom_ops
 
     normed = torch.empty_like(states)
@@ -111,7 +111,7 @@ def rows_of(model: Any, tokens: int) -> Rows:
 
 def write_through(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Tensor,
                   slots: list[torch.Tensor]) -> None:
-    """K and V of every layer into plain rows, which the engine puts into its own layout."""
+    """Writes K and V of every layer into rows, which the engine copies into its own layout."""
     tokens = kv.shape[0]
     rows = made.rows if tokens <= KEPT else rows_of(model, tokens)
     own, parts = rows.first(tokens)
@@ -121,8 +121,8 @@ def write_through(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Ten
 
 
 def fits(model: Any, states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | list[torch.Tensor]) -> bool:
-    """Whether the engine's arguments are those that this was written for. It costs a few of a call's 200 microseconds,
-    so a device is left to the op."""
+    """Whether the engine's arguments have the expected form. The check costs a few of a call's 200 microseconds, so the
+    op checks the device."""
     per_layer = isinstance(slots, list)
     if states.dim() != 2 or (per_layer and len(slots) != model._num_attn_layers):
         return False

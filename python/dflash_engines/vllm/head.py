@@ -15,7 +15,7 @@ LOG = logging.getLogger("vllm.dflash_kernels")
 
 @dataclass(frozen=True)
 class Plan:
-    """targets: the target's id of each of the head's, where the drafter has a vocabulary of its own."""
+    """targets: the target's id of each row of the draft head, where the drafter has a vocabulary of its own."""
 
     weight: PackedWeight
     num_valid: int

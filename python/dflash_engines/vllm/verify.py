@@ -13,16 +13,16 @@ RUNNERS: weakref.WeakSet[Any] = weakref.WeakSet()  # the engine's model runners 
 
 
 def of_dflash(metadata: Any) -> bool:
-    """Whether a batch's sampling metadata are those of a runner with DFlash: all methods share the function."""
+    """Whether the sampling metadata of a batch belong to a runner with DFlash; all methods share the function."""
     batches = (getattr(runner, "input_batch", None) for runner in RUNNERS)
     return any(getattr(batch, "sampling_metadata", None) is metadata for batch in batches)
 
 
 def verify(drafts: torch.Tensor, logits: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
-    """drafts (B, S), logits (B, S, V) of the rows that they are checked against, bonus (B, 1): the token after all of
-    them. Returns (B, S + 1) int32: what is emitted, then -1.
+    """drafts (B, S), logits (B, S, V) of the rows that verify them, bonus (B, 1): the token after all drafts. Returns
+    (B, S + 1) int32: the emitted tokens, then -1.
 
-    The engine has no logits for the bonus: the block is the drafts but the last, and that one is compared here.
+    The engine has no logits for the bonus, so the block excludes the last draft, which is compared here.
     """
     block = torch.cat([drafts.new_zeros(drafts.shape[0], 1), drafts[:, :-1]], 1)
     lens = torch.zeros(drafts.shape[0], dtype=torch.int32, device=drafts.device)
@@ -33,7 +33,7 @@ def verify(drafts: torch.Tensor, logits: torch.Tensor, bonus: torch.Tensor) -> t
 
 
 def fits(drafts: torch.Tensor, logits: torch.Tensor, bonus: torch.Tensor, requests: int, width: int) -> bool:
-    """Whether the engine's tensors are those that this was written for; its own function takes other ones too."""
+    """Whether the engine's tensors have the expected form; the engine's function also accepts others."""
     rows, ids = requests * width, (torch.int32, torch.int64)
     return (drafts.shape == (rows,) and drafts.dtype in ids and bonus.shape == (requests, 1) and bonus.dtype in ids
             and logits.dim() == 2 and logits.shape[0] == rows and logits.dtype == torch.float32

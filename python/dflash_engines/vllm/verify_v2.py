@@ -1,7 +1,7 @@
 """rejection_sample -> verify_sample, with no stored probabilities. vLLM's V2 runner, on a GPU.
 
-Greedy and sampled requests in one batch, by token or by block; drafts without logits of their own (greedy drafting).
-Sampled tokens follow the same distribution by other random numbers.
+It takes greedy and sampled requests in one batch, both rules, and drafts without logits (greedy drafting). Sampled
+tokens follow the same distribution with other random numbers.
 """
 
 import logging
@@ -36,14 +36,14 @@ def rejection_sample(target_logits, draft_logits, draft_sampled, cu_num_logits, 
 
 
 def of_dflash(temperature: torch.Tensor) -> bool:
-    """Whether the engine's temperatures are those of a sampler for DFlash: all methods share the function."""
+    """Whether the engine's temperatures belong to a sampler for DFlash; all methods share the function."""
     return any(sampler.sampler.sampling_states.temperature.gpu is temperature for sampler in SAMPLERS)
 
 
 def fits(logits: torch.Tensor, drafts: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor,
          temperature: torch.Tensor, seeds: torch.Tensor, requests: int, width: int) -> bool:
-    """Whether the engine's tensors are those that this was written for. No request has more rows than width, so a full
-    count says that all have as many."""
+    """Whether the engine's tensors have the expected form. No request has more rows than width, so a full count means
+    that all have width rows."""
     count, ids = (requests * width,), (torch.int32, torch.int64)
     return (requests > 0 and logits.dim() == 2 and logits.shape[:1] == drafts.shape == positions.shape == count
             and logits.dtype == torch.float32 and logits.is_contiguous() and drafts.dtype in ids
@@ -54,8 +54,8 @@ def fits(logits: torch.Tensor, drafts: torch.Tensor, positions: torch.Tensor, ro
 
 def verify(logits: torch.Tensor, block: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor,
            seeds: torch.Tensor, rule: str):
-    """logits (B, Q, V), tempered, filtered and penalised by the engine; block (B, Q), its anchor first, at positions
-    (B, Q). temperature (B,), seeds (B,)."""
+    """logits (B, Q, V), with temperature, filters and penalties applied by the engine; block (B, Q), its anchor first,
+    at positions (B, Q). temperature (B,), seeds (B,)."""
     temp = (temperature > 0).float()  # what is left to know of it
     return verify_sample(block.long(), logits, positions[:, 0].int().contiguous(),
                          SamplingTensors(temp, seeds.long().contiguous()), rule=rule)

@@ -1,11 +1,11 @@
-"""Converted GGUF files, kept under the user's cache directory as ordinary Hugging Face directories.
+"""Caches converted GGUF files as Hugging Face directories in the user's cache directory.
 
-The cache directory is $DFLASH_CACHE, else $XDG_CACHE_HOME/dflash_kernels, else ~/.cache/dflash_kernels. An entry is
-keyed by the file's path, size and time of change, and has a manifest of its files. It is moved into place whole, so
-that a reader never sees a half-written one, and one that is not as its manifest says is made again.
+The cache directory is $DFLASH_CACHE, else $XDG_CACHE_HOME/dflash_kernels, else ~/.cache/dflash_kernels. The key of an
+entry is the file's path, size and modification time. An entry has a manifest of its files, and is rebuilt if it does
+not match it. It is moved into place whole, so that a reader never sees a half-written one.
 
-Entries are written under a lock, which the system frees when its holder dies: whoever has it knows that every half-made
-entry is a dead process's. A process that finds it taken keeps nothing.
+Entries are written under a lock, which the system releases when its holder dies. The holder therefore knows that every
+unfinished entry belongs to a dead process. A process that finds the lock taken writes no entry.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _HASHED = 8 << 20  # bytes of a file that are hashed, beside its size: all but t
 
 
 def cache_dir() -> Path | None:
-    """None: a user without a home, as in some containers, has none."""
+    """The cache directory, or None for a user without a home, as in some containers."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         if chosen := os.environ.get("DFLASH_CACHE"):
@@ -42,7 +42,7 @@ def cache_dir() -> Path | None:
 
 
 def entry_of(path: Path) -> Path | None:
-    """Where the converted form of a GGUF file belongs, as the file is now."""
+    """The place of the converted form of a GGUF file in its current state."""
     stat, folder = regular(path), cache_dir()
     if folder is None:
         return None
@@ -52,14 +52,14 @@ def entry_of(path: Path) -> Path | None:
 
 
 def cached(path: Path) -> Path | None:
-    """The converted directory of a GGUF file, or None where there is none that is whole."""
+    """The converted directory of a GGUF file, or None if there is no complete one."""
     folder = entry_of(path)
     return folder if folder and _is_whole(folder) else None
 
 
 def keep(path: Path, entry: Path | None, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
-    """Writes `entry`, which entry_of gave before `path` was read. A cache that cannot be written is only a slower
-    second start: a warning says so."""
+    """Writes `entry`, which entry_of returned before `path` was read. If the cache cannot be written, a warning says
+    so; the next start is only slower."""
     try:
         if entry is None:
             raise FileNotFoundError("there is no home directory, and DFLASH_CACHE names no other")
@@ -70,7 +70,7 @@ def keep(path: Path, entry: Path | None, tensors: Mapping[str, torch.Tensor], te
                 _write(path, entry, tensors, texts)
                 _remove_stale(entry.parent)
     except (OSError, SafetensorError) as error:
-        warn(f"{path}: the next start converts this file again, as its converted form cannot be kept"
+        warn(f"{path}: the next start converts this file again, because its converted form cannot be cached"
              f"{f' in {entry.parent}' if entry else ''}: {brief(error)}")
 
 
@@ -105,7 +105,7 @@ def _is_whole(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Whether this process may write; it does not wait for one that does."""
+    """Whether this process may write. It does not wait for another one."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "a") as file:
         try:
@@ -122,7 +122,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes entries whose file is gone or has changed since, and those that other versions made."""
+    """Removes entries whose file is gone or has changed, and entries of other versions."""
     for manifest in folder.glob(f"*/{_MANIFEST}"):
         try:
             current = entry_of(Path(str(read_json(manifest).get("source"))))

@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face checkpoints: config, dequantised tensors and tokenizer, converted once and kept."""
+"""Reads GGUF files as Hugging Face checkpoints (config, dequantised tensors, tokenizer), converted once and cached."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": 
 
 
 def load(path: Path, dtype: torch.dtype) -> Checkpoint:
-    """The checkpoint in a GGUF file, dequantised to `dtype`; from the cache when it is there (bfloat16 only)."""
+    """The checkpoint in a GGUF file, dequantised to `dtype`. The cache serves bfloat16 only."""
     entry = entry_of(path)
     if dtype == torch.bfloat16 and (kept := cached(path)):
         with contextlib.suppress(CheckpointError):  # another process may remove it meanwhile
@@ -56,7 +56,7 @@ def _keep(path: Path, entry: Path | None, config: dict, tensors: dict, reader) -
 
     try:
         files = tokenizer_files(path, reader)
-    except CheckpointError:  # whoever asks for the tokenizer is told; the weights are good
+    except CheckpointError:  # loading the tokenizer reports it; the weights are good
         return
     keep(path, entry, tensors, files | {"config.json": json.dumps(config, indent=1)})
 
@@ -105,7 +105,7 @@ def read_config(path: Path, reader) -> dict:
 
 
 def _rope(f: Fields, arch: str, head_dim: int) -> dict:
-    """rope_parameters of the Hugging Face config; whoever reads that checks their ranges for the type."""
+    """rope_parameters of the Hugging Face config; their reader checks the ranges."""
     rope = {"rope_type": "default", "rope_theta": f.number(f"{arch}.rope.freq_base", 10000.0, above=1.0)}
     scaling = f.text(f"{arch}.rope.scaling.type", "none")
     if scaling != "none":
@@ -122,13 +122,13 @@ def _rope(f: Fields, arch: str, head_dim: int) -> dict:
 
 
 def stop_ids(path: Path, reader) -> list[int]:
-    """The tokens that end an answer: end of sequence, and end of turn where the file names one."""
+    """The tokens that end an answer: end of sequence, and end of turn if the file names one."""
     found = [field(path, reader, f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot")]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def hf_name(name: str) -> str | None:
-    """A GGUF tensor name as Hugging Face calls it, or None."""
+    """The Hugging Face name of a GGUF tensor, or None."""
     if name in _TOP:
         return _TOP[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
@@ -170,8 +170,8 @@ def _neox_rows(path: Path, name: str, values: np.ndarray, heads: int) -> np.ndar
 
 
 def _check_names(path: Path, config: dict, names: set[str]) -> None:
-    """Raises CheckpointError for a tensor that no layer has or that is missing: before the first is dequantised, and
-    at the first of the layers that are not there, however many the file says it has."""
+    """Raises CheckpointError for a missing tensor or one that no layer has, before any is dequantised. It stops at the
+    first missing layer, however many the file claims."""
     for name in sorted(names):
         if hf_name(name) is None:
             raise CheckpointError(f"{path}: expected the tensors of a {config['model_type']} model; got {name}")

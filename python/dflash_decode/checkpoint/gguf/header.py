@@ -1,8 +1,8 @@
-"""What a GGUF file's header claims, held against the file's size before anything is allocated for it.
+"""Checks a GGUF file's header against the file's size, before anything is allocated for it.
 
-The gguf package reads arrays item by item and believes every length: a file of 49 bytes can ask it for 2^60 items.
-The layout: magic, version, counts of tensors and fields; each field a key, a type and a value; each tensor a name, its
-dimensions, a type and an offset. Strings and arrays have their length in front, in 64 bits.
+The gguf package reads arrays item by item and trusts every length: a file of 49 bytes can request 2^60 items. The
+layout: magic, version, counts of tensors and fields; for each field a key, a type and a value; for each tensor a name,
+its dimensions, a type and an offset. Strings and arrays begin with their length in 64 bits.
 """
 
 import mmap
@@ -21,7 +21,7 @@ _MOST_ELEMENTS = 8  # for each byte of the file: no type packs a weight into les
 
 
 def check_header(file: Path) -> None:
-    """Raises CheckpointError for a file that is no GGUF, or whose header names more than the file can hold."""
+    """Raises CheckpointError for a file that is not GGUF, or whose header claims more than the file can hold."""
     if (size := regular(file).st_size) < 24:
         raise _refusal(file, f"{size} bytes, which is less than a header")
     try:
@@ -36,7 +36,7 @@ def _refusal(file: Path, got: str) -> CheckpointError:
 
 
 class _Walk:
-    """A place in the header that moves on; every step is inside the file or an error."""
+    """A position in the header. Every step stays inside the file or raises."""
 
     def __init__(self, file: Path, data: mmap.mmap):
         self.file, self.data, self.size = file, data, len(data)
@@ -99,7 +99,7 @@ class _Walk:
         return _SIZES[kind]
 
     def tensor(self) -> int:
-        """How many elements it has."""
+        """The number of elements of a tensor."""
         name, elements = self.text("a tensor's name"), 1
         if (dims := self.number("I", f"the dimensions of {name!r}")) > _MOST_DIMS:
             raise _refusal(self.file, f"{dims} dimensions of {name!r}, where at most {_MOST_DIMS} are read")

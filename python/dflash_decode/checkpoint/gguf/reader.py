@@ -1,4 +1,4 @@
-"""Opening a GGUF file and reading its metadata, with errors that say what was expected."""
+"""Opens a GGUF file and reads its metadata. Errors name the expected value."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -24,13 +24,13 @@ def _open(path: str, size: int, changed: int):
 
 
 def open_file(path: Path):
-    """A gguf.GGUFReader; parsing takes seconds, so the last one is kept. Raises CheckpointError."""
+    """A gguf.GGUFReader. Parsing takes seconds, so the last reader is kept. Raises CheckpointError."""
     stat = regular(path)
     return _open(str(path), stat.st_size, stat.st_mtime_ns)
 
 
 class _Metadata(Mapping):
-    """A reader's fields as plain values."""
+    """A reader's fields as Python values."""
 
     def __init__(self, path: Path, reader):
         self._path, self._fields = path, reader.fields
@@ -54,13 +54,13 @@ class _Metadata(Mapping):
 
 
 def metadata(path: Path, reader) -> Fields:
-    """The file's metadata, whose errors are CheckpointErrors that name the file."""
+    """The file's metadata. Errors are CheckpointErrors that name the file."""
     return Fields(str(path), _Metadata(path, reader), error=CheckpointError)
 
 
 def field(path: Path, reader, key: str, kind, default=...):
-    """The metadata value `key`, of type `kind` (an int is not negative); CheckpointError when it is absent (without
-    default) or another type."""
+    """The metadata value `key` of type `kind` (an int is not negative). Raises CheckpointError if it is absent, without
+    a default, or has another type."""
     fields = metadata(path, reader)
     reads: dict[Any, Any] = {int: functools.partial(fields.whole, least=0), float: fields.number, str: fields.text,
                              bool: fields.flag, list: fields.items}

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes, as the files of a Hugging Face directory."""
+"""Converts the tokenizer in a GGUF file into the files of a Hugging Face directory."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ _PRE = {
 
 
 def tokenizer_files(path: Path, reader) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json, by name."""
+    """The contents of tokenizer.json and tokenizer_config.json, by name."""
     def get(key, kind, default=...):
         return field(path, reader, f"tokenizer.ggml.{key}", kind, default)
 
