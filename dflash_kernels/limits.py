@@ -1,7 +1,7 @@
-"""Limits of the ops: the ops raise them, and `supports` tells them without a call.
+"""Limits of the ops. The ops raise them, and `supports` answers them without a call.
 
-Each limit is one function here, which raises with the text that a user reads. An op or a launcher calls it with the
-arguments that it got, `supports` with the facts that it was asked about.
+Each limit is one function here, which raises with the text that a user reads. An op or a launcher calls it with its
+arguments, `supports` with the facts in question.
 """
 
 from collections.abc import Iterable
@@ -22,10 +22,21 @@ GPU_HEAD_DIM, GPU_HEAD_DIM_FLOAT32_FP8 = 256, 64
 
 @dataclass(frozen=True)
 class Support:
-    """The answer of `supports`; it is true where nothing is refused.
+    """The answer of `supports`. It is true where the op accepts the facts.
 
-    ok: whether the op takes what was asked about. reason: the text of the exception that a call would raise, "" where
-    ok.
+    Parameters
+    ----------
+    ok : bool
+        Whether the op accepts the facts.
+    reason : str
+        Text of the exception that a call would raise. "" where ok.
+
+    Examples
+    --------
+    >>> from dflash_kernels import supports
+    >>> support = supports("combine_topk", k=65)
+    >>> support.ok, support.reason
+    (False, 'combine_topk: k must be between 1 and 64; got 65')
     """
 
     ok: bool

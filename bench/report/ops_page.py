@@ -8,7 +8,7 @@ from types import ModuleType
 
 import dflash_kernels
 from bench.report import docstrings
-from dflash_kernels import info, ops, step_graph, testing, types
+from dflash_kernels import info, limits, ops, step_graph, testing, types
 
 # Title, module, and the names that come first. A module's other public names follow; other modules come last.
 SECTIONS = (
@@ -23,6 +23,7 @@ SECTIONS = (
     ("Greedy verification", ops.verify, ()),
     ("Context K/V", ops.context, ()),
     ("Recorded steps", step_graph, ()),
+    ("Limits", limits, ("supports", "Support")),
     ("Records", types, ("PagedKV", "PackedWeight", "PreparedBlock", "SamplingTensors", "LogitAdjustments", "Proposal",
                         "Verified")),
     ("Installation", info, ()),

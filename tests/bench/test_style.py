@@ -9,6 +9,7 @@ from tests.support import ROOT
 FILE, FUNCTION, KERNEL, LINE = 320, 60, 150, 120
 LONGER = {
     "csrc/cpu/vec.h": "one vector type in three widths, whose operations are compared side by side",
+    "tests/triton/test_triton_attention.py": "one kernel over both kinds of caches, by the same helpers",
 }
 FOLDERS = ("dflash_kernels", "python", "csrc", "bench", "tools", "tests", "drafters")
 PYTHON = [ROOT / "setup.py", *(f for folder in FOLDERS for f in sorted((ROOT / folder).rglob("*.py")))]
