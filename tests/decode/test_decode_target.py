@@ -31,9 +31,9 @@ def forward(target, ids, target_layer_ids, chunks):
         block = torch.full((1, n + 2), VOCAB + 5)
         block[0, :n] = ids[done:done + n]
         lens = [torch.tensor([value], dtype=torch.int32) for value in (done, n)]
-        out, tapped = work.run(block, positions, slots, TABLE, *lens)
+        out, collected = work.run(block, positions, slots, TABLE, *lens)
         rows.append(out[:n].clone())
-        features.append(tapped[:n].clone())
+        features.append(collected[:n].clone())
         done += n
     return torch.cat(features), torch.cat(rows)
 

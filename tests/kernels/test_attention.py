@@ -208,7 +208,7 @@ def test_p23_a_request_has_the_same_bits_alone_and_in_any_batch(isa, dtype, opti
 
 @pytest.mark.parametrize("window", [(-1, -1), (40, 40)])
 def test_p22_decoding_one_by_one_equals_one_block_of_any_width(isa, dtype, window):
-    """The verify pass reads its keys from the block, plain decoding reads the same keys from the cache."""
+    """The verify pass reads its keys from the block, baseline decoding reads the same keys from the cache."""
     start, total, page = 250, 16, 16
     one = Case([start + total], width=1, heads=3, kv_heads=1, dtype=dtype, page=page)
     queries = torch.randn(1, total, 3, 64).to(dtype)
