@@ -138,6 +138,11 @@ def _check_dtype(op: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{op}: {name} must be {listed(dtypes)} {shape}; got {named(dtype)}")
 
 
+def _check_weight_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"pack_weight: weight must be {listed(FLOATS)} (N, K); got {named(dtype)}")
+
+
 def _check_cache_dtype(op: str, dtype: torch.dtype | None, cache_dtype: torch.dtype) -> None:
     check_paged_dtype("k", cache_dtype)
     if dtype is not None and cache_dtype not in (dtype, FP8):
@@ -208,8 +213,10 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
             _check_dtype(op, dtype)
         if cache_dtype is not None:
             _check_cache_dtype(op, dtype, cache_dtype)
-        if weight_dtype not in (None, torch.int8) and dtype is not None:
-            check_packed_dtype(op, dtype, weight_dtype)
+        if weight_dtype not in (None, torch.int8):
+            _check_weight_dtype(weight_dtype)
+            if dtype is not None:
+                check_packed_dtype(op, dtype, weight_dtype)
         if head_dim is not None and op != "block_attention":
             check_head_dim(op, head_dim)
         elif head_dim is not None and kind == "cuda":

@@ -58,6 +58,8 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     [[11.0, 17.0]]
     """
     check = _pack_weight_check
+    if scales is None and isinstance(weight, torch.Tensor) and weight.dtype == torch.int8:
+        raise TypeError(f"{check.op}: scales must be given for an int8 weight; got None")
     check.tensor("weight", weight, FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
     if weight.numel() == 0:
         raise ValueError(f"{check.op}: weight must not be empty; got {describe(weight)}")

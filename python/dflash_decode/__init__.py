@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .checkpoint import CheckpointError, load_checkpoint
+    from .checkpoint import CheckpointError, CheckpointNotFound, load_checkpoint
     from .checkpoint.tokenizer import load_tokenizer
     from .loop import Decoder
     from .model.drafter import Drafter
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "CheckpointError": ".checkpoint",
+    "CheckpointNotFound": ".checkpoint",
     "Decoder": ".loop",
     "Drafter": ".model.drafter",
     "Event": ".requests",
@@ -28,6 +29,7 @@ _WHERE = {
 }
 __all__ = [
     "CheckpointError",
+    "CheckpointNotFound",
     "Decoder",
     "Drafter",
     "Event",

@@ -106,6 +106,14 @@ def test_a_packed_weight_of_another_dtype_is_refused_in_the_call_s_words(op):
     assert said(op, {"x": torch.randn(3, 16), "weight": int8} | ({"k": 5} if op == "lm_head_topk" else {})) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float64, FP8], ids=str)
+def test_a_weight_that_cannot_be_packed_is_refused_whatever_the_rows_are(dtype):
+    with pytest.raises(TypeError) as error:
+        dk.pack_weight(torch.zeros(4, 8).to(dtype))
+    for op in WEIGHTED:
+        assert f"{reason(op, weight_dtype=dtype)} (4, 8)" == str(error.value)
+
+
 @pytest.mark.parametrize("op", ("qk_norm_rope", "write_context_kv"))
 def test_head_dims_are_refused_in_the_call_s_words(op):
     for dim in (1024, 1025):

@@ -6,13 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from attention_cases import Case
-from launches import launches
-from test_triton_attention import launch
 
 from dflash_kernels._triton import attention
 from dflash_kernels._triton.attention_split import EACH, SPLIT, begin_of, octaves_of, share_of, split_of, splits_in
 from dflash_kernels.testing import same_bits
+from tests.support.attention_cases import Case
+from tests.support.launches import launches
+from tests.triton.test_triton_attention import launch
 
 FAR = attention.FAR
 

@@ -97,8 +97,9 @@ def generate(
     text = read_prompt(prompt)
     from ..checkpoint import drafter_of
 
-    if drafter_of(model, draft) == NONE and block_size is not None:
-        raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
+    if drafter_of(model, draft) == NONE and (block_size is not None or compare):
+        option = "--compare" if block_size is None else "--block-size"
+        raise UsageError(f"{option} needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
     check_device(device)
 
