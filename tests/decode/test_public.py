@@ -10,9 +10,9 @@ import pytest
 import dflash_decode
 from tests.support import ROOT, annotations
 
-NAMES = {"CheckpointError": "checkpoint.errors", "CheckpointNotFound": "checkpoint.errors",
-         "Decoder": "loop", "Drafter": "model.drafter", "Event": "requests", "Request": "requests", "SamplingParams": "sampling", "Session": "session", "load_checkpoint": "checkpoint",
-         "load_tokenizer": "checkpoint.tokenizer"}
+NAMES = {"CheckpointError": "checkpoint.errors", "CheckpointNotFound": "checkpoint.errors", "Decoder": "loop",
+         "Drafter": "model.drafter", "Event": "requests", "Request": "requests", "SamplingParams": "sampling",
+         "Session": "session", "load_checkpoint": "checkpoint", "load_tokenizer": "checkpoint.tokenizer"}
 
 
 def fresh(code):
