@@ -74,12 +74,12 @@ def test_every_case_has_torch_as_it_is_and_compiled():
         assert callable(case.peers["torch"]) and case.peers["torch.compile"].startswith("left out"), case.op
 
 
-def test_torch_compile_is_called_as_the_plain_expression_is(monkeypatch):
+def test_torch_compile_is_called_as_the_eager_expression_is(monkeypatch):
     seen = []
     monkeypatch.setattr(cpu_peers, "compiled", lambda function: lambda *args: seen.append(function) or function(*args))
     made = []
-    problem = SimpleNamespace(baseline=lambda x: (x + 1,), args=lambda i: (torch.tensor(i),))
-    assert cases.Sizes("cpu").peers_of("o", problem)["torch.compile"](3)[0].item() == 4 and seen == [problem.baseline]
+    problem = SimpleNamespace(expression=lambda x: (x + 1,), args=lambda i: (torch.tensor(i),))
+    assert cases.Sizes("cpu").peers_of("o", problem)["torch.compile"](3)[0].item() == 4 and seen == [problem.expression]
     writing = SimpleNamespace(**vars(problem), whole=lambda x: made.append(x.item()), written=lambda: tuple(made))
     for name in ("torch", "torch.compile"):
         assert cases.Sizes("cpu").peers_of("o", writing)[name](3)()[-1] == 3
@@ -93,7 +93,7 @@ def test_where_nothing_compiles_it_is_said_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     cpu_peers.unusable.cache_clear()
     try:
-        problem = SimpleNamespace(baseline=lambda x: (x,), args=lambda i: (torch.zeros(1),))
+        problem = SimpleNamespace(expression=lambda x: (x,), args=lambda i: (torch.zeros(1),))
         rows = []
         for op in "ab":
             peers = cases.Sizes("cpu").peers_of(op, problem)

@@ -214,7 +214,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
         first.send_signal(signal.SIGINT)
         out, err = first.communicate()
         go.set()
-        assert first.returncode == 130 and "Traceback" not in err and "the same command goes on" in err
+        assert first.returncode == 130 and "Traceback" not in err and "the same command continues" in err
         kept = (tmp_path / "j").read_text().count('"id"')
         assert 1 <= kept <= 3
         assert cli.run(words) == 0

@@ -56,7 +56,7 @@ def test_a_tensor_in_a_shard_that_the_index_does_not_name_for_it_does_not_win(tm
     index(folder, a="s1.safetensors", b="s1.safetensors")
     assert torch.equal(load_checkpoint(folder).tensors["a"], torch.full((3,), -1.0))
     index(folder, a="s0.safetensors", b="s0.safetensors")  # it is in the other file alone
-    with pytest.raises(CheckpointError, match=r"index.json: expected 2 tensors .* the first is b \(said to be in s0"):
+    with pytest.raises(CheckpointError, match=r"index.json: expected 2 tensors .* the first is b \(listed in s0"):
         load_checkpoint(folder)
 
 
@@ -74,7 +74,7 @@ def test_a_shard_of_a_strange_name(tmp_path, name):
 def test_a_tensor_of_a_strange_name(tmp_path, name):
     folder = sharded(tmp_path / "m")
     index(folder, a="s0.safetensors", **{name: "s1.safetensors"})
-    with pytest.raises(CheckpointError, match=r"index.json: expected 2 tensors .* \(said to be in s1") as caught:
+    with pytest.raises(CheckpointError, match=r"index.json: expected 2 tensors .* \(listed in s1") as caught:
         load_checkpoint(folder)
     assert len(str(caught.value)) <= 1000
     str(caught.value).encode()

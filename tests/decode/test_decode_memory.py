@@ -7,6 +7,7 @@ import tracemalloc
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
@@ -64,7 +65,7 @@ def alive(decoder):
     """Objects, tensors' bytes, recorded launches and pages; and Python's bytes, which `flat` compares."""
     gc.collect()
     objects = gc.get_objects()
-    tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
+    tensors = [o for o in objects if issubclass(type(o), torch.Tensor) and not issubclass(type(o), FakeTensor)]
     graphs = [work.work.graph for work in (*decoder._steps.values(), *decoder._prefills.values()) if work.work.graph]
     bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return {"python": tracemalloc.get_traced_memory()[0], "objects": len(objects), "tensors": len(tensors),

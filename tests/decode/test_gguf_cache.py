@@ -128,7 +128,7 @@ def test_a_user_without_a_home_has_a_slower_start(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
     for chosen in ("", "~no-such-user/cache"):
         monkeypatch.setenv("DFLASH_CACHE", chosen)
-        with pytest.warns(UserWarning, match="cannot be kept: there is no home directory, and DFLASH_CACHE names"):
+        with pytest.warns(UserWarning, match="cannot be cached: there is no home directory, and DFLASH_CACHE names"):
             assert load_checkpoint(model(tmp_path)).tensors
         assert gguf_cache.cached(tmp_path / "m.gguf") is None and load_tokenizer(tmp_path / "m.gguf").stop_ids == (0,)
 

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dflash_engines import vllm as plugin
 from dflash_engines.vllm import verify
@@ -60,7 +61,7 @@ def kept():
     traced = tracemalloc.get_traced_memory()[0]
     objects = gc.get_objects()
     tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-               for t in objects if issubclass(type(t), torch.Tensor)}
+               for t in objects if issubclass(type(t), torch.Tensor) and not issubclass(type(t), FakeTensor)}
     return len(objects), traced, sum(tensors.values())
 
 

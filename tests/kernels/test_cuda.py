@@ -60,7 +60,7 @@ def test_spills_and_stack_are_read_and_are_complaints():
     assert first[:6] == ("first", 80, 32, 4, 0, 512) and second[:6] == ("second", 80, 8, 0, 16, 0)
     assert "4 bytes spilled" in first.complaint() and "16 bytes of stack" in second.complaint()
     assert not any(r.complaint() for r in ptxas.parse(LOG.format(0, 0), 80))
-    with pytest.raises(RuntimeError, match="something else than expected"):
+    with pytest.raises(RuntimeError, match="ptxas gave unexpected output"):
         ptxas.parse(LOG.replace("Used", "Took"), 80)
 
 

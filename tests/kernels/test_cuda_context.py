@@ -18,8 +18,8 @@ from tests.kernels import test_context
 from tests.kernels.test_context import MAX_POS, check_lengths_and_slots, rows
 from tests.support import fp8_cases
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(not find_nvcc(), reason="there is no nvcc, whose headers this needs")]
+needs_nvcc = pytest.mark.skipif(not find_nvcc(), reason="there is no nvcc, whose headers this needs")
+pytestmark = [pytest.mark.slow, needs_nvcc]
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_LAYERS = 64
 

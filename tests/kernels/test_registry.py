@@ -75,13 +75,10 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("name", functions)
-def test_docstrings_say_everything(name):
-    function = getattr(dflash_kernels, name)
-    doc = inspect.getdoc(function) or ""
-    missing = [p for p in inspect.signature(function).parameters if not re.search(rf"\b{p}\b", doc)]
-    missing += [w for w in ("Returns", "Raises", "Graph-safe", "Source") if w not in doc]
-    assert not missing, f"{name}: the docstring does not mention {missing}"
-    assert len(doc.splitlines()[0]) > 10
+def test_docstrings_name_errors_graph_safety_and_source(name):
+    """What else they have, tests/kernels/test_docstrings.py says."""
+    doc = inspect.getdoc(getattr(dflash_kernels, name)) or ""
+    assert {"raises", "graph-safe", "source"} <= set(re.findall(r"[a-z-]+", doc.lower())), name
 
 
 def test_everything_else_public_has_a_docstring():

@@ -133,7 +133,7 @@ def read_codes(codes, found):
 
 # ---- both roads ----------------------------------------------------------------------------------------------------
 
-@test_cuda_context.pytestmark
+@test_cuda_context.needs_nvcc
 @pytest.mark.parametrize("shape", [(3, 2, 2, 64, 64), (2, 1, 2, 64, 32), (2, 1, 1, 20, 6), (1, 1, 1, 96, 96)], ids=str)
 def test_cuda_cpp_writes_the_same_bits(dtype, shape):
     """So that a key does not depend on which of the two is faster on a machine."""
