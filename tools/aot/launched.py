@@ -14,6 +14,7 @@ from dflash_kernels._triton._case import Case
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 FLOATS = tuple(DTYPES)[:3]
+PAGE = 16
 
 
 class Launch(NamedTuple):
@@ -100,4 +101,23 @@ def verify() -> Iterator[Case]:
         yield case(f"verify_greedy keys {triton.next_power_of_2(parts)}", launch)
 
 
-NOUNS = {"norm": norm, "activation": activation, "verify": verify}
+def block() -> Iterator[Case]:
+    """Anchors out of a column of tokens, and sizes that do not divide by 16 where a model's may be such."""
+    from dflash_kernels._triton.block import CONFIGS, embed_tokens, prepare_block
+
+    vocab, ids, lens = 151_670, empty(2, 9), empty(2, dtype=torch.int32)
+    given = (ids[:, 0], lens, vocab - 1)
+    for width, _ in CONFIGS.values():
+        for dtype in (*FLOATS, torch.int64):
+            table, rows = empty(vocab, width, dtype=dtype), empty(2, 9, width, dtype=dtype)
+            (launch,) = launches(embed_tokens, ids, table, rows)
+            yield case(f"embed_tokens {width} {DTYPES[dtype]}", launch)
+            if dtype in FLOATS:
+                (launch,) = launches(prepare_block, *given, empty(2, 9, dtype=torch.int32), PAGE, lens, table, ids, ids,
+                                     ids, rows)
+                yield case(f"prepare_block {width} {DTYPES[dtype]}", launch)
+    (launch,) = launches(prepare_block, *given, None, 1, None, None, ids, ids, None, None)
+    yield case("prepare_block ids alone", launch)
+
+
+NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block}
