@@ -4,6 +4,7 @@ A launch is compiled as Triton would compile it: an argument that is None and an
 that divides by 16 is marked, but one that the kernel does not specialise on is neither. So a case is a name and a call.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -102,7 +103,7 @@ def verify() -> Iterator[Case]:
 
 
 def block() -> Iterator[Case]:
-    """Anchors out of a column of tokens, and sizes that do not divide by 16 where a model's may be such."""
+    """The anchors are a column of tokens. The vocabulary does not divide by 16, nor does the mask token."""
     from dflash_kernels._triton.block import CONFIGS, embed_tokens, prepare_block
 
     vocab, ids, lens = 151_670, empty(2, 9), empty(2, dtype=torch.int32)
@@ -120,4 +121,59 @@ def block() -> Iterator[Case]:
     yield case("prepare_block ids alone", launch)
 
 
-NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block}
+class Heads(NamedTuple):
+    """What context and rope turn. bare: no norm and no rounding after it; context takes all tokens into caches at any
+    address, rope has no cache."""
+
+    dim: int
+    rotary: int
+    dtype: torch.dtype
+    fp8: bool = False
+    interleaved: bool = False
+    bare: bool = False
+
+    def cache(self, kv_heads: int) -> torch.Tensor:
+        shape, kept = (1001, PAGE, kv_heads, self.dim), torch.float8_e4m3fn if self.fp8 else self.dtype
+        return empty(math.prod(shape) + self.bare, dtype=kept)[self.bare:].view(shape)
+
+    def scales(self, kv_heads: int) -> list[torch.Tensor | None]:
+        """One of each key head for K, one of all for V."""
+        return [empty(n, dtype=torch.float32) if self.fp8 else None for n in (kv_heads, 1)]
+
+    def table(self) -> torch.Tensor | None:
+        return empty(40_961, self.rotary, dtype=torch.float32) if self.rotary else None
+
+
+def heads() -> Iterator[tuple[str, Heads]]:
+    """Every configuration in every dtype, then what else changes code."""
+    from dflash_kernels._triton.rope import CONFIGS
+
+    fp32, bf16, fp16 = FLOATS
+    for dim in CONFIGS:
+        yield from ((f"{dim}", Heads(dim, dim, dtype)) for dtype in FLOATS)
+        yield f"{dim} fp8 cache", Heads(dim, dim, bf16, fp8=True)
+    yield "128 partial", Heads(128, 64, bf16)
+    yield "128 partial fp8 cache", Heads(128, 64, fp16, fp8=True)
+    yield "128 interleaved", Heads(128, 128, bf16, interleaved=True)
+    yield "128 interleaved fp8 cache", Heads(128, 128, fp32, fp8=True, interleaved=True)
+    yield "128 unrotated", Heads(128, 0, bf16)
+    yield "128 bare", Heads(128, 128, bf16, bare=True)
+
+
+def context() -> Iterator[Case]:
+    from dflash_kernels._triton import context
+
+    layers, kv_heads = 5, 4
+    for name, h in heads():
+        kv = empty(2, layers * 2 * kv_heads * h.dim, dtype=h.dtype)
+        caches, (k_scale, v_scale) = [h.cache(kv_heads)] * layers, h.scales(kv_heads)
+        weights, committed = empty(layers, h.dim, dtype=h.dtype), empty(1, dtype=torch.int32)
+        with mock.patch.dict(context._bases):  # the addresses of nothing
+            (launch,) = launches(
+                context.write_context_kv, kv, empty(2), empty(2), caches, caches, [k_scale] * layers * h.fp8,
+                [v_scale] * layers * h.fp8, None if h.bare else weights, h.table(), None if h.bare else committed, 1e-6,
+                1.0 if h.bare else 0.5, h.interleaved, not h.bare)
+        yield case(f"write_context_kv {name} {DTYPES[h.dtype]}", launch)
+
+
+NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context}
