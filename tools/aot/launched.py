@@ -13,7 +13,8 @@ import torch
 
 from dflash_kernels._triton._case import Case
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+          torch.int64: "i64", torch.uint8: "u8"}
 FLOATS = tuple(DTYPES)[:3]
 PAGE = 16
 
@@ -176,4 +177,18 @@ def context() -> Iterator[Case]:
         yield case(f"write_context_kv {name} {DTYPES[h.dtype]}", launch)
 
 
-NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context}
+def rope() -> Iterator[Case]:
+    from dflash_kernels._triton.rope import qk_norm_rope
+
+    q_heads, kv_heads = 28, 4
+    for name, h in heads():
+        qkv = empty(2, (q_heads + 2 * kv_heads) * h.dim, dtype=h.dtype)
+        weight, cache, slots = empty(h.dim, dtype=h.dtype), h.cache(kv_heads), empty(2)
+        if h.bare:
+            weight = cache = slots = None
+        (launch,) = launches(qk_norm_rope, qkv, empty(2), h.table(), weight, weight, cache, cache, *h.scales(kv_heads),
+                             slots, q_heads, kv_heads, h.dim, 1e-6, h.interleaved, not h.bare)
+        yield case(f"qk_norm_rope {name} {DTYPES[h.dtype]}", launch)
+
+
+NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope}
