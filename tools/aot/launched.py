@@ -14,9 +14,9 @@ import torch
 from dflash_kernels._triton._case import Case
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-          torch.int64: "i64", torch.uint8: "u8"}
+          torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8"}
 FLOATS = tuple(DTYPES)[:3]
-PAGE = 16
+PAGE, VOCAB, FEW = 16, 151_936, 1024
 
 
 class Launch(NamedTuple):
@@ -191,4 +191,31 @@ def rope() -> Iterator[Case]:
         yield case(f"qk_norm_rope {name} {DTYPES[h.dtype]}", launch)
 
 
-NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope}
+def products() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
+    """What `linear` and the heads multiply: what it is called, the dtypes of x and of the weight."""
+    for dtype in FLOATS:
+        yield DTYPES[dtype], dtype, dtype
+        yield f"{DTYPES[dtype]} x i8", dtype, torch.int8
+
+
+def operands(rows: int, n: int, dtype: torch.dtype, weight: torch.dtype) -> tuple:
+    """x, weight, scales, bias."""
+    scales = empty(n, dtype=torch.float32) if weight == torch.int8 else None
+    return empty(rows, 4096, dtype=dtype), empty(n, 4096, dtype=weight), scales, empty(n, dtype=dtype)
+
+
+def linear() -> Iterator[Case]:
+    """As many outputs as a vocabulary fill the chip. Of few, K is split, and the product stores float32 sums."""
+    from dflash_kernels._triton.linear import configs, linear
+
+    for name, dtype, weight in products():
+        for rows in configs(dtype.itemsize):
+            for n in (VOCAB, FEW) if dtype == torch.bfloat16 else (VOCAB,):
+                product, *added = launches(linear, *operands(rows, n, dtype, weight), n, empty(rows, n, dtype=dtype))
+                yield case(f"linear {rows} rows {name}" + " split" * len(added), product)
+        _, added = launches(linear, *operands(16, FEW, dtype, weight), FEW, empty(16, FEW, dtype=dtype))
+        yield case(f"linear add_chunks {name}", added)
+
+
+NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope,
+         "linear": linear}
