@@ -39,17 +39,17 @@ def test_what_is_committed_is_of_the_kernels_as_they_are():
 
 
 @triton.jit(do_not_specialize=["free"])
-def probe(x, absent, one, sixteens, odd, free, number, SIZE: tl.constexpr):
+def probe(x, absent, one, sixteens, odd, far, free, number, SIZE: tl.constexpr):
     pass
 
 
 def test_a_recorded_launch_is_specialised_as_triton_does():
     x = launched.empty(4, dtype=torch.float16)
-    (launch,) = launched.launches(lambda: probe[1,](x, None, 1, 32, 7, 16, 1.0, SIZE=8, num_warps=2, num_stages=4,
-                                                        maxnreg=64))
+    (launch,) = launched.launches(lambda: probe[1,](x, None, 1, 32, 7, 1 << 31, 16, 1.0, SIZE=8, num_warps=2,
+                                                    num_stages=4, maxnreg=64))
     case = launched.case("probe", launch)
     assert case.signature == {"x": "*fp16", "absent": "constexpr", "one": "constexpr", "sixteens": "i32:16",
-                              "odd": "i32", "free": "i32", "number": "fp32", "SIZE": "constexpr"}
+                              "odd": "i32", "far": "i64:16", "free": "i32", "number": "fp32", "SIZE": "constexpr"}
     assert list(case.signature) == case.kernel.arg_names and case.kernel is probe
     assert list(case.constexprs.items()) == [("SIZE", 8), ("absent", None), ("one", 1)]
     assert case[4:] == (2, 4, {"maxnreg": 64}) and launch.options["num_warps"] == 2

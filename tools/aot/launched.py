@@ -17,6 +17,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
           torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8"}
 FLOATS = tuple(DTYPES)[:3]
 PAGE, VOCAB, FEW = 16, 151_936, 1024
+FAR = (1 << 31) + 1  # an id past 32 bits, which a shard may begin at
 
 
 class Launch(NamedTuple):
@@ -58,7 +59,8 @@ def _kind(value: object, specialised: bool) -> str:
         return "constexpr"
     if isinstance(value, float):
         return "fp32"
-    return "i32:16" if specialised and value % 16 == 0 else "i32"
+    kind = "i32" if -1 << 31 <= value < 1 << 31 else "i64"
+    return f"{kind}:16" if specialised and value % 16 == 0 else kind
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -217,5 +219,20 @@ def linear() -> Iterator[Case]:
         yield case(f"linear add_chunks {name}", added)
 
 
+def lm_head() -> Iterator[Case]:
+    from dflash_kernels._triton.linear import configs
+    from dflash_kernels._triton.lm_head import combine_argmax, lm_head_argmax
+
+    for name, dtype, weight in products():
+        for rows in configs(dtype.itemsize):
+            product, best = launches(lm_head_argmax, *operands(rows, VOCAB, dtype, weight), VOCAB, VOCAB, 1.0, 30.0,
+                                     FAR, empty(rows), empty(rows, dtype=torch.float32))
+            yield case(f"lm_head_argmax {rows} rows {name}", product)
+    yield case("lm_head_argmax best_of_blocks", best)
+    values, ids = empty(2, 9, dtype=torch.float32), empty(2, 9)
+    (launch,) = launches(combine_argmax, values, ids, ids[0], values[0])
+    yield case("combine_argmax", launch)
+
+
 NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope,
-         "linear": linear}
+         "linear": linear, "lm_head": lm_head}
