@@ -189,19 +189,3 @@ def linear(x, weight, scales, bias, out_features, out):
     if split:
         add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, scales, bias, out, n, chunks, rows * n, out.stride(0),
                                                            BLOCK=ADD_BLOCK, num_warps=ADD_WARPS, **PLAIN)
-
-
-def tile_constants(c: Config) -> dict:
-    return {"ROWS": c.ROWS, "TILES": c.TILES, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "CHUNK": CHUNK}
-
-
-def pointers(dtype: str, weight: str) -> tuple[str, dict, dict]:
-    """For cases(): what a product of rows of `dtype` and a weight of `weight` is called, the signature of its pointers,
-    and those of them that are None."""
-    absent = {} if weight == "i8" else {"scales": None}
-    signature = {"x": "*" + dtype, "weight": "*" + weight, "scales": "*fp32", "bias": "*" + dtype}
-    return dtype if weight == dtype else f"{dtype} x {weight}", signature, absent
-
-
-PRODUCTS = [(dtype, weight, itemsize) for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2))
-            for weight in (dtype, "i8")]

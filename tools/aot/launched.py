@@ -234,5 +234,27 @@ def lm_head() -> Iterator[Case]:
     yield case("combine_argmax", launch)
 
 
+def lm_head_topk() -> Iterator[Case]:
+    """K is 1, or one less than the power of two in the name."""
+    from dflash_kernels._triton.linear import configs
+    from dflash_kernels._triton.lm_head_topk import TALLEST, combine_topk, lm_head_topk
+
+    def both(rows: int, dtype: torch.dtype, weight: torch.dtype, k: int) -> list[Launch]:
+        return launches(lm_head_topk, *operands(rows, VOCAB, dtype, weight), VOCAB, VOCAB, 1.0, 30.0, FAR,
+                        empty(rows, k), empty(rows, k, dtype=torch.float32), empty(rows, dtype=torch.float32))
+
+    for name, dtype, weight in products():
+        for rows in configs(dtype.itemsize):
+            if rows <= TALLEST[dtype.itemsize]:
+                yield case(f"lm_head_topk {rows} rows {name}", both(rows, dtype, weight, 15)[0])
+    for k in (1, 15, 63):
+        _, first = both(16, torch.bfloat16, torch.bfloat16, k)
+        yield case(f"lm_head_topk first_of_blocks {first.options['K']}", first)
+    for shards, k in ((2, 15), (8, 63)):
+        values, lse = empty(shards, 9, k, dtype=torch.float32), empty(shards, 9, dtype=torch.float32)
+        (launch,) = launches(combine_topk, values, empty(shards, 9, k), lse, empty(9, k), values[0], lse[0])
+        yield case(f"combine_topk {shards} x {k + 1}", launch)
+
+
 NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope,
-         "linear": linear, "lm_head": lm_head}
+         "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk}
