@@ -1,4 +1,4 @@
-"""Cases of the nouns whose launchers say it all: what they launch for a call, noted on tensors without memory.
+"""The cases of each noun but sample: what its launchers launch for a call, noted on tensors without memory.
 
 A launch is compiled as Triton would compile it: an argument that is None and an integer 1 are constants, an integer
 that divides by 16 is marked, but one that the kernel does not specialise on is neither. So a case is a name and a call.
@@ -43,11 +43,12 @@ def launches(call: Callable, *arguments) -> list[Launch]:
 def case(name: str, launch: Launch) -> Case:
     kernel, options = launch.kernel, dict(launch.options)
     given = dict(zip(kernel.arg_names, launch.arguments, strict=False))
-    given |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+    given |= {name: options.pop(name) for name in launch.options if name in kernel.arg_names}
     kinds = {p.name: "constexpr" if p.is_constexpr else _kind(given[p.name], not p.do_not_specialize)
              for p in kernel.params}
     absent = {p.name: given[p.name] for p in kernel.params if kinds[p.name] == "constexpr" and not p.is_constexpr}
-    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    constants = [p.name for p in kernel.params if p.is_constexpr]
+    constants = {name: given[name] for name in sorted(constants, key=list(given).index)}  # in the launch's order
     warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
     return Case(name, kernel, kinds, constants | absent, warps, stages, options)
 
@@ -256,5 +257,33 @@ def lm_head_topk() -> Iterator[Case]:
         yield case(f"combine_topk {shards} x {k + 1}", launch)
 
 
+def attention() -> Iterator[Case]:
+    """One request, whose splits programs share out; every tensor that there may be, and a window of odd sizes."""
+    from dflash_kernels._triton.attention import CONFIGS, block_attention
+
+    lens, table, sinks = empty(1, dtype=torch.int32), empty(1, 2560, dtype=torch.int32), empty(8, dtype=torch.float32)
+    for itemsize, cached, dim in CONFIGS:
+        fp8 = cached == 1
+        scale = empty(2, dtype=torch.float32) if fp8 else None
+        for dtype in (dtype for dtype in FLOATS if dtype.itemsize == itemsize):
+            q, k = empty(1, 9, 8, dim, dtype=dtype), empty(1, 9, 2, dim, dtype=dtype)
+            cache = empty(1001, PAGE, 2, dim, dtype=torch.float8_e4m3fn if fp8 else dtype)
+            for softcap in (0.0, 30.0) if dtype == torch.bfloat16 and not fp8 else (0.0,):
+                tiles, combine = launches(block_attention, q, k, k, cache, cache, scale, scale, table, lens, lens, lens,
+                                          0.125, False, 1001, 3, sinks, softcap, q)
+                name = f"{dim} {DTYPES[dtype]}"
+                yield case(f"block_attention {name}" + " fp8 cache" * fp8 + " softcap" * (softcap > 0), tiles)
+                if not fp8 and not softcap:
+                    yield case(f"block_attention combine_splits {name}", combine)
+
+
 NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope,
-         "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk}
+         "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk, "attention": attention}
+
+
+def cases(noun: str, arch: int) -> list[Case]:
+    """As on a chip of this architecture, which attention's launcher asks for."""
+    from dflash_kernels._triton import attention
+
+    with mock.patch.multiple(attention, generation=lambda device: arch // 10, native_fp8=lambda device: arch >= 89):
+        return list(NOUNS[noun]())
