@@ -38,6 +38,7 @@ with a tile of keys is in attention_tile.py.
 Known limit: programs are shared out before lengths are known, as if contexts were alike. 13 to 16 requests of 8 key
 heads nearly fill an H100, and 20 and more in tables for 40,960 would leave more to combine than SHARED_FLOATS: these
 have one program for a tile of rows, and of contexts that are not alike the longest takes as long as its program.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 from typing import NamedTuple
@@ -46,7 +47,6 @@ import torch
 import triton
 
 from ..limits import check_gpu_attention
-from ._case import Case
 from ._chip import generation, multiprocessors
 from ._fp8 import as_bytes, native_fp8, scale_kind
 from ._math import NO_SPILLS, PLAIN
@@ -155,61 +155,13 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, sinks, out,
         part, part_top, width, group, kv_heads, factor, softcap, left, right, num_pages, capacity, table_row,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], splits, shares, octaves,
-        scale_kind(k_scale), scale_kind(v_scale), native_fp8(q.device), page_size, head_dim, c.BLOCK_M, c.BLOCK_N,
-        block_d, min(c.CHUNK_D, block_d), min(c.EXACT_D, block_d), SPLIT, EACH, softcap > 0, c.WHOLE,
-        c.stages,
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, CHUNK_D=min(c.CHUNK_D, block_d), EXACT_D=min(c.EXACT_D, block_d),
+        WHOLE=c.WHOLE, K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale),
+        NATIVE=cached == torch.float8_e4m3fn and native_fp8(q.device), PAGE=page_size, HEAD_DIM=head_dim,
+        BLOCK_D=block_d, SPLIT=SPLIT, EACH=EACH, SOFTCAP=softcap > 0, STAGES=c.stages,
         num_warps=c.warps, num_stages=c.stages, **(NO_SPILLS if q.element_size() == 4 else PLAIN))
     if shares > 1:
         combine_splits_kernel[batch * kv_heads, triton.cdiv(rows, COMBINE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, left, right,
             num_pages, capacity, *out.stride()[:3], splits, shares, octaves, head_dim, c.BLOCK_M, SPLIT, EACH,
             COMBINE_ROWS, block_d, COMBINE_STAGES, num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, **PLAIN)
-
-
-_TYPES = {"context_lens": "*i32", "block_lens": "*i32", "context_starts": "*i32", "page_table": "*i32",
-          "part": "*fp32", "part_top": "*fp32", "sinks": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32",
-          "factor": "fp32", "softcap": "fp32"}
-_TENSORS = {"q", "k", "v", "k_cache", "v_cache", "out"}
-_MULTIPLES = {"q_b", "q_row", "q_head", "k_b", "k_row", "k_head", "v_b", "v_row", "v_head",
-              "kc_page", "kc_row", "kc_head", "vc_page", "vc_row", "vc_head", "o_b", "o_row", "o_head"}
-
-
-def _case(name, kernel, dtype, constants, warps, stages, fp8=False):
-    kinds = dict.fromkeys(_TENSORS, "*" + dtype) | dict.fromkeys(_MULTIPLES, "i32:16") | _TYPES
-    kinds |= dict.fromkeys(("k_cache", "v_cache"), "*u8") if fp8 else {}
-    kinds |= dict.fromkeys(constants, "constexpr")
-    options = NO_SPILLS if kernel is block_attention_kernel and dtype == "fp32" else PLAIN
-    return Case(name, kernel, {n: kinds.get(n, "i32") for n in kernel.arg_names}, constants, warps, stages, options)
-
-
-def _native(arch):
-    return arch >= 89
-
-
-def cases():
-    for itemsize, cached, dim in CONFIGS:
-        def of(field, softcap=False, key=(itemsize, cached, dim)):
-            return lambda arch: getattr(config(*key, softcap, arch // 10), field)
-
-        fp8 = cached == 1
-        for dtype in ("fp32",) if itemsize == 4 else ("bf16", "fp16"):
-            for softcap in (False, True) if dtype == "bf16" and not fp8 else (False,):
-                constants = {n: of(n, softcap) for n in ("BLOCK_M", "BLOCK_N", "CHUNK_D", "EXACT_D", "WHOLE")} | {
-                    "K_SCALE": fp8 * 2, "V_SCALE": fp8 * 2, "NATIVE": _native if fp8 else False, "PAGE": 16,
-                    "HEAD_DIM": dim, "BLOCK_D": dim, "SPLIT": SPLIT, "EACH": EACH, "SOFTCAP": softcap,
-                    "STAGES": of("stages", softcap)} | ({} if fp8 else {"k_scales": None, "v_scales": None})
-                name = f"block_attention {dim} {dtype}" + " fp8 cache" * fp8 + " softcap" * softcap
-                yield _case(name, block_attention_kernel, dtype, constants, of("warps", softcap),
-                            of("stages", softcap), fp8)
-            if not fp8:
-                constants = {
-                    "HEAD_DIM": dim,
-                    "BLOCK_M": of("BLOCK_M"),
-                    "SPLIT": SPLIT,
-                    "EACH": EACH,
-                    "ROWS": COMBINE_ROWS,
-                    "BLOCK_D": dim,
-                    "STAGES": COMBINE_STAGES,
-                }
-                name = f"block_attention combine_splits {dim} {dtype}"
-                yield _case(name, combine_splits_kernel, dtype, constants, COMBINE_WARPS, COMBINE_STAGES)

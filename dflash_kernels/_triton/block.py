@@ -2,15 +2,15 @@
 floor is the launch, or for thousands of tokens those bytes over the copy bandwidth.
 
 A program has a piece of one token's row; the one with the first piece also writes the token's id, position and slot.
+
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import triton
 import triton.language as tl
 
-from ._case import Case
-from ._math import DTYPES
-
-CONFIGS = {1024: (1024, 2), 1 << 62: (2048, 4)}  # widest row: (elements a program copies, warps). Estimated.
+# widest row: (elements a program copies, warps). Estimated.
+CONFIGS = {1024: (1024, 2), 1 << 62: (2048, 4)}
 
 
 def _config(width: int) -> tuple[int, int]:
@@ -91,27 +91,3 @@ def embed_tokens(ids, table, out):
     embed_tokens_kernel[ids.numel(), triton.cdiv(table.shape[1], block)](
         ids, table, out, ids.stride(0), table.stride(0), *out.stride()[:2], ids.shape[1], *table.shape, BLOCK=block,
         num_warps=warps)
-
-
-def cases():
-    for block, warps in CONFIGS.values():
-        for dtype in (*DTYPES, "i64"):
-            signature = dict.fromkeys(embed_tokens_kernel.arg_names, "i32:16")
-            signature |= {"ids": "*i64", "table": "*" + dtype, "out": "*" + dtype, "ids_stride": "i32", "inner": "i32",
-                          "vocab": "i32", "BLOCK": "constexpr"}
-            yield Case(f"embed_tokens {block} {dtype}", embed_tokens_kernel, signature, {"BLOCK": block}, warps, 3)
-        for dtype in DTYPES:
-            yield _prepare_case(f"prepare_block {block} {dtype}", dtype, True, block, warps)
-    yield _prepare_case("prepare_block ids alone", "bf16", False, *CONFIGS[1024])
-
-
-def _prepare_case(name, dtype, full, block, warps):
-    constexprs = {"PAGED": full, "RAGGED": full, "EMBEDDED": full, "BLOCK": block}
-    constexprs |= {} if full else dict.fromkeys(("page_table", "block_lens", "embedding", "slots", "rows"))
-    signature = dict.fromkeys(prepare_block_kernel.arg_names, "i32:16")
-    signature |= dict.fromkeys(("anchor_ids", "ids", "positions", "slots"), "*i64")
-    signature |= dict.fromkeys(("context_lens", "page_table", "block_lens"), "*i32")
-    signature |= dict.fromkeys(("embedding", "rows"), "*" + dtype)
-    signature |= dict.fromkeys(("anchor_stride", "table_stride", "ids_stride", "positions_stride", "slots_stride",
-                                "mask_token_id", "max_pages", "block", "vocab"), "i32")
-    return Case(name, prepare_block_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, 3)

@@ -4,16 +4,16 @@ of the table and two indices a token that is the floor (ops/context.py) over the
 A program has some heads of one token and layer, K and V together, so that their loads are in flight at the same time.
 Layers' caches are separate tensors, and so are an fp8 cache's scales: the kernel finds them in a table of addresses
 that is made once for each set of caches. The table of configurations is rope's, as a key's bits must be.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._case import Case
 from ._fp8 import scale_kind, stored
 from ._math import PLAIN
-from .rope import case_shapes, config, load_heads, norm_rope, place, store_heads, tile
+from .rope import config, load_heads, norm_rope, place, store_heads, tile
 
 _bases: dict[tuple, tuple[torch.Tensor, bool]] = {}
 
@@ -125,20 +125,3 @@ def write_context_kv(kv, positions, slots, k_caches, v_caches, k_scales, v_scale
         FP8=k.dtype == torch.float8_e4m3fn, K_SCALE=scale_kind(k_scales[0] if k_scales else None),
         V_SCALE=scale_kind(v_scales[0] if v_scales else None), ALIGNED=aligned, INTERLEAVED=interleaved,
         ROUND_EACH=round_each, **tile(dim, rotary), HEADS=heads, num_warps=warps, **PLAIN)
-
-
-def cases():
-    for name, dim, rotary, dtype, (full, committed, interleaved, each), fp8 in case_shapes():
-        heads, warps = config(dim)
-        constexprs = {"NORM": full, "COMMITTED": committed, "SCALE_V": full, "FP8": fp8, "K_SCALE": fp8 * 2,
-                      "V_SCALE": fp8 * 1, "ALIGNED": full,
-                      "INTERLEAVED": interleaved, "ROUND_EACH": each, **tile(dim, rotary), "HEADS": heads}
-        constexprs |= {} if rotary else {"cos_sin": None}
-        constexprs |= {} if full else {"k_weights": None}
-        constexprs |= {} if committed else {"commit_lens": None}
-        signature = dict.fromkeys(write_context_kv_kernel.arg_names, "i32:16")
-        signature |= {"kv": "*" + dtype, "positions": "*i64", "slots": "*i64", "bases": "*i64",
-                      "k_weights": "*" + dtype, "cos_sin": "*fp32", "commit_lens": "*i32"}
-        signature |= dict.fromkeys(("slots_layer_stride", "block", "num_pages", "max_pos", "layers", "kv_heads"), "i32")
-        signature |= dict.fromkeys(("count", "eps", "v_scale"), "fp32") | dict.fromkeys(constexprs, "constexpr")
-        yield Case(f"write_context_kv {name} {dtype}", write_context_kv_kernel, signature, constexprs, warps, 3, PLAIN)

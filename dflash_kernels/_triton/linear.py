@@ -16,6 +16,7 @@ A row's bits do not depend on the rows beside it, because every configuration co
 - Rows and columns past the end are zeros in a tile of the same size.
 
 A weight in 8 bits is half of the bytes. It becomes x's type in registers, exactly, and its scales multiply the sums.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ._case import Case
 from ._chip import multiprocessors
 from ._math import NO_SPILLS, PLAIN
 
@@ -189,38 +189,3 @@ def linear(x, weight, scales, bias, out_features, out):
     if split:
         add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, scales, bias, out, n, chunks, rows * n, out.stride(0),
                                                            BLOCK=ADD_BLOCK, num_warps=ADD_WARPS, **PLAIN)
-
-
-def tile_constants(c: Config) -> dict:
-    return {"ROWS": c.ROWS, "TILES": c.TILES, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "CHUNK": CHUNK}
-
-
-def pointers(dtype: str, weight: str) -> tuple[str, dict, dict]:
-    """For cases(): what a product of rows of `dtype` and a weight of `weight` is called, the signature of its pointers,
-    and those of them that are None."""
-    absent = {} if weight == "i8" else {"scales": None}
-    signature = {"x": "*" + dtype, "weight": "*" + weight, "scales": "*fp32", "bias": "*" + dtype}
-    return dtype if weight == dtype else f"{dtype} x {weight}", signature, absent
-
-
-PRODUCTS = [(dtype, weight, itemsize) for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2))
-            for weight in (dtype, "i8")]
-
-
-def cases():
-    sizes = {"rows": "i32", "n": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
-             "out_stride": "i32:16", "chunk_stride": "i32:16", "chunk_size": "i32:16"}
-    for dtype, weight, itemsize in PRODUCTS:
-        product_name, signature, absent = pointers(dtype, weight)
-        for rows, c in configs(itemsize).items():
-            for out in (dtype, "fp32") if dtype == "bf16" else (dtype,):
-                split = out != dtype
-                constants = tile_constants(c) | ({"scales": None, "bias": None} if split else absent)
-                yield Case(f"linear {rows} rows {product_name}" + " split" * split, linear_kernel,
-                           signature | {"out": "*" + out} | sizes | dict.fromkeys(constants, "constexpr"), constants,
-                           c.warps, c.stages, options(c, None if absent else weight))
-        constants = {"BLOCK": ADD_BLOCK} | absent
-        signature = {"part": "*fp32", "scales": "*fp32", "bias": "*" + dtype, "out": "*" + dtype, "n": "i32:16",
-                     "chunks": "i32", "chunk_stride": "i32:16", "out_stride": "i32:16"}
-        yield Case(f"linear add_chunks {product_name}", add_chunks_kernel,
-                   signature | dict.fromkeys(constants, "constexpr"), constants, ADD_WARPS, 3, PLAIN)

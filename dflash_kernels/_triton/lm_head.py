@@ -6,15 +6,15 @@ rows), and a second launch keeps the best of those. Which is best does not depen
 id are one 64-bit number, the value's bits ordered as torch.argmax orders floats and the id counted downwards.
 
 combine_argmax: 12 (S + 1) bytes a row; a launch, at any size that occurs.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._case import Case
 from ._math import of_order_key, order_key, tanh
-from .linear import CHUNK, PRODUCTS, config, configs, options, pointers, product, tile_constants
+from .linear import CHUNK, config, options, product
 
 BEST_BLOCK, BEST_WARPS = 1024, 4  # candidates of a row at a time. Estimated: a vocabulary in three steps
 COMBINE_BLOCK, COMBINE_WARPS = 128, 4  # rows a program. Estimated
@@ -129,21 +129,3 @@ def combine_argmax(values, ids, out_ids, out_values):
     if rows:
         combine_argmax_kernel[triton.cdiv(rows, COMBINE_BLOCK),](values, ids, out_ids, out_values, shards, rows,
                                                                  BLOCK=COMBINE_BLOCK, num_warps=COMBINE_WARPS)
-
-
-def cases():
-    sizes = {"rows": "i32", "num_valid": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
-             "blocks": "i32", "scale": "fp32", "softcap": "fp32"}
-    for dtype, weight, itemsize in PRODUCTS:
-        name, signature, absent = pointers(dtype, weight)
-        for rows, c in configs(itemsize).items():
-            constants = tile_constants(c) | {"SOFTCAP": True} | absent
-            yield Case(f"lm_head_argmax {rows} rows {name}", lm_head_argmax_kernel,
-                       signature | {"best": "*i64"} | sizes | dict.fromkeys(constants, "constexpr"), constants, c.warps,
-                       c.stages, options(c, None if absent else weight))
-    signature = {"best": "*i64", "out_ids": "*i64", "out_values": "*fp32", "blocks": "i32", "id_offset": "i64",
-                 "BLOCK": "constexpr"}
-    yield Case("lm_head_argmax best_of_blocks", best_of_blocks_kernel, signature, {"BLOCK": BEST_BLOCK}, BEST_WARPS, 3)
-    signature = {"values": "*fp32", "ids": "*i64", "out_ids": "*i64", "out_values": "*fp32", "shards": "i32",
-                 "rows": "i32", "BLOCK": "constexpr"}
-    yield Case("combine_argmax", combine_argmax_kernel, signature, {"BLOCK": COMBINE_BLOCK}, COMBINE_WARPS, 3)

@@ -8,15 +8,15 @@ takes the K first of them. No two candidates are equal, so none of this depends 
 added as a tree in the blocks' order, whatever the rows, the tile or the pointers' alignment.
 
 combine_topk: 12 bytes a candidate; a launch, at any size that occurs.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._case import Case
 from ._math import PLAIN, exp, of_order_key, order_key, tree_sum
-from .linear import CHUNK, PRODUCTS, config, configs, options, pointers, product, tile_constants
+from .linear import CHUNK, config, options, product
 from .lm_head import candidates, logits_of, output_of, value_of
 
 BLOCKS, BLOCKS_WARPS = 4096, 8  # of a row's blocks at a time. Estimated: a vocabulary of 262,144 in one step
@@ -170,32 +170,3 @@ def combine_topk(values, ids, lse, out_ids, out_values, out_lse):
         combine_topk_kernel[rows,](values, ids, lse, out_ids, out_values, out_lse, shards, rows, wanted,
                                    BLOCK=triton.next_power_of_2(shards * wanted),
                                    SHARDS=triton.next_power_of_2(shards), num_warps=COMBINE_WARPS, **PLAIN)
-
-
-def cases():
-    sizes = {"rows": "i32", "num_valid": "i32:16", "k": "i32:16", "x_stride": "i32:16", "w_stride": "i32:16",
-             "blocks": "i32", "wanted": "i32", "scale": "fp32", "softcap": "fp32"}
-    lists = {"lists": "*i64", "firsts": "*i64", "sums": "*fp32"}
-    out = {"out_ids": "*i64", "out_values": "*fp32", "out_lse": "*fp32"}
-    for dtype, weight, itemsize in PRODUCTS:
-        name, signature, absent = pointers(dtype, weight)
-        for rows, c in configs(itemsize).items():
-            if rows > TALLEST[itemsize]:
-                continue
-            constants = tile_constants(c) | {"SOFTCAP": True} | absent
-            yield Case(f"lm_head_topk {rows} rows {name}", lm_head_topk_kernel,
-                       signature | lists | sizes | dict.fromkeys(constants, "constexpr"), constants, c.warps, c.stages,
-                       options(c, None if absent else weight))
-    for wanted in (1, 16, 64):
-        constants = {"BLOCK_N": 64, "BLOCK": BLOCKS, "K": wanted}
-        signature = {**lists, **out, "blocks": "i32", "wanted": "i32", "id_offset": "i64",
-                     **dict.fromkeys(constants, "constexpr")}
-        yield Case(f"lm_head_topk first_of_blocks {wanted}", first_of_blocks_kernel, signature, constants, BLOCKS_WARPS,
-                   3, BLOCKS_OPTIONS)
-    for shards, wanted in ((2, 16), (8, 64)):
-        constants = {"BLOCK": shards * wanted, "SHARDS": shards}
-        signature = {"values": "*fp32", "ids": "*i64", "lse": "*fp32", **out, "shards": "i32", "rows": "i32",
-                     "wanted": "i32", **dict.fromkeys(constants, "constexpr")}
-        yield Case(
-            f"combine_topk {shards} x {wanted}", combine_topk_kernel, signature, constants, COMBINE_WARPS, 3, PLAIN
-        )

@@ -3,15 +3,15 @@ V is read and K and V are written to it. The floor is those bytes (ops/rope.py) 
 
 A program has one token's heads of one part, q, k or v, some at a time. `load_heads`, `norm_rope` and `store_heads` are
 what write_context_kv is made of too, so that a key has the same bits in the context and in a block.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._case import Case
 from ._fp8 import as_bytes, scale_kind, stored
-from ._math import DTYPES, NO_SPILLS, PLAIN, inverse_rms, tree_sum
+from ._math import NO_SPILLS, PLAIN, inverse_rms, tree_sum
 
 # widest head: (heads a program, warps). Estimated: 16-byte accesses of bfloat16, and sums within a warp but for the
 # widest heads.
@@ -197,45 +197,3 @@ def qk_norm_rope(qkv, positions, cos_sin, q_weight, k_weight, k_cache, v_cache, 
         float(head_dim), eps, NORM_Q=q_weight is not None, NORM_K=k_weight is not None, CACHED=cached, FP8=fp8,
         K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale), INTERLEAVED=interleaved, ROUND_EACH=round_each,
         **tile(head_dim, rotary), HEADS=heads, num_warps=warps, **(PLAIN if rotary else NO_SPILLS))
-
-
-# flags of the cases: normed, cached, interleaved, rounded after the norm
-FULL, BARE = (True, True, False, True), (False, False, False, False)
-
-
-def case_shapes():
-    """(name, head_dim, rotary_dim, dtype, flags, fp8 cache): every configuration in every dtype, then what else changes
-    code."""
-    for dim in CONFIGS:
-        for dtype in DTYPES:
-            yield f"{dim}", dim, dim, dtype, FULL, False
-        yield f"{dim} fp8 cache", dim, dim, "bf16", FULL, True
-    yield "128 partial", 128, 64, "bf16", FULL, False
-    yield "128 partial fp8 cache", 128, 64, "fp16", FULL, True
-    yield "128 interleaved", 128, 128, "bf16", (True, True, True, True), False
-    yield "128 interleaved fp8 cache", 128, 128, "fp32", (True, True, True, True), True
-    yield "128 unrotated", 128, 0, "bf16", FULL, False
-    yield "128 bare", 128, 128, "bf16", BARE, False
-
-
-def cases():
-    for name, dim, rotary, dtype, (normed, cached, interleaved, each), fp8 in case_shapes():
-        heads, warps = config(dim)
-        constexprs = {"NORM_Q": normed, "NORM_K": normed, "CACHED": cached, "FP8": fp8, "K_SCALE": fp8 * 2,
-                      "V_SCALE": fp8 * 1, "INTERLEAVED": interleaved, "ROUND_EACH": each, **tile(dim, rotary),
-                      "HEADS": heads}
-        constexprs |= {} if rotary else {"cos_sin": None}
-        constexprs |= {} if normed else {"q_weight": None, "k_weight": None}
-        constexprs |= {} if cached else {"k_cache": None, "v_cache": None, "slots": None}
-        constexprs |= {} if fp8 else {"k_scale": None, "v_scale": None}
-        kept = "*u8" if fp8 else "*" + dtype
-        signature = {"qkv": "*" + dtype, "positions": "*i64", "cos_sin": "*fp32", "q_weight": "*" + dtype,
-                     "k_weight": "*" + dtype, "k_cache": kept, "v_cache": kept, "k_scale": "*fp32", "v_scale": "*fp32",
-                     "slots": "*i64"}
-        signature |= dict.fromkeys(("row_stride", "k_page", "k_row", "k_head", "v_page", "v_row", "v_head",
-                                    "page_size", "dim", "rotary"), "i32:16")
-        signature |= dict.fromkeys(("num_pages", "max_pos", "heads", "kv_heads"), "i32")
-        signature |= {"count": "fp32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
-        signature = {n: signature[n] for n in qk_norm_rope_kernel.arg_names}
-        yield Case(f"qk_norm_rope {name} {dtype}", qk_norm_rope_kernel, signature, constexprs, warps, 3,
-                   PLAIN if rotary else NO_SPILLS)

@@ -39,20 +39,32 @@ def test_what_is_committed_is_of_the_kernels_as_they_are():
 
 
 @triton.jit(do_not_specialize=["free"])
-def probe(x, absent, one, sixteens, odd, free, number, SIZE: tl.constexpr):
+def probe(x, absent, one, sixteens, odd, far, free, number, SIZE: tl.constexpr, WIDE: tl.constexpr):
     pass
 
 
 def test_a_recorded_launch_is_specialised_as_triton_does():
     x = launched.empty(4, dtype=torch.float16)
-    (launch,) = launched.launches(lambda: probe[1,](x, None, 1, 32, 7, 16, 1.0, SIZE=8, num_warps=2, num_stages=4,
-                                                        maxnreg=64))
+    (launch,) = launched.launches(lambda: probe[1,](x, None, 1, 32, 7, 1 << 31, 16, 1.0, WIDE=True, num_warps=2,
+                                                    num_stages=4, maxnreg=64, SIZE=8))
     case = launched.case("probe", launch)
     assert case.signature == {"x": "*fp16", "absent": "constexpr", "one": "constexpr", "sixteens": "i32:16",
-                              "odd": "i32", "free": "i32", "number": "fp32", "SIZE": "constexpr"}
+                              "odd": "i32", "far": "i64:16", "free": "i32", "number": "fp32", "SIZE": "constexpr",
+                              "WIDE": "constexpr"}
     assert list(case.signature) == case.kernel.arg_names and case.kernel is probe
-    assert list(case.constexprs.items()) == [("SIZE", 8), ("absent", None), ("one", 1)]
+    assert list(case.constexprs.items()) == [("WIDE", True), ("SIZE", 8), ("absent", None), ("one", 1)]
     assert case[4:] == (2, 4, {"maxnreg": 64}) and launch.options["num_warps"] == 2
+
+
+def test_attention_is_launched_as_each_chip_has_it():
+    """From sm_89 on an instruction reads an fp8 cache; of other caches there is one kernel, which has no use for it."""
+    attention = importlib.import_module("dflash_kernels._triton.attention")
+    for arch in _aot.SHARED_LIMIT:
+        found = {case.name: case for case in _aot.cases("attention", arch)}
+        fp8, other = found["block_attention 64 bf16 fp8 cache"], found["block_attention 64 bf16"]
+        assert (fp8.constexprs["NATIVE"], other.constexprs["NATIVE"]) == (arch >= 89, False)
+        tile = attention.config(2, 2, 64, False, arch // 10)
+        assert (other.constexprs["BLOCK_M"], other.num_warps) == (tile.BLOCK_M, tile.warps)
 
 
 @pytest.mark.parametrize("noun", _aot.NOUNS)
@@ -77,9 +89,9 @@ def test_no_attention_in_16_bits_waits_for_its_own_tile(reports):
     a multiprocessor has one block and nobody else hides the wait. Two buffers in shared memory do not show it: copies
     arrive in order, and the page table's was asked for last."""
     seen = 0
-    for case in _aot.cases("attention"):
-        if case.signature["k_cache" if "k_cache" in case.signature else "part"] in ("*bf16", "*fp16"):
-            for arch in _aot.SHARED_LIMIT:
+    for arch in _aot.SHARED_LIMIT:
+        for case in _aot.cases("attention", arch):
+            if case.signature.get("k_cache") in ("*bf16", "*fp16"):
                 found, seen = reports[case.name, arch], seen + 1
                 least = 2 if arch == 90 and case.constexprs["BLOCK_D"] == 128 and not case.constexprs["SOFTCAP"] else 1
                 assert found.ahead is not None and found.ahead >= least, found
@@ -98,9 +110,9 @@ def test_attention_counts_on_as_many_programs_as_a_multiprocessor_holds(reports)
     """64 K registers, which a warp gets in eights for each thread, and a KB more of shared memory than one block may
     have, of which each takes one."""
     attention, wrong = importlib.import_module("dflash_kernels._triton.attention"), []
-    for case in (c for c in _aot.cases("attention") if "combine_splits" not in c.name):
-        for arch in _aot.SHARED_LIMIT:
-            r, warps = reports[case.name, arch], case.on(arch).num_warps
+    for arch in _aot.SHARED_LIMIT:
+        for case in (c for c in _aot.cases("attention", arch) if "combine_splits" not in c.name):
+            r, warps = reports[case.name, arch], case.num_warps
             held = min((64 << 10) // (-(-r.registers // 8) * 8 * 32 * warps),
                        (_aot.SHARED_LIMIT[arch] + 1024) // (r.shared + 1024))
             if held != attention.blocks_of(warps):
@@ -147,7 +159,7 @@ def test_the_report_carries_warnings_and_waits(tmp_path):
 def test_attention_issues_its_instructions_while_keys_arrive():
     """An H100's multiprocessor gets 3.35 TB/s / 132, at 1.755 GHz, and issues 4 instructions a clock at best. The loop
     over whole tiles is the shortest with products."""
-    case = next(c for c in _aot.cases("attention") if c.name == "block_attention 128 bf16").on(90)
+    case = next(c for c in _aot.cases("attention", 90) if c.name == "block_attention 128 bf16")
     loops = [x for x in _aot.loops(_aot.compiled(case, 90)[0]) if any("HGMMA" in word for word in x)]
     arriving = 2 * 2 * 128 * case.constexprs["BLOCK_N"] / (3.35e12 / 132 / 1.755e9)  # clocks for the tile's K and V
     issued = min(map(len, loops)) * case.num_warps
@@ -158,7 +170,7 @@ def test_linear_counts_on_no_more_programs_than_a_multiprocessor_holds(reports):
     """Of sm_90: 64 K registers, which a warp gets in eights for each thread, and 228 KB of shared memory, of which a
     block takes one more."""
     linear, held = importlib.import_module("dflash_kernels._triton.linear"), {}
-    for case in _aot.cases("linear"):
+    for case in _aot.cases("linear", 90):
         if found := re.fullmatch(r"linear (\d+) rows (bf16|fp32)", case.name):
             r, size = reports[case.name, 90], (4 if found[2] == "fp32" else 2, int(found[1]))
             threads = 32 * linear.CONFIGS[size].warps

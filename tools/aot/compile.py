@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from dflash_kernels._triton import LAUNCHERS
 from dflash_kernels._triton._case import Case
 
-from .launched import NOUNS as LAUNCHED
+from . import launched
 
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -61,14 +61,16 @@ class Report(NamedTuple):
         return ""
 
 
-def cases(noun: str) -> list[Case]:
+def cases(noun: str, arch: int) -> list[Case]:
     """From recorded launches where there are some, else as the noun's module lists them."""
-    return list((LAUNCHED.get(noun) or importlib.import_module(f"dflash_kernels._triton.{noun}").cases)())
+    if noun in launched.NOUNS:
+        return launched.cases(noun, arch)
+    return list(importlib.import_module(f"dflash_kernels._triton.{noun}").cases())
 
 
 def key(case: Case, arch: int) -> str:
     """Of everything that a report depends on: the kernel's source and that of what it calls, its configuration, the
-    compiler. case: as `arch` has it."""
+    compiler. case: one of `arch`'s."""
     import triton
 
     facts = (Report._fields,
@@ -78,13 +80,13 @@ def key(case: Case, arch: int) -> str:
 
 def keys() -> dict[str, tuple[str, int]]:
     """(name, architecture) of every case of every noun on every architecture, by its key."""
-    return {key(case.on(arch), arch): (case.name, arch) for noun in NOUNS for case in cases(noun)
-            for arch in SHARED_LIMIT}
+    return {key(case, arch): (case.name, arch) for noun in NOUNS for arch in SHARED_LIMIT
+            for case in cases(noun, arch)}
 
 
 def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = None) -> Report:
     """Compiles case `index` of a noun. cache: a folder of earlier reports, each under its key."""
-    case = cases(noun)[index].on(arch)
+    case = cases(noun, arch)[index]
     kept = Path(cache, key(case, arch) + ".json") if cache else None
     if kept and kept.exists():
         return _read(json.loads(kept.read_text()))
@@ -193,8 +195,8 @@ def report_all(cache: str | os.PathLike | None = None, workers: int = 2,
                known: Mapping[str, Report] | None = None) -> list[Report]:
     """Every case of every noun for every architecture, in `workers` processes. known: reports by key; what has one is
     not compiled."""
-    jobs = {key(case.on(arch), arch): (noun, index, arch) for noun in NOUNS for index, case in enumerate(cases(noun))
-            for arch in SHARED_LIMIT}
+    jobs = {key(case, arch): (noun, index, arch) for noun in NOUNS for arch in SHARED_LIMIT
+            for index, case in enumerate(cases(noun, arch))}
     found = {k: r for k, r in (known or {}).items() if k in jobs}
     anew = [job for k, job in jobs.items() if k not in found]
     if anew:

@@ -1,9 +1,10 @@
-"""Cases of the nouns whose launchers say it all: what they launch for a call, noted on tensors without memory.
+"""The cases of each noun but sample: what its launchers launch for a call, noted on tensors without memory.
 
 A launch is compiled as Triton would compile it: an argument that is None and an integer 1 are constants, an integer
 that divides by 16 is marked, but one that the kernel does not specialise on is neither. So a case is a name and a call.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,8 +13,11 @@ import torch
 
 from dflash_kernels._triton._case import Case
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+          torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8"}
 FLOATS = tuple(DTYPES)[:3]
+PAGE, VOCAB, FEW = 16, 151_936, 1024
+FAR = (1 << 31) + 1  # an id past 32 bits, which a shard may begin at
 
 
 class Launch(NamedTuple):
@@ -39,11 +43,12 @@ def launches(call: Callable, *arguments) -> list[Launch]:
 def case(name: str, launch: Launch) -> Case:
     kernel, options = launch.kernel, dict(launch.options)
     given = dict(zip(kernel.arg_names, launch.arguments, strict=False))
-    given |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+    given |= {name: options.pop(name) for name in launch.options if name in kernel.arg_names}
     kinds = {p.name: "constexpr" if p.is_constexpr else _kind(given[p.name], not p.do_not_specialize)
              for p in kernel.params}
     absent = {p.name: given[p.name] for p in kernel.params if kinds[p.name] == "constexpr" and not p.is_constexpr}
-    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    constants = [p.name for p in kernel.params if p.is_constexpr]
+    constants = {name: given[name] for name in sorted(constants, key=list(given).index)}  # in the launch's order
     warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
     return Case(name, kernel, kinds, constants | absent, warps, stages, options)
 
@@ -55,7 +60,8 @@ def _kind(value: object, specialised: bool) -> str:
         return "constexpr"
     if isinstance(value, float):
         return "fp32"
-    return "i32:16" if specialised and value % 16 == 0 else "i32"
+    kind = "i32" if -1 << 31 <= value < 1 << 31 else "i64"
+    return f"{kind}:16" if specialised and value % 16 == 0 else kind
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -100,4 +106,184 @@ def verify() -> Iterator[Case]:
         yield case(f"verify_greedy keys {triton.next_power_of_2(parts)}", launch)
 
 
-NOUNS = {"norm": norm, "activation": activation, "verify": verify}
+def block() -> Iterator[Case]:
+    """The anchors are a column of tokens. The vocabulary does not divide by 16, nor does the mask token."""
+    from dflash_kernels._triton.block import CONFIGS, embed_tokens, prepare_block
+
+    vocab, ids, lens = 151_670, empty(2, 9), empty(2, dtype=torch.int32)
+    given = (ids[:, 0], lens, vocab - 1)
+    for width, _ in CONFIGS.values():
+        for dtype in (*FLOATS, torch.int64):
+            table, rows = empty(vocab, width, dtype=dtype), empty(2, 9, width, dtype=dtype)
+            (launch,) = launches(embed_tokens, ids, table, rows)
+            yield case(f"embed_tokens {width} {DTYPES[dtype]}", launch)
+            if dtype in FLOATS:
+                (launch,) = launches(prepare_block, *given, empty(2, 9, dtype=torch.int32), PAGE, lens, table, ids, ids,
+                                     ids, rows)
+                yield case(f"prepare_block {width} {DTYPES[dtype]}", launch)
+    (launch,) = launches(prepare_block, *given, None, 1, None, None, ids, ids, None, None)
+    yield case("prepare_block ids alone", launch)
+
+
+class Heads(NamedTuple):
+    """What context and rope turn. bare: no norm and no rounding after it; context takes all tokens into caches at any
+    address, rope has no cache."""
+
+    dim: int
+    rotary: int
+    dtype: torch.dtype
+    fp8: bool = False
+    interleaved: bool = False
+    bare: bool = False
+
+    def cache(self, kv_heads: int) -> torch.Tensor:
+        shape, kept = (1001, PAGE, kv_heads, self.dim), torch.float8_e4m3fn if self.fp8 else self.dtype
+        return empty(math.prod(shape) + self.bare, dtype=kept)[self.bare:].view(shape)
+
+    def scales(self, kv_heads: int) -> list[torch.Tensor | None]:
+        """One of each key head for K, one of all for V."""
+        return [empty(n, dtype=torch.float32) if self.fp8 else None for n in (kv_heads, 1)]
+
+    def table(self) -> torch.Tensor | None:
+        return empty(40_961, self.rotary, dtype=torch.float32) if self.rotary else None
+
+
+def heads() -> Iterator[tuple[str, Heads]]:
+    """Every configuration in every dtype, then what else changes code."""
+    from dflash_kernels._triton.rope import CONFIGS
+
+    fp32, bf16, fp16 = FLOATS
+    for dim in CONFIGS:
+        yield from ((f"{dim}", Heads(dim, dim, dtype)) for dtype in FLOATS)
+        yield f"{dim} fp8 cache", Heads(dim, dim, bf16, fp8=True)
+    yield "128 partial", Heads(128, 64, bf16)
+    yield "128 partial fp8 cache", Heads(128, 64, fp16, fp8=True)
+    yield "128 interleaved", Heads(128, 128, bf16, interleaved=True)
+    yield "128 interleaved fp8 cache", Heads(128, 128, fp32, fp8=True, interleaved=True)
+    yield "128 unrotated", Heads(128, 0, bf16)
+    yield "128 bare", Heads(128, 128, bf16, bare=True)
+
+
+def context() -> Iterator[Case]:
+    from dflash_kernels._triton import context
+
+    layers, kv_heads = 5, 4
+    for name, h in heads():
+        kv = empty(2, layers * 2 * kv_heads * h.dim, dtype=h.dtype)
+        caches, (k_scale, v_scale) = [h.cache(kv_heads)] * layers, h.scales(kv_heads)
+        weights, committed = empty(layers, h.dim, dtype=h.dtype), empty(1, dtype=torch.int32)
+        with mock.patch.dict(context._bases):  # the addresses of nothing
+            (launch,) = launches(
+                context.write_context_kv, kv, empty(2), empty(2), caches, caches, [k_scale] * layers * h.fp8,
+                [v_scale] * layers * h.fp8, None if h.bare else weights, h.table(), None if h.bare else committed, 1e-6,
+                1.0 if h.bare else 0.5, h.interleaved, not h.bare)
+        yield case(f"write_context_kv {name} {DTYPES[h.dtype]}", launch)
+
+
+def rope() -> Iterator[Case]:
+    from dflash_kernels._triton.rope import qk_norm_rope
+
+    q_heads, kv_heads = 28, 4
+    for name, h in heads():
+        qkv = empty(2, (q_heads + 2 * kv_heads) * h.dim, dtype=h.dtype)
+        weight, cache, slots = empty(h.dim, dtype=h.dtype), h.cache(kv_heads), empty(2)
+        if h.bare:
+            weight = cache = slots = None
+        (launch,) = launches(qk_norm_rope, qkv, empty(2), h.table(), weight, weight, cache, cache, *h.scales(kv_heads),
+                             slots, q_heads, kv_heads, h.dim, 1e-6, h.interleaved, not h.bare)
+        yield case(f"qk_norm_rope {name} {DTYPES[h.dtype]}", launch)
+
+
+def products() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
+    """What `linear` and the heads multiply: what it is called, the dtypes of x and of the weight."""
+    for dtype in FLOATS:
+        yield DTYPES[dtype], dtype, dtype
+        yield f"{DTYPES[dtype]} x i8", dtype, torch.int8
+
+
+def operands(rows: int, n: int, dtype: torch.dtype, weight: torch.dtype) -> tuple:
+    """x, weight, scales, bias."""
+    scales = empty(n, dtype=torch.float32) if weight == torch.int8 else None
+    return empty(rows, 4096, dtype=dtype), empty(n, 4096, dtype=weight), scales, empty(n, dtype=dtype)
+
+
+def linear() -> Iterator[Case]:
+    """As many outputs as a vocabulary fill the chip. Of few, K is split, and the product stores float32 sums."""
+    from dflash_kernels._triton.linear import configs, linear
+
+    for name, dtype, weight in products():
+        for rows in configs(dtype.itemsize):
+            for n in (VOCAB, FEW) if dtype == torch.bfloat16 else (VOCAB,):
+                product, *added = launches(linear, *operands(rows, n, dtype, weight), n, empty(rows, n, dtype=dtype))
+                yield case(f"linear {rows} rows {name}" + " split" * len(added), product)
+        _, added = launches(linear, *operands(16, FEW, dtype, weight), FEW, empty(16, FEW, dtype=dtype))
+        yield case(f"linear add_chunks {name}", added)
+
+
+def lm_head() -> Iterator[Case]:
+    from dflash_kernels._triton.linear import configs
+    from dflash_kernels._triton.lm_head import combine_argmax, lm_head_argmax
+
+    for name, dtype, weight in products():
+        for rows in configs(dtype.itemsize):
+            product, best = launches(lm_head_argmax, *operands(rows, VOCAB, dtype, weight), VOCAB, VOCAB, 1.0, 30.0,
+                                     FAR, empty(rows), empty(rows, dtype=torch.float32))
+            yield case(f"lm_head_argmax {rows} rows {name}", product)
+    yield case("lm_head_argmax best_of_blocks", best)
+    values, ids = empty(2, 9, dtype=torch.float32), empty(2, 9)
+    (launch,) = launches(combine_argmax, values, ids, ids[0], values[0])
+    yield case("combine_argmax", launch)
+
+
+def lm_head_topk() -> Iterator[Case]:
+    """K is 1, or one less than the power of two in the name."""
+    from dflash_kernels._triton.linear import configs
+    from dflash_kernels._triton.lm_head_topk import TALLEST, combine_topk, lm_head_topk
+
+    def both(rows: int, dtype: torch.dtype, weight: torch.dtype, k: int) -> list[Launch]:
+        return launches(lm_head_topk, *operands(rows, VOCAB, dtype, weight), VOCAB, VOCAB, 1.0, 30.0, FAR,
+                        empty(rows, k), empty(rows, k, dtype=torch.float32), empty(rows, dtype=torch.float32))
+
+    for name, dtype, weight in products():
+        for rows in configs(dtype.itemsize):
+            if rows <= TALLEST[dtype.itemsize]:
+                yield case(f"lm_head_topk {rows} rows {name}", both(rows, dtype, weight, 15)[0])
+    for k in (1, 15, 63):
+        _, first = both(16, torch.bfloat16, torch.bfloat16, k)
+        yield case(f"lm_head_topk first_of_blocks {first.options['K']}", first)
+    for shards, k in ((2, 15), (8, 63)):
+        values, lse = empty(shards, 9, k, dtype=torch.float32), empty(shards, 9, dtype=torch.float32)
+        (launch,) = launches(combine_topk, values, empty(shards, 9, k), lse, empty(9, k), values[0], lse[0])
+        yield case(f"combine_topk {shards} x {k + 1}", launch)
+
+
+def attention() -> Iterator[Case]:
+    """One request, whose splits programs share out; every tensor that there may be, and a window of odd sizes."""
+    from dflash_kernels._triton.attention import CONFIGS, block_attention
+
+    lens, table, sinks = empty(1, dtype=torch.int32), empty(1, 2560, dtype=torch.int32), empty(8, dtype=torch.float32)
+    for itemsize, cached, dim in CONFIGS:
+        fp8 = cached == 1
+        scale = empty(2, dtype=torch.float32) if fp8 else None
+        for dtype in (dtype for dtype in FLOATS if dtype.itemsize == itemsize):
+            q, k = empty(1, 9, 8, dim, dtype=dtype), empty(1, 9, 2, dim, dtype=dtype)
+            cache = empty(1001, PAGE, 2, dim, dtype=torch.float8_e4m3fn if fp8 else dtype)
+            for softcap in (0.0, 30.0) if dtype == torch.bfloat16 and not fp8 else (0.0,):
+                tiles, combine = launches(block_attention, q, k, k, cache, cache, scale, scale, table, lens, lens, lens,
+                                          0.125, False, 1001, 3, sinks, softcap, q)
+                name = f"{dim} {DTYPES[dtype]}"
+                yield case(f"block_attention {name}" + " fp8 cache" * fp8 + " softcap" * (softcap > 0), tiles)
+                if not fp8 and not softcap:
+                    yield case(f"block_attention combine_splits {name}", combine)
+
+
+NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope,
+         "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk, "attention": attention}
+
+
+def cases(noun: str, arch: int) -> list[Case]:
+    """As on a chip of this architecture, which attention's launcher asks for."""
+    from dflash_kernels._triton import attention
+
+    with mock.patch.multiple(attention, generation=lambda device: arch // 10, native_fp8=lambda device: arch >= 89):
+        return list(NOUNS[noun]())

@@ -67,7 +67,7 @@ def shared_clocks(word: str, warps: int) -> float:
 
 def loop(noun: str, name: str, read) -> Loop:
     """The shortest loop with products of a kernel for sm_90, which is the one that nearly all its time is in."""
-    case = next(c for c in _aot.cases(noun) if c.name == name).on(90)
+    case = next(c for c in _aot.cases(noun, 90) if c.name == name)
     found = [x for x in _aot.loops(_aot.compiled(case, 90)[0]) if any("MMA" in word for word in x)]
     words = min(found, key=len)
     return Loop(read(case.constexprs), len(words) * case.num_warps,
