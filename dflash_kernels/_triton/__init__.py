@@ -2,7 +2,7 @@
 
 A noun's module has the kernels, one table of launch configurations and a launcher per op with the arguments of the op's
 schema. Every kernel as every configuration compiles it, for the tests that have no GPU: the launches that
-tools/aot/launched.py records, and sample's `cases()`.
+tools/aot/launched.py records.
 
 Integers that change from step to step (rows, a block's width, a table's) are not specialised on: triton would compile a
 kernel anew when one of them is 1 or begins to divide by 16, in the midst of serving, and a row would meet other code.

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 PLAIN = {"enable_fp_fusion": False}
-DTYPES = ("fp32", "bf16", "fp16")
+NO_SPILLS = PLAIN | {"maxnreg": 255}  # left to itself, ptxas spills a few bytes for one more block; up to 8 warps
 
 
 @triton.jit
@@ -66,7 +66,3 @@ def order_key(value):
 @triton.jit
 def of_order_key(key):
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-# Left to itself, ptxas spills a few bytes where that makes room for one more block. For up to 8 warps.
-NO_SPILLS = PLAIN | {"maxnreg": 255}

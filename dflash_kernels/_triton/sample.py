@@ -17,6 +17,7 @@ or 16 (bfloat16), fewer by what bounds the cut; some 5 readings for top-p of bfl
 what is left. min-p needs the last one only. That is longer than launch 1 and does not grow with the batch until rows
 outnumber multiprocessors. None of this is measured.
 sample_draft: 24 bytes a candidate; the launch is its floor.
+Configurations are compiled without a GPU as tools/aot/launched.py launches them.
 """
 
 import torch
@@ -24,8 +25,7 @@ import triton
 import triton.language as tl
 
 from .._constants import CHUNK_SUMS
-from ._case import Case
-from ._math import DTYPES, NO_SPILLS, PLAIN, order_key, tree_sum
+from ._math import NO_SPILLS, PLAIN, order_key, tree_sum
 from .sample_accept import (
     PROPOSAL,
     PX,
@@ -269,49 +269,3 @@ def sample_draft(values, ids, context_lens, temperature, seeds, top_k, top_p, mi
         sample_draft_kernel[requests * slots,](
             values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs, slots, k,
             out_ids.stride(0), K=triton.next_power_of_2(k), num_warps=CONFIGS["draft"][1], **PLAIN)
-
-
-_POINTERS = {
-    "seen": "*i32", "penalty": "*fp32", "bias": "*fp32", "bitmask": "*i32", "draft_ids": "*i64",
-    "context_lens": "*i32", "temperature": "*fp32", "seeds": "*i64", "top_k": "*i32", "top_p": "*fp32",
-    "min_p": "*fp32", "probs": "*fp32", "candidates": "*i64", "block_lens": "*i32", "planes": "*fp32",
-    "stats": "*fp32", "accept_lens": "*i32", "commit_lens": "*i32", "tokens": "*i64", "bonus": "*i64",
-    "new_lens": "*i32", "values": "*fp32", "ids": "*i64", "out_ids": "*i64", "out_probs": "*fp32",
-}
-_ADJUSTMENTS, _FORMS = ("seen", "penalty", "bias", "bitmask"), {
-    "one-hot": ("probs", "candidates", "draft_logits"), "sparse": ("draft_logits",),
-    "dense": ("candidates", "draft_logits"), "logits": ("probs", "candidates")}  # what each form does not have
-
-
-def _case(name, kernel, warps, dtype="fp32", without=(), **constants):
-    kinds = _POINTERS | {"logits": "*" + dtype, "draft_logits": "*" + dtype, "l_b": "i32:16", "l_i": "i32:16",
-                         "vocab": "i32:16"}
-    constants |= dict.fromkeys(n for n in without if n in kernel.arg_names)
-    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
-    return Case(name, kernel, signature, constants, warps, 3,
-                NO_SPILLS if kernel in (rows_kernel, accept_kernel) else PLAIN)
-
-
-def cases():
-    """For 151,936 to 262,144 tokens, blocks of up to 16 and up to 16 candidates."""
-    every, block = {"RAGGED": True, "CHUNKS": 256}, {"RAGGED": True, "BLOCK": 16}
-    tile, warps = CONFIGS["chunks"]
-    for dtype in DTYPES:
-        for kind, without in (("plain", _ADJUSTMENTS), ("adjusted", ())):
-            yield _case(f"verify_sample chunks {kind} {dtype}", chunks_kernel, warps, dtype, without, RAGGED=True,
-                        TILE=tile)
-    tile, warps = CONFIGS["rows"]
-    for dtype, without, shift in (("bf16", _ADJUSTMENTS, 16), ("fp32", (), 0)):
-        for form, absent in _FORMS.items():
-            yield _case(f"verify_sample rows {form} {dtype}", rows_kernel, warps, dtype, without + absent, SHIFT=shift,
-                        K=16, TILE=tile, **every)
-    for form, absent in _FORMS.items():
-        for rule in ("token", "block"):
-            tile, warps = CONFIGS["residual"]
-            if form in ("dense", "logits"):
-                yield _case(f"verify_sample residual {form} {rule}", residual_kernel, warps, "fp32", absent,
-                            BLOCK_RULE=rule == "block", TILE=tile, **block)
-            if form != "one-hot" or rule == "token":
-                yield _case(f"verify_sample accept {form} {rule}", accept_kernel, CONFIGS["accept"][1], "fp32", absent,
-                            BLOCK_RULE=rule == "block", **every | block)
-    yield _case("sample_draft", sample_draft_kernel, CONFIGS["draft"][1], K=16)

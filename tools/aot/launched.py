@@ -11,13 +11,24 @@ from unittest import mock
 
 import torch
 
-from dflash_kernels._triton._case import Case
-
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
           torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8"}
 FLOATS = tuple(DTYPES)[:3]
 PAGE, VOCAB, FEW = 16, 151_936, 1024
 FAR = (1 << 31) + 1  # an id past 32 bits, which a shard may begin at
+
+
+class Case(NamedTuple):
+    """One kernel as one configuration compiles it. signature has a type for each argument that is not a constexpr,
+    "constexpr" for the others; options are the compiler's, such as enable_fp_fusion."""
+
+    name: str
+    kernel: Any
+    signature: dict
+    constexprs: dict
+    num_warps: int
+    num_stages: int
+    options: dict = {}  # noqa: RUF012
 
 
 class Launch(NamedTuple):
