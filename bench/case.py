@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-import dflash_kernels
 from bench import RESULTS
 from bench.timing import CopyBandwidth, ReadBandwidth, interleaved, interleaved_cuda
 from dflash_bench.results import commit
-from dflash_kernels import StepGraph, build_info
+from dflash_kernels import PackedWeight, StepGraph, build_info
 from dflash_kernels.testing import assert_within_budget
 
 SECONDS = 2.0  # that the timed calls of a case may take together, as far as MIN_RUNS of them allow
@@ -144,21 +143,21 @@ class Case:
 
 def packed_bytes(*records) -> int:
     """The bytes of every packed weight in some layers or a drafter."""
-    return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, dflash_kernels.PackedWeight))
+    return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, PackedWeight))
 
 
 def header(sizes: Sizes) -> dict:
     """The machine and settings of the rows, and the machine's limits: copy bandwidth, on a CPU also read bandwidth, in
     GB/s, and the rate of torch's matrix product in TFLOP/s."""
     device = sizes.device
-    info = dflash_kernels.build_info()
+    info = build_info()
     where = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit(), **limits(sizes)}
     if device != "cpu":
         import triton
 
         from bench.peers import gpu_peers
 
-        where |= {"cpu": build_info()["cpu"], "cuda": torch.version.cuda, "triton": triton.__version__,
+        where |= {"cpu": info["cpu"], "cuda": torch.version.cuda, "triton": triton.__version__,
                   "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
                   **gpu_peers.versions()}
     return where | {k: info[k] for k in ("version", "torch", "python", "platform", "isa", "threads", "compiler")}

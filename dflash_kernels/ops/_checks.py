@@ -9,7 +9,7 @@ import torch
 
 from .. import _library
 from ..limits import FLOATS as FLOATS
-from ..limits import listed
+from ..limits import listed, named
 from ..types import PagedKV
 
 
@@ -26,7 +26,7 @@ def checking() -> bool:
 def describe(t: object) -> str:
     if not isinstance(t, torch.Tensor):
         return type(t).__name__
-    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+    return f"{named(t.dtype)} {tuple(t.shape)}"
 
 
 class Checker:
@@ -41,7 +41,7 @@ class Checker:
     def floats(self, name: str, t: object, shape: str) -> torch.Tensor:
         """The tensor that decides the dtype of the others; its sizes are left to the op."""
         if not isinstance(t, torch.Tensor) or t.dtype not in FLOATS:
-            raise TypeError(f"{self.op}: {name} must be float32, bfloat16 or float16 {shape}; got {describe(t)}")
+            raise TypeError(f"{self.op}: {name} must be {listed(FLOATS)} {shape}; got {describe(t)}")
         return t
 
     def tensor(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
@@ -61,18 +61,12 @@ class Checker:
     def dense(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
               sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
         """A `tensor` that is contiguous in its last dimension; the others may have any strides."""
-        t = self.tensor(name, t, dtypes, shape, sizes, device)
-        if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise self._spread(name, t)
-        return t
+        return self.dense_last(name, self.tensor(name, t, dtypes, shape, sizes, device))
 
     def contiguous(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
                    sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
         """A `tensor` that is contiguous."""
-        t = self.tensor(name, t, dtypes, shape, sizes, device)
-        if not t.is_contiguous():
-            raise self._broken(name, t)
-        return t
+        return self.unbroken(name, self.tensor(name, t, dtypes, shape, sizes, device))
 
     def output(self, name: str, t: torch.Tensor | None, like: torch.Tensor, shape: Sequence[int],
                dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -84,26 +78,17 @@ class Checker:
 
     def contiguous_output(self, name: str, t: torch.Tensor | None, like: torch.Tensor, shape: Sequence[int],
                           dtype: torch.dtype | None = None) -> torch.Tensor:
-        t = self.output(name, t, like, shape, dtype)
-        if not t.is_contiguous():
-            raise self._broken(name, t)
-        return t
+        return self.unbroken(name, self.output(name, t, like, shape, dtype))
 
     def dense_last(self, name: str, t: torch.Tensor) -> torch.Tensor:
         if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise self._spread(name, t)
+            raise ValueError(f"{self.op}: {name} must be contiguous in its last dimension; got strides {t.stride()}")
         return t
 
     def unbroken(self, name: str, t: torch.Tensor) -> torch.Tensor:
         if not t.is_contiguous():
-            raise self._broken(name, t)
+            raise ValueError(f"{self.op}: {name} must be contiguous; got strides {t.stride()}")
         return t
-
-    def _spread(self, name: str, t: torch.Tensor) -> ValueError:
-        return ValueError(f"{self.op}: {name} must be contiguous in its last dimension; got strides {t.stride()}")
-
-    def _broken(self, name: str, t: torch.Tensor) -> ValueError:
-        return ValueError(f"{self.op}: {name} must be contiguous; got strides {t.stride()}")
 
     def apart(self, name: str, t: torch.Tensor) -> torch.Tensor:
         """What is written must not be an expanded view, whose elements share memory."""

@@ -13,6 +13,7 @@ import torch
 
 from .. import reference
 from .._library import define
+from ..limits import named
 from ..types import Verified
 from ._checks import FLOATS, Checker, describe, values_checked
 
@@ -110,7 +111,7 @@ def check_verified(check, draft_ids, out):
         shape = tuple(draft_ids.shape) if per_token else (draft_ids.shape[0],)
         given = None if out is None else getattr(out, name)
         if out is not None and given is None:
-            raise TypeError(f"{check.op}: out.{name} must be {str(dtype).removeprefix('torch.')}; got NoneType")
+            raise TypeError(f"{check.op}: out.{name} must be {named(dtype)}; got NoneType")
         made[name] = check.output(f"out.{name}", given, draft_ids, shape, dtype)
     return Verified(**made) if out is None else out
 

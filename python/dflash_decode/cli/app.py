@@ -97,7 +97,7 @@ def generate(
     text = read_prompt(prompt)
     from ..checkpoint import drafter_of
 
-    if drafter_of(model, draft) == NONE and (block_size is not None or compare):
+    if (block_size is not None or compare) and drafter_of(model, draft) == NONE:
         option = "--compare" if block_size is None else "--block-size"
         raise UsageError(f"{option} needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
