@@ -2,8 +2,6 @@
 go on with them: plain torch does, and gives the same; the log says so once, and the step is off from then on.
 """
 
-import importlib
-import sys
 
 import pytest
 import torch
@@ -17,11 +15,7 @@ LENS = [7, 0]
 @pytest.fixture
 def backend(monkeypatch):
     fake.install(monkeypatch)
-    name = "dflash_engines.vllm.attention_backend"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module(name)
-    monkeypatch.delitem(sys.modules, name)  # its base classes are the stand-in's
-    return module
+    return attention.fresh_backend(monkeypatch)
 
 
 def broken(monkeypatch, owner, name, spoil=lambda *args, **kwargs: None):

@@ -21,11 +21,7 @@ WHEN = pytest.mark.parametrize("after", [False, True], ids=["before the first wr
 
 @pytest.fixture
 def engine(monkeypatch):
-    model, proposer, sampler = fake.install(monkeypatch)
-    plugin.register()
-    runner = fake.Runner()
-    drafter = fake.make(proposer, runner=runner)
-    return types.SimpleNamespace(model=model, drafter=drafter, sampler=sampler, runner=runner)
+    return fake.running(monkeypatch)
 
 
 def break_op(monkeypatch, module, name, after):

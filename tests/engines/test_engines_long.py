@@ -1,17 +1,14 @@
 """An engine that runs long keeps nothing: no object, no tensor's memory, no byte, however small, for each call."""
 
 import gc
-import importlib
 import sys
 import tracemalloc
-import types
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dflash_engines import vllm as plugin
 from dflash_engines.vllm import verify
 from tests.support import attention_parts as attention
 from tests.support import fake_vllm as fake
@@ -22,16 +19,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def engine(monkeypatch):
     """All hooks of the V1 runner, and the attention backend, which the engine makes for itself."""
-    model, proposer, sampler = fake.install(monkeypatch)
-    plugin.register()
-    runner = fake.Runner()
-    drafter = fake.make(proposer, runner=runner)
-    name = "dflash_engines.vllm.attention_backend"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    backend = importlib.import_module(name)
-    monkeypatch.delitem(sys.modules, name)  # its base classes are the stand-in's
-    return types.SimpleNamespace(model=model(), drafter=drafter, sampler=sampler, runner=runner, backend=backend,
-                                 layer=attention.layer_of(backend, True))
+    engine = fake.running(monkeypatch)
+    engine.model, engine.backend = engine.model(), attention.fresh_backend(monkeypatch)
+    engine.layer = attention.layer_of(engine.backend, True)
+    return engine
 
 
 def serve(engine, steps):

@@ -1,5 +1,7 @@
 """A DFlash drafter's attention layer as vLLM makes it, the metadata of a pass, and what the pass must give."""
 
+import importlib
+import sys
 import types
 
 import torch
@@ -16,6 +18,15 @@ def why(name, device="cpu"):
     plugin.register()
     arguments = {"vllm_config": fake.config(), "device": torch.device(device)}
     return next(o.why for o in plugin.seen(arguments, plugin.V1) if o.name == name)
+
+
+def fresh_backend(monkeypatch):
+    """Our backend's module, made on the stand-in that is installed and kept from others: its base classes are those."""
+    name = "dflash_engines.vllm.attention_backend"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    return module
 
 
 def layer_of(backend, heads_first, dtype=torch.float32):

@@ -281,3 +281,11 @@ def install(monkeypatch, version="0.32.0+cpu", device="cpu"):
     if device == "cuda":
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     return model, proposer, sys.modules["vllm.v1.sample.rejection_sampler"]
+
+
+def running(monkeypatch):
+    """An engine whose process has loaded the plugin: its model's class, a drafter, the sampler and the runner."""
+    model, proposer, sampler = install(monkeypatch)
+    plugin.register()
+    runner = Runner()
+    return types.SimpleNamespace(model=model, drafter=make(proposer, runner=runner), sampler=sampler, runner=runner)
