@@ -21,10 +21,9 @@ A row's bits depend on its query, its position and the keys that it sees, on not
   BLOCK_N of the ABSOLUTE position, and a key that a row does not see has weight 0 and changes no bit: whether a tile
   was masked does not show.
 - Splits of positions, fixed by the window alone (attention_split.py), are a softmax each, from nothing, and are
-combined
-  in order. How many programs share out the splits of a tile of rows, and a second launch combines (few requests), or
-  whether one does both (many), moves no bit. Multiply-adds of a combine are fused by name, so that both places round
-  alike.
+  combined in order. How many programs share out the splits of a tile of rows, and a second launch combines (few
+  requests), or whether one does both (many), moves no bit. Multiply-adds of a combine are fused by name, so that both
+  places round alike.
 - Keys come from the cache or from the block through one address; the tile does not know which. Those of an fp8 cache
   have a loop of their own, and the bits of a row also depend on where the context ends.
 
