@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # A worker of pytest-xdist shares the cores with the others: two threads of a kernel would wait for each other. Read
@@ -117,6 +119,19 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name != "test_triton.py")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs a test marked alone, unless nothing else was asked for, in a process without other tests, what they left and
+    the thread in which pytest-xdist hands a worker its next tests: what is alive there is the test's own."""
+    if not pyfuncitem.get_closest_marker("alone") or len(pyfuncitem.session.items) == 1:
+        return None
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "--color=no",
+                          pyfuncitem.nodeid], cwd=pyfuncitem.config.rootpath, capture_output=True, text=True)
+    if ran.returncode or "1 passed" not in ran.stdout:
+        pytest.fail(ran.stdout + ran.stderr, pytrace=False)
+    return True
+
+
 def pytest_sessionfinish(session):
     """A worker hands what its tests told to the process that prints the summary."""
     if hasattr(session.config, "workeroutput"):
@@ -136,6 +151,7 @@ class _Workers:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by --fast")
+    config.addinivalue_line("markers", "alone: runs in a process of its own")
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_Workers())
 

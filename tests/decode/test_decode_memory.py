@@ -15,6 +15,8 @@ from dflash_decode.requests import Event, Live, Request
 from dflash_decode.sampling import SamplingParams
 from tests.support.decode_runs import PROMPTS, random_target
 
+pytestmark = pytest.mark.alone
+
 # Bytes that Python itself may keep of what is gone: its lists of free tuples, frames and floats fill up by some KiB, to
 # whatever the most alive at once happened to be. A hundred bytes for each request are more.
 FREE_LISTS = 32 << 10

@@ -45,9 +45,6 @@ def serve(engine, steps):
             fake.make(type(engine.drafter), runner=fake.Runner())._greedy_sample(torch.randn(2, fake.HIDDEN))
 
 
-CALLS = 150
-
-
 def kept():
     """Live objects, bytes of Python's memory, bytes of tensors."""
     sys._clear_type_cache()  # it holds names of attributes
@@ -73,11 +70,10 @@ def growth(run, rounds=4):
     return np.diff(found, axis=0).min(0).tolist()
 
 
+@pytest.mark.alone
 def test_an_engine_that_runs_long_keeps_nothing(engine):
     torch.manual_seed(0)
-    objects, python, tensors = growth(lambda: serve(engine, CALLS))
-    # Whatever is kept for each call has 16 bytes or more; a table that Python makes larger now and then has fewer.
-    assert objects <= 0 and tensors <= 0 and python < 8 * CALLS
+    assert max(growth(lambda: serve(engine, 150))) <= 0
     assert list(verify.RUNNERS) == [engine.runner]
 
 
