@@ -17,7 +17,8 @@ from .ops.rope import qk_norm_rope
 from .ops.sample import sample_draft, verify_sample, workspace_size
 from .ops.verify import verify_greedy
 from .step_graph import StepGraph
-from .types import LogitAdjustments, PackedWeight, PagedKV, PreparedBlock, Proposal, SamplingTensors, Verified
+from .storage import PackedWeight, PagedKV
+from .types import LogitAdjustments, PreparedBlock, Proposal, SamplingTensors, Verified
 
 __all__ = [
     "LogitAdjustments",

@@ -10,7 +10,7 @@ import torch
 from .. import _library
 from ..limits import FLOATS as FLOATS
 from ..limits import listed, named
-from ..types import PagedKV
+from ..storage import PagedKV
 
 
 def values_checked() -> bool:

@@ -25,7 +25,8 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..types import FP8, PagedKV
+from ..limits import FP8
+from ..storage import PagedKV
 from ._checks import Checker, describe, values_checked
 
 _check = Checker("block_attention")

@@ -14,7 +14,7 @@ from .. import reference
 from .._library import define
 from .._memory import place
 from ..limits import check_packed_dtype
-from ..types import PackedWeight
+from ..storage import PackedWeight
 from ._checks import FLOATS, Checker, describe
 
 _pack_weight_check = Checker("pack_weight")

@@ -15,7 +15,7 @@ import torch
 from .. import reference
 from .._library import define
 from ..limits import MAX_K, check_k
-from ..types import PackedWeight
+from ..storage import PackedWeight
 from ._checks import Checker, describe
 from .linear import weight_of
 

@@ -15,8 +15,8 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..limits import check_head_dim
-from ..types import FP8, PagedKV
+from ..limits import FP8, check_head_dim
+from ..storage import PagedKV
 from ._checks import Checker, describe, values_checked
 
 _check = Checker("qk_norm_rope")

@@ -7,8 +7,9 @@ import torch
 
 import dflash_kernels as dk
 from dflash_kernels import _library, reference
+from dflash_kernels.limits import FP8
+from dflash_kernels.storage import PackedWeight, PagedKV
 from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
-from dflash_kernels.types import FP8, PackedWeight, PagedKV
 from tests.support.op_samples import SAMPLES, RawCalls, int32, tensors_in
 
 DEVICE = "cuda"

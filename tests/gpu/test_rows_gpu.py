@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import dflash_kernels as dk
+from dflash_kernels.storage import PagedKV
 from dflash_kernels.testing import assert_within_budget, same_bits
-from dflash_kernels.types import PagedKV
 from tests.support import fp8_cases
 from tests.support.attention_cases import Case, check_rows_beside_what_is_not_finite, ints
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_kernels import block_attention
+from dflash_kernels.limits import FP8
+from dflash_kernels.storage import PagedKV
 from dflash_kernels.testing import assert_within_budget, same_bits
-from dflash_kernels.types import FP8, PagedKV
 from tests.support.attention_cases import Case, ints
 
 LARGEST, INF = 2**31 - 1, float("inf")

@@ -11,8 +11,8 @@ import torch
 
 import dflash_kernels
 from dflash_kernels import _library, reference
+from dflash_kernels.limits import FP8
 from dflash_kernels.testing import same_bits
-from dflash_kernels.types import FP8
 from tests.support import ROOT
 from tests.support.op_samples import SAMPLES, RawCalls, tensors_in
 

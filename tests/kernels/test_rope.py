@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dflash_kernels import qk_norm_rope, reference
+from dflash_kernels.storage import PagedKV
 from dflash_kernels.testing import assert_within_budget, doubles, rotary_table, same_bits
-from dflash_kernels.types import PagedKV
 
 MAX_POS = 64
 # T, Hq, Hkv, D, R: SmolLM2, MiniMax-M2.7 (partial), Gemma, half of a small head, sizes that fill no vector, no token

@@ -3,8 +3,8 @@
 import torch
 
 from dflash_kernels import block_attention, reference
+from dflash_kernels.storage import PagedKV
 from dflash_kernels.testing import assert_within_budget, doubles, same_bits
-from dflash_kernels.types import PagedKV
 
 NAN = float("nan")
 

@@ -2,8 +2,9 @@
 
 import torch
 
+from dflash_kernels.limits import FP8
+from dflash_kernels.storage import PagedKV
 from dflash_kernels.testing import assert_within_budget, cache_views, same_bits
-from dflash_kernels.types import FP8, PagedKV
 
 SCALES = ["none", "tensor", "one", "head", "k alone"]
 

@@ -8,16 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dflash_kernels as dk
 from dflash_kernels import _library
-from dflash_kernels.types import (
-    FP8,
-    LogitAdjustments,
-    PackedWeight,
-    PagedKV,
-    PreparedBlock,
-    Proposal,
-    SamplingTensors,
-    Verified,
-)
+from dflash_kernels.limits import FP8
+from dflash_kernels.storage import PackedWeight, PagedKV
+from dflash_kernels.types import LogitAdjustments, PreparedBlock, Proposal, SamplingTensors, Verified
 
 CANARY = 77
 RECORDS = (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingTensors, Proposal, LogitAdjustments)

@@ -6,9 +6,9 @@ import triton.language as tl
 from dflash_kernels._triton._fp8 import of_fp8
 from dflash_kernels._triton.context import base_addresses, write_context_kv
 from dflash_kernels._triton.rope import qk_norm_rope
+from dflash_kernels.limits import FP8
 from dflash_kernels.testing import LAYOUTS, cache_views, same_bits
 from dflash_kernels.testing.cache import rotary_table
-from dflash_kernels.types import FP8
 from tests.kernels import test_context, test_cuda_context
 from tests.kernels.test_context import MAX_POS, NUM_PAGES, check_lengths_and_slots, rows
 from tests.support import fp8_cases

@@ -1,0 +1,214 @@
+"""What stays from call to call: a layer's paged K/V cache and a packed weight."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .limits import FLOATS, FP8, check_paged_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKV:
+    """One layer's paged K/V cache.
+
+    Parameters
+    ----------
+    k, v : (num_pages, P, Hkv, D) float32, bfloat16, float16 or float8_e4m3fn
+        Any strides with a contiguous last dimension. vLLM's NHD and HND layouts, also interleaved per layer, and
+        SGLang's slot pools (P = 1) are views, not copies. Token slot s is at page s // P, row s % P.
+    k_scale, v_scale : () or (1,) or (Hkv,) float32, optional
+        Contiguous, on the caches' device, read by every call. A key or value is the element of a float8_e4m3fn cache
+        times its scale. None: 1. Other dtypes have no scales.
+
+    Attributes
+    ----------
+    is_fp8 : bool
+        Whether the dtype is float8_e4m3fn.
+    num_pages, page_size, num_kv_heads, head_dim : int
+        The sizes num_pages, P, Hkv and D.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+    NotImplementedError
+        Another fp8 format.
+
+    Notes
+    -----
+    A float8_e4m3fn cache is written with x / scale, a float32 division, rounded to the nearest representable value,
+    ties to even. Values beyond 448, infinities too, become 448 with their sign, and NaN becomes 0x7f. vLLM's caches
+    have the same bytes, and scales mean the same there and in SGLang.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import PagedKV
+    >>> pool = torch.zeros(8, 2, 16, 2 * 64)  # pages, heads, rows, K and V side by side
+    >>> cache = PagedKV(*pool.transpose(1, 2).split(64, -1))
+    >>> cache.num_pages, cache.page_size, cache.num_kv_heads, cache.head_dim
+    (8, 16, 2, 64)
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    def __post_init__(self):
+        for name, t in (("k", self.k), ("v", self.v)):
+            if not isinstance(t, torch.Tensor):
+                raise TypeError(f"PagedKV: {name} must be a tensor; got {type(t).__name__}")
+            check_paged_dtype(name, t.dtype)
+            if t.dim() != 4:
+                raise ValueError(f"PagedKV: {name} must have shape (num_pages, P, Hkv, D); got {tuple(t.shape)}")
+            if t.shape[3] > 1 and t.stride(3) != 1:
+                raise ValueError(f"PagedKV: {name} must be contiguous in its last dimension; got strides {t.stride()}")
+        if self.k.shape != self.v.shape or self.k.dtype != self.v.dtype or self.k.device != self.v.device:
+            raise ValueError(f"PagedKV: k and v must agree in shape, dtype and device; got {self.k.dtype} "
+                             f"{tuple(self.k.shape)} on {self.k.device} and {self.v.dtype} {tuple(self.v.shape)} "
+                             f"on {self.v.device}")
+        self._check_scale("k_scale", self.k_scale)
+        self._check_scale("v_scale", self.v_scale)
+
+    def _check_scale(self, name, t):
+        if t is None:
+            return
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
+            raise TypeError(f"PagedKV: {name} must be a float32 tensor; got "
+                            f"{t.dtype if isinstance(t, torch.Tensor) else type(t).__name__}")
+        if not self.is_fp8:
+            raise ValueError(f"PagedKV: {name} must be None where the cache is not float8_e4m3fn; got one with a cache "
+                             f"of {self.k.dtype}")
+        if t.shape not in ((), (1,), (self.num_kv_heads,)) or not t.is_contiguous():
+            raise ValueError(f"PagedKV: {name} must be contiguous, of shape (), (1,) or (Hkv,) = "
+                             f"({self.num_kv_heads},); got {tuple(t.shape)} with strides {t.stride()}")
+        if t.device != self.k.device:
+            raise ValueError(f"PagedKV: {name} must be on {self.k.device}; got {t.device}")
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.k.dtype == FP8
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A linear layer's (N, K) weight in the layout that `linear` and the LM heads stream. `pack_weight` makes it.
+
+    Parameters
+    ----------
+    data : float32, bfloat16 or float16, or int8 with scales
+        On CUDA (N, K), row-major. Elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h.
+    out_features, in_features : int
+        N and K.
+    scales : (N,) float32, optional
+        The weight is scales[:, None] * data. None: it is data.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        The dtype of data.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import pack_weight
+    >>> packed = pack_weight(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> packed.out_features, packed.rows(torch.tensor([1])).tolist()
+    (2, [[3.0, 4.0]])
+    """
+
+    data: torch.Tensor
+    out_features: int
+    in_features: int
+    scales: torch.Tensor | None = None
+
+    def __post_init__(self):
+        n, k = self.out_features, self.in_features
+        for name, size in (("out_features", n), ("in_features", k)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"PackedWeight: {name} must be a positive int; got {size!r}")
+        dtypes = FLOATS if self.scales is None else (torch.int8,)
+        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in dtypes:
+            want = "float32, bfloat16 or float16" if self.scales is None else "int8, as there are scales"
+            got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
+            raise TypeError(f"PackedWeight: data must be a tensor of {want}; got {got}")
+        self._check_scales()
+        blocks = (n + 15) // 16
+        shape: tuple[int, ...]
+        if self.data.device.type == "cuda":
+            shape = (n, k)
+        elif self.data.dtype == torch.bfloat16:
+            shape = (blocks, (k + 31) // 32 * 16, 16, 2)
+        elif self.data.dtype == torch.int8:
+            shape = (blocks, (k + 31) // 32 * 32, 16)
+        else:
+            shape = (blocks, k, 16)
+        if self.data.shape != shape or not self.data.is_contiguous():
+            raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
+                             f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
+
+    def _check_scales(self):
+        t = self.scales
+        if t is None:
+            return
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
+            got = t.dtype if isinstance(t, torch.Tensor) else repr(t)
+            raise TypeError(f"PackedWeight: scales must be a tensor of float32; got {got}")
+        if t.shape != (self.out_features,) or not t.is_contiguous() or t.device != self.data.device:
+            raise ValueError(f"PackedWeight: scales must be contiguous ({self.out_features},) on {self.data.device}; "
+                             f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
+
+    def __reduce__(self):
+        # On a CPU weights share memory (_memory.py): a copy or a pickle takes one weight's bytes, not all of them.
+        whole = self.data.untyped_storage().nbytes() == self.data.nbytes
+        return PackedWeight, (self.data if whole else self.data.clone(), self.out_features, self.in_features,
+                              self.scales)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Unpacks single rows. Not graph-safe.
+
+        Parameters
+        ----------
+        index : (n,) int64
+            Rows of the weight.
+
+        Returns
+        -------
+        rows : (n, K) dtype of data
+            float32 if the weight has 8 bits.
+        """
+        if self.data.dim() == 2:
+            found = self.data[index]
+        else:
+            found = self.data[index // 16, :, index % 16].flatten(1)[:, :self.in_features]
+        return found if self.scales is None else found * self.scales[index, None]
