@@ -15,8 +15,9 @@ void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
                      const std::optional<Tensor>& v_cache, const std::optional<Tensor>& k_scale,
                      const std::optional<Tensor>& v_scale, const std::optional<Tensor>& page_table,
                      const Tensor& context_lens, const std::optional<Tensor>& block_lens,
-                     const std::optional<Tensor>& context_starts, double scale, bool causal, int64_t left,
-                     int64_t right, const std::optional<Tensor>& sinks, double softcap, const Tensor& out) {
+                     const std::optional<Tensor>& context_starts, const std::optional<Tensor>& block_starts,
+                     int64_t max_block, double scale, bool causal, int64_t left, int64_t right,
+                     const std::optional<Tensor>& sinks, double softcap, const Tensor& out) {
   AttentionParams p{};
   p.q = q.data_ptr();
   p.k = k.data_ptr();
@@ -43,10 +44,12 @@ void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
   p.context_lens = data<int32_t>(context_lens);
   p.block_lens = data<int32_t>(block_lens);
   p.context_starts = data<int32_t>(context_starts);
+  p.block_starts = data<int32_t>(block_starts);
   p.sinks = sinks ? sinks->data_ptr() : nullptr;
   p.sink_dtype = sinks ? dtype_of(*sinks, "block_attention: sinks") : Dtype::f32;
-  p.batch = q.size(0);
-  p.width = q.size(1);
+  p.batch = context_lens.size(0);
+  p.width = max_block;
+  p.packed_rows = q.size(1);
   p.heads = q.size(2);
   p.kv_heads = k.size(2);
   p.head_dim = q.size(3);
@@ -57,8 +60,8 @@ void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
   p.softcap = float(softcap);
   p.dtype = dtype_of(q, "block_attention: q");
   launch(block_attention_kernels, p,
-         {q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, sinks,
-          out});
+         {q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
+          block_starts, sinks, out});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("block_attention", TORCH_BOX(&block_attention)); }

@@ -33,7 +33,7 @@ class Attention {
     for (int r = 0; r < kRows; ++r) rows[r] = static_cast<const T*>(w.zeros);
     for (int r = 0; r < t.count; ++r) {
       const int64_t row = t.row0 + r;
-      rows[r] = static_cast<const T*>(p.q) + t.request.b * p.q_stride[0] + row / group * p.q_stride[1] +
+      rows[r] = static_cast<const T*>(p.q) + t.request.at(p, p.q_stride) + row / group * p.q_stride[1] +
                 (t.h * group + row % group) * p.q_stride[2];
     }
 #if DFLASH_ATTENTION_AMX
@@ -103,7 +103,7 @@ class Attention {
   void finish(const Task& t, const State& total) const {
     for (int r = 0; r < t.count; ++r) {
       const int64_t row = t.row0 + r;
-      T* out = static_cast<T*>(p.out) + t.request.b * p.out_stride[0] + row / group * p.out_stride[1] +
+      T* out = static_cast<T*>(p.out) + t.request.at(p, p.out_stride) + row / group * p.out_stride[1] +
                (t.h * group + row % group) * p.out_stride[2];
       const Vec sum = set1(total.sum[r] == 0.0f ? 1.0f : total.sum[r]);
       for (int d = 0; d < D; d += W) store_n(out + d, load(total.acc + r * stride + d) / sum, D - d);
@@ -135,8 +135,8 @@ class Attention {
         values[j] = exists ? cached_row(p.v_cache, p.v_cache_stride, page, row, t.h, j, w.cached_v) : nans;
       }
     }
-    const T* k = static_cast<const T*>(p.k) + request.b * p.k_stride[0] + t.h * p.k_stride[2];
-    const T* v = static_cast<const T*>(p.v) + request.b * p.v_stride[0] + t.h * p.v_stride[2];
+    const T* k = static_cast<const T*>(p.k) + request.at(p, p.k_stride) + t.h * p.k_stride[2];
+    const T* v = static_cast<const T*>(p.v) + request.at(p, p.v_stride) + t.h * p.v_stride[2];
     for (; j < end; ++j) {
       keys[j] = k + (base + j - request.context) * p.k_stride[1];
       values[j] = v + (base + j - request.context) * p.v_stride[1];

@@ -17,15 +17,23 @@ inline int64_t padded(int64_t n) { return (n + 15) & ~int64_t{15}; }
 
 // One request's lengths, clamped to what exists.
 struct Request {
-  int64_t b, start, context, rows;
+  int64_t b, start, context, rows, packed_at = 0;
   Request(const AttentionParams& p, int64_t request) : b(request) {
     context = p.context_lens[b] > 0 ? p.context_lens[b] : 0;
     rows = p.block_lens ? clamp(p.block_lens[b], 0, p.width) : p.width;
+    if (p.block_starts) {
+      packed_at = clamp(p.block_starts[b], 0, p.packed_rows);
+      rows = clamp(rows, 0, p.packed_rows - packed_at);
+    }
     start = p.context_starts ? clamp(p.context_starts[b], 0, context) : 0;
     if (p.page_size == 0) start = context;  // no cache; a cache of no pages still has a page size
     // Of a context that the table cannot hold, whoever sees any of it sees the last token, which has no page. That one
     // alone is looked at.
     if (start < context && (context - 1) / p.page_size >= p.max_pages) start = context - 1;
+  }
+  // Where the block's first row is, by the strides of a tensor of rows.
+  int64_t at(const AttentionParams& p, const int64_t (&stride)[3]) const {
+    return p.block_starts ? packed_at * stride[1] : b * stride[0];
   }
   // Visible positions of query i: [first(i), last(i)).
   int64_t first(const AttentionParams& p, int64_t i) const {

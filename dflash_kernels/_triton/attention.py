@@ -122,9 +122,9 @@ def config(itemsize: int, cached: int, head_dim: int, softcap: bool, major: int)
 
 
 def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
-                    scale, causal, left, right, sinks, softcap, out):
+                    block_starts, max_block, scale, causal, left, right, sinks, softcap, out):
     """Where splits are shared out it allocates what they leave to combine, as a graph may: it is in its pool."""
-    (batch, width, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    (_, packed_rows, heads, head_dim), kv_heads, batch, width = q.shape, k.shape[2], len(context_lens), max_block
     cached = (k if k_cache is None else k_cache).dtype
     check_gpu_attention(q.dtype, cached, head_dim)
     c = config(q.element_size(), cached.itemsize, head_dim, softcap > 0, generation(q.device))
@@ -142,6 +142,11 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         cache_strides = k_cache.stride()[:3] + v_cache.stride()[:3]
         k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
+
+    def outer(t):  # a packed block begins at a row
+        strides = t.stride()[:3]
+        return strides if block_starts is None else (strides[1], *strides[1:])
+
     rows, octaves = width * group, octaves_of(left, SPLIT, EACH)
     tasks = batch * kv_heads * triton.cdiv(rows, c.BLOCK_M)
     splits = min(splits_in(capacity + width, octaves, SPLIT, EACH), splits_in(left + width, octaves, SPLIT, EACH) + 1)
@@ -151,9 +156,9 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
     slots = batch * kv_heads * splits * rows if shares > 1 else 0
     part, part_top = (torch.empty(slots, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
     block_attention_kernel[tasks, shares](
-        q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, sinks, out,
-        part, part_top, width, group, kv_heads, factor, softcap, left, right, num_pages, capacity, table_row,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides, *out.stride()[:3], splits, shares, octaves,
+        q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, block_starts,
+        sinks, out, part, part_top, packed_rows, width, group, kv_heads, factor, softcap, left, right, num_pages, capacity, table_row,
+        *(stride for t in (q, k, v) for stride in outer(t)), *cache_strides, *outer(out), splits, shares, octaves,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, CHUNK_D=min(c.CHUNK_D, block_d), EXACT_D=min(c.EXACT_D, block_d),
         WHOLE=c.WHOLE, K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale),
         NATIVE=cached == torch.float8_e4m3fn and native_fp8(q.device), PAGE=page_size, HEAD_DIM=head_dim,
@@ -161,6 +166,6 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
         num_warps=c.warps, num_stages=c.stages, **(NO_SPILLS if q.element_size() == 4 else PLAIN))
     if shares > 1:
         combine_splits_kernel[batch * kv_heads, triton.cdiv(rows, COMBINE_ROWS)](
-            part, part_top, context_lens, block_lens, context_starts, sinks, out, width, group, kv_heads, left, right,
-            num_pages, capacity, *out.stride()[:3], splits, shares, octaves, head_dim, c.BLOCK_M, SPLIT, EACH,
+            part, part_top, context_lens, block_lens, context_starts, block_starts, sinks, out, packed_rows, width,
+            group, kv_heads, left, right, num_pages, capacity, *outer(out), splits, shares, octaves, head_dim, c.BLOCK_M, SPLIT, EACH,
             COMBINE_ROWS, block_d, COMBINE_STAGES, num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, **PLAIN)

@@ -35,6 +35,7 @@ _check = Checker("block_attention")
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: PagedKV | None,
                     page_table: torch.Tensor | None, context_lens: torch.Tensor, *,
                     block_lens: torch.Tensor | None = None, context_starts: torch.Tensor | None = None,
+                    block_starts: torch.Tensor | None = None, max_block: int | None = None,
                     scale: float | None = None, causal: bool = False, window: tuple[int, int] = (-1, -1),
                     sinks: torch.Tensor | None = None, softcap: float = 0.0,
                     out: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,6 +59,12 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
         Valid rows of each block, clamped to [0, Q]. Contiguous. None: Q. Rows past it are invisible and not written.
     context_starts : (B,) int32, optional
         First context position that holds data, clamped to [0, context_lens]. Contiguous. None: 0.
+    block_starts : (B,) int32, optional
+        Packed blocks: q and out are (T, Hq, D), k and v (T, Hkv, D), and request b has the rows block_starts[b] + i,
+        i < block_lens[b], which is given then. Contiguous. Clamped to [0, T], and blocks end at T. Rows of no request
+        are neither read nor written.
+    max_block : int, optional
+        Q of packed blocks, the most rows of one. Given exactly when block_starts is.
     scale : float, optional
         Factor of q.k. None: 1 / sqrt(D).
     causal : bool
@@ -74,7 +81,7 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
 
     Returns
     -------
-    out : (B, Q, Hq, D) dtype of q
+    out : like q
 
     Raises
     ------
@@ -106,57 +113,75 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     >>> block_attention(zeros, zeros, values, cache, *tables, causal=True).flatten().tolist()
     [4.0, 3.0]
     """
-    _check.floats("q", q, "(B, Q, Hq, D)")
-    if q.dim() != 4 or 0 in q.shape[2:]:
-        raise ValueError(f"{_check.op}: q must have shape (B, Q, Hq, D), Hq and D > 0; got {describe(q)}")
-    batch, width, _, head_dim = q.shape
+    layout = "(B, Q, Hq, D)" if block_starts is None else "(T, Hq, D)"
+    _check.floats("q", q, layout)
+    if q.dim() != layout.count(",") + 1 or 0 in q.shape[-2:]:
+        raise ValueError(f"{_check.op}: q must have shape {layout}, Hq and D > 0; got {describe(q)}")
     _check.dense_last("q", q)
     kv_heads = _check_keys(q, k, v)
-    _check_cache(q, kv_heads, cache, page_table)
+    batch, width = _blocks(q, context_lens, block_lens, block_starts, max_block)
+    _check_cache(q, batch, kv_heads, cache, page_table)
     _check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (batch,), q.device)
-    for name, t in (("block_lens", block_lens), ("context_starts", context_starts)):
+    for name, t in (("block_lens", block_lens), ("context_starts", context_starts), ("block_starts", block_starts)):
         if t is not None:
             _check.contiguous(name, t, torch.int32, "(B,)", (batch,), q.device)
     softcap = _check.number("softcap", softcap)
     left, right = _check_options(q, window, sinks, softcap)
     if values_checked():
         _check_values(width, cache, page_table, context_lens, block_lens, context_starts)
+        _check_starts(len(q), block_lens, block_starts)
     out = _check.output("out", out, q, q.shape)
-    scale = 1 / math.sqrt(head_dim) if scale is None else _check.number("scale", scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else _check.number("scale", scale)
     k_cache, v_cache, k_scale, v_scale = (None,) * 4 if cache is None else (
         cache.k, cache.v, cache.k_scale, cache.v_scale)
-    _block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
-                     scale, bool(causal), left, right, sinks, softcap, out)
+    rows = (q, k, v, out) if block_starts is None else (t.unsqueeze(0) for t in (q, k, v, out))
+    q4, k4, v4, out4 = rows
+    _block_attention(q4, k4, v4, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens,
+                     context_starts, block_starts, width, scale, bool(causal), left, right, sinks, softcap, out4)
     return out
 
 
+def _blocks(q, context_lens, block_lens, block_starts, max_block):
+    """(B, Q), of packed blocks too."""
+    if (block_starts is None) != (max_block is None):
+        raise ValueError(f"{_check.op}: block_starts and max_block must be given together; got "
+                         f"{describe(block_starts)} and {max_block!r}")
+    if block_starts is None:
+        return q.shape[:2]
+    _check.tensor("context_lens", context_lens, torch.int32, "(B,)", (None,), q.device)
+    if block_lens is None:
+        raise ValueError(f"{_check.op}: block_lens must be given with block_starts; got None")
+    return len(context_lens), _check.integer("max_block", max_block, 1)
+
+
 def _check_keys(q, k, v):
-    batch, width, heads, head_dim = q.shape
-    kv_heads = k.shape[2] if isinstance(k, torch.Tensor) and k.dim() == 4 else None
+    *rows, heads, head_dim = q.shape
+    kv_heads = k.shape[-2] if isinstance(k, torch.Tensor) and k.dim() == q.dim() else None
+    layout = "(B, Q, Hkv, D)" if q.dim() == 4 else "(T, Hkv, D)"
     for name, t in (("k", k), ("v", v)):
-        _check.dense(name, t, q.dtype, "(B, Q, Hkv, D)", (batch, width, kv_heads, head_dim), q.device)
+        _check.dense(name, t, q.dtype, layout, (*rows, kv_heads, head_dim), q.device)
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{_check.op}: Hkv must divide Hq = {heads}; got Hkv = {kv_heads}")
     return kv_heads
 
 
-def _check_cache(q, kv_heads, cache, page_table):
+def _check_cache(q, batch, kv_heads, cache, page_table):
     if cache is None:
         if page_table is not None:
             raise ValueError(f"{_check.op}: page_table must be None when cache is None; got {describe(page_table)}")
         return
     if not isinstance(cache, PagedKV):
         raise TypeError(f"{_check.op}: cache must be a PagedKV or None; got {type(cache).__name__}")
-    sizes = (None, None, kv_heads, q.shape[3])
+    sizes = (None, None, kv_heads, q.shape[-1])
     _check.tensor("cache.k", cache.k, (q.dtype, FP8), "(num_pages, P, Hkv, D)", sizes, q.device)
     if cache.page_size == 0:
         raise ValueError(f"{_check.op}: cache must have a page size P > 0; got {describe(cache.k)}")
-    _check.dense("page_table", page_table, torch.int32, "(B, max_pages)", (q.shape[0], None), q.device)
+    _check.dense("page_table", page_table, torch.int32, "(B, max_pages)", (batch, None), q.device)
 
 
 def _check_options(q, window, sinks, softcap):
     if sinks is not None:
-        _check.contiguous("sinks", sinks, {torch.float32, q.dtype}, "(Hq,)", (q.shape[2],), q.device)
+        _check.contiguous("sinks", sinks, {torch.float32, q.dtype}, "(Hq,)", (q.shape[-2],), q.device)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"{_check.op}: window must be (left, right); got {window!r}")
     left, right = (_check.integer("window", x, -1) for x in window)
@@ -190,9 +215,21 @@ def _check_values(width, cache, page_table, context_lens, block_lens, context_st
                              f"got {used.tolist()} for request {b}")
 
 
+def _check_starts(rows, block_lens, block_starts):
+    """Reads the device."""
+    if block_starts is None:
+        return
+    end = 0
+    for start, n in sorted(zip(block_starts.tolist(), block_lens.tolist(), strict=True)):
+        if n and not end <= start <= rows - n:
+            raise ValueError(f"{_check.op}: block_starts must give each block rows of its own in [0, T = {rows}); got "
+                             f"{block_starts.tolist()} with block_lens {block_lens.tolist()}")
+        end = start + n if n else end
+
+
 _block_attention = define(
     "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, Tensor? k_scale, Tensor? v_scale, "
-    "Tensor? page_table, Tensor context_lens, Tensor? block_lens, Tensor? context_starts, float scale, bool causal, "
-    "int left, int right, Tensor? sinks, float softcap, Tensor(a!) out) -> ()",
+    "Tensor? page_table, Tensor context_lens, Tensor? block_lens, Tensor? context_starts, Tensor? block_starts, "
+    "int max_block, float scale, bool causal, int left, int right, Tensor? sinks, float softcap, Tensor(a!) out) -> ()",
     reference.attention.block_attention,
 )

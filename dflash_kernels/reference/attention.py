@@ -7,15 +7,20 @@ from ._wide import wide
 
 
 def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts,
-                    scale, causal, left, right, sinks, softcap, out):
+                    block_starts, max_block, scale, causal, left, right, sinks, softcap, out):
     group = q.shape[2] // k.shape[2]
-    for b in range(q.shape[0]):
+    for b in range(len(context_lens)):
         context = max(int(context_lens[b]), 0)
-        rows = q.shape[1] if block_lens is None else min(max(int(block_lens[b]), 0), q.shape[1])
+        rows = max_block if block_lens is None else min(max(int(block_lens[b]), 0), max_block)
+        block = b, slice(0, rows)
+        if block_starts is not None:
+            first = min(max(int(block_starts[b]), 0), q.shape[1])
+            rows = min(rows, q.shape[1] - first)
+            block = 0, slice(first, first + rows)
         if rows == 0:
             continue
         start = 0 if context_starts is None else min(max(int(context_starts[b]), 0), context)
-        keys, values = wide(k[b, :rows]), wide(v[b, :rows])
+        keys, values = wide(k[block]), wide(v[block])
         if k_cache is None:
             start = context
         else:
@@ -32,11 +37,11 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
             visible &= key_at >= query_at - left
         if right >= 0:
             visible &= key_at <= query_at + right
-        score = torch.einsum("qhd,khd->hqk", wide(q[b, :rows]), keys.repeat_interleave(group, 1)) * scale
+        score = torch.einsum("qhd,khd->hqk", wide(q[block]), keys.repeat_interleave(group, 1)) * scale
         if softcap > 0:
             score = softcap * torch.tanh(score / softcap)
         sink = None if sinks is None else wide(sinks)[:, None, None]
-        out[b, :rows] = _attend(score, visible, values.repeat_interleave(group, 1), sink).to(out.dtype)
+        out[block] = _attend(score, visible, values.repeat_interleave(group, 1), sink).to(out.dtype)
 
 
 def _context_rows(cache, scale, pages, start, stop):

@@ -163,7 +163,7 @@ def test_heads_without_a_gpu_kernel_are_refused_in_the_launcher_s_words(dtype, c
             pages = torch.zeros(1, 4, 1, dim, dtype=cached)
             with pytest.raises(NotImplementedError) as error:
                 attention.block_attention(q, kv, kv, pages, pages, None, None, torch.zeros(0, 1, dtype=torch.int32),
-                                          int32(), None, None, 1.0, False, -1, -1, None, 0.0, q)
+                                          int32(), None, None, None, q.shape[1], 1.0, False, -1, -1, None, 0.0, q)
             assert str(error.value) == text
         else:
             widest = dim

@@ -54,7 +54,7 @@ class Case:
         out = torch.zeros_like(q)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         reference.attention.block_attention(q, k, v, k_cache, v_cache, *scales, table, lens, block_lens, context_starts,
-                                            scale, causal, *window, sinks, softcap, out)
+                                            None, q.shape[1], scale, causal, *window, sinks, softcap, out)
         return out
 
     def check(self, **options):
@@ -65,6 +65,25 @@ class Case:
 
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
+
+
+def check_packed_blocks(run, case, lens, starts, rows, **options):
+    """Blocks of `lens` tokens that begin at rows `starts` of `rows` give the bits of blocks that are padded; rows of no
+    request are NaN and stay as they are."""
+    q, k, v, cache, table, contexts = case.args()
+
+    def packed(padded):
+        to = torch.full((rows, *padded.shape[2:]), NAN, dtype=padded.dtype)
+        for b, (start, n) in enumerate(zip(starts, lens, strict=True)):
+            to[start:start + n] = padded[b, :n]
+        return to
+
+    want = torch.zeros_like(q)
+    run(q, k, v, cache, table, contexts, block_lens=ints(*lens), out=want, **options)
+    got = torch.full((rows, *q.shape[2:]), NAN, dtype=q.dtype)
+    run(*map(packed, (q, k, v)), cache, table, contexts, block_lens=ints(*lens), block_starts=ints(*starts),
+        max_block=case.width, out=got, **options)
+    assert same_bits(got, packed(want))
 
 
 def check_rows_beside_what_is_not_finite(run, case, left):

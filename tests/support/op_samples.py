@@ -102,6 +102,10 @@ SAMPLES = {
     "write_context_kv_fp8": Sample(dk.write_context_kv, lambda: {
         "kv": torch.randn(4, 32), "positions": torch.tensor([0, 1, 5, 6]), "slots": torch.tensor([0, 1, 9, 15]),
         "caches": [fp8_pages(), fp8_pages()], "cos_sin": torch.randn(12, 4)}, ("caches",)),
+    "block_attention_packed": Sample(dk.block_attention, lambda: {
+        "q": torch.randn(5, 2, 8), "k": torch.randn(5, 1, 8), "v": torch.randn(5, 1, 8), "cache": pages(),
+        "page_table": tables(), "context_lens": int32(5, 2), "block_lens": int32(3, 1), "block_starts": int32(0, 4),
+        "max_block": 4, "causal": True, "out": boxed(5, 2, 8)}, ("out",)),
     "block_attention_fp8": Sample(dk.block_attention, lambda: {
         "q": torch.randn(2, 3, 2, 8), "k": torch.randn(2, 3, 1, 8), "v": torch.randn(2, 3, 1, 8),
         "cache": fp8_pages(), "page_table": tables(), "context_lens": int32(5, 2), "window": (4, 1),

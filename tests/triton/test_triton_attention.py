@@ -7,7 +7,7 @@ from dflash_kernels.testing import assert_within_budget, same_bits
 from tests.kernels.test_attention import check_window_edges
 from tests.kernels.test_attention_limits import BEYOND, check_a_context_beyond_the_table, check_scores_of_minus_524288
 from tests.support import fp8_cases
-from tests.support.attention_cases import NAN, Case, check_rows_beside_what_is_not_finite, ints
+from tests.support.attention_cases import NAN, Case, check_packed_blocks, check_rows_beside_what_is_not_finite, ints
 
 CANARY = 7.0
 
@@ -26,12 +26,15 @@ def short_splits(monkeypatch):
     monkeypatch.setattr(triton_attention, "EACH", 2)
 
 
-def launch(q, k, v, cache, table, lens, *, out, block_lens=None, context_starts=None, scale=None, causal=False,
-           window=(-1, -1), sinks=None, softcap=0.0):
+def launch(q, k, v, cache, table, lens, *, out, block_lens=None, context_starts=None, block_starts=None,
+           max_block=None, scale=None, causal=False, window=(-1, -1), sinks=None, softcap=0.0):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pages = (None,) * 4 if cache is None else (cache.k, cache.v, cache.k_scale, cache.v_scale)
-    assert triton_attention.block_attention(q, k, v, *pages, table, lens, block_lens, context_starts, scale, causal,
-                                            *window, sinks, softcap, out) is None
+    rows = (q, k, v, out) if block_starts is None else (t.unsqueeze(0) for t in (q, k, v, out))
+    q4, k4, v4, out4 = rows
+    assert triton_attention.block_attention(
+        q4, k4, v4, *pages, table, lens, block_lens, context_starts, block_starts, max_block or q.shape[1], scale,
+        causal, *window, sinks, softcap, out4) is None
     return out
 
 
@@ -149,6 +152,12 @@ def test_p20_block_lens_hide_rows_and_padded_requests_write_nothing(dtype, split
     for b, n in enumerate(lens.tolist()):
         assert_within_budget(got[b, :n], want[b, :n], peer[b, :n])
         assert (got[b, n:] == CANARY).all()
+
+
+@pytest.mark.parametrize("splits", [512, 64])
+def test_packed_blocks_have_the_bits_of_padded_ones(dtype, splits, monkeypatch):
+    monkeypatch.setattr(triton_attention, "SPLIT", splits)
+    check_packed_blocks(launch, Case([70, 2, 0, 300], dtype=dtype), [4, 1, 0, 3], [3, 0, 99, 8], 12, causal=True)
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])

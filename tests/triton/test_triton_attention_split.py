@@ -130,8 +130,8 @@ def launched(batch, capacity, width=16, left=-1):
         return left_over[-1]
 
     with launches() as noted, mock.patch.object(torch, "empty", allocated):
-        attention.block_attention(q, kv, kv, cache, cache, None, None, table, lens, None, None, 0.1, False, left, -1,
-                                  None, 0.0, q)
+        attention.block_attention(q, kv, kv, cache, cache, None, None, table, lens, None, None, None, q.shape[1], 0.1,
+                                  False, left, -1, None, 0.0, q)
     return noted, sum(t.nbytes for t in left_over)
 
 

@@ -99,7 +99,7 @@ def test_pages_that_are_read(far, which):
     for caches in (near, near | {which: far(near[which])}):
         out = torch.zeros_like(case.q)
         attention.block_attention(case.q, case.block(case.k), case.block(case.v), caches["k"], caches["v"], None, None,
-                                  case.table, case.lens, None, None, 0.25, False, -1, -1, None, 0.0, out)
+                                  case.table, case.lens, None, None, None, case.width, 0.25, False, -1, -1, None, 0.0, out)
         answers.append(out)
     assert same_bits(*answers)
 
@@ -110,7 +110,7 @@ def test_requests_and_rows_of_attention(far):
     for dim in (None, 0, 1):
         out = torch.zeros_like(q)
         attention.block_attention(q if dim is None else far(q, dim), k, v, None, None, None, None, None,
-                                  int32(0, 0, 0), None, None, 0.25, False, -1, -1, None, 0.0, out)
+                                  int32(0, 0, 0), None, None, None, q.shape[1], 0.25, False, -1, -1, None, 0.0, out)
         answers.append(out)
     assert same_bits(answers[1], answers[0]) and same_bits(answers[2], answers[0])
 

@@ -281,7 +281,7 @@ def attention() -> Iterator[Case]:
             cache = empty(1001, PAGE, 2, dim, dtype=torch.float8_e4m3fn if fp8 else dtype)
             for softcap in (0.0, 30.0) if dtype == torch.bfloat16 and not fp8 else (0.0,):
                 tiles, combine = launches(block_attention, q, k, k, cache, cache, scale, scale, table, lens, lens, lens,
-                                          0.125, False, 1001, 3, sinks, softcap, q)
+                                          lens, 9, 0.125, False, 1001, 3, sinks, softcap, q)
                 name = f"{dim} {DTYPES[dtype]}"
                 yield case(f"block_attention {name}" + " fp8 cache" * fp8 + " softcap" * (softcap > 0), tiles)
                 if not fp8 and not softcap:

@@ -110,8 +110,8 @@ def _plain_forward(impl, query, key, value, kv_cache, made, output) -> None:
     for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         q, k, v, out = (t[None, start:end] for t in (query, key, value, output))
         plain_attention.block_attention(q, k, v, keys, values, None, None, made.page_table[b:b + 1],
-                                        made.seq_lens[b:b + 1] - (end - start), None, None, impl.scale,
-                                        bool(made.causal), -1, -1, impl.sinks, impl.softcap, out)
+                                        made.seq_lens[b:b + 1] - (end - start), None, None, None, q.shape[1],
+                                        impl.scale, bool(made.causal), -1, -1, impl.sinks, impl.softcap, out)
 
 
 def _plain_write(impl, key, value, kv_cache, slots) -> None:
