@@ -73,6 +73,8 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     -----
     Graph-safe. Source: DFlash, arXiv 2602.06036, section 4 (KV injection); reference/context.py.
 
+    Cost: `T * (2 * L * D * Hkv * (e + c) + 4 * R + 16) + e * L * D` bytes. Launches on a GPU: 1 for all draft layers.
+
     Replaces `precompute_and_store_context_kv` of vLLM's DFlash model and SGLang's `_append_target_hidden_fused`.
 
     Examples

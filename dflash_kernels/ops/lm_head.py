@@ -68,6 +68,8 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     -----
     Graph-safe. Source: reference/lm_head.py; the tie rule is that of torch.argmax.
 
+    Cost: `w * V * H + T * (e * H + 12)` bytes. Launches on a GPU: 2.
+
     Replaces `_greedy_sample` of vLLM's DFlash proposer and SGLang's `_DflashDraftSampler`.
 
     Examples
@@ -139,6 +141,8 @@ def combine_argmax(values: torch.Tensor, ids: torch.Tensor, *, out_ids: torch.Te
     -----
     Graph-safe. Source: reference/lm_head.py; the tie rule is that of torch.argmax over the whole vocabulary.
 
+    Cost: `12 * R * (S + 1)` bytes. Launches on a GPU: 1.
+
     Examples
     --------
     >>> import torch
@@ -204,6 +208,8 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     Notes
     -----
     Graph-safe. Source: reference/lm_head.py.
+
+    Cost: `w * V * H + T * (e * H + 12 * k + 4)` bytes. Launches on a GPU: 2.
 
     Examples
     --------
@@ -274,6 +280,8 @@ def combine_topk(values: torch.Tensor, ids: torch.Tensor, lse: torch.Tensor, *, 
     Notes
     -----
     Graph-safe. Source: reference/lm_head.py.
+
+    Cost: `R * (S + 1) * (12 * k + 4)` bytes. Launches on a GPU: 1.
 
     Examples
     --------

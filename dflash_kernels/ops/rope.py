@@ -74,6 +74,9 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     -----
     Graph-safe. Source: Su et al. 2021, arXiv 2104.09864, eq. 34; reference/rope.py.
 
+    Cost: `T * (2 * e * D * (Hq + Hkv) + 4 * R + 8)` bytes, with a cache `T * (D * Hkv * (e + 2 * c) + 8)` more.
+    Launches on a GPU: 1.
+
     Examples
     --------
     One head each. The table's row 1 is a quarter turn, which turns [1, 0] into [0, 1].

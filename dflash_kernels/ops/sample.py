@@ -118,6 +118,8 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     Graph-safe. Source: for "token", Leviathan et al. 2023, arXiv 2211.17192, and Chen et al. 2023, arXiv 2302.01318;
     for "block", Sun et al., arXiv 2403.10444; reference/sample.py.
 
+    Cost: `B * (e * Q * V + 16 * Q + 36)` bytes if every row is read. Launches on a GPU: 3 to 5.
+
     Replaces `rejection_sample` of vLLM's V2 runner and SGLang's `compute_dflash_sampling_correct_drafts_and_bonus`.
 
     Examples
@@ -193,6 +195,8 @@ def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Te
     Notes
     -----
     Graph-safe. Source: reference/sample.py.
+
+    Cost: `B * ((Q - 1) * (16 * K + 8) + 16)` bytes. Launches on a GPU: 1.
 
     Examples
     --------
