@@ -164,7 +164,7 @@ class SamplingTensors:
     top_k : (B,) int32, optional
         0, or at least V: off.
     top_p : (B,) float32, optional
-        1 or more: off.
+        1 or more: off. 0: only the most likely token is kept, and those that tie with it.
     min_p : (B,) float32, optional
         0: off.
 

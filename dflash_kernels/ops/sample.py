@@ -3,10 +3,13 @@
 Row i of a request's block gives the distribution p_i of the token at position context_len + 1 + i. It comes from the
 row's adjusted logits l, with m = max l and w_v = exp((l_v - m) / temperature):
 
-    min_p   keep v if w_v >= min_p                                     (the most likely token always stays)
+    min_p   keep v if w_v >= min_p
     top_k   of those, keep v if fewer than top_k are larger than l_v
     top_p   of those, keep v if the mass of the larger ones is < top_p of all their mass
     p_v  =  w_v / sum of the kept w
+
+The most likely token is always kept, and tokens with equal logits are kept or dropped together. So top_p = 0 keeps the
+most likely token, and those that tie with it, alone.
 
 Draft token x_i was drawn from q_i. Verification decides by q and by the rule:
 
