@@ -195,7 +195,7 @@ class Proposal:
     Parameters
     ----------
     probs : (B, Q - 1, K) or (B, Q - 1, V) float32, optional
-        With ids: sparse, K tokens per slot; every other token has probability 0. Alone: dense.
+        With ids: sparse, K tokens per draft; every other token has probability 0. Alone: dense.
     ids : (B, Q - 1, K) int64, optional
         The tokens of sparse probs, distinct in a row. A negative id is unused.
     logits : (B, Q - 1, V) float32, bfloat16 or float16, optional

@@ -164,7 +164,7 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
 def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor, params: SamplingTensors, *,
                  out_ids: torch.Tensor | None = None, out_probs: torch.Tensor | None = None,
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws each block's drafts from the K most likely tokens of each slot.
+    """Draws each block's drafts from the K most likely tokens of each position.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Te
     ids : (B, Q - 1, K) int64
         Their tokens. Contiguous.
     context_lens : (B,) int32
-        Tokens before the anchor; slot i is at position context_len + 1 + i. Contiguous.
+        Tokens before the anchor; draft i is at position context_len + 1 + i. Contiguous.
     params : SamplingTensors
         Temperature, min-p, top-k and top-p apply to the K tokens alone. Greedy requests take the most likely.
     out_ids : (B, Q - 1) int64, optional
