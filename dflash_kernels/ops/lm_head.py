@@ -2,7 +2,7 @@
 
     logit(r, v) = round(cap * tanh(scale * (x W^T + bias) / cap)),   ids[r] = argmax over v < num_valid
 
-A logit is rounded to the model dtype before it is compared, as it is when an engine stores logits. So the answer is
+A logit is rounded to x's dtype before it is compared, as it is when an engine stores logits. So the answer is
 `linear(x, W).argmax(-1)` exactly, ties included: the first index wins, and NaN is above everything.
 
 Where each device has a shard of the vocabulary, every shard gives an id and a value per row, and `combine_argmax` picks

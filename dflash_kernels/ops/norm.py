@@ -3,7 +3,7 @@
     rms_norm(x)         = x * rsqrt(mean(x^2) + eps) * weight
     add_rms_norm(x, r)  = rms_norm(h), r <- h,  with h = round(x + r)
 
-Sums and products are float32. A result is rounded once, when it is stored. h is rounded to the model dtype before the
+Sums and products are float32. A result is rounded once, when it is stored. h is rounded to x's dtype before the
 norm, as it is when the residual stream lives in memory. A row's bits depend on that row alone.
 """
 
