@@ -8,7 +8,7 @@
 #   make docs      tables, plots, ops page    make sanitize  runs the CPU kernels' tests under ASan and UBSan
 #   make evaluate  measures speed and acceptance length on PROMPTS=files, into bench/results
 #   make gpu       builds, tests and measures within nine minutes, with GPU_PYTHON on a machine with a GPU. PART=a to f:
-#                  one part (bench/gpu). OUT=folder for the results. ARGS=--no-peers. PART=dry: everything on tiny
+#                  one part (bench/gpu). OUT=folder for the results. ARGS="--no-peers". PART=dry: everything on tiny
 #                  shapes without a GPU, in .venv. PART="dry b": one part of that
 #   make peer-kernels  fetches SGLang's and vLLM's kernels (750 KB) for the tests and the table of make gpu; carry
 #                      build/peers/kernels to the machine with the GPU
@@ -18,7 +18,8 @@
 #   make aot       compiles the GPU kernels for four architectures: registers, shared memory, loops
 #   make clean     removes what was built, but not .venv or the peers' environments
 #
-# PYTHON: the interpreter of .venv. CXX: the compiler. MAX_JOBS: how many files are compiled in parallel.
+# ARGS: arguments of the program that a target runs, as make bench ARGS="linear --runs 15". PYTHON: the interpreter of
+# .venv. CXX: the compiler. MAX_JOBS: how many files are compiled in parallel.
 
 PYTHON ?= python3
 PROMPT ?= Write a quicksort in Python.

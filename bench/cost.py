@@ -82,9 +82,11 @@ def linear_flops(rows: int, n: int, k: int) -> int:
     return 2 * rows * n * k
 
 
-def lm_head_bytes(rows: int, vocab: int, hidden: int, itemsize: int, *, k: int = 1) -> int:
-    """Bytes that must move: the weight once, the rows, and k ids and values a row."""
-    return itemsize * (vocab * hidden + rows * hidden) + 12 * rows * k
+def lm_head_bytes(rows: int, vocab: int, hidden: int, itemsize: int, weight_itemsize: int | None = None, *, k: int = 1,
+                  lse: bool = False) -> int:
+    """Bytes that must move: the weight once, in elements of weight_itemsize (None: itemsize), the rows, and k ids and
+    values a row, with lse the log-sum-exp too."""
+    return (weight_itemsize or itemsize) * vocab * hidden + rows * (itemsize * hidden + 12 * k + 4 * lse)
 
 
 def lm_head_flops(rows: int, vocab: int, hidden: int) -> int:
@@ -118,7 +120,7 @@ def sample_flops(requests: int, block: int, vocab: int, *, rows: int | None = No
     return 4 * (requests * block if rows is None else rows) * vocab
 
 
-def draft_bytes(requests: int, slots: int, k: int) -> int:
-    """Bytes that sample_draft must move: K ids and values a slot in; an id and K probabilities a slot out; temperature,
-    seed and length of each request."""
-    return requests * (slots * (16 * k + 8) + 16)
+def draft_bytes(requests: int, drafts: int, k: int) -> int:
+    """Bytes that sample_draft must move: K ids and values a draft in; an id and K probabilities a draft out;
+    temperature, seed and length of each request."""
+    return requests * (drafts * (16 * k + 8) + 16)

@@ -83,6 +83,12 @@ class StepGraph:
         available : bool
             On a CPU, True if the C++ library is loaded. On CUDA, True if the GPU is present and the ops have kernels
             for it. False with DFLASH_CHECK=1, because a replay checks no values and every step is to be checked.
+
+        Examples
+        --------
+        >>> from dflash_kernels import StepGraph
+        >>> StepGraph.available("cpu")
+        True
         """
         kind = torch.device(device).type
         if _checks.checking():
@@ -93,7 +99,14 @@ class StepGraph:
 
     @property
     def captured(self) -> bool:
-        """Whether there is anything to replay."""
+        """Whether there is anything to replay.
+
+        Examples
+        --------
+        >>> from dflash_kernels import StepGraph
+        >>> StepGraph("cpu").captured
+        False
+        """
         return self._recording is not None
 
     def capture(self) -> AbstractContextManager[None]:
@@ -107,6 +120,17 @@ class StepGraph:
         ------
         RuntimeError
             Nested captures, or a device where no step can be captured.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dflash_kernels import StepGraph, rms_norm, silu_and_mul
+        >>> x, weight = torch.ones(1, 4), torch.ones(4)
+        >>> graph = StepGraph("cpu")
+        >>> with graph.capture():
+        ...     out = silu_and_mul(rms_norm(x, weight))
+        >>> graph.captured, len(graph)
+        (True, 2)
         """
         if not self.available(self.device):
             raise RuntimeError(f"StepGraph: {self._problem()}; call the step directly")
@@ -140,6 +164,19 @@ class StepGraph:
         ------
         RuntimeError
             Nothing is captured yet, or a CPU capture is in progress.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dflash_kernels import StepGraph, embed_tokens
+        >>> ids, table = torch.tensor([0]), torch.tensor([[1.0], [2.0]])
+        >>> graph = StepGraph("cpu")
+        >>> with graph.capture():
+        ...     row = embed_tokens(ids, table)
+        >>> _ = ids.fill_(1)
+        >>> graph.replay()
+        >>> row.tolist()
+        [[2.0]]
         """
         if self._recording is None:
             raise RuntimeError("StepGraph: nothing is captured yet")

@@ -206,6 +206,14 @@ class PackedWeight:
         -------
         rows : (n, K) dtype of data
             float32 if the weight has 8 bits.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dflash_kernels import pack_weight
+        >>> packed = pack_weight(torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), torch.tensor([1.0, 0.5]))
+        >>> packed.rows(torch.tensor([1, 0])).tolist()
+        [[1.5, 2.0], [1.0, 2.0]]
         """
         if self.data.dim() == 2:
             found = self.data[index]

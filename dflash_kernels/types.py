@@ -164,7 +164,7 @@ class SamplingTensors:
     top_k : (B,) int32, optional
         0, or at least V: off.
     top_p : (B,) float32, optional
-        1 or more: off.
+        1 or more: off. 0: only the most likely token is kept, and those that tie with it.
     min_p : (B,) float32, optional
         0: off.
 
@@ -195,7 +195,7 @@ class Proposal:
     Parameters
     ----------
     probs : (B, Q - 1, K) or (B, Q - 1, V) float32, optional
-        With ids: sparse, K tokens per slot; every other token has probability 0. Alone: dense.
+        With ids: sparse, K tokens per draft; every other token has probability 0. Alone: dense.
     ids : (B, Q - 1, K) int64, optional
         The tokens of sparse probs, distinct in a row. A negative id is unused.
     logits : (B, Q - 1, V) float32, bfloat16 or float16, optional

@@ -121,5 +121,5 @@ def topk_case(sizes, name, rows, weights, packed):
     problem = SimpleNamespace(expression=expression, args=lambda i: (x, weights[i]))
     return Case("lm_head_topk", f"{name} {n}x{k}, {rows} rows, K {TOPK}",
                 lambda i: dk.lm_head_topk(x, packed[i], TOPK, out_ids=ids, out_values=values, out_lse=lse),
-                cost.lm_head_bytes(rows, n, k, 2, k=TOPK), len(packed), cost.lm_head_flops(rows, n, k),
+                cost.lm_head_bytes(rows, n, k, 2, k=TOPK, lse=True), len(packed), cost.lm_head_flops(rows, n, k),
                 sizes.peers_of("lm_head_topk", problem), check)

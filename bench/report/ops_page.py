@@ -29,10 +29,13 @@ SECTIONS = (
     ("Installation", info, ()),
     ("Testing", testing, ("assert_within_budget", "same_bits", "doubles")),
 )
-NOTATION = {"B": "requests", "Q": "tokens of a block", "T": "tokens", "V": "vocabulary size", "H": "hidden size",
-            "I": "outputs of the activation", "Hq, Hkv": "query heads; key and value heads", "D": "head dimension",
-            "P": "tokens per page", "L": "draft layers", "S": "vocabulary shards", "N": "outputs of a linear layer",
-            "K": "inputs of a linear layer; candidates per draft slot", "R": "rotary dimension; rows of a shard"}
+NOTATION = {"B": "requests", "Q": "tokens of a block", "T": "tokens, or rows", "V": "vocabulary size",
+            "H": "hidden size", "I": "outputs of the activation", "Hq, Hkv": "query heads; key and value heads",
+            "D": "head dimension", "P": "tokens per page", "L": "draft layers", "S": "vocabulary shards",
+            "N": "outputs of a linear layer", "K": "inputs of a linear layer; candidates per draft",
+            "R": "rotary dimension; rows of a shard",
+            "C": "context tokens that some query sees, of all requests together",
+            "e, c, w": "bytes of an element: of the op's rows, logits or table; of the cache; of the weight"}
 WIDTH = 100  # of a signature on one line
 SHORT = re.compile(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])")  # the modules of a type's name
 

@@ -8,6 +8,8 @@ These rules hold for every op:
 - Outputs can be passed in, for fixed addresses. An output that is None is allocated.
 - A graph-safe op reads lengths, tables and tokens from tensors when it runs, so a captured launch can be replayed with
   new values.
+- Cost is what a call must read and write, each byte once, with e, c and w bytes an element. Optional tensors that are
+  not in the formula add their own bytes. Launches count kernels.
 - No op has a gradient. Results never require one, even if the inputs do.
 """
 

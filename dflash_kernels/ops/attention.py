@@ -96,6 +96,8 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     -----
     Graph-safe. Source: DFlash, arXiv 2602.06036, section 4; online softmax, arXiv 1805.02867; reference/attention.py.
 
+    Cost: `2 * D * (c * C * Hkv + e * B * Q * (Hq + Hkv))` bytes. Launches on a GPU: 1; 2 for few requests.
+
     Replaces the drafter's attention backend in vLLM's V1 runner.
 
     Examples

@@ -64,6 +64,8 @@ def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_si
     -----
     Graph-safe. Source: DFlash, arXiv 2602.06036, section 4; reference/block.py.
 
+    Cost: `B * (12 + 24 * Q + 2 * e * Q * H)` bytes with a page table and an embedding. Launches on a GPU: 1.
+
     Examples
     --------
     >>> import torch
@@ -110,6 +112,8 @@ def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | 
     Notes
     -----
     Graph-safe. Source: reference/block.py.
+
+    Cost: `T * (8 + 2 * e * H)` bytes. Launches on a GPU: 1.
 
     Examples
     --------

@@ -58,7 +58,7 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
         Factor of V (a checkpoint's attention_value_scale), rounded once; at 1 the bits are copied. A cache's own
         v_scale divides V afterwards.
     rounding : {"each", "end"}
-        "each" rounds to the model dtype between K norm and RoPE (vLLM, Hugging Face). "end" does not (SGLang).
+        "each" rounds to kv's dtype between K norm and RoPE (vLLM, Hugging Face). "end" does not (SGLang).
 
     Raises
     ------
@@ -73,7 +73,9 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
     -----
     Graph-safe. Source: DFlash, arXiv 2602.06036, section 4 (KV injection); reference/context.py.
 
-    Replaces `precompute_and_store_context_kv` of vLLM's DFlash model and SGLang's `_append_target_hidden_fused`.
+    Cost: `T * (2 * L * D * Hkv * (e + c) + 4 * R + 16) + e * L * D` bytes. Launches on a GPU: 1 for all draft layers.
+
+    Replaces `precompute_and_store_context_kv` of vLLM's DFlash drafter and SGLang's `_append_target_hidden_fused`.
 
     Examples
     --------

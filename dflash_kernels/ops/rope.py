@@ -6,7 +6,7 @@
 R is the rotary dimension, at most D. Pair i is (i, i + R/2), or (2i, 2i + 1) when interleaved. cos and sin are entry i
 of the table's row for the token's position.
 
-Rounding "each" rounds h to the model dtype before the rotation, as vLLM and the Hugging Face models do. Rounding "end"
+Rounding "each" rounds h to qkv's dtype before the rotation, as vLLM and the Hugging Face models do. Rounding "end"
 stays in float32 from norm through rotation, as SGLang does. Products and sums of the rotation are separate float32
 operations, so without a norm the result equals the same torch expression's bit for bit.
 """
@@ -55,7 +55,7 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
         page * P + row. Contiguous. A slot outside [0, num_pages * P) stores nothing. Two tokens must not share a slot.
         Given exactly when cache is.
     rounding : {"each", "end"}
-        "each" rounds to the model dtype between norm and rotation. "end" does not.
+        "each" rounds to qkv's dtype between norm and rotation. "end" does not.
 
     Returns
     -------
@@ -73,6 +73,9 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
     Notes
     -----
     Graph-safe. Source: Su et al. 2021, arXiv 2104.09864, eq. 34; reference/rope.py.
+
+    Cost: `T * (2 * e * D * (Hq + Hkv) + 4 * R + 8)` bytes, with a cache `T * (D * Hkv * (e + 2 * c) + 8)` more.
+    Launches on a GPU: 1.
 
     Examples
     --------

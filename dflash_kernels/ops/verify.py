@@ -59,6 +59,8 @@ def verify_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor | None, cont
     Graph-safe. Source: DFlash, arXiv 2602.06036, section 4; Leviathan et al. 2023, arXiv 2211.17192, at temperature 0;
     reference/verify.py.
 
+    Cost: `24 * B * (Q + 1)` bytes, from logits `B * (e * Q * V + 16 * Q + 24)`. Launches on a GPU: 1; 2 from logits.
+
     Replaces `rejection_sample` of vLLM's V1 runner, for greedy requests with equal numbers of drafts.
 
     Examples

@@ -2,12 +2,13 @@
 
 The distribution p of one row of adjusted logits l, with m = max l and w_v = exp((l_v - m) / temperature):
 
-    min_p:  keep v if w_v >= min_p                                     (the most likely always stays)
+    min_p:  keep v if w_v >= min_p
     top_k:  of those, keep v if fewer than top_k are larger than l_v
     top_p:  of those, keep v if the mass of the larger ones is < top_p of theirs all
     p_v  =  w_v / sum of the kept w
 
-Equal logits are kept or dropped together, so a row's distribution is a threshold on its logits, whatever their order.
+The most likely is always kept, as with top_p = 0. Equal logits are kept or dropped together, so a row's distribution is
+a threshold on its logits, whatever their order.
 Greedy rows, and rows where nothing can be drawn, put everything on argmax(l), by torch.argmax's rules. NaN is never
 drawn otherwise; +inf takes all.
 """

@@ -42,7 +42,7 @@ def protocol(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model, as for generate; by default smollm2. With --base-url: a model name of the server; by "
+            help="Target, as for generate; by default smollm2. With --base-url: a name that the server lists; by "
             "default its first."
         ),
     ] = None,

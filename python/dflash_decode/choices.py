@@ -21,7 +21,7 @@ class Rule(str, Enum):
 
 
 class Weights(str, Enum):
-    """What the model's weights are kept in."""
+    """What the target's weights are kept in."""
 
     model = "model"
     int8 = "int8"

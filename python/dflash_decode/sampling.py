@@ -31,7 +31,8 @@ class SamplingParams:
 
     temperature: 0 is greedy.
     top_k: keeps the K most likely tokens; 0 or -1 keeps all.
-    top_p: keeps the most likely tokens with this probability together; 1 keeps all.
+    top_p: keeps the most likely tokens with this probability together; 1 keeps all, 0 only the most likely and those
+        that tie with it.
     min_p: keeps tokens with at least this share of the highest probability; 0 keeps all.
     seed: the output depends only on the seed, the prompt and these settings, never on other requests. None selects a
         fresh seed, which the request's events report.

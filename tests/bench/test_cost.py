@@ -1,4 +1,41 @@
+import math
+
+import pytest
+
+import dflash_kernels as dk
 from bench import cost
+from tests.support.costs import cost_of
+
+# Sizes by their letters in docs/ops.md: no two formulas that differ agree on them.
+B, Q, T, V, H, I, HQ, HKV, D, L, S, N, K, R, C = 3, 5, 7, 1009, 64, 48, 8, 2, 16, 6, 4, 40, 2500, 12, 300  # noqa: E741
+E, CACHED, WEIGHT = 4, 1, 2
+SIZES = {"B": B, "Q": Q, "T": T, "V": V, "H": H, "I": I, "Hq": HQ, "Hkv": HKV, "D": D, "L": L, "S": S, "N": N, "K": K,
+         "k": 9, "R": R, "C": C, "e": E, "c": CACHED, "w": WEIGHT, "ceil": math.ceil}
+PASSED = [cost.linear_bytes(T, N, K, E, WEIGHT, chunks) for chunks in (0, math.ceil(K / 1024))]
+TURNED = [cost.rope_bytes(T, HQ, HKV, D, R, E, cached=cached, cache_itemsize=CACHED) for cached in (False, True)]
+MOVED = {
+    "rms_norm": [cost.norm_bytes(T, H, E, add=False)],
+    "add_rms_norm": [cost.norm_bytes(T, H, E, add=True)],
+    "silu_and_mul": [cost.activation_bytes(T, I, E)],
+    "qk_norm_rope": [TURNED[0], TURNED[1] - TURNED[0]],
+    "write_context_kv": [cost.context_bytes(T, L, HKV, D, R, E, cache_itemsize=CACHED)],
+    "prepare_block": [cost.block_bytes(B, Q, hidden=H, itemsize=E)],
+    "embed_tokens": [cost.embed_bytes(T, H, E)],
+    "block_attention": [sum(cost.attention_bytes(C // B, Q, HQ, HKV, D, E, CACHED) for _ in range(B))],
+    "linear": [PASSED[0], PASSED[1] - PASSED[0]],
+    "lm_head_argmax": [cost.lm_head_bytes(T, V, H, E, WEIGHT)],
+    "lm_head_topk": [cost.lm_head_bytes(T, V, H, E, WEIGHT, k=9, lse=True)],
+    "combine_argmax": [cost.combine_bytes(S, R)],
+    "combine_topk": [cost.combine_bytes(S, R, k=9, lse=True)],
+    "verify_greedy": [cost.verify_bytes(B, Q), cost.verify_bytes(B, Q, vocab=V, itemsize=E)],
+    "verify_sample": [cost.sample_bytes(B, Q, V, E)],
+    "sample_draft": [cost.draft_bytes(B, Q - 1, K)],
+}
+
+
+@pytest.mark.parametrize("op", dk.build_info()["ops"])
+def test_an_op_s_docstring_has_the_bytes_that_benchmarks_count(op):
+    assert [eval(formula, {}, SIZES) for formula in cost_of(op).formulas] == MOVED[op]
 
 
 def test_silu_and_mul():

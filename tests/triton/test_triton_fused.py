@@ -1,4 +1,4 @@
-"""README's table of ops: how many kernels each launches on a GPU."""
+"""How many kernels an op launches on a GPU, as its docstring and README's table say."""
 
 import re
 from dataclasses import fields, is_dataclass
@@ -8,14 +8,14 @@ import torch
 
 import dflash_kernels as dk
 from tests.support import ROOT
+from tests.support.costs import cost_of
 from tests.support.op_samples import SAMPLES, int32
 
 pytest.importorskip("triton")
 
 from tests.support.launches import launches  # noqa: E402
 
-TABLE = re.findall(r"^\| `(\w+)` \| (\d)(?: for all draft layers)?(?: to (\d)|; (\d) for few \w+)? \|",
-                   (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+TABLE = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
 
 
 def on_meta(value):
@@ -44,9 +44,8 @@ def wide(op):
 
 
 def counted(op):
-    """Launches of each call. verify_greedy from logits is two ops in one, and has the head's argmax before it."""
-    samples = [s.arguments() for name, s in SAMPLES.items() if s.function is getattr(dk, op)
-               and name != "verify_greedy_logits"]
+    """Launches of each call."""
+    samples = [s.arguments() for s in SAMPLES.values() if s.function is getattr(dk, op)]
     found = set()
     for arguments in [*samples, *wide(op)]:
         with launches() as noted:
@@ -56,12 +55,22 @@ def counted(op):
 
 
 def test_the_table_has_the_ops_of_a_step():
-    assert {op for op, *_ in TABLE} >= {"prepare_block", "add_rms_norm", "qk_norm_rope", "silu_and_mul", "linear",
-                                        "block_attention", "lm_head_argmax", "verify_greedy", "verify_sample",
-                                        "write_context_kv"}
+    assert {*TABLE} >= {"prepare_block", "add_rms_norm", "qk_norm_rope", "silu_and_mul", "linear", "block_attention",
+                        "lm_head_argmax", "verify_greedy", "verify_sample", "write_context_kv"}
 
 
-@pytest.mark.parametrize("op, least, most, few", TABLE)
-def test_launches_are_as_readme_says(op, least, most, few):
-    found = counted(op)
-    assert (min(found), max(found)) == (int(least), int(most or few or least))
+@pytest.mark.parametrize("op", TABLE)
+def test_readme_has_the_docstring_s_launches(op):
+    assert TABLE[op] == cost_of(op).launches
+
+
+@pytest.mark.parametrize("op", dk.build_info()["ops"])
+def test_launches_are_as_the_docstring_says(op):
+    found, said = counted(op), [int(n) for n in re.findall(r"\d+", cost_of(op).launches)]
+    assert (min(found), max(found)) == (min(said), max(said))
+
+
+def test_linear_s_chunks_are_as_long_as_its_docstring_says():
+    from dflash_kernels._triton import linear
+
+    assert cost_of("linear").formulas[1].endswith(f"ceil(K / {linear.CHUNK})")
