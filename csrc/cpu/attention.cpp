@@ -12,7 +12,8 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-template <class T>
+// E: what multiply-adds take of a row, see attention_keys.h.
+template <class T, class E>
 class Attention {
  public:
   explicit Attention(const AttentionParams& params)
@@ -24,7 +25,6 @@ class Attention {
       static_cast<T*>(w.zeros)[d] = from_float<T>(0.0f);
       static_cast<T*>(w.nans)[d] = from_float<T>(NAN);
     }
-    for (int64_t i = 0; i < kTile * stride; ++i) w.values[i] = 0.0f;  // the padding past D stays zero
     for (int j = 0; j < kSplit; ++j) w.key_scale[j] = p.scale;
   }
 
@@ -43,7 +43,10 @@ class Attention {
     }
 #endif
     for (int r = 0; r < t.count; ++r)
-      for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(rows[r] + d, D - d));
+      if constexpr (kAtOnce<E> == 2)
+        std::memcpy(w.q + r * stride, rows[r], size_t(D) * sizeof(T));
+      else
+        for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(rows[r] + d, D - d));
   }
 
   // Softmax over split number `split` alone, for all rows of the task. Rows that see nothing of it get sum 0, max -inf.
@@ -68,12 +71,16 @@ class Attention {
     if constexpr (kHasTiles<T>)
       if (tiles) return split_amx(p, t.count, begin, end, lo, hi, keys, values, value_scale, w, out);
 #endif
-    for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, w);
+    for (int j = begin; j < end && j < (begin & -kTile) + kTile; ++j) prefetch_row(keys[j], D);
+    for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, values, w);
     for (int r = 0; r < t.count; ++r) {
       for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
-      if (lo[r] < hi[r]) softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
+      if (lo[r] >= hi[r]) continue;
+      softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
+      if constexpr (kAtOnce<E> == 2)
+        for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSplit + j, load(w.s + r * kSplit + j));
     }
-    for (int tile = begin & -kTile; tile < end; tile += kTile) weigh_tile(t, tile, begin, end, lo, hi, values, w, out);
+    for (int tile = begin & -kTile; tile < end; tile += kTile) weigh_tile(t, tile, lo, hi, values, w, out);
   }
 
   void start(const Task& t, const State& total) const {
@@ -126,14 +133,16 @@ class Attention {
     for (int j = end; j < ((end + kTile - 1) & -kTile); ++j) keys[j] = zeros;
     int j = begin;
     while (j < end && base + j < request.context) {
-      const int64_t index = (base + j) / p.page_size, first = index * p.page_size;
+      const int64_t index = (base + j) / p.page_size, row = base + j - index * p.page_size;
       const int64_t page = index < p.max_pages ? p.page_table[request.b * p.page_table_stride + index] : -1;
-      const bool exists = page >= 0 && page < p.num_pages;
-      for (; j < end && base + j < request.context && base + j < first + p.page_size; ++j) {
-        const int64_t row = base + j - first;
-        keys[j] = exists ? cached_row(p.k_cache, p.k_cache_stride, page, row, t.h, j, w.cached_k) : nans;
-        values[j] = exists ? cached_row(p.v_cache, p.v_cache_stride, page, row, t.h, j, w.cached_v) : nans;
+      const int64_t there = clamp(p.page_size - row, 0, clamp(request.context - base, 0, end) - j);
+      if (page < 0 || page >= p.num_pages) {
+        for (int i = 0; i < there; ++i) keys[j + i] = values[j + i] = nans;
+      } else {
+        cached_rows(p.k_cache, p.k_cache_stride, page, row, t.h, there, w.cached_k, j, keys);
+        cached_rows(p.v_cache, p.v_cache_stride, page, row, t.h, there, w.cached_v, j, values);
       }
+      j += int(there);
     }
     const T* k = static_cast<const T*>(p.k) + request.b * p.k_stride[0] + t.h * p.k_stride[2];
     const T* v = static_cast<const T*>(p.v) + request.b * p.v_stride[0] + t.h * p.v_stride[2];
@@ -143,14 +152,20 @@ class Attention {
     }
   }
 
-  // A row of the cache where it is, or an fp8 one in the same numbers of T, as row j of `split`.
-  const T* cached_row(const void* cache, const int64_t (&strides)[3], int64_t page, int64_t row, int64_t h, int j,
-                      void* split) const {
+  // Rows of a page where they are, or fp8 ones in the same numbers of T, as rows j on of `split`.
+  void cached_rows(const void* cache, const int64_t (&strides)[3], int64_t page, int64_t row, int64_t h, int64_t count,
+                   void* split, int j, const T** to) const {
     const int64_t at = page * strides[0] + row * strides[1] + h * strides[2];
-    if (!p.fp8_cache) return static_cast<const T*>(cache) + at;
-    T* to = static_cast<T*>(split) + j * stride;
-    widen_row(static_cast<const fp8*>(cache) + at, to, D);
-    return to;
+    if (!p.fp8_cache) {
+      const T* first = static_cast<const T*>(cache) + at;
+      for (int64_t i = 0; i < count; ++i) to[j + i] = first + i * strides[1];
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* wide = static_cast<T*>(split) + (j + i) * stride;
+      widen_row(static_cast<const fp8*>(cache) + at + i * strides[1], wide, D);
+      to[j + i] = wide;
+    }
   }
 
   // An fp8 cache's scales belong to the keys of the context alone, which come before the block's.
@@ -163,59 +178,84 @@ class Attention {
   }
 
   void score_tile(const Task& t, int tile, int begin, int end, const int* lo, const int* hi, const T* const* keys,
-                  const Scratch& w) const {
+                  const T* const* values, const Scratch& w) const {
     const int from = begin > tile ? (begin - tile) & -W : 0;
     const int to = end < tile + kTile ? (end - tile + W - 1) & -W : kTile;
-    for (int j = from; j < to; j += W) load_keys<T>(keys + tile + j, D, w.keys + j);
+    for (int j = from; j < to; j += W) {
+      // The next tile's keys and this one's values are asked for while this one's keys are transposed.
+      for (int i = tile + j; i < tile + j + W; ++i) {
+        if (i + kTile < end) prefetch_row(keys[i + kTile], D);
+        if (i >= begin && i < end) prefetch_row(values[i], D);
+      }
+      load_keys<E>(keys + tile + j, D, w.keys + j);
+    }
     for (int r = 0; r < t.count; r += 4) {
       const int n = t.count - r < 4 ? t.count - r : 4;
       bool seen = false;
       for (int i = r; i < r + n; ++i) seen |= lo[i] < tile + kTile && hi[i] > tile;
       if (!seen) continue;
-      const float *q = w.q + r * stride, *k = w.keys + from;
+      const E* q = reinterpret_cast<const E*>(w.q + r * stride);
+      const float *k = w.keys + from, *scale = w.key_scale + tile + from;
       float* s = w.s + r * kSplit + tile + from;
-      const float* scale = w.key_scale + tile + from;
-      const int vectors = (to - from) / W;
+      const int vectors = (to - from) / W, length = D / kAtOnce<E>;
       switch (n) {
-        case 4: scores<4>(q, stride, k, vectors, D, scale, p.softcap, s); break;
-        case 3: scores<3>(q, stride, k, vectors, D, scale, p.softcap, s); break;
-        case 2: scores<2>(q, stride, k, vectors, D, scale, p.softcap, s); break;
-        default: scores<1>(q, stride, k, vectors, D, scale, p.softcap, s);
+        case 4: scores<4>(q, stride, k, vectors, length, scale, p.softcap, s); break;
+        case 3: scores<3>(q, stride, k, vectors, length, scale, p.softcap, s); break;
+        case 2: scores<2>(q, stride, k, vectors, length, scale, p.softcap, s); break;
+        default: scores<1>(q, stride, k, vectors, length, scale, p.softcap, s);
       }
     }
   }
 
-  void weigh_tile(const Task& t, int tile, int begin, int end, const int* lo, const int* hi, const T* const* values,
-                  const Scratch& w, const State& out) const {
-    const int from = begin > tile ? begin : tile, to = end < tile + kTile ? end : tile + kTile;
-    for (int j = from; j < to; ++j)
-      for (int d = 0; d < D; d += W) store(w.values + (j - tile) * stride + d, load_n(values[j] + d, D - d));
+  void weigh_tile(const Task& t, int tile, const int* lo, const int* hi, const T* const* values, const Scratch& w,
+                  const State& out) const {
+    constexpr int kOnce = kAtOnce<E>, first = kSplit / kOnce;
+    const int from = tile / kOnce, to = (tile + kTile) / kOnce;
     for (int r = 0; r < t.count; r += 4) {
       const int n = t.count - r < 4 ? t.count - r : 4;
-      int all_lo = 0, all_hi = kTile, row_lo[4], row_hi[4];
+      // In elements: what a row sees whole, and what all of them see whole.
+      int all_lo = from, all_hi = to, row_lo[4], row_hi[4];
       for (int i = 0; i < n; ++i) {
-        row_lo[i] = int(clamp(lo[r + i] - tile, 0, kTile));
-        row_hi[i] = int(clamp(hi[r + i] - tile, 0, kTile));
+        row_lo[i] = int(clamp((lo[r + i] + kOnce - 1) / kOnce, from, to));
+        row_hi[i] = int(clamp(hi[r + i] / kOnce, from, to));
         all_lo = row_lo[i] > all_lo ? row_lo[i] : all_lo;
         all_hi = row_hi[i] < all_hi ? row_hi[i] : all_hi;
       }
       // Keys that only some of the rows see come before and after those that all see; each row keeps its order.
-      if (all_hi <= all_lo) all_lo = all_hi = kTile;
-      const float* weights = w.s + r * kSplit + tile;
+      if (all_hi <= all_lo) all_lo = all_hi = to;
+      const E* weights = weights_of(w, r);
       float* acc = out.acc + r * stride;
-      for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSplit, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
+      for (int i = 0; i < n; ++i) {
+        if (lo[r + i] % kOnce && lo[r + i] < hi[r + i] && lo[r + i] / kOnce >= from && lo[r + i] / kOnce < to)
+          weigh_half(lo[r + i], weights + i * first, values, w, acc + i * stride);
+        weigh<1>(weights + i * first, values, D, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
                  acc + i * stride);
-      switch (n) {
-        case 4: weigh<4>(weights, w.values, stride, all_lo, all_hi, acc); break;
-        case 3: weigh<3>(weights, w.values, stride, all_lo, all_hi, acc); break;
-        case 2: weigh<2>(weights, w.values, stride, all_lo, all_hi, acc); break;
-        default: weigh<1>(weights, w.values, stride, all_lo, all_hi, acc);
       }
-      for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSplit, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
+      switch (n) {
+        case 4: weigh<4>(weights, values, D, stride, all_lo, all_hi, acc); break;
+        case 3: weigh<3>(weights, values, D, stride, all_lo, all_hi, acc); break;
+        case 2: weigh<2>(weights, values, D, stride, all_lo, all_hi, acc); break;
+        default: weigh<1>(weights, values, D, stride, all_lo, all_hi, acc);
+      }
+      for (int i = 0; i < n; ++i) {
+        weigh<1>(weights + i * first, values, D, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
                  acc + i * stride);
+        if (hi[r + i] % kOnce && lo[r + i] < hi[r + i] && hi[r + i] / kOnce >= from && hi[r + i] / kOnce < to)
+          weigh_half(hi[r + i] - 1, weights + i * first, values, w, acc + i * stride);
+      }
     }
+  }
+
+  // Of a pair of keys that a row sees one of, the other's value counts as zero, whatever it is.
+  void weigh_half(int key, const E* weights, const T* const* values, const Scratch& w, float* acc) const {
+    const T* pair[2] = {static_cast<const T*>(w.zeros), static_cast<const T*>(w.zeros)};
+    pair[key % 2] = values[key];
+    weigh<1>(weights + key / 2, pair, D, stride, 0, 1, acc);
+  }
+
+  static const E* weights_of(const Scratch& w, int r) {
+    if constexpr (kAtOnce<E> == 2) return reinterpret_cast<const E*>(w.weights + r * kSplit);
+    else return w.s + r * kSplit;
   }
 
   const AttentionParams& p;
@@ -226,9 +266,9 @@ class Attention {
   const bool tiles;  // this call runs on AMX
 };
 
-template <class T>
+template <class T, class E = float>
 void run(const AttentionParams& p) {
-  const Attention<T> attention(p);
+  const Attention<T, E> attention(p);
   const int64_t stride = padded(p.head_dim), group = p.heads / p.kv_heads;
   if (p.batch == 0 || p.width == 0) return;
   const Plan plan = make_plan(p, stride);
@@ -280,6 +320,9 @@ void run(const AttentionParams& p) {
 }  // namespace
 
 void block_attention(const AttentionParams& p) {
+#if DFLASH_ATTENTION_PAIRS
+  if (p.dtype == Dtype::bf16 && p.head_dim % 32 == 0) return run<bf16, Pair>(p);
+#endif
   switch (p.dtype) {
     case Dtype::f32: return run<float>(p);
     case Dtype::bf16: return run<bf16>(p);

@@ -164,7 +164,7 @@ inline void weigh_amx(const bf16* weights, const bf16* pairs, int begin, int end
   }
 }
 
-inline void prefetch_row(const bf16* row, int D) {
+inline void prefetch_near(const bf16* row, int D) {
   for (int d = 0; d < D; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
 }
 
@@ -175,13 +175,12 @@ inline void split_amx(const AttentionParams& p, int count, int begin, int end, c
   const int D = int(p.head_dim);
   const int64_t stride = padded(D);
   bf16* rows = reinterpret_cast<bf16*>(w.keys);
-  // Pages are too short for the hardware to see a stream in them: the next tile's keys and this one's values are asked
-  // for while this one's keys are multiplied.
-  for (int j = begin; j < end && j < (begin & -kTile) + kTile; ++j) prefetch_row(keys[j], D);
+  // The next tile's keys and this one's values are asked for while this one's keys are multiplied.
+  for (int j = begin; j < end && j < (begin & -kTile) + kTile; ++j) prefetch_near(keys[j], D);
   for (int tile = begin & -kTile; tile < end; tile += kTile) {
     for (int j = tile; j < tile + kTile; ++j) {
-      if (j + kTile < end) prefetch_row(keys[j + kTile], D);
-      if (j >= begin && j < end) prefetch_row(values[j], D);
+      if (j + kTile < end) prefetch_near(keys[j + kTile], D);
+      if (j >= begin && j < end) prefetch_near(values[j], D);
     }
     KeyRows sixteens[kTile / 16];
     for (int i = 0; i < kTile / 16; ++i) sixteens[i] = sixteen_keys(keys + tile + 16 * i, D, rows + 16 * i * D);

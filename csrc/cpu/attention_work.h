@@ -46,7 +46,8 @@ struct Task {
   int count;
 };
 
-// One thread's buffers. The bf16 ones are AMX's, the last two hold a split of an fp8 cache.
+// One thread's buffers. q holds elements of E; packed_q, packed_v and values are AMX's; the last two hold a split of an
+// fp8 cache.
 struct Scratch {
   float *q, *s, *partial, *total, *keys, *values, *key_scale;
   void *zeros, *nans;
