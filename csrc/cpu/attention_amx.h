@@ -170,7 +170,7 @@ inline void prefetch_near(const bf16* row, int D) {
 
 // One split for `count` rows: row r sees keys [lo[r], hi[r]), and [begin, end) is what they see together.
 inline void split_amx(const AttentionParams& p, int count, int begin, int end, const int* lo, const int* hi,
-                     const bf16* const* keys, const bf16* const* values, const ValueScale& value_scale,
+                     const bf16* const* keys, const bf16* const* values, const float* value_scale,
                      const Scratch& w, const State& out) {
   const int D = int(p.head_dim);
   const int64_t stride = padded(D);
@@ -193,8 +193,9 @@ inline void split_amx(const AttentionParams& p, int count, int begin, int end, c
   for (int r = 0; r < count; ++r) {
     all_see_all &= lo[r] == begin && hi[r] == end;
     if (lo[r] >= hi[r]) continue;
-    softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
-    for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSplit + j, load(w.s + r * kSplit + j));
+    float* s = w.s + r * kSplit;
+    softmax(s, lo[r], hi[r], value_scale, s, out.max + r, out.sum + r);
+    for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSplit + j, load(s + j));
   }
   if (!pack_values(values, begin, end, D, w.packed_v) || all_see_all)
     return weigh_amx(w.weights, w.packed_v, begin, end, two, D, stride, out.acc);

@@ -15,24 +15,32 @@ constexpr int kChain = 64;  // dimensions per chain of multiply-adds: longer one
 // ---- scores: s[r][key] = cap(scale[key] * q[r] . k[key]) -----------------------------------------------------------
 
 // length: of a row of q, in elements.
+// Loops over R and N are unrolled before GCC decides what is a register: it kept the sums in memory.
 template <int R, int N, class E>
-inline void scores(const E* q, int64_t q_stride, const float* kt, int length, const float* scale, float softcap,
-                   float* s) {
+__attribute__((noinline)) void scores(const E* q, int64_t q_stride, const float* kt, int length, const float* scale,
+                                      float softcap, float* s) {
   constexpr int kLongest = kChain / kAtOnce<E>;
   for (int begin = 0; begin < length; begin += kLongest) {
     const int end = begin + kLongest < length ? begin + kLongest : length;
     Vec acc[R][N];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) acc[r][n] = set1(0.0f);
     for (int d = begin; d < end; ++d) {
       Vec key[N];
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) key[n] = load(kt + d * kTile + n * W);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec x = every_lane(q + r * q_stride + d);
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) acc[r][n] = multiply_add<E>(x, key[n], acc[r][n]);
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         float* to = s + r * kSplit + n * W;
         Vec x = begin ? load(to) + acc[r][n] : acc[r][n];
@@ -58,12 +66,6 @@ inline void scores(const E* q, int64_t q_stride, const float* kt, int vectors, i
 
 // ---- softmax of one row over the visible keys [lo, hi) of a split ---------------------------------------------------
 
-// What the weights of a split's first keys, those of an fp8 cache, take of its values' scale. None: no such keys.
-struct ValueScale {
-  float factor;
-  int end;
-};
-
 // exp(x) for x <= 0, and exactly 0 where that would be subnormal. NaN stays NaN.
 inline Vec weight(Vec x) {
 #if defined(__AMX_BF16__)
@@ -73,8 +75,19 @@ inline Vec weight(Vec x) {
 #endif
 }
 
-// s <- exp(s - max). Lane l of the sum holds the positions that are l modulo W, whatever lo and hi are.
-inline void softmax(float* s, int lo, int hi, const ValueScale& scale, float* max_out, float* sum_out) {
+inline void store_weights(float* to, Vec x) { store(to, x); }
+inline void store_weights(bf16* to, Vec x) {
+#if DFLASH_ATTENTION_PAIRS
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v));
+#else
+  store(to, x);
+#endif
+}
+
+// weights <- exp(s - max), times value_scale unless that is null; s and weights may be the same. Lane l of the sum
+// holds the positions that are l modulo W, whatever lo and hi are.
+template <class To>
+inline void softmax(float* s, int lo, int hi, const float* value_scale, To* weights, float* max_out, float* sum_out) {
   const int begin = lo & -W, end = (hi + W - 1) & -W;
   for (int i = begin; i < lo; ++i) s[i] = -INFINITY;
   for (int i = hi; i < end; ++i) s[i] = -INFINITY;
@@ -85,15 +98,14 @@ inline void softmax(float* s, int lo, int hi, const ValueScale& scale, float* ma
   Vec sum = set1(0.0f);
   for (int i = begin; i < end; i += W) {
     const Vec e = weight(load(s + i) - shift);
-    store(s + i, e);
     sum = sum + e;
+    store_weights(weights + i, value_scale ? e * load(value_scale + i) : e);
   }
-  for (int i = lo; i < hi && i < scale.end; ++i) s[i] *= scale.factor;
   *max_out = m;
   *sum_out = reduce_add(sum);
 }
 
-// ---- values: acc[r] += sum over elements [begin, end) of weights[r] . values -----------------------------------------
+// ---- values: acc[r] += sum over elements [begin, end) of weights[r] . values --------------------------------------
 
 // N vectors of the values of one element of weights, from dimension d of the element's rows.
 template <int N, class T>
@@ -121,34 +133,44 @@ inline void load_values(Vec (&value)[N], const bf16* const* rows, int d, int, co
 #endif
 
 template <int R, int N, class E, class T>
-inline void weigh(const E* weights, const T* const* rows, int d, int D, int64_t stride, int begin, int end,
-                  float* acc) {
+__attribute__((noinline)) void weigh(const E* weights, const T* const* rows, const T* const* ahead, int d, int D,
+                                     int64_t stride, int begin, int end, float* acc) {
   Vec a[R][N];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) a[r][n] = load(acc + r * stride + d + n * W);
   for (int j = begin; j < end; ++j) {
     Vec value[N];
+    if (ahead)
+      for (int i = 0; i < kAtOnce<E>; ++i)
+        for (int n = 0; n < N * W; n += int(64 / sizeof(T))) prefetch(ahead[j * kAtOnce<E> + i] + d + n);
     load_values(value, rows + j * kAtOnce<E>, d, D, weights);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec x = every_lane(weights + r * (kSplit / kAtOnce<E>) + j);
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) a[r][n] = multiply_add<E>(x, value[n], a[r][n]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) store(acc + r * stride + d + n * W, a[r][n]);
 }
 
 // stride: of acc's rows, which have room for whole vectors.
 template <int R, class E, class T>
-inline void weigh(const E* weights, const T* const* rows, int D, int64_t stride, int begin, int end, float* acc) {
+inline void weigh(const E* weights, const T* const* rows, const T* const* ahead, int D, int64_t stride, int begin,
+                  int end, float* acc) {
   if (begin >= end) return;
   constexpr int N = DFLASH_VEC == 512 ? 4 : 2;
   int d = 0;
-  for (; d + N * W <= D; d += N * W) weigh<R, N>(weights, rows, d, D, stride, begin, end, acc);
+  for (; d + N * W <= D; d += N * W) weigh<R, N>(weights, rows, ahead, d, D, stride, begin, end, acc);
   if constexpr (N == 4)
-    for (; d + 2 * W <= D; d += 2 * W) weigh<R, 2>(weights, rows, d, D, stride, begin, end, acc);
+    for (; d + 2 * W <= D; d += 2 * W) weigh<R, 2>(weights, rows, ahead, d, D, stride, begin, end, acc);
   if constexpr (kAtOnce<E> == 1)
-    for (; d < D; d += W) weigh<R, 1>(weights, rows, d, D, stride, begin, end, acc);
+    for (; d < D; d += W) weigh<R, 1>(weights, rows, ahead, d, D, stride, begin, end, acc);
 }
 
 }  // namespace

@@ -1,0 +1,112 @@
+// A piece of block_attention: one split of the positions for the rows of one task, and its loops over tiles of keys and
+// blocks of four rows.
+#pragma once
+
+#include "cpu/attention_work.h"
+
+namespace dflash::DFLASH_ISA {
+namespace {
+
+// Row r sees keys [lo[r], hi[r]) of the split, and [begin, end) is what the rows see together.
+template <class T>
+struct Piece {
+  Task task;
+  int64_t index, number;  // of the task, of the split
+  bool first, last;       // of what this thread does of the task; when tasks are cut by split, either
+  bool asked;             // its keys are on their way
+  int lo[kRows], hi[kRows], begin, end;
+  const T *keys[kSplit], *values[kSplit];  // of an fp8 cache narrow ones, up to `narrow`, until they are widened
+  int narrow;
+
+  explicit Piece(const AttentionParams& p) : task{Request(p, 0), 0, 0, 0} {}
+
+  // Asks for rows [from, to) of keys or values, as far as there are any.
+  __attribute__((always_inline)) void ask(const T* const* rows, int from, int to, int D) const {
+    for (int j = from > begin ? from : begin; j < to && j < end; ++j)
+      if (j < narrow) prefetch_row(reinterpret_cast<const fp8*>(rows[j]), D);
+      else prefetch_row(rows[j], D);
+  }
+};
+
+// Scores of the tile's keys for all rows that see any, into w.s.
+template <class E, class T>
+void score_tile(const AttentionParams& p, const Piece<T>& piece, int tile, const Scratch& w) {
+  const int D = int(p.head_dim), count = piece.task.count, begin = piece.begin, end = piece.end;
+  const int64_t stride = padded(D);
+  const int from = begin > tile ? (begin - tile) & -W : 0;
+  const int to = end < tile + kTile ? (end - tile + W - 1) & -W : kTile;
+  for (int j = from; j < to; j += W) {
+    // The values are weighed after all of the split's scores: time enough for them to come.
+    if (!piece.asked) piece.ask(piece.keys, tile + j + kTile, tile + j + kTile + W, D);
+    load_keys<E>(piece.keys + tile + j, piece.values + tile + j, D, w.keys + j);
+  }
+  for (int r = 0; r < count; r += 4) {
+    const int n = count - r < 4 ? count - r : 4;
+    bool seen = false;
+    for (int i = r; i < r + n; ++i) seen |= piece.lo[i] < tile + kTile && piece.hi[i] > tile;
+    if (!seen) continue;
+    const E* q = reinterpret_cast<const E*>(w.q + r * stride);
+    const float *k = w.keys + from, *scale = w.key_scale + tile + from;
+    float* s = w.s + r * kSplit + tile + from;
+    const int vectors = (to - from) / W, length = D / kAtOnce<E>;
+    switch (n) {
+      case 4: scores<4>(q, stride, k, vectors, length, scale, p.softcap, s); break;
+      case 3: scores<3>(q, stride, k, vectors, length, scale, p.softcap, s); break;
+      case 2: scores<2>(q, stride, k, vectors, length, scale, p.softcap, s); break;
+      default: scores<1>(q, stride, k, vectors, length, scale, p.softcap, s);
+    }
+  }
+}
+
+// Of a pair of keys that a row sees one of, the other's value counts as zero, whatever it is.
+template <class E, class T>
+void weigh_half(int key, const E* weights, const T* const* values, int D, const Scratch& w, float* acc) {
+  const T* pair[2] = {static_cast<const T*>(w.zeros), static_cast<const T*>(w.zeros)};
+  pair[key % 2] = values[key];
+  weigh<1>(weights + key / 2, pair, static_cast<const T* const*>(nullptr), D, padded(D), 0, 1, acc);
+}
+
+// Adds the weighed values of the tile to acc. Weights: (rows, kSplit) numbers.
+template <class E, class T>
+void weigh_tile(const AttentionParams& p, const Piece<T>& piece, int tile, const E* weights, const T* const* ahead,
+                const Scratch& w, float* acc) {
+  constexpr int kOnce = kAtOnce<E>, kRow = kSplit / kOnce;
+  const int D = int(p.head_dim), from = tile / kOnce, to = (tile + kTile) / kOnce;
+  const int64_t stride = padded(D);
+  const T *const *values = piece.values, *const *none = nullptr;
+  for (int r = 0; r < piece.task.count; r += 4, weights += 4 * kRow, acc += 4 * stride) {
+    const int n = piece.task.count - r < 4 ? piece.task.count - r : 4, *lo = piece.lo + r, *hi = piece.hi + r;
+    // In elements: what a row sees whole, and what all of them see whole.
+    int all_lo = from, all_hi = to, row_lo[4], row_hi[4];
+    for (int i = 0; i < n; ++i) {
+      row_lo[i] = int(clamp((lo[i] + kOnce - 1) / kOnce, from, to));
+      row_hi[i] = int(clamp(hi[i] / kOnce, from, to));
+      all_lo = row_lo[i] > all_lo ? row_lo[i] : all_lo;
+      all_hi = row_hi[i] < all_hi ? row_hi[i] : all_hi;
+    }
+    const auto half_seen = [&](int row, int edge) {
+      return edge % kOnce && lo[row] < hi[row] && edge / kOnce >= from && edge / kOnce < to;
+    };
+    // Keys that only some of the rows see come before and after those that all see; each row keeps its order.
+    if (all_hi <= all_lo) all_lo = all_hi = to;
+    for (int i = 0; i < n; ++i) {
+      if (half_seen(i, lo[i])) weigh_half(lo[i], weights + i * kRow, values, D, w, acc + i * stride);
+      weigh<1>(weights + i * kRow, values, none, D, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
+               acc + i * stride);
+    }
+    switch (n) {
+      case 4: weigh<4>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc); break;
+      case 3: weigh<3>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc); break;
+      case 2: weigh<2>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc); break;
+      default: weigh<1>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc);
+    }
+    for (int i = 0; i < n; ++i) {
+      weigh<1>(weights + i * kRow, values, none, D, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
+               acc + i * stride);
+      if (half_seen(i, hi[i])) weigh_half(hi[i] - 1, weights + i * kRow, values, D, w, acc + i * stride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dflash::DFLASH_ISA
