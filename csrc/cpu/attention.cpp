@@ -105,12 +105,9 @@ class Attention {
       }
 #endif
     widen(piece, piece.values, w, w.cached_v);
-    for (int r = 0; r < piece.task.count; ++r)
-      for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
     if (next && next->begin >= next->end) next = nullptr;
-    const T* const* ahead = next ? next->keys : nullptr;
-    for (int tile = begin & -kTile; tile < end; tile += kTile)
-      weigh_tile(p, piece, tile, reinterpret_cast<const E*>(weights_of(w)), ahead, w, out.acc);
+    const E* weights = reinterpret_cast<const E*>(weights_of(w));
+    weigh_rows(piece, weights, next ? next->keys : nullptr, D, w, out.acc);
     if (next) {
       next->ask(next->keys, 0, begin, D);
       next->ask(next->keys, end, kSplit, D);

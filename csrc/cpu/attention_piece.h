@@ -66,31 +66,27 @@ void weigh_half(int key, const E* weights, const T* const* values, int D, const 
   weigh<1>(weights + key / 2, pair, static_cast<const T* const*>(nullptr), D, padded(D), 0, 1, acc);
 }
 
-// Adds the weighed values of the tile to acc. Weights: (rows, kSplit) numbers.
+// The weighed sum of the values that each row sees. Weights: (rows, kSplit) numbers. Rows of `ahead` are asked for.
 template <class E, class T>
-void weigh_tile(const AttentionParams& p, const Piece<T>& piece, int tile, const E* weights, const T* const* ahead,
-                const Scratch& w, float* acc) {
+void weigh_rows(const Piece<T>& piece, const E* weights, const T* const* ahead, int D, const Scratch& w, float* acc) {
   constexpr int kOnce = kAtOnce<E>, kRow = kSplit / kOnce;
-  const int D = int(p.head_dim), from = tile / kOnce, to = (tile + kTile) / kOnce;
   const int64_t stride = padded(D);
   const T *const *values = piece.values, *const *none = nullptr;
+  for (int64_t i = 0; i < piece.task.count * stride; ++i) acc[i] = 0.0f;
   for (int r = 0; r < piece.task.count; r += 4, weights += 4 * kRow, acc += 4 * stride) {
     const int n = piece.task.count - r < 4 ? piece.task.count - r : 4, *lo = piece.lo + r, *hi = piece.hi + r;
     // In elements: what a row sees whole, and what all of them see whole.
-    int all_lo = from, all_hi = to, row_lo[4], row_hi[4];
+    int all_lo = 0, all_hi = kRow, row_lo[4], row_hi[4];
     for (int i = 0; i < n; ++i) {
-      row_lo[i] = int(clamp((lo[i] + kOnce - 1) / kOnce, from, to));
-      row_hi[i] = int(clamp(hi[i] / kOnce, from, to));
+      row_lo[i] = (lo[i] + kOnce - 1) / kOnce;
+      row_hi[i] = hi[i] / kOnce;
       all_lo = row_lo[i] > all_lo ? row_lo[i] : all_lo;
       all_hi = row_hi[i] < all_hi ? row_hi[i] : all_hi;
     }
-    const auto half_seen = [&](int row, int edge) {
-      return edge % kOnce && lo[row] < hi[row] && edge / kOnce >= from && edge / kOnce < to;
-    };
     // Keys that only some of the rows see come before and after those that all see; each row keeps its order.
-    if (all_hi <= all_lo) all_lo = all_hi = to;
+    if (all_hi <= all_lo) all_lo = all_hi = kRow;
     for (int i = 0; i < n; ++i) {
-      if (half_seen(i, lo[i])) weigh_half(lo[i], weights + i * kRow, values, D, w, acc + i * stride);
+      if (lo[i] % kOnce && lo[i] < hi[i]) weigh_half(lo[i], weights + i * kRow, values, D, w, acc + i * stride);
       weigh<1>(weights + i * kRow, values, none, D, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
                acc + i * stride);
     }
@@ -103,7 +99,7 @@ void weigh_tile(const AttentionParams& p, const Piece<T>& piece, int tile, const
     for (int i = 0; i < n; ++i) {
       weigh<1>(weights + i * kRow, values, none, D, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
                acc + i * stride);
-      if (half_seen(i, hi[i])) weigh_half(hi[i] - 1, weights + i * kRow, values, D, w, acc + i * stride);
+      if (hi[i] % kOnce && lo[i] < hi[i]) weigh_half(hi[i] - 1, weights + i * kRow, values, D, w, acc + i * stride);
     }
   }
 }
