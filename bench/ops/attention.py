@@ -26,10 +26,11 @@ HEADLINES = {("smollm2", 512), ("qwen3-8b", 8192), ("tiny", 40)}
 
 
 def cases(sizes: Sizes):
-    of = sizes.name
-    for name, context, width, batch, page in product(GEOMETRIES[of], CONTEXTS[of], WIDTHS[of], BATCHES[of], PAGES[of]):
+    found = GEOMETRIES[sizes.name]
+    more = (table[sizes.name] for table in (CONTEXTS, WIDTHS, BATCHES, PAGES))
+    for name, context, width, batch, page in product(found, *more):
         if batch * context <= 1 << 20:
-            yield case(sizes, name, *GEOMETRIES[of][name], context, width, batch, page)
+            yield case(sizes, name, *found[name], context, width, batch, page)
 
 
 def case(sizes, name, heads, kv_heads, dim, context, width, batch, page):
