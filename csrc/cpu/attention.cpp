@@ -106,13 +106,13 @@ class Attention {
 #endif
     widen(piece, piece.values, w, w.cached_v);
     if (next && next->begin >= next->end) next = nullptr;
-    const E* weights = reinterpret_cast<const E*>(weights_of(w));
-    weigh_rows(piece, weights, next ? next->keys : nullptr, D, w, out.acc);
-    if (next) {
+    weigh_rows(piece, reinterpret_cast<const E*>(weights_of(w)), next, D, w, out.acc);
+    if (!next) return;
+    if (piece.task.count <= 4) {  // beside the keys of this piece; the others are left
       next->ask(next->keys, 0, begin, D);
       next->ask(next->keys, end, kSplit, D);
-      next->asked = true;
     }
+    next->asked = true;
   }
 
   void start(const Task& t, const State& total) const {

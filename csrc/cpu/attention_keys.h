@@ -125,11 +125,12 @@ inline void transpose_keys(const T* const* rows, int d, int D, float* kt) {
 #endif
 }
 
-// W rows. Those of `ahead` are asked for a line at a time: a burst of requests would make the loads behind it wait.
+// W rows. Those of `ahead`, unless that is null, are asked for a line at a time: a burst of requests would make the
+// loads behind it wait.
 template <class E, class T>
 inline void load_keys(const T* const* rows, const T* const* ahead, int D, float* kt) {
   for (int d = 0; d < D; d += W) {
-    for (int i = 0; i < W; ++i) prefetch(ahead[i] + d);
+    for (int i = 0; ahead && i < W; ++i) prefetch(ahead[i] + d);
     transpose_keys(rows, d, D, kt);
   }
 }
@@ -142,7 +143,7 @@ inline void load_keys<float, bf16>(const bf16* const* rows, const bf16* const* a
   for (; d + 2 * W <= D; d += 2 * W) {
     Vec r[W];
     for (int i = 0; i < W; ++i) {
-      prefetch(ahead[i] + d);
+      if (ahead) prefetch(ahead[i] + d);
       r[i] = load(reinterpret_cast<const float*>(rows[i] + d));
     }
     transpose(r);
@@ -162,7 +163,7 @@ __attribute__((noinline)) inline void load_keys<Pair, bf16>(const bf16* const* r
   for (int d = 0; d < D; d += 2 * W) {
     Vec r[W];
     for (int i = 0; i < W; ++i) {
-      prefetch(ahead[i] + d);
+      if (ahead) prefetch(ahead[i] + d);
       r[i] = load(reinterpret_cast<const float*>(rows[i] + d));
     }
     transpose(r);

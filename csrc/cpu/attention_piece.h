@@ -35,13 +35,16 @@ void score_tile(const AttentionParams& p, const Piece<T>& piece, int tile, const
   const int64_t stride = padded(D);
   const int from = begin > tile ? (begin - tile) & -W : 0;
   const int to = end < tile + kTile ? (end - tile + W - 1) & -W : kTile;
+  // The values are weighed after all of the split's scores: time enough for them to come. They are asked for in small
+  // shares, where most of the time is spent.
+  const bool few = count <= 4;
   for (int j = from; j < to; j += W) {
-    // The values are weighed after all of the split's scores: time enough for them to come.
     if (!piece.asked) piece.ask(piece.keys, tile + j + kTile, tile + j + kTile + W, D);
-    load_keys<E>(piece.keys + tile + j, piece.values + tile + j, D, w.keys + j);
+    load_keys<E>(piece.keys + tile + j, few ? piece.values + tile + j : nullptr, D, w.keys + j);
   }
   for (int r = 0; r < count; r += 4) {
     const int n = count - r < 4 ? count - r : 4;
+    if (!few) piece.ask(piece.values, tile + kTile * r / count, tile + kTile * (r + n) / count, D);
     bool seen = false;
     for (int i = r; i < r + n; ++i) seen |= piece.lo[i] < tile + kTile && piece.hi[i] > tile;
     if (!seen) continue;
@@ -66,15 +69,19 @@ void weigh_half(int key, const E* weights, const T* const* values, int D, const 
   weigh<1>(weights + key / 2, pair, static_cast<const T* const*>(nullptr), D, padded(D), 0, 1, acc);
 }
 
-// The weighed sum of the values that each row sees. Weights: (rows, kSplit) numbers. Rows of `ahead` are asked for.
+// The weighed sum of the values that each row sees. Weights: (rows, kSplit) numbers. The keys of `next`,
+// or null, are asked for.
 template <class E, class T>
-void weigh_rows(const Piece<T>& piece, const E* weights, const T* const* ahead, int D, const Scratch& w, float* acc) {
+void weigh_rows(const Piece<T>& piece, const E* weights, const Piece<T>* next, int D, const Scratch& w, float* acc) {
   constexpr int kOnce = kAtOnce<E>, kRow = kSplit / kOnce;
   const int64_t stride = padded(D);
-  const T *const *values = piece.values, *const *none = nullptr;
-  for (int64_t i = 0; i < piece.task.count * stride; ++i) acc[i] = 0.0f;
-  for (int r = 0; r < piece.task.count; r += 4, weights += 4 * kRow, acc += 4 * stride) {
-    const int n = piece.task.count - r < 4 ? piece.task.count - r : 4, *lo = piece.lo + r, *hi = piece.hi + r;
+  const int count = piece.task.count;
+  const bool few = count <= 4;
+  const T *const *values = piece.values, *const *none = nullptr, *const *ahead = few && next ? next->keys : nullptr;
+  for (int64_t i = 0; i < count * stride; ++i) acc[i] = 0.0f;
+  for (int r = 0; r < count; r += 4, weights += 4 * kRow, acc += 4 * stride) {
+    const int n = count - r < 4 ? count - r : 4, *lo = piece.lo + r, *hi = piece.hi + r;
+    if (next && !few) next->ask(next->keys, kSplit * r / count, kSplit * (r + n) / count, D);
     // In elements: what a row sees whole, and what all of them see whole.
     int all_lo = 0, all_hi = kRow, row_lo[4], row_hi[4];
     for (int i = 0; i < n; ++i) {
@@ -91,10 +98,10 @@ void weigh_rows(const Piece<T>& piece, const E* weights, const T* const* ahead, 
                acc + i * stride);
     }
     switch (n) {
-      case 4: weigh<4>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc); break;
-      case 3: weigh<3>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc); break;
-      case 2: weigh<2>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc); break;
-      default: weigh<1>(weights, values, r ? none : ahead, D, stride, all_lo, all_hi, acc);
+      case 4: weigh<4>(weights, values, ahead, D, stride, all_lo, all_hi, acc); break;
+      case 3: weigh<3>(weights, values, ahead, D, stride, all_lo, all_hi, acc); break;
+      case 2: weigh<2>(weights, values, ahead, D, stride, all_lo, all_hi, acc); break;
+      default: weigh<1>(weights, values, ahead, D, stride, all_lo, all_hi, acc);
     }
     for (int i = 0; i < n; ++i) {
       weigh<1>(weights + i * kRow, values, none, D, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
