@@ -1,5 +1,12 @@
 // A piece of block_attention: one split of the positions for the rows of one task, and its loops over tiles of keys and
 // blocks of four rows.
+//
+// Of 16 keys of 64 dimensions a Zen 4 with AVX-512 BF16 has, in cycles: 128 to transpose, 32 a row for scores, 14 a row
+// for exponentials, 32 a block of rows to interleave values and 32 a row to weigh them. And 4 KB to read: 540 to 1,000
+// cycles at the rate that one core's prefetches reach, 810 as a half of what two cores read together. So the 3 rows of
+// SmolLM2's query (390) wait for memory, and the 24 of eight queries (2,190, of which 1,540 are multiply-adds) do not.
+// Measured, two cores, 1,024 tokens in pages of 16: 35 us, 60 % of the read bandwidth, and 92 us, 44 % of the highest
+// rate of multiply-adds; from a warm cache 61 %.
 #pragma once
 
 #include "cpu/attention_work.h"
