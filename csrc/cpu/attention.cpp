@@ -6,25 +6,33 @@
 // that NaN in a neighbour's key, or in a page that nobody sees, reaches no row.
 #include "cpu/attention.h"
 
+#include <utility>
+
 #include "cpu/attention_amx.h"
-#include "cpu/attention_work.h"
+#include "cpu/attention_piece.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
 
-template <class T>
+// E: what multiply-adds take of a row, see attention_keys.h.
+template <class T, class E>
 class Attention {
  public:
   explicit Attention(const AttentionParams& params)
       : p(params), D(int(params.head_dim)), stride(padded(params.head_dim)), group(params.heads / params.kv_heads),
         tiles(kHasTiles<T> && params.head_dim % 32 == 0) {}
 
+  // The splits that a task sees something of: [begin_of, end_of).
+  int64_t begin_of(const Task& t) const { return t.request.first(p, t.row0 / group) / kSplit; }
+  int64_t end_of(const Task& t) const {
+    return ceil_div(t.request.last(p, (t.row0 + t.count - 1) / group), kSplit);
+  }
+
   void prepare(const Scratch& w) const {
     for (int d = 0; d < D; ++d) {
       static_cast<T*>(w.zeros)[d] = from_float<T>(0.0f);
       static_cast<T*>(w.nans)[d] = from_float<T>(NAN);
     }
-    for (int64_t i = 0; i < kTile * stride; ++i) w.values[i] = 0.0f;  // the padding past D stays zero
     for (int j = 0; j < kSplit; ++j) w.key_scale[j] = p.scale;
   }
 
@@ -43,37 +51,68 @@ class Attention {
     }
 #endif
     for (int r = 0; r < t.count; ++r)
-      for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(rows[r] + d, D - d));
+      if constexpr (kAtOnce<E> == 2)
+        std::memcpy(w.q + r * stride, rows[r], size_t(D) * sizeof(T));
+      else
+        for (int d = 0; d < D; d += W) store(w.q + r * stride + d, load_n(rows[r] + d, D - d));
   }
 
-  // Softmax over split number `split` alone, for all rows of the task. Rows that see nothing of it get sum 0, max -inf.
-  void split(const Task& t, int64_t number, const Scratch& w, const State& out) const {
-    const int64_t base = number * kSplit;
-    int lo[kRows], hi[kRows], begin = kSplit, end = 0;
+  // Finds a piece's keys and values.
+  void locate(Piece<T>& piece, const Scratch& w) const {
+    const Task& t = piece.task;
+    const int64_t base = piece.number * kSplit;
+    piece.begin = kSplit, piece.end = piece.narrow = 0, piece.asked = false;
     for (int r = 0; r < t.count; ++r) {
       const int64_t i = (t.row0 + r) / group;
-      lo[r] = int(clamp(t.request.first(p, i) - base, 0, kSplit));
-      hi[r] = int(clamp(t.request.last(p, i) - base, 0, kSplit));
-      out.max[r] = -INFINITY;
-      out.sum[r] = 0.0f;
-      if (lo[r] >= hi[r]) continue;
-      begin = lo[r] < begin ? lo[r] : begin;
-      end = hi[r] > end ? hi[r] : end;
+      const int lo = piece.lo[r] = int(clamp(t.request.first(p, i) - base, 0, kSplit));
+      const int hi = piece.hi[r] = int(clamp(t.request.last(p, i) - base, 0, kSplit));
+      if (lo >= hi) continue;
+      piece.begin = lo < piece.begin ? lo : piece.begin;
+      piece.end = hi > piece.end ? hi : piece.end;
     }
+    if (piece.begin >= piece.end) return;
+    find_rows(piece, base, w);
+    if (p.fp8_cache) piece.narrow = int(clamp(t.request.context - base, 0, piece.end));
+  }
+
+  // Weights of the piece's keys, a softmax of their own for all rows. Rows that see nothing get sum 0, max -inf.
+  void score(Piece<T>& piece, const Scratch& w, const State& out) const {
+    for (int r = 0; r < piece.task.count; ++r) out.max[r] = -INFINITY, out.sum[r] = 0.0f;
+    const int begin = piece.begin, end = piece.end, *lo = piece.lo, *hi = piece.hi;
+    if (begin >= end || tiles) return;
+    const float* value_scale = scale_cached(piece, w);
+    widen(piece, piece.keys, w, w.cached_k);
+    if (!piece.asked) piece.ask(piece.keys, begin, (begin & -kTile) + kTile, D);
+    for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile<E>(p, piece, tile, w);
+    for (int r = 0; r < piece.task.count; ++r) {
+      if (lo[r] >= hi[r]) continue;
+      softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, weights_of(w) + r * kSplit, out.max + r, out.sum + r);
+    }
+  }
+
+  // The weighed sum of the piece's values. The keys of `next`, or null, are asked for meanwhile.
+  void weigh(Piece<T>& piece, const Scratch& w, const State& out, Piece<T>* next) const {
+    const int begin = piece.begin, end = piece.end;
     if (begin >= end) return;
-    const T *keys[kSplit], *values[kSplit];
-    find_rows(t, base, begin, end, w, keys, values);
-    const ValueScale value_scale = scale_cached(t, base, w);
 #if DFLASH_ATTENTION_AMX
     if constexpr (kHasTiles<T>)
-      if (tiles) return split_amx(p, t.count, begin, end, lo, hi, keys, values, value_scale, w, out);
+      if (tiles) {
+        const float* value_scale = scale_cached(piece, w);
+        widen(piece, piece.keys, w, w.cached_k);
+        widen(piece, piece.values, w, w.cached_v);
+        return split_amx(p, piece.task.count, begin, end, piece.lo, piece.hi, piece.keys, piece.values, value_scale, w,
+                         out);
+      }
 #endif
-    for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile(t, tile, begin, end, lo, hi, keys, w);
-    for (int r = 0; r < t.count; ++r) {
-      for (int64_t d = 0; d < stride; ++d) out.acc[r * stride + d] = 0.0f;
-      if (lo[r] < hi[r]) softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
+    widen(piece, piece.values, w, w.cached_v);
+    if (next && next->begin >= next->end) next = nullptr;
+    weigh_rows(piece, reinterpret_cast<const E*>(weights_of(w)), next, D, w, out.acc);
+    if (!next) return;
+    if (piece.task.count <= 4) {  // beside the keys of this piece; the others are left
+      next->ask(next->keys, 0, begin, D);
+      next->ask(next->keys, end, kSplit, D);
     }
-    for (int tile = begin & -kTile; tile < end; tile += kTile) weigh_tile(t, tile, begin, end, lo, hi, values, w, out);
+    next->asked = true;
   }
 
   void start(const Task& t, const State& total) const {
@@ -84,19 +123,6 @@ class Attention {
                                                              : to_float(static_cast<const T*>(p.sinks)[head]);
       total.sum[r] = total.max[r] == -INFINITY ? 0.0f : 1.0f;
       for (int64_t d = 0; d < stride; ++d) total.acc[r * stride + d] = 0.0f;
-    }
-  }
-
-  void combine(const Task& t, const State& total, const State& part) const {
-    for (int r = 0; r < t.count; ++r) {
-      if (part.sum[r] == 0.0f) continue;
-      const float m = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
-      const Vec a = total.max[r] == -INFINITY ? set1(0.0f) : vexp(set1(total.max[r] - m));
-      const Vec b = vexp(set1(part.max[r] - m));
-      float* to = total.acc + r * stride;
-      for (int64_t d = 0; d < stride; d += W) store(to + d, fma(load(part.acc + r * stride + d), b, load(to + d) * a));
-      total.sum[r] = reduce_first(fma(set1(part.sum[r]), b, set1(total.sum[r]) * a));
-      total.max[r] = m;
     }
   }
 
@@ -111,29 +137,27 @@ class Attention {
   }
 
  private:
-  static float reduce_first(Vec x) {
-    float lane[W];
-    store(lane, x);
-    return lane[0];
-  }
-
-  // Where the K and V rows of positions base + [begin, end) are; the rest of the tiles points at zeros.
-  void find_rows(const Task& t, int64_t base, int begin, int end, const Scratch& w, const T** keys,
-                 const T** values) const {
+  // Where the K and V rows of the positions that the piece sees are; the rest of the tiles points at zeros.
+  void find_rows(Piece<T>& piece, int64_t base, const Scratch& w) const {
+    const Task& t = piece.task;
     const Request& request = t.request;
+    const int begin = piece.begin, end = piece.end;
+    const T **keys = piece.keys, **values = piece.values;
     const T *zeros = static_cast<const T*>(w.zeros), *nans = static_cast<const T*>(w.nans);
-    for (int j = begin & -kTile; j < begin; ++j) keys[j] = zeros;
-    for (int j = end; j < ((end + kTile - 1) & -kTile); ++j) keys[j] = zeros;
+    for (int j = 0; j < begin; ++j) keys[j] = values[j] = zeros;
+    for (int j = end; j < kSplit; ++j) keys[j] = values[j] = zeros;
     int j = begin;
     while (j < end && base + j < request.context) {
-      const int64_t index = (base + j) / p.page_size, first = index * p.page_size;
+      const int64_t index = (base + j) / p.page_size, row = base + j - index * p.page_size;
       const int64_t page = index < p.max_pages ? p.page_table[request.b * p.page_table_stride + index] : -1;
-      const bool exists = page >= 0 && page < p.num_pages;
-      for (; j < end && base + j < request.context && base + j < first + p.page_size; ++j) {
-        const int64_t row = base + j - first;
-        keys[j] = exists ? cached_row(p.k_cache, p.k_cache_stride, page, row, t.h, j, w.cached_k) : nans;
-        values[j] = exists ? cached_row(p.v_cache, p.v_cache_stride, page, row, t.h, j, w.cached_v) : nans;
+      const int64_t there = clamp(p.page_size - row, 0, clamp(request.context - base, 0, end) - j);
+      if (page < 0 || page >= p.num_pages) {
+        for (int i = 0; i < there; ++i) keys[j + i] = values[j + i] = nans;
+      } else {
+        cached_rows(p.k_cache, p.k_cache_stride, page, row, t.h, there, keys + j);
+        cached_rows(p.v_cache, p.v_cache_stride, page, row, t.h, there, values + j);
       }
+      j += int(there);
     }
     const T* k = static_cast<const T*>(p.k) + request.at(p, p.k_stride) + t.h * p.k_stride[2];
     const T* v = static_cast<const T*>(p.v) + request.at(p, p.v_stride) + t.h * p.v_stride[2];
@@ -143,79 +167,39 @@ class Attention {
     }
   }
 
-  // A row of the cache where it is, or an fp8 one in the same numbers of T, as row j of `split`.
-  const T* cached_row(const void* cache, const int64_t (&strides)[3], int64_t page, int64_t row, int64_t h, int j,
-                      void* split) const {
-    const int64_t at = page * strides[0] + row * strides[1] + h * strides[2];
-    if (!p.fp8_cache) return static_cast<const T*>(cache) + at;
-    T* to = static_cast<T*>(split) + j * stride;
-    widen_row(static_cast<const fp8*>(cache) + at, to, D);
-    return to;
+  void cached_rows(const void* cache, const int64_t (&strides)[3], int64_t page, int64_t row, int64_t h, int64_t count,
+                   const T** to) const {
+    const int64_t size = p.fp8_cache ? 1 : sizeof(T), step = strides[1] * size;
+    const char* first =
+        static_cast<const char*>(cache) + (page * strides[0] + row * strides[1] + h * strides[2]) * size;
+    for (int64_t i = 0; i < count; ++i) to[i] = reinterpret_cast<const T*>(first + i * step);
+  }
+
+  // Replaces the rows of an fp8 cache by the same numbers of T, in `wide`.
+  void widen(Piece<T>& piece, const T** rows, const Scratch& w, void* wide) const {
+    for (int j = piece.begin; j < piece.narrow; ++j) {
+      if (rows[j] == w.nans) continue;
+      T* to = static_cast<T*>(wide) + j * stride;
+      widen_row(reinterpret_cast<const fp8*>(rows[j]), to, D);
+      rows[j] = to;
+    }
   }
 
   // An fp8 cache's scales belong to the keys of the context alone, which come before the block's.
-  ValueScale scale_cached(const Task& t, int64_t base, const Scratch& w) const {
-    if (!p.fp8_cache) return {1.0f, 0};
-    const float *k = scale_of(p.k_scale, t.h), *v = scale_of(p.v_scale, t.h);
-    const int end = int(clamp(t.request.context - base, 0, kSplit));
-    for (int j = 0; j < kSplit; ++j) w.key_scale[j] = k && j < end ? p.scale * *k : p.scale;
-    return {v ? *v : 1.0f, v ? end : 0};
+  const float* scale_cached(const Piece<T>& piece, const Scratch& w) const {
+    if (!p.fp8_cache) return nullptr;
+    const float *k = scale_of(p.k_scale, piece.task.h), *v = scale_of(p.v_scale, piece.task.h);
+    for (int j = 0; j < kSplit; ++j) {
+      w.key_scale[j] = k && j < piece.narrow ? p.scale * *k : p.scale;
+      w.value_scale[j] = v && j < piece.narrow ? *v : 1.0f;
+    }
+    return w.value_scale;
   }
 
-  void score_tile(const Task& t, int tile, int begin, int end, const int* lo, const int* hi, const T* const* keys,
-                  const Scratch& w) const {
-    const int from = begin > tile ? (begin - tile) & -W : 0;
-    const int to = end < tile + kTile ? (end - tile + W - 1) & -W : kTile;
-    for (int j = from; j < to; j += W) load_keys<T>(keys + tile + j, D, w.keys + j);
-    for (int r = 0; r < t.count; r += 4) {
-      const int n = t.count - r < 4 ? t.count - r : 4;
-      bool seen = false;
-      for (int i = r; i < r + n; ++i) seen |= lo[i] < tile + kTile && hi[i] > tile;
-      if (!seen) continue;
-      const float *q = w.q + r * stride, *k = w.keys + from;
-      float* s = w.s + r * kSplit + tile + from;
-      const float* scale = w.key_scale + tile + from;
-      const int vectors = (to - from) / W;
-      switch (n) {
-        case 4: scores<4>(q, stride, k, vectors, D, scale, p.softcap, s); break;
-        case 3: scores<3>(q, stride, k, vectors, D, scale, p.softcap, s); break;
-        case 2: scores<2>(q, stride, k, vectors, D, scale, p.softcap, s); break;
-        default: scores<1>(q, stride, k, vectors, D, scale, p.softcap, s);
-      }
-    }
-  }
-
-  void weigh_tile(const Task& t, int tile, int begin, int end, const int* lo, const int* hi, const T* const* values,
-                  const Scratch& w, const State& out) const {
-    const int from = begin > tile ? begin : tile, to = end < tile + kTile ? end : tile + kTile;
-    for (int j = from; j < to; ++j)
-      for (int d = 0; d < D; d += W) store(w.values + (j - tile) * stride + d, load_n(values[j] + d, D - d));
-    for (int r = 0; r < t.count; r += 4) {
-      const int n = t.count - r < 4 ? t.count - r : 4;
-      int all_lo = 0, all_hi = kTile, row_lo[4], row_hi[4];
-      for (int i = 0; i < n; ++i) {
-        row_lo[i] = int(clamp(lo[r + i] - tile, 0, kTile));
-        row_hi[i] = int(clamp(hi[r + i] - tile, 0, kTile));
-        all_lo = row_lo[i] > all_lo ? row_lo[i] : all_lo;
-        all_hi = row_hi[i] < all_hi ? row_hi[i] : all_hi;
-      }
-      // Keys that only some of the rows see come before and after those that all see; each row keeps its order.
-      if (all_hi <= all_lo) all_lo = all_hi = kTile;
-      const float* weights = w.s + r * kSplit + tile;
-      float* acc = out.acc + r * stride;
-      for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSplit, w.values, stride, row_lo[i], row_hi[i] < all_lo ? row_hi[i] : all_lo,
-                 acc + i * stride);
-      switch (n) {
-        case 4: weigh<4>(weights, w.values, stride, all_lo, all_hi, acc); break;
-        case 3: weigh<3>(weights, w.values, stride, all_lo, all_hi, acc); break;
-        case 2: weigh<2>(weights, w.values, stride, all_lo, all_hi, acc); break;
-        default: weigh<1>(weights, w.values, stride, all_lo, all_hi, acc);
-      }
-      for (int i = 0; i < n; ++i)
-        weigh<1>(weights + i * kSplit, w.values, stride, all_hi > row_lo[i] ? all_hi : row_lo[i], row_hi[i],
-                 acc + i * stride);
-    }
+  // Of w, (rows, kSplit).
+  static auto weights_of(const Scratch& w) {
+    if constexpr (kAtOnce<E> == 2) return w.weights;
+    else return w.s;
   }
 
   const AttentionParams& p;
@@ -226,9 +210,9 @@ class Attention {
   const bool tiles;  // this call runs on AMX
 };
 
-template <class T>
+template <class T, class E = float>
 void run(const AttentionParams& p) {
-  const Attention<T> attention(p);
+  const Attention<T, E> attention(p);
   const int64_t stride = padded(p.head_dim), group = p.heads / p.kv_heads;
   if (p.batch == 0 || p.width == 0) return;
   const Plan plan = make_plan(p, stride);
@@ -239,39 +223,56 @@ void run(const AttentionParams& p) {
   int32_t* done = reinterpret_cast<int32_t*>(partials + plan.items * partial);
   if (plan.by_split) std::memset(done, 0, size_t(plan.tasks) * 4);
   int64_t next_item = 0, next_scratch = 0;
+  // The last chunks go first: under a causal mask they are the longest.
+  const auto take = [&](Piece<T>& piece) {
+    for (;;) {
+      const int64_t item = plan.items - 1 - __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
+      if (item < 0) return false;
+      piece.index = plan.by_split ? item / plan.splits : item;
+      const int64_t pair = piece.index % (p.batch * p.kv_heads);
+      const int64_t row0 = piece.index / (p.batch * p.kv_heads) * plan.chunk;
+      Task& t = piece.task = {Request(p, pair / p.kv_heads), pair % p.kv_heads, row0, 0};
+      t.count = int(clamp(t.request.rows * group - row0, 0, plan.chunk));
+      piece.number = plan.by_split ? plan.first_split + item % plan.splits : attention.begin_of(t);
+      piece.first = true;
+      if (t.count > 0) return true;
+    }
+  };
   parallel_for(plan.threads, 1, [&](int64_t, int64_t) {
     const Scratch w(memory + __atomic_fetch_add(&next_scratch, 1, __ATOMIC_RELAXED) * scratch, stride);
     attention.prepare(w);
     if (attention.tiles) open_tiles();
-    for (;;) {
-      // The last chunks go first: under a causal mask they are the longest.
-      const int64_t item = plan.items - 1 - __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
-      if (item < 0) break;
-      const int64_t index = plan.by_split ? item / plan.splits : item;
-      const int64_t pair = index % (p.batch * p.kv_heads), row0 = index / (p.batch * p.kv_heads) * plan.chunk;
-      Task t{Request(p, pair / p.kv_heads), pair % p.kv_heads, row0, 0};
-      t.count = int(clamp(t.request.rows * group - row0, 0, plan.chunk));
-      if (t.count == 0) continue;
-      const State total(w.total, stride);
-      attention.load_queries(t, w);
-      if (plan.by_split) {
-        float* first = partials + index * plan.splits * partial;
-        attention.split(t, plan.first_split + item % plan.splits, w,
-                        State(first + item % plan.splits * partial, stride));
-        if (__atomic_add_fetch(&done[index], 1, __ATOMIC_ACQ_REL) < plan.splits) continue;
-        attention.start(t, total);
-        for (int64_t s = 0; s < plan.splits; ++s) attention.combine(t, total, State(first + s * partial, stride));
-      } else {
-        attention.start(t, total);
-        const int64_t i0 = row0 / group, i1 = (row0 + t.count - 1) / group;
-        const int64_t lo = t.request.first(p, i0) / kSplit, hi = ceil_div(t.request.last(p, i1), kSplit);
-        for (int64_t s = lo; s < hi; ++s) {
-          const State part(w.partial, stride);
-          attention.split(t, s, w, part);
-          attention.combine(t, total, part);
-        }
+    // What follows `now`, or is first: the task's next split or, where that was the last, another item.
+    const auto follow = [&](const Piece<T>* now, Piece<T>& next) {
+      if (now && !now->last) {
+        next.task = now->task, next.index = now->index, next.number = now->number + 1, next.first = false;
+      } else if (!take(next)) {
+        return false;
       }
-      attention.finish(t, total);
+      next.last = plan.by_split || next.number + 1 >= attention.end_of(next.task);
+      attention.locate(next, w);
+      return true;
+    };
+    Piece<T> pieces[2] = {Piece<T>(p), Piece<T>(p)}, *now = pieces, *next = pieces + 1;
+    const State total(w.total, stride);
+    for (bool more = follow(nullptr, *now); more; std::swap(now, next)) {
+      const Task& t = now->task;
+      float* first = partials + now->index * plan.splits * partial;
+      const State part(plan.by_split ? first + (now->number - plan.first_split) * partial : w.partial, stride);
+      if (now->first) attention.load_queries(t, w);
+      if (now->first && !plan.by_split) attention.start(t, total);
+      attention.score(*now, w, part);
+      // Taken no earlier, so that the last items are shared out evenly.
+      more = follow(now, *next);
+      attention.weigh(*now, w, part, more ? next : nullptr);
+      if (!plan.by_split) {
+        combine(t.count, stride, total, part);
+        if (now->last) attention.finish(t, total);
+      } else if (__atomic_add_fetch(&done[now->index], 1, __ATOMIC_ACQ_REL) == plan.splits) {
+        attention.start(t, total);
+        for (int64_t s = 0; s < plan.splits; ++s) combine(t.count, stride, total, State(first + s * partial, stride));
+        attention.finish(t, total);
+      }
     }
     if (attention.tiles) close_tiles();
   });
@@ -280,6 +281,9 @@ void run(const AttentionParams& p) {
 }  // namespace
 
 void block_attention(const AttentionParams& p) {
+#if DFLASH_ATTENTION_PAIRS
+  if (p.dtype == Dtype::bf16 && p.head_dim % 32 == 0) return run<bf16, Pair>(p);
+#endif
   switch (p.dtype) {
     case Dtype::f32: return run<float>(p);
     case Dtype::bf16: return run<bf16>(p);

@@ -164,24 +164,23 @@ inline void weigh_amx(const bf16* weights, const bf16* pairs, int begin, int end
   }
 }
 
-inline void prefetch_row(const bf16* row, int D) {
+inline void prefetch_near(const bf16* row, int D) {
   for (int d = 0; d < D; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
 }
 
 // One split for `count` rows: row r sees keys [lo[r], hi[r]), and [begin, end) is what they see together.
 inline void split_amx(const AttentionParams& p, int count, int begin, int end, const int* lo, const int* hi,
-                     const bf16* const* keys, const bf16* const* values, const ValueScale& value_scale,
+                     const bf16* const* keys, const bf16* const* values, const float* value_scale,
                      const Scratch& w, const State& out) {
   const int D = int(p.head_dim);
   const int64_t stride = padded(D);
   bf16* rows = reinterpret_cast<bf16*>(w.keys);
-  // Pages are too short for the hardware to see a stream in them: the next tile's keys and this one's values are asked
-  // for while this one's keys are multiplied.
-  for (int j = begin; j < end && j < (begin & -kTile) + kTile; ++j) prefetch_row(keys[j], D);
+  // The next tile's keys and this one's values are asked for while this one's keys are multiplied.
+  for (int j = begin; j < end && j < (begin & -kTile) + kTile; ++j) prefetch_near(keys[j], D);
   for (int tile = begin & -kTile; tile < end; tile += kTile) {
     for (int j = tile; j < tile + kTile; ++j) {
-      if (j + kTile < end) prefetch_row(keys[j + kTile], D);
-      if (j >= begin && j < end) prefetch_row(values[j], D);
+      if (j + kTile < end) prefetch_near(keys[j + kTile], D);
+      if (j >= begin && j < end) prefetch_near(values[j], D);
     }
     KeyRows sixteens[kTile / 16];
     for (int i = 0; i < kTile / 16; ++i) sixteens[i] = sixteen_keys(keys + tile + 16 * i, D, rows + 16 * i * D);
@@ -194,8 +193,9 @@ inline void split_amx(const AttentionParams& p, int count, int begin, int end, c
   for (int r = 0; r < count; ++r) {
     all_see_all &= lo[r] == begin && hi[r] == end;
     if (lo[r] >= hi[r]) continue;
-    softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, out.max + r, out.sum + r);
-    for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSplit + j, load(w.s + r * kSplit + j));
+    float* s = w.s + r * kSplit;
+    softmax(s, lo[r], hi[r], value_scale, s, out.max + r, out.sum + r);
+    for (int j = lo[r] & -W; j < hi[r]; j += W) store(w.weights + r * kSplit + j, load(s + j));
   }
   if (!pack_values(values, begin, end, D, w.packed_v) || all_see_all)
     return weigh_amx(w.weights, w.packed_v, begin, end, two, D, stride, out.acc);

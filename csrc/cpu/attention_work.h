@@ -1,6 +1,8 @@
 // How a call of block_attention is cut into tasks, and the memory that they work in.
 #pragma once
 
+#include <cfloat>
+
 #include "cpu/attention.h"
 #include "cpu/attention_tile.h"
 #include "cpu/fp8.h"
@@ -54,14 +56,15 @@ struct Task {
   int count;
 };
 
-// One thread's buffers. The bf16 ones are AMX's, the last two hold a split of an fp8 cache.
+// One thread's buffers. q holds elements of E; packed_q, packed_v and values are AMX's; the last two hold a split of an
+// fp8 cache.
 struct Scratch {
-  float *q, *s, *partial, *total, *keys, *values, *key_scale;
+  float *q, *s, *partial, *total, *keys, *values, *key_scale, *value_scale;
   void *zeros, *nans;
   bf16 *packed_q, *weights, *packed_v;
   void *cached_k, *cached_v;
   static int64_t floats(int64_t stride, bool fp8_cache) {
-    return kRows * (3 * stride + kSplit + 4) + (2 * kTile + 2) * stride + kSplit +
+    return kRows * (3 * stride + kSplit + 4) + (2 * kTile + 2) * stride + 2 * kSplit +
            (kRows * (stride + kSplit) + kSplit * stride) / 2 + (fp8_cache ? 2 * kSplit * stride : 0);
   }
   Scratch(float* base, int64_t stride) {
@@ -78,6 +81,7 @@ struct Scratch {
     weights = reinterpret_cast<bf16*>(take(kRows * kSplit / 2));
     packed_v = reinterpret_cast<bf16*>(take(kSplit * stride / 2));
     key_scale = take(kSplit);
+    value_scale = take(kSplit);
     cached_k = base;
     cached_v = base + kSplit * stride;
   }
@@ -89,6 +93,26 @@ struct State {
   State(float* base, int64_t stride) : max(base), sum(base + kRows), acc(base + 2 * kRows) { (void)stride; }
   static int64_t floats(int64_t stride) { return kRows * (stride + 2); }
 };
+
+// Adds a part to the total: both are scaled to the larger maximum. A part without visible keys changes nothing.
+inline void combine(int count, int64_t stride, const State& total, const State& part) {
+  float a[kRows], b[kRows], sums[kRows];
+  for (int r = 0; r < count; r += W) {
+    const Vec before = load(total.max + r), here = load(part.max + r), m = vmax(before, here);
+    const Vec old = select_lt(before, set1(-FLT_MAX), set1(0.0f), vexp(before - m)), add = vexp(here - m);
+    store(a + r, old);
+    store(b + r, add);
+    store(sums + r, fma(load(part.sum + r), add, load(total.sum + r) * old));
+  }
+  for (int r = 0; r < count; ++r) {
+    if (part.sum[r] == 0.0f) continue;
+    total.max[r] = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
+    total.sum[r] = sums[r];
+    float* to = total.acc + r * stride;
+    for (int64_t d = 0; d < stride; d += W)
+      store(to + d, fma(load(part.acc + r * stride + d), set1(b[r]), load(to + d) * set1(a[r])));
+  }
+}
 
 thread_local ThreadMemory t_workspace;
 

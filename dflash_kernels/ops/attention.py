@@ -10,9 +10,10 @@ causal, kp <= qp. With s = scale * q.k, and s <- softcap * tanh(s / softcap) if 
 
     out = sum_visible exp(s) v / (exp(sink) + sum_visible exp(s)),    zeros where no key is visible
 
-Scores, weights and sums are float32, with one rounding at the end. Where bfloat16 runs on AMX tiles, a weight is also
-rounded to bfloat16 before it meets its value. A row's bits depend on its own query, position and visible keys alone:
-not on B, Q, its neighbours, threads or page size, nor on whether a key lies in the cache or in the block.
+Scores, weights and sums are float32, with one rounding at the end. Where bfloat16 runs on AMX tiles, or on AVX-512 BF16
+with D a multiple of 32, a weight is also rounded to bfloat16 before it meets its value. A row's bits depend on its own
+query, position and visible keys alone: not on B, Q, its neighbours, threads or page size, nor on whether a key lies in
+the cache or in the block.
 
 A float8_e4m3fn cache holds keys and values divided by its scales, as PagedKV describes. Scores and sums take the
 scales, so no key is rounded again. The block's own keys and values keep their dtype. The cache has fewer bits of a key
