@@ -50,13 +50,20 @@ inline void pack_block(const T* w, int64_t stride, int64_t n0, int64_t N, int64_
 // ---- rows of x, as the micro-kernels want them
 // -----------------------------------------------------------------------
 
+// Elements between rows: an odd number of cache lines, so that rows at one k are in different sets of the first-level
+// cache, whatever K is.
+template <class X> inline int64_t row_stride(int64_t K) {
+  constexpr int64_t line = kLine / int64_t(sizeof(X));
+  return (ceil_div(padded_k(K), line) | 1) * line;
+}
+
 // float32, zero past K
 template <class T>
 inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-  *ld = padded_k(K);
+  *ld = row_stride<float>(K);
   float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < *ld; k += Vec::W)
+    for (int64_t k = 0; k < padded_k(K); k += Vec::W)
       store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
   return to;
 }
@@ -81,15 +88,15 @@ struct Operand<bf16, Weight> {
 #if DFLASH_BF16_DOT
   using X = bf16;
   static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-    if (K % 32 == 0) {
+    if (kTiles<bf16> && K % 32 == 0) {
       *ld = stride;
       return x;
     }
-    *ld = padded_k(K);
+    *ld = kTiles<bf16> ? padded_k(K) : row_stride<bf16>(K);
     bf16* to = static_cast<bf16*>(scratch.get(size_t(rows) * *ld * sizeof(bf16)));
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(to + r * *ld, x + r * stride, K * sizeof(bf16));
-      std::memset(to + r * *ld + K, 0, (*ld - K) * sizeof(bf16));
+      std::memset(to + r * *ld + K, 0, (padded_k(K) - K) * sizeof(bf16));
     }
     return to;
   }

@@ -3,8 +3,8 @@
 // Few rows wait for memory. With more of them arithmetic takes as long or longer, and memory must not wait for it. A
 // group has up to 6 rows by four blocks or 12 by two with 512 bits, half of that with 256, and its loop asks for a line
 // whenever it has used one. More rows make several groups. They take turns over a chunk of K that stays in the
-// first-level cache, their sums wait in memory meanwhile, and each asks for its part of the next chunk, so that requests
-// are spread over all of the arithmetic.
+// first-level cache, their sums wait in memory meanwhile, and each asks for its part of the next chunk: requests are
+// spread over all of the arithmetic.
 #pragma once
 
 #include "cpu/gemm_micro.h"
