@@ -40,7 +40,7 @@ X86_BF16 = {
     "amx": X86["avx512"] + " -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 # Nouns whose arithmetic has its own code for bf16 dot products; the others use the avx512 objects there.
-BF16_NOUNS = {"attention", "linear", "lm_head", "lm_head_topk"}
+BF16_NOUNS = {"attention", "linear", "lm_head", "lm_head_topk", "rate"}
 
 
 def instruction_sets(noun: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 
 from dflash_kernels._library import native
 from dflash_kernels._memory import place
+from dflash_kernels.testing import use_isa
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,52 @@ def _summary(values: list[float]) -> Timing:
 
 class ReadBandwidth:
     """Reads a buffer larger than every cache, in huge pages, with all of torch's threads and several streams each.
+    Lines are asked for into the first-level cache or the second, whichever is faster on this machine.
 
-    It is a function for `interleaved`; gbps(timing) gives 1e9 bytes per second.
+    It is a function for `interleaved`; gbps(timing) gives 1e9 bytes per second. stretch: megabytes that a call reads,
+    after those of the call before; None: all.
     """
 
-    def __init__(self, megabytes: int = 256):
+    def __init__(self, megabytes: int = 256, stretch: int | None = None):
         self._buffer = place(torch.ones(megabytes << 18, dtype=torch.int32))
-        self.bytes = self._buffer.numel() * 4
+        self.bytes = (stretch or megabytes) << 20
+        self._parts = megabytes // (stretch or megabytes)
+        self._far = False
+        if native is not None:
+            timed = interleaved({"near": lambda i: self._read(i, False), "far": lambda i: self._read(i, True)}, runs=9)
+            self._far = timed["far"].median < timed["near"].median
 
-    def __call__(self, _run: int = 0) -> None:
+    def _read(self, run: int, far: bool) -> None:
+        native.stream_read(self._buffer.data_ptr() + run % self._parts * self.bytes, self.bytes, far)
+
+    def __call__(self, run: int = 0) -> None:
         if native is None:
             self._buffer.view(torch.int64).sum()
         else:
-            native.stream_read(self._buffer.data_ptr(), self.bytes)
+            self._read(run, self._far)
 
     def gbps(self, timing: Timing) -> float:
         return self.bytes / timing.median / 1e9
+
+
+class MatrixRate:
+    """Multiplies and adds in registers alone, with all of torch's threads, as products of rows in bfloat16 do under an
+    instruction set: what they could reach if memory cost nothing.
+
+    It is a function for `interleaved`; tflops(timing) gives 1e12 operations per second.
+    """
+
+    ROUNDS = 100_000
+
+    def __init__(self, isa: str):
+        self._isa, self._flops = isa, 0
+
+    def __call__(self, _run: int = 0) -> None:
+        with use_isa(self._isa):
+            self._flops = native.matrix_rate(True, self.ROUNDS)
+
+    def tflops(self, timing: Timing) -> float:
+        return self._flops / timing.median / 1e12
 
 
 class CopyBandwidth:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from bench import ROOT
 from bench.model import tables as step_tables
-from bench.report import decode_tables, draw, engine_tables, kernel_tables, peer_tables, summary_table, values
+from bench.report import (
+    decode_tables,
+    draw,
+    engine_tables,
+    kernel_tables,
+    peer_tables,
+    rows_table,
+    summary_table,
+    values,
+)
 from bench.report.ops_page import ops_page
 
 PLOTS = ROOT / "docs" / "plots"
@@ -42,7 +51,8 @@ def pages() -> dict[Path, str]:
             docs / "engines.md": {"results": engine_tables.engines_block(results)},
             docs / "performance.md": {
                 "summary": summary_table.summary(results),
-                "limits": kernel_tables.limits_block(results), "decode": decode_tables.decode_block(results),
+                "limits": kernel_tables.limits_block(results), "rows": rows_table.rows_block(results),
+                "decode": decode_tables.decode_block(results),
                 "peers": peer_tables.peers_block(results), "protocol": decode_tables.protocol_block(results),
                 "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results),
                 "loops": (results / "aot" / "loops.md").read_text(encoding="utf-8")}}

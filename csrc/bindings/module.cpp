@@ -13,6 +13,7 @@
 #include "bindings/recording.h"
 #include "bindings/team.h"
 #include "cpu/parallel.h"
+#include "cpu/rate.h"
 #include "cpu/stream.h"
 
 #if DFLASH_X86 && defined(__linux__)
@@ -130,13 +131,27 @@ PyObject* py_build_info(PyObject*, PyObject*) {
 PyObject* py_stream_read(PyObject*, PyObject* args) {
   unsigned long long address;
   long long bytes;
-  if (!PyArg_ParseTuple(args, "KL", &address, &bytes)) return nullptr;
+  int far = 0;
+  if (!PyArg_ParseTuple(args, "KL|p", &address, &bytes, &far)) return nullptr;
   uint64_t sum = 0;
-  const StreamReadParams p{reinterpret_cast<const void*>(address), bytes, &sum};
+  const StreamReadParams p{reinterpret_cast<const void*>(address), bytes, far != 0, &sum};
   Py_BEGIN_ALLOW_THREADS
   best_of(stream_read_kernels)(p);  // not recorded: the sum is on this stack
   Py_END_ALLOW_THREADS
   return PyLong_FromUnsignedLongLong(sum);
+}
+
+PyObject* py_matrix_rate(PyObject*, PyObject* args) {
+  int half;
+  long long rounds;
+  if (!PyArg_ParseTuple(args, "pL", &half, &rounds)) return nullptr;
+  int64_t flops = 0;
+  float sum = 0;
+  const MatrixRateParams p{half ? Dtype::bf16 : Dtype::f32, rounds, &flops, &sum};
+  Py_BEGIN_ALLOW_THREADS
+  best_of(matrix_rate_kernels)(p);  // not recorded, as above
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(flops);
 }
 
 PyMethodDef kMethods[] = {
@@ -147,7 +162,11 @@ PyMethodDef kMethods[] = {
     {"recording", py_recording, METH_NOARGS, "recording() -> bool: whether this thread's launches are being noted"},
     {"record_size", py_record_size, METH_O, "record_size(recording) -> int"},
     {"stream_read", py_stream_read, METH_VARARGS,
-     "stream_read(address, bytes) -> int: reads memory once, sums its words"},
+     "stream_read(address, bytes, far=False) -> int: reads memory once, sums its words; far: asks for lines into the "
+     "second-level cache"},
+    {"matrix_rate", py_matrix_rate, METH_VARARGS,
+     "matrix_rate(bf16, rounds) -> int: multiplies and adds in registers, as products of bf16 or of float32 do, and "
+     "counts the operations"},
     {"replay", py_replay, METH_O, "replay(recording)"},
     {nullptr, nullptr, 0, nullptr}};
 

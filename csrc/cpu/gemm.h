@@ -14,9 +14,9 @@
 
 #include <type_traits>
 
-#include "cpu/gemm_micro.h"
 #include "cpu/gemm_params.h"
-#include "cpu/memory.h"
+#include "cpu/gemm_rows.h"
+#include "cpu/gemm_tiles.h"
 #include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
@@ -24,7 +24,6 @@ namespace {
 
 constexpr int kStreams = 4;   // blocks walked at once
 constexpr int kTileRows = 16;
-constexpr int kPanelRows = 64;
 
 inline int64_t padded_k(int64_t K) { return ceil_div(K, 32) * 32; }
 
@@ -51,13 +50,20 @@ inline void pack_block(const T* w, int64_t stride, int64_t n0, int64_t N, int64_
 // ---- rows of x, as the micro-kernels want them
 // -----------------------------------------------------------------------
 
+// Elements between rows: an odd number of cache lines, so that rows at one k are in different sets of the first-level
+// cache, whatever K is.
+template <class X> inline int64_t row_stride(int64_t K) {
+  constexpr int64_t line = kLine / int64_t(sizeof(X));
+  return (ceil_div(padded_k(K), line) | 1) * line;
+}
+
 // float32, zero past K
 template <class T>
 inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-  *ld = padded_k(K);
+  *ld = row_stride<float>(K);
   float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < *ld; k += Vec::W)
+    for (int64_t k = 0; k < padded_k(K); k += Vec::W)
       store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
   return to;
 }
@@ -70,8 +76,9 @@ struct Operand {
     return widen(x, stride, rows, K, ld, scratch);
   }
   template <int R, int S>
-  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, float* c, int64_t ldc) {
-    micro<Weight, R, S>(x, ld, w, K, c, ldc);
+  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, Ahead ahead, float* c,
+                    int64_t ldc) {
+    micro<Weight, R, S>(x, ld, w, K, ahead, c, ldc);
   }
 };
 
@@ -81,15 +88,15 @@ struct Operand<bf16, Weight> {
 #if DFLASH_BF16_DOT
   using X = bf16;
   static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-    if (K % 32 == 0) {
+    if (kTiles<bf16> && K % 32 == 0) {
       *ld = stride;
       return x;
     }
-    *ld = padded_k(K);
+    *ld = kTiles<bf16> ? padded_k(K) : row_stride<bf16>(K);
     bf16* to = static_cast<bf16*>(scratch.get(size_t(rows) * *ld * sizeof(bf16)));
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(to + r * *ld, x + r * stride, K * sizeof(bf16));
-      std::memset(to + r * *ld + K, 0, (*ld - K) * sizeof(bf16));
+      std::memset(to + r * *ld + K, 0, (padded_k(K) - K) * sizeof(bf16));
     }
     return to;
   }
@@ -101,51 +108,17 @@ struct Operand<bf16, Weight> {
 #endif
 #if !defined(__AMX_BF16__)
   template <int R, int S>
-  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, float* c, int64_t ldc) {
+  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, Ahead ahead, float* c,
+                    int64_t ldc) {
 #if DFLASH_BF16_DOT
-    micro_dot<R, S>(x, ld, w, K, c, ldc);
+    micro_dot<R, S>(x, ld, w, K, ahead, c, ldc);
 #else
-    if constexpr (std::is_same_v<Weight, bf16>) micro_pairs<R, S>(x, ld, w, K, c, ldc);
-    else micro<Weight, R, S>(x, ld, w, K, c, ldc);
+    if constexpr (std::is_same_v<Weight, bf16>) micro_pairs<R, S>(x, ld, w, K, ahead, c, ldc);
+    else micro<Weight, R, S>(x, ld, w, K, ahead, c, ldc);
 #endif
   }
 #endif
 };
-
-// `rows` <= MAX rows in one register group.
-template <class T, class Weight, int S, int MAX>
-inline void one_group(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K,
-                      float* c, int64_t ldc) {
-  if (rows == MAX) return Operand<T, Weight>::template group<MAX, S>(x, ld, w, K, c, ldc);
-  if constexpr (MAX > 1) one_group<T, Weight, S, MAX - 1>(x, ld, rows, w, K, c, ldc);
-}
-
-// Up to 16 rows, in register groups of about equal size.
-template <class T, class Weight, int S, int MAX>
-inline void row_groups(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K,
-                       float* c, int64_t ldc) {
-  for (int groups = int(ceil_div(rows, MAX)), r = 0; groups > 0; --groups) {
-    const int m = int(ceil_div(rows - r, groups));
-    one_group<T, Weight, S, MAX>(x + r * ld, ld, m, w, K, c + r * ldc, ldc);
-    r += m;
-  }
-}
-
-template <class T, class Weight, int S>
-inline void tile(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K,
-                 float* c) {
-#if defined(__AMX_BF16__)
-  if constexpr (kTiles<T>) return micro_tiles<S>(x, ld, w, K, c);
-  else
-#endif
-  if constexpr (Vec::W == 16) {
-    row_groups<T, Weight, S, 6>(x, ld, rows, w, K, c, S * kBlock);  // at most 24 of 32 registers accumulate
-  } else if (rows == 1) {
-    one_group<T, Weight, S, 1>(x, ld, 1, w, K, c, S * kBlock);  // 8 of 16
-  } else {
-    for (int s = 0; s < S; ++s) row_groups<T, Weight, 1, 4>(x, ld, rows, w + s, K, c + s * kBlock, S * kBlock);
-  }
-}
 
 // ---- the walk over blocks
 // --------------------------------------------------------------------------------------------
@@ -155,14 +128,23 @@ inline void tile(const typename Operand<T, Weight>::X* x, int64_t ld, int rows, 
 template <class T, class Weight, int S, class Epilogue>
 inline void tiles_of_blocks(const GemmParams& p, const typename Operand<T, Weight>::X* x, int64_t ld, int64_t r0,
                             int64_t rows, const int64_t* blocks, const Weight* const* w, Epilogue& epilogue) {
-  alignas(64) float c[kTileRows * S * kBlock];
-  for (int64_t r = 0; r < rows; r += kTileRows) {
-    const int m = int(rows - r < kTileRows ? rows - r : kTileRows);
+  const int64_t depth = Operand<T, Weight>::depth(p.K);
 #if defined(__AMX_BF16__)
-    if (kTiles<T> && (r == 0 || m != kTileRows)) configure_tiles(m);
+  if constexpr (kTiles<T>) {
+    alignas(64) float c[kTileRows * S * kBlock];
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int m = int(rows - r < kTileRows ? rows - r : kTileRows);
+      if (r == 0 || m != kTileRows) configure_tiles(m);
+      micro_tiles<S>(x + r * ld, ld, w, depth, c);
+      for (int s = 0; s < S; ++s) epilogue(c + s * kBlock, S * kBlock, r0 + r, m, blocks[s] * kBlock);
+    }
+    return;
+  } else
 #endif
-    tile<T, Weight, S>(x + r * ld, ld, m, w, Operand<T, Weight>::depth(p.K), c);
-    for (int s = 0; s < S; ++s) epilogue(c + s * kBlock, S * kBlock, r0 + r, m, blocks[s] * kBlock);
+  {
+    alignas(64) float c[kPanelRows * S * kBlock];
+    rows_by_blocks<Operand<T, Weight>, Weight, S>(x, ld, int(rows), w, depth, c, S * kBlock);
+    for (int s = 0; s < S; ++s) epilogue(c + s * kBlock, S * kBlock, r0, int(rows), blocks[s] * kBlock);
   }
 }
 
@@ -177,7 +159,7 @@ inline void group_of_blocks(const GemmParams& p, const typename Operand<T, Weigh
 #if defined(__AMX_BF16__)
     if constexpr (kTiles<T> && std::is_same_v<Weight, int8_t>)
       if (rows > kTileRows) {  // widened once for all tiles of rows
-        T* to = static_cast<T*>(packing.get(S * size * sizeof(T) + kPrefetchBytes));
+        T* to = static_cast<T*>(packing.get(S * size * sizeof(T)));
         const T* wide[S];
         for (int s = 0; s < S; wide[s] = to + s * size, ++s)
           for (int64_t at = 0; at < size; at += kTileElements) widen_tile(w[s] + at, to + s * size + at);
@@ -185,7 +167,7 @@ inline void group_of_blocks(const GemmParams& p, const typename Operand<T, Weigh
       }
 #endif
   } else if constexpr (std::is_same_v<T, Weight>) {
-    T* to = static_cast<T*>(packing.get(S * size * sizeof(T) + kPrefetchBytes));
+    T* to = static_cast<T*>(packing.get(S * size * sizeof(T)));
     for (int s = 0; s < S; ++s) {
       pack_block(weight, p.weight_stride, blocks[s] * kBlock, p.N, p.K, to + s * size);
       w[s] = to + s * size;

@@ -1,53 +1,103 @@
 // The innermost loops of gemm.h: sums of a few rows of x against a few packed blocks of 16 outputs, one flavour per
 // instruction set. Each keeps one accumulator per (row, output) and runs over k in order.
+//
+// An element of x is broadcast once for all blocks and a weight loaded once for all rows: R rows by S blocks take R + S
+// loads for R * S multiply-adds, fewer than a core can do beside them.
 #pragma once
 
-#include "cpu/amx.h"
+#include <utility>
+
 #include "cpu/vec.h"
-
-namespace dflash::DFLASH_ISA {
-namespace {
-
-constexpr int kBlock = 16;    // outputs per packed block
-// How far ahead of a stream its lines are asked for. A tile takes 16 lines at once: asking for the last of them and the
-// next tile's first, tile by tile, was fastest; further ahead, or for four tiles in one go, costs a tenth. A tile of
-// bytes takes half as long, and asking for the next two was fastest.
-constexpr int64_t kPrefetchBytes = 2048, kTilePrefetchBytes = 384, kBytePrefetchBytes = 1024;
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #define DFLASH_BF16_DOT 1
 #else
 #define DFLASH_BF16_DOT 0
 #endif
+#define DFLASH_INLINE __attribute__((always_inline))
+#define DFLASH_NOINLINE __attribute__((noinline))  // inlined, a loop would share its registers with what is around it
 
-template <class T> constexpr bool kTiles = false;
-#if defined(__AMX_BF16__)
-template <> constexpr bool kTiles<bf16> = true;
-#endif
+namespace dflash::DFLASH_ISA {
+namespace {
 
-// Each leaves its sums at c[r * ldc + s * 16 + j].
+constexpr int kBlock = 16;  // outputs per packed block
+constexpr int64_t kLine = 64;
+constexpr int kBlockVectors = kBlock / Vec::W;
+template <class T> constexpr int kLineDepth = kLine / (kBlock * int(sizeof(T)));  // k of a block in one cache line
 
-// x in float32, one row every `ldx`; w[s] packed.
-template <class T, int R, int S>
-inline void micro(const float* x, int64_t ldx, const T* const* w, int64_t K, float* c, int64_t ldc) {
-  constexpr int V = kBlock / Vec::W;
-  Vec acc[R][S][V];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) acc[r][s][v] = set1(0.0f);
-  for (int64_t k = 0; k < K; ++k)
-    for (int s = 0; s < S; ++s) {
+// f(0) ... f(N - 1), each a constant: what it indexes is then not an array to the compiler, but registers.
+template <class F, int... I>
+inline DFLASH_INLINE void times(F&& f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+template <int N, class F>
+inline DFLASH_INLINE void times(F&& f) { times(f, std::make_integer_sequence<int, N>{}); }
+
+// What a loop asks memory for on its way: from w[s] + at on, in bytes, `step` further with each line that it uses.
+struct Ahead {
+  int64_t at, step;
+
+  // Into the second-level cache: the first has few buffers for what is on its way, and the loads that follow hit the
+  // second, which takes no longer than the arithmetic that is under way.
+  template <int S, class Weight>
+  DFLASH_INLINE void ask([[maybe_unused]] const Weight* const* w) {
 #if DFLASH_VEC
-      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
+    for (int s = 0; s < S; ++s) _mm_prefetch((const char*)w[s] + at, _MM_HINT_T1);
 #endif
-      for (int v = 0; v < V; ++v) {
-        const Vec b = load(w[s] + k * kBlock + v * Vec::W);
-        for (int r = 0; r < R; ++r) acc[r][s][v] = fma(set1(x[r * ldx + k]), b, acc[r][s][v]);
-      }
+    at += step;
+  }
+};
+
+// R rows of C vectors of sums, which are added to those in memory.
+template <int R, int C>
+struct Sums {
+  Vec v[R * C];
+
+  DFLASH_INLINE Sums(const float* c, int64_t ldc) {
+    times<R>([&](auto r) { times<C>([&](auto i) { v[r * C + i] = load(c + r * ldc + i * Vec::W); }); });
+  }
+  DFLASH_INLINE void store_to(float* c, int64_t ldc) const {
+    times<R>([&](auto r) { times<C>([&](auto i) { store(c + r * ldc + i * Vec::W, v[r * C + i]); }); });
+  }
+  // Adds x(row) times b(column), and holds the fewer of the two.
+  template <class X, class B>
+  DFLASH_INLINE void add(X x, B b) {
+    if constexpr (R < C) {
+      Vec a[R];
+      times<R>([&](auto r) { a[r] = set1(x(r)); });
+      times<C>([&](auto i) {
+        const Vec of = b(i);
+        times<R>([&](auto r) { v[r * C + i] = fma(a[r], of, v[r * C + i]); });
+      });
+      return;
     }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) store(c + r * ldc + s * kBlock + v * Vec::W, acc[r][s][v]);
+    Vec of[C];
+    times<C>([&](auto i) { of[i] = b(i); });
+    times<R>([&](auto r) {
+      const Vec a = set1(x(r));
+      times<C>([&](auto i) { v[r * C + i] = fma(a, of[i], v[r * C + i]); });
+    });
+  }
+};
+
+// The loops: x one row every `ldx`, w[s] packed; they add to the sums at c[r * ldc + s * 16 + j].
+
+// x in float32
+template <class T, int R, int S>
+DFLASH_NOINLINE void micro(const float* x, int64_t ldx, const T* const* w, int64_t K, Ahead ahead, float* c,
+                           int64_t ldc) {
+  constexpr int V = kBlockVectors;
+  Sums<R, S * V> sums(c, ldc);
+  int64_t k = 0;
+  for (; k + kLineDepth<T> <= K; k += kLineDepth<T>) {
+    ahead.ask<S>(w);
+    times<kLineDepth<T>>([&](auto d) {
+      sums.add([&](int r) { return x[r * ldx + k + d]; },
+               [&](int i) { return load(w[i / V] + (k + d) * kBlock + i % V * Vec::W); });
+    });
+  }
+  for (; k < K; ++k)
+    sums.add([&](int r) { return x[r * ldx + k]; },
+             [&](int i) { return load(w[i / V] + k * kBlock + i % V * Vec::W); });
+  sums.store_to(c, ldc);
 }
 
 #if DFLASH_BF16_DOT
@@ -59,151 +109,59 @@ inline __m512i load_pairs(const int8_t* p) {
 #endif
 
 #if !DFLASH_BF16_DOT
-// W pairs (lo, hi) of bf16 as two vectors.
-inline void load_pairs(const bf16* p, Vec& lo, Vec& hi) {
+// The first (H = 0) or the second k of W pairs of bf16.
+template <int H>
+inline Vec load_half(const bf16* p) {
 #if DFLASH_VEC == 512
   const __m512i u = _mm512_loadu_si512(p);
-  lo.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
-  hi.v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000))));
+  return {_mm512_castsi512_ps(H ? _mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(u, 16))};
 #elif DFLASH_VEC == 256
-  const __m256i u = _mm256_loadu_si256((const __m256i*)p);
-  lo.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
-  hi.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(int(0xffff0000))));
+  if constexpr (H == 0) return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
+  // Loaded again, and the mask with it: the sums leave no register to keep either in.
+  alignas(32) static constexpr uint32_t mask[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                  0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+  Vec upper;
+  asm("vmovdqu %1, %0\n\tvpand %2, %0, %0" : "=&x"(upper.v) : "m"(*(const __m256i_u*)p), "m"(mask));
+  return upper;
 #else
-  for (int i = 0; i < Vec::W; ++i) lo.v[i] = to_float(p[2 * i]), hi.v[i] = to_float(p[2 * i + 1]);
+  return each([&](int i) { return to_float(p[2 * i + H]); });
 #endif
 }
 
 template <int R, int S>
-inline void micro_pairs(const float* x, int64_t ldx, const bf16* const* w, int64_t K, float* c, int64_t ldc) {
-  constexpr int V = kBlock / Vec::W;
-  Vec acc[R][S][V];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) acc[r][s][v] = set1(0.0f);
-  for (int64_t k = 0; k < K; k += 2)
-    for (int s = 0; s < S; ++s) {
-#if DFLASH_VEC
-      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
-#endif
-      for (int v = 0; v < V; ++v) {
-        Vec lo, hi;
-        load_pairs(w[s] + k * kBlock + 2 * v * Vec::W, lo, hi);
-        for (int r = 0; r < R; ++r) {
-          acc[r][s][v] = fma(set1(x[r * ldx + k]), lo, acc[r][s][v]);
-          acc[r][s][v] = fma(set1(x[r * ldx + k + 1]), hi, acc[r][s][v]);
-        }
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s)
-      for (int v = 0; v < V; ++v) store(c + r * ldc + s * kBlock + v * Vec::W, acc[r][s][v]);
+DFLASH_NOINLINE void micro_pairs(const float* x, int64_t ldx, const bf16* const* w, int64_t K, Ahead ahead, float* c,
+                                 int64_t ldc) {
+  constexpr int V = kBlockVectors;
+  Sums<R, S * V> sums(c, ldc);
+  for (int64_t k = 0; k < K; k += 2) {
+    ahead.ask<S>(w);
+    times<2>([&](auto h) {
+      sums.add([&](int r) { return x[r * ldx + k + h]; },
+               [&](int i) { return load_half<h>(w[i / V] + k * kBlock + i % V * 2 * Vec::W); });
+    });
+  }
+  sums.store_to(c, ldc);
 }
 #elif !defined(__AMX_BF16__)
 inline __m512i load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
 
 // One vdpbf16ps per row, block and pair of k; x stays bf16.
 template <int R, int S, class Weight>
-inline void micro_dot(const bf16* x, int64_t ldx, const Weight* const* w, int64_t K, float* c, int64_t ldc) {
-  __m512 acc[R][S];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) acc[r][s] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += 2)
-    for (int s = 0; s < S; ++s) {
-      _mm_prefetch((const char*)(w[s] + k * kBlock) + kPrefetchBytes, _MM_HINT_T0);
-      const __m512bh b = (__m512bh)load_pairs(w[s] + k * kBlock);
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, x + r * ldx + k, 4);
-        acc[r][s] = _mm512_dpbf16_ps(acc[r][s], (__m512bh)_mm512_set1_epi32(pair), b);
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) _mm512_storeu_ps(c + r * ldc + s * kBlock, acc[r][s]);
-}
-#else
-constexpr int64_t kTileElements = 32 * kBlock;
-
-template <int S>
-inline void store_tiles(float* c) {
-  _tile_stored(0, c, S * kBlock * 4);
-  if (S > 1) _tile_stored(1, c + kBlock, S * kBlock * 4);
-  if (S > 2) {
-    _tile_stored(2, c + 2 * kBlock, S * kBlock * 4);
-    _tile_stored(3, c + 3 * kBlock, S * kBlock * 4);
+DFLASH_NOINLINE void micro_dot(const bf16* x, int64_t ldx, const Weight* const* w, int64_t K, Ahead ahead, float* c,
+                               int64_t ldc) {
+  Sums<R, S> sums(c, ldc);
+  for (int64_t k = 0; k < K; k += 2) {
+    if (kLineDepth<Weight> == 2 || k % kLineDepth<Weight> == 0) ahead.ask<S>(w);
+    __m512bh b[S];
+    times<S>([&](auto s) { b[s] = (__m512bh)load_pairs(w[s] + k * kBlock); });
+    times<R>([&](auto r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * ldx + k, 4);
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+      times<S>([&](auto s) { sums.v[r * S + s].v = _mm512_dpbf16_ps(sums.v[r * S + s].v, a, b[s]); });
+    });
   }
-}
-
-inline void widen_tile(const int8_t* w, bf16* to) {
-  for (int64_t at = 0; at < kTileElements; at += 64)
-    _mm_prefetch((const char*)w + kBytePrefetchBytes + at, _MM_HINT_T0);
-#pragma GCC unroll 16
-  for (int64_t at = 0; at < kTileElements; at += 2 * kBlock) _mm512_store_si512(to + at, load_pairs(w + at));
-}
-
-// Widens a tile of each stream while the one before it is multiplied.
-template <int S>
-inline void micro_tiles(const bf16* x, int64_t ldx, const int8_t* const* w, int64_t K, float* c) {
-  alignas(64) bf16 wide[2][S][kTileElements];
-  for (int s = 0; s < S; ++s) widen_tile(w[s], wide[0][s]);
-  _tile_zero(0);
-  if (S > 1) _tile_zero(1);
-  if (S > 2) { _tile_zero(2); _tile_zero(3); }
-  for (int64_t k = 0; k < K; k += 32) {
-    const auto now = wide[k / 32 % 2];
-    const auto ahead = [&](int s) {
-      if (k + 32 < K) widen_tile(w[s] + (k + 32) * kBlock, wide[(k / 32 + 1) % 2][s]);
-    };
-    _tile_loadd(4, x + k, ldx * 2);
-    _tile_loadd(5, now[0], 64);
-    _tile_dpbf16ps(0, 4, 5);
-    ahead(0);
-    if (S > 1) {
-      _tile_loadd(6, now[1], 64);
-      _tile_dpbf16ps(1, 4, 6);
-      ahead(1);
-    }
-    if (S > 2) {
-      _tile_loadd(7, now[2], 64);
-      _tile_dpbf16ps(2, 4, 7);
-      ahead(2);
-      _tile_loadd(5, now[3], 64);
-      _tile_dpbf16ps(3, 4, 5);
-      ahead(3);
-    }
-  }
-  store_tiles<S>(c);
-}
-
-template <int S>
-inline void micro_tiles(const bf16* x, int64_t ldx, const bf16* const* w, int64_t K, float* c) {
-  _tile_zero(0);
-  if (S > 1) _tile_zero(1);
-  if (S > 2) { _tile_zero(2); _tile_zero(3); }
-  for (int64_t k = 0; k < K; k += 32) {
-    const auto ask_ahead = [&](int s) {
-      for (int line = 0; line < 16; ++line)
-        _mm_prefetch((const char*)(w[s] + k * kBlock) + kTilePrefetchBytes + 64 * line, _MM_HINT_T0);
-    };
-    _tile_loadd(4, x + k, ldx * 2);
-    ask_ahead(0);
-    _tile_loadd(5, w[0] + k * kBlock, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if (S > 1) {
-      ask_ahead(1);
-      _tile_loadd(6, w[1] + k * kBlock, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if (S > 2) {
-      ask_ahead(2);
-      _tile_loadd(7, w[2] + k * kBlock, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      ask_ahead(3);
-      _tile_loadd(5, w[3] + k * kBlock, 64);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-  }
-  store_tiles<S>(c);
+  sums.store_to(c, ldc);
 }
 #endif
 

@@ -6,7 +6,7 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-constexpr int64_t kStreams = 4, kLine = 64, kAhead = 2048;
+constexpr int64_t kStreams = 4, kLine = 64, kAhead = 2048, kFarAhead = 1024;
 
 // Adds a line's 64-bit words to sums that are added up at the end.
 #if DFLASH_VEC == 512
@@ -26,27 +26,33 @@ inline void add_line(Words& sum, const char* p) {
 }
 #endif
 
+// The sum of four streams of `length` bytes each, one after the other in memory.
+template <bool FAR>
+uint64_t read(const char* base, int64_t length) {
+  Words sums[kStreams] = {};
+  for (int64_t at = 0; at < length; at += kLine)
+    for (int64_t s = 0; s < kStreams; ++s) {
+      const char* q = base + s * length + at;
+#if DFLASH_VEC
+      _mm_prefetch(q + (FAR ? kFarAhead : kAhead), FAR ? _MM_HINT_T1 : _MM_HINT_T0);
+#endif
+      add_line(sums[s], q);
+    }
+  uint64_t words[sizeof(sums) / 8], sum = 0;
+  std::memcpy(words, sums, sizeof(sums));
+  for (uint64_t w : words) sum += w;
+  return sum;
+}
+
 }  // namespace
 
 void stream_read(const StreamReadParams& p) {
   const int64_t units = p.bytes / (kStreams * kLine);
   uint64_t total = 0;
   parallel_for(units, 64, [&](int64_t begin, int64_t end) {
-    Words sums[kStreams] = {};
-    const int64_t length = (end - begin) * kLine;
     const char* base = static_cast<const char*>(p.data) + begin * kStreams * kLine;
-    for (int64_t at = 0; at < length; at += kLine)
-      for (int64_t s = 0; s < kStreams; ++s) {
-        const char* q = base + s * length + at;
-#if DFLASH_VEC
-        _mm_prefetch(q + kAhead, _MM_HINT_T0);
-#endif
-        add_line(sums[s], q);
-      }
-    uint64_t words[sizeof(sums) / 8], sum = 0;
-    std::memcpy(words, sums, sizeof(sums));
-    for (uint64_t w : words) sum += w;
-    __atomic_fetch_add(&total, sum, __ATOMIC_RELAXED);
+    const int64_t length = (end - begin) * kLine;
+    __atomic_fetch_add(&total, p.far ? read<true>(base, length) : read<false>(base, length), __ATOMIC_RELAXED);
   });
   *p.sum = total;
 }

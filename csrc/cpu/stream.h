@@ -9,6 +9,7 @@ namespace dflash {
 struct StreamReadParams {
   const void* data;
   int64_t bytes;
+  bool far;       // asks for lines into the second-level cache: faster on some machines, slower on others
   uint64_t* sum;  // takes the sum of all 64-bit words, so that the reads are not optimised away
 };
 

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from bench.report import decode_tables, draw, generate, kernel_tables, peer_tables, summary_table
+from bench.report import (
+    decode_tables,
+    draw,
+    generate,
+    kernel_tables,
+    peer_tables,
+    rows_table,
+    summary_table,
+)
 from tests.support import ROOT
 
 
@@ -218,3 +226,24 @@ def test_plots_survive_greyscale_and_dark_pages(tmp_path):
 def test_conditional_acceptance():
     # 12 steps: half of the first drafts were accepted, then 4 of 6, then none
     assert draw.reached([6, 2, 4, 0]) == [0.5, 0.6667, 0.0] and draw.reached([3, 0, 0]) == [0.0]
+
+
+def product(**changes):
+    return {"shape": "gate_up", "op": "linear", "n": 96, "k": 64, "bits": 16, "rows": 1, "isa": "avx2", "us": 2.0,
+            "gbps": 30.0, "tflops": 0.1, "pct_of_bound": 80.0, "torch_us": 5.0} | changes
+
+
+def test_products_are_shown_by_set_and_number_of_rows(tmp_path):
+    assert rows_table.rows_block(tmp_path) == rows_table.EMPTY
+    (tmp_path / "m").mkdir()
+    products = [product(), product(rows=8, pct_of_bound=91.0),
+                product(shape="draft head", op="lm_head_argmax", us=100.0),
+                product(shape="draft head, K 1", op="lm_head_topk", us=103.0)]
+    header = {"device": "A CPU", "threads": 2, "torch": "2"}
+    (tmp_path / "m" / "rows.json").write_text(
+        json.dumps({"header": header, "command": "python -m bench.rows", "products": products}), encoding="utf-8")
+    lines = rows_table.rows_block(tmp_path).splitlines()
+    assert "| bfloat16 | avx2 | 1 | 2.0 | 30.0 | 0.100 | 80 % | 2.50 x torch |" in lines
+    assert "| `linear` 96x64 | bfloat16 | avx2 | 80 % | 91 % |" in lines
+    assert "| bfloat16 | avx2 | 1 | 100 | 103 | 1.03 |" in lines
+    assert kernel_tables.kernel_results(tmp_path / "m") == []

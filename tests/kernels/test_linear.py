@@ -95,6 +95,20 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(isa, dtype, n, k):
     assert same_bits(dk.linear(x[shuffled], packed, b), whole[shuffled])
 
 
+@pytest.mark.parametrize("k", [96, 601])
+def test_a_row_has_the_same_bits_in_every_number_of_rows(isa, dtype, k):
+    """Of which each is cut into other groups; the longer K is walked in pieces when there are several."""
+    x, w, _ = problem(dtype, 70, 112, k)
+    for packed in (dk.pack_weight(w), dk.pack_weight(*dk.quantize_weight(w))):
+        whole, (ids, top, lse) = dk.linear(x, packed), dk.lm_head_topk(x, packed, 1)
+        for rows in (*range(1, 34), 48, 64, 65):
+            at = slice(70 - rows, 70)
+            assert same_bits(dk.linear(x[at], packed), whole[at]), rows
+            best, values = dk.lm_head_argmax(x[at], packed)
+            assert torch.equal(best, ids[at, 0]) and same_bits(values, top[at, 0]), rows
+            assert same_bits(dk.lm_head_topk(x[at], packed, 1)[2], lse[at]), rows
+
+
 def test_bits_do_not_depend_on_threads(isa, dtype, by_threads):
     x, w, _ = problem(dtype, 5, 600, 256)
     packed = dk.pack_weight(w)

@@ -93,13 +93,21 @@ def test_captures_do_not_nest():
 
 def test_stream_read_reads_every_byte(isa):
     words = torch.arange(1 << 16, dtype=torch.int64)
-    assert _library.native.stream_read(words.data_ptr(), words.numel() * 8) == int(words.sum())
+    for far in (False, True):
+        assert _library.native.stream_read(words.data_ptr(), words.numel() * 8, far) == int(words.sum())
 
 
-def test_stream_read_is_not_captured():
+def test_the_rate_of_multiplications_counts_them(isa):
+    for half in (False, True):
+        once, twice = (_library.native.matrix_rate(half, rounds) for rounds in (100, 200))
+        assert twice == 2 * once > 0 and once % (100 * torch.get_num_threads()) == 0
+
+
+def test_probes_of_the_machine_are_not_captured():
     words, graph = torch.zeros(1 << 12, dtype=torch.int64), dk.StepGraph()
     with graph.capture():
         _library.native.stream_read(words.data_ptr(), words.numel() * 8)
+        _library.native.matrix_rate(True, 1)
     assert len(graph) == 0
 
 
