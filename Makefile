@@ -22,7 +22,7 @@
 # .venv. CXX: the compiler. MAX_JOBS: how many files are compiled in parallel.
 
 PYTHON ?= python3
-PROMPT ?= Write a quicksort in Python.
+PROMPT ?= Janet has 3 boxes with 12 pencils each. She gives 8 to a friend and buys 2 more boxes. How many has she now? Explain each step.
 VENV := .venv
 PY := $(VENV)/bin/python
 GPU_PYTHON ?= python3
@@ -93,7 +93,7 @@ other-torch: build $(OTHER)/installed
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(OTHER)/bin/python -m pytest $(ARGS)
 
 aot: $(STAMPS)/package $(STAMPS)/dev
-	$(PY) -m tools.aot.compile bench/results/aot build/aot
+	$(PY) -m tools.aot bench/results/aot build/aot
 	if command -v nvcc; then $(PY) -m tools.aot.ptxas bench/results/aot; fi
 
 clean:

@@ -18,7 +18,7 @@ struct AttentionParams {
   const int32_t* page_table;
   int64_t page_table_stride, max_pages;
   const int32_t *context_lens, *block_lens, *context_starts;  // the last two may be nullptr
-  // Packed blocks: request b's rows begin at row block_starts[b] of packed_rows, and a request has no stride. Or nullptr.
+  // Of packed blocks, or nullptr: request b's rows begin at row block_starts[b] of packed_rows.
   const int32_t* block_starts;
   int64_t packed_rows;
   const void* sinks;                                          // (heads,) or nullptr

@@ -157,8 +157,8 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
     part, part_top = (torch.empty(slots, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
     block_attention_kernel[tasks, shares](
         q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, context_lens, block_lens, context_starts, block_starts,
-        sinks, out, part, part_top, packed_rows, width, group, kv_heads, factor, softcap, left, right, num_pages, capacity, table_row,
-        *(stride for t in (q, k, v) for stride in outer(t)), *cache_strides, *outer(out), splits, shares, octaves,
+        sinks, out, part, part_top, packed_rows, width, group, kv_heads, factor, softcap, left, right, num_pages,
+        capacity, table_row, *outer(q), *outer(k), *outer(v), *cache_strides, *outer(out), splits, shares, octaves,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, CHUNK_D=min(c.CHUNK_D, block_d), EXACT_D=min(c.EXACT_D, block_d),
         WHOLE=c.WHOLE, K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale),
         NATIVE=cached == torch.float8_e4m3fn and native_fp8(q.device), PAGE=page_size, HEAD_DIM=head_dim,
@@ -167,5 +167,6 @@ def block_attention(q, k, v, k_cache, v_cache, k_scale, v_scale, page_table, con
     if shares > 1:
         combine_splits_kernel[batch * kv_heads, triton.cdiv(rows, COMBINE_ROWS)](
             part, part_top, context_lens, block_lens, context_starts, block_starts, sinks, out, packed_rows, width,
-            group, kv_heads, left, right, num_pages, capacity, *outer(out), splits, shares, octaves, head_dim, c.BLOCK_M, SPLIT, EACH,
-            COMBINE_ROWS, block_d, COMBINE_STAGES, num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, **PLAIN)
+            group, kv_heads, left, right, num_pages, capacity, *outer(out), splits, shares, octaves, head_dim,
+            c.BLOCK_M, SPLIT, EACH, COMBINE_ROWS, block_d, COMBINE_STAGES, num_warps=COMBINE_WARPS,
+            num_stages=COMBINE_STAGES, **PLAIN)

@@ -132,7 +132,8 @@ def _views(b, at, h, row0, live, context, group, tensors, head_dim, BLOCK_M: tl.
 @triton.jit(do_not_specialize=["packed_rows", "width", "capacity", "table_row", "splits", "shares", "octaves"])
 def block_attention_kernel(q, k, v, k_cache, v_cache, k_scales, v_scales, page_table,
                            context_lens, block_lens, context_starts, block_starts, sinks, out, part, part_top,
-                           packed_rows, width, group, kv_heads, factor, softcap, left, right, num_pages, capacity, table_row,
+                           packed_rows, width, group, kv_heads, factor, softcap, left, right, num_pages, capacity,
+                           table_row,
                            q_b, q_row, q_head, k_b, k_row, k_head, v_b, v_row, v_head,
                            kc_page, kc_row, kc_head, vc_page, vc_row, vc_head, o_b, o_row, o_head,
                            splits, shares, octaves,
@@ -207,4 +208,5 @@ def combine_splits_kernel(part, part_top, context_lens, block_lens, context_star
         softmax = combine(softmax, Softmax(
             tl.load(part_top + slot * 2, ok, float("-inf")), tl.load(part_top + slot * 2 + 1, ok, 0.0),
             tl.load(part + slot[:, None] * HEAD_DIM + d[None, :], ok[:, None] & (d < HEAD_DIM)[None, :], 0.0)))
-    _finish(out + place(b, block_starts, packed_rows) * o_b, softmax, sinks, lost, left, row, ok, h, group, d, HEAD_DIM, o_row, o_head)
+    to = out + place(b, block_starts, packed_rows) * o_b
+    _finish(to, softmax, sinks, lost, left, row, ok, h, group, d, HEAD_DIM, o_row, o_head)

@@ -116,6 +116,9 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     >>> block_attention(zeros, zeros, values, cache, *tables, causal=True).flatten().tolist()
     [4.0, 3.0]
     """
+    if (block_starts is None) != (max_block is None):
+        raise ValueError(f"{_check.op}: block_starts and max_block must be given together; got "
+                         f"{describe(block_starts)} and {max_block!r}")
     layout = "(B, Q, Hq, D)" if block_starts is None else "(T, Hq, D)"
     _check.floats("q", q, layout)
     if q.dim() != layout.count(",") + 1 or 0 in q.shape[-2:]:
@@ -146,9 +149,6 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
 
 def _blocks(q, context_lens, block_lens, block_starts, max_block):
     """(B, Q), of packed blocks too."""
-    if (block_starts is None) != (max_block is None):
-        raise ValueError(f"{_check.op}: block_starts and max_block must be given together; got "
-                         f"{describe(block_starts)} and {max_block!r}")
     if block_starts is None:
         return q.shape[:2]
     _check.tensor("context_lens", context_lens, torch.int32, "(B,)", (None,), q.device)

@@ -28,7 +28,7 @@ _combine_topk_check = Checker("combine_topk")
 def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias: torch.Tensor | None = None,
                    num_valid: int | None = None, scale: float = 1.0, softcap: float = 0.0, id_offset: int = 0,
                    out_ids: torch.Tensor | None = None, out_values: torch.Tensor | None = None,
-                   ) -> tuple[torch.Tensor, torch.Tensor]:
+                   out_lse: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The most likely token of each row, and its logit.
 
     Parameters
@@ -51,6 +51,9 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
         Written. Contiguous.
     out_values : (...) float32, optional
         Written. Contiguous.
+    out_lse : (...) float32, optional
+        Written if given, in the same pass over the weight: the natural log-sum-exp of the row's logits, as
+        `lm_head_topk` gives it. exp(values - lse) is the probability of ids. Contiguous.
 
     Returns
     -------
@@ -70,6 +73,8 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
 
     Cost: `w * V * H + T * (e * H + 12)` bytes. Launches on a GPU: 2.
 
+    With out_lse it is `lm_head_topk` with k = 1, in kernels too.
+
     Replaces `_greedy_sample` of vLLM's DFlash proposer and SGLang's `_DflashDraftSampler`.
 
     Examples
@@ -86,6 +91,11 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     options = _check_logits(check, n, num_valid, scale, softcap, id_offset)
     ids = check.contiguous_output("out_ids", out_ids, x, x.shape[:-1], torch.int64)
     values = check.contiguous_output("out_values", out_values, x, x.shape[:-1], torch.float32)
+    if out_lse is not None:
+        lse = check.contiguous_output("out_lse", out_lse, x, x.shape[:-1], torch.float32)
+        _lm_head_topk(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1, 1), values.view(-1, 1),
+                      lse.view(-1))
+        return ids, values
     _lm_head_argmax(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1), values.view(-1))
     return ids, values
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from dflash_kernels import block_attention
 from dflash_kernels.storage import PagedKV
 from dflash_kernels.testing import assert_within_budget, same_bits
-from tests.support.attention_cases import NAN, Case, check_packed_blocks, check_rows_beside_what_is_not_finite, ints
+from tests.support.attention_cases import NAN, Case, check_rows_beside_what_is_not_finite, ints
 
 OPTIONS = [
     {}, {"causal": True}, {"window": (6, 6)}, {"window": (5, 0)}, {"window": (0, 0)}, {"softcap": 3.0}, {"scale": 0.5},
@@ -128,25 +128,6 @@ def test_p19_context_starts_hides_what_was_never_written(isa, dtype):
     case.table[1, :2] = 2**31 - 1
     assert same_bits(case.run(context_starts=starts), want)
     assert not torch.equal(want[0], Case([100, 40, 17], dtype=dtype).run()[0])
-
-
-@pytest.mark.parametrize("options", [{}, {"causal": True, "window": (70, -1)}], ids=str)
-def test_packed_blocks_have_the_bits_of_padded_ones(isa, dtype, options):
-    case = Case([70, 2, 0, 600, 31], dtype=dtype)
-    check_packed_blocks(block_attention, case, [4, 1, 0, 3, 2], [3, 0, 99, 8, 11], 14, **options)
-
-
-def test_packed_blocks_end_where_their_rows_do(isa):
-    case, starts, lens = Case([20, 33, 5]), ints(6, -3, 100), ints(4, 2, 9)
-    q, k, v, cache, table, contexts = case.args()
-    q, k, v = (t.flatten(0, 1)[:8].clone() for t in (q, k, v))
-    out = torch.full_like(q, 7.0)
-    block_attention(q, k, v, cache, table, contexts, block_lens=lens, block_starts=starts, max_block=4, out=out)
-    for start, n, b in ((6, 2, 0), (0, 2, 1)):
-        here = slice(start, start + n)
-        alone = block_attention(q[None, here], k[None, here], v[None, here], cache, table[b:b + 1], contexts[b:b + 1])
-        assert same_bits(out[here], alone[0]), b
-    assert (out[2:6] == 7).all()
 
 
 def test_block_lens_hide_rows_and_leave_their_output_alone(isa, dtype):

@@ -57,9 +57,12 @@ def test_one_candidate_is_argmax_and_empty_rows_are_none(isa, dtype):
     x, w, b = problem(dtype, 20, 700)
     w[350:] = w[:350]
     b[350:] = b[:350]
-    ids, values, _ = dk.lm_head_topk(x, w, 1, bias=b, scale=-0.7, softcap=2.0, id_offset=2**40, num_valid=650)
+    ids, values, lse = dk.lm_head_topk(x, w, 1, bias=b, scale=-0.7, softcap=2.0, id_offset=2**40, num_valid=650)
     want = dk.lm_head_argmax(x, w, bias=b, scale=-0.7, softcap=2.0, id_offset=2**40, num_valid=650)
     assert same_bits(ids[:, 0], want[0]) and same_bits(values[:, 0], want[1])
+    given = torch.full((20,), NAN)
+    got = dk.lm_head_argmax(x, w, bias=b, scale=-0.7, softcap=2.0, id_offset=2**40, num_valid=650, out_lse=given)
+    assert all(same_bits(a, t) for a, t in zip((*got, given), (*want, lse), strict=True))
     assert [t.shape for t in dk.lm_head_topk(x[:0], w, 5)] == [(0, 5), (0, 5), (0,)]
 
 

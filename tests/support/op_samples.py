@@ -127,6 +127,9 @@ SAMPLES = {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "bias": torch.randn(40),
         "num_valid": 30, "scale": 0.5, "softcap": 3.0, "id_offset": 100, "out_ids": boxed(3, dtype=torch.int64),
         "out_values": boxed(3)}, ("out_ids", "out_values")),
+    "lm_head_argmax_lse": Sample(dk.lm_head_argmax, lambda: {
+        "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "out_ids": boxed(3, dtype=torch.int64),
+        "out_values": boxed(3), "out_lse": boxed(3)}, ("out_ids", "out_values", "out_lse")),
     "lm_head_argmax_int8": Sample(dk.lm_head_argmax, lambda: {
         "x": torch.randn(3, 16), "weight": int8_weight(40, 16), "bias": torch.randn(40), "num_valid": 30, "scale": 0.5,
         "softcap": 3.0, "out_ids": boxed(3, dtype=torch.int64), "out_values": boxed(3)}, ("out_ids", "out_values")),

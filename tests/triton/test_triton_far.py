@@ -99,7 +99,8 @@ def test_pages_that_are_read(far, which):
     for caches in (near, near | {which: far(near[which])}):
         out = torch.zeros_like(case.q)
         attention.block_attention(case.q, case.block(case.k), case.block(case.v), caches["k"], caches["v"], None, None,
-                                  case.table, case.lens, None, None, None, case.width, 0.25, False, -1, -1, None, 0.0, out)
+                                  case.table, case.lens, None, None, None, case.width, 0.25, False, -1, -1, None, 0.0,
+                                  out)
         answers.append(out)
     assert same_bits(*answers)
 
