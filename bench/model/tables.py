@@ -6,11 +6,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from bench.model.step import GEOMETRIES, MACHINES, Geometry, Layers, fits, step
 from dflash_bench.protocol import CARD_ACCEPTANCE, CARD_THROUGHPUT
-from dflash_decode.step import block_width
 
 TILE_ROWS = 16  # the CPU products are measured up to here; each row more costs what the last eight of them did
 DECODE_CONTEXT, CARD_CONTEXT = 256, 2000
@@ -98,7 +95,9 @@ def checks(folder: Path) -> list[tuple[str, float, float, str]]:
     for concurrency in (1, 8):
         r = load(folder, f"decode-c{concurrency}")
         if r and (r["model"], r["block_size"]) == (g.name, g.block):
-            block = block_width(g.block, concurrency, torch.device("cpu")) if r.get("adapts") else g.block
+            block = round(r.get("verified_rows", g.block))
+            if r.get("adapts") and "verified_rows" not in r:  # chosen by the number of requests alone
+                block = max(1, min(g.block, 32 // concurrency))
             baseline = p.target(g, concurrency, 1, DECODE_CONTEXT)
             ours = p.target(g, concurrency, block, DECODE_CONTEXT) + p.draft(
                 g, concurrency, block, DECODE_CONTEXT, 1 if r.get("draft_int8") else 2)

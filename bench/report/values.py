@@ -4,12 +4,9 @@ import re
 import statistics
 from pathlib import Path
 
-import torch
-
 from bench.model.step import GEOMETRIES, KERNELS_A_LAYER, MACHINES
 from bench.model.tables import CARD_CONTEXT, DECODE_CONTEXT, card_table
 from bench.report import decode_tables, kernel_tables, peer_tables
-from dflash_decode.step import block_width
 
 SPAN = re.compile(r"<!-- value ([\w.-]+) -->(.*?)<!-- end -->", re.DOTALL)
 
@@ -18,7 +15,7 @@ def values(folder: Path) -> dict[str, str]:
     """By name. Those of results are of the first machine that has them."""
     found = {**of_geometries(), **of_the_model()}
     for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
-        for group in (of_steps, of_texts, of_peers):
+        for group in (of_steps, of_texts, of_cells, of_peers):
             for name, value in group(machine).items():
                 found.setdefault(name, value)
     return found
@@ -46,8 +43,7 @@ def of_geometries() -> dict[str, str]:
              "draft-vocab": f"{g.draft_vocab:,}", "vocab": f"{g.vocab:,}", "experts": f"{big.target.experts}",
              "expert-weights": f"{big.target.mlp_weights / 1e6:.1f} million", "chosen": f"{big.target.chosen}",
              "experts-of-8": f"{big.target.coverage(8):.0f}", "card-layers": f"{big.target.layers}"}
-    found |= {f"kv-{name}": size(each.target.kv_bytes()) for name, each in GEOMETRIES.items()}
-    return found | {f"block-{n}": f"{block_width(g.block, n, torch.device('cpu'))}" for n in (8, 16, 32)}
+    return found | {f"kv-{name}": size(each.target.kv_bytes()) for name, each in GEOMETRIES.items()}
 
 
 def of_the_model() -> dict[str, str]:
@@ -94,6 +90,21 @@ def of_texts(machine: Path) -> dict[str, str]:
             at = ("int8-" if r.get("weights") == "int8" else "") + f"c{r['concurrency']}"
             found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
                       f"length-{at}": f"{r['acceptance_length']:.2f}"}
+    return found
+
+
+def of_cells(machine: Path) -> dict[str, str]:
+    """Speedups over the vector sets of a machine: of all tasks together by concurrency, and the worst of a task."""
+    found = {}
+    for r in decode_tables.decode_results(machine, "decode by instruction set"):
+        for n in dict.fromkeys(c["concurrency"] for c in r["cells"]):
+            ratios = [c["speedup"] for c in r["cells"] if c["concurrency"] == n and c["isa"] != "generic"]
+            found[f"cells-c{n}"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        worst = min((t["speedup"], c["isa"], c["concurrency"], task) for c in r["cells"] if c["isa"] != "generic"
+                    for task, t in c["tasks"].items())
+        found |= {"cells-worst": f"{worst[0]:.2f}",
+                  "cells-worst-where": f"{worst[3]}, {worst[1]}, concurrency {worst[2]}",
+                  "cells-machine": f"{r['cpu']}, {r['threads']} threads"}
     return found
 
 

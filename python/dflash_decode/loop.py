@@ -5,7 +5,8 @@ anchor, verifies it with the target, and commits the accepted drafts plus one to
 the same loop with no drafter. A sampled request gives the output of baseline sampling with the same seed.
 """
 
-import itertools
+import math
+import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,17 +20,22 @@ from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
 from .model import Target
 from .model.drafter import Drafter
+from .packed_runner import PackedRunner
 from .requests import Event, Live, Request, admit
+from .runner import GraphRunner, Runner, Setting
 from .sampling import SamplingParams
-from .step import Prefill, Step, block_width, prefill_sizes
 from .verify import VERIFIERS, GreedyVerifier, first_token, verifier_for
+from .widths import FixedWidths, PastWidths
+
+_PORTION = 16  # rows of a prompt, or a multiple, that run beside a step
 
 
 class Decoder:
     """Decodes requests in a batch, one block per step.
 
-    block_size: Q, at most the drafter's block size, which is the default. By default a CPU uses smaller blocks while
-        many requests run concurrently, unless drafts are sampled; the output does not change.
+    block_size: Q, the tokens of every block, at most the drafter's block size. By default blocks are at most that, and
+        the loop chooses for each request and step how many drafts are worth verifying, if any, by measured time and the
+        drafter's confidence (widths.py), unless drafts are sampled; the output does not change.
     max_batch: the number of requests decoded concurrently.
     num_pages: by default enough for max_batch requests of max_context tokens, and on a GPU at most what fits in 0.8 of
         its free memory. A request takes its pages when it starts, for all the tokens that it can write.
@@ -56,36 +62,38 @@ class Decoder:
         choice("Decoder", "sample_from", sample_from, SampleFrom)
         choice("Decoder", "rule", rule, Rule)
         self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
-        self.draw, self.rule = sample_from == SampleFrom.request, rule
-        self.adapts = block_size is None and self.width > 1 and not self.draw
+        draw = sample_from == SampleFrom.request
         self.max_context = min(target.max_context, max_context)
         pages = -(-self.max_context // page_size)
         models = [model for model in (target, self.drafter) if model]
         self.pool = PagePool(default_pages(max_batch * pages, page_size, [model.cache for model in models])
                              if num_pages is None else num_pages, page_size)
-        self.max_pages, self.prefill_rows = min(pages, self.pool.num_pages), prefill_rows
+        self.prefill_rows = prefill_rows
         self.kv: tuple[Sequence[PagedKV], Sequence[PagedKV]] = (
             target.cache.allocate(self.pool.num_pages, page_size),
             self.drafter.cache.allocate(self.pool.num_pages, page_size) if self.drafter else ())
+        setting = Setting(target, self.drafter, *self.kv, self.pool, min(pages, self.pool.num_pages), max_batch,
+                          self.width, prefill_rows, rule, draw)
+        self.runner = _runner(setting, block_size is None and not draw)
         # All requests in order of arrival. What runs, what waits and who owns a page follow from this list alone,
         # so an interrupt cannot leave two records that disagree.
         self._requests: list[Live] = []
-        self._steps: dict[tuple[int, type[GreedyVerifier]], Step] = {}
-        self._prefills: dict[int, Prefill] = {}
         self._firsts: dict[type[GreedyVerifier], GreedyVerifier] = {}
-        self._seated: tuple[Step, list[Live]] | None = None
-        # Passes and steps run one after another, so their graphs can share scratch memory.
-        self._memory = torch.cuda.graph_pool_handle() if target.device.type == "cuda" else None
+        self._row_seconds, self._step_seconds = 0.0, math.inf  # of a prompt's row and of a step, lately
 
     @property
     def _active(self) -> list[Live]:
-        unfinished = (live for live in self._requests if not live.finish)
-        return list(itertools.takewhile(lambda live: live.emitted, unfinished))
+        return [live for live in self._requests if live.emitted and not live.finish]
+
+    def ready(self) -> None:
+        """Finds out what a step costs on this machine, unless it is known: part of a second for a small target. The
+        first step does so too."""
+        self.runner.ready()
 
     def warm_up(
         self, prompt_lens: Iterable[int] | None = None, samplings: Iterable[SamplingParams] | None = None
     ) -> None:
-        """Allocates, compiles and records prefill passes and steps for every batch size, before the first request.
+        """Allocates, compiles and records prefill passes and steps of every size, before the first request.
 
         Nothing is decoded, and no output changes. prompt_lens: lengths of the expected prompts, in tokens; by default
         all that fit. samplings: settings of the expected requests; by default all kinds.
@@ -94,24 +102,15 @@ class Decoder:
         if samplings is not None:
             kinds = {verifier_for([sampling]) for sampling in samplings}
         lens = range(1, min(self.prefill_rows, self.max_context - 1) + 1) if prompt_lens is None else set(prompt_lens)
-        device, nothing = self.target.device, self.pool.table_row([], self.max_pages)
-        for rows in sorted({size for n in lens for size in prefill_sizes(n, self.prefill_rows, device)}):
-            if rows not in self._prefills:
-                prefill = self._make_prefill(rows)
-                prefill([], 0, nothing)
-                self._prefills[rows] = prefill
-        batches = [1 << i for i in range(_bucket(self.max_batch).bit_length())]
-        for kind, batch in itertools.product(kinds, batches):
+        device = self.target.device
+        for kind in kinds:
             if kind not in self._firsts:
                 first = kind(self.target, 1, 1)
                 row = torch.zeros((1, self.target.hidden_size), dtype=self.target.dtype, device=device)
                 first.run(row, torch.zeros((1, 1), dtype=torch.int64, device=device),
                           torch.zeros(1, dtype=torch.int32, device=device))
                 self._firsts[kind] = first
-            if (batch, kind) not in self._steps:
-                step = self._make_step(batch, kind)
-                step()
-                self._steps[batch, kind] = step
+        self.runner.warm_up(kinds, lens)
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ValueError or TypeError, and allocates nothing, if the request can never run."""
@@ -132,19 +131,12 @@ class Decoder:
         A request whose grammar raises ends with an error event. After any other exception, including an interrupt, the
         next step continues where this one stopped, but events that were ready to be returned can be lost.
         """
-        while len(active := self._active) < self.max_batch:
-            live = next((live for live in self._requests if not live.emitted and not live.finish), None)
-            if live is None:
-                break
-            try:
-                self._start(live)
-            except OutOfPages:
-                break
-            except Exception as error:  # it would fail every later step
-                live.fail(said(error))
-                raise
-        if active:
-            self._decode(active)
+        self._start()
+        if active := self._active:
+            started = time.perf_counter()
+            for live, tokens, width in self.runner.decode(active):
+                live.take(tokens, width)
+            self._step_seconds = time.perf_counter() - started
         return self._tell()
 
     def stream(self, requests: Iterable[Request | None]) -> Iterator[Event]:
@@ -189,20 +181,48 @@ class Decoder:
         """Drops every request and frees every page."""
         self._requests.clear()
         self.pool.keep(())
-        self._unseat()
+        self.runner.unseat()
 
-    def _start(self, live: Live) -> None:
-        prompt, pool = live.request.prompt, self.pool
-        if not live.pages:
-            pool.keep(other.pages for other in self._requests if not other.finish)
-            live.pages = pool.allocate(len(prompt) + live.limit)
-        table, done = pool.table_row(live.pages, self.max_pages), 0
-        for size in prefill_sizes(len(prompt), self.prefill_rows, self.target.device):
-            if size not in self._prefills:
-                self._prefills[size] = self._make_prefill(size)
-            chunk = prompt[done:done + size]
-            row = self._prefills[size](chunk, done, table)
-            done += len(chunk)
+    def _start(self) -> None:
+        """Gives pages to the requests that fit, and runs their prompts: all while nothing is decoded, otherwise as many
+        tokens as take no longer than a step."""
+        rows = None
+        while live := self._next_to_start():
+            if self._active:
+                rows = self._rows_beside_a_step() if rows is None else rows
+                if rows < _PORTION:
+                    break
+            done, started = live.prefilled, time.perf_counter()
+            try:
+                last = self.runner.prefill(live, self.prefill_rows if rows is None else rows)
+                if last is not None:
+                    self._take_first(live, last)
+            except Exception as error:  # it would fail every later step
+                live.fail(said(error))
+                raise
+            ran = max(live.prefilled - done, 1)
+            self._row_seconds = (time.perf_counter() - started) / ran
+            rows = None if rows is None else (rows - ran) // _PORTION * _PORTION
+
+    def _next_to_start(self) -> Live | None:
+        """The first request that has pages, or gets them now, and whose prompt is not done."""
+        pool, unfinished = self.pool, [live for live in self._requests if not live.finish]
+        for live in unfinished[:self.max_batch]:
+            if not live.pages:
+                pool.keep(other.pages for other in unfinished)
+                try:
+                    live.pages = pool.allocate(len(live.request.prompt) + live.limit)
+                except OutOfPages:
+                    return None
+            if not live.emitted:
+                return live
+        return None
+
+    def _rows_beside_a_step(self) -> int:
+        fit = self._step_seconds / self._row_seconds if self._row_seconds else math.inf
+        return max(int(min(fit, self.prefill_rows)) // _PORTION, 1) * _PORTION
+
+    def _take_first(self, live: Live, row: torch.Tensor) -> None:
         kind = verifier_for([live.sampling])
         if kind not in self._firsts:
             self._firsts[kind] = kind(self.target, 1, 1)
@@ -210,35 +230,12 @@ class Decoder:
         if not live.finish:
             live.take([token])
 
-    def _make_prefill(self, rows: int) -> Prefill:
-        return Prefill(self.target, self.drafter, *self.kv, rows, self.pool.page_size, self.max_pages, self._memory)
-
-    def _make_step(self, batch: int, kind: type[GreedyVerifier]) -> Step:
-        width = block_width(self.width, batch, self.target.device) if self.adapts else self.width
-        return Step(self.target, self.drafter, *self.kv, batch, width, self.pool.page_size, self.max_pages,
-                    kind(self.target, batch, width, self.rule), self.draw, self._memory)
-
-    def _decode(self, active: list[Live]) -> None:
-        batch, kind = _bucket(len(active)), verifier_for([live.sampling for live in active])
-        if (batch, kind) not in self._steps:
-            self._steps[batch, kind] = self._make_step(batch, kind)
-        step = self._steps[batch, kind]
-        step.fill([(r.anchor, r.context, min(step.width, r.limit - r.emitted)) for r in active])
-        if self._seated != (step, active):
-            self._unseat()
-            step.seat([self.pool.table_row(r.pages, self.max_pages) for r in active], active)
-            self._seated = (step, active)
-        verified = step()
-        for live, count, tokens in zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), strict=False):
-            if not live.finish:
-                live.take(tokens[:next((i + 1 for i in range(count) if tokens[i] in live.request.stop_tokens), count)])
-
     def _tell(self) -> list[Event]:
         """Returns the new events, and removes the requests that have ended."""
         news = [live for live in self._requests if live.has_news]
         events = [live.event() for live in news]
         if any(event.finish for event in events):  # first: an interrupt must not leave a removed request with pages
-            self._unseat()
+            self.runner.unseat()
             self.pool.keep(live.pages for live in self._requests if not live.finish)
         for live in news:
             live.told = live.emitted
@@ -246,13 +243,8 @@ class Decoder:
                 self._requests.remove(live)
         return events
 
-    def _unseat(self) -> None:
-        """Clears the requests of the last step, so that nothing keeps those that have ended."""
-        seated, self._seated = self._seated, None
-        if seated:
-            seated[0].verifier.seat(())
 
-
-def _bucket(requests: int) -> int:
-    """The batch size for this many requests: one recorded step for each power of two."""
-    return 1 << (requests - 1).bit_length()
+def _runner(setting: Setting, adapts: bool) -> Runner:
+    if setting.target.device.type == "cpu" and getattr(setting.target, "packs", False) and not setting.draw:
+        return PackedRunner(setting, None if adapts else FixedWidths())
+    return GraphRunner(setting, PastWidths(setting.width) if adapts and setting.drafter else None)

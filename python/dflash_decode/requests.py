@@ -5,9 +5,12 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import torch
+
 from .inputs import integer, is_token_list, items, shown
 from .kv import PagePool
 from .sampling import GREEDY, SamplingParams, check_sampling
+from .widths import Outlook
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Event:
     tokens: the new tokens in order, including a stop token.
     finish: None while the request runs, else "stop", "length", "cancelled" or "error".
     acceptance_lengths: at the end, the tokens that each step committed, without the one of the prefill.
+    widths: likewise, the tokens of the block that each step verified.
     error: the message, where finish is "error".
     seed: the seed that reproduces the output; None for greedy requests.
     """
@@ -43,6 +47,7 @@ class Event:
     tokens: list[int]
     finish: str | None = None
     acceptance_lengths: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
     error: str | None = None
     seed: int | None = None
 
@@ -52,7 +57,8 @@ class Live:
     """A waiting or running request.
 
     request: the request in Python values. sampling: its parameters, with a seed. limit: the most tokens it can emit.
-    told: the number of tokens that its events have reported.
+    told: the number of tokens that its events have reported. prefilled: the tokens of the prompt in the target's cache.
+    features: of tokens from a position on, which the drafter's context lacks. outlook: what is known of its drafts.
 
     `take` commits the tokens of a step with one append, so an interrupt leaves all of them or none.
     """
@@ -62,15 +68,20 @@ class Live:
     sampling: SamplingParams
     pages: list[int] = field(default_factory=list)
     told: int = 0
+    prefilled: int = 0
+    features: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    outlook: Outlook = field(default_factory=Outlook)
     ended: str | None = None  # set from outside: cancelled or error
     error: str | None = None
     _tokens: list[int] = field(default_factory=list)
     _ends: list[int] = field(default_factory=list)  # the number of tokens after the prefill and after each step
+    _widths: list[int] = field(default_factory=list)  # tokens of the blocks that were verified
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Commits the tokens of the prefill or of a step."""
+    def take(self, tokens: Sequence[int], width: int = 1) -> None:
+        """Commits the tokens of the prefill or of a step, whose block had `width` tokens."""
         done = self.emitted
         self._tokens[done:] = tokens
+        self._widths[len(self._ends):] = [width]
         self._ends.append(done + len(tokens))
 
     def fail(self, why: str) -> None:
@@ -109,8 +120,10 @@ class Live:
     def event(self) -> Event:
         """The event of everything that is not reported yet."""
         finish, tokens = self.finish, self._tokens[self.told:self.emitted]
-        return Event(self.request.id, tokens, finish, tuple(b - a for a, b in pairwise(self._ends)) if finish else (),
-                     self.error, self.sampling.seed if self.sampling.temperature > 0 else None)
+        done = len(self._ends) if finish else 0
+        return Event(self.request.id, tokens, finish, tuple(b - a for a, b in pairwise(self._ends[:done])),
+                     tuple(self._widths[1:done]), self.error,
+                     self.sampling.seed if self.sampling.temperature > 0 else None)
 
 
 def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Live:

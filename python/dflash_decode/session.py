@@ -1,4 +1,4 @@
-"""A session: a loaded model with its tokenizer and drafter, shared by the command line and the benchmarks."""
+"""A session: a loaded target with its tokenizer and drafter, shared by the command line and the benchmarks."""
 
 import os
 import time
@@ -27,6 +27,7 @@ from .choices import AUTO, NONE, RANDOM, DraftersWeights, Rule, SampleFrom, Weig
 from .inputs import shown
 from .loop import Decoder
 from .model import Target
+from .model.calibration import read_calibration
 from .model.drafter import Drafter, read_vocabulary, refuse_side_files
 from .model.native import FAMILIES, NativeTarget
 from .prompts import read_prompt, read_prompts
@@ -41,6 +42,7 @@ class Answer:
     tokens: the token ids.
     text: the tokens as text.
     steps: the tokens that each step committed, without the one of the prefill.
+    widths: the tokens of each step's block that were verified, its anchor included.
     finish: "stop", "length", "cancelled" or "error".
     seed: the seed of the output; None for greedy decoding.
     """
@@ -48,6 +50,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     steps: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
     finish: str = ""
     seed: int | None = None
 
@@ -72,6 +75,15 @@ class Run:
         return [n for a in self.answers for n in a.steps]
 
     @property
+    def widths(self) -> list[int]:
+        return [n for a in self.answers for n in a.widths]
+
+    @property
+    def verified_rows(self) -> float:
+        """The mean number of tokens that a step verified for a request."""
+        return sum(self.widths) / len(self.widths) if self.widths else 1.0
+
+    @property
     def acceptance_length(self) -> float:
         """The mean number of tokens that a step committed."""
         return sum(self.steps) / len(self.steps) if self.steps else 1.0
@@ -89,7 +101,7 @@ class Session:
     tokenizer: Tokenizer
     drafter: Drafter | None
     block_size: int
-    adapts: bool = False  # the block size to the number of concurrent requests, up to block_size
+    adapts: bool = False  # the tokens that a step verifies, up to block_size
     weights: str = "model"  # "model" or "int8"
 
     @classmethod
@@ -98,18 +110,18 @@ class Session:
              draft_weights: str = "auto",
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
-        """Loads a model, its tokenizer and a drafter.
+        """Loads a target, its tokenizer and a drafter.
 
-        model: a directory with config.json and safetensors, a .gguf file, or a known name.
-        draft: a drafter's directory, "auto" (the installed drafter for the model, or none, with a warning), "random",
+        model: the target: a directory with config.json and safetensors, a .gguf file, or a known name.
+        draft: a drafter's directory, "auto" (the installed drafter for the target, or none, with a warning), "random",
             or "none" or None.
         block_size: tokens per block, at most the drafter's block size, which is the default.
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
             config.json.
         device: "cpu" or a CUDA device.
-        weights: "model" keeps the model's weights unchanged. "int8" keeps them in 8 bits: a step reads half of the
-            bytes, and the output can differ from the 16-bit model's.
-        draft_weights: "int8", "model" for the model's dtype, or "auto" for 8 bits on a CPU with a 16-bit model, where
+        weights: "model" keeps the target's weights unchanged. "int8" keeps them in 8 bits: a step reads half of the
+            bytes, and the output can differ from the 16-bit target's.
+        draft_weights: "int8", "model" for the target's dtype, or "auto" for 8 bits on a CPU with a 16-bit target, where
             they take half of the time to read. The output does not change.
         status: status(text) is entered while the named part is loaded.
 
@@ -152,7 +164,7 @@ class Session:
     def prompt_ids(self, prompt: object) -> list[int]:
         """The token ids of a prompt.
 
-        A text becomes a user's message in the model's chat template; without a template it follows the model's BOS. A
+        A text becomes a user's message in the target's chat template; without a template it follows the target's BOS. A
         list of messages {"role": ..., "content": ...} goes through the template. Token ids are used as they are: a
         list, a tensor or array (n,) or (1, n), or the result of a transformers tokenizer.
 
@@ -205,7 +217,8 @@ class Session:
             answer = answers[index]
             answer.tokens += event.tokens
             if event.finish is not None:
-                answer.steps, answer.finish, answer.seed = event.acceptance_lengths, event.finish, event.seed
+                answer.steps, answer.widths = event.acceptance_lengths, event.widths
+                answer.finish, answer.seed = event.finish, event.seed
             on_tokens(index, event.tokens)
         seconds = time.perf_counter() - started
         for answer in answers:
@@ -218,8 +231,11 @@ class Session:
             yield Request(i, list(prompt), max_new_tokens, self.tokenizer.stop_ids, replace(sampling, seed=seed))
 
     def _warm(self, decoder: Decoder, prompts, sampling) -> None:
-        """Allocates memory, records steps and starts threads before the clock runs, for both ways of decoding."""
-        decoder.warm_up(map(len, prompts), [sampling])
+        """Does before the clock runs what happens once: a GPU compiles and records, a CPU measures what steps cost."""
+        if self.target.device.type == "cuda":
+            decoder.warm_up(map(len, prompts), [sampling])
+        else:
+            decoder.ready()
 
 
 def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str) -> Target:
@@ -264,6 +280,8 @@ def _drafter(found: Checkpoint, target: Target, int8: bool) -> Drafter:
                               f"block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
         refuse_side_files(found.source)
-        return Drafter(found.config, found.tensors, target, read_vocabulary(found.source), int8=int8)
+        drafter = Drafter(found.config, found.tensors, target, read_vocabulary(found.source), int8=int8)
+        drafter.calibration = read_calibration(found.source, drafter.block_size - 1)
+        return drafter
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error

@@ -13,8 +13,6 @@ from .model.drafter import Drafter
 from .requests import Live
 from .verify import GreedyVerifier
 
-VERIFY_ROWS = 32
-
 
 class Recorded:
     """Work that is recorded on its first call and replayed afterwards, where the device and its parts allow it."""
@@ -107,23 +105,25 @@ class Step:
 
 
 class Prefill:
-    """Runs up to `rows` tokens of one prompt through the target, and writes their K/V to the drafter's pages.
+    """Runs up to `rows` tokens of one prompt through the target.
 
-    pool: as for StepGraph.
+    drafter: whose pages get K/V of the tokens. target_layer_ids: without a drafter, the layers whose outputs are the
+    features (rows, F * H). pool: as for StepGraph.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
                  draft_kv: Sequence[PagedKV], rows: int, page_size: int, max_pages: int,
-                 pool: tuple[int, int] | None = None):
+                 pool: tuple[int, int] | None = None, target_layer_ids: Sequence[int] = ()):
         self.target, self.rows, self.page_size, device = target, rows, page_size, target.device
         self.work = Recorded(device, target, drafter, pool=pool)
         self.context = drafter.make_context(1, rows, draft_kv) if drafter else None
-        self.forward = target.make_pass(1, rows, target_kv, drafter.target_layer_ids if drafter else ())
+        self.forward = target.make_pass(1, rows, target_kv, drafter.target_layer_ids if drafter else target_layer_ids)
         self.block = PreparedBlock.empty(1, rows, device=device)
         self.tokens = torch.zeros((1, rows), dtype=torch.int64, device=device)
         self.context_lens, self.block_lens = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         self.page_table = torch.full((1, max_pages), NO_PAGE, dtype=torch.int32, device=device)
         self.out: torch.Tensor | None = None
+        self.features: torch.Tensor = torch.empty(0)
 
     def __call__(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> torch.Tensor:
         """tokens: at most `rows`, at positions done, done + 1, ...; page_table (max_pages,). Returns the last token's
@@ -141,9 +141,9 @@ class Prefill:
         block = prepare_block(self.tokens[:, 0], lens, self.rows, 0, page_table=table, page_size=self.page_size,
                               block_lens=live, out=self.block)
         slots = cast(torch.Tensor, block.slots)  # there is a page table
-        self.out, features = self.forward.run(self.tokens, block.positions, slots, table, lens, live)
+        self.out, self.features = self.forward.run(self.tokens, block.positions, slots, table, lens, live)
         if self.context:
-            self.context.run(features, block.positions, slots, live)
+            self.context.run(self.features, block.positions, slots, live)
 
 
 def prefill_sizes(tokens: int, most: int, device: torch.device) -> list[int]:
@@ -157,9 +157,3 @@ def prefill_sizes(tokens: int, most: int, device: torch.device) -> list[int]:
     size = max(1 << (left - 1).bit_length(), 16)
     step = max(size // 16, 16) if device.type == "cpu" else size
     return [most] * whole + [min(most, -(-left // step) * step)]
-
-
-def block_width(most: int, batch: int, device: torch.device) -> int:
-    """The block size for `batch` requests. A CPU computes about 32 rows while it reads the weights; more take longer:
-    eight concurrent requests of SmolLM2 gain 1.27 times in blocks of 8, 1.51 times in blocks of 4."""
-    return max(1, min(most, VERIFY_ROWS // batch)) if device.type == "cpu" else most

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 import torch
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, Verified, verify_greedy, verify_sample
+from dflash_kernels import (
+    LogitAdjustments,
+    Proposal,
+    SamplingTensors,
+    Verified,
+    embed_tokens,
+    verify_greedy,
+    verify_sample,
+)
 
 from .adjust import Adjuster, GrammarFailed
 from .model import Target
@@ -39,7 +47,7 @@ def first_token(verifier: "GreedyVerifier", live: Live, row: torch.Tensor) -> in
 class GreedyVerifier:
     """Accepts the drafts that greedy decoding would have written."""
 
-    graph_safe = True
+    graph_safe = packs = True
     params: SamplingTensors | None = None
 
     def __init__(self, target: Target, batch: int, width: int, rule: str = "token"):
@@ -52,15 +60,24 @@ class GreedyVerifier:
 
     def _make(self, batch, width):
         self.next_ids = self._per_request((batch, width), torch.int64)
+        self.packed = self._per_request(batch * width, torch.int64)
         self.values = self._per_request(batch * width, torch.float32)
 
     def seat(self, requests: Sequence[Live]) -> None:
         """Sets the requests of the batch, in order; the rest is empty."""
 
     def run(self, rows: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor,
-            block_lens: torch.Tensor | None = None, proposal: Proposal | None = None) -> Verified:
-        """rows (B * Q, H): the target's hidden states of the blocks ids (B, Q). proposal: how drafts were sampled."""
-        self.target.next_ids(rows, self.next_ids.view(-1), self.values)
+            block_lens: torch.Tensor | None = None, proposal: Proposal | None = None,
+            order: torch.Tensor | None = None) -> Verified:
+        """rows (B * Q, H): the target's hidden states of the blocks ids (B, Q). proposal: how drafts were sampled.
+
+        order (B, Q) int64, of a verifier without logits: the row of each token, and rows (T, H), T <= B * Q; -1 for no
+        token.
+        """
+        found = self.next_ids.view(-1) if order is None else self.packed[:len(rows)]
+        self.target.next_ids(rows, found, self.values[:len(rows)])
+        if order is not None:
+            embed_tokens(order, found[:, None], out=self.next_ids[..., None])
         return verify_greedy(ids, self.next_ids, context_lens, block_lens=block_lens, out=self.out)
 
 
@@ -70,6 +87,7 @@ class SampledVerifier(GreedyVerifier):
     rule: "token" or "block", as for verify_sample.
     """
 
+    packs = False
     adjustments: LogitAdjustments | None = None
 
     def _make(self, batch, width):
@@ -87,7 +105,8 @@ class SampledVerifier(GreedyVerifier):
             tensor[:len(values)].copy_(torch.tensor(values, dtype=tensor.dtype))
 
     def run(self, rows: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor,
-            block_lens: torch.Tensor | None = None, proposal: Proposal | None = None) -> Verified:
+            block_lens: torch.Tensor | None = None, proposal: Proposal | None = None,
+            order: torch.Tensor | None = None) -> Verified:
         self.target.logits(rows, self.logits.view(rows.shape[0], -1))
         return verify_sample(ids, self.logits, context_lens, self.params, proposal=proposal, rule=self.rule,
                              adjustments=self.adjustments, block_lens=block_lens, out=self.out)
@@ -115,7 +134,8 @@ class AdjustedVerifier(SampledVerifier):
         self.requests = list(requests)
 
     def run(self, rows: torch.Tensor, ids: torch.Tensor, context_lens: torch.Tensor,
-            block_lens: torch.Tensor | None = None, proposal: Proposal | None = None) -> Verified:
+            block_lens: torch.Tensor | None = None, proposal: Proposal | None = None,
+            order: torch.Tensor | None = None) -> Verified:
         lens = torch.full_like(context_lens, ids.shape[1]) if block_lens is None else block_lens.clone()
         for b, (live, block) in enumerate(zip(self.requests, ids.tolist(), strict=False)):
             if live.finish is None:

@@ -29,7 +29,7 @@ def test_texts_are_the_same_while_values_are_checked(monkeypatch):
     decoder = decoder_of()
     decoder.warm_up()
     assert collect(decoder.stream(asked())) == baseline
-    assert all(step.work.graph is None for step in decoder._steps.values())
+    assert all(stage.work.graph is None for stage in decoder.runner.verifies.values())
 
 
 @pytest.mark.parametrize("after", [1, 3])
@@ -39,7 +39,7 @@ def test_a_bad_value_is_found_in_every_step(after, monkeypatch):
     decoder.submit(requests((60,) * 8)[1])
     for _ in range(after):
         decoder.step()
-    step, = decoder._steps.values()
-    step.page_table[0, 0] = decoder.pool.num_pages
+    tables = decoder.runner.tables["verify", 1]
+    tables.rows[0, 0] = decoder.pool.num_pages
     with pytest.raises(ValueError, match="page_table"):
         decoder.step()

@@ -104,7 +104,7 @@ def test_candidates_are_the_target_s_ids_of_the_most_likely(monkeypatch):
         drafter = Drafter(baseline.config, tensors_of(baseline), target, vocabulary)
         decoder = Decoder(target, drafter, max_context=32, sample_from="request")
         list(decoder.stream([Request(0, [1, 2], 8, (), SAMPLINGS[0])]))
-        (step,) = decoder._steps.values()
+        (step,) = decoder.runner.steps.values()
         k = min(16, size)
         assert step.draft.proposal.ids.shape == (1, 3, k)
         logits = step.draft.masked @ target.embedding.T if drafter.head is None else \

@@ -55,6 +55,8 @@ def target():
 
 def answers(target, drafter, asked, **options):
     """{id: (text, finish, error)}"""
+    if drafter is not None:
+        options.setdefault("block_size", drafter.block_size)
     decoder = Decoder(target, drafter, max_context=80, page_size=4, prefill_rows=16, **options)
     if drafter is not None:
         drafter.decoder = decoder

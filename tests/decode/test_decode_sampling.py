@@ -87,7 +87,7 @@ def test_a_batch_takes_the_least_that_it_needs():
                            {SampledVerifier, GreedyVerifier}), ([Request(0, [1], 4), adjusted], {AdjustedVerifier})):
         decoder = Decoder(target, None, max_context=32)
         list(decoder.stream(wanted))
-        assert {kind for _, kind in decoder._steps} == kinds
+        assert {kind for *_, kind in decoder.runner.verifies} == kinds
 
 
 def test_a_fresh_seed_is_told_and_gives_the_text_again():

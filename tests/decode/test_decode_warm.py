@@ -9,6 +9,7 @@ from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
 from dflash_decode.sampling import GREEDY, SamplingParams
+from dflash_decode.step import Prefill
 from dflash_decode.verify import AdjustedVerifier, GreedyVerifier, SampledVerifier
 from dflash_kernels import StepGraph
 from dflash_kernels.testing import same_bits
@@ -27,6 +28,15 @@ def decoder_of(target, drafted=True, **options):
     return Decoder(target, drafter, **{"max_context": 80, "page_size": 4, "prefill_rows": 32, **options})
 
 
+def made_by(decoder):
+    return {name: set(getattr(decoder.runner, name)) for name in ("prefills", "verifies", "drafts", "contexts")} | {
+        "firsts": set(decoder._firsts)}
+
+
+def texts_of(found):
+    return {key: value[:2] for key, value in found.items()}
+
+
 def mixed():
     return [Request(r.id, r.prompt, r.max_new_tokens, (), s) for r, s in zip(requests(), SAMPLINGS, strict=True)]
 
@@ -38,34 +48,37 @@ def test_after_warming_up_nothing_is_made_or_captured(target, drafted, max_batch
     want = collect(decoder_of(target, drafted, max_batch=max_batch).stream(mixed()))
     decoder = decoder_of(target, drafted, max_batch=max_batch)
     decoder.warm_up()
-    made = {name: set(getattr(decoder, name)) for name in ("_steps", "_prefills", "_firsts")}
-    batches = [b for b in (1, 2, 4, 8) if b < 2 * max_batch]
-    assert made["_steps"] == {(b, k) for b in batches for k in (GreedyVerifier, SampledVerifier, AdjustedVerifier)}
-    assert made["_prefills"] == {16, 32}
+    made = made_by(decoder)
+    assert {kind for *_, kind in made["verifies"]} == {GreedyVerifier, SampledVerifier, AdjustedVerifier}
+    assert made["prefills"] == {16, 32} and bool(made["drafts"]) == bool(made["contexts"]) == drafted
     assert decoder.pool.free_pages == decoder.pool.num_pages and not decoder._requests
 
     def refused(*_):
         raise AssertionError("captured after the decoder was warm")
 
     monkeypatch.setattr(StepGraph, "capture", refused)
-    for name in ("Step", "Prefill"):
-        monkeypatch.setattr(f"dflash_decode.loop.{name}", refused)
-    assert collect(decoder.stream(mixed())) == want
-    assert {name: set(getattr(decoder, name)) for name in made} == made
+    for name in ("VerifyStage", "DraftStage", "ContextStage", "Prefill"):
+        monkeypatch.setattr(f"dflash_decode.packed_runner.{name}", refused)
+    assert texts_of(collect(decoder.stream(mixed()))) == texts_of(want)
+    assert made_by(decoder) == made
 
 
 def test_warming_up_for_some_prompts_and_settings_makes_what_they_need(target):
     decoder = decoder_of(target, max_batch=2)
+    decoder.ready()
+    measured = set(decoder.runner.verifies)
+    assert measured and {kind for *_, kind in measured} == {GreedyVerifier} and not decoder.runner.prefills
     decoder.warm_up([5, 40], [SamplingParams(0.8)])
-    assert set(decoder._steps) == {(1, SampledVerifier), (2, SampledVerifier)} and set(decoder._prefills) == {16, 32}
+    made = made_by(decoder)
+    assert made["verifies"] - measured == {(b, 0, width, SampledVerifier) for b in (1, 2) for width in range(1, 5)}
+    assert made["prefills"] == {16, 32}
     decoder.warm_up([5], [GREEDY])
-    assert len(decoder._steps) == 4
-    before = dict(decoder._steps)
+    made = made_by(decoder)
     decoder.warm_up([5, 40], [GREEDY, SamplingParams(0.8)])
-    assert decoder._steps == before
+    assert made_by(decoder) == made
     short = decoder_of(target, max_context=10)
     short.warm_up()
-    assert set(short._prefills) == {16}
+    assert set(short.runner.prefills) == {16}
 
 
 def test_warming_up_while_requests_run_changes_no_text(target):
@@ -98,12 +111,12 @@ def test_warming_up_writes_no_key_and_asks_no_grammar(target):
 def test_a_session_decodes_no_prompt_twice(models, monkeypatch):
     from dflash_decode.session import Session
 
-    session, prefills = Session.load(models["model"], models["draft"], dtype="float32"), []
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "_start", lambda self, live, start=Decoder._start: (
-            prefills.append(live.request.id), start(self, live)))
-        session.run([PROMPTS[1], PROMPTS[2]], max_new_tokens=4, concurrency=2)
-    assert sorted(prefills) == [0, 1]
+    session, passes = Session.load(models["model"], models["draft"], dtype="float32"), []
+    run = Prefill.run
+    monkeypatch.setattr(Prefill, "run", lambda self: (passes.append(self.block_lens.tolist()), run(self)))
+    monkeypatch.setattr(StepGraph, "available", staticmethod(lambda device="cpu": False))
+    session.run([PROMPTS[1], PROMPTS[2]], max_new_tokens=4, concurrency=2)
+    assert passes == [[len(PROMPTS[1])], [len(PROMPTS[2])]]
 
 
 # ---- pages ---------------------------------------------------------------------------------------------------------

@@ -17,17 +17,20 @@ import torch
 
 import dflash_decode.loop
 import dflash_kernels as dk
+from dflash_decode.costs import Curve, StepCosts
 from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
 from dflash_decode.sampling import SamplingParams
+from dflash_decode.widths import WidthPolicy
 from dflash_kernels import _library
 from dflash_kernels.testing import same_bits
 from tests.support.decode_runs import random_target
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")]
 LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
-NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify",
+NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify", "runner", "packed_runner",
+         "packed", "widths", "costs",
          "model/drafter", "model/transformer", "model/native")
 FILES = {str(KERNELS / "step_graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
 
@@ -95,9 +98,23 @@ def make_models():
     return target, Drafter.random(target, num_layers=1, block_size=3)
 
 
+class Steady(Decoder):
+    """Nothing that it does depends on time."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        costs = StepCosts({1: 1.0, 2: 1.05, 4: 1.1, 6: 1.2}, {1: 0.05, 2: 0.06})
+        for curve in (costs.verify, costs.draft):
+            curve.observe = lambda size, _, curve=curve: Curve.observe(curve, size, 1.01 * curve(size))
+        self.runner.policy = WidthPolicy(self.width, costs)
+
+    def _rows_beside_a_step(self):
+        return 16
+
+
 def decoder_of(models):
     """With pages for the longest request, so that one lost page is one too many."""
-    return Decoder(*models, max_batch=2, max_context=32, num_pages=6, page_size=4, prefill_rows=16)
+    return Steady(*models, max_batch=2, max_context=32, num_pages=6, page_size=4, prefill_rows=16)
 
 
 def streamed(decoder, requests=REQUESTS):
@@ -199,7 +216,7 @@ def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
     assert len(lines) > 300 and {file for file, _ in lines} == FILES
     for (file, line), times in lines.items():
         stem = Path(file).stem
-        if way is interrupt_steps and stem in ("transformer", "drafter", "native"):
+        if way is interrupt_steps and stem in ("transformer", "drafter", "native", "packed", "widths", "costs"):
             continue  # they know nothing of who calls
         for nth in {1, times if stem in ("loop", "requests", "kv") else 1}:
             tracer = Tracer((file, line), nth)
@@ -210,7 +227,8 @@ def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
 def test_an_interrupt_between_any_two_bytecodes_loses_no_page(models):
     """Whoever calls for pages, and whoever gives them back."""
     texts, replayed = streamed(decoder_of(models)), some_graph()
-    named = {interrupt_steps: {"Decoder._start", "Decoder._tell", "PagePool.allocate", "PagePool.keep"},
+    named = {interrupt_steps: {"Decoder._start", "Decoder._next_to_start", "Decoder._tell", "PagePool.allocate",
+                               "PagePool.keep"},
              interrupt_stream: {"Decoder.close"}}
     for way, names in named.items():
         found = [place for place in places(models, WAYS[way], opcodes=True) if place[1] in names]

@@ -32,7 +32,11 @@ class Oracle(Drafter):
 class OraclePass(DraftPass):
     def run(self, context_lens, page_table, block_lens):
         super().run(context_lens, page_table, block_lens)
-        for row, live in enumerate(self.drafter.decoder._active):
+        owners = {live.pages[0]: live for live in self.drafter.decoder._active}
+        for row, (page, length) in enumerate(zip(page_table[:, 0].tolist(), block_lens.tolist(), strict=True)):
+            if not length:
+                continue
+            live = owners[page]
             known = self.drafter.texts[live.request.id][live.emitted:][:self.width - 1]
             for i, token in enumerate(known, 1):
                 wrong = self.drafter.dice.random() < self.drafter.fault_rate
@@ -52,6 +56,8 @@ def collect(events):
 
 
 def run(target, drafter, requests, **options):
+    if drafter is not None:  # what a step takes on this machine decides nothing
+        options.setdefault("block_size", drafter.block_size)
     decoder = Decoder(target, drafter, page_size=options.pop("page_size", 4), prefill_rows=16, **options)
     for caches in decoder.kv:
         for cache in caches:

@@ -44,22 +44,23 @@ def short(value: object) -> str:
 
 MOST_THREADS = max(os.cpu_count() or 1, 64)  # more are no faster, and some thousands end the process without a word
 MOST_TEMPERATURE, MOST_SEED = 3.4e38, 2**63 - 1  # float32 and int64 have room for no more
-Model = Annotated[str, typer.Option(help="Model: a directory with config.json and safetensors, a .gguf file, or "
+Model = Annotated[str, typer.Option(help="Target: a directory with config.json and safetensors, a .gguf file, or "
                                          "smollm2.")]
-Draft = Annotated[str, typer.Option(help="Drafter: its directory, 'auto' (the installed one for the model, or none), "
+Draft = Annotated[str, typer.Option(help="Drafter: its directory, 'auto' (the installed one for the target, or none), "
                                          "'random' (random weights) or 'none' (baseline decoding).")]
-ModelWeights = Annotated[Weights, typer.Option("--weights", help="Model weights: unchanged, or in 8 bits. 8 bits halve "
-                                               "the bytes read. The output can differ from the 16-bit model's; "
+ModelWeights = Annotated[Weights, typer.Option("--weights", help="Target weights: unchanged, or in 8 bits, which halve "
+                                               "the bytes read. The output can differ from the 16-bit target's; "
                                                "with and without a drafter it is identical.")]
-DraftWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the model's dtype, or "
+DraftWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the target's dtype, or "
                                                             "'auto' (8 bits on a CPU). The output does not "
                                                             "change.")]
-BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens per block; by default the drafter's.")]
+BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens of every block; by default what "
+                                                                   "is worth its time, up to the drafter's.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
 Dtype = Annotated[str, typer.Option(parser=read_dtype, metavar="[auto|bfloat16|float16|float32]",
-                                    help="Dtype of weights and activations; 'auto' follows the model's "
+                                    help="Dtype of weights and activations; 'auto' follows the target's "
                                          "config.json.")]
-Where = Annotated[Device, typer.Option("--device", help="Device that runs the model.")]
+Where = Annotated[Device, typer.Option("--device", help="Device that runs target and drafter.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; by default one per core.")]
 _TEMPERATURE = {"parser": _finite(0, MOST_TEMPERATURE), "metavar": "FLOAT"}
 _SHARE = {"parser": _finite(0, 1), "metavar": "FLOAT"}
@@ -75,7 +76,7 @@ TopK = Annotated[
     int, typer.Option(min=-1, max=2**31 - 1, help="Sample from the K most likely tokens; 0 or -1: from all.")
 ]
 TopP = Annotated[float, typer.Option(**_SHARE, help="Sample from the most likely tokens that together have "
-                                               "probability P.")]
+                                               "probability P; 1: from all, 0: only the most likely.")]
 MinP = Annotated[float, typer.Option(**_SHARE, help="Sample from tokens at least P times as probable as the most "
                                                "likely one.")]
 From = Annotated[

@@ -61,6 +61,8 @@ def answer_json(session: Session, run: Run, baseline: Run | None, text: str) -> 
         "seconds": round(run.seconds, 4), "tokens_per_s": round(run.tokens_per_s, 2),
         "acceptance_length": round(run.acceptance_length, 4),
         "acceptance_histogram": run.histogram(session.block_size),
+        "verified_rows": round(run.verified_rows, 4),
+        "width_histogram": [run.widths.count(n) for n in range(1, session.block_size + 1)],
     }
     if baseline:
         at = lossless.first_index(answer.tokens, baseline.answers[0].tokens)
@@ -87,6 +89,9 @@ def print_answer(session: Session, prompt: list[int], run: Run, baseline: Run | 
         for n, count in enumerate(counts, 1):
             bar = "█" * round(_BAR * count / max(max(counts), 1)) or ("▏" if count else "")
             out.print(f"  {n:>3} [cyan]{bar}[/cyan] {count}")
+        counted = ", ".join(f"{n} in {count}" for n in range(1, session.block_size + 1)
+                            if (count := run.widths.count(n)))
+        line("verified", f"{run.verified_rows:.2f} tokens a step ({counted} steps)")
     if baseline:
         line("baseline tokens/s", f"{baseline.tokens_per_s:.1f}")
         line("speedup", f"{run.tokens_per_s / baseline.tokens_per_s:.2f}")

@@ -14,12 +14,14 @@ class TargetPass(Protocol):
     """A causal pass over B blocks of Q tokens, in memory of its own that never moves."""
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, page_table: torch.Tensor,
-            context_lens: torch.Tensor, block_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            context_lens: torch.Tensor, block_lens: torch.Tensor, block_starts: torch.Tensor | None = None,
+            ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the blocks, and writes their K/V to their slots (a negative slot writes nothing).
 
         ids, positions, slots (B, Q) int64; page_table (B, max_pages), context_lens, block_lens (B,) int32. Returns the
         rows (B * Q, H), inputs of the LM head, and the features (B * Q, F * H): the outputs of the target layers, in
-        the order of target_layer_ids.
+        the order of target_layer_ids. block_starts (B,) int32, of a pass made for packed rows: ids, positions and slots
+        are (T,) then, and T stands for B * Q.
         """
 
 
@@ -37,11 +39,14 @@ class Target(Protocol):
     head: torch.Tensor | PackedWeight  # (V, H), likewise
     head_bias: torch.Tensor | None  # (V,)
     graph_safe: bool  # a pass runs dflash ops alone, so a graph can capture it
+    packs: bool  # make_pass takes rows: blocks of several lengths, one after another
 
     def make_pass(
-        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = ()
+        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),
+        rows: int | None = None
     ) -> TargetPass:
-        """caches: one per layer, of shape self.cache. target_layer_ids: the layers whose outputs are collected."""
+        """caches: one per layer, of shape self.cache. target_layer_ids: the layers whose outputs are collected.
+        rows: T of blocks that are packed; None: B * Q."""
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
         """rows (R, H) from a pass -> the most likely next tokens, ids (R,) int64, and their logits, values (R,)."""

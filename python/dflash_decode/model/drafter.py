@@ -92,6 +92,7 @@ class Drafter:
         if vocabulary is not None:
             self._restrict(vocabulary, target)
         taker.finish()
+        self.calibration: tuple[float, list[float]] | None = None  # start of widths.Calibration
         self.table = RopeTable(c.rope, target.max_context, self.device)
 
     @property
@@ -236,6 +237,10 @@ class DraftPass:
         place = torch.arange(rows, device=device)
         self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
 
+    def confidences(self) -> torch.Tensor:
+        """(B, Q - 1) float32: the drafter's probability of each draft, where the most likely tokens are drafted."""
+        return (self.values - self.lse.view(self.values.shape)).exp_()
+
     def run(self, context_lens: torch.Tensor, page_table: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
         d, c = self.drafter, self.drafter.config
         prepare_block(self.anchors, context_lens, self.width, c.mask_token_id, page_table=page_table,
@@ -255,7 +260,7 @@ class DraftPass:
                    "softcap": c.final_logit_softcapping, "out_values": self.values.flatten(0, 1),
                    "out_ids": named.flatten(0, 1)}
         if self.proposal is None:
-            lm_head_argmax(self.masked, d.head, **options)
+            lm_head_argmax(self.masked, d.head, out_lse=self.lse, **options)
         else:
             lm_head_topk(self.masked, d.head, self.values.shape[-1], out_lse=self.lse, **options)
         if d.ids_of_draft is not None:

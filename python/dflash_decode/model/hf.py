@@ -34,7 +34,7 @@ class HFTarget:
     not given.
     """
 
-    graph_safe = False
+    graph_safe = packs = False
 
     def __init__(self, model, *, max_context: int | None = None):
         refuse_model(model)
@@ -61,7 +61,8 @@ class HFTarget:
                                 self.dtype, self.device)
 
     def make_pass(
-        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = ()
+        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),
+        rows: int | None = None
     ) -> "HFPass":
         return HFPass(self, caches, target_layer_ids)
 
@@ -84,7 +85,7 @@ class HFPass:
         self.target, self.caches, self.target_layer_ids = target, caches, tuple(target_layer_ids)
 
     @torch.inference_mode()
-    def run(self, ids, positions, slots, page_table, context_lens, block_lens):
+    def run(self, ids, positions, slots, page_table, context_lens, block_lens, block_starts=None):
         self.slots, self.where = slots, (page_table, context_lens, block_lens)
         self.seen: set[int] = set()
         try:

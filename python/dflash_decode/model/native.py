@@ -37,7 +37,7 @@ class NativeTarget:
     arithmetic into something not implemented.
     """
 
-    graph_safe = True
+    graph_safe = packs = True
     head_bias: torch.Tensor | None = None
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
@@ -78,11 +78,12 @@ class NativeTarget:
         self._table = RopeTable(self._rope, self.max_context, self.device)
 
     def make_pass(
-        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = ()
+        self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),
+        rows: int | None = None
     ) -> "NativePass":
         table = self._table.reaching(caches, width)
         layers = LayersPass(self.geometry, self._layers, self._norm, table, self._rope.interleaved, batch, width,
-                            caches, target_layer_ids=target_layer_ids)
+                            caches, target_layer_ids=target_layer_ids, rows=rows)
         return NativePass(self.embedding, layers)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
@@ -96,9 +97,9 @@ class NativePass:
     def __init__(self, embedding, layers):
         self.embedding, self.layers = embedding, layers
 
-    def run(self, ids, positions, slots, page_table, context_lens, block_lens):
+    def run(self, ids, positions, slots, page_table, context_lens, block_lens, block_starts=None):
         embed_tokens(ids.view(-1), self.embedding, out=self.layers.x)
-        rows = self.layers.run(positions.view(-1), slots.view(-1), page_table, context_lens, block_lens)
+        rows = self.layers.run(positions.view(-1), slots.view(-1), page_table, context_lens, block_lens, block_starts)
         return rows, self.layers.features
 
 

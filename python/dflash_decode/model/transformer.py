@@ -152,7 +152,7 @@ def _cat(*parts):
 
 
 class LayersPass:
-    """A pass of some layers over B blocks of Q tokens, T = B * Q rows, in memory of its own.
+    """A pass of some layers over B blocks of Q tokens, in memory of its own: T = B * Q rows, or `rows` if packed.
 
     x (T, H): an input, the embedded tokens; run() overwrites it.
     features (T, F * H): after run(), the outputs of the target layers side by side, in the order of `target_layer_ids`.
@@ -171,10 +171,11 @@ class LayersPass:
         caches: Sequence[PagedKV],
         *,
         target_layer_ids: Sequence[int] = (),
+        rows: int | None = None,
     ):
         self.g, self.layers, self.final_norm, self.cos_sin = g, layers, final_norm, cos_sin
         self.interleaved, self.shape, self.caches = interleaved, (batch, width), caches
-        rows = batch * width
+        rows = batch * width if rows is None else rows
 
         def buffer(columns):
             return torch.zeros((rows, columns), dtype=final_norm.dtype, device=final_norm.device)
@@ -188,15 +189,17 @@ class LayersPass:
         }
 
     def run(self, positions: torch.Tensor, slots: torch.Tensor | None, page_table: torch.Tensor,
-            context_lens: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
+            context_lens: torch.Tensor, block_lens: torch.Tensor,
+            block_starts: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the rows (T, H) after the final norm. slots: where this block's K/V are written; None writes none."""
+        where = (page_table, context_lens, block_lens, block_starts)
         x, stream = self.x, self.x
         for index, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             if index == 0:
                 rms_norm(x, layer.input_norm, self.g.eps, out=self.normed)
             else:
                 stream = self._add(stream, layer.input_norm, self.collected.get(index - 1, x))
-            self._attend(layer, cache, positions, slots, page_table, context_lens, block_lens)
+            self._attend(layer, cache, positions, slots, *where)
             stream = self._add(stream, layer.post_norm, x)
             linear(self.normed, layer.gate_up, layer.gate_up_bias, out=self.gate_up)
             silu_and_mul(self.gate_up, out=self.act)
@@ -212,14 +215,16 @@ class LayersPass:
                      residual_out=None if into is stream else into)
         return into
 
-    def _attend(self, layer, cache, positions, slots, page_table, context_lens, block_lens):
+    def _attend(self, layer, cache, positions, slots, page_table, context_lens, block_lens, block_starts):
         g = self.g
         linear(self.normed, layer.qkv, layer.qkv_bias, out=self.qkv)
         qk_norm_rope(self.qkv, positions, self.cos_sin, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
                      head_dim=g.head_dim, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=g.eps,
                      interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
-        heads, keys = self.qkv.view(*self.shape, -1, g.head_dim), g.num_heads + g.num_kv_heads
-        q, k, v = heads[:, :, :g.num_heads], heads[:, :, g.num_heads:keys], heads[:, :, keys:]
-        block_attention(q, k, v, cache, page_table, context_lens, block_lens=block_lens, causal=layer.mask.causal,
-                        window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*self.shape, -1, g.head_dim))
+        rows = self.shape if block_starts is None else (len(self.qkv),)
+        heads = self.qkv.view(*rows, -1, g.head_dim)
+        q, k, v = heads.split((g.num_heads, g.num_kv_heads, g.num_kv_heads), -2)
+        block_attention(q, k, v, cache, page_table, context_lens, block_lens=block_lens, block_starts=block_starts,
+                        max_block=None if block_starts is None else self.shape[1], causal=layer.mask.causal,
+                        window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*rows, -1, g.head_dim))
         linear(self.mixed, layer.o, layer.o_bias, out=self.added)

@@ -22,23 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ...cache import cache_dir
 from ..errors import CheckpointError, brief, read_json, regular, warn
 
 WEIGHTS = "model.safetensors"
 _FORMAT = 2  # raise it when the conversion changes: it is part of the cache key
 _MANIFEST, _HALF_MADE, _LOCK = "converted-from", ".new-", ".lock"
 _HASHED = 8 << 20  # bytes of a file that are hashed, beside its size: all but the weights, and their header
-
-
-def cache_dir() -> Path | None:
-    """The cache directory, or None for a user without a home, as in some containers."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        if chosen := os.environ.get("DFLASH_CACHE"):
-            return Path(chosen).expanduser()
-        return (Path(base) if base else Path.home() / ".cache") / "dflash_kernels"
-    except RuntimeError:
-        return None
 
 
 def entry_of(path: Path) -> Path | None:

@@ -1,0 +1,251 @@
+"""Steps on a CPU: drafts where they pay, verifies what is worth it, and keeps the drafter's context for later."""
+
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+
+from dflash_kernels import build_info
+
+from .costs import StepCosts, pass_size, pass_sizes, remembered
+from .model.drafter import Drafter
+from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
+from .requests import Live
+from .runner import Committed, Runner, Setting, bucket, taken
+from .step import Prefill
+from .verify import GreedyVerifier, verifier_for
+from .widths import FixedWidths, Policy, WidthPolicy
+
+_CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
+_KEPT_ROWS = 1024  # whose features a request keeps at most before they are written
+# What policies know of a drafter, for the next decoder that it works in.
+_LEARNED: weakref.WeakKeyDictionary[Drafter, dict[str, WidthPolicy]] = weakref.WeakKeyDictionary()
+
+
+class PackedRunner(Runner):
+    """policy: FixedWidths, or None for a WidthPolicy with costs that are measured before the first step."""
+
+    def __init__(self, setting: Setting, policy: Policy | None = None):
+        super().__init__(setting)
+        self.policy = policy if setting.drafter else FixedWidths()
+        self.tables: dict[tuple[str, int], Tables] = {}
+        self.verifies: dict[tuple[int, int, int, type[GreedyVerifier]], VerifyStage] = {}
+        self.drafts: dict[int, DraftStage] = {}
+        self.contexts: dict[int, ContextStage] = {}
+        self.layers = setting.drafter.target_layer_ids if setting.drafter else ()
+
+    # ---- passes, made when they are first needed ----
+
+    def make_prefill(self, rows: int) -> Prefill:
+        s = self.setting
+        return Prefill(s.target, None, s.target_kv, (), rows, s.pool.page_size, s.max_pages, None, self.layers)
+
+    def tables_of(self, use: str, batch: int) -> Tables:
+        key = use, batch
+        if key not in self.tables:
+            self.tables[key] = Tables(batch, self.setting.max_pages)
+        return self.tables[key]
+
+    def verify_stage(self, requests: int, rows: int, width: int, kind: type[GreedyVerifier]) -> VerifyStage:
+        """rows: that the blocks fill if they are packed; 0: every block has `width` rows. One request has passes of its
+        own, whose attention is shared out by splits of its context."""
+        s = self.setting
+        batch = bucket(requests) if not rows else bucket(s.max_batch) if requests > 1 else 1
+        packed = pass_size(rows, batch * width) if rows else 0
+        key = batch, packed, width, kind
+        if key not in self.verifies:
+            self.verifies[key] = VerifyStage(s.target, self.layers, s.target_kv, batch, width, packed or None,
+                                             self.tables_of("verify", batch), kind(s.target, batch, width, s.rule))
+        return self.verifies[key]
+
+    def draft_stage(self, requests: int) -> DraftStage:
+        s, batch = self.setting, bucket(requests)
+        if batch not in self.drafts:
+            drafter, tables = cast(Drafter, s.drafter), self.tables_of("draft", batch)
+            self.drafts[batch] = DraftStage(drafter, s.draft_kv, batch, s.width, tables, s.pool.page_size)
+        return self.drafts[batch]
+
+    def context_stage(self, rows: int) -> ContextStage:
+        size = pass_size(rows, _CONTEXT_ROWS)
+        if size not in self.contexts:
+            drafter = cast(Drafter, self.setting.drafter)
+            self.contexts[size] = ContextStage(drafter, self.setting.draft_kv, size)
+        return self.contexts[size]
+
+    # ---- a step ----
+
+    def decode(self, active: list[Live]) -> list[Committed]:
+        kind = verifier_for([live.sampling for live in active])
+        policy = self.chosen_policy()
+        drafts, confidences = self.draft(active, policy)
+        outlooks = [live.outlook for live in active]
+        limits = [live.limit - live.emitted for live in active]
+        widths = policy.widths(outlooks, confidences, limits, not kind.packs)
+        blocks = [self.block(live, [live.anchor, *drafted[:min(width, limit) - 1]])
+                  for live, drafted, width, limit in zip(active, drafts, widths, limits, strict=True)]
+        widths = [len(block.tokens) for block in blocks]
+        stage = self.verify_stage(len(active), sum(widths), self.setting.width, kind) if kind.packs else \
+            self.verify_stage(len(active), 0, max(widths), kind)
+        stage.tables.set([live.pages for live in active])
+        stage.verifier.seat(active)
+        starts = stage.fill(blocks)
+        verified = self.timed(stage.work, policy, "verify", stage.rows, stage)
+        counts = verified.commit_lens.tolist()
+        for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
+            self.keep(live, block.context, stage.features[start:start + count])
+        policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:len(active)]])
+        committed = taken(active, verified, widths)
+        stage.verifier.seat(())
+        return committed
+
+    def draft(self, active: Sequence[Live], policy: Policy) -> tuple[list[list[int]], list[list[float]]]:
+        """Drafts and their confidences for each request; none where none are made."""
+        drafts: list[list[int]] = [[] for _ in active]
+        confidences: list[list[float]] = [[] for _ in active]
+        if self.setting.drafter and self.setting.width > 1:
+            whole = isinstance(policy, FixedWidths)
+            open_ended = [i for i, live in enumerate(active) if whole or live.limit - live.emitted > 1]
+            chosen = [open_ended[i] for i in policy.to_draft([active[i].outlook for i in open_ended])]
+            if chosen:
+                requests = [active[i] for i in chosen]
+                self.write_context(requests)
+                stage = self.draft_stage(len(requests))
+                stage.tables.set([live.pages for live in requests])
+                found = self.timed(stage.work, policy, "draft", len(requests), lambda: stage(
+                    [live.anchor for live in requests], [live.context for live in requests]))
+                for i, ids, sure in zip(chosen, *found, strict=True):
+                    drafts[i], confidences[i] = ids, sure
+        return drafts, confidences
+
+    def block(self, live: Live, tokens: list[int]) -> Block:
+        return Block(tokens, live.context, live.pages, self.setting.pool.page_size)
+
+    def timed(self, work, policy: Policy, part: str, size: int, call: Callable):
+        """call(), whose seconds the policy's costs learn, but for the call that records."""
+        replayed = work.graph is None or work.graph.captured
+        started = time.perf_counter()
+        found = call()
+        if replayed and isinstance(policy, WidthPolicy):
+            policy.took(part, size, time.perf_counter() - started)
+        return found
+
+    # ---- the drafter's context ----
+
+    def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
+        """Their K/V are written when the request drafts next, if it does."""
+        if self.setting.drafter and len(features):
+            live.features.append((position, features.clone()))
+            if position + len(features) - live.features[0][0] > _KEPT_ROWS:
+                self.write_context([live])
+
+    def write_context(self, requests: Sequence[Live]) -> None:
+        rows: list[torch.Tensor] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for live in requests:
+            for position, features in live.features:
+                block = Block(range(len(features)), position, live.pages, self.setting.pool.page_size)
+                rows.append(features)
+                positions += block.positions()
+                slots += block.slots()
+        if rows:
+            features = torch.cat(rows)
+            for at in range(0, len(features), _CONTEXT_ROWS):
+                part = slice(at, at + _CONTEXT_ROWS)
+                self.context_stage(len(features[part]))(features[part], positions[part], slots[part])
+        for live in requests:
+            live.features = []
+
+    # ---- what a step costs ----
+
+    def ready(self) -> None:
+        self.chosen_policy()
+
+    def chosen_policy(self) -> Policy:
+        if self.policy is None:
+            s, drafter, identity = self.setting, cast(Drafter, self.setting.drafter), self.identity()
+            learned = _LEARNED.setdefault(drafter, {})
+            key, most = json.dumps(identity), bucket(s.max_batch) * s.width
+            if key not in learned:
+                learned[key] = WidthPolicy(s.width, self.scaled(remembered(identity, self.measure)),
+                                           partial(pass_size, most=most), drafter.calibration)
+            self.policy = learned[key]
+        return self.policy
+
+    def identity(self) -> dict:
+        """All that the costs depend on."""
+        facts, s = build_info(), self.setting
+        machine = {name: facts[name] for name in ("version", "torch", "cpu", "isa", "threads", "compiler")}
+        return {**machine, "target": _shape(s.target), "drafter": _shape(s.drafter), "block": s.width,
+                "batch": s.max_batch}
+
+    def scaled(self, costs: StepCosts) -> StepCosts:
+        """The costs as fast as the machine is now, by what a baseline step takes."""
+        stage = self.verify_stage(1, 1, self.setting.width, GreedyVerifier)
+        stage.fill([])
+        now = _seconds(stage) / costs.verify(1)
+        return StepCosts(*({size: now * seconds for size, seconds in curve.table().items()}
+                           for curve in (costs.verify, costs.draft)))
+
+    def measure(self) -> StepCosts:
+        """Seconds of passes over requests without a context, the better of two of each."""
+        s, most = self.setting, bucket(self.setting.max_batch)
+        verify = {}
+        for rows in sorted({most * s.width, *(1 << i for i in range((most * s.width).bit_length()))}):
+            requests = min(-(-rows // s.width), most)
+            stage = self.verify_stage(requests, rows, s.width, GreedyVerifier)
+            stage.fill([])
+            verify[rows] = _seconds(stage)
+        draft = {}
+        for batch in (1 << i for i in range(most.bit_length())):
+            draft[batch] = _seconds(partial(self.draft_stage(batch), [], []))
+        return StepCosts(verify, draft)
+
+    def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
+        """Runs every size of every pass once."""
+        super().warm_up(kinds, prompt_lens)
+        self.chosen_policy()
+        s, stages = self.setting, []
+        for kind in kinds:
+            for batch in {1, *(1 << i for i in range(bucket(s.max_batch).bit_length()))}:
+                if kind.packs and batch in (1, bucket(s.max_batch)):
+                    stages += [self.verify_stage(batch, rows, s.width, kind) for rows in pass_sizes(batch * s.width)]
+                if not kind.packs:
+                    stages += [self.verify_stage(batch, 0, width, kind) for width in range(1, s.width + 1)]
+        for stage in stages:
+            if not (stage.work.graph and stage.work.graph.captured):
+                stage.fill([])
+                stage()
+        for batch in (1 << i for i in range(bucket(s.max_batch).bit_length())) if s.drafter and s.width > 1 else ():
+            self.draft_stage(batch)([], [])
+        for rows in pass_sizes(_CONTEXT_ROWS) if s.drafter else ():
+            context = self.context_stage(rows)
+            context(context.features[:0], (), ())
+
+    def unseat(self) -> None:
+        for tables in self.tables.values():
+            tables.set([])
+        for stage in self.verifies.values():
+            stage.verifier.seat(())
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    work()
+    found = []
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _shape(model) -> list:
+    """Sizes that tell a model's work from another's."""
+    cache = model.cache
+    return [type(model).__name__, cache.layers, cache.kv_heads, cache.head_dim, str(model.dtype),
+            bool(getattr(model, "int8", False)), list(model.embedding.shape),
+            getattr(getattr(model, "geometry", None), "intermediate", 0)]

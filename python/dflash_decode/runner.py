@@ -1,0 +1,168 @@
+"""Runs prompts and steps of the requests that the loop gives it, on passes that it makes when they are first needed."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from dflash_kernels import PagedKV, Verified
+
+from .kv import PagePool
+from .model import Target
+from .model.drafter import Drafter
+from .requests import Live
+from .step import Prefill, Step, prefill_sizes
+from .verify import GreedyVerifier, verifier_for
+from .widths import PastWidths
+
+
+class Committed(NamedTuple):
+    """What a step found for a request: the tokens to commit, and the tokens of its block that were verified."""
+
+    live: Live
+    tokens: list[int]
+    width: int
+
+
+@dataclass
+class Setting:
+    """What a decoder's passes work with. width: the most tokens of a block. rule: as for verify_sample. draw: drafts of
+    sampled requests are sampled."""
+
+    target: Target
+    drafter: Drafter | None
+    target_kv: Sequence[PagedKV]
+    draft_kv: Sequence[PagedKV]
+    pool: PagePool
+    max_pages: int
+    max_batch: int
+    width: int
+    prefill_rows: int
+    rule: str = "token"
+    draw: bool = False
+
+
+def bucket(requests: int) -> int:
+    """The batch size for this many requests: one recorded step for each power of two."""
+    return 1 << (requests - 1).bit_length()
+
+
+def taken(active: Sequence[Live], verified: Verified, widths: Sequence[int]) -> list[Committed]:
+    """What each request commits: the accepted tokens and the target's, up to a stop token."""
+    found = zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), widths, strict=False)
+    return [Committed(live, _up_to_a_stop(live, tokens[:count]), width)
+            for live, count, tokens, width in found if not live.finish]
+
+
+def _up_to_a_stop(live, tokens):
+    return tokens[:next((i + 1 for i, token in enumerate(tokens) if token in live.request.stop_tokens), len(tokens))]
+
+
+class Runner:
+    """Prompts, in passes that are shared by all requests."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.prefills: dict[int, Prefill] = {}
+        # Passes and steps run one after another, so their graphs can share scratch memory.
+        cuda = setting.target.device.type == "cuda"
+        self.memory = torch.cuda.graph_pool_handle() if cuda else None
+
+    def prefill(self, live: Live, most: int) -> torch.Tensor | None:
+        """Runs at most `most` more tokens of the prompt. Returns the last token's hidden state (1, H) at its end."""
+        s, prompt = self.setting, live.request.prompt
+        done = min(live.prefilled, len(prompt) - 1)  # where an interrupt came before the first token
+        rows = prefill_sizes(len(prompt) - done, min(most, s.prefill_rows), s.target.device)[0]
+        if rows not in self.prefills:
+            self.prefills[rows] = self.make_prefill(rows)
+        work, chunk = self.prefills[rows], prompt[done:done + rows]
+        last = work(chunk, done, s.pool.table_row(live.pages, s.max_pages))
+        self.keep(live, done, work.features[:len(chunk)])
+        live.prefilled = done + len(chunk)
+        return last if live.prefilled == len(prompt) else None
+
+    def make_prefill(self, rows: int) -> Prefill:
+        s = self.setting
+        return Prefill(s.target, s.drafter, s.target_kv, s.draft_kv, rows, s.pool.page_size, s.max_pages, self.memory)
+
+    def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
+        """Features of tokens from this position on, whose K/V the drafter has already."""
+
+    def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
+        """Makes, and on a GPU records, what prompts of these lengths and requests of these kinds need."""
+        s, device = self.setting, self.setting.target.device
+        nothing = s.pool.table_row([], s.max_pages)
+        for rows in sorted({size for n in prompt_lens for size in prefill_sizes(n, s.prefill_rows, device)}):
+            if rows not in self.prefills:
+                prefill = self.make_prefill(rows)
+                prefill([], 0, nothing)
+                self.prefills[rows] = prefill
+
+    def ready(self) -> None:
+        """Finds out what the first step needs to know."""
+
+    def decode(self, active: list[Live]) -> list[Committed]:
+        """One step of these requests."""
+        raise NotImplementedError
+
+    def unseat(self) -> None:
+        """Clears the requests of the last step, so that nothing keeps those that have ended."""
+
+
+class GraphRunner(Runner):
+    """Whole steps of one width, each one graph: on a GPU, where nothing waits for the host; for targets whose passes do
+    not pack blocks; and for drafts that are sampled.
+
+    past: chooses each step's width; None: all have the setting's.
+    """
+
+    def __init__(self, setting: Setting, past: PastWidths | None = None):
+        super().__init__(setting)
+        self.past = past if setting.drafter else None
+        self.steps: dict[tuple[int, int, type[GreedyVerifier]], Step] = {}
+        self.seated: tuple[Step, list[Live]] | None = None
+
+    def make_step(self, batch: int, width: int, kind: type[GreedyVerifier]) -> Step:
+        s = self.setting
+        return Step(s.target, s.drafter, s.target_kv, s.draft_kv, batch, width, s.pool.page_size, s.max_pages,
+                    kind(s.target, batch, width, s.rule), s.draw, self.memory)
+
+    def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
+        super().warm_up(kinds, prompt_lens)
+        batches = [1 << i for i in range(bucket(self.setting.max_batch).bit_length())]
+        for kind in kinds:
+            for batch in batches:
+                for width in self.past.steps() if self.past else (self.setting.width,):
+                    if (batch, width, kind) not in self.steps:
+                        step = self.make_step(batch, width, kind)
+                        step()
+                        self.steps[batch, width, kind] = step
+
+    def decode(self, active: list[Live]) -> list[Committed]:
+        kind = verifier_for([live.sampling for live in active])
+        batch = bucket(len(active))
+        key = batch, self.past.step(batch) if self.past else self.setting.width, kind
+        known = key in self.steps
+        if not known:
+            self.steps[key] = self.make_step(*key)
+        step = self.steps[key]
+        widths = [min(step.width, live.limit - live.emitted) for live in active]
+        step.fill([(live.anchor, live.context, n) for live, n in zip(active, widths, strict=True)])
+        if self.seated != (step, active):
+            self.unseat()
+            tables = [self.setting.pool.table_row(live.pages, self.setting.max_pages) for live in active]
+            step.seat(tables, active)
+            self.seated = (step, active)
+        started = time.perf_counter()
+        verified = step()
+        accepted = verified.accept_lens.tolist()[:len(active)]
+        if self.past and known:  # the first call compiles or records
+            self.past.observe(batch, step.width, time.perf_counter() - started, accepted)
+        return taken(active, verified, widths)
+
+    def unseat(self) -> None:
+        seated, self.seated = self.seated, None
+        if seated:
+            seated[0].verifier.seat(())
