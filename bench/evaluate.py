@@ -1,7 +1,9 @@
 """Measures speculative and baseline decoding at several concurrencies, into bench/results/<device>/.
 
     python -m bench.evaluate PROMPTS.jsonl ... [--draft DIR] [--weights int8] [--limit N] [--max-new-tokens N]
-                             [--concurrency N ...] [--temperature T ...]
+                             [--concurrency N ...] [--temperature T ...] [--isa SET ...]
+
+--isa, or all: every instruction set and concurrency, into one table.
 """
 
 import subprocess
@@ -21,16 +23,19 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--isa", nargs="+", default=[])
     options = parser.parse_args()
     folder = results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     name = "decode" if options.temperature == [0.0] else "decode-sampled"
     name += "-int8" * (options.weights == "int8")
-    for concurrency in options.concurrency:
+    for concurrency in [options.concurrency] if options.isa else [[n] for n in options.concurrency]:
+        file = f"{name}-isa-c{concurrency[-1]}.json" if options.isa else f"{name}-c{concurrency[0]}.json"
         command = [sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--draft", options.draft,
                    "--weights", options.weights,
-                   "--max-new-tokens", str(options.max_new_tokens), "--concurrency", str(concurrency),
-                   "--json", str(folder / f"{name}-c{concurrency}.json")]
+                   "--max-new-tokens", str(options.max_new_tokens), "--json", str(folder / file)]
+        command += [word for n in concurrency for word in ("--concurrency", str(n))]
+        command += [word for each in options.isa for word in ("--isa", each)]
         command += [word for value in options.temperature for word in ("--temperature", str(value))]
         command += [word for file in options.prompts for word in ("--prompts", str(file))]
         subprocess.run(command + (["--limit", str(options.limit)] if options.limit else []), check=True)

@@ -24,7 +24,10 @@ def machine(r: dict) -> str:
 def run_line(r: dict, drawn: str) -> str:
     drafter = "random weights" if r["draft"] == "random" else r["draft"]
     drafter += " in 8 bits" if r.get("draft_int8") else ""
-    block = f"{'blocks of at most' if r.get('adapts') and r['concurrency'] > 1 else 'block'} {r['block_size']}"
+    chosen = r.get("adapts") and (r["concurrency"] > 1 or "verified_rows" in r)
+    block = f"{'blocks of at most' if chosen else 'block'} {r['block_size']}"
+    if "verified_rows" in r:
+        block += f", {r['verified_rows']:.2f} tokens verified a step"
     model = r["model"] + " in 8 bits" * (r.get("weights") == "int8")
     return (f"{model} with {drafter}, {r['dtype']}, {block}, {drawn}, at most "
             f"{r['max_new_tokens']} new tokens, concurrency {r['concurrency']}, "
@@ -72,6 +75,25 @@ def decode_table(results: list[dict]) -> list[str]:
     return lines
 
 
+def cell_table(results: list[dict]) -> list[str]:
+    """A row for each instruction set and concurrency: the speedup of each task and of all, and what all took."""
+    lines = []
+    for r in results:
+        tasks = list(r["cells"][0]["tasks"])
+        limit = f"the first {r['limit']}" if r["limit"] else "all"
+        lines += [f"{r['model']} with {r['draft']}, {r['dtype']}, greedy, at most {r['max_new_tokens']} new tokens, "
+                  f"{limit} prompts of each file. {r['cpu']}, {r['threads']} threads. Speedup over baseline decoding:",
+                  "", f"| instruction set | concurrency | {' | '.join(tasks)} | all | tokens/s | acceptance length | "
+                  "tokens verified a step | identical output |", "|---|" + "---|" * (len(tasks) + 6)]
+        for c in r["cells"]:
+            same = "yes" if c["identical_to_baseline"] else f"{c['different_requests']} differ"
+            ratios = " | ".join(f"{t['speedup']:.2f}" for t in (*c["tasks"].values(), c))
+            lines.append(f"| {c['isa']} | {c['concurrency']} | {ratios} | {c['tokens_per_s']:.1f} | "
+                         f"{c['acceptance_length']:.2f} | {c['verified_rows']:.2f} | {same} |")
+        lines.append("")
+    return lines
+
+
 def position_table(r: dict) -> list[str]:
     """The acceptance rate at each block position, given that all earlier drafts were accepted."""
     width = r["block_size"]
@@ -85,7 +107,9 @@ def position_table(r: dict) -> list[str]:
 
 
 def decode_block(folder: Path) -> str:
-    lines = [*decode_table(decode_results(folder)), *temperature_table(decode_results(folder, "decode by temperature"))]
+    lines = [*decode_table(decode_results(folder)),
+             *cell_table(decode_results(folder, "decode by instruction set")),
+             *temperature_table(decode_results(folder, "decode by temperature"))]
     return "\n".join(lines or [EMPTY])
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +49,10 @@ def bench_decode(
     model: Model = "smollm2",
     draft: Draft = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each file.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 1,
+    concurrency: Annotated[list[int], typer.Option(min=1, help="Number of concurrent requests. Repeatable.")
+                           ] = [1],  # noqa: B006
+    isa: Annotated[list[str] | None, typer.Option(help="Instruction set of the CPU to run with, or 'all' that it has. "
+                                                       "Repeatable.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     weights: ModelWeights = Weights.model,
     draft_weights: DraftWeights = DraftersWeights.auto,
@@ -81,8 +84,10 @@ def bench_decode(
         known = dtype in ("bfloat16", "float32")
         if temperature != [0.0] or not known or device is not Device.cpu or weights is not Weights.model:
             raise UsageError("--peers runs on the CPU, greedy, in bfloat16 or float32; for 8 bits name the peer ours8")
+        if len(concurrency) > 1 or isa:
+            raise UsageError("--peers takes one --concurrency, and no --isa")
         return repository.peers(peers, prompts, {
-            "model": model, "draft": draft, "limit": limit, "concurrency": concurrency, "threads": threads,
+            "model": model, "draft": draft, "limit": limit, "concurrency": concurrency[0], "threads": threads,
             "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
     if draft == NONE:
         why = f"; {no_drafter(model)}" if asked == AUTO else ""
@@ -91,6 +96,9 @@ def bench_decode(
     check_files(prompts, {"--json": json_out})
     set_threads(threads)
     check_device(device)
+    sets, grid = _sets(isa), bool(isa) or len(concurrency) > 1
+    if grid and len(temperature) > 1:
+        raise UsageError("several --temperature take one --concurrency, and no --isa")
     from dflash_decode.cli import report
     from dflash_decode.sampling import SamplingParams
     from dflash_decode.session import Session
@@ -106,18 +114,36 @@ def bench_decode(
                            status=report.status)
     report.start_text(session)
     with _shown_tasks() as on_task:
-        results = [decode.bench_decode(session, rows, concurrency=concurrency, max_new_tokens=max_new_tokens,
-                                      sampling=sampling, sample_from=sample_from.value, rule=rule.value,
-                                      on_task=on_task) for sampling in samplings]
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sample_from": sample_from.value, "rule": rule.value,
+                               "on_task": on_task}
+        if grid:
+            results = decode.by_instruction_set(session, rows, sets, concurrency, sampling=samplings[0], **how)
+        else:
+            results = [decode.bench_decode(session, rows, concurrency=concurrency[0], sampling=sampling, **how)
+                       for sampling in samplings]
     if sample_from is SampleFrom.request and max(temperature) > 0:
         report.notice(report.DRAWN_NOTICE)
     print_bench(results)
     if json_out is not None:
-        header = decode.header(session, concurrency=concurrency, max_new_tokens=max_new_tokens,
+        header = decode.header(session, concurrency=concurrency if grid else concurrency[0],
+                              max_new_tokens=max_new_tokens,
                               prompts=[file.name for file in prompts], limit=limit,
                               **report.settings(samplings[0], sample_from.value, rule.value))
         many = {"kind": "decode by temperature", "temperatures": results}
-        write_json(json_out, header | (results[0] if len(results) == 1 else many))
+        cells = {"kind": "decode by instruction set", "cells": results}
+        write_json(json_out, header | (cells if grid else results[0] if len(results) == 1 else many))
+
+
+def _sets(asked: list[str] | None) -> list[str]:
+    """The instruction sets that --isa names."""
+    from dflash_kernels import build_info
+    from dflash_kernels.testing import every_isa
+
+    there = every_isa()
+    for name in asked or []:
+        if name not in (*there, "all"):
+            raise UsageError(f"--isa must be one of {', '.join(there)} or all; got {name!r}")
+    return there if "all" in (asked or []) else list(dict.fromkeys(asked or [str(build_info()["isa"])]))
 
 
 @contextmanager

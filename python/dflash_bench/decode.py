@@ -11,6 +11,7 @@ from dflash_decode.cli import report
 from dflash_decode.lossless import Difference, first_difference, first_index
 from dflash_decode.sampling import GREEDY, SamplingParams
 from dflash_decode.session import Session
+from dflash_kernels.testing import use_isa
 
 from .results import commit
 
@@ -80,13 +81,24 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
                 differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
                                     "baseline": found_at.baseline, "margin": found_at.margin})
         found[task] = _Sums(
-            ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps, len(rows), different
+            ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps, ours.widths, len(rows), different
         )
     whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
     return {"temperature": sampling.temperature} | whole.figures(session.block_size) | {
         "tasks": {task: sums.figures(session.block_size) for task, sums in found.items()},
         "differences": differences,
     }
+
+
+def by_instruction_set(session: Session, prompts: list[Prompt], sets: list[str], concurrencies: list[int],
+                       **options: Any) -> list[dict]:
+    """bench_decode with each instruction set of the CPU and each concurrency."""
+    found = []
+    for name in sets:
+        with use_isa(name):
+            found += [{"isa": name, "concurrency": n} | bench_decode(session, prompts, concurrency=n, **options)
+                      for n in concurrencies]
+    return found
 
 
 def _difference(session, prompt, baseline, ours, sampling) -> Difference | None:
@@ -105,6 +117,7 @@ class _Sums:
     baseline_tokens: int
     baseline_seconds: float
     steps: list[int]
+    widths: list[int]
     requests: int
     different: int
 
@@ -118,6 +131,7 @@ class _Sums:
             "tokens": self.tokens,
             "acceptance_length": round(sum(self.steps) / len(self.steps), 4) if self.steps else 1.0,
             "acceptance_histogram": [self.steps.count(n) for n in range(1, width + 1)],
+            "verified_rows": round(sum(self.widths) / len(self.widths), 4) if self.widths else 1.0,
             "tokens_per_s": round(rate, 2),
             "baseline_tokens_per_s": round(baseline, 2),
             "speedup": round(rate / baseline, 4),
