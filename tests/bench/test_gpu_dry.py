@@ -111,7 +111,7 @@ def text(decoder):
 decoder = Decoder(target, drafter, max_batch=1, max_context=16, page_size=4, prefill_rows=16)
 decoder.warm_up([3], [GREEDY])
 print(events)
-graphs = [each.work.graph for each in (*decoder._steps.values(), *decoder._prefills.values())]
+graphs = [each.work.graph for each in (*decoder.runner.steps.values(), *decoder.runner.prefills.values())]
 print([graph.captured for graph in graphs], len({graph._recording.pool() for graph in graphs}), graphs[0].pool)
 events.clear()
 warm = text(decoder)
@@ -127,11 +127,16 @@ print(pages, 80_000 // (4 * 2 * 4 * (16 + 16)))
 
 
 def test_the_loop_on_a_gpu_records_before_the_first_request_and_not_after(tmp_path):
-    """A step's first call runs it once and then notes it, without a replay; all graphs share a pool, prompts' passes
-    among them; without kernels the loop stays live; pages are what fits."""
+    """A step's first call runs it once and then notes it, without a replay, for each width that steps can have; all
+    graphs share a pool, prompts' passes among them; without kernels the loop stays live; pages are what fits."""
     said = script(tmp_path, LOOP)
-    assert said == ["['capture', 'run', 'capture', 'run']", "[True, True] 1 (0, 1)", "False False True",
-                    "True False True", "78 78"], said
+    assert said == [
+        "['capture', 'run', 'capture', 'run', 'run', 'capture', 'run']",
+        "[True, True, True] 1 (0, 1)",
+        "False False True",
+        "True False True",
+        "78 78",
+    ], said
 
 
 IMPORTS = """
