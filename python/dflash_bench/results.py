@@ -1,4 +1,4 @@
-"""Writes results files, and records their origin. Imports only the standard library."""
+"""Writes results files, and records their origin. Needs only the standard library."""
 
 import argparse
 import json
@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from dflash_decode.cache import write_whole
 
 
 def commit() -> str | None:
@@ -54,14 +56,4 @@ def output(text: str) -> Path:
 
 def write_json(file: Path, value: dict) -> None:
     """Writes the file atomically, in a new folder if needed: a machine's first results have none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(value, out, indent=1)
-            out.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(file, json.dumps(value, indent=1) + "\n")

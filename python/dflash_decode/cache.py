@@ -1,6 +1,7 @@
-"""Where the loop keeps what it need not find out again."""
+"""Where the loop keeps what it need not find out again, and how a file is written."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -14,3 +15,17 @@ def cache_dir() -> Path | None:
         return (Path(base) if base else Path.home() / ".cache") / "dflash_kernels"
     except RuntimeError:
         return None
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes the file atomically, in a new folder if needed. Raises OSError, and leaves nothing half-written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -4,13 +4,10 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
-from .cache import cache_dir
+from .cache import cache_dir, write_whole
 
 # How far one time moves the estimate of its size, and of sizes far from it: a machine under load slows every size, a
 # wrong estimate is wrong at some. A single time counts as at most twice or half of what was expected.
@@ -92,29 +89,14 @@ def remembered(key: object, measure: Callable[[], StepCosts]) -> StepCosts:
         pass
     costs = measure()
     tables = {name: sorted(curve.table().items()) for name, curve in (("verify", costs.verify), ("draft", costs.draft))}
-    _write(file, json.dumps({"key": json.loads(words), **tables}))
+    with contextlib.suppress(OSError):
+        write_whole(file, json.dumps({"key": json.loads(words), **tables}))
     return costs
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all, whoever else writes it."""
-    part = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w") as to:
-            to.write(text)
-        os.replace(part, file)
-    except OSError:
-        if part is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
 
 
 def pass_sizes(most: int) -> list[int]:
     """Rows that a pass can have, up to `most`: all up to 8, then four an octave, so that few are padding."""
-    sizes: Iterable[int] = (q << i for i in range(max(most.bit_length(), 1)) for q in (4, 5, 6, 7))
-    return sorted({*range(1, min(most, 8) + 1), *(n for n in sizes if 8 < n < most), most})
+    return sorted({pass_size(rows, most) for rows in range(1, most + 1)})
 
 
 def pass_size(rows: int, most: int) -> int:

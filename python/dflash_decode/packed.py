@@ -65,7 +65,7 @@ class DraftStage:
 
     def __init__(self, drafter: Drafter, kv: Sequence[PagedKV], batch: int, width: int, tables: Tables,
                  page_size: int):
-        self.drafter, self.tables, self.batch, self.width = drafter, tables, batch, width
+        self.tables, self.width = tables, width
         self.work = Recorded(drafter.device, drafter)
         self.draft = drafter.make_draft(batch, width, kv, page_size)
         self.context_lens, self.block_lens = (torch.zeros(batch, dtype=torch.int32) for _ in range(2))
@@ -89,7 +89,7 @@ class VerifyStage:
 
     def __init__(self, target: Target, target_layer_ids: Sequence[int], kv: Sequence[PagedKV], batch: int, width: int,
                  rows: int | None, tables: Tables, verifier: GreedyVerifier):
-        self.verifier, self.tables, self.batch, self.width = verifier, tables, batch, width
+        self.verifier, self.tables, self.width = verifier, tables, width
         self.packed, self.rows = rows is not None, batch * width if rows is None else rows
         self.work = Recorded(target.device, target, verifier)
         self.forward = target.make_pass(batch, width, kv, target_layer_ids, rows)

@@ -15,7 +15,7 @@ from .costs import StepCosts, pass_size, pass_sizes, remembered
 from .model.drafter import Drafter
 from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
 from .requests import Live
-from .runner import Committed, Runner, Setting, bucket, taken
+from .runner import Committed, Runner, Setting, bucket, buckets, taken
 from .step import Prefill
 from .verify import GreedyVerifier, verifier_for
 from .widths import FixedWidths, Policy, WidthPolicy
@@ -125,11 +125,11 @@ class PackedRunner(Runner):
         return Block(tokens, live.context, live.pages, self.setting.pool.page_size)
 
     def timed(self, work, policy: Policy, part: str, size: int, call: Callable):
-        """call(), whose seconds the policy's costs learn, but for the call that records."""
+        """call(), whose seconds the policy is told, but for the call that records."""
         replayed = work.graph is None or work.graph.captured
         started = time.perf_counter()
         found = call()
-        if replayed and isinstance(policy, WidthPolicy):
+        if replayed:
             policy.took(part, size, time.perf_counter() - started)
         return found
 
@@ -201,7 +201,7 @@ class PackedRunner(Runner):
             stage.fill([])
             verify[rows] = _seconds(stage)
         draft = {}
-        for batch in (1 << i for i in range(most.bit_length())):
+        for batch in buckets(s.max_batch):
             draft[batch] = _seconds(partial(self.draft_stage(batch), [], []))
         return StepCosts(verify, draft)
 
@@ -211,7 +211,7 @@ class PackedRunner(Runner):
         self.chosen_policy()
         s, stages = self.setting, []
         for kind in kinds:
-            for batch in {1, *(1 << i for i in range(bucket(s.max_batch).bit_length()))}:
+            for batch in buckets(s.max_batch):
                 if kind.packs and batch in (1, bucket(s.max_batch)):
                     stages += [self.verify_stage(batch, rows, s.width, kind) for rows in pass_sizes(batch * s.width)]
                 if not kind.packs:
@@ -220,7 +220,7 @@ class PackedRunner(Runner):
             if not (stage.work.graph and stage.work.graph.captured):
                 stage.fill([])
                 stage()
-        for batch in (1 << i for i in range(bucket(s.max_batch).bit_length())) if s.drafter and s.width > 1 else ():
+        for batch in buckets(s.max_batch) if s.drafter and s.width > 1 else ():
             self.draft_stage(batch)([], [])
         for rows in pass_sizes(_CONTEXT_ROWS) if s.drafter else ():
             context = self.context_stage(rows)

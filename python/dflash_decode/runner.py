@@ -49,6 +49,11 @@ def bucket(requests: int) -> int:
     return 1 << (requests - 1).bit_length()
 
 
+def buckets(most: int) -> list[int]:
+    """The batch sizes of up to `most` requests."""
+    return [1 << i for i in range(bucket(most).bit_length())]
+
+
 def taken(active: Sequence[Live], verified: Verified, widths: Sequence[int]) -> list[Committed]:
     """What each request commits: the accepted tokens and the target's, up to a stop token."""
     found = zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), widths, strict=False)
@@ -91,7 +96,7 @@ class Runner:
         """Features of tokens from this position on, whose K/V the drafter has already."""
 
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
-        """Makes, and on a GPU records, what prompts of these lengths and requests of these kinds need."""
+        """Makes and records what prompts of these lengths and requests of these kinds need."""
         s, device = self.setting, self.setting.target.device
         nothing = s.pool.table_row([], s.max_pages)
         for rows in sorted({size for n in prompt_lens for size in prefill_sizes(n, s.prefill_rows, device)}):
@@ -131,9 +136,8 @@ class GraphRunner(Runner):
 
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
         super().warm_up(kinds, prompt_lens)
-        batches = [1 << i for i in range(bucket(self.setting.max_batch).bit_length())]
         for kind in kinds:
-            for batch in batches:
+            for batch in buckets(self.setting.max_batch):
                 for width in self.past.steps() if self.past else (self.setting.width,):
                     if (batch, width, kind) not in self.steps:
                         step = self.make_step(batch, width, kind)

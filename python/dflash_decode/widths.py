@@ -45,6 +45,9 @@ class Policy(Protocol):
         requests must have one width.
         """
 
+    def took(self, part: str, size: int, seconds: float) -> None:
+        """Tells what a verify pass of so many rows, or a draft for so many requests, took (part "verify", "draft")."""
+
     def verified(self, requests: Sequence["Outlook"], confidences: Sequence[Sequence[float]], widths: Sequence[int],
                  accepted: Sequence[int]) -> None:
         """Tells what became of the drafts: how many of each request's verified ones were accepted."""
@@ -208,7 +211,6 @@ class WidthPolicy:
                 request.worth = max(request.worth, worth)  # it was too long ago to be averaged
 
     def took(self, part: str, size: int, seconds: float) -> None:
-        """Tells what a verify pass of so many rows, or a draft for so many requests, took (part "verify", "draft")."""
         curve = self.costs.verify if part == "verify" else self.costs.draft
         off = seconds / curve(size)
         if part == "verify":
@@ -250,6 +252,9 @@ class FixedWidths:
                together: bool = False) -> list[int]:
         widths = [min(len(c) + 1, limit) for c, limit in zip(confidences, limits, strict=True)]
         return [max(widths, default=1)] * len(widths) if together else widths
+
+    def took(self, part: str, size: int, seconds: float) -> None:
+        pass
 
     def verified(self, requests: Sequence[Outlook], confidences: Sequence[Sequence[float]], widths: Sequence[int],
                  accepted: Sequence[int]) -> None:

@@ -216,6 +216,9 @@ class AnyWidths:
         widths = [self.dice.randint(1, n) for n in most]
         return [max(widths)] * len(widths) if together else widths
 
+    def took(self, part, size, seconds):
+        assert part in ("verify", "draft") and size >= 1 and seconds > 0
+
     def verified(self, outlooks, confidences, widths, accepted):
         assert all(0 <= a < w for a, w in zip(accepted, widths, strict=True))
 
