@@ -16,6 +16,7 @@ from dflash_kernels import PagedKV
 
 from .arguments import check_target, choice, of_type, whole
 from .choices import Rule, SampleFrom
+from .forecast import Forecast
 from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
 from .model import Target
@@ -84,6 +85,12 @@ class Decoder:
     @property
     def _active(self) -> list[Live]:
         return [live for live in self._requests if live.emitted and not live.finish]
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What the choice of widths expected of its steps so far and what they brought; None where another rule
+        chooses them."""
+        return self.runner.forecast
 
     def ready(self) -> None:
         """Finds out what a step costs on this machine, unless it is known: part of a second for a small target. The

@@ -12,6 +12,7 @@ import torch
 from dflash_kernels import build_info
 
 from .costs import StepCosts, pass_size, pass_sizes, remembered
+from .forecast import Forecast
 from .model.drafter import Drafter
 from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
 from .requests import Live
@@ -161,6 +162,10 @@ class PackedRunner(Runner):
             live.features = []
 
     # ---- what a step costs ----
+
+    @property
+    def forecast(self) -> Forecast | None:
+        return self.policy.forecast if isinstance(self.policy, WidthPolicy) else None
 
     def ready(self) -> None:
         self.chosen_policy()

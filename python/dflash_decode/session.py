@@ -24,6 +24,7 @@ from .checkpoint import (
 from .checkpoint.errors import brief, read_json
 from .checkpoint.tokenizer import Tokenizer, load_tokenizer
 from .choices import AUTO, NONE, RANDOM, DraftersWeights, Rule, SampleFrom, Weights
+from .forecast import Forecast
 from .inputs import shown
 from .loop import Decoder
 from .model import Target
@@ -57,10 +58,12 @@ class Answer:
 
 @dataclass
 class Run:
-    """The answers to all prompts. seconds: from the first prompt's prefill to the last token, over all requests."""
+    """The answers to all prompts. seconds: from the first prompt's prefill to the last token, over all requests.
+    forecast: what the loop expected of its steps, where it chooses widths by what steps cost."""
 
     answers: list[Answer]
     seconds: float
+    forecast: Forecast | None = None
 
     @property
     def tokens(self) -> int:
@@ -207,6 +210,7 @@ class Session:
                           max_batch=min(concurrency, max(len(prompts), 1)),
                           max_context=min(room, longest + max_new_tokens), sample_from=sample_from, rule=rule)
         self._warm(decoder, prompts, sampling)
+        before = decoder.forecast
         answers = [Answer() for _ in prompts]
         started = time.perf_counter()
         for event in decoder.stream(self._requests(prompts, max_new_tokens, sampling)):
@@ -223,7 +227,8 @@ class Session:
         seconds = time.perf_counter() - started
         for answer in answers:
             answer.text = self.tokenizer.decode(answer.tokens)
-        return Run(answers, seconds)
+        after = decoder.forecast
+        return Run(answers, seconds, None if after is None else after - (before or Forecast()))
 
     def _requests(self, prompts, max_new_tokens, sampling) -> Iterator[Request]:
         for i, prompt in enumerate(prompts):

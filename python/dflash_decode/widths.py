@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .costs import StepCosts
+from .forecast import Forecast
 
 _PRIOR, _MEMORY = 2.0, 60.0  # the certainty of the start values of a calibration, and the most that it gets to
 _NEW, _SHARED = 0.25, 0.02  # how far a step moves what drafting is worth, of its request and of all
@@ -118,6 +119,8 @@ class WidthPolicy:
         self.idle, self.wait = 0, _FIRST_WAIT  # steps since anybody drafted, and after which one is tried again
         self.since_plain, self.plain_wait, self.surprised = 0, _LONGEST_WAIT, False
         self._trial = self._astonished = False  # whether the last draft was one, and the last trial a surprise
+        self.forecast = Forecast()
+        self._expected = 0.0  # tokens of the step
 
     def rate(self, requests: int) -> float:
         """Tokens a second that a step of so many requests should bring."""
@@ -191,6 +194,7 @@ class WidthPolicy:
             for _, _, i in ranked[:chosen]:
                 widths[i] += 1
         self._learn(requests, confidences, chances, widths, rate)
+        self._expected = n + sum(sum(chance[:width - 1]) for chance, width in zip(chances, widths, strict=True))
         return widths
 
     def _learn(self, requests, confidences, chances, widths, rate):
@@ -212,7 +216,9 @@ class WidthPolicy:
 
     def took(self, part: str, size: int, seconds: float) -> None:
         curve = self.costs.verify if part == "verify" else self.costs.draft
-        off = seconds / curve(size)
+        expected = curve(size)
+        off = seconds / expected
+        self.forecast += Forecast(expected_seconds=expected, seconds=seconds)
         if part == "verify":
             self.surprised = not 1 / _SURPRISE < off < _SURPRISE
         curve.observe(size, seconds)
@@ -220,6 +226,7 @@ class WidthPolicy:
     def verified(self, requests: Sequence[Outlook], confidences: Sequence[Sequence[float]], widths: Sequence[int],
                  accepted: Sequence[int]) -> None:
         n, drafted = len(requests), sum(map(bool, confidences))
+        self.forecast += Forecast(1, self._expected, n + sum(accepted))
         for confidence, width, count in zip(confidences, widths, accepted, strict=True):
             for j in range(min(count + 1, width - 1, len(confidence))):
                 self.calibration.observe(j, confidence[j], j < count)

@@ -202,6 +202,25 @@ def test_the_past_chooses_among_recorded_widths():
 # ---- in the loop -----------------------------------------------------------------------------------------------------
 
 
+def test_the_forecast_is_what_steps_bring():
+    true, texts = affine(1.0, 0.1), [Text(0.7, seed=i) for i in range(3)]
+    policy = WidthPolicy(BLOCK, affine(1.0, 0.1))
+    found, told = play(policy, texts, 1500, true), policy.forecast
+    tokens, seconds = (sum(f[i] for f in found) for i in (0, 1))
+    assert (told.steps, told.tokens) == (1500, tokens) and math.isclose(told.seconds, seconds)
+    assert math.isclose(told.expected_tokens, tokens, rel_tol=0.03) and math.isclose(told.expected_seconds, seconds)
+
+    policy = WidthPolicy(BLOCK, affine(0.5, 0.05))  # costs that are half of the truth, and drafts that never come true
+    texts = [Text(0.7, seed=i, wrong=True) for i in range(3)]
+    play(policy, texts, 5, true)
+    told = policy.forecast
+    assert told.expected_tokens > 1.2 * told.tokens and told.expected_seconds < 0.8 * told.seconds
+    play(policy, texts, 200, true)
+    later = policy.forecast - told
+    assert math.isclose(later.expected_tokens, later.tokens, rel_tol=0.05)
+    assert math.isclose(later.expected_seconds, later.seconds, rel_tol=0.05)
+
+
 class AnyWidths:
     """Drafts for some, and verifies as many rows as dice say."""
 
