@@ -161,7 +161,7 @@ def pytest_terminal_summary(terminalreporter):
     for line in (*stash.get(TOLD, []), *sampling_distribution.summary()):
         terminalreporter.write_line(line)
     if counts := stash.get(INTERPRETED, []):
-        terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter, of {len(counts)} nouns")
+        terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)

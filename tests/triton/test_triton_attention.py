@@ -12,11 +12,18 @@ from tests.support.attention_cases import NAN, Case, check_packed_blocks, check_
 CANARY = 7.0
 
 
-@pytest.fixture(params=[(torch.float32, 8), (torch.float16, 8), (torch.float16, 9)], ids=["f32", "f16", "f16 sm_90"])
+TILES = {"f32": (torch.float32, 8), "f16": (torch.float16, 8), "f16 sm_90": (torch.float16, 9)}
+
+
+@pytest.fixture(params=["f32", "f16 sm_90"])
 def dtype(request, monkeypatch):
-    """With the tiles of a generation of chips."""
-    monkeypatch.setattr(triton_attention, "generation", lambda device: request.param[1])
-    return request.param[0]
+    """With the smallest tiles and with the largest, which the short blocks and splits here leave half empty."""
+    dtype, generation = TILES[request.param]
+    monkeypatch.setattr(triton_attention, "generation", lambda device: generation)
+    return dtype
+
+
+every_tile = pytest.mark.parametrize("dtype", TILES, indirect=True)
 
 
 @pytest.fixture
@@ -48,18 +55,21 @@ def check(case, **options):
     return got
 
 
+@every_tile
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (6, 6)}, {"window": (0, 0)}, {"softcap": 3.0},
                                      {"causal": True, "window": (70, -1), "scale": 0.5}], ids=str)
 def test_matches_reference(dtype, options):
     check(Case([37, 0, 150, 16], dim=32, dtype=dtype), **options)
 
 
+@every_tile
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (70, 2), "softcap": 3.0}], ids=str)
 def test_several_splits_match_reference(dtype, options, short_splits):
     check(Case([0, 300, 63, 64, 126], dim=16, dtype=dtype), sinks=torch.linspace(-2, 2, 6), **options)
 
 
 # heads, key heads, head dim, page size, width: every configuration of the table, more rows than a tile, odd sizes
+@every_tile
 @pytest.mark.parametrize("heads,kv_heads,dim,page,width", [(2, 2, 128, 1, 3), (9, 3, 64, 5, 3), (3, 1, 256, 16, 2),
                                                            (3, 1, 20, 128, 30), (7, 1, 33, 16, 5), (4, 4, 1, 3, 2)])
 def test_geometries(dtype, heads, kv_heads, dim, page, width):
@@ -157,7 +167,8 @@ def test_p20_block_lens_hide_rows_and_padded_requests_write_nothing(dtype, split
 @pytest.mark.parametrize("splits", [512, 64])
 def test_packed_blocks_have_the_bits_of_padded_ones(dtype, splits, monkeypatch):
     monkeypatch.setattr(triton_attention, "SPLIT", splits)
-    check_packed_blocks(launch, Case([70, 2, 0, 300], dtype=dtype), [4, 1, 0, 3], [3, 0, 99, 8], 12, causal=True)
+    case = Case([70, 2, 0, 300], heads=3, kv_heads=1, dim=16, dtype=dtype)
+    check_packed_blocks(launch, case, [4, 1, 0, 3], [3, 0, 99, 8], 12, causal=True)
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
@@ -262,6 +273,7 @@ def test_what_is_not_finite_is_left_to_merge_exactly(dtype, short_splits, monkey
             check(case, window=(97, 1))
 
 
+@every_tile
 def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, short_splits):
     start, total = 125, 8
     case = Case([start + total, 70], width=total, heads=3, kv_heads=1, dim=16, dtype=dtype)
@@ -278,6 +290,7 @@ def test_p22_p23_alone_in_a_batch_or_one_by_one_a_row_has_the_same_bits(dtype, s
 
 # ---- fp8 caches ----------------------------------------------------------------------------------------------------
 
+@every_tile
 @pytest.mark.parametrize("kind,options", [("none", {}), ("tensor", {"window": (6, 6)}), ("one", {"causal": True}),
                                           ("head", {"softcap": 3.0, "window": (70, 2)}),
                                           ("k alone", {"causal": True, "window": (9, -1)})], ids=str)
