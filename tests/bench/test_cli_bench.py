@@ -38,7 +38,7 @@ def test_bench_decode(call, models, tmp_path, concurrency):
     for part in (found, found["tasks"]["alpha"], found["tasks"]["beta"]):
         assert part["identical_to_baseline"] is True and part["different_requests"] == 0
         assert part["acceptance_length"] >= 1 and part["tokens_per_s"] > 0 and part["baseline_tokens_per_s"] > 0
-        assert abs(part["speedup"] - part["tokens_per_s"] / part["baseline_tokens_per_s"]) < 0.01
+        assert part["speedup"] == pytest.approx(part["tokens_per_s"] / part["baseline_tokens_per_s"], rel=0.05)
     assert found["requests"] == 6 and found["tokens"] == sum(t["tokens"] for t in found["tasks"].values())
     assert found["concurrency"] == concurrency and found["kind"] == "decode" and found["differences"] == []
     for key in ("cpu", "threads", "isa", "versions", "commit", "model", "draft", "prompts", "limit"):
