@@ -253,5 +253,5 @@ class Decoder:
 
 def _runner(setting: Setting, adapts: bool) -> Runner:
     if setting.target.device.type == "cpu" and getattr(setting.target, "packs", False) and not setting.draw:
-        return PackedRunner(setting, None if adapts else FixedWidths())
+        return PackedRunner(setting, None if adapts else FixedWidths(setting.width))
     return GraphRunner(setting, PastWidths(setting.width) if adapts and setting.drafter else None)
