@@ -36,11 +36,11 @@ X86 = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mbmi2",
 }
 X86_BF16 = {
-    "avx512_bf16": X86["avx512"] + " -mavx512bf16",
-    "amx": X86["avx512"] + " -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512_bf16": X86["avx512"] + " -mavx512bf16 -mavx512vnni",
+    "amx": X86["avx512"] + " -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
 }
 # Nouns whose arithmetic has its own code for bf16 dot products; the others use the avx512 objects there.
-BF16_NOUNS = {"attention", "linear", "lm_head", "lm_head_topk", "rate"}
+BF16_NOUNS = {"attention", "linear", "lm_head", "lm_head_topk", "quant", "rate"}
 
 
 def instruction_sets(noun: str) -> dict[str, str]:

@@ -99,20 +99,20 @@ class ReadBandwidth:
 
 
 class MatrixRate:
-    """Multiplies and adds in registers alone, with all of torch's threads, as products of rows in bfloat16 do under an
-    instruction set: what they could reach if memory cost nothing.
+    """Multiplies and adds in registers alone, with all of torch's threads, as products of rows in `what` (bf16 or int8)
+    do under an instruction set: what they could reach if memory cost nothing.
 
     It is a function for `interleaved`; tflops(timing) gives 1e12 operations per second.
     """
 
     ROUNDS = 100_000
 
-    def __init__(self, isa: str):
-        self._isa, self._flops = isa, 0
+    def __init__(self, isa: str, what: str = "bf16"):
+        self._isa, self._what, self._flops = isa, what, 0
 
     def __call__(self, _run: int = 0) -> None:
         with use_isa(self._isa):
-            self._flops = native.matrix_rate(True, self.ROUNDS)
+            self._flops = native.matrix_rate(self._what, self.ROUNDS)
 
     def tflops(self, timing: Timing) -> float:
         return self._flops / timing.median / 1e12

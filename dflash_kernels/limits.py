@@ -132,6 +132,11 @@ def check_packed_dtype(op: str, dtype: torch.dtype, packed: torch.dtype) -> None
         raise TypeError(f"{op}: weight must be {dtype}, as x is; got packed {packed}")
 
 
+def check_blocks_device(op: str, device: torch.device) -> None:
+    if device.type == "cuda":
+        raise NotImplementedError(f"{op}: weights in blocks have no CUDA kernel; got {device}")
+
+
 def _check_dtype(op: str, dtype: torch.dtype) -> None:
     name, shape, dtypes, _ = _OPS[op]
     if dtype not in dtypes:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .formats import EXACT, FORMATS, packed_bytes
 from .limits import FLOATS, FP8, check_paged_dtype
 
 
@@ -115,17 +116,26 @@ class PackedWeight:
 
     Parameters
     ----------
-    data : float32, bfloat16 or float16, or int8 with scales
-        On CUDA (N, K), row-major. Elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h.
+    data : float32, bfloat16 or float16, or int8 with scales, or uint8 with a format
+        On CUDA (N, K), row-major. Elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h, or with a format of
+        csrc/cpu/quant.h.
     out_features, in_features : int
         N and K.
     scales : (N,) float32, optional
         The weight is scales[:, None] * data. None: it is data.
+    format : str, optional
+        Name of the format of blocks. None: elements.
+    exact : bool
+        Whether blocks become elements of x's dtype before they are multiplied. False: rows of x become int8.
 
     Attributes
     ----------
     dtype : torch.dtype
         The dtype of data.
+    shape : tuple of int
+        N and K.
+    format_number : int
+        The format, with exact, as the ops' schemas take it. 0: elements.
 
     Raises
     ------
@@ -147,12 +157,18 @@ class PackedWeight:
     out_features: int
     in_features: int
     scales: torch.Tensor | None = None
+    format: str | None = None
+    exact: bool = False
 
     def __post_init__(self):
         n, k = self.out_features, self.in_features
         for name, size in (("out_features", n), ("in_features", k)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"PackedWeight: {name} must be a positive int; got {size!r}")
+        if not isinstance(self.exact, bool) or self.exact and self.format is None:
+            raise ValueError(f"PackedWeight: exact must be False, or True where there is a format; got {self.exact!r}")
+        if self.format is not None:
+            return self._check_blocks()
         dtypes = FLOATS if self.scales is None else (torch.int8,)
         if not isinstance(self.data, torch.Tensor) or self.data.dtype not in dtypes:
             want = "float32, bfloat16 or float16" if self.scales is None else "int8, as there are scales"
@@ -173,6 +189,24 @@ class PackedWeight:
             raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
 
+    def _check_blocks(self):
+        f = FORMATS.get(self.format) if isinstance(self.format, str) else None
+        n, k = self.out_features, self.in_features
+        if f is None:
+            raise ValueError(f"PackedWeight: format must be one of {', '.join(FORMATS)}; got {self.format!r}")
+        if k % f.block:
+            raise ValueError(f"PackedWeight: in_features must be a multiple of {f.block}, the block of {self.format}; "
+                             f"got {k}")
+        if self.scales is not None:
+            raise ValueError("PackedWeight: scales must be None where there is a format; got a tensor")
+        if not isinstance(self.data, torch.Tensor) or self.data.dtype != torch.uint8:
+            got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
+            raise TypeError(f"PackedWeight: data must be a tensor of uint8, as there is a format; got {got}")
+        shape = ((n + 15) // 16, packed_bytes(f, k))
+        if self.data.shape != shape or not self.data.is_contiguous():
+            raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
+                             f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
+
     def _check_scales(self):
         t = self.scales
         if t is None:
@@ -188,11 +222,19 @@ class PackedWeight:
         # On a CPU weights share memory (_memory.py): a copy or a pickle takes one weight's bytes, not all of them.
         whole = self.data.untyped_storage().nbytes() == self.data.nbytes
         return PackedWeight, (self.data if whole else self.data.clone(), self.out_features, self.in_features,
-                              self.scales)
+                              self.scales, self.format, self.exact)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def format_number(self) -> int:
+        return 0 if self.format is None else FORMATS[self.format].number + (EXACT if self.exact else 0)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Unpacks single rows. Not graph-safe.
@@ -205,7 +247,7 @@ class PackedWeight:
         Returns
         -------
         rows : (n, K) dtype of data
-            float32 if the weight has 8 bits.
+            float32 if the weight has 8 bits or blocks.
 
         Examples
         --------
@@ -215,6 +257,10 @@ class PackedWeight:
         >>> packed.rows(torch.tensor([1, 0])).tolist()
         [[1.5, 2.0], [1.0, 2.0]]
         """
+        if self.format is not None:
+            out = torch.empty(len(index), self.in_features, dtype=torch.float32, device=self.data.device)
+            torch.ops.dflash.embed_tokens(index[None], self.data, FORMATS[self.format].number, out[None])
+            return out
         if self.data.dim() == 2:
             found = self.data[index]
         else:

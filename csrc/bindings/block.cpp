@@ -1,4 +1,5 @@
 #include "cpu/block.h"
+#include "cpu/quant.h"
 
 #include "bindings/host.h"
 
@@ -7,20 +8,24 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 
-TableRows table_rows(const Tensor& t) {
+// A packed table has 16 rows in each of its own.
+TableRows table_rows(const Tensor& t, int64_t format, const Tensor& out) {
   const int64_t size = t.element_size();
-  return {data<const char>(t), t.stride(0) * size, t.size(0), t.size(1) * size};
+  if (!format) return {data<const char>(t), t.stride(0) * size, t.size(0), t.size(1) * size, Format::none, {}, 0};
+  const int64_t width = out.size(out.dim() - 1);
+  return {data<const char>(t),         0, t.size(0) * kPieceOutputs, width * out.element_size(),
+          static_cast<Format>(format), dtype_of(out, "out"), width / kPiece};
 }
 
-void embed_tokens(const Tensor& ids, const Tensor& table, const Tensor& out) {
+void embed_tokens(const Tensor& ids, const Tensor& table, int64_t format, const Tensor& out) {
   const int64_t size = out.element_size();
-  const EmbedTokensParams p{data<const int64_t>(ids), ids.stride(0),        table_rows(table), data<char>(out),
+  const EmbedTokensParams p{data<const int64_t>(ids), ids.stride(0),        table_rows(table, format, out), data<char>(out),
                             out.stride(0) * size,     out.stride(1) * size, ids.size(0),       ids.size(1)};
   launch(embed_tokens_kernels, p, {ids, table, out});
 }
 
 void prepare_block(const Tensor& anchor_ids, const Tensor& context_lens, int64_t mask_token_id, const Maybe& page_table,
-                   int64_t page_size, const Maybe& block_lens, const Maybe& embedding, const Tensor& ids,
+                   int64_t page_size, const Maybe& block_lens, const Maybe& embedding, int64_t format, const Tensor& ids,
                    const Tensor& positions, const Maybe& slots, const Maybe& rows) {
   PrepareBlockParams p{};
   p.anchor_ids = data<const int64_t>(anchor_ids);
@@ -43,7 +48,7 @@ void prepare_block(const Tensor& anchor_ids, const Tensor& context_lens, int64_t
     p.slots_stride = slots->stride(0);
   }
   if (rows && embedding) {
-    p.embedding = table_rows(*embedding);
+    p.embedding = table_rows(*embedding, format, *rows);
     p.rows = data<char>(rows);
     p.rows_outer_stride = rows->stride(0) * rows->element_size();
     p.rows_stride = rows->stride(1) * rows->element_size();

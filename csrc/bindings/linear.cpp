@@ -12,30 +12,34 @@ int64_t plain_stride(const Tensor& weight) {
   return weight.size(0) == 1 ? weight.size(1) : weight.stride(0);
 }
 
-GemmParams gemm_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+constexpr int64_t kExact = 16;  // added to a format's number; as in dflash_kernels/formats.py
+
+GemmParams gemm_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales, int64_t format,
                    const std::optional<Tensor>& bias, int64_t out_features) {
   return {{x.data_ptr(), x.stride(0)},
           x.size(0),
           x.size(1),
           out_features,
           weight.data_ptr(),
-          plain_stride(weight),
+          format ? 0 : plain_stride(weight),
           data<const float>(scales),
           bias ? bias->data_ptr() : nullptr,
-          dtype_of(x, "x")};
+          dtype_of(x, "x"),
+          static_cast<Format>(format % kExact),
+          format >= kExact};
 }
 
-void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales, int64_t format,
             const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out) {
-  const LinearParams p{gemm_of(x, weight, scales, bias, out_features), {out.data_ptr(), out.stride(0)}};
+  const LinearParams p{gemm_of(x, weight, scales, format, bias, out_features), {out.data_ptr(), out.stride(0)}};
   launch(linear_kernels, p, {x, weight, scales, bias, out});
 }
 
-void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+void lm_head_argmax(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales, int64_t format,
                     const std::optional<Tensor>& bias, int64_t out_features, int64_t num_valid, double scale,
                     double softcap, int64_t id_offset, const Tensor& out_ids, const Tensor& out_values) {
   const LmHeadArgmaxParams p{
-      {gemm_of(x, weight, scales, bias, out_features), num_valid, float(scale), float(softcap)},
+      {gemm_of(x, weight, scales, format, bias, out_features), num_valid, float(scale), float(softcap)},
       id_offset, data<int64_t>(out_ids), data<float>(out_values)};
   launch(lm_head_argmax_kernels, p, {x, weight, scales, bias, out_ids, out_values});
 }
@@ -46,11 +50,11 @@ void combine_argmax(const Tensor& values, const Tensor& ids, const Tensor& out_i
   launch(combine_argmax_kernels, p, {values, ids, out_ids, out_values});
 }
 
-void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales, int64_t format,
                   const std::optional<Tensor>& bias, int64_t out_features, int64_t num_valid, double scale,
                   double softcap, int64_t id_offset, const Tensor& out_ids, const Tensor& out_values,
                   const Tensor& out_lse) {
-  const LmHeadTopkParams p{{gemm_of(x, weight, scales, bias, out_features), num_valid, float(scale), float(softcap)},
+  const LmHeadTopkParams p{{gemm_of(x, weight, scales, format, bias, out_features), num_valid, float(scale), float(softcap)},
                            id_offset,           out_ids.size(1),         data<int64_t>(out_ids),
                            data<float>(out_values), data<float>(out_lse)};
   launch(lm_head_topk_kernels, p, {x, weight, scales, bias, out_ids, out_values, out_lse});

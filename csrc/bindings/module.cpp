@@ -67,6 +67,7 @@ Isa detect() {
   __get_cpuid_count(7, 1, &a, &b, &c, &d);
   if (!(a & (1u << 5))) return Isa::avx512;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  if (!(c & (1u << 11))) return Isa::avx512;  // vnni, which every CPU with bf16 has
   const bool amx = (d & (1u << 22)) && (d & (1u << 24));  // amx-bf16, amx-tile
   return amx && request_amx() ? Isa::amx : Isa::avx512_bf16;
 #else
@@ -142,12 +143,18 @@ PyObject* py_stream_read(PyObject*, PyObject* args) {
 }
 
 PyObject* py_matrix_rate(PyObject*, PyObject* args) {
-  int half;
+  const char* what;
   long long rounds;
-  if (!PyArg_ParseTuple(args, "pL", &half, &rounds)) return nullptr;
+  if (!PyArg_ParseTuple(args, "sL", &what, &rounds)) return nullptr;
+  const auto is = [&](const char* name) { return std::strcmp(what, name) == 0; };
+  if (!is("f32") && !is("bf16") && !is("int8")) {
+    PyErr_Format(PyExc_ValueError, "matrix_rate: what must be f32, bf16 or int8; got %s", what);
+    return nullptr;
+  }
   int64_t flops = 0;
   float sum = 0;
-  const MatrixRateParams p{half ? Dtype::bf16 : Dtype::f32, rounds, &flops, &sum};
+  const MatrixRateParams p{is("int8") ? Multiplied::int8 : is("bf16") ? Multiplied::bf16 : Multiplied::f32, rounds,
+                           &flops, &sum};
   Py_BEGIN_ALLOW_THREADS
   best_of(matrix_rate_kernels)(p);  // not recorded, as above
   Py_END_ALLOW_THREADS
@@ -165,7 +172,7 @@ PyMethodDef kMethods[] = {
      "stream_read(address, bytes, far=False) -> int: reads memory once, sums its words; far: asks for lines into the "
      "second-level cache"},
     {"matrix_rate", py_matrix_rate, METH_VARARGS,
-     "matrix_rate(bf16, rounds) -> int: multiplies and adds in registers, as products of bf16 or of float32 do, and "
+     "matrix_rate(what, rounds) -> int: multiplies and adds in registers, as products of f32, bf16 or int8 do, and "
      "counts the operations"},
     {"replay", py_replay, METH_O, "replay(recording)"},
     {nullptr, nullptr, 0, nullptr}};

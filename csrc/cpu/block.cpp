@@ -3,15 +3,18 @@
 #include <cstring>
 
 #include "cpu/parallel.h"
+#include "cpu/quant.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
 
 inline void gather(const TableRows& table, int64_t id, char* out) {
-  if (id >= 0 && id < table.rows)
-    std::memcpy(out, table.data + id * table.stride, size_t(table.width));
-  else
+  if (id < 0 || id >= table.rows)
     std::memset(out, 0, size_t(table.width));
+  else if (table.format != Format::none)
+    quant_row({table.format, reinterpret_cast<const uint8_t*>(table.data), id, table.pieces, table.dtype, out});
+  else
+    std::memcpy(out, table.data + id * table.stride, size_t(table.width));
 }
 
 // The cache slot of a live token, or -1 where its request owns no page: never a slot in someone else's page.

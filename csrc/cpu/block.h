@@ -5,10 +5,14 @@
 
 namespace dflash {
 
-// An embedding table's rows, in bytes: a gather does not care what the elements are.
+// An embedding table's rows, in bytes: a gather does not care what the elements are, unless they are packed in blocks
+// (quant.h) and become elements of `dtype`.
 struct TableRows {
   const char* data;  // null: no table
-  int64_t stride, rows, width;
+  int64_t stride, rows, width;  // width: of a row that is written
+  Format format;
+  Dtype dtype;
+  int64_t pieces;
 };
 
 struct EmbedTokensParams {

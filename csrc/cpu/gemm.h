@@ -18,6 +18,7 @@
 #include "cpu/gemm_rows.h"
 #include "cpu/gemm_tiles.h"
 #include "cpu/parallel.h"
+#include "cpu/quant.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -154,7 +155,17 @@ inline void group_of_blocks(const GemmParams& p, const typename Operand<T, Weigh
   const Weight* w[S];
   const int64_t size = block_elements<Weight>(p.K);
   const auto* weight = static_cast<const Weight*>(p.weight);
-  if (p.weight_stride == 0) {
+  if (p.format != Format::none) {
+    if constexpr (std::is_same_v<T, Weight>) {
+      T* to = static_cast<T*>(packing.get(S * size * sizeof(T)));
+      const int64_t pieces = p.K / kPiece, bytes = format_bytes(p.format, pieces);
+      for (int s = 0; s < S; ++s) {
+        const auto* from = static_cast<const uint8_t*>(p.weight) + blocks[s] * bytes;
+        quant_widen({p.format, from, pieces, p.dtype, to + s * size});
+        w[s] = to + s * size;
+      }
+    }
+  } else if (p.weight_stride == 0) {
     for (int s = 0; s < S; ++s) w[s] = weight + blocks[s] * size;
 #if defined(__AMX_BF16__)
     if constexpr (kTiles<T> && std::is_same_v<Weight, int8_t>)
@@ -207,10 +218,42 @@ inline void gemm_blocks_of(const GemmParams& p, int64_t begin, int64_t end, Epil
 #endif
 }
 
+// The same walk with rows of x in int8: every thread rounds them itself, which takes less time than it would take to
+// wait for another.
+template <int64_t UNIT, class Epilogue>
+inline void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
+  static thread_local ThreadMemory scratch;
+  const int64_t pieces = p.K / kPiece, bytes = format_bytes(p.format, pieces), itemsize = p.dtype == Dtype::f32 ? 4 : 2;
+  alignas(64) float c[kPanelRows * kStreams * kBlock];
+  for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
+    const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
+    auto* x = static_cast<RowPiece*>(scratch.get(size_t(rows * pieces) * sizeof(RowPiece)));
+    const char* from = static_cast<const char*>(p.x.data) + r0 * p.x.stride * itemsize;
+    quant_rows({p.dtype, {from, p.x.stride}, rows, pieces, p.format, x});
+    const auto group = [&](const int64_t* blocks, int count) {
+      const uint8_t* w[kStreams];
+      for (int s = 0; s < count; ++s) w[s] = static_cast<const uint8_t*>(p.weight) + blocks[s] * bytes;
+      quant_sums({p.format, x, rows, pieces, w, count, c, count * kBlock});
+      for (int s = 0; s < count; ++s) epilogue(c + s * kBlock, count * kBlock, r0, int(rows), blocks[s] * kBlock);
+    };
+    const int64_t quarter = stream_length(begin, end, UNIT);
+    for (int64_t i = 0; i < quarter; ++i) {
+      const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i,
+                                        begin + 3 * quarter + i};
+      group(blocks, kStreams);
+    }
+    for (int64_t b = begin + quarter * kStreams; b < end; b += 2) {
+      const int64_t blocks[2] = {b, b + 1};
+      group(blocks, b + 2 <= end ? 2 : 1);
+    }
+  }
+}
+
 // Blocks [begin, end) of the weight for all rows, on the calling thread. UNIT neighbours, counted from `begin`, are in
 // one stream and come in order.
 template <class T, int64_t UNIT = 1, class Epilogue>
 inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
+  if (p.format != Format::none && !p.exact) return quant_blocks<UNIT>(p, begin, end, epilogue);
   if (p.scales) return gemm_blocks_of<T, int8_t, UNIT>(p, begin, end, epilogue);
   gemm_blocks_of<T, T, UNIT>(p, begin, end, epilogue);
 }

@@ -13,6 +13,8 @@ struct GemmParams {
   const float* scales;    // (N,), of an int8 weight, which is packed; null: the weight is of x's dtype
   const void* bias;       // (N,) or null
   Dtype dtype;
+  Format format;  // of a packed weight in blocks (quant.h), whose K is a multiple of 32; none: elements
+  bool exact;     // blocks become elements of x's type, and the product is theirs; false: rows of x become int8
 };
 
 }  // namespace dflash

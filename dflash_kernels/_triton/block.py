@@ -65,8 +65,8 @@ def embed_tokens_kernel(ids, table, out, ids_stride, table_stride, out_outer_str
              tl.load(ids + r * ids_stride + i), BLOCK)
 
 
-def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding, ids, positions,
-                  slots, rows):
+def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding, format, ids,
+                  positions, slots, rows):
     paged, embedded = slots is not None, rows is not None
     table_stride, max_pages, slots_stride = 0, 0, 0
     if paged:
@@ -84,7 +84,7 @@ def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size
         EMBEDDED=embedded, BLOCK=block, num_warps=warps)
 
 
-def embed_tokens(ids, table, out):
+def embed_tokens(ids, table, format, out):
     if not out.numel():
         return
     block, warps = _config(table.shape[1])

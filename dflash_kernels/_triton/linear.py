@@ -173,7 +173,7 @@ def shared(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int, devic
     return chunks if apart < max(1.0, room / programs) else 0
 
 
-def linear(x, weight, scales, bias, out_features, out):
+def linear(x, weight, scales, format, bias, out_features, out):
     """Where K is shared out it allocates the chunks' float32 sums, as a graph may: they belong to its pool."""
     (rows, k), n = x.shape, out_features
     if rows == 0:

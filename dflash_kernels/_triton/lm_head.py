@@ -109,7 +109,8 @@ def combine_argmax_kernel(values, ids, out_ids, out_values, shards, rows, BLOCK:
     tl.store(out_values + row, of_order_key(key), mask)
 
 
-def lm_head_argmax(x, weight, scales, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values):
+def lm_head_argmax(x, weight, scales, format, bias, out_features, num_valid, scale, softcap, id_offset, out_ids,
+                   out_values):
     """Allocates 8 bytes a row and block of the vocabulary, as a graph may: they belong to its pool."""
     rows, k = x.shape
     if rows == 0:

@@ -144,8 +144,8 @@ def combine_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, 
     tl.store(out_lse + row + tl.arange(0, 1), base + tl.log(tl.reshape(total, (1,))))
 
 
-def lm_head_topk(x, weight, scales, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values,
-                 out_lse):
+def lm_head_topk(x, weight, scales, format, bias, out_features, num_valid, scale, softcap, id_offset, out_ids,
+                 out_values, out_lse):
     """Allocates 8 K + 12 bytes a row and block of the vocabulary, as a graph may: they belong to its pool."""
     (rows, k), wanted = x.shape, out_ids.shape[1]
     if rows == 0:

@@ -9,7 +9,8 @@ import torch
 
 from .. import _library
 from ..limits import FLOATS as FLOATS
-from ..limits import listed, named
+from ..limits import listed
+from ..limits import named as named
 from ..storage import PagedKV
 
 

@@ -13,8 +13,10 @@ import torch
 
 from .. import reference
 from .._library import define
+from ..formats import FORMATS
+from ..storage import PackedWeight
 from ..types import PreparedBlock
-from ._checks import FLOATS, Checker, describe, values_checked
+from ._checks import FLOATS, Checker, describe, named, values_checked
 
 _prepare_block_check = Checker("prepare_block")
 _embed_tokens_check = Checker("embed_tokens")
@@ -22,7 +24,7 @@ _embed_tokens_check = Checker("embed_tokens")
 
 def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_size: int, mask_token_id: int, *,
                   page_table: torch.Tensor | None = None, page_size: int | None = None,
-                  block_lens: torch.Tensor | None = None, embedding: torch.Tensor | None = None,
+                  block_lens: torch.Tensor | None = None, embedding: torch.Tensor | PackedWeight | None = None,
                   out: PreparedBlock | None = None) -> PreparedBlock:
     """Ids, positions, cache slots and embedded rows of each request's block.
 
@@ -44,8 +46,9 @@ def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_si
     block_lens : (B,) int32, optional
         Live tokens of each block, clamped to [0, Q]. Contiguous. None: Q. Past a block's length ids are MASK, positions
         0, slots -1 and rows zero.
-    embedding : (V, H) float32, bfloat16 or float16, optional
-        Rows at any stride. An id outside [0, V) gives a zero row.
+    embedding : (V, H) float32, bfloat16 or float16, or a PackedWeight in blocks, optional
+        Rows at any stride. Blocks become elements of out.rows' dtype, bfloat16 without out. An id outside [0, V) gives
+        a zero row.
     out : PreparedBlock, optional
         Written. It has slots exactly when page_table is given, and rows exactly when embedding is.
 
@@ -81,22 +84,25 @@ def prepare_block(anchor_ids: torch.Tensor, context_lens: torch.Tensor, block_si
     out = _check_out(check, anchor_ids, q, page_table, embedding, out)
     if values_checked():
         _check_values(check, anchor_ids, context_lens, q, block_lens, embedding)
-    _prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding,
-                   out.ids, out.positions, out.slots, out.rows)
+    table, number = _table_of(check, "embedding", embedding)
+    _prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, table, number, out.ids,
+                    out.positions, out.slots, out.rows)
     return out
 
 
-def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def embed_tokens(ids: torch.Tensor, table: torch.Tensor | PackedWeight, *,
+                 out: torch.Tensor | None = None) -> torch.Tensor:
     """Rows of a table, looked up by id.
 
     Parameters
     ----------
     ids : (...) int64
         Last dimension contiguous, rows at any one stride. An id outside [0, V) gives a zero row.
-    table : (V, H) float32, bfloat16, float16 or int64
+    table : (V, H) float32, bfloat16, float16 or int64, or a PackedWeight in blocks
         Last dimension contiguous, rows at any stride. An int64 table maps ids to ids.
     out : (..., H) dtype of table, optional
-        Written. Last dimension contiguous. It must not overlap table.
+        Written. Last dimension contiguous. It must not overlap table. Blocks become elements of out's dtype, which is
+        any float, and bfloat16 without out.
 
     Returns
     -------
@@ -126,11 +132,32 @@ def embed_tokens(ids: torch.Tensor, table: torch.Tensor, *, out: torch.Tensor | 
     check = _embed_tokens_check
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"{check.op}: ids must be int64 (...); got {describe(ids)}")
-    check.dense("table", table, (*FLOATS, torch.int64), "(V, H)", (None, None), ids.device)
-    out = check.output("out", out, table, (*ids.shape, table.shape[1]))
+    width, dtype = _check_table(check, "table", table, (*FLOATS, torch.int64), ids.device, out)
+    out = check.output("out", out, ids, (*ids.shape, width), dtype)
     ids_rows = check.as_rows("ids", ids if ids.dim() else ids[None])
-    _embed_tokens(ids_rows, table, _as_matrix_of_rows(check, out, ids_rows.shape))
+    _embed_tokens(ids_rows, *_table_of(check, "table", table), _as_matrix_of_rows(check, out, ids_rows.shape))
     return out
+
+
+def _check_table(check, name, table, dtypes, device, out):
+    """The table's width, and the dtype of its rows as they are written."""
+    if not isinstance(table, PackedWeight):
+        check.dense(name, table, dtypes, "(V, H)", (None, None), device)
+        return table.shape[1], table.dtype
+    _table_of(check, name, table)
+    if table.data.device != device:
+        raise ValueError(f"{check.op}: {name} must be on {device}; got {table.data.device}")
+    return table.in_features, out.dtype if isinstance(out, torch.Tensor) and out.dtype in FLOATS else torch.bfloat16
+
+
+def _table_of(check, name, table):
+    """The table's memory and its format's number."""
+    if not isinstance(table, PackedWeight):
+        return table, 0
+    if table.format is None:
+        raise TypeError(f"{check.op}: {name} must be a tensor or a PackedWeight in blocks; got one of "
+                        f"{named(table.dtype)}")
+    return table.data, FORMATS[table.format].number
 
 
 def _check_inputs(check, anchor_ids, context_lens, block_size, mask_token_id, page_table, page_size, block_lens,
@@ -149,9 +176,9 @@ def _check_inputs(check, anchor_ids, context_lens, block_size, mask_token_id, pa
         check.dense("page_table", page_table, torch.int32, "(B, max_pages)", (b, None), device)
         page_size = check.integer("page_size", page_size, 1)
     if embedding is not None:
-        check.dense("embedding", embedding, FLOATS, "(V, H)", (None, None), device)
-        if mask_token_id >= embedding.shape[0]:
-            raise ValueError(f"{check.op}: mask_token_id must be a row of embedding, below {embedding.shape[0]}; "
+        _check_table(check, "embedding", embedding, FLOATS, device, None)
+        if mask_token_id >= _rows_of(embedding):
+            raise ValueError(f"{check.op}: mask_token_id must be a row of embedding, below {_rows_of(embedding)}; "
                              f"got {mask_token_id}")
     return q, mask_token_id, 1 if page_size is None else page_size
 
@@ -169,7 +196,8 @@ def _check_out(check, anchor_ids, q, page_table, embedding, out):
             raise ValueError(f"{check.op}: out.{name} must be {'a tensor' if wanted else 'None'}{source}; "
                              f"got {describe(given)}")
         if wanted and name == "rows":
-            made[name] = check.output("out.rows", given, embedding, (*shape, embedding.shape[1]))
+            width, dtype = _check_table(check, "embedding", embedding, FLOATS, anchor_ids.device, given)
+            made[name] = check.output("out.rows", given, anchor_ids, (*shape, width), dtype)
         elif wanted:
             made[name] = check.output(f"out.{name}", given, anchor_ids, shape, torch.int64)
     return PreparedBlock(**made) if out is None else out
@@ -185,8 +213,12 @@ def _check_values(check, anchor_ids, context_lens, q, block_lens, embedding):
         raise ValueError(f"{check.op}: block_lens must be in [0, {q}]; got {block_lens.tolist()}")
     if embedding is not None:
         anchors = anchor_ids if live is None else anchor_ids[live]
-        if bool(((anchors < 0) | (anchors >= embedding.shape[0])).any()):
-            raise ValueError(f"{check.op}: anchor_ids must be in [0, {embedding.shape[0]}); got {anchors.tolist()}")
+        if bool(((anchors < 0) | (anchors >= _rows_of(embedding))).any()):
+            raise ValueError(f"{check.op}: anchor_ids must be in [0, {_rows_of(embedding)}); got {anchors.tolist()}")
+
+
+def _rows_of(table):
+    return table.out_features if isinstance(table, PackedWeight) else table.shape[0]
 
 
 def _as_matrix_of_rows(check, out, shape):
@@ -202,8 +234,9 @@ def _as_matrix_of_rows(check, out, shape):
 
 _prepare_block = define(
     "prepare_block(Tensor anchor_ids, Tensor context_lens, int mask_token_id, Tensor? page_table, int page_size,"
-    " Tensor? block_lens, Tensor? embedding, Tensor(a!) ids, Tensor(b!) positions, Tensor(c!)? slots,"
+    " Tensor? block_lens, Tensor? embedding, int format, Tensor(a!) ids, Tensor(b!) positions, Tensor(c!)? slots,"
     " Tensor(d!)? rows) -> ()",
     reference.block.prepare_block,
 )
-_embed_tokens = define("embed_tokens(Tensor ids, Tensor table, Tensor(a!) out) -> ()", reference.block.embed_tokens)
+_embed_tokens = define("embed_tokens(Tensor ids, Tensor table, int format, Tensor(a!) out) -> ()",
+                       reference.block.embed_tokens)

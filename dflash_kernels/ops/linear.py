@@ -2,10 +2,14 @@
 
     linear(x) = x W^T + bias                               float32 sums over k in one fixed order, one rounding
     linear(x) = scales * (x int8^T) + bias                 W in 8 bits: W = scales[:, None] * int8, half of the bytes
+    linear(x) = sum over pieces of 32 k of 2^e (d q + m) xq + bias         W in blocks of GGUF: integer dot products
 
 A row of the result has the same bits however many rows are computed with it. So a verify pass of Q rows agrees bit for
 bit with Q passes of one row. Library GEMMs do not promise this, because they choose another kernel for another number
 of rows.
+
+Beside a weight in blocks, a row of x is rounded to int8, 32 elements at a time, with a power of two as their scale: the
+smallest that leaves the largest magnitude below 127.5. `exact` weights become elements of x's dtype instead.
 """
 
 import torch
@@ -13,7 +17,8 @@ import torch
 from .. import reference
 from .._library import define
 from .._memory import place
-from ..limits import check_packed_dtype
+from ..formats import FORMATS
+from ..limits import check_blocks_device, check_packed_dtype
 from ..storage import PackedWeight
 from ._checks import FLOATS, Checker, describe
 
@@ -22,32 +27,41 @@ _quantize_weight_check = Checker("quantize_weight")
 _linear_check = Checker("linear")
 
 
-def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
+def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None, *, format: str | None = None,
+                exact: bool = False) -> PackedWeight:
     """Lays out a weight once, when it is loaded, in the order in which `linear` and the LM heads read it.
 
     Parameters
     ----------
-    weight : (N, K) float32, bfloat16 or float16, or int8 with scales
+    weight : (N, K) float32, bfloat16 or float16, or int8 with scales, or (N, bytes of a row) uint8 with a format
         Any strides.
     scales : (N,) float32, optional
         Factor of each row of an int8 weight, as `quantize_weight` returns it.
+    format : {"q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"}, optional
+        Of a weight whose rows are blocks as GGUF files have them. On a CPU only.
+    exact : bool
+        Of blocks: whether a product has the bits of one with the elements that they stand for, rounded to x's dtype.
+        False: rows of x are rounded to int8, which is faster.
 
     Returns
     -------
     packed : PackedWeight
         On a CPU it is a copy in blocks, in huge pages that weights share, and the original can be freed. N is rounded
-        up to 16, and K to 32 for bfloat16 and int8. On CUDA rows stream as they are: a contiguous weight is not copied.
+        up to 16, and K to 32 for bfloat16 and int8. Blocks keep the file's bytes, to within 3 %.
+        On CUDA rows stream as they are: a contiguous weight is not copied.
 
     Raises
     ------
     TypeError
         Wrong dtype.
     ValueError
-        Wrong shape, or an empty weight.
+        Wrong shape, an unknown format, or an empty weight.
+    NotImplementedError
+        Blocks on a GPU.
 
     Notes
     -----
-    Not graph-safe: it allocates. Source: reference/linear.py, function pack.
+    Not graph-safe: it allocates. Source: reference/linear.py and reference/quant.py, functions pack.
 
     Examples
     --------
@@ -58,6 +72,10 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     [[11.0, 17.0]]
     """
     check = _pack_weight_check
+    if format is not None:
+        return _pack_blocks(check, weight, scales, format, exact)
+    if exact is not False:
+        raise ValueError(f"{check.op}: exact must be False for a weight without a format; got {exact!r}")
     if scales is None and isinstance(weight, torch.Tensor) and weight.dtype == torch.int8:
         raise TypeError(f"{check.op}: scales must be given for an int8 weight; got None")
     check.tensor("weight", weight, FLOATS if scales is None else torch.int8, "(N, K)", (None, None))
@@ -69,6 +87,25 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Pac
     weight = _without_graph(weight)
     data = weight.contiguous() if weight.device.type == "cuda" else place(reference.linear.pack(weight))
     return PackedWeight(data, weight.shape[0], weight.shape[1], scales)
+
+
+def _pack_blocks(check: Checker, weight: torch.Tensor, scales: torch.Tensor | None, format: str,
+                 exact: bool) -> PackedWeight:
+    f = FORMATS.get(format) if isinstance(format, str) else None
+    if f is None:
+        raise ValueError(f"{check.op}: format must be one of {', '.join(FORMATS)}; got {format!r}")
+    if scales is not None:
+        raise ValueError(f"{check.op}: scales must be None for blocks, which have their own; got {describe(scales)}")
+    check.tensor("weight", weight, torch.uint8, "(N, bytes of a row)", (None, None))
+    n, nbytes = weight.shape
+    if n == 0 or nbytes == 0 or nbytes % f.bytes:
+        raise ValueError(f"{check.op}: weight must have rows of whole blocks of {f.bytes} bytes, as {format} has; got "
+                         f"{describe(weight)}")
+    if not isinstance(exact, bool):
+        raise TypeError(f"{check.op}: exact must be a bool; got {exact!r}")
+    check_blocks_device(check.op, weight.device)
+    return PackedWeight(place(reference.quant.pack(weight, format)), n, nbytes // f.bytes * f.block, format=format,
+                        exact=exact)
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,8 +166,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Ten
     x : (..., K) float32, bfloat16 or float16
         Last dimension contiguous, rows at any one stride.
     weight : PackedWeight, or (N, K) dtype of x
-        A PackedWeight has x's dtype or 8 bits. A tensor needs a contiguous last dimension and is packed in each call:
-        the same bits, slower.
+        A PackedWeight has x's dtype, 8 bits or blocks. A tensor needs a contiguous last dimension and is packed in each
+        call: the same bits, slower.
     bias : (N,) dtype of x, optional
         Contiguous.
     out : (..., N) dtype of x, optional
@@ -163,23 +200,24 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Ten
     [[11.5, 17.0]]
     """
     check = _linear_check
-    data, scales, n = weight_of(check, x, weight, bias)
+    data, scales, number, n = weight_of(check, x, weight, bias)
     out = check.output("out", out, x, (*x.shape[:-1], n))
-    _linear(check.as_rows("x", x), data, scales, bias, n, check.as_rows("out", out))
+    _linear(check.as_rows("x", x), data, scales, number, bias, n, check.as_rows("out", out))
     return out
 
 
 def weight_of(check: Checker, x: torch.Tensor, weight: torch.Tensor | PackedWeight,
-              bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """The weight's memory, its scales and its number of outputs, after checking x, weight and bias against each
-    other."""
-    scales = None
+              bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int, int]:
+    """The weight's memory, its scales, its format's number and its number of outputs, after checking x, weight and bias
+    against each other."""
+    scales, number = None, 0
     check.floats("x", x, "(..., K)")
     if x.dim() < 1:
         raise ValueError(f"{check.op}: x must have shape (..., K); got {describe(x)}")
     if isinstance(weight, PackedWeight):
         data, scales, n, k = weight.data, weight.scales, weight.out_features, weight.in_features
-        if scales is None:
+        number = weight.format_number
+        if scales is None and not number:
             check_packed_dtype(check.op, x.dtype, data.dtype)
         if k != x.shape[-1]:
             raise ValueError(f"{check.op}: x must have {k} = weight's K columns; got {describe(x)}")
@@ -194,9 +232,9 @@ def weight_of(check: Checker, x: torch.Tensor, weight: torch.Tensor | PackedWeig
             raise ValueError(f"{check.op}: weight must not be empty; got {describe(data)}")
     if bias is not None:
         check.contiguous("bias", bias, x.dtype, "(N,)", (n,), x.device)
-    return data, scales, n
+    return data, scales, number, n
 
 
 _linear = define(
-    "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, Tensor(a!) out) -> ()",
+    "linear(Tensor x, Tensor weight, Tensor? scales, int format, Tensor? bias, int out_features, Tensor(a!) out) -> ()",
     reference.linear.linear)

@@ -36,7 +36,7 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     x : (..., H) float32, bfloat16 or float16
         Last dimension contiguous, rows at any one stride.
     weight : PackedWeight, or (V, H) dtype of x
-        A PackedWeight has x's dtype or 8 bits. A tensor needs a contiguous last dimension and is slower.
+        A PackedWeight has x's dtype, 8 bits or blocks. A tensor needs a contiguous last dimension and is slower.
     bias : (V,) dtype of x, optional
         Contiguous.
     num_valid : int, optional
@@ -87,16 +87,16 @@ def lm_head_argmax(x: torch.Tensor, weight: torch.Tensor | PackedWeight, *, bias
     ([2, 1], [3.0, 2.0])
     """
     check = _lm_head_argmax_check
-    data, scales, n = weight_of(check, x, weight, bias)
+    data, scales, number, n = weight_of(check, x, weight, bias)
     options = _check_logits(check, n, num_valid, scale, softcap, id_offset)
     ids = check.contiguous_output("out_ids", out_ids, x, x.shape[:-1], torch.int64)
     values = check.contiguous_output("out_values", out_values, x, x.shape[:-1], torch.float32)
     if out_lse is not None:
         lse = check.contiguous_output("out_lse", out_lse, x, x.shape[:-1], torch.float32)
-        _lm_head_topk(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1, 1), values.view(-1, 1),
-                      lse.view(-1))
+        _lm_head_topk(check.as_rows("x", x), data, scales, number, bias, n, *options, ids.view(-1, 1),
+                      values.view(-1, 1), lse.view(-1))
         return ids, values
-    _lm_head_argmax(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1), values.view(-1))
+    _lm_head_argmax(check.as_rows("x", x), data, scales, number, bias, n, *options, ids.view(-1), values.view(-1))
     return ids, values
 
 
@@ -113,8 +113,8 @@ def _check_logits(check, rows, num_valid, scale, softcap, id_offset):
 
 
 _lm_head_argmax = define(
-    "lm_head_argmax(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, int num_valid,"
-    " float scale, float softcap, int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
+    "lm_head_argmax(Tensor x, Tensor weight, Tensor? scales, int format, Tensor? bias, int out_features,"
+    " int num_valid, float scale, float softcap, int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()",
     reference.lm_head.lm_head_argmax,
 )
 
@@ -234,21 +234,21 @@ def lm_head_topk(x: torch.Tensor, weight: torch.Tensor | PackedWeight, k: int, *
     [0.844, 0.114]
     """
     check = _lm_head_topk_check
-    data, scales, n = weight_of(check, x, weight, bias)
+    data, scales, number, n = weight_of(check, x, weight, bias)
     options, k = _check_logits(check, n, num_valid, scale, softcap, id_offset), check.integer("k", k, 1)
     check_k(check.op, k, min(MAX_K, options[0]))
     shape = (*x.shape[:-1], k)
     ids = check.contiguous_output("out_ids", out_ids, x, shape, torch.int64)
     values = check.contiguous_output("out_values", out_values, x, shape, torch.float32)
     lse = check.contiguous_output("out_lse", out_lse, x, shape[:-1], torch.float32)
-    _lm_head_topk(check.as_rows("x", x), data, scales, bias, n, *options, ids.view(-1, k), values.view(-1, k),
+    _lm_head_topk(check.as_rows("x", x), data, scales, number, bias, n, *options, ids.view(-1, k), values.view(-1, k),
                   lse.view(-1))
     return ids, values, lse
 
 
 _lm_head_topk = define(
-    "lm_head_topk(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out_features, int num_valid, float scale,"
-    " float softcap, int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values, Tensor(c!) out_lse) -> ()",
+    "lm_head_topk(Tensor x, Tensor weight, Tensor? scales, int format, Tensor? bias, int out_features, int num_valid,"
+    " float scale, float softcap, int id_offset, Tensor(a!) out_ids, Tensor(b!) out_values, Tensor(c!) out_lse) -> ()",
     reference.lm_head.lm_head_topk,
 )
 

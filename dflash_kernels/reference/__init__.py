@@ -11,6 +11,7 @@ from . import context as context
 from . import linear as linear
 from . import lm_head as lm_head
 from . import norm as norm
+from . import quant as quant
 from . import rope as rope
 from . import sample as sample
 from . import verify as verify

@@ -2,9 +2,11 @@
 
 import torch
 
+from . import quant
 
-def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding, ids, positions,
-                  slots, rows):
+
+def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size, block_lens, embedding, format, ids,
+                  positions, slots, rows):
     q = ids.shape[1]
     i = torch.arange(q, device=ids.device)
     live = torch.ones_like(ids, dtype=torch.bool) if block_lens is None else i < block_lens[:, None]
@@ -13,12 +15,15 @@ def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size
     if slots is not None:
         slots.copy_(_slots(new_positions, live, page_table, page_size))
     if rows is not None:
-        embed_tokens(torch.where(live, new_ids, -1), embedding, rows)
+        embed_tokens(torch.where(live, new_ids, -1), embedding, format, rows)
     ids.copy_(new_ids)
     positions.copy_(new_positions)
 
 
-def embed_tokens(ids, table, out):
+def embed_tokens(ids, table, format, out):
+    if format:
+        rows = table.shape[0] * quant.OUTPUTS
+        table = quant.widen(table, quant.name_of(format), rows, out.shape[-1]).to(out.dtype)
     known = (ids >= 0) & (ids < table.shape[0])
     if table.shape[0] == 0:
         out.zero_()

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ..formats import EXACT
+from . import quant
 from ._wide import wide
 
 BLOCK = 16
@@ -31,10 +33,15 @@ def unpack(data, n, k):
     return data.transpose(1, 2).reshape(-1, data.shape[1])[:n, :k]
 
 
-def linear(x, weight, scales, bias, out_features, out):
-    if weight.dim() > 2:
-        weight = unpack(weight, out_features, x.shape[-1])
-    sums = F.linear(wide(x), weight.to(wide(x).dtype))
+def linear(x, weight, scales, format, bias, out_features, out):
+    if format and format < EXACT:
+        sums = quant.sums(x, weight, quant.name_of(format), out_features)
+    else:
+        if format:
+            weight = quant.widen(weight, quant.name_of(format), out_features, x.shape[-1]).to(x.dtype)
+        elif weight.dim() > 2:
+            weight = unpack(weight, out_features, x.shape[-1])
+        sums = F.linear(wide(x), weight.to(wide(x).dtype))
     if scales is not None:
         sums = sums * scales
     out.copy_(sums if bias is None else sums + wide(bias))

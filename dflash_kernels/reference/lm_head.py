@@ -6,25 +6,26 @@ from . import linear as _linear
 from ._wide import wide
 
 
-def _logits(x, weight, scales, bias, out_features, num_valid, scale, softcap):
+def _logits(x, weight, scales, format, bias, out_features, num_valid, scale, softcap):
     logits = torch.empty(x.shape[0], out_features, dtype=wide(x).dtype, device=x.device)
-    _linear.linear(x, weight, scales, bias, out_features, logits)
+    _linear.linear(x, weight, scales, format, bias, out_features, logits)
     logits = logits[:, :num_valid] * scale
     if softcap > 0:
         logits = torch.tanh(logits / softcap) * softcap
     return logits.to(x.dtype)
 
 
-def lm_head_argmax(x, weight, scales, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values):
-    logits = _logits(x, weight, scales, bias, out_features, num_valid, scale, softcap)
+def lm_head_argmax(x, weight, scales, format, bias, out_features, num_valid, scale, softcap, id_offset, out_ids,
+                   out_values):
+    logits = _logits(x, weight, scales, format, bias, out_features, num_valid, scale, softcap)
     ids = logits.argmax(-1)
     out_values.copy_(logits.gather(-1, ids[:, None])[:, 0])
     out_ids.copy_(ids + id_offset)
 
 
-def lm_head_topk(x, weight, scales, bias, out_features, num_valid, scale, softcap, id_offset, out_ids, out_values,
-                 out_lse):
-    logits = wide(_logits(x, weight, scales, bias, out_features, num_valid, scale, softcap))
+def lm_head_topk(x, weight, scales, format, bias, out_features, num_valid, scale, softcap, id_offset, out_ids,
+                 out_values, out_lse):
+    logits = wide(_logits(x, weight, scales, format, bias, out_features, num_valid, scale, softcap))
     _first(logits, torch.arange(num_valid, device=x.device).expand_as(logits) + id_offset, out_ids, out_values)
     out_lse.copy_(logits.logsumexp(-1))
 

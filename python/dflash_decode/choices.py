@@ -23,8 +23,11 @@ class Rule(str, Enum):
 class Weights(str, Enum):
     """What the target's weights are kept in."""
 
+    auto = "auto"
     model = "model"
     int8 = "int8"
+    file = "file"
+    exact = "exact"
 
 
 class DraftersWeights(str, Enum):

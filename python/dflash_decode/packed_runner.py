@@ -252,5 +252,6 @@ def _shape(model) -> list:
     """Sizes that tell a model's work from another's."""
     cache = model.cache
     return [type(model).__name__, cache.layers, cache.kv_heads, cache.head_dim, str(model.dtype),
-            bool(getattr(model, "int8", False)), list(model.embedding.shape),
+            bool(getattr(model, "int8", False)), getattr(model.head, "format", None),
+            getattr(model.head, "exact", False), list(model.embedding.shape),
             getattr(getattr(model, "geometry", None), "intermediate", 0)]

@@ -109,14 +109,14 @@ class Session:
     drafter: Drafter | None
     block_size: int
     adapts: bool = False  # the tokens that a step verifies, up to block_size
-    weights: str = "model"  # "model" or "int8"
+    weights: str = "model"  # how the target's are kept: any of choices.Weights but "auto"
     # By whether it speculates: the decoder of the last run on a CPU, whose passes are recorded, and what it was made
     # for. A run takes it away, so runs in two threads do not meet in one.
     _decoders: dict[bool, tuple[tuple, Decoder]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
-             dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", weights: str = "model",
+             dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", weights: str = "auto",
              draft_weights: str = "auto",
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
@@ -129,8 +129,10 @@ class Session:
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
             config.json.
         device: "cpu" or a CUDA device.
-        weights: "model" keeps the target's weights unchanged. "int8" keeps them in 8 bits: a step reads half of the
-            bytes, and the output can differ from the 16-bit target's.
+        weights: "model" keeps the target's weights in its dtype. "int8" keeps them in 8 bits: a step reads half of the
+            bytes, and the output can differ from the 16-bit target's. "file" keeps a GGUF file's weights in their
+            blocks, and rounds what is multiplied with them to int8, as llama.cpp does. "exact" keeps the blocks too and
+            gives the output of "model". "auto" is "file" for a GGUF file with such blocks on a CPU, else "model".
         draft_weights: "int8", "model" for the target's dtype, or "auto" for 8 bits on a CPU with a 16-bit target, where
             they take half of the time to read. The output does not change.
         status: status(text) is entered while the named part is loaded.
@@ -154,6 +156,7 @@ class Session:
         if "dflash_config" in config:
             raise CheckpointError(f"{where}: model must be a target model; got a drafter, which belongs in draft")
         dtype = stored_dtype(where, config) if wanted is None else wanted
+        weights = _weights(where, device, weights)
         with status(f"loading {model}"):
             tokenizer = load_tokenizer(model)
             target = _target(model, config.get("model_type"), dtype, device, weights)
@@ -264,6 +267,21 @@ class Session:
             decoder.ready()
 
 
+def _weights(where: Path, device: torch.device, weights: str) -> str:
+    """Of "auto", what it stands for. Raises CheckpointError for blocks that are not there or cannot be used."""
+    from .checkpoint.gguf.file import has_blocks
+
+    if weights not in (Weights.auto, Weights.file, Weights.exact):
+        return weights
+    fits = device.type == "cpu" and where.is_file()
+    if weights == Weights.auto:
+        return Weights.file.value if fits and has_blocks(where) else Weights.model.value
+    if not fits:
+        raise CheckpointError(f"{where}: weights {weights!r} must be those of a .gguf file on a CPU; got "
+                              f"{'a directory' if where.is_dir() else f'device {device}'}")
+    return weights
+
+
 def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str) -> Target:
     """Loads our own layers for the families that they support, and transformers' for all others. model_type: of
     its config.json; None where that has none, and for a GGUF file."""
@@ -273,9 +291,10 @@ def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.de
             raise CheckpointError(f"{where}: weights in 8 bits need a model_type of {', '.join(FAMILIES)}; "
                                   f"got {shown(model_type)}")
         return _hf_target(where, model_type, dtype, device)
-    found = load_checkpoint(model, dtype)
+    found = load_checkpoint(model, dtype, blocks=weights in (Weights.file, Weights.exact))
     try:
-        return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == Weights.int8)
+        return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == Weights.int8,
+                            exact=weights == Weights.exact)
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{found.source}: {error}") from error
 

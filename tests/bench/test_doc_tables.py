@@ -236,8 +236,8 @@ def test_conditional_acceptance():
 
 
 def product(**changes):
-    return {"shape": "gate_up", "op": "linear", "n": 96, "k": 64, "bits": 16, "rows": 1, "isa": "avx2", "us": 2.0,
-            "gbps": 30.0, "tflops": 0.1, "pct_of_bound": 80.0, "torch_us": 5.0} | changes
+    return {"shape": "gate_up", "op": "linear", "n": 96, "k": 64, "weights": "bf16", "rows": 1, "isa": "avx2",
+            "us": 2.0, "gbps": 30.0, "tflops": 0.1, "pct_of_bound": 80.0, "torch_us": 5.0} | changes
 
 
 def test_products_are_shown_by_set_and_number_of_rows(tmp_path):

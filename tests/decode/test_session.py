@@ -228,7 +228,7 @@ def test_auto_is_what_the_models_config_says(tmp_path, fields, want):
       for dtype in ("int4", "", torch.float64, float, None, 5)),
     *(({"device": device}, "device must be 'cpu' or a CUDA device, 'cuda' or 'cuda:N'; got ")
       for device in ("gpu", "mps", "meta", None, True)),
-    ({"weights": "int4"}, "weights must be one of model, int8; got 'int4'"),
+    ({"weights": "int4"}, "weights must be one of auto, model, int8, file, exact; got 'int4'"),
     ({"draft_weights": None}, "draft_weights must be one of auto, int8, model; got None"),
     ({"block_size": 0}, "block_size must be an integer of at least 1; got 0"),
     ({"block_size": "4"}, "block_size must be an integer"), ({"model": ""}, "model must be a path"),

@@ -21,7 +21,7 @@ def from_reference(anchors, lens, q, page_table=None, page_size=1, block_lens=No
     ids, positions = (torch.full(shape, -7) for _ in range(2))
     slots = None if page_table is None else torch.full(shape, -7)
     rows = None if embedding is None else torch.full((*shape, embedding.shape[1]), 7.0).to(embedding.dtype)
-    reference.block.prepare_block(anchors, lens, MASK, page_table, page_size, block_lens, embedding, ids, positions,
+    reference.block.prepare_block(anchors, lens, MASK, page_table, page_size, block_lens, embedding, 0, ids, positions,
                                   slots, rows)
     return PreparedBlock(ids, positions, slots, rows)
 
@@ -162,7 +162,7 @@ def test_embed_tokens_gathers_rows_and_zeroes_unknown_ids(isa, dtype, shape):
     assert got.shape == (*shape, 33)
     assert same_bits(got, torch.where(known[..., None], table[ids.clamp(0, 49)], 0))
     want = torch.full_like(got, 7)
-    reference.block.embed_tokens(ids, table, want)
+    reference.block.embed_tokens(ids, table, 0, want)
     assert same_bits(got, want)
 
 

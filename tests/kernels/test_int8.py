@@ -45,7 +45,7 @@ def test_linear_matches_reference(isa, dtype, shape):
     x, q, scales, b = problem(dtype, *shape)
     for bias in (b, None):
         want = torch.empty(shape[:2], dtype=torch.float64)
-        reference.linear.linear(*doubles(x), q, *doubles(scales, bias), shape[1], want)
+        reference.linear.linear(*doubles(x), q, *doubles(scales), 0, *doubles(bias), shape[1], want)
         like = F.linear(x, (q * scales[:, None]).to(dtype), bias) if shape[0] else None
         assert_within_budget(dk.linear(x, dk.pack_weight(q, scales), bias), want, like, ulps=2)
 

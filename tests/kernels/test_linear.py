@@ -24,7 +24,7 @@ def problem(dtype, rows, n, k, bias=True):
 def test_linear_matches_reference(isa, dtype, shape, packed):
     x, w, b = problem(dtype, *shape)
     want = torch.empty(shape[0], shape[1], dtype=torch.float64)
-    reference.linear.linear(*doubles(x, w), None, *doubles(b), shape[1], want)
+    reference.linear.linear(*doubles(x, w), None, 0, *doubles(b), shape[1], want)
     got = dk.linear(x, dk.pack_weight(w) if packed else w, b)
     assert_within_budget(got, want, F.linear(x, w, b) if shape[0] else None, ulps=2)
 
@@ -173,7 +173,7 @@ def test_p32_padded_vocabulary_tail_never_wins(isa, dtype):
 def test_p36_multiplier_comes_before_the_soft_cap(isa, dtype):
     x, w, _ = problem(dtype, 5, 300, 64)
     want_ids, want = torch.empty(5, dtype=torch.int64), torch.empty(5, dtype=torch.float64)
-    reference.lm_head.lm_head_argmax(*doubles(x, w), None, None, 300, 300, -3.0, 5.0, 0, want_ids, want)
+    reference.lm_head.lm_head_argmax(*doubles(x, w), None, 0, None, 300, 300, -3.0, 5.0, 0, want_ids, want)
     ids, values = dk.lm_head_argmax(x, w, scale=-3.0, softcap=5.0)
     assert torch.allclose(values.double(), want, rtol=2 ** -7 if dtype == torch.bfloat16 else 2e-3, atol=0)
     if dtype == torch.float32:
@@ -217,9 +217,9 @@ def test_p33_combine_argmax_takes_nan_first_and_the_lowest_id_of_equals(isa):
 
 def test_opcheck():
     x, w, b = problem(torch.float32, 3, 40, 32)
-    torch.library.opcheck(torch.ops.dflash.linear.default, (x, w, None, b, 40, torch.empty(3, 40)))
+    torch.library.opcheck(torch.ops.dflash.linear.default, (x, w, None, 0, b, 40, torch.empty(3, 40)))
     out = (torch.empty(3, dtype=torch.int64), torch.empty(3))
-    torch.library.opcheck(torch.ops.dflash.lm_head_argmax.default, (x, w, None, b, 40, 40, 1.0, 0.0, 0, *out))
+    torch.library.opcheck(torch.ops.dflash.lm_head_argmax.default, (x, w, None, 0, b, 40, 40, 1.0, 0.0, 0, *out))
 
 
 def test_bad_input_names_what_was_expected_and_got():

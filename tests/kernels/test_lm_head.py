@@ -130,7 +130,7 @@ def test_p36_multiplier_then_cap_and_the_offset_of_a_shard(isa, dtype):
     for k in (2, 16, 64):
         assert_is_first(dk.lm_head_topk(x, w, k, bias=b, id_offset=2**40, **options), logits, k, 2**40)
     want = torch.empty(6, 4, dtype=torch.int64), torch.empty(6, 4).double(), torch.empty(6).double()
-    reference.lm_head.lm_head_topk(*doubles(x, w), None, *doubles(b), 150, 150, -3.0, 5.0, 0, *want)
+    reference.lm_head.lm_head_topk(*doubles(x, w), None, 0, *doubles(b), 150, 150, -3.0, 5.0, 0, *want)
     if dtype == torch.float32:
         assert torch.equal(dk.lm_head_topk(x, w, 4, bias=b, **options)[0], want[0])
 

@@ -112,16 +112,21 @@ def test_stream_read_reads_every_byte(isa):
 
 
 def test_the_rate_of_multiplications_counts_them(isa):
-    for half in (False, True):
-        once, twice = (_library.native.matrix_rate(half, rounds) for rounds in (100, 200))
+    for what in ("f32", "bf16", "int8"):
+        once, twice = (_library.native.matrix_rate(what, rounds) for rounds in (100, 200))
         assert twice == 2 * once > 0 and once % (100 * torch.get_num_threads()) == 0
+
+
+def test_a_rate_is_of_something_known():
+    with pytest.raises(ValueError, match="matrix_rate: what must be f32, bf16 or int8; got f64"):
+        _library.native.matrix_rate("f64", 1)
 
 
 def test_probes_of_the_machine_are_not_captured():
     words, graph = torch.zeros(1 << 12, dtype=torch.int64), dk.StepGraph()
     with graph.capture():
         _library.native.stream_read(words.data_ptr(), words.numel() * 8)
-        _library.native.matrix_rate(True, 1)
+        _library.native.matrix_rate("int8", 1)
     assert len(graph) == 0
 
 

@@ -22,6 +22,17 @@ def names_and_shapes(arch):
             yield f"blk.{i}.attn_k_norm.weight", (HEAD_DIM,)
 
 
+def quantised(types, arch="llama"):
+    """Tensors of a tiny model. types: of a GGUF tensor by what its name ends in."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, shape in names_and_shapes(arch):
+        values = rng.standard_normal(shape, dtype=np.float32) * (1 if len(shape) == 1 else 0.3)
+        kind = next((kind for ending, kind in types.items() if name.endswith(f"{ending}.weight")), None)
+        found[name] = values if kind is None else (gguf.quants.quantize(values, kind), kind)
+    return found
+
+
 def write_gguf(path, arch="llama", drop=(), tensors=None, **changes):
     """A tiny GGUF file; `changes` replace or, given DROP, leave out metadata (dots as double underscores)."""
     rng = np.random.default_rng(0)
@@ -46,7 +57,10 @@ def write_gguf(path, arch="llama", drop=(), tensors=None, **changes):
         {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
          bool: writer.add_bool}[type(value)](key, value)
     for name, values in tensors.items():
-        writer.add_tensor(name, values)
+        if isinstance(values, tuple):  # blocks, and their type
+            writer.add_tensor(name, values[0], raw_dtype=values[1])
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -19,7 +19,7 @@ def run(anchors, lens, q, page_table=None, page_size=1, block_lens=None, embeddi
     rows = None if embedding is None else torch.full((anchors.shape[0], q + 2, embedding.shape[1] + 4), 7.0).to(
         embedding.dtype)[:, 1:-1, 2:-2]
     out = PreparedBlock(out.ids, out.positions, None if page_table is None else out.slots, rows)
-    assert prepare_block(anchors, lens, MASK, page_table, page_size, block_lens, embedding, out.ids, out.positions,
+    assert prepare_block(anchors, lens, MASK, page_table, page_size, block_lens, embedding, 0, out.ids, out.positions,
                          out.slots, out.rows) is None
     for _, t in fields(out):
         untouched = t._base == (t._base.flatten()[0] if t._base.numel() else 0)
@@ -59,8 +59,8 @@ def test_embed_tokens_gathers_rows_and_zeroes_unknown_ids(dtype, width):
     ids = torch.randint(-2, 9, (3, 9))[:, 2:7]
     for table in (torch.randn(14, width + 6).to(dtype)[::2, 2:2 + width], torch.randint(-2**60, 2**60, (7, width))):
         out, want = (torch.full((3, 7, width + 4), 7, dtype=table.dtype) for _ in range(2))
-        reference.block.embed_tokens(ids, table, want[:, 1:6, 2:-2])
-        assert embed_tokens(ids, table, out[:, 1:6, 2:-2]) is None
+        reference.block.embed_tokens(ids, table, 0, want[:, 1:6, 2:-2])
+        assert embed_tokens(ids, table, 0, out[:, 1:6, 2:-2]) is None
         assert same_bits(out, want)
-    embed_tokens(ids, table[:0], out[:, 1:6, 2:-2])
+    embed_tokens(ids, table[:0], 0, out[:, 1:6, 2:-2])
     assert not out[:, 1:6, 2:-2].any()

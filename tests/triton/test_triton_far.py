@@ -120,15 +120,15 @@ def test_weights_and_embeddings(far):
     x, w = random(3, 16), random(3, 16)
     out = [torch.empty(3, 3, dtype=F16) for _ in range(3)]
     for into, a, b in zip(out, (x, far(x), x), (w, w, None), strict=True):
-        linear.linear(a, far(w) if b is None else b, None, None, 3, into)
+        linear.linear(a, far(w) if b is None else b, None, 0, None, 3, into)
     assert same_bits(out[1], out[0]) and same_bits(out[2], out[0])
     ids, values, sums = torch.empty(3, 2).long(), torch.empty(3, 2), torch.empty(3)
-    head.lm_head_argmax(x, far(w), None, None, 3, 3, 1.0, 0.0, 0, ids[:, 0], values[:, 0])
+    head.lm_head_argmax(x, far(w), None, 0, None, 3, 3, 1.0, 0.0, 0, ids[:, 0], values[:, 0])
     assert torch.equal(ids.flatten()[:3], out[0].float().argmax(1))
-    head_topk.lm_head_topk(x, far(w), None, None, 3, 3, 1.0, 0.0, 0, ids, values, sums)
+    head_topk.lm_head_topk(x, far(w), None, 0, None, 3, 3, 1.0, 0.0, 0, ids, values, sums)
     assert torch.equal(values, out[0].float().topk(2).values)
     rows = torch.empty(1, 3, 16, dtype=F16)
-    block.embed_tokens(torch.tensor([[2, 0, 1]]), far(w), rows)
+    block.embed_tokens(torch.tensor([[2, 0, 1]]), far(w), 0, rows)
     assert same_bits(rows[0], w[[2, 0, 1]])
 
 

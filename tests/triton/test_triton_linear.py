@@ -31,7 +31,7 @@ def problem(dtype, rows, n, k):
 
 def run(x, w, bias=None, out=None, scales=None):
     out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype) if out is None else out
-    assert triton_linear.linear(x, w, scales, bias, w.shape[0], out) is None
+    assert triton_linear.linear(x, w, scales, 0, bias, w.shape[0], out) is None
     return out
 
 
@@ -43,7 +43,7 @@ def test_matches_reference(dtype, rows, n, k, biased):
     x, w, b = problem(dtype, rows, n, k)
     b = b if biased else None
     want = torch.empty(rows, n, dtype=torch.float64)
-    reference.linear.linear(*doubles(x, w), None, *doubles(b), n, want)
+    reference.linear.linear(*doubles(x, w), None, 0, *doubles(b), n, want)
     assert_within_budget(run(x, w, b), want, F.linear(x, w, b) if rows else None, ulps=2)
 
 
@@ -53,7 +53,7 @@ def test_a_weight_in_8_bits(dtype, rows, n, k):
     q, scales = reference.linear.quantize(w)
     for bias in (b, None):
         want = torch.empty(rows, n, dtype=torch.float64)
-        reference.linear.linear(*doubles(x), q, *doubles(scales, bias), n, want)
+        reference.linear.linear(*doubles(x), q, *doubles(scales), 0, *doubles(bias), n, want)
         like = F.linear(x, (q * scales[:, None]).to(dtype), bias)
         assert_within_budget(run(x, q, bias, scales=scales), want, like, ulps=2)
     # Where the scales are powers of two nothing is rounded, so the bits are those of the weight that they make.
@@ -93,7 +93,7 @@ def test_b5_how_far_k_is_shared_out_follows_the_rows(rows, on_chip):
         for n, k in QWEN3_8B.values():
             x, w, out = (torch.empty(*size, dtype=torch.bfloat16, device="meta")
                          for size in ((rows, k), (n, k), (rows, n)))
-            triton_linear.linear(x, w, None, None, n, out)
+            triton_linear.linear(x, w, None, 0, None, n, out)
             chunks = triton_linear.shared(rows, n, k, 2, 2, x.device)
             assert noted[-1 - (chunks > 0)] == ("linear_kernel", noted[-1 - (chunks > 0)][1][:2] + (max(chunks, 1),))
             moved += linear_bytes(rows, n, k, 2, chunks=chunks) - linear_bytes(rows, n, k, 2)

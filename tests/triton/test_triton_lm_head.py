@@ -23,7 +23,7 @@ def run(x, w, bias=None, num_valid=None, scale=1.0, softcap=0.0, id_offset=0, sc
     n, boxes = w.shape[0], (torch.full((x.shape[0] + 2,), 77), torch.full((x.shape[0] + 2,), 77.0))
     ids, values = (t[1:-1] for t in boxes)
     valid = n if num_valid is None else num_valid
-    assert triton_head.lm_head_argmax(x, w, scales, bias, n, valid, scale, softcap, id_offset, ids, values) is None
+    assert triton_head.lm_head_argmax(x, w, scales, 0, bias, n, valid, scale, softcap, id_offset, ids, values) is None
     assert all((t[[0, -1]] == 77).all() for t in boxes)
     return ids, values
 
@@ -34,7 +34,7 @@ def test_equals_argmax_of_linear(dtype, rows, n, k):
     x, w, b = problem(dtype, rows, n, k)
     for bias in (None, b):
         logits = torch.empty(rows, n, dtype=dtype)
-        triton_linear.linear(x, w, None, bias, n, logits)
+        triton_linear.linear(x, w, None, 0, bias, n, logits)
         ids, values = run(x, w, bias)
         assert torch.equal(ids, logits.argmax(-1)) and torch.equal(values, logits.max(-1).values.float())
 
@@ -70,7 +70,7 @@ def test_p32_padded_vocabulary_tail_never_wins(dtype):
 def test_p36_multiplier_comes_before_the_soft_cap(dtype):
     x, w, b = problem(dtype, 5, 100, 64)
     want_ids, want = torch.empty(5, dtype=torch.int64), torch.empty(5, dtype=torch.float64)
-    reference.lm_head.lm_head_argmax(*doubles(x, w), None, *doubles(b), 100, 100, -3.0, 5.0, 0, want_ids, want)
+    reference.lm_head.lm_head_argmax(*doubles(x, w), None, 0, *doubles(b), 100, 100, -3.0, 5.0, 0, want_ids, want)
     ids, values = run(x, w, b, scale=-3.0, softcap=5.0)
     torch.testing.assert_close(values.double(), want, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
     if dtype == torch.float32:
@@ -105,7 +105,7 @@ def inside(outputs):
 
 def run_topk(x, w, wanted, bias=None, num_valid=None, scale=1.0, softcap=0.0, id_offset=0, scales=None):
     outputs, n = boxes(x.shape[0], wanted), w.shape[0]
-    assert triton_topk.lm_head_topk(x, w, scales, bias, n, n if num_valid is None else num_valid, scale, softcap,
+    assert triton_topk.lm_head_topk(x, w, scales, 0, bias, n, n if num_valid is None else num_valid, scale, softcap,
                                     id_offset, *inside(outputs)) is None
     return inside(outputs)
 
@@ -121,7 +121,7 @@ def assert_is_first(got, logits, k):
 
 def linear(x, w, bias=None, scales=None):
     logits = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype)
-    triton_linear.linear(x, w, scales, bias, w.shape[0], logits)
+    triton_linear.linear(x, w, scales, 0, bias, w.shape[0], logits)
     return logits
 
 

@@ -126,13 +126,13 @@ def block() -> Iterator[Case]:
     for width, _ in CONFIGS.values():
         for dtype in (*FLOATS, torch.int64):
             table, rows = empty(vocab, width, dtype=dtype), empty(2, 9, width, dtype=dtype)
-            (launch,) = launches(embed_tokens, ids, table, rows)
+            (launch,) = launches(embed_tokens, ids, table, 0, rows)
             yield case(f"embed_tokens {width} {DTYPES[dtype]}", launch)
             if dtype in FLOATS:
-                (launch,) = launches(prepare_block, *given, empty(2, 9, dtype=torch.int32), PAGE, lens, table, ids, ids,
-                                     ids, rows)
+                (launch,) = launches(prepare_block, *given, empty(2, 9, dtype=torch.int32), PAGE, lens, table, 0, ids,
+                                     ids, ids, rows)
                 yield case(f"prepare_block {width} {DTYPES[dtype]}", launch)
-    (launch,) = launches(prepare_block, *given, None, 1, None, None, ids, ids, None, None)
+    (launch,) = launches(prepare_block, *given, None, 1, None, None, 0, ids, ids, None, None)
     yield case("prepare_block ids alone", launch)
 
 
@@ -213,9 +213,9 @@ def products() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
 
 
 def operands(rows: int, n: int, dtype: torch.dtype, weight: torch.dtype) -> tuple:
-    """x, weight, scales, bias."""
+    """x, weight, scales, format, bias."""
     scales = empty(n, dtype=torch.float32) if weight == torch.int8 else None
-    return empty(rows, 4096, dtype=dtype), empty(n, 4096, dtype=weight), scales, empty(n, dtype=dtype)
+    return empty(rows, 4096, dtype=dtype), empty(n, 4096, dtype=weight), scales, 0, empty(n, dtype=dtype)
 
 
 def linear() -> Iterator[Case]:

@@ -8,21 +8,23 @@ import os
 
 import torch
 
+from .blocks import Blocks
 from .errors import CheckpointError, CheckpointNotFound
 from .find import KNOWN, drafter_of, find_model, no_drafter
 from .safetensors import Checkpoint, read_directory
 
-__all__ = ["KNOWN", "Checkpoint", "CheckpointError", "CheckpointNotFound", "drafter_of", "find_model",
+__all__ = ["KNOWN", "Blocks", "Checkpoint", "CheckpointError", "CheckpointNotFound", "drafter_of", "find_model",
            "load_checkpoint", "no_drafter", "read_directory"]
 
 
-def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None, *, blocks: bool = False) -> Checkpoint:
     """Reads a checkpoint.
 
     path: a directory with config.json and model.safetensors (or shards with model.safetensors.index.json), a .gguf
         file, or a known name such as "smollm2".
     dtype: the dtype of a dequantised GGUF file; None is bfloat16, which is kept under the user's cache directory.
         Safetensors are memory-mapped in their stored dtype.
+    blocks: keeps the weights of a GGUF file in its blocks, as Blocks, where the ops have their format.
 
     Raises CheckpointError.
     """
@@ -31,4 +33,4 @@ def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None) -
         return read_directory(where)
     from .gguf import file as gguf_file
 
-    return gguf_file.load(where, torch.bfloat16 if dtype is None else dtype)
+    return gguf_file.load(where, torch.bfloat16 if dtype is None else dtype, blocks)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .blocks import Blocks
 from .errors import CheckpointError, brief, read_json, regular
 from .fields import shown
 
@@ -18,13 +19,13 @@ class Checkpoint:
     """A model's Hugging Face config, its tensors under their Hugging Face names, and their source."""
 
     config: dict
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor | Blocks]
     source: str
 
     def tensor(self, name: str, shape: Sequence[int] | None = None) -> torch.Tensor:
         """The tensor `name`, checked against `shape`. Raises CheckpointError if it is missing or has another shape."""
         found = self.tensors.get(name)
-        if found is None:
+        if not isinstance(found, torch.Tensor):
             raise CheckpointError(f"{self.source}: expected a tensor {name}; got none of that name "
                                   f"among {len(self.tensors)}")
         if shape is not None and tuple(found.shape) != tuple(shape):

@@ -135,7 +135,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     where = find_model(path)
     if where.is_dir():
         return _from_directory(where, str(where))
-    kept = gguf_file.cached(where)
+    kept = gguf_file.cached(where) or gguf_file.cached(where, blocks=True)
     if kept and all((kept / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         with contextlib.suppress(CheckpointError):  # a damaged copy: the file itself has all of it
             return _from_directory(kept, str(where))

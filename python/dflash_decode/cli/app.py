@@ -75,7 +75,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The user's message; '-' reads standard input.")],
     model: Model = "smollm2",
     draft: Draft = "auto",
-    weights: ModelWeights = Weights.model,
+    weights: ModelWeights = Weights.auto,
     draft_weights: DraftWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,

@@ -48,9 +48,11 @@ Model = Annotated[str, typer.Option(help="Target: a directory with config.json a
                                          "smollm2.")]
 Draft = Annotated[str, typer.Option(help="Drafter: its directory, 'auto' (the installed one for the target, or none), "
                                          "'random' (random weights) or 'none' (baseline decoding).")]
-ModelWeights = Annotated[Weights, typer.Option("--weights", help="Target weights: unchanged, or in 8 bits, which halve "
-                                               "the bytes read. The output can differ from the 16-bit target's; "
-                                               "with and without a drafter it is identical.")]
+ModelWeights = Annotated[Weights, typer.Option("--weights", help="Target weights: in the target's dtype; in 8 bits, "
+                                               "which halve the bytes read; or in a GGUF file's own blocks, rounding "
+                                               "what is multiplied with them to int8 ('file', and 'auto' on a CPU) or "
+                                               "not ('exact': the output of 'model'). With and without a drafter the "
+                                               "output is identical.")]
 DraftWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the target's dtype, or "
                                                             "'auto' (8 bits on a CPU). The output does not "
                                                             "change.")]

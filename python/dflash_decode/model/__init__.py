@@ -35,7 +35,7 @@ class Target(Protocol):
     dtype: torch.dtype
     device: torch.device
     cache: CacheShape
-    embedding: torch.Tensor  # (V, H), for drafters without their own
+    embedding: torch.Tensor | PackedWeight  # (V, H), for drafters without their own; packed in blocks
     head: torch.Tensor | PackedWeight  # (V, H), likewise
     head_bias: torch.Tensor | None  # (V,)
     graph_safe: bool  # a pass runs dflash ops alone, so a graph can capture it

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from dflash_kernels import (
+    PackedWeight,
     PagedKV,
     PreparedBlock,
     Proposal,
@@ -114,10 +115,13 @@ class Drafter:
         elif target.hidden_size != c.hidden_size:
             raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is "
                              f"not the target's {target.hidden_size}; got nothing")
-        if c.mask_token_id >= len(self.embedding):  # such a row would be read as zeros
-            raise ValueError(f"draft config: mask_token_id must be below the {len(self.embedding)} rows of "
+        if c.mask_token_id >= self.embedding.shape[0]:  # such a row would be read as zeros
+            raise ValueError(f"draft config: mask_token_id must be below the {self.embedding.shape[0]} rows of "
                              f"embed_tokens.weight; got {c.mask_token_id}")
         if c.input_embedding_scale != 1.0:
+            if isinstance(self.embedding, PackedWeight):
+                self.embedding = embed_tokens(torch.arange(self.embedding.out_features), self.embedding,
+                                              out=torch.empty(self.embedding.shape, dtype=self.dtype))
             self.embedding = self.embedding * c.input_embedding_scale
         rows = target.vocab_size
         if "lm_head.weight" in tensors:

@@ -6,6 +6,7 @@ import torch
 
 from dflash_kernels import PackedWeight, PagedKV, embed_tokens, linear, lm_head_argmax
 
+from ..checkpoint.blocks import Blocks
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
 from ..kv import CacheShape
 from .config import LayerMask
@@ -32,6 +33,7 @@ class NativeTarget:
     max_context: the longest prompt plus answer, at most the model's own.
     int8: keeps the weights of products in 8 bits, with one scale per row (quantize_weight). A step reads half of the
         bytes, and the output can differ.
+    exact: multiplies tensors in blocks as the elements that they stand for. The output is that of these elements.
 
     Raises ValueError for a missing or wrong field or tensor, and NotImplementedError for a field that changes the
     arithmetic into something not implemented.
@@ -40,8 +42,10 @@ class NativeTarget:
     graph_safe = packs = True
     head_bias: torch.Tensor | None = None
 
-    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
-                 device: torch.device | str = "cpu", max_context: int | None = None, int8: bool = False):
+    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor | Blocks], *,
+                 dtype: torch.dtype | None = None,
+                 device: torch.device | str = "cpu", max_context: int | None = None, int8: bool = False,
+                 exact: bool = False):
         f = Fields(_WHAT, config)
         g, layers = _geometry(f)
         self.num_layers, self.hidden_size, self.vocab_size = layers, g.hidden, f.whole("vocab_size")
@@ -55,7 +59,7 @@ class NativeTarget:
         tied = f.flag("tie_word_embeddings", False)
         name = "model.embed_tokens.weight"
         if dtype is None:  # where there is no such tensor, `take` says so
-            dtype = tensors[name].dtype if name in tensors else torch.bfloat16
+            dtype = getattr(tensors.get(name), "dtype", torch.bfloat16)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"target checkpoint: the dtype of {name} must be float32, bfloat16 or float16; "
                              f"got {dtype}")
@@ -63,14 +67,16 @@ class NativeTarget:
         self.cache = CacheShape(layers, g.num_kv_heads, g.head_dim, dtype, self.device)
         taker = Tensors(tensors, dtype, self.device, "target checkpoint")
         taker.drop("rotary_emb.inv_freq")
-        self.int8, pack = int8, packer(int8)
-        self.embedding = taker.take(name, self.vocab_size, g.hidden).contiguous()
+        self.int8, pack = int8, packer(int8, exact)
+        embedding = taker.take_weight(name, self.vocab_size, g.hidden)
+        # Blocks serve both: rows of a packed weight can be looked up.
+        self.embedding = pack(embedding) if isinstance(embedding, Blocks) else embedding.contiguous()
         self.head: torch.Tensor | PackedWeight
         if tied:
             taker.drop("lm_head.weight")
-            self.head = pack(self.embedding)
+            self.head = self.embedding if isinstance(self.embedding, PackedWeight) else pack(self.embedding)
         else:
-            self.head = pack(taker.take("lm_head.weight", self.vocab_size, g.hidden))
+            self.head = pack(taker.take_weight("lm_head.weight", self.vocab_size, g.hidden))
         self._layers = [take_layer(taker, f"model.layers.{i}.", g, LayerMask(causal=True), pack)[0]
                         for i in range(layers)]
         self._norm = taker.take("model.norm.weight", g.hidden)

@@ -24,6 +24,7 @@ from dflash_kernels import (
     silu_and_mul,
 )
 
+from ..checkpoint.blocks import Blocks
 from .config import LayerMask
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,7 +34,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Tensors:
     """A checkpoint's tensors, taken one by one with their shapes checked. A tensor that is never taken is an error."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device, what: str):
+    def __init__(self, tensors: Mapping[str, torch.Tensor | Blocks], dtype: torch.dtype, device: torch.device,
+                 what: str):
         self._tensors, self._dtype, self._device, self._what = tensors, dtype, device, what
         self._left = set(tensors)
 
@@ -43,6 +45,12 @@ class Tensors:
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """Takes a weight of any float dtype and converts it to `dtype`."""
         return self._take(name, shape, _FLOATS).to(self._device, self._dtype)
+
+    def take_weight(self, name: str, *shape: int) -> torch.Tensor | Blocks:
+        """Takes a weight of products: as `take` does, or in its blocks."""
+        if not isinstance(self._tensors.get(name), Blocks):
+            return self.take(name, *shape)
+        return self._take(name, shape, None)
 
     def take_ids(self, name: str, *shape: int) -> torch.Tensor:
         """Takes integers and converts them to int64."""
@@ -55,6 +63,10 @@ class Tensors:
         t = self._tensors[name]
         if tuple(t.shape) != shape:
             raise ValueError(f"{self._what}: tensor {name} must have shape {shape}; got {tuple(t.shape)}")
+        if dtypes is None:
+            return t
+        if isinstance(t, Blocks):
+            raise ValueError(f"{self._what}: tensor {name} must have elements; got blocks of {t.format}")
         if t.dtype not in dtypes:
             names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise ValueError(f"{self._what}: tensor {name} must be one of {names}; got "
@@ -74,16 +86,16 @@ class Tensors:
 @dataclass(frozen=True)
 class Layer:
     input_norm: torch.Tensor
-    qkv: PackedWeight
+    qkv: "Weight"
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: PackedWeight
+    o: "Weight"
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: PackedWeight
+    gate_up: "Weight"
     gate_up_bias: torch.Tensor | None
-    down: PackedWeight
+    down: "Weight"
     down_bias: torch.Tensor | None
     mask: LayerMask
     sinks: torch.Tensor | None
@@ -110,18 +122,62 @@ class Geometry:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def packer(int8: bool) -> Callable[[torch.Tensor], PackedWeight]:
-    """The packing of weights: in their dtype, or in 8 bits with one scale per row."""
-    return (lambda weight: pack_weight(*quantize_weight(weight))) if int8 else pack_weight
+Packer = Callable[[torch.Tensor | Blocks], PackedWeight]
+
+
+def packer(int8: bool, exact: bool = False) -> Packer:
+    """The packing of weights: in their blocks, in their dtype, or in 8 bits with one scale per row. exact: whether
+    blocks are multiplied as the elements that they stand for."""
+    def pack(weight: torch.Tensor | Blocks) -> PackedWeight:
+        if isinstance(weight, Blocks):
+            return pack_weight(weight.data, format=weight.format, exact=exact)
+        return pack_weight(*quantize_weight(weight)) if int8 else pack_weight(weight)
+
+    return pack
+
+
+class Weight:
+    """A weight whose rows come from several tensors, one below the other. Those of one format are one product."""
+
+    def __init__(self, pack: Packer, *parts: torch.Tensor | Blocks):
+        groups: list[list[torch.Tensor | Blocks]] = []
+        for part in parts:
+            if groups and _kind(groups[-1][0]) == _kind(part):
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        self.parts = [pack(_below(group)) for group in groups]
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out = linear(x), with the bias of all rows."""
+        if len(self.parts) == 1:
+            linear(x, self.parts[0], bias, out=out)
+            return
+        at = 0
+        for part in self.parts:
+            to = slice(at, at := at + part.out_features)
+            linear(x, part, None if bias is None else bias[to], out=out[:, to])
+
+
+def _kind(part: torch.Tensor | Blocks) -> str | None:
+    return part.format if isinstance(part, Blocks) else None
+
+
+def _below(parts: Sequence[torch.Tensor | Blocks]) -> torch.Tensor | Blocks:
+    """Tensors of one kind as one."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = torch.cat([part.data if isinstance(part, Blocks) else part for part in parts])
+    return Blocks(rows, parts[0].format) if isinstance(parts[0], Blocks) else rows
 
 
 def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
-               pack: Callable[[torch.Tensor], PackedWeight]) -> tuple[Layer, list[torch.Tensor | None]]:
+               pack: Packer) -> tuple[Layer, list[torch.Tensor | Blocks | None]]:
     """One layer's weights, packed, and [k weight, v weight, k bias, v bias] unpacked."""
     kv = g.num_kv_heads * g.head_dim
 
     def projection(name, n, k, bias):
-        weight = tensors.take(f"{prefix}{name}.weight", n, k)
+        weight = tensors.take_weight(f"{prefix}{name}.weight", n, k)
         return weight, tensors.take(f"{prefix}{name}.bias", n) if bias else None
 
     q, q_bias = projection("self_attn.q_proj", g.num_heads * g.head_dim, g.hidden, g.qkv_bias)
@@ -137,11 +193,11 @@ def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
                   for n in ("q_norm", "k_norm")]
     layer = Layer(
         input_norm=tensors.take(f"{prefix}input_layernorm.weight", g.hidden),
-        qkv=pack(torch.cat((q, k, v))), qkv_bias=_cat(q_bias, k_bias, v_bias),
-        q_norm=head_norms[0], k_norm=head_norms[1], o=pack(o), o_bias=o_bias,
+        qkv=Weight(pack, q, k, v), qkv_bias=_cat(q_bias, k_bias, v_bias),
+        q_norm=head_norms[0], k_norm=head_norms[1], o=Weight(pack, o), o_bias=o_bias,
         post_norm=tensors.take(f"{prefix}post_attention_layernorm.weight", g.hidden),
-        gate_up=pack(torch.cat((gate, up))), gate_up_bias=_cat(gate_bias, up_bias),
-        down=pack(down), down_bias=down_bias, mask=mask,
+        gate_up=Weight(pack, gate, up), gate_up_bias=_cat(gate_bias, up_bias),
+        down=Weight(pack, down), down_bias=down_bias, mask=mask,
         sinks=tensors.take(f"{prefix}self_attn.attention_sink_bias", g.num_heads) if mask.sinks else None,
     )
     return layer, [k, v, k_bias, v_bias]
@@ -201,9 +257,9 @@ class LayersPass:
                 stream = self._add(stream, layer.input_norm, self.collected.get(index - 1, x))
             self._attend(layer, cache, positions, slots, *where)
             stream = self._add(stream, layer.post_norm, x)
-            linear(self.normed, layer.gate_up, layer.gate_up_bias, out=self.gate_up)
+            layer.gate_up.product(self.normed, layer.gate_up_bias, self.gate_up)
             silu_and_mul(self.gate_up, out=self.act)
-            linear(self.act, layer.down, layer.down_bias, out=self.added)
+            layer.down.product(self.act, layer.down_bias, self.added)
         last = self.collected.get(len(self.layers) - 1, self.normed)
         add_rms_norm(self.added, stream, self.final_norm, self.g.eps, out=last)
         return last
@@ -217,7 +273,7 @@ class LayersPass:
 
     def _attend(self, layer, cache, positions, slots, page_table, context_lens, block_lens, block_starts):
         g = self.g
-        linear(self.normed, layer.qkv, layer.qkv_bias, out=self.qkv)
+        layer.qkv.product(self.normed, layer.qkv_bias, self.qkv)
         qk_norm_rope(self.qkv, positions, self.cos_sin, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
                      head_dim=g.head_dim, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=g.eps,
                      interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
@@ -227,4 +283,4 @@ class LayersPass:
         block_attention(q, k, v, cache, page_table, context_lens, block_lens=block_lens, block_starts=block_starts,
                         max_block=None if block_starts is None else self.shape[1], causal=layer.mask.causal,
                         window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*rows, -1, g.head_dim))
-        linear(self.mixed, layer.o, layer.o_bias, out=self.added)
+        layer.o.product(self.mixed, layer.o_bias, self.added)

@@ -1,8 +1,9 @@
 """Caches converted GGUF files as Hugging Face directories in the user's cache directory.
 
 The cache directory is $DFLASH_CACHE, else $XDG_CACHE_HOME/dflash_kernels, else ~/.cache/dflash_kernels. The key of an
-entry is the file's path, size and modification time. An entry has a manifest of its files, and is rebuilt if it does
-not match it. It is moved into place whole, so that a reader never sees a half-written one.
+entry is the file's path, size and modification time, and whether weights are in the file's blocks. An entry has a
+manifest of its files, and is rebuilt if it does not match it. It is moved into place whole, so that a reader never sees
+a half-written one.
 
 Entries are written under a lock, which the system releases when its holder dies. The holder therefore knows that every
 unfinished entry belongs to a dead process. A process that finds the lock taken writes no entry.
@@ -26,24 +27,24 @@ from ...cache import cache_dir
 from ..errors import CheckpointError, brief, read_json, regular, warn
 
 WEIGHTS = "model.safetensors"
-_FORMAT = 2  # raise it when the conversion changes: it is part of the cache key
+_FORMAT = 3  # raise it when the conversion changes: it is part of the cache key
 _MANIFEST, _HALF_MADE, _LOCK = "converted-from", ".new-", ".lock"
 _HASHED = 8 << 20  # bytes of a file that are hashed, beside its size: all but the weights, and their header
 
 
-def entry_of(path: Path) -> Path | None:
-    """The place of the converted form of a GGUF file in its current state."""
+def entry_of(path: Path, blocks: bool = False) -> Path | None:
+    """The place of the converted form of a GGUF file in its current state. blocks: in the file's blocks."""
     stat, folder = regular(path), cache_dir()
     if folder is None:
         return None
     source = path.resolve()
-    text = f"{_FORMAT}|{source}|{stat.st_size}|{stat.st_mtime_ns}"
+    text = f"{_FORMAT}|{'blocks' if blocks else 'elements'}|{source}|{stat.st_size}|{stat.st_mtime_ns}"
     return folder / f"{source.stem[:50]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
 
 
-def cached(path: Path) -> Path | None:
+def cached(path: Path, blocks: bool = False) -> Path | None:
     """The converted directory of a GGUF file, or None if there is no complete one."""
-    folder = entry_of(path)
+    folder = entry_of(path, blocks)
     return folder if folder and _is_whole(folder) else None
 
 
@@ -115,8 +116,9 @@ def _remove_stale(folder: Path) -> None:
     """Removes entries whose file is gone or has changed, and entries of other versions."""
     for manifest in folder.glob(f"*/{_MANIFEST}"):
         try:
-            current = entry_of(Path(str(read_json(manifest).get("source"))))
+            source = Path(str(read_json(manifest).get("source")))
+            current = {entry_of(source, blocks) for blocks in (False, True)}
         except CheckpointError:
-            current = None
-        if current != manifest.parent:
+            current = set()
+        if manifest.parent not in current:
             shutil.rmtree(manifest.parent, ignore_errors=True)

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import CheckpointError, brief
+from dflash_kernels.formats import FORMATS
+
+from ..blocks import Blocks
+from ..errors import CheckpointError, brief, warn
 from ..fields import MOST_HEAD_DIM, MOST_LAYERS, Fields
 from ..safetensors import Checkpoint, read_directory
 from .cache import cached, entry_of, keep
@@ -32,20 +35,24 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FORMATS = "block_formats"  # in a cached config.json: the format of every weight that is kept in blocks
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight"}
 
 
-def load(path: Path, dtype: torch.dtype) -> Checkpoint:
-    """The checkpoint in a GGUF file, dequantised to `dtype`. The cache serves bfloat16 only."""
-    entry = entry_of(path)
-    if dtype == torch.bfloat16 and (kept := cached(path)):
+def load(path: Path, dtype: torch.dtype, blocks: bool = False) -> Checkpoint:
+    """The checkpoint in a GGUF file, dequantised to `dtype`; with `blocks`, weights in a format of the ops stay as they
+    are. The cache serves bfloat16 only."""
+    entry = entry_of(path, blocks)
+    if dtype == torch.bfloat16 and (kept := cached(path, blocks)):
         with contextlib.suppress(CheckpointError):  # another process may remove it meanwhile
             found = read_directory(kept)
-            return Checkpoint(found.config, found.tensors, str(path))
+            formats = found.config.pop(_FORMATS, {})
+            return Checkpoint(found.config, {name: Blocks(t, formats[name]) if name in formats else t
+                                             for name, t in found.tensors.items()}, str(path))
     reader = open_file(path)
     config = read_config(path, reader)
-    tensors = read_tensors(path, reader, config, dtype)
+    tensors = read_tensors(path, reader, config, dtype, blocks)
     if dtype == torch.bfloat16 and sum(t.nbytes for t in tensors.values()) <= _CACHE_LIMIT:
         _keep(path, entry, config, tensors, reader)
     return Checkpoint(config, tensors, str(path))
@@ -58,7 +65,20 @@ def _keep(path: Path, entry: Path | None, config: dict, tensors: dict, reader) -
         files = tokenizer_files(path, reader)
     except CheckpointError:  # loading the tokenizer reports it; the weights are good
         return
-    keep(path, entry, tensors, files | {"config.json": json.dumps(config, indent=1)})
+    formats = {name: t.format for name, t in tensors.items() if isinstance(t, Blocks)}
+    plain = {name: t.data if isinstance(t, Blocks) else t for name, t in tensors.items()}
+    keep(path, entry, plain, files | {"config.json": json.dumps(config | {_FORMATS: formats}, indent=1)})
+
+
+def has_blocks(path: Path) -> bool:
+    """Whether a GGUF file has weights in a format of the ops. Where its blocks are cached, the file is not parsed."""
+    return cached(path, blocks=True) is not None or any(_format_of(t) for t in open_file(path).tensors)
+
+
+def _format_of(stored) -> str | None:
+    """The ops' name of a stored tensor's format; None for elements, vectors and other formats."""
+    name = stored.tensor_type.name.lower()
+    return name if name in FORMATS and len(stored.shape) == 2 else None
 
 
 def read_config(path: Path, reader) -> dict:
@@ -137,19 +157,24 @@ def hf_name(name: str) -> str | None:
     return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
 
-def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors, dequantised to float32 and rounded to `dtype`, under their Hugging Face names."""
+def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype,
+                 blocks: bool = False) -> dict[str, torch.Tensor | Blocks]:
+    """All tensors, dequantised to float32 and rounded to `dtype`, or as Blocks, under their Hugging Face names."""
     from gguf.quants import dequantize
 
     _check_names(path, config, {stored.name for stored in reader.tensors})
     names = {stored.name: hf_name(stored.name) or "" for stored in reader.tensors}  # all known, after the check
-    tensors = {}
+    tensors: dict[str, torch.Tensor | Blocks] = {}
+    expanded: set[str] = set()
     for stored in reader.tensors:
         if not 1 <= len(stored.shape) <= 2 or not stored.n_elements:
             raise CheckpointError(f"{path}: {stored.name} must have 1 or 2 dimensions, none of them 0; "
                                   f"got {stored.shape.tolist()}")
+        kept = _format_of(stored) if blocks else None
+        if blocks and not kept and stored.tensor_type.name not in ("F32", "F16", "BF16"):
+            expanded.add(stored.tensor_type.name)
         try:
-            values = dequantize(stored.data, stored.tensor_type)
+            values = stored.data if kept else dequantize(stored.data, stored.tensor_type)
         except Exception as error:
             raise CheckpointError(f"{path}: {stored.name} ({stored.tensor_type.name}) cannot be dequantised: "
                                   f"{brief(error)}") from None
@@ -157,7 +182,11 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype) -> dict[s
             kind = "num_attention_heads" if ".attn_q." in stored.name else "num_key_value_heads"
             values = _neox_rows(path, stored.name, values, config[kind])
         # A copy: what needs no dequantising is otherwise a read-only view of the file.
-        tensors[names[stored.name]] = torch.from_numpy(np.array(values, dtype=np.float32)).to(dtype)
+        tensors[names[stored.name]] = Blocks(torch.from_numpy(np.array(values)), kept) if kept else \
+            torch.from_numpy(np.array(values, dtype=np.float32)).to(dtype)
+    if expanded:
+        warn(f"{path}: weights in {', '.join(sorted(expanded))} are expanded to {str(dtype).removeprefix('torch.')}; "
+             f"{', '.join(FORMATS)} stay as they are")
     return tensors
 
 

@@ -1,0 +1,148 @@
+"""Weights in blocks of 4 to 8 bits: the packed layout (csrc/cpu/quant.h), and products by integer dot products.
+
+    W[n, k] = d * (q - offset) + m     d, m for each output and piece of 32 k (q6_k: of 16)
+    x[k]    = 2^e * xq[k]              e for each row and piece
+    sum    += d * 2^e (q - offset) . xq,  sum += m * 2^e (sum of xq)      for every piece in order, in float32
+"""
+
+import torch
+
+from ..formats import EXACT, FORMATS, NAMES, packed_bytes
+
+PIECE, OUTPUTS = 32, 16
+LOWEST, HIGHEST = -100, 100  # exponents e
+
+
+def pack(rows, name):
+    """(N, bytes of a row) uint8, as a file has them -> (ceil(N/16), bytes) uint8; zeros fill the last 16."""
+    f = FORMATS[name]
+    n, k = rows.shape[0], rows.shape[1] // f.bytes * f.block
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -n % OUTPUTS))
+    codes, scales, head = _split(padded.view(padded.shape[0], -1, f.bytes), name)
+    codes = codes.contiguous().view(torch.int32).view(-1, OUTPUTS, k // PIECE, 8)  # four k move as one
+    codes = codes.permute(0, 2, 3, 1).contiguous().view(torch.uint8).unflatten(-1, (OUTPUTS, 4))
+    blocks, pieces = codes.shape[:2]  # block, piece, register, output, k
+    parts = [codes.reshape(blocks, pieces, -1)]
+    if name != "q8_0":
+        parts = [((codes[:, :, 0::2] & 15) | (codes[:, :, 1::2] << 4)).reshape(blocks, pieces, -1)]
+    if name == "q5_k":
+        parts.append(_planes(codes >> 4, 8, 1).flatten(2))
+    if name == "q6_k":
+        parts.append(torch.cat([_planes(codes[:, :, h:h + 4] >> 4, 4, 2).flatten(2) for h in (0, 4)], 2))
+    # (outputs, pieces, groups, bytes) -> (block, piece, group, output, byte)
+    scales = scales.view(blocks, OUTPUTS, pieces, *scales.shape[2:]).permute(0, 2, 3, 1, 4)
+    packed = torch.cat([*parts, scales.reshape(blocks, pieces, -1)], 2)
+    if head is not None:
+        head = head.view(blocks, OUTPUTS, k // 256, -1, 2).permute(0, 2, 3, 1, 4).reshape(blocks, k // 256, -1)
+        packed = torch.cat([head, packed.view(blocks, k // 256, -1)], 2)
+    return packed.reshape(blocks, -1)
+
+
+def _planes(codes, registers, bits):
+    """Bits of `registers` registers side by side in one byte."""
+    plane = torch.zeros_like(codes[:, :, 0])
+    for r in range(registers):
+        plane |= (codes[:, :, r] & ((1 << bits) - 1)) << (r * bits)
+    return plane
+
+
+def _split(b, name):
+    """Blocks (N, B, bytes) of a file: codes (N, K) and scales (N, pieces, groups, bytes) as uint8, and the superblocks'
+    own scales (N, B, groups, 2), or None. A minimum is added here, so where a file subtracts it, its scale's sign
+    changes."""
+    n = b.shape[0]
+    if name in ("q4_0", "q4_1"):
+        at = FORMATS[name].bytes - 16
+        codes = torch.cat([b[..., at:] & 15, b[..., at:] >> 4], -1)
+        return codes.view(n, -1), b[..., :at].unflatten(-1, (-1, 2)), None
+    if name == "q8_0":
+        return (b[..., 2:] ^ 0x80).reshape(n, -1), b[..., :2].unflatten(-1, (-1, 2)), None
+    if name == "q6_k":
+        low, high = b[..., :128].unflatten(-1, (2, 1, 64)), b[..., 128:192].unflatten(-1, (2, 1, 32))
+        codes = torch.cat([low & 15, low >> 4], -2).reshape(n, -1)
+        codes = codes | (torch.cat([high >> s & 3 for s in (0, 2, 4, 6)], -2) << 4).reshape(n, -1)
+        return codes, b[..., 192:208].reshape(n, -1, 2, 1), b[..., 208:].unflatten(-1, (1, 2))
+    low = b[..., -128:].unflatten(-1, (4, 1, 32))
+    codes = torch.cat([low & 15, low >> 4], -2).reshape(n, -1)
+    if name == "q5_k":
+        codes = codes | (torch.stack([b[..., 16:48] >> i & 1 for i in range(8)], -2) << 4).reshape(n, -1)
+    first, second, third = b[..., 4:8], b[..., 8:12], b[..., 12:16]
+    scales = torch.cat([first & 63, (third & 15) | (first >> 2 & 48)], -1)
+    minimums = torch.cat([second & 63, (third >> 4) | (second >> 2 & 48)], -1)
+    head = b[..., :4].clone()
+    head[..., 3] ^= 0x80
+    return codes, torch.stack([scales, minimums], -1).view(n, -1, 2, 1), head.unflatten(-1, (2, 2))
+
+
+def unpack(data, name, n, k):
+    """Codes less the offset (N, K) int16, and d and m (N, pieces, scales in a piece) float32; m None: no minimum."""
+    f = FORMATS[name]
+    assert data.shape[1] == packed_bytes(f, k)
+    blocks, pieces, head = data.shape[0], k // PIECE, None
+    if f.block == 256:
+        records = data.view(blocks, k // 256, -1)
+        size = f.packed % (8 * 32) or 64
+        head = records[..., :size].reshape(blocks, k // 256, 1, -1, OUTPUTS, 2).view(torch.float16)[..., 0].float()
+        data = records[..., size:].reshape(blocks, pieces, -1)
+    else:
+        data = data.view(blocks, pieces, -1)
+    nibbles = data[..., :256].view(blocks, pieces, 4, 1, 64)
+    codes = torch.cat([nibbles & 15, nibbles >> 4], 3) if name != "q8_0" else data[..., :512]
+    codes, at = codes.reshape(blocks, pieces, 8, 64), 256 if name != "q8_0" else 512
+    if name == "q5_k":
+        codes = codes | torch.stack([data[..., 256:320] >> r & 1 for r in range(8)], 2) << 4
+        at = 320
+    if name == "q6_k":
+        planes = data[..., 256:384].view(blocks, pieces, 2, 1, 64)
+        codes = codes | torch.cat([planes >> s & 3 for s in (0, 2, 4, 6)], 3).reshape(blocks, pieces, 8, 64) << 4
+        at = 384
+    codes = codes.view(blocks, pieces, 8, OUTPUTS, 4).permute(0, 3, 1, 2, 4).reshape(-1, k)
+    scales = data[..., at:].contiguous()
+    if head is None:
+        scales = scales.view(blocks, pieces, -1, OUTPUTS, 2).view(torch.float16)[..., 0].float()
+    else:
+        scales = scales.view(torch.int8 if name == "q6_k" else torch.uint8).view(blocks, -1, 8, 2, OUTPUTS).float()
+        scales = (scales * head).view(blocks, pieces, 2, OUTPUTS)
+    scales = scales.permute(0, 3, 1, 2).reshape(-1, pieces, scales.shape[2])[:n]
+    one_of_two = name in ("q4_1", "q4_k", "q5_k")
+    return (codes.short() - f.offset)[:n], scales[..., :1] if one_of_two else scales, \
+        scales[..., 1] if one_of_two else None
+
+
+def widen(data, name, n, k):
+    """The weight (N, K) in float32."""
+    codes, d, m = unpack(data, name, n, k)
+    values = d[..., None] * codes.view(n, k // PIECE, d.shape[2], -1).float()
+    return (values.view(n, k // PIECE, PIECE) + (0 if m is None else m[..., None])).view(n, k)
+
+
+def round_rows(x):
+    """Rows (T, K) as integers (T, pieces, 32) and exponents (T, pieces): the largest magnitude of a piece becomes 64 to
+    127. NaN, where a piece has an element that is not finite or is above 2^106."""
+    x = x.float().unflatten(-1, (-1, PIECE))
+    top = x.abs().view(torch.int32).amax(-1) >> 16
+    e = (((top + 1) >> 7) - 133).clamp(min=LOWEST)
+    q = torch.round(x * torch.exp2(-e.float())[..., None])
+    return torch.where((e > HIGHEST)[..., None], torch.nan, q), e
+
+
+def sums(x, data, name, n):
+    """x W^T (T, N) in float32."""
+    k = x.shape[-1]
+    codes, d, m = unpack(data, name, n, k)
+    q, e = round_rows(x)
+    halves = d.shape[2]
+    dots = torch.einsum("tphi,nphi->tnph", q.unflatten(-1, (halves, PIECE // halves)).double(),
+                        codes.view(n, -1, halves, PIECE // halves).double())
+    power = torch.exp2(e.clamp(max=HIGHEST).double())
+    total = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
+    for p in range(k // PIECE):
+        for h in range(halves):
+            total = (total.double() + d[:, p, h].double() * (dots[:, :, p, h] * power[:, p, None])).float()
+        if m is not None:
+            total = (total.double() + m[:, p].double() * (q[:, p].sum(-1).double() * power[:, p])[:, None]).float()
+    return total
+
+
+def name_of(number):
+    return NAMES[number % EXACT]

@@ -1,0 +1,201 @@
+"""Weights in blocks of 4 to 8 bits, as GGUF files store them: their values, products by integer dot products, rows."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dflash_kernels as dk
+from dflash_kernels import reference
+from dflash_kernels.formats import FORMATS
+from dflash_kernels.testing import same_bits
+
+FORMAT = pytest.mark.parametrize("name", FORMATS)
+
+
+def blocks(name, n, k):
+    """Rows of random blocks with scales of a weight's size, as a file has them."""
+    f = FORMATS[name]
+    rows = torch.randint(0, 256, (n, k // f.block, f.bytes), dtype=torch.uint8)
+    scales = slice(208, 210) if name == "q6_k" else slice(0, 4 if f.block == 256 or name == "q4_1" else 2)
+    values = torch.randn(*rows.shape[:2], (scales.stop - scales.start) // 2) * (0.01 if f.block == 32 else 2e-4)
+    rows[..., scales] = values.half().view(torch.uint8)
+    return rows.view(n, -1)
+
+
+def problem(name, dtype, rows, n, k):
+    return torch.randn(rows, k).to(dtype), blocks(name, n, k), torch.randn(n).to(dtype)
+
+
+def close(got, want, dtype):
+    """The same integers, and additions in the same order: what is left are fused multiply-adds in place of two
+    roundings, and one rounding to dtype."""
+    if want.numel() == 0:
+        return True
+    error = (got.float() - want.float()).abs() / want.abs().amax()
+    return bool((error <= {torch.float32: 2e-6, torch.float16: 2 ** -11, torch.bfloat16: 2 ** -8}[dtype]).all())
+
+
+@FORMAT
+def test_values_are_the_file_s(name):
+    gguf = pytest.importorskip("gguf")
+    rows = blocks(name, 45, 512)
+    want = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType[name.upper()]))
+    packed = dk.pack_weight(rows, format=name)
+    assert same_bits(packed.rows(torch.arange(45)) + 0.0, want + 0.0) and packed.shape == (45, 512)
+    assert torch.equal(reference.quant.widen(packed.data, name, 45, 512), want)
+    assert packed.data.nbytes <= 1.031 * 48 / 45 * rows.nbytes
+
+
+@FORMAT
+def test_linear_matches_the_reference(isa, dtype, name):
+    for shape in ((1, 16, 256), (8, 130, 256), (19, 33, 768), (70, 32, 512), (0, 16, 256)):
+        x, w, b = problem(name, dtype, *shape)
+        x[:, :32] *= 100  # pieces of a row have scales of their own
+        packed = dk.pack_weight(w, format=name)
+        want = torch.empty(shape[:2], dtype=torch.float32)
+        reference.linear.linear(x, packed.data, None, FORMATS[name].number, b, shape[1], want)
+        got = dk.linear(x, packed, b)
+        assert got.shape == want.shape and (close(got, want, dtype) or not shape[0]), shape
+
+
+@FORMAT
+def test_integers_are_exact(isa, name):
+    """With scales of 1 and sums below 2^24 there is nothing to round: an integer that is off by one shows."""
+    n, k, f = 48, 512, FORMATS[name]
+    w = torch.randint(0, 256, (n, k // f.block, f.bytes), dtype=torch.uint8)
+    one = torch.ones(1).half().view(torch.uint8)
+    w[..., 208:210] = one if name == "q6_k" else w[..., 208:210]
+    if name == "q6_k":
+        w[..., 192:208] = 1
+    else:
+        w[..., :2] = one
+    if f.block == 256 and name != "q6_k":
+        w[..., 4:16] = 0
+        w[..., 4:8] = w[..., 12:16] = 1
+    if f.block == 256 or name == "q4_1":
+        w[..., 2:4] = one if name != "q6_k" else w[..., 2:4]
+    packed = dk.pack_weight(w.view(n, -1), format=name)
+    x = torch.randint(-127, 128, (9, k)).float()
+    x[:, ::32] = 127  # of every piece, so that its scale is 1
+    want = (x.double() @ packed.rows(torch.arange(n)).double().T).float()
+    assert want.abs().max() < 2 ** 24 and torch.equal(dk.linear(x, packed), want)
+    extreme = torch.full((2, k), 127.0)
+    extreme[1] = -127
+    assert torch.equal(dk.linear(extreme, packed), (extreme.double() @ packed.rows(torch.arange(n)).double().T).float())
+
+
+@FORMAT
+def test_a_row_has_the_same_bits_in_every_number_of_rows(isa, name):
+    x, w, b = problem(name, torch.bfloat16, 70, 112, 768)
+    packed = dk.pack_weight(w, format=name)
+    whole, (ids, top, lse) = dk.linear(x, packed, b), dk.lm_head_topk(x, packed, 1)
+    for rows in (*range(1, 18), 31, 33, 64, 65):
+        at = slice(70 - rows, 70)
+        assert same_bits(dk.linear(x[at], packed, b), whole[at]), rows
+        best, values = dk.lm_head_argmax(x[at], packed)
+        assert torch.equal(best, ids[at, 0]) and same_bits(values, top[at, 0]), rows
+        assert same_bits(dk.lm_head_topk(x[at], packed, 1)[2], lse[at]), rows
+
+
+def test_bits_do_not_depend_on_threads(isa, by_threads):
+    x, w, _ = problem("q4_1", torch.bfloat16, 5, 600, 512)
+    packed = dk.pack_weight(w, format="q4_1")
+    got = by_threads(lambda: dk.linear(x, packed))
+    assert same_bits(got[0], got[1]) and same_bits(got[0], got[2])
+
+
+@FORMAT
+def test_exact_weights_have_the_bits_of_their_elements(isa, dtype, name):
+    x, w, b = problem(name, dtype, 20, 50, 512)
+    exact = dk.pack_weight(w, format=name, exact=True)
+    elements = dk.pack_weight(exact.rows(torch.arange(50)).to(dtype))
+    for rows in (1, 8, 20):
+        assert same_bits(dk.linear(x[:rows], exact, b), dk.linear(x[:rows], elements, b)), rows
+        assert torch.equal(dk.lm_head_argmax(x[:rows], exact)[0], dk.lm_head_argmax(x[:rows], elements)[0])
+
+
+@FORMAT
+def test_rows_are_looked_up(isa, dtype, name):
+    packed = dk.pack_weight(blocks(name, 40, 256), format=name)
+    elements, ids = packed.rows(torch.arange(40)), torch.tensor([[39, 0, 17], [-1, 2**40, 16]])
+    out = torch.full((2, 3, 300), 7.0, dtype=dtype)
+    dk.embed_tokens(ids, packed, out=out[..., 10:266])
+    assert torch.equal(out[..., 10:266], dk.embed_tokens(ids, elements.to(dtype)))
+    assert (out[..., :10] == 7).all() and (out[..., 266:] == 7).all()
+    lens = torch.tensor([5, 9], dtype=torch.int32)
+    block = dk.prepare_block(torch.tensor([3, 39]), lens, 4, 20, embedding=packed)
+    assert torch.equal(block.rows, dk.prepare_block(torch.tensor([3, 39]), lens, 4, 20,
+                                                    embedding=elements.bfloat16()).rows)
+
+
+@FORMAT
+def test_rounding_costs_half_a_step_of_each_element(isa, name):
+    """Against products of unrounded rows: a step is at most 1 / 63.5 of a piece's largest magnitude."""
+    x, w, _ = problem(name, torch.float32, 6, 64, 512)
+    elements = dk.pack_weight(w, format=name).rows(torch.arange(64))
+    bound = (x.view(6, -1, 32).abs().amax(-1, keepdim=True) / 127).expand(-1, -1, 32).reshape(6, -1) @ elements.abs().T
+    got = dk.linear(x, dk.pack_weight(w, format=name))
+    assert ((got - F.linear(x, elements)).abs() <= bound + 1e-4).all()
+
+
+@FORMAT
+def test_rows_of_any_size(isa, name):
+    """Zeros, subnormal and huge rows; one that is not finite, or beyond 2^106, is NaN and stays alone."""
+    x, w, _ = problem(name, torch.float32, 8, 32, 256)
+    packed = dk.pack_weight(w, format=name)
+    clean = dk.linear(x, packed)
+    x[1], x[3, 5], x[4, 9], x[6, 200] = 0, float("nan"), float("inf"), 2.0 ** 108
+    got = dk.linear(x, packed)
+    assert got[[3, 4, 6]].isnan().all() and (got[1] == 0).all() and same_bits(got[[0, 2, 5, 7]], clean[[0, 2, 5, 7]])
+    for power in (-40, 60):
+        assert same_bits(dk.linear(x[:1] * 2.0 ** power, packed), clean[:1] * 2.0 ** power)
+    assert (dk.linear(torch.full((1, 256), 1e-44), packed).abs() < 1e-25).all()
+
+
+def test_strided_rows_and_untouched_neighbours(isa, dtype):
+    x, w, b = problem("q4_0", dtype, 6, 40, 64)
+    wide_x = torch.full((6, 200), float("nan")).to(dtype)
+    wide_x[:, 70:134] = x
+    out = torch.full((6, 100), 7.0).to(dtype)
+    packed = dk.pack_weight(w, format="q4_0")
+    dk.linear(wide_x[:, 70:134], packed, b, out=out[:, 30:70])
+    assert same_bits(out[:, 30:70].contiguous(), dk.linear(x, packed, b))
+    assert (out[:, :30] == 7).all() and (out[:, 70:] == 7).all()
+
+
+def test_copies_and_strides_of_a_weight():
+    w = blocks("q8_0", 40, 64)
+    packed, turned = dk.pack_weight(w, format="q8_0", exact=True), dk.pack_weight(w.T.contiguous().T, format="q8_0")
+    found = copy.deepcopy(packed)
+    assert (found.format, found.exact) == ("q8_0", True) and torch.equal(found.data, packed.data)
+    assert torch.equal(turned.data, packed.data)
+    assert found.data.untyped_storage().nbytes() == found.data.nbytes
+
+
+def test_bad_input_names_what_was_expected_and_got():
+    w = blocks("q4_1", 4, 64)
+    with pytest.raises(ValueError, match="pack_weight: format must be one of q4_0, .*; got 'q5_1'"):
+        dk.pack_weight(w, format="q5_1")
+    with pytest.raises(ValueError, match=r"rows of whole blocks of 20 bytes, as q4_1 has; got uint8 \(4, 39\)"):
+        dk.pack_weight(w[:, :39], format="q4_1")
+    with pytest.raises(TypeError, match=r"pack_weight: weight must be uint8 .*; got float32 \(4, 40\)"):
+        dk.pack_weight(w.float(), format="q4_1")
+    with pytest.raises(ValueError, match="pack_weight: scales must be None for blocks"):
+        dk.pack_weight(w, torch.ones(4), format="q4_1")
+    with pytest.raises(ValueError, match="pack_weight: exact must be False for a weight without a format; got True"):
+        dk.pack_weight(torch.randn(4, 4), exact=True)
+    packed = dk.pack_weight(w, format="q4_1")
+    with pytest.raises(ValueError, match=r"PackedWeight: data must be contiguous \(1, 640\), as pack_weight lays it"):
+        dk.PackedWeight(packed.data[:, :-1], 4, 64, format="q4_1")
+    with pytest.raises(ValueError, match="in_features must be a multiple of 256, the block of q4_k; got 64"):
+        dk.PackedWeight(packed.data, 4, 64, format="q4_k")
+    with pytest.raises(TypeError, match="PackedWeight: data must be a tensor of uint8, as there is a format"):
+        dk.PackedWeight(packed.data.float(), 4, 64, format="q4_1")
+    with pytest.raises(ValueError, match=r"linear: x must have 64 = weight's K columns; got float32 \(2, 32\)"):
+        dk.linear(torch.randn(2, 32), packed)
+    with pytest.raises(TypeError, match="embed_tokens: table must be a tensor or a PackedWeight in blocks; got one of"):
+        dk.embed_tokens(torch.tensor([0]), dk.pack_weight(torch.randn(4, 4)))
+    with pytest.raises(ValueError, match="prepare_block: mask_token_id must be a row of embedding, below 4; got 4"):
+        dk.prepare_block(torch.tensor([0]), torch.tensor([0], dtype=torch.int32), 2, 4, embedding=packed)
