@@ -8,6 +8,7 @@ from .rope import Rope, read_rope
 
 _WHAT = "draft config"
 _MOST_BLOCK = 1024  # tokens; the longest of any checkpoint is 16, and a step's memory grows with it
+_MOST_CANDIDATES = 64
 # Fields that change no arithmetic of a draft pass.
 _HARMLESS = frozenset([
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
@@ -22,8 +23,6 @@ _HARMLESS = frozenset([
 _ROPE = frozenset(["rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor", "rotary_dim",
                    "rope_interleaved", "is_neox_style"])
 _LATER = {
-    "conv_kernel_size": "DFlash2", "conv_group_size": "DFlash2", "selector_rank": "DFlash2",
-    "selector_top_k": "DFlash2",
     "markov_rank": "DSpark", "markov_head_type": "DSpark", "emb_dim": "Domino", "gru_hidden_dim": "Domino",
     "pure_draft_prefix_len": "Domino", "shift_label": "Domino", "quantization_config": "quantised drafters",
     "sample_from_anchor": "a drafter that predicts from its anchor row", "lilicorr_enabled": "LiLiCorr",
@@ -38,6 +37,24 @@ class LayerMask:
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     sinks: bool = False
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """DFlash2's grouped convolutions, before and after the attention and the MLP of every layer: row i of a block mixes
+    rows i, i - 1, ... i - taps + 1. `group` channels share a coefficient of each row."""
+
+    taps: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Selector:
+    """DFlash2's candidate selector: of each slot's `candidates` most likely tokens it takes the one that fits its
+    predecessor best, by a product of the two tokens' vectors of `rank` numbers."""
+
+    rank: int
+    candidates: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,8 @@ class DraftConfig:
     final_logit_softcapping: float = 0.0
     own_embedding: bool | None = None
     own_head: bool | None = None
+    conv: Convolution | None = None
+    selector: Selector | None = None
 
     @property
     def num_layers(self) -> int:
@@ -115,9 +134,6 @@ def read_draft_config(config: Mapping) -> DraftConfig:
     Raises ValueError for a missing or wrong field, and NotImplementedError for an unsupported or unknown one.
     """
     f = _Fields(config)
-    if any("DFlash2" in name for name in f.top.items("architectures", (), str, "names")):
-        raise NotImplementedError(f"{_WHAT}: architectures {shown(config['architectures'])} is not supported: "
-                                  "DFlash2 has layers that this version lacks")
     for name, allowed in (("hidden_act", "silu"), ("projector_type", "dflash")):
         if f.get(name, allowed) != allowed:
             raise NotImplementedError(f"{_WHAT}: {name} must be {allowed!r}; got {shown(f.get(name))}")
@@ -142,12 +158,40 @@ def read_draft_config(config: Mapping) -> DraftConfig:
         output_multiplier=f.number("output_multiplier", 1.0, above=0.0),
         final_logit_softcapping=max(f.number("final_logit_softcapping", 0.0), 0.0),
         own_embedding=f.flag("has_embed_tokens", None), own_head=any(own_heads) if own_heads else None,
+        conv=_convolution(f, hidden), selector=_selector(f, vocab),
     )
+    names = f.top.items("architectures", (), str, "names")
+    if any("DFlash2" in name for name in names) and not (read.conv and read.selector):
+        raise ValueError(f"{_WHAT}: conv_kernel_size, conv_group_size, selector_rank and selector_top_k must be given, "
+                         f"as architectures is {shown(names)}; got {shown(read.conv)} and {shown(read.selector)}")
     if heads % read.num_kv_heads:
         raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
                          f"got {heads} and {read.num_kv_heads}")
     f.refuse_unread()
     return read
+
+
+def _convolution(f, hidden):
+    taps, group = (f.whole(name, 0, least=0) for name in ("conv_kernel_size", "conv_group_size"))
+    if not taps and not group:
+        return None
+    if not 1 <= taps <= _MOST_BLOCK:
+        f.refuse("conv_kernel_size", f"between 1 and {_MOST_BLOCK} beside conv_group_size = {group}", taps)
+    if not group or hidden % group:
+        f.refuse("conv_group_size", f"a divisor of hidden_size = {hidden} beside conv_kernel_size = {taps}", group)
+    return Convolution(taps, group)
+
+
+def _selector(f, vocab):
+    rank, candidates = (f.whole(name, 0, least=0) for name in ("selector_rank", "selector_top_k"))
+    if not rank and not candidates:
+        return None
+    if not rank:
+        f.refuse("selector_rank", f"an integer of at least 1 beside selector_top_k = {candidates}", rank)
+    most = min(vocab, _MOST_CANDIDATES)
+    if not 1 <= candidates <= most:
+        f.refuse("selector_top_k", f"between 1 and {most} beside selector_rank = {rank}", candidates)
+    return Selector(rank, candidates)
 
 
 def _mask_token(f):

@@ -67,6 +67,7 @@ class Drafter:
         of_type("Drafter", "int8", int8, bool, "True or False")
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
+        _refuse_dflash2(c)
         _check_fits(c, target)
         self.int8, self.pack = int8, packer(int8)
         self.geometry = g = Geometry(
@@ -315,7 +316,21 @@ def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"layers.{n}.{name}.bias"] = size[:1]
         if mask.sinks:
             shapes[f"layers.{n}.self_attn.attention_sink_bias"] = (c.num_heads,)
+        if c.conv:
+            for name in ("attention_conv", "mlp_conv"):
+                shapes[f"layers.{n}.{name}.base_kernel"] = (2, c.conv.taps, h)
+                shapes[f"layers.{n}.{name}.kernel_projection.weight"] = (2 * c.conv.taps * (h // c.conv.group), h)
+    if c.selector:
+        for name in ("predecessor_codebook", "successor_codebook"):
+            shapes[f"candidate_selector.{name}"] = (c.vocab_size, c.selector.rank)
+        shapes["candidate_selector.hidden_projection.weight"] = (c.selector.rank, h)
     return shapes
+
+
+def _refuse_dflash2(c: DraftConfig) -> None:
+    for name, part in (("conv_kernel_size", c.conv), ("selector_rank", c.selector)):
+        if part is not None:
+            raise NotImplementedError(f"draft config: {name}, which belongs to DFlash2, is not supported; got {part}")
 
 
 def _check_fits(c: DraftConfig, target: Target) -> None:
