@@ -28,8 +28,9 @@ from .inputs import shown
 from .loop import Decoder
 from .model import Target
 from .model.calibration import read_calibration
-from .model.drafter import Drafter, read_vocabulary, refuse_side_files
+from .model.drafter import Drafter
 from .model.native import FAMILIES, NativeTarget
+from .model.vocabulary import read_mask_embedding, read_vocabulary
 from .prompts import read_prompt, read_prompts
 from .requests import Request
 from .sampling import GREEDY, SamplingParams, check_sampling
@@ -279,8 +280,8 @@ def _drafter(found: Checkpoint, target: Target, int8: bool) -> Drafter:
         raise CheckpointError(f"{found.source}: draft must be a DFlash drafter, whose config.json has dflash_config or "
                               f"block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
-        refuse_side_files(found.source)
-        drafter = Drafter(found.config, found.tensors, target, read_vocabulary(found.source), int8=int8)
+        tensors = {**found.tensors, **read_mask_embedding(found.source)}
+        drafter = Drafter(found.config, tensors, target, read_vocabulary(found.source), int8=int8)
         drafter.calibration = read_calibration(found.source, drafter.block_size - 1)
         return drafter
     except (ValueError, NotImplementedError) as error:

@@ -30,7 +30,7 @@ def test_every_field_is_read():
     assert (c.block_size, c.mask_token_id, c.target_layer_ids, c.num_target_layers) == (8, 99, (1, 9), 12)
     assert (c.value_scale, c.input_embedding_scale, c.output_multiplier) == (0.707, 8.0, 0.5)
     assert c.final_logit_softcapping == 30.0 and c.attention_bias and c.masks[0].sinks
-    assert (c.rope.rotary_dim, c.rope.theta, c.rms_norm_eps) == (8, 1e6, 1e-5)
+    assert (c.ropes[1].rotary_dim, c.ropes[0].theta, c.rms_norm_eps) == (8, 1e6, 1e-5)
     assert (c.vocab_size, c.draft_vocab_size, c.own_head, c.own_embedding) == (100, 50, True, False)
 
 
@@ -131,8 +131,8 @@ def test_missing_and_wrong_fields_are_named(name):
     ({"selector_rank": 256}, ValueError, "selector_top_k must be between 1 and 64 beside selector_rank = 256; got 0"),
     ({"selector_rank": 256, "selector_top_k": 65}, ValueError, "selector_top_k must be between 1 and 64 .* got 65"),
     ({"selector_top_k": 16}, ValueError, "selector_rank must be an integer of at least 1 beside .* got 0"),
-    ({"projector_type": "domino"}, NotImplementedError, "projector_type must be 'dflash'; got 'domino'"),
-    ({"lilicorr_enabled": True}, NotImplementedError, "lilicorr_enabled, which belongs to LiLiCorr"),
+    ({"projector_type": "domino"}, NotImplementedError, "projector_type = 'domino' makes this a Domino drafter"),
+    ({"lilicorr_enabled": True}, NotImplementedError, "lilicorr_enabled = True makes this a LiLiCorr"),
     ({"sample_from_anchor": True}, NotImplementedError, "sample_from_anchor"),
     ({"mystery": 0}, NotImplementedError, "dflash_config.mystery is not supported; got 0"),
     ({"attention_value_scale": "x"}, ValueError, "attention_value_scale must be a number above 0; got 'x'"),
@@ -143,7 +143,7 @@ def test_p40_unknown_and_unsupported_fields_raise_by_name(nested, error, match):
 
 
 @pytest.mark.parametrize(("top", "match"), [
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config, which belongs to quantised drafters"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
     ({"num_experts": 8}, "draft config: num_experts is not supported; got 8"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu'; got 'gelu'"),
     ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope type must be one of .* got 'longrope'"),

@@ -5,7 +5,8 @@ import torch
 
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.model.config import read_draft_config
-from dflash_decode.model.drafter import Drafter, read_vocabulary, refuse_side_files
+from dflash_decode.model.drafter import Drafter
+from dflash_decode.model.vocabulary import read_mask_embedding, read_vocabulary
 from dflash_kernels.testing import assert_within_budget, same_bits
 
 pytest.importorskip("transformers")
@@ -258,7 +259,7 @@ def test_a_mask_token_beyond_the_drafters_own_embedding_is_refused():
 
 
 def test_p37_a_pickled_mask_embedding_is_refused_and_not_ignored(tmp_path):
-    refuse_side_files(tmp_path)
+    read_mask_embedding(tmp_path)
     (tmp_path / "mask_embedding.pt").touch()
-    with pytest.raises(NotImplementedError, match="mask_embedding.pt, .* safetensors only; store it as row"):
-        refuse_side_files(tmp_path)
+    with pytest.raises(NotImplementedError, match="mask_embedding.pt, .* safetensors only; store it as the"):
+        read_mask_embedding(tmp_path)

@@ -43,18 +43,18 @@ def dflash_model(config, tensors, dtype):
 def dense(c, t, features, rows):
     """One request's draft hidden states (Q, H), in the dtype of its tensors."""
     dtype, (n, q) = rows.dtype, (features.shape[0], rows.shape[0])
-    table = c.rope.table(n + q).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
 
     def norm(x, w):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * w
 
-    def rope(x, at):
-        half = c.rope.rotary_dim // 2
+    def rope(of, x, at):
+        half, table = of.rotary_dim // 2, of.table(n + q).to(exact)
         cos, sin = (table[at, None, i * half:(i + 1) * half].to(dtype) for i in (0, 1))
         turning, still = x[..., :2 * half], x[..., 2 * half:]
-        a, b = ((turning[..., 0::2], turning[..., 1::2]) if c.rope.interleaved else turning.chunk(2, -1))
+        a, b = ((turning[..., 0::2], turning[..., 1::2]) if of.interleaved else turning.chunk(2, -1))
         pair = (a * cos - b * sin, b * cos + a * sin)
-        turned = torch.stack(pair, -1).flatten(-2) if c.rope.interleaved else torch.cat(pair, -1)
+        turned = torch.stack(pair, -1).flatten(-2) if of.interleaved else torch.cat(pair, -1)
         return torch.cat((turned, still), -1)
 
     def project(name, x):
@@ -62,14 +62,14 @@ def dense(c, t, features, rows):
 
     context, x = norm(project("fc", features), t["hidden_norm.weight"]), rows
     at, before = torch.arange(n + q), torch.arange(n, n + q)
-    for i, mask in enumerate(c.masks):
+    for i, (mask, of) in enumerate(zip(c.masks, c.ropes, strict=True)):
         name = f"layers.{i}."
         h = norm(x, t[name + "input_layernorm.weight"])
         both = torch.cat((context, h))
         query = project(name + "self_attn.q_proj", h).view(q, -1, c.head_dim)
         k, v = (project(f"{name}self_attn.{p}_proj", both).view(n + q, -1, c.head_dim) for p in "kv")
-        query = rope(norm(query, t[name + "self_attn.q_norm.weight"]), before)
-        k = rope(norm(k, t[name + "self_attn.k_norm.weight"]), at)
+        query = rope(of, norm(query, t[name + "self_attn.q_norm.weight"]), before)
+        k = rope(of, norm(k, t[name + "self_attn.k_norm.weight"]), at)
         k, v = (p.repeat_interleave(c.num_heads // c.num_kv_heads, 1) for p in (k, v * c.value_scale))
         scores = torch.einsum("qhd,khd->hqk", query, k) * c.head_dim ** -0.5
         gap = before[:, None] - at
