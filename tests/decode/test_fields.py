@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 
 from dflash_decode.checkpoint import CheckpointError, load_checkpoint
 from dflash_decode.checkpoint.fields import FLOAT_MAX, MOST, Fields, shown
+from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from dflash_decode.model.config import read_draft_config
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.model.rope import read_rope
@@ -197,12 +198,12 @@ def test_garbage_in_files_is_a_checkpoint_error_that_names_the_file(tmp_path):
     def target_of(folder):
         return _target(str(folder), "llama", torch.bfloat16, torch.device("cpu"), "model")
 
-    target = target_of(tiny.write_target(tmp_path / "good"))
+    target, tokenizer = target_of(tiny.write_target(tmp_path / "good")), load_tokenizer(tmp_path / "good")
     for text in ('"rms_norm_eps": NaN', '"rope_theta": 0', '"rope_theta": -1e4', '"rms_norm_eps": 1e999',
                  '"rope_scaling": {"rope_type": "linear", "factor": -2}', f'"vocab_size": {"9" * 4200}',
                  f'"vocab_size": {"9" * 4400}', '"hidden_size": null', '"max_position_embeddings": [1]'):
         for write, load in ((tiny.write_target, target_of),
-                            (tiny.write_drafter, lambda f: _drafter(load_checkpoint(f), target, False))):
+                            (tiny.write_drafter, lambda f: _drafter(load_checkpoint(f), target, tokenizer, False))):
             folder = write(tmp_path / "m")
             config = (folder / "config.json").read_text()
             (folder / "config.json").write_text(f"{config[:-1]}, {text}}}")  # of two fields the later one counts

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
 from .layouts import flat
 from .masks import LayerMask, read_masks
+from .quantized import Quantization, read_quantization
 from .rope import Rope, read_ropes
 from .unsupported import refuse_heads, refuse_unread
 
@@ -65,6 +66,7 @@ class DraftConfig:
     own_embedding: bool | None = None
     own_head: bool | None = None
     tied: bool = False
+    quantization: Quantization | None = None
     conv: Convolution | None = None
     selector: Selector | None = None
 
@@ -134,7 +136,8 @@ def read_draft_config(config: Mapping) -> DraftConfig:
         output_multiplier=f.number("output_multiplier", 1.0, above=0.0),
         final_logit_softcapping=max(f.number("final_logit_softcapping", 0.0), 0.0),
         own_embedding=f.flag("has_embed_tokens", None), own_head=any(own_heads) if own_heads else None,
-        tied=f.flag("tie_word_embeddings", False), conv=_convolution(f, hidden), selector=_selector(f, vocab),
+        tied=f.flag("tie_word_embeddings", False), quantization=read_quantization(f),
+        conv=_convolution(f, hidden), selector=_selector(f, vocab),
     )
     names = f.top.items("architectures", (), str, "names")
     if any("DFlash2" in name for name in names) and not (read.conv and read.selector):
@@ -173,8 +176,8 @@ def _selector(f, vocab):
 def _mask_token(f):
     text = f.get("mask_token")
     if f.get("mask_token_id") is None and text is not None:
-        raise ValueError(f"{_WHAT}: mask_token_id must be given beside mask_token, as the text {shown(text)} alone "
-                         "needs the target's tokenizer; got nothing")
+        raise ValueError(f"{_WHAT}: mask_token_id must be given beside mask_token, as the text {shown(text)} "
+                         "is resolved by the target's tokenizer (Session.load does so); got nothing")
     return f.whole("mask_token_id", least=0)
 
 

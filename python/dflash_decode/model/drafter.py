@@ -29,6 +29,8 @@ from ..arguments import check_target, of_type
 from ..kv import CacheShape
 from . import Target
 from .config import DraftConfig, read_draft_config
+from .names import renamed
+from .quantized import dequantized
 from .rope import RopeTables
 from .transformer import Geometry, Layer, LayersPass, Tensors, packer, take_layer
 from .vocabulary import take_vocabulary
@@ -72,8 +74,7 @@ class Drafter:
             head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
             mlp_bias=c.mlp_bias, value_scale=c.value_scale)
         self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
-        baseline = {name.removeprefix("model."): t for name, t in tensors.items()}
-        taker = Tensors(baseline, self.dtype, self.device, _WHAT)
+        taker = Tensors(dequantized(c.quantization, renamed(tensors), self.dtype), self.dtype, self.device, _WHAT)
         self.fc = self.pack(taker.take("fc.weight", c.hidden_size, c.features))
         self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
         self.norm = taker.take("norm.weight", c.hidden_size)

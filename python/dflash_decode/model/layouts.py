@@ -1,7 +1,7 @@
 """Brings the layouts of drafters' configs into one: that of z-lab's, with all fields at the top level or in
 dflash_config."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ..checkpoint.fields import Fields, shown
 
@@ -21,6 +21,20 @@ _SPECULATORS_TRAINING = frozenset([
     "proposal_speculative_tokens", "pure_draft_prefix_len", "speculators_config", "speculators_model_type",
     "speculators_version", "transformer_layer_config",
 ])
+
+
+def with_mask_token(config: Mapping, id_of: Callable[[str], int | None]) -> Mapping:
+    """The config with a mask_token_id where it has only the token's text. id_of: the target's tokenizer. Raises
+    ValueError for a text that is no token of the target."""
+    nested = config.get("dflash_config")
+    places = [config, nested] if isinstance(nested, Mapping) else [config]
+    found = Fields("draft config", *reversed(places))
+    if found.get("mask_token_id") is not None or found.get("mask_token") is None:
+        return config
+    text = found.text("mask_token")
+    if (token := id_of(text)) is None:
+        found.refuse("mask_token", "a token of the target's tokenizer, as there is no mask_token_id", text)
+    return {**config, "mask_token_id": token}
 
 
 def flat(config: Mapping, what: str) -> Mapping:
@@ -50,7 +64,7 @@ def _of_speculators(config: Mapping, what: str) -> Mapping:
     family = Fields(what, inner).text("model_type", "qwen3")
     if family != "qwen3":
         raise NotImplementedError(f"{what}: transformer_layer_config.model_type must be 'qwen3'; got {shown(family)}")
-    projector = outer.text("projector_type", "dspark" if kind == "dspark" else "dflash")
+    projector = kind if kind == "dspark" else outer.text("projector_type", "dflash")
     unread = _SPECULATORS_TRAINING if projector == "dflash" else _SPECULATORS_TRAINING - {"emb_dim", "gru_hidden_dim"}
     beside = {name: value for name, value in config.items() if value is not None and name not in unread}
-    return {**inner, "sliding_window_non_causal": True, "projector_type": projector, **beside}
+    return {**inner, "sliding_window_non_causal": True, **beside, "projector_type": projector}
