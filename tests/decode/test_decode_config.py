@@ -123,7 +123,7 @@ def test_missing_and_wrong_fields_are_named(name):
     ({"block_size": None}, ValueError, "block_size must be an integer of at least 1; got nothing"),
     ({"block_size": 0}, ValueError, "block_size must be .* got 0"),
     ({"mask_token_id": None}, ValueError, "mask_token_id must be an integer of at least 0; got nothing"),
-    ({"mask_token_id": None, "mask_token": "<|MASK|>"}, ValueError, "needs the target's tokenizer"),
+    ({"mask_token_id": None, "mask_token": "<|MASK|>"}, ValueError, "is resolved by the target's tokenizer"),
     ({"target_layer_ids": "1,9"}, ValueError, "target_layer_ids must be a list of layer numbers; got '1,9'"),
     ({"conv_kernel_size": 2}, ValueError, "conv_group_size must be a divisor of hidden_size = 64 beside .* got 0"),
     ({"conv_kernel_size": 2, "conv_group_size": 12}, ValueError, "conv_group_size must be a divisor of .* got 12"),
@@ -143,7 +143,7 @@ def test_p40_unknown_and_unsupported_fields_raise_by_name(nested, error, match):
 
 
 @pytest.mark.parametrize(("top", "match"), [
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method must be one of .* got .gptq"),
     ({"num_experts": 8}, "draft config: num_experts is not supported; got 8"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu'; got 'gelu'"),
     ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope type must be one of .* got 'longrope'"),
