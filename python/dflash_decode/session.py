@@ -250,6 +250,8 @@ def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.de
                                   f"got {shown(model_type)}")
         return _hf_target(where, model_type, dtype, device)
     found = load_checkpoint(model, dtype)
+    if "dflash_config" in found.config:
+        raise CheckpointError(f"{found.source}: model must be a target model; got a drafter, which belongs in draft")
     try:
         return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == Weights.int8)
     except (ValueError, NotImplementedError) as error:
