@@ -63,8 +63,8 @@ def test_p44_sliding_layers_alone_are_causal_where_sliding_window_non_causal_is_
 
 @pytest.mark.parametrize(("change", "match"), [
     ({"speculators_model_type": "eagle3"}, "speculators_model_type must be 'dflash' or 'dflash2'; got 'eagle3'"),
-    ({"speculators_model_type": "dspark"}, "projector_type = 'dspark' makes this a DSpark drafter"),
-    ({"projector_type": "domino"}, "projector_type = 'domino' makes this a Domino drafter"),
+    ({"speculators_model_type": "dspark"}, "projector_type = 'dspark' is not supported: DSpark drafters need"),
+    ({"projector_type": "domino"}, "projector_type = 'domino' is not supported: Domino drafters need"),
     ({"transformer_layer_config": {"model_type": "llama"}}, "transformer_layer_config.model_type must be 'qwen3'"),
     ({"shift_label": True}, "shift_label is not supported; got True"),
 ])
@@ -134,17 +134,17 @@ def test_p40_fields_of_features_that_are_off_and_of_training_change_nothing():
 
 
 @pytest.mark.parametrize(("change", "match"), [
-    ({"projector_type": "dspark"}, "projector_type = 'dspark' makes this a DSpark drafter, .* the Markov head"),
-    ({"architectures": ["Qwen3DSparkModel"]}, "architectures = 'Qwen3DSparkModel' makes this a DSpark drafter"),
-    ({"architectures": ["K3DSparkModel"]}, "makes this a DSpark drafter"),
-    ({"markov_rank": 256}, "markov_rank = 256 makes this a DSpark drafter"),
-    ({"projector_type": "domino"}, "makes this a Domino drafter, .* the GRU"),
-    ({"gru_hidden_dim": 1024}, "gru_hidden_dim = 1024 makes this a Domino drafter"),
-    ({"lilicorr_enabled": True}, "lilicorr_enabled = True makes this a LiLiCorr drafter, .* candidates"),
-    ({"architectures": ["DFlashQwen3XPressModel"]}, "makes this a XPress drafter"),
-    ({"architectures": ["DFlashLagunaForCausalLM"]}, "makes this a Laguna drafter, .* gate"),
-    ({"attention_mode": "mla"}, "attention_mode = 'mla' makes this a MLA drafter, .* latent vectors"),
-    ({"kv_lora_rank": 512}, "kv_lora_rank = 512 makes this a MLA drafter"),
+    ({"projector_type": "dspark"}, "projector_type = 'dspark' is not .*: DSpark drafters need the Markov head"),
+    ({"architectures": ["Qwen3DSparkModel"]}, "'Qwen3DSparkModel' is not supported: DSpark drafters need"),
+    ({"architectures": ["K3DSparkModel"]}, "is not supported: DSpark drafters need"),
+    ({"markov_rank": 256}, "markov_rank = 256 is not supported: DSpark drafters need"),
+    ({"projector_type": "domino"}, "is not supported: Domino drafters need the GRU"),
+    ({"gru_hidden_dim": 1024}, "gru_hidden_dim = 1024 is not supported: Domino drafters need"),
+    ({"lilicorr_enabled": True}, "lilicorr_enabled = True is not supported: LiLiCorr drafters need .*candidates"),
+    ({"architectures": ["DFlashQwen3XPressModel"]}, "is not supported: XPress drafters need"),
+    ({"architectures": ["DFlashLagunaForCausalLM"]}, "is not supported: Laguna drafters need a gate"),
+    ({"attention_mode": "mla"}, "attention_mode = 'mla' is not supported: MLA drafters need .*latent vectors"),
+    ({"kv_lora_rank": 512}, "kv_lora_rank = 512 is not supported: MLA drafters need"),
     ({"sample_from_anchor": True}, "sample_from_anchor, of a drafter that predicts from its anchor's row too"),
 ])
 def test_p40_other_heads_are_refused_in_one_sentence(change, match):

@@ -64,7 +64,7 @@ def dense(c, t, features, rows):
     at, before = torch.arange(n + q), torch.arange(n, n + q)
     for i, (mask, of) in enumerate(zip(c.masks, c.ropes, strict=True)):
         name = f"layers.{i}."
-        h = norm(x, t[name + "input_layernorm.weight"])
+        h, after = convolved(t, name + "attention_conv", norm(x, t[name + "input_layernorm.weight"]))
         both = torch.cat((context, h))
         query = project(name + "self_attn.q_proj", h).view(q, -1, c.head_dim)
         k, v = (project(f"{name}self_attn.{p}_proj", both).view(n + q, -1, c.head_dim) for p in "kv")
@@ -82,11 +82,41 @@ def dense(c, t, features, rows):
             sink = t[name + "self_attn.attention_sink_bias"][:, None, None].expand(-1, q, 1)
             scores = torch.cat((scores, sink), -1)
         weights = scores.softmax(-1)[..., :n + q]
-        x = x + project(name + "self_attn.o_proj", torch.einsum("hqk,khd->qhd", weights, v).reshape(q, -1))
-        h = norm(x, t[name + "post_attention_layernorm.weight"])
+        x = x + after(project(name + "self_attn.o_proj", torch.einsum("hqk,khd->qhd", weights, v).reshape(q, -1)))
+        h, after = convolved(t, name + "mlp_conv", norm(x, t[name + "post_attention_layernorm.weight"]))
         gate, up = project(name + "mlp.gate_proj", h), project(name + "mlp.up_proj", h)
-        x = x + project(name + "mlp.down_proj", torch.nn.functional.silu(gate) * up)
+        x = x + after(project(name + "mlp.down_proj", torch.nn.functional.silu(gate) * up))
     return norm(x, t["norm.weight"])
+
+
+def convolved(t, name, x):
+    """DFlash2's convolution before a sublayer, of its normed input x (Q, H), and the function that applies the one
+    after it; the identity without one. Row i mixes rows i, i - 1, ... of the block, each with a coefficient of its
+    own for each group of channels."""
+    if f"{name}.base_kernel" not in t:
+        return x, lambda y: y
+    base = t[f"{name}.base_kernel"]
+    taps, hidden = base.shape[1:]
+    own = (x @ t[f"{name}.kernel_projection.weight"].T).view(len(x), 2, taps, -1)
+    own = own.repeat_interleave(hidden // own.shape[-1], -1)
+
+    def side(s, y):
+        earlier = [torch.cat((torch.zeros_like(y[:tap]), y[:len(y) - tap])) for tap in range(taps)]
+        return sum((base[s, tap] + own[:, s, tap]) * earlier[tap] for tap in range(taps))
+
+    return side(0, x), lambda y: side(1, y)
+
+
+def selected(t, hidden, logits, anchor, candidates):
+    """DFlash2's greedy walk: of each slot's most likely tokens, the one that fits the token before it best."""
+    pair, ids = hidden @ t["candidate_selector.hidden_projection.weight"].T, []
+    before, after = (t[f"candidate_selector.{side}_codebook"] for side in ("predecessor", "successor"))
+    for row, scores in zip(pair, logits, strict=True):
+        top = scores.topk(candidates)
+        edges = top.values + after[top.indices] @ (before[anchor] * row)
+        anchor = int(top.indices[edges.argmax()])
+        ids.append(anchor)
+    return torch.tensor(ids)
 
 
 class Served:
@@ -102,15 +132,13 @@ class Served:
         self.tables = torch.stack([pool.table_row(pool.allocate(max(n, 0) + 8)[::-1], max_pages) for n in lengths])
         self.lens = torch.zeros(self.batch, dtype=torch.int32)
         torch.manual_seed(2)
-        self.features = [torch.randn(n, len(TARGET_LAYER_IDS) * HIDDEN).to(drafter.dtype) for n in lengths]
+        self.features = [torch.randn(n, drafter.config.features).to(drafter.dtype) for n in lengths]
 
     def commit_all(self, width=5, shift=0):
         """Feeds the features in steps of 0 to `width` rows; what a step does not commit is NaN."""
         context, generator = self.drafter.make_context(self.batch, width, self.kv), torch.Generator().manual_seed(3)
         while any(self.lens[b] < len(f) for b, f in enumerate(self.features)):
-            rows = torch.full(
-                (self.batch, width, len(TARGET_LAYER_IDS) * HIDDEN), float("nan"), dtype=self.drafter.dtype
-            )
+            rows = torch.full((self.batch, width, self.drafter.config.features), float("nan"), dtype=self.drafter.dtype)
             left = torch.tensor([len(f) for f in self.features], dtype=torch.int32) - self.lens
             counts = torch.minimum(torch.randint(0, width + 1, left.shape, generator=generator), left).int()
             positions = self.lens[:, None].long() + torch.arange(width)

@@ -35,6 +35,8 @@ def read_quantization(config: Fields) -> Quantization | None:
     if f.get("quant_method") not in _METHODS:
         raise NotImplementedError(f"{f.what}.quant_method must be one of {', '.join(_METHODS)}; "
                                   f"got {shown(f.get('quant_method'))}")
+    if f.get("quant_algo", "FP8") != "FP8":
+        raise NotImplementedError(f"{f.what}.quant_algo must be 'FP8'; got {shown(f.get('quant_algo'))}")
     if f.get("transform_config"):
         raise NotImplementedError(f"{f.what}.transform_config, which rotates activations, is not supported; "
                                   f"got {shown(f.get('transform_config'))}")

@@ -9,8 +9,8 @@ from ..checkpoint.fields import Fields, shown
 HARMLESS = frozenset([
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
     "attention_dropout", "auto_map", "backbone_rotary_base", "bos_token_id", "chunk_size_feed_forward",
-    "cross_attention_hidden_size", "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label",
-    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "loss_decay_gamma", "max_anchors",
+    "cross_attention_hidden_size", "decoder_start_token_id", "dtype", "eos_token_id", "export", "finetuning_task",
+    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "loss_decay_gamma", "max_anchors",
     "max_window_layers", "model_type", "num_anchors", "output_attentions", "output_hidden_states", "pad_token_id",
     "pretraining_tp", "problem_type", "producer", "pruned_heads", "return_dict", "sep_token_id", "speculators_config",
     "speculators_version", "t2d", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class",
@@ -32,8 +32,8 @@ _MISSING = {
     "DSpark": "the Markov head, which adds what the previous token says to each row's logits",
     "Domino": "the GRU that corrects the logits of a row by the tokens drafted before it",
     "LiLiCorr": "the attention that scores the candidates of all rows again",
-    "XPress": "its own layers",
-    "Laguna": "the gate of its attention and the norm of each target layer's features",
+    "XPress": "layers of their own kind",
+    "Laguna": "a gate on their attention, and a norm for each target layer's features",
     "MLA": "attention on latent vectors instead of keys and values",
 }
 # Field -> the head that it belongs to, unless it is off.
@@ -75,8 +75,8 @@ def refuse_heads(f: Fields, top: Fields) -> None:
 
 
 def _refuse(what: str, name: str, value: object, head: str) -> None:
-    raise NotImplementedError(f"{what}: {name} = {shown(value)} makes this a {head} drafter, which is not supported: "
-                              f"{_MISSING[head]}, is missing")
+    raise NotImplementedError(f"{what}: {name} = {shown(value)} is not supported: {head} drafters need "
+                              f"{_MISSING[head]}")
 
 
 def refuse_unread(what: str, place: Mapping, prefix: str, seen: set[str]) -> None:
