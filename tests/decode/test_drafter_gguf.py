@@ -152,5 +152,6 @@ def test_dflash2s_tensors_have_their_names_in_gguf_too():
              "selector_predecessor.weight": "candidate_selector.predecessor_codebook",
              "selector_hidden.weight": "candidate_selector.hidden_projection.weight",
              "blk.1.attn_sinks.weight": "layers.1.self_attn.attention_sink_bias",
-             "blk.1.attn_q.bias": "layers.1.self_attn.q_proj.bias", "blk.1.attn_q": None, "blk.1.attn_gate.weight": None}
+             "blk.1.attn_q.bias": "layers.1.self_attn.q_proj.bias", "blk.1.attn_q": None,
+             "blk.1.attn_gate.weight": None}
     assert {name: drafter_name(name) for name in names} == names
