@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from dflash_decode.checkpoint import CheckpointError, load_checkpoint
 from dflash_decode.checkpoint.gguf.file import load as load_gguf
 from dflash_decode.loop import Decoder
-from dflash_decode.model.drafter import Drafter, read_vocabulary
+from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.vocabulary import read_vocabulary
 from dflash_decode.requests import Request
 from tests.support import tiny
 from tests.support.gguf_files import write_gguf
@@ -38,7 +39,9 @@ NAMES = ["rope_scaling", "rope_parameters", "rope_theta", "layer_types", "slidin
          "max_window_layers", "rotary_dim", "partial_rotary_factor", "is_causal", "causal", "use_swa", "block_size",
          "num_target_layers", "target_layer_ids", "mask_token_id", "head_dim", "dflash_config", "architectures",
          "draft_vocab_size", "has_lm_head", "quantization_config", "tie_word_embeddings", "attention_bias", "mlp_bias",
-         "weight_map", "token_ids", "rms_norm_eps", "hidden_act", "output_multiplier", "final_logit_softcapping"]
+         "weight_map", "token_ids", "rms_norm_eps", "hidden_act", "output_multiplier", "final_logit_softcapping",
+         "speculators_model_type", "transformer_layer_config", "projector_type", "mask_token",
+         "sliding_window_non_causal", "selector_rank", "conv_kernel_size", "input_embedding_scale"]
 WORDS = [0, 1, 2, 8, 9, 255, 2**16, 2**22, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1,
          0x7FC00000, 0x7F800000, 0x80000000, 0x3F800000]
 
