@@ -10,6 +10,16 @@ def norm_flops(rows: int, width: int, *, add: bool) -> int:
     return rows * width * (5 if add else 4)
 
 
+def conv_bytes(rows: int, width: int, groups: int, taps: int, itemsize: int, *, add_norm: bool = False) -> int:
+    """Bytes that must move: rows read and written once, coefficients of each row and of each channel; with the addition
+    and the norm, the residual read and written and the norm's weight too."""
+    return itemsize * ((4 if add_norm else 2) * rows * width + taps * (rows * groups + width) + add_norm * width)
+
+
+def conv_flops(rows: int, width: int, taps: int, *, add_norm: bool = False) -> int:
+    return rows * width * (4 * taps + (5 if add_norm else 0))
+
+
 def activation_bytes(rows: int, width: int, itemsize: int) -> int:
     """Bytes that must move for rows of I = width outputs: both halves read, the result written."""
     return itemsize * 3 * rows * width

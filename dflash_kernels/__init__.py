@@ -10,6 +10,7 @@ from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
+from .ops.conv import grouped_conv, grouped_conv_add_rms_norm
 from .ops.linear import linear, pack_weight, quantize_weight
 from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 from .ops.norm import add_rms_norm, rms_norm
@@ -34,6 +35,8 @@ __all__ = [
     "block_attention",
     "build_info",
     "embed_tokens",
+    "grouped_conv",
+    "grouped_conv_add_rms_norm",
     "linear",
     "lm_head_argmax",
     "lm_head_topk",

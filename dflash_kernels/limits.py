@@ -56,12 +56,15 @@ class _Main(NamedTuple):
 
 
 _X = _Main("x", "(..., H)")
+_BLOCKS = _Main("x", "(B, Q, H)")
 _ROWS = _Main("x", "(..., K)", facts=("weight_dtype",))
 _LOGITS = _Main("logits", "(B, Q, V)")
 _F32 = (torch.float32,)
 _OPS = {
     "rms_norm": _X,
     "add_rms_norm": _X,
+    "grouped_conv": _BLOCKS,
+    "grouped_conv_add_rms_norm": _BLOCKS,
     "silu_and_mul": _Main("x", "(..., 2I)"),
     "qk_norm_rope": _Main("qkv", "(T, (Hq + 2 Hkv) * D)", facts=("cache_dtype", "head_dim")),
     "write_context_kv": _Main("kv", "(T, L * 2 * Hkv * D)", facts=("cache_dtype", "head_dim", "layers")),

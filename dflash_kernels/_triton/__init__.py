@@ -18,6 +18,8 @@ import torch
 LAUNCHERS = {  # op: module:function
     "rms_norm": "norm:rms_norm",
     "add_rms_norm": "norm:add_rms_norm",
+    "grouped_conv": "conv:grouped_conv",
+    "grouped_conv_add_rms_norm": "conv:grouped_conv_add_rms_norm",
     "silu_and_mul": "activation:silu_and_mul",
     "qk_norm_rope": "rope:qk_norm_rope",
     "write_context_kv": "context:write_context_kv",

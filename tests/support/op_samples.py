@@ -33,6 +33,11 @@ def filled(*shape, dtype=torch.float32):
     return t.copy_(torch.randn(shape))
 
 
+def blocks(requests, width, hidden):
+    """Blocks of rows at one stride, inside a larger tensor of canaries."""
+    return boxed(requests * width, hidden).copy_(torch.randn(requests * width, hidden)).view(requests, width, hidden)
+
+
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -81,6 +86,13 @@ SAMPLES = {
     "add_rms_norm": Sample(dk.add_rms_norm, lambda: {
         "x": torch.randn(3, 16), "residual": filled(3, 16), "weight": torch.randn(16), "eps": 1e-5,
         "out": boxed(3, 16), "residual_out": boxed(3, 16)}, ("residual", "out", "residual_out")),
+    "grouped_conv": Sample(dk.grouped_conv, lambda: {
+        "x": torch.randn(2, 3, 16), "delta": torch.randn(2, 3, 2, 2, 4)[:, :, 1], "base": torch.randn(2, 16),
+        "rounding": "engine", "out": blocks(2, 3, 16)}, ("out",)),
+    "grouped_conv_add_rms_norm": Sample(dk.grouped_conv_add_rms_norm, lambda: {
+        "x": torch.randn(2, 3, 16), "delta": torch.randn(2, 3, 2, 4), "base": torch.randn(2, 16),
+        "residual": blocks(2, 3, 16), "weight": torch.randn(16), "eps": 1e-5, "rounding": "reference",
+        "out": blocks(2, 3, 16), "residual_out": blocks(2, 3, 16)}, ("residual", "out", "residual_out")),
     "silu_and_mul": Sample(dk.silu_and_mul, lambda: {"x": torch.randn(3, 16), "out": boxed(3, 8)}, ("out",)),
     "qk_norm_rope": Sample(dk.qk_norm_rope, lambda: {
         "qkv": filled(3, 40), "positions": torch.tensor([0, 5, 6]), "cos_sin": torch.randn(12, 8), "num_heads": 3,

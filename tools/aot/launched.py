@@ -99,6 +99,24 @@ def activation() -> Iterator[Case]:
             yield case(f"silu_and_mul {block} {DTYPES[dtype]}", launch)
 
 
+def conv() -> Iterator[Case]:
+    """Two taps and groups of 16, as published; each rounding where it is one of 16 bits."""
+    from dflash_kernels._triton.conv import COLUMNS, CONFIGS, grouped_conv, grouped_conv_add_rms_norm
+
+    for width in CONFIGS:
+        for dtype in FLOATS:
+            for rounding in range(1 if dtype == torch.float32 else 3):
+                x, delta, base = empty(18, width, dtype=dtype), empty(18, 2, width // 16, dtype=dtype), empty(
+                    2, width, dtype=dtype)
+                name = f"{width} {DTYPES[dtype]} {('end', 'reference', 'engine')[rounding]}"
+                if width == COLUMNS[0]:
+                    (launch,) = launches(grouped_conv, x, delta, base, 9, rounding, x)
+                    yield case(f"grouped_conv {name}", launch)
+                if rounding == 0 or width == max(CONFIGS):
+                    (launch,) = launches(grouped_conv_add_rms_norm, x, delta, base, 9, rounding, x, base[0], 1e-6, x, x)
+                    yield case(f"grouped_conv_add_rms_norm {name}", launch)
+
+
 def verify() -> Iterator[Case]:
     import triton
 
@@ -288,8 +306,8 @@ def attention() -> Iterator[Case]:
                     yield case(f"block_attention combine_splits {name}", combine)
 
 
-NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope,
-         "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk, "attention": attention}
+NOUNS = {"norm": norm, "conv": conv, "activation": activation, "verify": verify, "block": block, "context": context,
+         "rope": rope, "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk, "attention": attention}
 
 
 def cases(noun: str, arch: int) -> list[Case]:
