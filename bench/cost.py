@@ -134,3 +134,15 @@ def draft_bytes(requests: int, drafts: int, k: int) -> int:
     """Bytes that sample_draft must move: K ids and values a draft in; an id and K probabilities a draft out;
     temperature, seed and length of each request."""
     return requests * (drafts * (16 * k + 8) + 16)
+
+
+def select_bytes(requests: int, drafts: int, k: int, rank: int, itemsize: int, *, drawn: bool = False) -> int:
+    """Bytes that select_candidates must move: K rows of one codebook, a row of the other and of hidden a draft; K ids
+    and values in, an id and a logarithm out; anchor and length of each request. Drawn: K probabilities out, temperature
+    and seed in."""
+    draft = itemsize * (k + 2) * rank + 12 * k + 12 + drawn * 4 * k
+    return requests * (drafts * draft + 12 + drawn * 12)
+
+
+def select_flops(requests: int, drafts: int, k: int, rank: int) -> int:
+    return requests * drafts * (2 * k + 1) * rank

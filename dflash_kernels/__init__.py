@@ -16,6 +16,7 @@ from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_t
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
 from .ops.sample import sample_draft, verify_sample, workspace_size
+from .ops.selector import select_candidates
 from .ops.verify import verify_greedy
 from .step_graph import StepGraph
 from .storage import PackedWeight, PagedKV
@@ -48,6 +49,7 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "sample_draft",
+    "select_candidates",
     "silu_and_mul",
     "supports",
     "verify_greedy",

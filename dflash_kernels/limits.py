@@ -79,6 +79,7 @@ _OPS = {
     "verify_greedy": _LOGITS,
     "verify_sample": _LOGITS,
     "sample_draft": _Main("values", "(B, Q - 1, K)", _F32),
+    "select_candidates": _Main("values", "(B, Q - 1, K)", _F32, ("k",)),
 }
 
 
@@ -182,7 +183,7 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
     layers : int, optional
         L, the number of caches of write_context_kv.
     k : int, optional
-        Candidates of a row, in lm_head_topk and combine_topk.
+        Candidates of a row, in lm_head_topk, combine_topk and select_candidates.
 
     Returns
     -------

@@ -20,6 +20,7 @@ SECTIONS = (
     ("Attention", ops.attention, ()),
     ("Activation", ops.activation, ()),
     ("LM head", ops.lm_head, ("lm_head_argmax", "lm_head_topk", "combine_argmax", "combine_topk")),
+    ("Selector", ops.selector, ()),
     ("Sampling", ops.sample, ("sample_draft", "verify_sample")),
     ("Greedy verification", ops.verify, ()),
     ("Context K/V", ops.context, ()),
@@ -35,7 +36,7 @@ NOTATION = {"B": "requests", "Q": "tokens of a block", "T": "tokens, or rows", "
             "D": "head dimension", "P": "tokens per page", "L": "draft layers", "S": "vocabulary shards",
             "t, G": "taps and groups of a convolution",
             "N": "outputs of a linear layer", "K": "inputs of a linear layer; candidates per draft",
-            "R": "rotary dimension; rows of a shard",
+            "R": "rotary dimension; rows of a shard; rank of a codebook",
             "C": "context tokens that some query sees, of all requests together",
             "e, c, w": "bytes of an element: of the op's rows, logits or table; of the cache; of the weight"}
 WIDTH = 100  # of a signature on one line

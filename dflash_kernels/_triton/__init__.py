@@ -28,6 +28,7 @@ LAUNCHERS = {  # op: module:function
     "verify_greedy": "verify:verify_greedy",
     "verify_sample": "sample:verify_sample",
     "sample_draft": "sample:sample_draft",
+    "select_candidates": "selector:select_candidates",
     "linear": "linear:linear",
     "lm_head_argmax": "lm_head:lm_head_argmax",
     "combine_argmax": "lm_head:combine_argmax",

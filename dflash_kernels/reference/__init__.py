@@ -14,4 +14,5 @@ from . import lm_head as lm_head
 from . import norm as norm
 from . import rope as rope
 from . import sample as sample
+from . import selector as selector
 from . import verify as verify

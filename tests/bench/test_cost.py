@@ -33,6 +33,7 @@ MOVED = {
     "verify_greedy": [cost.verify_bytes(B, Q), cost.verify_bytes(B, Q, vocab=V, itemsize=E)],
     "verify_sample": [cost.sample_bytes(B, Q, V, E)],
     "sample_draft": [cost.draft_bytes(B, Q - 1, K)],
+    "select_candidates": [cost.select_bytes(B, Q - 1, K, R, E)],
 }
 
 

@@ -74,6 +74,13 @@ def sampling(b):
     return SamplingTensors(temp, torch.arange(b), int32(*range(3, 3 + b)), shares, shares * 0.1)
 
 
+def candidates():
+    """Three of ten tokens for each of two positions of two requests, and codebooks of rank 6."""
+    return {"values": torch.randn(2, 2, 3).sort(-1, descending=True).values, "ids": torch.randperm(10)[:3].expand(
+                2, 2, 3).contiguous(), "hidden": torch.randn(2, 2, 6), "anchor_ids": ids(2),
+            "predecessor": torch.randn(10, 6), "successor": torch.randn(10, 6), "context_lens": int32(5, 2)}
+
+
 def int8_weight(n, k):
     return dk.pack_weight(*dk.quantize_weight(torch.randn(n, k)))
 
@@ -197,6 +204,13 @@ SAMPLES = {
         "values": torch.tensor([[3.0, 1.0, 0.5], [2.0, 2.0, -1.0]]).expand(2, 2, 3).contiguous(),
         "ids": ids(2, 2, 3), "context_lens": int32(5, 2), "params": sampling(2),
         "out_ids": boxed(2, 2, dtype=torch.int64), "out_probs": torch.zeros(2, 2, 3)}, ("out_ids", "out_probs")),
+    "select_candidates": Sample(dk.select_candidates, lambda: {
+        **candidates(), "params": sampling(2), "out_ids": boxed(2, 2, dtype=torch.int64),
+        "out_logprobs": torch.zeros(2, 2), "out_probs": torch.zeros(2, 2, 3)},
+        ("out_ids", "out_logprobs", "out_probs")),
+    "select_candidates_greedy": Sample(dk.select_candidates, lambda: {
+        **candidates(), "out_ids": boxed(2, 2, dtype=torch.int64), "out_logprobs": torch.zeros(2, 2)},
+        ("out_ids", "out_logprobs")),
 }
 
 

@@ -78,6 +78,9 @@ def verify(b, q, pages):
     if q > 1:
         ids, probs = torch.arange(16).expand(b, q - 1, 16).contiguous(), torch.full((b, q - 1, 16), 1 / 16)
         dk.sample_draft(probs, ids, lens, params)
+        codebook, hidden = torch.randn(40, 32), torch.randn(b, q - 1, 32)
+        for given in (None, params):
+            dk.select_candidates(probs, ids, hidden, drafts[:, 0], codebook, codebook, lens, given)
         dense = torch.full((b, q - 1, VOCABULARY), 1 / VOCABULARY)
         for proposal in (Proposal(probs=probs, ids=ids), Proposal(probs=dense), Proposal(logits=dense)):
             dk.verify_sample(drafts, logits, lens, params, proposal=proposal, rule="block")

@@ -1,4 +1,5 @@
-"""The cases of each noun but sample: what its launchers launch for a call, noted on tensors without memory.
+"""The cases of each noun but sample and selector: what its launchers launch for a call, noted on tensors without
+memory.
 
 A launch is compiled as Triton would compile it: an argument that is None and an integer 1 are constants, an integer
 that divides by 16 is marked, but one that the kernel does not specialise on is neither. So a case is a name and a call.
