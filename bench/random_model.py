@@ -64,6 +64,6 @@ def random_drafter(g: Geometry, target: NativeTarget) -> Drafter:
     config = read_draft_config({
         "hidden_size": d.hidden, "intermediate_size": d.mlp, "num_attention_heads": d.heads, "head_dim": d.head_dim,
         "num_key_value_heads": d.kv_heads, "num_hidden_layers": d.layers, "block_size": g.block, "vocab_size": g.vocab,
-        "mask_token_id": 0, "num_target_layers": target.num_layers,
+        "mask_token_id": 0, "rope_theta": 10000.0, "num_target_layers": target.num_layers,
         "target_layer_ids": [i * target.num_layers // g.target_layer_ids for i in range(g.target_layer_ids)]})
     return Drafter(config, Tensors(tensor_shapes(config), random_on(target.device, target.dtype)), target)

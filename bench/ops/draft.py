@@ -37,13 +37,14 @@ def random_drafter(geometry, sizes):
     config = read_draft_config({
         "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "head_dim": dim,
         "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "block_size": block, "vocab_size": vocab,
-        "mask_token_id": 0, "num_target_layers": 8, "target_layer_ids": list(range(target_layer_ids))})
+        "mask_token_id": 0, "rope_theta": 10000.0, "num_target_layers": 8,
+        "target_layer_ids": list(range(target_layer_ids))})
     weights = {n: torch.ones(size) if len(size) == 1 else sizes.random(*size) * 0.02
                for n, size in tensor_shapes(config).items()}
     embedding = sizes.random(vocab, hidden)
     target = SimpleNamespace(dtype=sizes.dtype, device=torch.device(sizes.device), num_layers=8, hidden_size=hidden,
                              vocab_size=vocab, max_context=2 * CONTEXT[sizes.name], embedding=embedding,
-                             head=dk.pack_weight(embedding), head_bias=None)
+                             embedding_scale=1.0, head=dk.pack_weight(embedding), head_bias=None)
     return Drafter(config, weights, target)
 
 

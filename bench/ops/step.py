@@ -9,8 +9,9 @@ import dflash_kernels as dk
 from bench.case import Case, Sizes, packed_bytes
 from dflash_decode.checkpoint import drafter_of, load_checkpoint, read_directory
 from dflash_decode.kv import PagePool
-from dflash_decode.model.drafter import Drafter, read_vocabulary
+from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.vocabulary import read_vocabulary
 from dflash_decode.step import Step
 
 BLOCK, CONTEXT, PAGE = 8, 256, 64

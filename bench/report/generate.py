@@ -9,6 +9,7 @@ from bench import ROOT
 from bench.model import tables as step_tables
 from bench.report import (
     decode_tables,
+    drafters_table,
     draw,
     engine_tables,
     kernel_tables,
@@ -48,6 +49,7 @@ def pages() -> dict[Path, str]:
     results = ROOT / "bench" / "results"
     docs = ROOT / "docs"
     made = {ROOT / "README.md": {"results": summary_table.headline(results), "picture": picture_block(results)},
+            docs / "drafters.md": {"drafters": drafters_table.drafters_block()},
             docs / "engines.md": {"results": engine_tables.engines_block(results)},
             docs / "performance.md": {
                 "summary": summary_table.summary(results),

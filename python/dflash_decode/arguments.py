@@ -108,7 +108,8 @@ def read_device(what: str, value: Any) -> torch.device:
 
 # The attributes of a target that a drafter and a decoder need.
 _OF_TARGET = {
-    "Drafter": ("vocab_size", "hidden_size", "num_layers", "max_context", "dtype", "device", "embedding", "head"),
+    "Drafter": ("vocab_size", "hidden_size", "num_layers", "max_context", "dtype", "device", "embedding",
+                "embedding_scale", "head"),
     "Decoder": ("vocab_size", "max_context", "dtype", "device", "cache", "make_pass", "next_ids", "logits"),
 }
 

@@ -15,6 +15,7 @@ import torch
 from dflash_kernels import PagedKV
 
 from .arguments import check_target, choice, of_type, whole
+from .checkpoint.errors import warn
 from .choices import Rule, SampleFrom
 from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
@@ -78,6 +79,7 @@ class Decoder:
         # All requests in order of arrival. What runs, what waits and who owns a page follow from this list alone,
         # so an interrupt cannot leave two records that disagree.
         self._requests: list[Live] = []
+        self._warned = False
         self._firsts: dict[type[GreedyVerifier], GreedyVerifier] = {}
         self._row_seconds, self._step_seconds = 0.0, math.inf  # of a prompt's row and of a step, lately
 
@@ -117,7 +119,17 @@ class Decoder:
         live = admit(request, self.target.vocab_size, self.max_context, self.pool)
         if any(other.request.id == request.id for other in self._requests if not other.finish):
             raise ValueError(f"request {shown(request.id)}: id must be new; got that of a request that still runs")
+        self._warn_of_length(len(live.request.prompt) + live.limit)
         self._requests.append(live)
+
+    def _warn_of_length(self, tokens: int) -> None:
+        """Says once that a request goes beyond the drafter's trained context: the output is right, the drafts are not.
+        """
+        trained = self.drafter.config.max_position_embeddings if self.drafter else None
+        if trained is not None and tokens > trained and not self._warned:
+            self._warned = True
+            warn(f"Decoder: drafts beyond {trained} tokens, the drafter's max_position_embeddings, are seldom taken; "
+                 f"got {tokens} tokens of prompt and answer")
 
     def cancel(self, request_id: Hashable) -> None:
         """Ends the request before the next step; does nothing if it has ended."""

@@ -28,8 +28,10 @@ from .inputs import shown
 from .loop import Decoder
 from .model import Target
 from .model.calibration import read_calibration
-from .model.drafter import Drafter, read_vocabulary, refuse_side_files
+from .model.drafter import Drafter
+from .model.layouts import with_mask_token
 from .model.native import FAMILIES, NativeTarget
+from .model.vocabulary import read_mask_embedding, read_vocabulary
 from .prompts import read_prompt, read_prompts
 from .requests import Request
 from .sampling import GREEDY, SamplingParams, check_sampling
@@ -153,7 +155,7 @@ class Session:
                 drafter = Drafter.random(target, **({} if block_size is None else {"block_size": block_size}))
         elif draft != NONE:
             with status(f"loading {draft}"):
-                drafter = _drafter(load_checkpoint(draft, dtype), target, _int8(draft_weights, target))
+                drafter = _drafter(load_checkpoint(draft, dtype), target, tokenizer, _int8(draft_weights, target))
         elif asked == AUTO:
             warnings.warn(f"decoding without speculation, which is slower: {no_drafter(model)}", stacklevel=2)
         width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
@@ -248,6 +250,8 @@ def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.de
                                   f"got {shown(model_type)}")
         return _hf_target(where, model_type, dtype, device)
     found = load_checkpoint(model, dtype)
+    if "dflash_config" in found.config:
+        raise CheckpointError(f"{found.source}: model must be a target model; got a drafter, which belongs in draft")
     try:
         return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == Weights.int8)
     except (ValueError, NotImplementedError) as error:
@@ -274,13 +278,14 @@ def _int8(draft_weights: str, target: Target) -> bool:
     return target.device.type == "cpu" and target.dtype.itemsize == 2
 
 
-def _drafter(found: Checkpoint, target: Target, int8: bool) -> Drafter:
+def _drafter(found: Checkpoint, target: Target, tokenizer: Tokenizer, int8: bool) -> Drafter:
     if not {"dflash_config", "block_size"} & found.config.keys():
         raise CheckpointError(f"{found.source}: draft must be a DFlash drafter, whose config.json has dflash_config or "
                               f"block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
-        refuse_side_files(found.source)
-        drafter = Drafter(found.config, found.tensors, target, read_vocabulary(found.source), int8=int8)
+        tensors = {**found.tensors, **read_mask_embedding(found.source)}
+        config = with_mask_token(found.config, tokenizer.token_id)
+        drafter = Drafter(config, tensors, target, read_vocabulary(found.source), int8=int8)
         drafter.calibration = read_calibration(found.source, drafter.block_size - 1)
         return drafter
     except (ValueError, NotImplementedError) as error:

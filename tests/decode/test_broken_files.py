@@ -19,8 +19,8 @@ from dflash_decode.checkpoint import errors as files
 from dflash_decode.checkpoint.gguf import file as gguf_file
 from dflash_decode.checkpoint.gguf import header as gguf_header
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
-from dflash_decode.model.drafter import read_vocabulary, refuse_side_files
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.vocabulary import read_mask_embedding, read_vocabulary
 from tests.support import tiny
 from tests.support.gguf_files import names_and_shapes, write_gguf
 
@@ -128,7 +128,7 @@ def test_side_files_of_a_drafter_that_are_no_files(tmp_path):
         read_vocabulary(tmp_path)
     pipe(tmp_path / "mask_embedding.pt")
     with pytest.raises(NotImplementedError, match="mask_embedding.pt"):
-        refuse_side_files(tmp_path)
+        read_mask_embedding(tmp_path)
 
 
 def test_paths_that_no_file_can_have(tmp_path):
@@ -292,7 +292,7 @@ def test_a_context_longer_than_memory_costs_what_is_used_of_it(tmp_path, most):
     long = make(most)
     for room, tokens in ((16, 8), (64, 60)):  # the second needs a longer table than the first has made
         assert answer(long, room, tokens) == answer(make(tiny.CONTEXT), room, tokens)
-    table = long[0]._table.reaching(long[0].cache.allocate(4, 16), 4)
+    table = long[0]._tables.reaching(long[0].cache.allocate(4, 16), 4)[0]
     assert torch.equal(table[:16], long[0]._rope.table(16)) and 68 <= len(table) <= 128
 
 

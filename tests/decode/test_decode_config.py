@@ -1,6 +1,7 @@
 import pytest
 
-from dflash_decode.model.config import LayerMask, read_draft_config, spread_target_layers
+from dflash_decode.model.config import Convolution, LayerMask, Selector, read_draft_config, spread_target_layers
+from dflash_decode.model.drafter import tensor_shapes
 from dflash_decode.model.rope import read_rope
 
 BASE = {
@@ -29,7 +30,7 @@ def test_every_field_is_read():
     assert (c.block_size, c.mask_token_id, c.target_layer_ids, c.num_target_layers) == (8, 99, (1, 9), 12)
     assert (c.value_scale, c.input_embedding_scale, c.output_multiplier) == (0.707, 8.0, 0.5)
     assert c.final_logit_softcapping == 30.0 and c.attention_bias and c.masks[0].sinks
-    assert (c.rope.rotary_dim, c.rope.theta, c.rms_norm_eps) == (8, 1e6, 1e-5)
+    assert (c.ropes[1].rotary_dim, c.ropes[0].theta, c.rms_norm_eps) == (8, 1e6, 1e-5)
     assert (c.vocab_size, c.draft_vocab_size, c.own_head, c.own_embedding) == (100, 50, True, False)
 
 
@@ -122,12 +123,16 @@ def test_missing_and_wrong_fields_are_named(name):
     ({"block_size": None}, ValueError, "block_size must be an integer of at least 1; got nothing"),
     ({"block_size": 0}, ValueError, "block_size must be .* got 0"),
     ({"mask_token_id": None}, ValueError, "mask_token_id must be an integer of at least 0; got nothing"),
-    ({"mask_token_id": None, "mask_token": "<|MASK|>"}, ValueError, "needs the target's tokenizer"),
+    ({"mask_token_id": None, "mask_token": "<|MASK|>"}, ValueError, "is resolved by the target's tokenizer"),
     ({"target_layer_ids": "1,9"}, ValueError, "target_layer_ids must be a list of layer numbers; got '1,9'"),
-    ({"conv_kernel_size": 2}, NotImplementedError, "dflash_config.conv_kernel_size, which belongs to DFlash2,"),
-    ({"selector_rank": 256}, NotImplementedError, "dflash_config.selector_rank, which belongs to DFlash2,"),
-    ({"projector_type": "domino"}, NotImplementedError, "projector_type must be 'dflash'; got 'domino'"),
-    ({"lilicorr_enabled": True}, NotImplementedError, "lilicorr_enabled, which belongs to LiLiCorr"),
+    ({"conv_kernel_size": 2}, ValueError, "conv_group_size must be a divisor of hidden_size = 64 beside .* got 0"),
+    ({"conv_kernel_size": 2, "conv_group_size": 12}, ValueError, "conv_group_size must be a divisor of .* got 12"),
+    ({"conv_group_size": 16}, ValueError, "conv_kernel_size must be between 1 and 1024 beside .* got 0"),
+    ({"selector_rank": 256}, ValueError, "selector_top_k must be between 1 and 64 beside selector_rank = 256; got 0"),
+    ({"selector_rank": 256, "selector_top_k": 65}, ValueError, "selector_top_k must be between 1 and 64 .* got 65"),
+    ({"selector_top_k": 16}, ValueError, "selector_rank must be an integer of at least 1 beside .* got 0"),
+    ({"projector_type": "domino"}, NotImplementedError, "projector_type = 'domino' is not supported: Domino"),
+    ({"lilicorr_enabled": True}, NotImplementedError, "lilicorr_enabled = True is not supported: LiLiCorr"),
     ({"sample_from_anchor": True}, NotImplementedError, "sample_from_anchor"),
     ({"mystery": 0}, NotImplementedError, "dflash_config.mystery is not supported; got 0"),
     ({"attention_value_scale": "x"}, ValueError, "attention_value_scale must be a number above 0; got 'x'"),
@@ -138,9 +143,8 @@ def test_p40_unknown_and_unsupported_fields_raise_by_name(nested, error, match):
 
 
 @pytest.mark.parametrize(("top", "match"), [
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config, which belongs to quantised drafters"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method must be one of .* got .gptq"),
     ({"num_experts": 8}, "draft config: num_experts is not supported; got 8"),
-    ({"architectures": ["DFlash2DraftModel"]}, "DFlash2"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu'; got 'gelu'"),
     ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope type must be one of .* got 'longrope'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mrope_section": [1]}}, "rope field 'mrope_section'"),
@@ -149,6 +153,21 @@ def test_p40_unknown_and_unsupported_fields_raise_by_name(nested, error, match):
 def test_p40_top_level_too(top, match):
     with pytest.raises(NotImplementedError, match=match):
         read_draft_config(config(**top))
+
+
+def test_the_fields_of_dflash2_are_a_record_each():
+    c = read_draft_config(config({"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8,
+                                  "selector_top_k": 16}, architectures=["DFlash2DraftModel"]))
+    assert (c.conv, c.selector) == (Convolution(taps=2, group=16), Selector(rank=8, candidates=16))
+    shapes = tensor_shapes(c)
+    assert shapes["layers.1.attention_conv.base_kernel"] == shapes["layers.0.mlp_conv.base_kernel"] == (2, 2, 64)
+    assert shapes["layers.1.mlp_conv.kernel_projection.weight"] == (16, 64)
+    assert shapes["candidate_selector.predecessor_codebook"] == (100, 8)
+    assert shapes["candidate_selector.hidden_projection.weight"] == (8, 64)
+    off = read_draft_config(config({"conv_kernel_size": 0, "conv_group_size": 0, "selector_rank": 0}))
+    assert off.conv is None and off.selector is None
+    with pytest.raises(ValueError, match="conv_kernel_size, .* must be given, as architectures is .*DFlash2DraftModel"):
+        read_draft_config(config(architectures=["DFlash2DraftModel"]))
 
 
 def test_switched_off_fields_of_later_versions_are_fine():

@@ -5,7 +5,8 @@ import torch
 
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.model.config import read_draft_config
-from dflash_decode.model.drafter import Drafter, read_vocabulary, refuse_side_files
+from dflash_decode.model.drafter import Drafter
+from dflash_decode.model.vocabulary import read_mask_embedding, read_vocabulary
 from dflash_kernels.testing import assert_within_budget, same_bits
 
 pytest.importorskip("transformers")
@@ -226,6 +227,15 @@ def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named():
     Drafter(config, {f"model.{k}": t for k, t in good.items()}, target)
 
 
+@pytest.mark.parametrize("changes", [{"conv_kernel_size": 2, "conv_group_size": 16},
+                                     {"selector_rank": 8, "selector_top_k": 4}])
+def test_dflash2_is_refused_by_name(changes):
+    _, target = make_target("llama")
+    config = draft_config({})
+    with pytest.raises(NotImplementedError, match=f"{[*changes][0]}, which belongs to DFlash2, is not supported"):
+        Drafter({**config, "dflash_config": {**config["dflash_config"], **changes}}, {}, target)
+
+
 def test_a_drafter_for_another_target_is_refused():
     config, (_, target) = draft_config({}), make_target("llama")
     tensors = random_tensors(config, torch.float32)
@@ -249,7 +259,7 @@ def test_a_mask_token_beyond_the_drafters_own_embedding_is_refused():
 
 
 def test_p37_a_pickled_mask_embedding_is_refused_and_not_ignored(tmp_path):
-    refuse_side_files(tmp_path)
+    read_mask_embedding(tmp_path)
     (tmp_path / "mask_embedding.pt").touch()
-    with pytest.raises(NotImplementedError, match="mask_embedding.pt, .* safetensors only; store it as row"):
-        refuse_side_files(tmp_path)
+    with pytest.raises(NotImplementedError, match="mask_embedding.pt, .* safetensors only; store it as the"):
+        read_mask_embedding(tmp_path)

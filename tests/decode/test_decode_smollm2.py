@@ -57,7 +57,7 @@ def baseline(target, requests):
 
 def trained(target, **options):
     from dflash_decode.checkpoint import drafter_of, load_checkpoint
-    from dflash_decode.model.drafter import read_vocabulary
+    from dflash_decode.model.vocabulary import read_vocabulary
 
     found = load_checkpoint(drafter_of("smollm2"))
     return Drafter(found.config, found.tensors, target, read_vocabulary(found.source), **options)

@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 
 from dflash_decode.checkpoint import CheckpointError, load_checkpoint
 from dflash_decode.checkpoint.fields import FLOAT_MAX, MOST, Fields, shown
+from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from dflash_decode.model.config import read_draft_config
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.model.rope import read_rope
@@ -34,7 +35,7 @@ DRAFT = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2,
     "intermediate_size": 128, "vocab_size": 264, "draft_vocab_size": 264, "rms_norm_eps": 1e-6, "rotary_dim": 64,
     "max_position_embeddings": 128, "num_target_layers": 4, "target_hidden_size": 64, "sliding_window": 16,
-    "max_window_layers": 1, "final_logit_softcapping": 30.0,
+    "max_window_layers": 1, "final_logit_softcapping": 30.0, "rope_theta": 10000.0,
     "dflash_config": {"mask_token_id": 0, "target_layer_ids": [0, 2], "block_size": 4, "attention_value_scale": 0.7,
                       "input_embedding_scale": 2.0, "output_multiplier": 0.5, "swa_window_size": 8},
 }
@@ -42,7 +43,7 @@ HUGE = 10**4400  # has more digits than Python writes
 NEVER = (math.nan, math.inf, -math.inf, 10**400, -10**400, HUGE, 1e39, "1", "", [1], {"a": 1}, [], {}, False, True)
 # Beside these: what a field means, where it may be 0, and where it may be negative.
 ZERO = {"mask_token_id", "sliding_window", "swa_window_size", "max_window_layers", "final_logit_softcapping", "mscale",
-        "mscale_all_dim"}
+        "mscale_all_dim", "partial_rotary_factor"}
 NEGATIVE = {"final_logit_softcapping"}
 WHOLE = {"hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "num_key_value_heads",
          "intermediate_size", "vocab_size", "draft_vocab_size", "max_position_embeddings", "num_target_layers",
@@ -121,7 +122,7 @@ def test_every_number_of_a_drafters_config_is_refused_out_of_its_range(kind):
                                   "attention_bias", "max_window_layers", "is_neox_style"])
 def test_null_is_as_good_as_absent(tensors, name):
     assert NativeTarget(TARGET | {name: None}, tensors).geometry == NativeTarget(TARGET, tensors).geometry
-    config = DRAFT | {name: None}
+    config = DRAFT | {"rope_parameters": {"rope_theta": 10000.0}} | {name: None}
     assert read_draft_config(config) == read_draft_config({k: v for k, v in config.items() if k != name})
 
 
@@ -197,12 +198,12 @@ def test_garbage_in_files_is_a_checkpoint_error_that_names_the_file(tmp_path):
     def target_of(folder):
         return _target(str(folder), "llama", torch.bfloat16, torch.device("cpu"), "model")
 
-    target = target_of(tiny.write_target(tmp_path / "good"))
+    target, tokenizer = target_of(tiny.write_target(tmp_path / "good")), load_tokenizer(tmp_path / "good")
     for text in ('"rms_norm_eps": NaN', '"rope_theta": 0', '"rope_theta": -1e4', '"rms_norm_eps": 1e999',
                  '"rope_scaling": {"rope_type": "linear", "factor": -2}', f'"vocab_size": {"9" * 4200}',
                  f'"vocab_size": {"9" * 4400}', '"hidden_size": null', '"max_position_embeddings": [1]'):
         for write, load in ((tiny.write_target, target_of),
-                            (tiny.write_drafter, lambda f: _drafter(load_checkpoint(f), target, False))):
+                            (tiny.write_drafter, lambda f: _drafter(load_checkpoint(f), target, tokenizer, False))):
             folder = write(tmp_path / "m")
             config = (folder / "config.json").read_text()
             (folder / "config.json").write_text(f"{config[:-1]}, {text}}}")  # of two fields the later one counts

@@ -117,7 +117,7 @@ def test_gguf_untied_head_partial_rope_and_scaling(tmp_path):
     ({"tensors": {"blk.0.strange.weight": np.ones((2, 32), np.float32)}}, "of a llama model; got blk.0.strange.weight"),
     ({"tensors": {n: np.ones((7, 32) if n == "blk.0.attn_q.weight" else s, np.float32)
                   for n, s in names_and_shapes("llama")}}, "rows for 4 heads of an even size; got 7"),
-    ({"arch": "gemma3"}, "general.architecture must be llama or qwen3; got 'gemma3'"),
+    ({"arch": "gemma3"}, "general.architecture must be llama, qwen3, dflash, dflash-draft; got 'gemma3'"),
 ])
 def test_gguf_refusals(tmp_path, changes, message):
     write_gguf(tmp_path / "m.gguf", **changes)

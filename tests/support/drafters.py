@@ -43,18 +43,18 @@ def dflash_model(config, tensors, dtype):
 def dense(c, t, features, rows):
     """One request's draft hidden states (Q, H), in the dtype of its tensors."""
     dtype, (n, q) = rows.dtype, (features.shape[0], rows.shape[0])
-    table = c.rope.table(n + q).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
 
     def norm(x, w):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * w
 
-    def rope(x, at):
-        half = c.rope.rotary_dim // 2
+    def rope(of, x, at):
+        half, table = of.rotary_dim // 2, of.table(n + q).to(exact)
         cos, sin = (table[at, None, i * half:(i + 1) * half].to(dtype) for i in (0, 1))
         turning, still = x[..., :2 * half], x[..., 2 * half:]
-        a, b = ((turning[..., 0::2], turning[..., 1::2]) if c.rope.interleaved else turning.chunk(2, -1))
+        a, b = ((turning[..., 0::2], turning[..., 1::2]) if of.interleaved else turning.chunk(2, -1))
         pair = (a * cos - b * sin, b * cos + a * sin)
-        turned = torch.stack(pair, -1).flatten(-2) if c.rope.interleaved else torch.cat(pair, -1)
+        turned = torch.stack(pair, -1).flatten(-2) if of.interleaved else torch.cat(pair, -1)
         return torch.cat((turned, still), -1)
 
     def project(name, x):
@@ -62,14 +62,14 @@ def dense(c, t, features, rows):
 
     context, x = norm(project("fc", features), t["hidden_norm.weight"]), rows
     at, before = torch.arange(n + q), torch.arange(n, n + q)
-    for i, mask in enumerate(c.masks):
+    for i, (mask, of) in enumerate(zip(c.masks, c.ropes, strict=True)):
         name = f"layers.{i}."
-        h = norm(x, t[name + "input_layernorm.weight"])
+        h, after = convolved(t, name + "attention_conv", norm(x, t[name + "input_layernorm.weight"]))
         both = torch.cat((context, h))
         query = project(name + "self_attn.q_proj", h).view(q, -1, c.head_dim)
         k, v = (project(f"{name}self_attn.{p}_proj", both).view(n + q, -1, c.head_dim) for p in "kv")
-        query = rope(norm(query, t[name + "self_attn.q_norm.weight"]), before)
-        k = rope(norm(k, t[name + "self_attn.k_norm.weight"]), at)
+        query = rope(of, norm(query, t[name + "self_attn.q_norm.weight"]), before)
+        k = rope(of, norm(k, t[name + "self_attn.k_norm.weight"]), at)
         k, v = (p.repeat_interleave(c.num_heads // c.num_kv_heads, 1) for p in (k, v * c.value_scale))
         scores = torch.einsum("qhd,khd->hqk", query, k) * c.head_dim ** -0.5
         gap = before[:, None] - at
@@ -82,11 +82,41 @@ def dense(c, t, features, rows):
             sink = t[name + "self_attn.attention_sink_bias"][:, None, None].expand(-1, q, 1)
             scores = torch.cat((scores, sink), -1)
         weights = scores.softmax(-1)[..., :n + q]
-        x = x + project(name + "self_attn.o_proj", torch.einsum("hqk,khd->qhd", weights, v).reshape(q, -1))
-        h = norm(x, t[name + "post_attention_layernorm.weight"])
+        x = x + after(project(name + "self_attn.o_proj", torch.einsum("hqk,khd->qhd", weights, v).reshape(q, -1)))
+        h, after = convolved(t, name + "mlp_conv", norm(x, t[name + "post_attention_layernorm.weight"]))
         gate, up = project(name + "mlp.gate_proj", h), project(name + "mlp.up_proj", h)
-        x = x + project(name + "mlp.down_proj", torch.nn.functional.silu(gate) * up)
+        x = x + after(project(name + "mlp.down_proj", torch.nn.functional.silu(gate) * up))
     return norm(x, t["norm.weight"])
+
+
+def convolved(t, name, x):
+    """DFlash2's convolution before a sublayer, of its normed input x (Q, H), and the function that applies the one
+    after it; the identity without one. Row i mixes rows i, i - 1, ... of the block, each with a coefficient of its
+    own for each group of channels."""
+    if f"{name}.base_kernel" not in t:
+        return x, lambda y: y
+    base = t[f"{name}.base_kernel"]
+    taps, hidden = base.shape[1:]
+    own = (x @ t[f"{name}.kernel_projection.weight"].T).view(len(x), 2, taps, -1)
+    own = own.repeat_interleave(hidden // own.shape[-1], -1)
+
+    def side(s, y):
+        earlier = [torch.cat((torch.zeros_like(y[:tap]), y[:len(y) - tap])) for tap in range(taps)]
+        return sum((base[s, tap] + own[:, s, tap]) * earlier[tap] for tap in range(taps))
+
+    return side(0, x), lambda y: side(1, y)
+
+
+def selected(t, hidden, logits, anchor, candidates):
+    """DFlash2's greedy walk: of each slot's most likely tokens, the one that fits the token before it best."""
+    pair, ids = hidden @ t["candidate_selector.hidden_projection.weight"].T, []
+    before, after = (t[f"candidate_selector.{side}_codebook"] for side in ("predecessor", "successor"))
+    for row, scores in zip(pair, logits, strict=True):
+        top = scores.topk(candidates)
+        edges = top.values + after[top.indices] @ (before[anchor] * row)
+        anchor = int(top.indices[edges.argmax()])
+        ids.append(anchor)
+    return torch.tensor(ids)
 
 
 class Served:
@@ -102,15 +132,13 @@ class Served:
         self.tables = torch.stack([pool.table_row(pool.allocate(max(n, 0) + 8)[::-1], max_pages) for n in lengths])
         self.lens = torch.zeros(self.batch, dtype=torch.int32)
         torch.manual_seed(2)
-        self.features = [torch.randn(n, len(TARGET_LAYER_IDS) * HIDDEN).to(drafter.dtype) for n in lengths]
+        self.features = [torch.randn(n, drafter.config.features).to(drafter.dtype) for n in lengths]
 
     def commit_all(self, width=5, shift=0):
         """Feeds the features in steps of 0 to `width` rows; what a step does not commit is NaN."""
         context, generator = self.drafter.make_context(self.batch, width, self.kv), torch.Generator().manual_seed(3)
         while any(self.lens[b] < len(f) for b, f in enumerate(self.features)):
-            rows = torch.full(
-                (self.batch, width, len(TARGET_LAYER_IDS) * HIDDEN), float("nan"), dtype=self.drafter.dtype
-            )
+            rows = torch.full((self.batch, width, self.drafter.config.features), float("nan"), dtype=self.drafter.dtype)
             left = torch.tensor([len(f) for f in self.features], dtype=torch.int32) - self.lens
             counts = torch.minimum(torch.randint(0, width + 1, left.shape, generator=generator), left).int()
             positions = self.lens[:, None].long() + torch.arange(width)

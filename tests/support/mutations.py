@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from dflash_decode.checkpoint import CheckpointError, load_checkpoint
 from dflash_decode.checkpoint.gguf.file import load as load_gguf
 from dflash_decode.loop import Decoder
-from dflash_decode.model.drafter import Drafter, read_vocabulary
+from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.vocabulary import read_vocabulary
 from dflash_decode.requests import Request
 from tests.support import tiny
 from tests.support.gguf_files import write_gguf

@@ -10,6 +10,7 @@ import torch
 from .errors import CheckpointError, brief, read_json, regular
 from .fields import shown
 
+MASK_EMBEDDING = "mask_embedding.safetensors"  # lies beside a drafter's weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -41,7 +42,7 @@ def read_directory(folder: Path) -> Checkpoint:
         return Checkpoint(config, read_safetensors(single), str(folder))
     if os.path.lexists(index):
         return Checkpoint(config, _read_shards(folder, index), str(folder))
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = sorted(file for file in folder.glob("*.safetensors") if file.name != MASK_EMBEDDING)
     if len(shards) == 1:
         return Checkpoint(config, read_safetensors(shards[0]), str(folder))
     pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))

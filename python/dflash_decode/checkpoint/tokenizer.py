@@ -43,6 +43,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is this text, or None."""
+        return self.backend.token_to_id(text)
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The token ids of `text`. Special tokens in the text are recognised.
 

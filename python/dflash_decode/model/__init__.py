@@ -36,6 +36,7 @@ class Target(Protocol):
     device: torch.device
     cache: CacheShape
     embedding: torch.Tensor  # (V, H), for drafters without their own
+    embedding_scale: float  # that the target's embedding applies to its rows
     head: torch.Tensor | PackedWeight  # (V, H), likewise
     head_bias: torch.Tensor | None  # (V,)
     graph_safe: bool  # a pass runs dflash ops alone, so a graph can capture it

@@ -4,10 +4,8 @@
     draft:    [anchor, MASK, ...] -> layers, each attending to its context pages and to the block itself -> argmax
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,13 +26,14 @@ from dflash_kernels import (
 )
 
 from ..arguments import check_target, of_type
-from ..checkpoint.errors import CheckpointError, read_json
-from ..checkpoint.fields import MOST, Fields
 from ..kv import CacheShape
 from . import Target
 from .config import DraftConfig, read_draft_config
-from .rope import RopeTable
+from .names import renamed
+from .quantized import dequantized
+from .rope import RopeTables
 from .transformer import Geometry, Layer, LayersPass, Tensors, packer, take_layer
+from .vocabulary import take_vocabulary
 
 _WHAT = "draft checkpoint"
 _CANDIDATES = 16  # most likely tokens that a draft is drawn from
@@ -45,7 +44,7 @@ class Drafter:
 
     config: a DraftConfig, or config.json as a dict.
     tensors: by the names of z-lab's checkpoints (`layers.N. ...`, `fc`, `hidden_norm`, `norm`, and where it has its
-        own: `embed_tokens`, `lm_head`, `d2t`), with or without `model.`.
+        own: `embed_tokens`, `lm_head`, `d2t`, `mask_embedding`), with or without `model.`.
     vocabulary (n,) int: the target's tokens that the drafter can draft. The draft head is then these rows of the
         target's LM head, so a step streams n rows instead of all. None: all.
     int8: keeps the weights in 8 bits (quantize_weight), and the draft head unless it is the target's whole LM head. A
@@ -67,6 +66,7 @@ class Drafter:
         of_type("Drafter", "int8", int8, bool, "True or False")
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
+        _refuse_dflash2(c)
         _check_fits(c, target)
         self.int8, self.pack = int8, packer(int8)
         self.geometry = g = Geometry(
@@ -74,8 +74,7 @@ class Drafter:
             head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
             mlp_bias=c.mlp_bias, value_scale=c.value_scale)
         self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
-        baseline = {name.removeprefix("model."): t for name, t in tensors.items()}
-        taker = Tensors(baseline, self.dtype, self.device, _WHAT)
+        taker = Tensors(dequantized(c.quantization, renamed(tensors), self.dtype), self.dtype, self.device, _WHAT)
         self.fc = self.pack(taker.take("fc.weight", c.hidden_size, c.features))
         self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
         self.norm = taker.take("norm.weight", c.hidden_size)
@@ -88,53 +87,18 @@ class Drafter:
         self.context_kv = self.pack(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
         self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
         self.k_norms = torch.stack([cast(torch.Tensor, layer.k_norm) for layer in self.layers])
-        self._take_vocabulary(taker, target)
+        own = take_vocabulary(taker, c, target)
+        self.embedding, self.ids_of_draft, self.num_valid = own.embedding, own.ids_of_draft, own.num_valid
+        self.head, self.head_bias = (target.head, target.head_bias) if own.head is None else (self.pack(own.head), None)
         if vocabulary is not None:
             self._restrict(vocabulary, target)
         taker.finish()
         self.calibration: tuple[float, list[float]] | None = None  # start of widths.Calibration
-        self.table = RopeTable(c.rope, target.max_context, self.device)
+        self.tables = RopeTables(c.ropes, target.max_context, self.device)
 
     @property
     def target_layer_ids(self) -> tuple[int, ...]:
         return self.config.target_layer_ids
-
-    def _take_vocabulary(self, tensors, target):
-        """Embedding, LM head and the map from draft to target ids: the checkpoint's own or the target's."""
-        c = self.config
-        for name, flag in (("embed_tokens", c.own_embedding), ("lm_head", c.own_head)):
-            there = f"{name}.weight" in tensors
-            if flag is not None and flag != there:
-                raise ValueError(f"{_WHAT}: tensor {name}.weight must {'' if flag else 'not '}be there, as the "
-                                 f"config says; got {'it' if there else 'nothing'}")
-        self.embedding, self.ids_of_draft = target.embedding, None
-        self.head, self.head_bias = target.head, target.head_bias
-        if "embed_tokens.weight" in tensors:
-            self.embedding = tensors.take("embed_tokens.weight", c.vocab_size, c.hidden_size).contiguous()
-        elif target.hidden_size != c.hidden_size:
-            raise ValueError(f"{_WHAT}: tensor embed_tokens.weight must be there, as hidden_size {c.hidden_size} is "
-                             f"not the target's {target.hidden_size}; got nothing")
-        if c.mask_token_id >= len(self.embedding):  # such a row would be read as zeros
-            raise ValueError(f"draft config: mask_token_id must be below the {len(self.embedding)} rows of "
-                             f"embed_tokens.weight; got {c.mask_token_id}")
-        if c.input_embedding_scale != 1.0:
-            self.embedding = self.embedding * c.input_embedding_scale
-        rows = target.vocab_size
-        if "lm_head.weight" in tensors:
-            rows = c.draft_vocab_size
-            self.head, self.head_bias = self.pack(tensors.take("lm_head.weight", rows, c.hidden_size)), None
-        tensors.drop("t2d")  # the same map, as a mask over the target's ids
-        if "d2t" in tensors:
-            ids = torch.arange(rows, device=self.device) + tensors.take_ids("d2t", rows)
-            if not bool(((ids >= 0) & (ids < target.vocab_size)).all()):
-                raise ValueError(f"{_WHAT}: d2t must be offsets to ids below {target.vocab_size}; "
-                                 f"got ids from {int(ids.min())} to {int(ids.max())}")
-            self.ids_of_draft = ids
-        elif c.draft_vocab_size != c.vocab_size:
-            raise ValueError(f"{_WHAT}: tensor d2t must be there with shape ({c.draft_vocab_size},), as "
-                             f"draft_vocab_size is not vocab_size = {c.vocab_size}; got nothing")
-        # A head padded beyond the target's vocabulary must not draft an id that the target does not have.
-        self.num_valid = rows if self.ids_of_draft is not None else min(rows, target.vocab_size)
 
     def _restrict(self, vocabulary, target):
         """Reduces the draft head to the rows `vocabulary` of the target's LM head."""
@@ -165,6 +129,7 @@ class Drafter:
             "hidden_size": target.hidden_size, "intermediate_size": 8 * (target.hidden_size // 3),
             "num_hidden_layers": num_layers, "num_attention_heads": heads, "num_key_value_heads": shape.kv_heads,
             "head_dim": shape.head_dim, "vocab_size": target.vocab_size, "block_size": block_size, "mask_token_id": 0,
+            "rope_theta": 10000.0,
             "num_target_layers": n, "target_layer_ids": sorted({i * (n - 1) // max(num_layers - 1, 1)
                                                                 for i in range(num_layers)}),
         }
@@ -185,7 +150,7 @@ class ContextPass:
 
         self.projected, self.context = (buffer(drafter.config.hidden_size) for _ in range(2))
         self.kv = buffer(drafter.context_kv.out_features)
-        self.cos_sin = drafter.table.reaching(caches, width)
+        self.cos_sin = drafter.tables.reaching(caches, width)
 
     def run(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
             commit_lens: torch.Tensor) -> None:
@@ -195,9 +160,11 @@ class ContextPass:
         linear(features, d.fc, out=self.projected)
         rms_norm(self.projected, d.hidden_norm, c.rms_norm_eps, out=self.context)
         linear(self.context, d.context_kv, d.context_bias, out=self.kv)
-        write_context_kv(self.kv, positions.view(-1), slots.view(-1), self.caches, k_weights=d.k_norms,
-                         cos_sin=self.cos_sin, eps=c.rms_norm_eps, interleaved=c.rope.interleaved,
-                         commit_lens=commit_lens)
+        wide = 2 * c.num_kv_heads * c.head_dim
+        for first, end in d.tables.runs():
+            write_context_kv(self.kv[:, first * wide:end * wide], positions.view(-1), slots.view(-1),
+                             self.caches[first:end], k_weights=d.k_norms[first:end], cos_sin=self.cos_sin[first],
+                             eps=c.rms_norm_eps, interleaved=c.ropes[first].interleaved, commit_lens=commit_lens)
 
 
 class DraftPass:
@@ -212,7 +179,7 @@ class DraftPass:
                  params: SamplingTensors | None = None):
         self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
         self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm,
-                                 drafter.table.reaching(caches, width), c.rope.interleaved, batch, width, caches)
+                                 drafter.tables.reaching(caches, width), c.ropes[0].interleaved, batch, width, caches)
         rows, guesses, device = batch * width, batch * (width - 1), drafter.device
 
         def ids(*shape):
@@ -256,7 +223,7 @@ class DraftPass:
         d, c = self.drafter, self.drafter.config
         ids = self.guesses if self.candidates is None else self.candidates
         named = ids if d.ids_of_draft is None else self.draft_ids
-        options = {"bias": d.head_bias, "num_valid": d.num_valid, "scale": c.output_multiplier,
+        options: dict[str, Any] = {"bias": d.head_bias, "num_valid": d.num_valid, "scale": c.output_multiplier,
                    "softcap": c.final_logit_softcapping, "out_values": self.values.flatten(0, 1),
                    "out_ids": named.flatten(0, 1)}
         if self.proposal is None:
@@ -268,28 +235,6 @@ class DraftPass:
         if self.params is not None and self.proposal is not None:
             sample_draft(self.values, ids, context_lens, self.params, out_ids=self.guesses,
                          out_probs=self.proposal.probs)
-
-
-def refuse_side_files(folder: str | os.PathLike) -> None:
-    """Raises NotImplementedError if a checkpoint's directory has weights in other files than its safetensors."""
-    name = "mask_embedding.pt"
-    if os.path.lexists(Path(folder) / name):
-        raise NotImplementedError(
-            f"{_WHAT}: {name}, which replaces the mask token's embedding, is a pickle and weights are read from "
-            "safetensors only; store it as row mask_token_id of embed_tokens.weight")
-
-
-def read_vocabulary(folder: str | os.PathLike) -> torch.Tensor | None:
-    """The ids (n,), ascending, of {"token_ids": [id, ...]} in draft_vocabulary.json: the tokens that the drafter was
-    trained to draft. None if there is no such file. Raises CheckpointError."""
-    file = Path(folder) / "draft_vocabulary.json"
-    if not os.path.lexists(file):
-        return None
-    f = Fields(str(file), read_json(file), error=CheckpointError)
-    ids = f.items("token_ids", kind=int, each="distinct token ids")
-    if not ids or len(set(ids)) != len(ids) or not all(0 <= i <= MOST for i in ids):
-        f.refuse("token_ids", "a list of distinct token ids", ids)
-    return torch.tensor(sorted(ids))
 
 
 def _gather(table, index, out):
@@ -315,7 +260,21 @@ def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"layers.{n}.{name}.bias"] = size[:1]
         if mask.sinks:
             shapes[f"layers.{n}.self_attn.attention_sink_bias"] = (c.num_heads,)
+        if c.conv:
+            for name in ("attention_conv", "mlp_conv"):
+                shapes[f"layers.{n}.{name}.base_kernel"] = (2, c.conv.taps, h)
+                shapes[f"layers.{n}.{name}.kernel_projection.weight"] = (2 * c.conv.taps * (h // c.conv.group), h)
+    if c.selector:
+        for name in ("predecessor_codebook", "successor_codebook"):
+            shapes[f"candidate_selector.{name}"] = (c.vocab_size, c.selector.rank)
+        shapes["candidate_selector.hidden_projection.weight"] = (c.selector.rank, h)
     return shapes
+
+
+def _refuse_dflash2(c: DraftConfig) -> None:
+    for name, part in (("conv_kernel_size", c.conv), ("selector_rank", c.selector)):
+        if part is not None:
+            raise NotImplementedError(f"draft config: {name}, which belongs to DFlash2, is not supported; got {part}")
 
 
 def _check_fits(c: DraftConfig, target: Target) -> None:

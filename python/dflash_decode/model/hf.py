@@ -46,7 +46,7 @@ class HFTarget:
         _register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.base = model.eval(), model.base_model
-        self.embedding = model.get_input_embeddings().weight.detach()
+        self.embedding, self.embedding_scale = model.get_input_embeddings().weight.detach(), _embedding_scale(model)
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.num_layers = config.num_hidden_layers
@@ -186,6 +186,12 @@ def _layers_apart(config) -> str | None:
             and chunk < config.max_position_embeddings:
         return f"attends in chunks of {chunk} tokens, which is not supported"
     return None
+
+
+def _embedding_scale(model) -> float:
+    """The factor that the embedding's module applies to its rows (Gemma), in the model's dtype."""
+    module = model.get_input_embeddings()
+    return float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
 
 
 def _logit_scale(config) -> float:

@@ -8,8 +8,8 @@ from dflash_kernels import PackedWeight, PagedKV, embed_tokens, linear, lm_head_
 
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
 from ..kv import CacheShape
-from .config import LayerMask
-from .rope import RopeTable, read_rope
+from .masks import LayerMask
+from .rope import RopeTables, read_rope
 from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
 
 _WHAT = "target config"
@@ -39,6 +39,7 @@ class NativeTarget:
 
     graph_safe = packs = True
     head_bias: torch.Tensor | None = None
+    embedding_scale = 1.0
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None,
                  device: torch.device | str = "cpu", max_context: int | None = None, int8: bool = False):
@@ -75,14 +76,14 @@ class NativeTarget:
                         for i in range(layers)]
         self._norm = taker.take("model.norm.weight", g.hidden)
         taker.finish()
-        self._table = RopeTable(self._rope, self.max_context, self.device)
+        self._tables = RopeTables([self._rope] * layers, self.max_context, self.device)
 
     def make_pass(
         self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),
         rows: int | None = None
     ) -> "NativePass":
-        table = self._table.reaching(caches, width)
-        layers = LayersPass(self.geometry, self._layers, self._norm, table, self._rope.interleaved, batch, width,
+        tables = self._tables.reaching(caches, width)
+        layers = LayersPass(self.geometry, self._layers, self._norm, tables, self._rope.interleaved, batch, width,
                             caches, target_layer_ids=target_layer_ids, rows=rows)
         return NativePass(self.embedding, layers)
 

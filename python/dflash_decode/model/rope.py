@@ -24,8 +24,8 @@ _HARMLESS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 @dataclass(frozen=True)
 class Rope:
-    """rotary_dim: the leading part of a head that is rotated. kind: default, linear, llama3 or yarn, with its
-    parameters."""
+    """rotary_dim: the leading part of a head that is rotated; 0 is none (NoPE). kind: default, linear, llama3 or yarn,
+    with its parameters."""
 
     theta: float
     rotary_dim: int
@@ -63,21 +63,42 @@ class Rope:
 
 
 class RopeTable:
-    """One model's cos/sin table on `device`. It grows on demand to at most `most` rows, because a config can allow far
-    more positions than memory holds."""
+    """A cos/sin table on `device`, None where nothing is rotated. It grows on demand to at most `most` rows, because a
+    config can allow far more positions than memory holds."""
 
     def __init__(self, rope: Rope, most: int, device: torch.device):
         self._rope, self._most, self._device = rope, most, device
         self._table: torch.Tensor | None = None
 
-    def reaching(self, caches: Sequence[PagedKV], width: int) -> torch.Tensor:
+    def reaching(self, caches: Sequence[PagedKV], width: int) -> torch.Tensor | None:
         """A table for passes of `width` tokens on these pages: a row for every position in them and for a block past
         their end, but at most `most` rows. A table never moves; a longer one is another tensor."""
+        if not self._rope.rotary_dim:
+            return None
         need = min(caches[0].k.shape[0] * caches[0].page_size + width, self._most)
         if self._table is None or len(self._table) < need:
             doubled = 1 << (need - 1).bit_length()  # passes of other sizes need a few rows more, and share it
             self._table = self._rope.table(min(doubled, self._most), self._device)
         return self._table
+
+
+class RopeTables:
+    """The tables of a model's layers. Layers with the same rope share one."""
+
+    def __init__(self, ropes: Sequence[Rope], most: int, device: torch.device):
+        kinds = [rope for i, rope in enumerate(ropes) if rope not in ropes[:i]]
+        self._tables = [RopeTable(rope, most, device) for rope in kinds]
+        self._of_layer = [kinds.index(rope) for rope in ropes]
+
+    def reaching(self, caches: Sequence[PagedKV], width: int) -> list[torch.Tensor | None]:
+        """The table of each layer, as RopeTable.reaching."""
+        tables = [table.reaching(caches, width) for table in self._tables]
+        return [tables[i] for i in self._of_layer]
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(first, end) of each run of neighbouring layers that share a table."""
+        starts = [i for i, kind in enumerate(self._of_layer) if i == 0 or kind != self._of_layer[i - 1]]
+        return list(zip(starts, [*starts[1:], len(self._of_layer)], strict=True))
 
 
 def _llama3(inverse, p):
@@ -115,16 +136,36 @@ def _yarn(powers, theta, dim, p):
     return 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept, float(attention)
 
 
-def read_rope(config: Mapping, head_dim: int, what: str) -> Rope:
+def read_ropes(config: Mapping, head_dim: int, what: str, types: Sequence[str]) -> tuple[Rope, ...]:
+    """The Rope of each layer of a drafter; rope_parameters can hold those of each layer type. types: of each layer.
+
+    A theta must be given: engines assume different ones where there is none. Raises as read_rope.
+    """
+    f = Fields(what, config)
+    given = f.table("rope_parameters", {})
+    if not _by_type(given):
+        return (read_rope(config, head_dim, what, theta=None),) * len(types)
+    kinds = {}
+    for kind in dict.fromkeys(types):
+        table = Fields(f"{what}: rope_parameters", given).table(kind)
+        kinds[kind] = read_rope({**config, "rope_parameters": table}, head_dim, what, theta=None)
+    return tuple(kinds[kind] for kind in types)
+
+
+def _by_type(parameters: Mapping) -> bool:
+    known = _HARMLESS.union(*_KEYS.values())
+    return any(isinstance(value, Mapping) and name not in known for name, value in parameters.items())
+
+
+def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 10000.0) -> Rope:
     """The Rope of a config.json: rope_parameters (new) or rope_theta + rope_scaling (old), full or partial.
 
-    what: names the config in errors. Raises ValueError for a wrong or missing value, and NotImplementedError for an
-    unsupported kind or key.
+    what: names the config in errors. theta: where the config has none; None: it must have one. Raises ValueError for a
+    wrong or missing value or two that differ, and NotImplementedError for an unsupported kind or key.
     """
     f = Fields(what, config)
     new, old = f.table("rope_parameters", {}), f.table("rope_scaling", {})
-    known = _HARMLESS.union(*_KEYS.values())
-    if any(isinstance(value, Mapping) and name not in known for name, value in new.items()):
+    if _by_type(new):
         raise NotImplementedError(f"{what}: rope_parameters for each layer type are not supported; got "
                                   f"{shown(dict(new))}")
     scaling, every = Fields(what, new, old), Fields(what, new, config, old)
@@ -137,8 +178,14 @@ def read_rope(config: Mapping, head_dim: int, what: str) -> Rope:
                                   "supported")
     interleaved = f.flag("rope_interleaved", False) or not f.flag("is_neox_style", True)
     rotary_dim = _rotary_dim(f, Fields(what, new, old, config), head_dim)
-    rope = Rope(every.number("rope_theta", 10000.0, above=1.0), rotary_dim, kind, _parameters(kind, config, scaling),
-                interleaved)
+    if not rotary_dim:
+        return Rope(1.0, 0)
+    base = every.number("rope_theta", ... if theta is None else theta, above=1.0)
+    thetas = [place["rope_theta"] for place in every.places if place.get("rope_theta") is not None]
+    if any(other != base for other in thetas):
+        raise ValueError(f"{what}: rope_theta must be the same at the top level and in rope_parameters; "
+                         f"got {shown(thetas)}")
+    rope = Rope(base, rotary_dim, kind, _parameters(kind, config, scaling), interleaved)
     rope.check(what)
     return rope
 
@@ -167,11 +214,11 @@ def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, float]
 
 
 def _rotary_dim(f: Fields, every: Fields, head_dim: int) -> int:
-    factor = every.number("partial_rotary_factor", None, above=0.0, most=1.0)
+    factor = every.number("partial_rotary_factor", None, least=0.0, most=1.0)
     whole = int(head_dim * (1.0 if factor is None else factor))
-    dim = f.whole("rotary_dim", whole)
+    dim = f.whole("rotary_dim", whole, least=0)
     if factor is not None and whole != dim:
         raise ValueError(f"{f.what}: rotary_dim must be head_dim * partial_rotary_factor = {whole}; got {dim}")
-    if not 2 <= dim <= head_dim or dim % 2:
+    if not (2 <= dim <= head_dim or dim == factor == 0) or dim % 2:
         raise ValueError(f"{f.what}: rotary_dim must be even and between 2 and head_dim = {head_dim}; got {dim}")
     return dim

@@ -24,7 +24,7 @@ from dflash_kernels import (
     silu_and_mul,
 )
 
-from .config import LayerMask
+from .masks import LayerMask
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -155,6 +155,7 @@ class LayersPass:
     """A pass of some layers over B blocks of Q tokens, in memory of its own: T = B * Q rows, or `rows` if packed.
 
     x (T, H): an input, the embedded tokens; run() overwrites it.
+    cos_sin: the rotary table of each layer.
     features (T, F * H): after run(), the outputs of the target layers side by side, in the order of `target_layer_ids`.
         The last layer's output is taken after the final norm, as in transformers' hidden_states[-1].
     """
@@ -164,7 +165,7 @@ class LayersPass:
         g: Geometry,
         layers: Sequence[Layer],
         final_norm: torch.Tensor,
-        cos_sin: torch.Tensor,
+        cos_sin: Sequence[torch.Tensor | None],
         interleaved: bool,
         batch: int,
         width: int,
@@ -194,12 +195,12 @@ class LayersPass:
         """Returns the rows (T, H) after the final norm. slots: where this block's K/V are written; None writes none."""
         where = (page_table, context_lens, block_lens, block_starts)
         x, stream = self.x, self.x
-        for index, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
+        for index, (layer, cache, table) in enumerate(zip(self.layers, self.caches, self.cos_sin, strict=True)):
             if index == 0:
                 rms_norm(x, layer.input_norm, self.g.eps, out=self.normed)
             else:
                 stream = self._add(stream, layer.input_norm, self.collected.get(index - 1, x))
-            self._attend(layer, cache, positions, slots, *where)
+            self._attend(layer, cache, table, positions, slots, *where)
             stream = self._add(stream, layer.post_norm, x)
             linear(self.normed, layer.gate_up, layer.gate_up_bias, out=self.gate_up)
             silu_and_mul(self.gate_up, out=self.act)
@@ -215,10 +216,10 @@ class LayersPass:
                      residual_out=None if into is stream else into)
         return into
 
-    def _attend(self, layer, cache, positions, slots, page_table, context_lens, block_lens, block_starts):
+    def _attend(self, layer, cache, table, positions, slots, page_table, context_lens, block_lens, block_starts):
         g = self.g
         linear(self.normed, layer.qkv, layer.qkv_bias, out=self.qkv)
-        qk_norm_rope(self.qkv, positions, self.cos_sin, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
+        qk_norm_rope(self.qkv, positions, table, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
                      head_dim=g.head_dim, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=g.eps,
                      interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
         rows = self.shape if block_starts is None else (len(self.qkv),)

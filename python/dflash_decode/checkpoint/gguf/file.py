@@ -3,22 +3,22 @@
 import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import CheckpointError, brief
-from ..fields import MOST_HEAD_DIM, MOST_LAYERS, Fields
+from ..fields import MOST_HEAD_DIM, MOST_LAYERS
 from ..safetensors import Checkpoint, read_directory
 from .cache import cached, entry_of, keep
+from .drafter import ARCHITECTURES, drafter_name, read_drafter
 from .reader import field, metadata, open_file
+from .rope import read_rope
 
 _CACHE_LIMIT = 2 << 30  # bytes of bfloat16; larger models are dequantised each time, not copied into the home folder
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# Further settings of rope scaling, and the values at which they say what "type" and "factor" say alone.
-_YARN = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_beta_fast": 32.0,
-         "yarn_beta_slow": 1.0, "yarn_log_multiplier": 0.0}
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -65,8 +65,11 @@ def read_config(path: Path, reader) -> dict:
     """The Hugging Face config that the metadata describe."""
     f = metadata(path, reader)
     arch = f.text("general.architecture")
+    if arch in ARCHITECTURES:
+        return read_drafter(f, arch, {t.name for t in reader.tensors})
     if arch not in _CLASSES:
-        raise CheckpointError(f"{path}: general.architecture must be {' or '.join(_CLASSES)}; got {arch!r}")
+        raise CheckpointError(f"{path}: general.architecture must be {', '.join((*_CLASSES, *ARCHITECTURES))}; "
+                              f"got {arch!r}")
     tensors = {t.name: t for t in reader.tensors}
     if f.whole(f"{arch}.expert_count", 0, least=0):
         f.refuse(f"{arch}.expert_count", "0 (a dense model)", f.get(f"{arch}.expert_count"))
@@ -76,7 +79,7 @@ def read_config(path: Path, reader) -> dict:
     head_dim = f.whole(f"{arch}.attention.key_length", max(hidden // heads, 1), most=MOST_HEAD_DIM)
     if f.whole(f"{arch}.attention.value_length", head_dim) != head_dim:
         f.refuse(f"{arch}.attention.value_length", f"key_length = {head_dim}", f.get(f"{arch}.attention.value_length"))
-    context, rope = f.whole(f"{arch}.context_length"), _rope(f, arch, head_dim)
+    context, rope = f.whole(f"{arch}.context_length"), read_rope(f, arch, head_dim)
     embedding, ends = tensors.get("token_embd.weight"), stop_ids(path, reader)
     if embedding is not None and len(embedding.shape) != 2:
         raise CheckpointError(f"{path}: token_embd.weight must have 2 dimensions; got {len(embedding.shape)}")
@@ -104,23 +107,6 @@ def read_config(path: Path, reader) -> dict:
     }
 
 
-def _rope(f: Fields, arch: str, head_dim: int) -> dict:
-    """rope_parameters of the Hugging Face config; their reader checks the ranges."""
-    rope = {"rope_type": "default", "rope_theta": f.number(f"{arch}.rope.freq_base", 10000.0, above=1.0)}
-    scaling = f.text(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none":
-        rope |= {"rope_type": scaling, "factor": f.number(f"{arch}.rope.scaling.factor", 1.0, above=0.0),
-                 "original_max_position_embeddings": f.whole(f"{arch}.rope.scaling.original_context_length",
-                                                             f.whole(f"{arch}.context_length"))}
-    for name, neutral in _YARN.items():
-        if (value := f.number(f"{arch}.rope.scaling.{name}", neutral)) != neutral:
-            raise CheckpointError(f"{f.what}: {arch}.rope.scaling.{name} must be {neutral:g}; got {value:g}")
-    rotary = f.whole(f"{arch}.rope.dimension_count", head_dim, most=MOST_HEAD_DIM)
-    if rotary != head_dim:
-        rope["partial_rotary_factor"] = rotary / head_dim
-    return rope
-
-
 def stop_ids(path: Path, reader) -> list[int]:
     """The tokens that end an answer: end of sequence, and end of turn if the file names one."""
     found = [field(path, reader, f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot")]
@@ -128,7 +114,7 @@ def stop_ids(path: Path, reader) -> list[int]:
 
 
 def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor, or None."""
+    """The Hugging Face name of a target's GGUF tensor, or None."""
     if name in _TOP:
         return _TOP[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
@@ -141,13 +127,17 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype) -> dict[s
     """All tensors, dequantised to float32 and rounded to `dtype`, under their Hugging Face names."""
     from gguf.quants import dequantize
 
-    _check_names(path, config, {stored.name for stored in reader.tensors})
-    names = {stored.name: hf_name(stored.name) or "" for stored in reader.tensors}  # all known, after the check
-    tensors = {}
+    name_of = drafter_name if "dflash_config" in config else hf_name
+    names = {stored.name: name_of(stored.name) or "" for stored in reader.tensors}
+    _check_names(path, config, names)
+    tensors: dict[str, torch.Tensor] = {}
     for stored in reader.tensors:
-        if not 1 <= len(stored.shape) <= 2 or not stored.n_elements:
-            raise CheckpointError(f"{path}: {stored.name} must have 1 or 2 dimensions, none of them 0; "
+        most = 3 if names[stored.name].endswith("base_kernel") else 2
+        if not 1 <= len(stored.shape) <= most or not stored.n_elements:
+            raise CheckpointError(f"{path}: {stored.name} must have 1 or {most} dimensions, none of them 0; "
                                   f"got {stored.shape.tolist()}")
+        if names[stored.name] in tensors:
+            raise CheckpointError(f"{path}: {names[stored.name]} must be there once; got it again as {stored.name}")
         try:
             values = dequantize(stored.data, stored.tensor_type)
         except Exception as error:
@@ -169,12 +159,15 @@ def _neox_rows(path: Path, name: str, values: np.ndarray, heads: int) -> np.ndar
     return values.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-def _check_names(path: Path, config: dict, names: set[str]) -> None:
+def _check_names(path: Path, config: dict, names: Mapping[str, str]) -> None:
     """Raises CheckpointError for a missing tensor or one that no layer has, before any is dequantised. It stops at the
-    first missing layer, however many the file claims."""
+    first missing layer, however many the file claims. What a drafter lacks is found where its layers are made."""
+    kind = "DFlash drafter" if "dflash_config" in config else f"{config['model_type']} model"
     for name in sorted(names):
-        if hf_name(name) is None:
-            raise CheckpointError(f"{path}: expected the tensors of a {config['model_type']} model; got {name}")
+        if not names[name]:
+            raise CheckpointError(f"{path}: expected the tensors of a {kind}; got {name}")
+    if "dflash_config" in config:
+        return
     needed = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
     if config["model_type"] == "qwen3":
         needed += ["attn_q_norm", "attn_k_norm"]

@@ -1,0 +1,94 @@
+"""Drafters stored in 8 bits: the weights in the drafter's dtype, value = scale * (stored - zero point).
+
+A format that also rounds activations (W8A8) is run without that, so that drafts can differ from an engine's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint.fields import Fields, shown
+
+_WHAT = "draft config"
+_METHODS = ("compressed-tensors", "fp8", "modelopt")
+_STORED = (torch.float8_e4m3fn, torch.int8)
+_SCALES = ("_scale", "_scale_inv")
+# Beside a weight, or of it: for activations, for an engine's cache in 8 bits, or with the scales already.
+_UNUSED = (".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".kv_cache_scale")
+_FOUR_BITS = (".weight_packed", ".qweight", ".weight_scale_2")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """block: the rows and columns of a weight that share a scale, where the config has them."""
+
+    block: tuple[int, int] | None = None
+
+
+def read_quantization(config: Fields) -> Quantization | None:
+    """The quantization_config of a drafter in 8 bits, or None. Raises NotImplementedError for any other."""
+    found = config.table("quantization_config", None)
+    if not found:
+        return None
+    f = Fields(f"{_WHAT}: quantization_config", found)
+    if f.get("quant_method") not in _METHODS:
+        raise NotImplementedError(f"{f.what}.quant_method must be one of {', '.join(_METHODS)}; "
+                                  f"got {shown(f.get('quant_method'))}")
+    if f.get("quant_algo", "FP8") != "FP8":
+        raise NotImplementedError(f"{f.what}.quant_algo must be 'FP8'; got {shown(f.get('quant_algo'))}")
+    if f.get("transform_config"):
+        raise NotImplementedError(f"{f.what}.transform_config, which rotates activations, is not supported; "
+                                  f"got {shown(f.get('transform_config'))}")
+    block: Sequence[int] | None = f.items("weight_block_size", None, int, "two numbers")
+    for name, group in f.table("config_groups", {}).items():
+        weights = Fields(f"{f.what}.config_groups.{name}.weights", Fields(f.what, group).table("weights", {}))
+        if weights.whole("num_bits", 8) != 8:
+            raise NotImplementedError(f"{weights.what}.num_bits must be 8; got {weights.get('num_bits')}")
+        size = weights.whole("group_size", 0, least=-1)
+        block = block or weights.items("block_structure", None, int, "two numbers") or ([1, size] if size > 0 else None)
+    if block is not None and (len(block) != 2 or min(block) < 1):
+        f.refuse("weight_block_size (or block_structure)", "two numbers of at least 1", block)
+    return Quantization(None if block is None else (block[0], block[1]))
+
+
+def dequantized(config: Quantization | None, tensors: Mapping[str, torch.Tensor],
+                dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    """The tensors with every weight of 8 bits in `dtype`; None changes nothing. Raises ValueError for a weight without
+    a scale or with one of another shape."""
+    if config is None:
+        return tensors
+    if packed := sorted(name for name in tensors if name.endswith(_FOUR_BITS)):
+        raise NotImplementedError(f"draft checkpoint: tensor {packed[0]}, a weight in 4 bits, is not supported")
+    made = {}
+    for name, t in tensors.items():
+        if name.endswith(_UNUSED) or any(name.endswith(end) and name.removesuffix(end) in tensors
+                                         for end in (*_SCALES, "_zero_point")):
+            continue
+        made[name] = _weight(name, t, tensors, config.block, dtype) if t.dtype in _STORED else t
+    return made
+
+
+def _weight(name, t, tensors, block, dtype):
+    scale = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
+    if scale is None:
+        raise ValueError(f"draft checkpoint: tensor {name}_scale must be there, as {name} is stored in 8 bits; "
+                         "got nothing")
+    zero = tensors.get(f"{name}_zero_point")
+    exact = t.float() if zero is None else t.float() - _spread(name, zero.float(), t.shape, block)
+    return (exact * _spread(name, scale.float(), t.shape, block)).to(dtype)
+
+
+def _spread(name, scale, shape, block):
+    """One scale for the whole weight, for each row, or for each block of rows and columns -> one that broadcasts."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if len(shape) == 2 and scale.shape in ((shape[0],), (shape[0], 1)):
+        return scale.reshape(-1, 1)
+    if len(shape) == 2 and scale.dim() == 2:
+        sizes = block or tuple(-(-n // parts) for n, parts in zip(shape, scale.shape, strict=True))
+        if tuple(scale.shape) == tuple(-(-n // size) for n, size in zip(shape, sizes, strict=True)):
+            rows = scale.repeat_interleave(sizes[0], 0)[:shape[0]]
+            return rows.repeat_interleave(sizes[1], 1)[:, :shape[1]]
+    raise ValueError(f"draft checkpoint: the scale of {name} must be one, one for each of {shape[0]} rows, or one for "
+                     f"each block; got {tuple(scale.shape)}")

@@ -1,0 +1,104 @@
+"""Drafters stored in 8 bits are those of the weights that their scales say."""
+
+import pytest
+import torch
+
+from dflash_decode.model.config import read_draft_config
+from dflash_decode.model.drafter import Drafter
+from dflash_kernels.testing import same_bits
+
+pytest.importorskip("transformers")
+
+from tests.support.decode_models import make_target  # noqa: E402
+from tests.support.drafters import Served, draft_config, random_tensors  # noqa: E402
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+PACKED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+def grouped(bits=8, **weights):
+    return {**PACKED, "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits, **weights}}}}
+
+
+# name -> (dtype, shape of a scale for (n, k), suffix, quantization_config)
+FORMS = {
+    "fp8 by tensor": (FP8, lambda n, k: (1,), "_scale", {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "fp8 by row": (FP8, lambda n, k: (n, 1), "_scale", grouped(strategy="channel", group_size=None)),
+    "fp8 by block": (FP8, lambda n, k: (-(-n // 40), -(-k // 24)), "_scale_inv",
+                     {"quant_method": "fp8", "weight_block_size": [40, 24]}),
+    "int8 by row": (INT8, lambda n, k: (n,), "_scale", grouped(strategy="channel")),
+    "int8 by group": (INT8, lambda n, k: (n, k // 16), "_scale", grouped(strategy="group", group_size=16)),
+}
+
+
+def stored(tensors, form):
+    """The tensors of a checkpoint in that form, and what they stand for, in float32 and by another way."""
+    kind, shape, suffix, _ = FORMS[form]
+    generator, kept, exact = torch.Generator().manual_seed(0), {}, {}
+    for name, t in tensors.items():
+        if t.dim() != 2:
+            kept[name] = exact[name] = t
+            continue
+        n, k = t.shape
+        scale = torch.rand(shape(n, k), generator=generator) * 0.02 + 0.01
+        code = torch.randint(-100, 100, (n, k), generator=generator)
+        kept[name], kept[name + suffix] = code.to(kind), scale
+        kept[name.replace(".weight", ".input_scale")] = torch.ones(1)
+        wide = scale.reshape(-1, 1) if scale.dim() == 1 else scale
+        rows, columns = (torch.arange(size) * parts // size for size, parts in zip((n, k), wide.shape, strict=True))
+        if "block" in form:
+            rows, columns = torch.arange(n) // 40, torch.arange(k) // 24
+        exact[name] = code.to(kind).float() * wide[rows][:, columns]
+    return kept, exact
+
+
+def drafts(config, tensors, dtype, **options):
+    drafter = Drafter(config, tensors, make_target("llama", dtype)[1], **options)
+    return Served(drafter, [9, 2]).commit_all().draft([1, 2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_p15_weights_in_8_bits_are_those_of_their_scales(form):
+    config, dtype = draft_config({}), torch.bfloat16
+    kept, exact = stored(random_tensors(config, torch.float32), form)
+    for options in ({}, {"int8": True}):
+        got = drafts({**config, "quantization_config": FORMS[form][3]}, kept, dtype, **options)
+        want = drafts(config, exact, dtype, **options)
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_p15_a_zero_point_is_taken_off():
+    config = draft_config({})
+    kept, exact = stored(random_tensors(config, torch.float32), "int8 by row")
+    for name in [name for name in kept if name.endswith("weight_scale")]:
+        weight = name.removesuffix("_scale")
+        kept[f"{weight}_zero_point"] = torch.full_like(kept[name], 3).to(torch.int8)
+        exact[weight] -= 3 * kept[name].reshape(-1, 1)
+    got = drafts({**config, "quantization_config": FORMS["int8 by row"][3]}, kept, torch.float32)[0]
+    torch.testing.assert_close(got, drafts(config, exact, torch.float32)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "match"), [
+    ({"quant_method": "awq"}, "quantization_config.quant_method must be one of compressed-tensors, .* got 'awq'"),
+    (grouped(bits=4), "config_groups.group_0.weights.num_bits must be 8; got 4"),
+    ({**PACKED, "transform_config": {"a": 1}}, "transform_config, which rotates activations, is not supported"),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size .* must be two numbers .* got \\[128\\]"),
+    ({**PACKED, "config_groups": {"a": 5}}, "must be a JSON object; got int"),
+])
+def test_other_formats_are_refused_by_name(given, match):
+    with pytest.raises((ValueError, NotImplementedError), match=match):
+        read_draft_config({**draft_config({}), "quantization_config": given})
+
+
+def test_weights_and_scales_that_do_not_fit_are_named():
+    config = {**draft_config({}), "quantization_config": FORMS["int8 by row"][3]}
+    kept, _ = stored(random_tensors(draft_config({}), torch.float32), "int8 by row")
+    target = make_target("llama")[1]
+    with pytest.raises(ValueError, match="tensor fc.weight_scale must be there, as fc.weight is stored in 8 bits"):
+        Drafter(config, {k: t for k, t in kept.items() if k != "fc.weight_scale"}, target)
+    with pytest.raises(ValueError, match=r"scale of fc.weight must be one, one for each of 64 rows, .* got \(7,\)"):
+        Drafter(config, {**kept, "fc.weight_scale": torch.ones(7)}, target)
+    with pytest.raises(NotImplementedError, match="tensor fc.weight_packed, a weight in 4 bits, is not supported"):
+        Drafter(config, {**kept, "fc.weight_packed": torch.ones(7)}, target)
+    with pytest.raises(ValueError, match="tensor fc.weight must be one of float32, .* got int8"):  # no config says so
+        Drafter(draft_config({}), {k: t for k, t in kept.items() if not k.endswith("_scale")}, target)
