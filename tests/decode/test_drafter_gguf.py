@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 from dflash_decode import Session  # noqa: E402
 from dflash_decode.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
+from dflash_decode.checkpoint.gguf.drafter import drafter_name  # noqa: E402
 from dflash_decode.model.config import LayerMask, read_draft_config  # noqa: E402
 from dflash_decode.model.drafter import Drafter  # noqa: E402
 from dflash_decode.session import _target  # noqa: E402
@@ -142,3 +143,15 @@ def test_p48_a_session_takes_one_as_draft_and_not_as_model(tmp_path):
     assert texts[0].answers[0].tokens == texts[1].answers[0].tokens
     with pytest.raises(CheckpointError, match="model must be a target model; got a drafter, which belongs in draft"):
         _target(str(path), None, torch.bfloat16, torch.device("cpu"), "model")
+
+
+def test_dflash2s_tensors_have_their_names_in_gguf_too():
+    names = {"blk.3.attn_conv_base": "layers.3.attention_conv.base_kernel",
+             "blk.0.ffn_conv_base.weight": "layers.0.mlp_conv.base_kernel",
+             "blk.0.attn_conv_proj.weight": "layers.0.attention_conv.kernel_projection.weight",
+             "selector_predecessor.weight": "candidate_selector.predecessor_codebook",
+             "selector_hidden.weight": "candidate_selector.hidden_projection.weight",
+             "blk.1.attn_sinks.weight": "layers.1.self_attn.attention_sink_bias",
+             "blk.1.attn_q.bias": "layers.1.self_attn.q_proj.bias", "blk.1.attn_q": None,
+             "blk.1.attn_gate.weight": None}
+    assert {name: drafter_name(name) for name in names} == names

@@ -77,7 +77,7 @@ BY_AUTHORS = [entry for entry in LOADED if entry["config"].get("num_target_layer
               {"use_swa", "attention_value_scale", "selector_rank"} & entry["config"]["dflash_config"].keys()]
 
 
-@pytest.mark.parametrize("entry", BY_AUTHORS[::4], ids=named)
+@pytest.mark.parametrize("entry", BY_AUTHORS, ids=named)
 @torch.no_grad()
 def test_the_plain_forward_is_that_of_the_authors(entry):
     """dflash's own model, which reads config.json by transformers' class."""

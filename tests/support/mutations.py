@@ -39,7 +39,9 @@ NAMES = ["rope_scaling", "rope_parameters", "rope_theta", "layer_types", "slidin
          "max_window_layers", "rotary_dim", "partial_rotary_factor", "is_causal", "causal", "use_swa", "block_size",
          "num_target_layers", "target_layer_ids", "mask_token_id", "head_dim", "dflash_config", "architectures",
          "draft_vocab_size", "has_lm_head", "quantization_config", "tie_word_embeddings", "attention_bias", "mlp_bias",
-         "weight_map", "token_ids", "rms_norm_eps", "hidden_act", "output_multiplier", "final_logit_softcapping"]
+         "weight_map", "token_ids", "rms_norm_eps", "hidden_act", "output_multiplier", "final_logit_softcapping",
+         "speculators_model_type", "transformer_layer_config", "projector_type", "mask_token",
+         "sliding_window_non_causal", "selector_rank", "conv_kernel_size", "input_embedding_scale"]
 WORDS = [0, 1, 2, 8, 9, 255, 2**16, 2**22, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1,
          0x7FC00000, 0x7F800000, 0x80000000, 0x3F800000]
 

@@ -3,7 +3,7 @@ dflash_config."""
 
 from collections.abc import Callable, Mapping
 
-from ..checkpoint.fields import Fields, shown
+from ..checkpoint.fields import MOST_LAYERS, Fields, shown
 
 # Values that a model class of transformers has where its config.json says nothing.
 _CLASS_DEFAULTS = {
@@ -49,8 +49,8 @@ def flat(config: Mapping, what: str) -> Mapping:
     given = {name: value for name, value in config.items() if value is not None}
     if "rope_parameters" in given or "rope_theta" in given:
         defaults = {name: value for name, value in defaults.items() if name != "rope_theta"}
-    layers = given.get("num_hidden_layers", defaults["num_hidden_layers"])
-    return {"layer_types": ["sliding_attention"] * (layers if isinstance(layers, int) else 0), **defaults, **given}
+    layers = Fields(what, given).whole("num_hidden_layers", defaults["num_hidden_layers"], most=MOST_LAYERS)
+    return {"layer_types": ["sliding_attention"] * layers, **defaults, **given}
 
 
 def _of_speculators(config: Mapping, what: str) -> Mapping:
