@@ -10,6 +10,16 @@ def norm_flops(rows: int, width: int, *, add: bool) -> int:
     return rows * width * (5 if add else 4)
 
 
+def conv_bytes(rows: int, width: int, groups: int, taps: int, itemsize: int, *, add_norm: bool = False) -> int:
+    """Bytes that must move: rows read and written once, coefficients of each row and of each channel; with the addition
+    and the norm, the residual read and written and the norm's weight too."""
+    return itemsize * ((4 if add_norm else 2) * rows * width + taps * (rows * groups + width) + add_norm * width)
+
+
+def conv_flops(rows: int, width: int, taps: int, *, add_norm: bool = False) -> int:
+    return rows * width * (4 * taps + (5 if add_norm else 0))
+
+
 def activation_bytes(rows: int, width: int, itemsize: int) -> int:
     """Bytes that must move for rows of I = width outputs: both halves read, the result written."""
     return itemsize * 3 * rows * width
@@ -124,3 +134,15 @@ def draft_bytes(requests: int, drafts: int, k: int) -> int:
     """Bytes that sample_draft must move: K ids and values a draft in; an id and K probabilities a draft out;
     temperature, seed and length of each request."""
     return requests * (drafts * (16 * k + 8) + 16)
+
+
+def select_bytes(requests: int, drafts: int, k: int, rank: int, itemsize: int, *, drawn: bool = False) -> int:
+    """Bytes that select_candidates must move: K rows of one codebook, a row of the other and of hidden a draft; K ids
+    and values in, an id and a logarithm out; anchor and length of each request. Drawn: K probabilities out, temperature
+    and seed in."""
+    draft = itemsize * (k + 2) * rank + 12 * k + 12 + drawn * 4 * k
+    return requests * (drafts * draft + 12 + drawn * 12)
+
+
+def select_flops(requests: int, drafts: int, k: int, rank: int) -> int:
+    return requests * drafts * (2 * k + 1) * rank

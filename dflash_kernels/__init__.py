@@ -10,11 +10,13 @@ from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
+from .ops.conv import grouped_conv, grouped_conv_add_rms_norm
 from .ops.linear import linear, pack_weight, quantize_weight
 from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
 from .ops.sample import sample_draft, verify_sample, workspace_size
+from .ops.selector import select_candidates
 from .ops.verify import verify_greedy
 from .step_graph import StepGraph
 from .storage import PackedWeight, PagedKV
@@ -34,6 +36,8 @@ __all__ = [
     "block_attention",
     "build_info",
     "embed_tokens",
+    "grouped_conv",
+    "grouped_conv_add_rms_norm",
     "linear",
     "lm_head_argmax",
     "lm_head_topk",
@@ -45,6 +49,7 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "sample_draft",
+    "select_candidates",
     "silu_and_mul",
     "supports",
     "verify_greedy",

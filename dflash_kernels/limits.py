@@ -56,12 +56,15 @@ class _Main(NamedTuple):
 
 
 _X = _Main("x", "(..., H)")
+_BLOCKS = _Main("x", "(B, Q, H)")
 _ROWS = _Main("x", "(..., K)", facts=("weight_dtype",))
 _LOGITS = _Main("logits", "(B, Q, V)")
 _F32 = (torch.float32,)
 _OPS = {
     "rms_norm": _X,
     "add_rms_norm": _X,
+    "grouped_conv": _BLOCKS,
+    "grouped_conv_add_rms_norm": _BLOCKS,
     "silu_and_mul": _Main("x", "(..., 2I)"),
     "qk_norm_rope": _Main("qkv", "(T, (Hq + 2 Hkv) * D)", facts=("cache_dtype", "head_dim")),
     "write_context_kv": _Main("kv", "(T, L * 2 * Hkv * D)", facts=("cache_dtype", "head_dim", "layers")),
@@ -76,6 +79,7 @@ _OPS = {
     "verify_greedy": _LOGITS,
     "verify_sample": _LOGITS,
     "sample_draft": _Main("values", "(B, Q - 1, K)", _F32),
+    "select_candidates": _Main("values", "(B, Q - 1, K)", _F32, ("k",)),
 }
 
 
@@ -184,7 +188,7 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
     layers : int, optional
         L, the number of caches of write_context_kv.
     k : int, optional
-        Candidates of a row, in lm_head_topk and combine_topk.
+        Candidates of a row, in lm_head_topk, combine_topk and select_candidates.
 
     Returns
     -------

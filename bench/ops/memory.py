@@ -40,6 +40,7 @@ QWEN3_8B = Geometry(4096, 12288, 32, 8, 128, 5, 151936, 8, 16)
 GEOMETRIES = {"cpu": {"smollm2": SMOLLM2, "qwen3-8b": QWEN3_8B}, "cuda": {"qwen3-8b": QWEN3_8B},
               "tiny": {"tiny": Geometry(64, 96, 4, 2, 64, 2, 100, 2, 4)}}
 VERIFY_WIDTH = 8  # rows of logits of a request
+CONV_BLOCK, CONV_TAPS, CONV_GROUP = 8, 2, 16
 
 
 def cases(sizes: Sizes):
@@ -48,6 +49,8 @@ def cases(sizes: Sizes):
             yield norm_case(sizes, rows, g.hidden)
             yield add_norm_case(sizes, rows, g.hidden)
             yield silu_case(sizes, rows, g.inner)
+            yield conv_case(sizes, rows, g.hidden, False)
+            yield conv_case(sizes, rows, g.hidden, True)
         yield rope_case(sizes, g.requests * g.block, g.heads, g.kv_heads, g.dim)
         for tokens in TOKENS[sizes.name]:
             yield context_case(sizes, tokens, g.layers, g.kv_heads, g.dim)
@@ -107,6 +110,45 @@ def add_norm_case(sizes, rows, width):
                 lambda i: dk.add_rms_norm(xs[i], residuals[i], weight, out=out, residual_out=sums), moved, copies,
                 cost.norm_flops(rows, width, add=True), sizes.peers_of("add_rms_norm", problem),
                 agreeing(truth, lambda: expression(xs[0], residuals[0], weight)), headline=rows == 8192)
+
+
+def conv_case(sizes, rows, width, add_norm):
+    """Blocks of the drafted width, with the taps and groups of published drafters."""
+    block, taps, groups = min(rows, CONV_BLOCK), CONV_TAPS, width // CONV_GROUP
+    moved = cost.conv_bytes(rows, width, groups, taps, 2, add_norm=add_norm)
+    copies = sizes.copies_of(moved)
+    xs, residuals = ([sizes.random(rows // block, block, width) for _ in range(copies)] for _ in range(2))
+    deltas = [sizes.random(rows // block, block, 2, taps, groups)[:, :, 1] for _ in range(copies)]
+    base, weight = sizes.random(taps, width), torch.rand(width).to(sizes.dtype)
+    out, sums = torch.empty_like(xs[0]), torch.empty_like(xs[0])
+
+    def convolved(x, delta, base):
+        blocks = x.unflatten(-1, (groups, -1))
+        coefficients = base.view(taps, groups, -1) + delta[..., None]
+        y = coefficients[:, :, 0] * blocks
+        for tap in range(1, taps):
+            y = y + coefficients[:, :, tap] * F.pad(blocks, (0, 0, 0, 0, tap, 0))[:, :block]
+        return y.flatten(-2)
+
+    def expression(x, delta, residual, base, weight):
+        y = convolved(x, delta, base)
+        if not add_norm:
+            return (y,)
+        h = y + residual
+        return F.rms_norm(h, (width,), weight, EPS), h
+
+    def run(i):
+        if not add_norm:
+            return (dk.grouped_conv(xs[i], deltas[i], base, out=out),)
+        return dk.grouped_conv_add_rms_norm(xs[i], deltas[i], base, residuals[i], weight, EPS, out=out,
+                                            residual_out=sums)
+
+    op = "grouped_conv_add_rms_norm" if add_norm else "grouped_conv"
+    args = lambda i: (xs[i], deltas[i], residuals[i], base, weight)  # noqa: E731
+    problem = SimpleNamespace(expression=expression, args=args)
+    return Case(op, f"{rows} x {width}, blocks of {block}", run, moved, copies,
+                cost.conv_flops(rows, width, taps, add_norm=add_norm), sizes.peers_of(op, problem),
+                agreeing(lambda: expression(*(t.float() for t in args(0))), lambda: expression(*args(0))))
 
 
 def silu_case(sizes, rows, inner):

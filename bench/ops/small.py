@@ -1,4 +1,4 @@
-"""The ops behind the LM heads: shards combined, drafts sampled.
+"""The ops behind the LM heads: shards combined, drafts sampled or selected.
 
 They move kilobytes, so their cost is a launch; the share of the limit shows how little bandwidth they use.
 """
@@ -15,7 +15,7 @@ from bench.case import Case, Sizes, agreeing
 # shards, requests, drafted slots, K, vocabulary
 GEOMETRIES = {"cpu": {"smollm2": (4, 8, 7, 16, 49152)}, "cuda": {"qwen3-8b": (4, 8, 15, 16, 151936)},
               "tiny": {"tiny": (2, 2, 3, 4, 100)}}
-TEMPERATURE = 0.8
+TEMPERATURE, RANK = 0.8, 256
 
 
 def cases(sizes: Sizes):
@@ -23,6 +23,7 @@ def cases(sizes: Sizes):
         yield combine_case(sizes, shards, requests * slots, vocab)
         yield combine_topk_case(sizes, shards, requests * slots, k, vocab)
         yield draft_case(sizes, requests, slots, k, vocab)
+        yield select_case(sizes, requests, slots, k, vocab)
 
 
 def combine_case(sizes, shards, rows, vocab):
@@ -89,3 +90,35 @@ def draft_case(sizes, requests, slots, k, vocab):
     problem = SimpleNamespace(expression=expression, args=lambda i: (values[i], ids[i]))
     return Case("sample_draft", f"{requests} x {slots} slots, K {k}", run, moved, copies,
                 cost.sample_flops(requests, slots, k), sizes.peers_of("sample_draft", problem), check)
+
+
+def select_case(sizes, requests, slots, k, vocab):
+    """Greedy, with the rank of published codebooks. Numbers in few bits: no two candidates tie by rounding alone."""
+    moved = cost.select_bytes(requests, slots, k, RANK, 2)
+    copies = sizes.copies_of(moved)
+    values = torch.randn(copies, requests, slots, k).sort(-1, descending=True).values
+    ids, anchors = (torch.randint(0, vocab, (copies, *shape)) for shape in ((requests, slots, k), (requests,)))
+    hidden = torch.randint(-1, 2, (copies, requests, slots, RANK)).to(sizes.dtype)
+    codebooks = [torch.randint(-1, 2, (vocab, RANK)).to(sizes.dtype) for _ in range(2)]
+    lens = torch.full((requests,), 100, dtype=torch.int32)
+    out, logprobs = torch.empty(requests, slots, dtype=torch.int64), torch.empty(requests, slots)
+
+    def run(i):
+        dk.select_candidates(values[i], ids[i], hidden[i], anchors[i], *codebooks, lens, out_ids=out,
+                             out_logprobs=logprobs)
+        return (out,)
+
+    def expression(values, ids, hidden, before):
+        path = []
+        for slot in range(slots):
+            step = codebooks[0][before] * hidden[:, slot]
+            scores = values[:, slot] + torch.einsum("br,bkr->bk", step, codebooks[1][ids[:, slot]])
+            before = ids[:, slot].gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+            path.append(before)
+        return (torch.stack(path, 1),)
+
+    args = lambda i: (values[i], ids[i], hidden[i], anchors[i])  # noqa: E731
+    problem = SimpleNamespace(expression=expression, args=args)
+    return Case("select_candidates", f"{requests} x {slots} slots, K {k}, rank {RANK}", run, moved, copies,
+                cost.select_flops(requests, slots, k, RANK), sizes.peers_of("select_candidates", problem),
+                agreeing(lambda: expression(*args(0))))

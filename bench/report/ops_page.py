@@ -14,11 +14,13 @@ from dflash_kernels import info, limits, ops, step_graph, storage, testing, type
 SECTIONS = (
     ("Prepare the block", ops.block, ("prepare_block", "embed_tokens")),
     ("Norms", ops.norm, ("add_rms_norm", "rms_norm")),
+    ("Convolution", ops.conv, ()),
     ("Linear layers", ops.linear, ("linear", "pack_weight", "quantize_weight")),
     ("Norm and rotation of q and k", ops.rope, ()),
     ("Attention", ops.attention, ()),
     ("Activation", ops.activation, ()),
     ("LM head", ops.lm_head, ("lm_head_argmax", "lm_head_topk", "combine_argmax", "combine_topk")),
+    ("Selector", ops.selector, ()),
     ("Sampling", ops.sample, ("sample_draft", "verify_sample")),
     ("Greedy verification", ops.verify, ()),
     ("Context K/V", ops.context, ()),
@@ -32,8 +34,9 @@ SECTIONS = (
 NOTATION = {"B": "requests", "Q": "tokens of a block", "T": "tokens, or rows", "V": "vocabulary size",
             "H": "hidden size", "I": "outputs of the activation", "Hq, Hkv": "query heads; key and value heads",
             "D": "head dimension", "P": "tokens per page", "L": "draft layers", "S": "vocabulary shards",
+            "t, G": "taps and groups of a convolution",
             "N": "outputs of a linear layer", "K": "inputs of a linear layer; candidates per draft",
-            "R": "rotary dimension; rows of a shard",
+            "R": "rotary dimension; rows of a shard; rank of a codebook",
             "C": "context tokens that some query sees, of all requests together",
             "e, c, w": "bytes of an element: of the op's rows, logits or table; of the cache; of the weight"}
 WIDTH = 100  # of a signature on one line

@@ -1,30 +1,10 @@
 #include "cpu/norm.h"
 
+#include "cpu/norm_row.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
-
-template <class T>
-void norm_row(const T* x, const T* residual, T* sum, const T* weight, T* out, int64_t n, float eps) {
-  Vec squares = set1(0.0f);
-  for (int64_t i = 0; i < n; i += Vec::W) {
-    const int m = int(n - i);
-    Vec h = load_n(x + i, m);
-    if (residual) {
-      store_n(sum + i, h + load_n(residual + i, m), m);
-      h = load_n(sum + i, m);
-    }
-    squares = fma(h, h, squares);
-  }
-  const T* h = residual ? sum : x;
-  const Vec scale = set1(1.0f / std::sqrt(reduce_add(squares) / float(n) + eps));
-  for (int64_t i = 0; i < n; i += Vec::W) {
-    const int m = int(n - i);
-    store_n(out + i, load_n(h + i, m) * scale * load_n(weight + i, m), m);
-  }
-}
 
 template <class T>
 void run(const RmsNormParams& p) {

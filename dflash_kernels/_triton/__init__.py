@@ -18,6 +18,8 @@ import torch
 LAUNCHERS = {  # op: module:function
     "rms_norm": "norm:rms_norm",
     "add_rms_norm": "norm:add_rms_norm",
+    "grouped_conv": "conv:grouped_conv",
+    "grouped_conv_add_rms_norm": "conv:grouped_conv_add_rms_norm",
     "silu_and_mul": "activation:silu_and_mul",
     "qk_norm_rope": "rope:qk_norm_rope",
     "write_context_kv": "context:write_context_kv",
@@ -26,6 +28,7 @@ LAUNCHERS = {  # op: module:function
     "verify_greedy": "verify:verify_greedy",
     "verify_sample": "sample:verify_sample",
     "sample_draft": "sample:sample_draft",
+    "select_candidates": "selector:select_candidates",
     "linear": "linear:linear",
     "lm_head_argmax": "lm_head:lm_head_argmax",
     "combine_argmax": "lm_head:combine_argmax",

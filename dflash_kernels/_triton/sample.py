@@ -178,19 +178,16 @@ def rows_kernel(logits, seen, penalty, bias, bitmask,
                        vocab, chunks, CHUNKS, K)
 
 
-@triton.jit(do_not_specialize=["slots", "o_b"])
-def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs, slots,
-                        k, o_b, K: tl.constexpr):
-    b, i = (tl.program_id(0) // slots).to(tl.int64), tl.program_id(0) % slots
-    at, n = (b * slots + i) * k, tl.arange(0, K)
-    x = tl.load(values + at + n, n < k, float("-inf"))
+@triton.jit
+def drawn(x, n, k, b, i, context_lens, temperature, seeds, top_k, top_p, min_p):
+    """Draft i of request b out of its candidates' logits x (K,), of which k are there: the place of one, and the
+    distribution that it was drawn from, float64. n: 0 to K - 1."""
     temp = tl.load(temperature + b)
     top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 0)
     place = tl.full((), 0, tl.int32)
     # Greedy: the first NaN, or else the first of the largest.
     if (temp < GREEDY) | (top == float("-inf")):
-        has_nan = tl.max((x != x).to(tl.int32), 0) > 0
-        place = tl.min(tl.where(tl.where(has_nan, x != x, x == top), n, K - 1), 0)
+        place = first_largest(x, n, top)
         p = (n == place).to(tl.float64)
     else:
         # Weights of the candidates, and the filters as in a row, over the candidates alone.
@@ -214,6 +211,23 @@ def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, to
         start = tl.load(context_lens + b)
         place, _ = pick((w * FIXED_POINT).to(tl.int64), uniform(tl.load(seeds + b), start + 1 + i, DRAFT, start))
         p = w / tl.sum(tree_sum(w[None, :]), 1)
+    return place, p
+
+
+@triton.jit
+def first_largest(x, n, top):
+    """The place of the first NaN, or else of the first that is `top`."""
+    has_nan = tl.max((x != x).to(tl.int32), 0) > 0
+    return tl.min(tl.where(tl.where(has_nan, x != x, x == top), n, x.shape[0] - 1), 0)
+
+
+@triton.jit(do_not_specialize=["slots", "o_b"])
+def sample_draft_kernel(values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs, slots,
+                        k, o_b, K: tl.constexpr):
+    b, i = (tl.program_id(0) // slots).to(tl.int64), tl.program_id(0) % slots
+    at, n = (b * slots + i) * k, tl.arange(0, K)
+    x = tl.load(values + at + n, n < k, float("-inf"))
+    place, p = drawn(x, n, k, b, i, context_lens, temperature, seeds, top_k, top_p, min_p)
     tl.store(out_ids + b * o_b + i, tl.load(ids + at + place))
     tl.store(out_probs + at + n, p.to(tl.float32), n < k)
 

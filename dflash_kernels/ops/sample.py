@@ -140,7 +140,7 @@ def verify_sample(draft_ids: torch.Tensor, logits: torch.Tensor, context_lens: t
     """
     check = _verify_sample_check
     b, q, vocab = _check_target(check, draft_ids, logits, context_lens, block_lens)
-    _check_params(check, params, b, logits.device)
+    check_params(check, params, b, logits.device)
     proposal = Proposal() if proposal is None else proposal
     adjustments = LogitAdjustments() if adjustments is None else adjustments
     _check_proposal(check, proposal, (b, q - 1, vocab), logits.device)
@@ -218,7 +218,7 @@ def sample_draft(values: torch.Tensor, ids: torch.Tensor, context_lens: torch.Te
     if k < 1:
         raise ValueError(f"{check.op}: values must have K >= 1; got {describe(values)}")
     check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (b,), values.device)
-    _check_params(check, params, b, values.device)
+    check_params(check, params, b, values.device)
     out_ids = check.output("out_ids", out_ids, values, (b, n), torch.int64)
     out_probs = check.contiguous_output("out_probs", out_probs, values, (b, n, k))
     _sample_draft(values, ids, context_lens, params.temperature, params.seeds, params.top_k, params.top_p,
@@ -244,7 +244,7 @@ _PARAMS = (("temperature", torch.float32), ("seeds", torch.int64), ("top_k", tor
            ("min_p", torch.float32))
 
 
-def _check_params(check, params, b, device):
+def check_params(check, params, b, device):
     if not isinstance(params, SamplingTensors):
         raise TypeError(f"{check.op}: params must be SamplingTensors; got {describe(params)}")
     for name, dtype in _PARAMS:

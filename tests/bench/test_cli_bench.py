@@ -201,6 +201,7 @@ def test_bench_ops_of_tiny_shapes(tmp_path):
     done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert {row["op"] for row in found["rows"]} == {"combine_argmax", "combine_topk", "sample_draft"}
+    assert {row["op"] for row in found["rows"]} == {"combine_argmax", "combine_topk", "sample_draft",
+                                                    "select_candidates"}
     assert {"copy_gbps", "read_gbps", "matrix_tflops", "threads", "commit"} <= set(found["header"])
     assert all({"us", "p20", "p80", "gbps", "pct_of_limit", "tflops", "peers"} <= set(row) for row in found["rows"])

@@ -9,13 +9,16 @@ from tests.support.costs import cost_of
 # Sizes by their letters in docs/ops.md: no two formulas that differ agree on them.
 B, Q, T, V, H, I, HQ, HKV, D, L, S, N, K, R, C = 3, 5, 7, 1009, 64, 48, 8, 2, 16, 6, 4, 40, 2500, 12, 300  # noqa: E741
 E, CACHED, WEIGHT = 4, 1, 2
+GROUPS, TAPS = 32, 3
 SIZES = {"B": B, "Q": Q, "T": T, "V": V, "H": H, "I": I, "Hq": HQ, "Hkv": HKV, "D": D, "L": L, "S": S, "N": N, "K": K,
-         "k": 9, "R": R, "C": C, "e": E, "c": CACHED, "w": WEIGHT, "ceil": math.ceil}
+         "k": 9, "G": GROUPS, "t": TAPS, "R": R, "C": C, "e": E, "c": CACHED, "w": WEIGHT, "ceil": math.ceil}
 PASSED = [cost.linear_bytes(T, N, K, E, WEIGHT, chunks) for chunks in (0, math.ceil(K / 1024))]
 TURNED = [cost.rope_bytes(T, HQ, HKV, D, R, E, cached=cached, cache_itemsize=CACHED) for cached in (False, True)]
 MOVED = {
     "rms_norm": [cost.norm_bytes(T, H, E, add=False)],
     "add_rms_norm": [cost.norm_bytes(T, H, E, add=True)],
+    "grouped_conv": [cost.conv_bytes(T, H, GROUPS, TAPS, E)],
+    "grouped_conv_add_rms_norm": [cost.conv_bytes(T, H, GROUPS, TAPS, E, add_norm=True)],
     "silu_and_mul": [cost.activation_bytes(T, I, E)],
     "qk_norm_rope": [TURNED[0], TURNED[1] - TURNED[0]],
     "write_context_kv": [cost.context_bytes(T, L, HKV, D, R, E, cache_itemsize=CACHED)],
@@ -30,6 +33,7 @@ MOVED = {
     "verify_greedy": [cost.verify_bytes(B, Q), cost.verify_bytes(B, Q, vocab=V, itemsize=E)],
     "verify_sample": [cost.sample_bytes(B, Q, V, E)],
     "sample_draft": [cost.draft_bytes(B, Q - 1, K)],
+    "select_candidates": [cost.select_bytes(B, Q - 1, K, R, E)],
 }
 
 

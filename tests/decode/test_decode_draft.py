@@ -227,15 +227,6 @@ def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named():
     Drafter(config, {f"model.{k}": t for k, t in good.items()}, target)
 
 
-@pytest.mark.parametrize("changes", [{"conv_kernel_size": 2, "conv_group_size": 16},
-                                     {"selector_rank": 8, "selector_top_k": 4}])
-def test_dflash2_is_refused_by_name(changes):
-    _, target = make_target("llama")
-    config = draft_config({})
-    with pytest.raises(NotImplementedError, match=f"{[*changes][0]}, which belongs to DFlash2, is not supported"):
-        Drafter({**config, "dflash_config": {**config["dflash_config"], **changes}}, {}, target)
-
-
 def test_a_drafter_for_another_target_is_refused():
     config, (_, target) = draft_config({}), make_target("llama")
     tensors = random_tensors(config, torch.float32)

@@ -33,6 +33,11 @@ def filled(*shape, dtype=torch.float32):
     return t.copy_(torch.randn(shape))
 
 
+def blocks(requests, width, hidden):
+    """Blocks of rows at one stride, inside a larger tensor of canaries."""
+    return boxed(requests * width, hidden).copy_(torch.randn(requests * width, hidden)).view(requests, width, hidden)
+
+
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -76,6 +81,13 @@ def blocks(n, k):
     return rows.view(n, -1)
 
 
+def candidates():
+    """Three of ten tokens for each of two positions of two requests, and codebooks of rank 6."""
+    return {"values": torch.randn(2, 2, 3).sort(-1, descending=True).values, "ids": torch.randperm(10)[:3].expand(
+                2, 2, 3).contiguous(), "hidden": torch.randn(2, 2, 6), "anchor_ids": ids(2),
+            "predecessor": torch.randn(10, 6), "successor": torch.randn(10, 6), "context_lens": int32(5, 2)}
+
+
 def int8_weight(n, k):
     return dk.pack_weight(*dk.quantize_weight(torch.randn(n, k)))
 
@@ -88,6 +100,13 @@ SAMPLES = {
     "add_rms_norm": Sample(dk.add_rms_norm, lambda: {
         "x": torch.randn(3, 16), "residual": filled(3, 16), "weight": torch.randn(16), "eps": 1e-5,
         "out": boxed(3, 16), "residual_out": boxed(3, 16)}, ("residual", "out", "residual_out")),
+    "grouped_conv": Sample(dk.grouped_conv, lambda: {
+        "x": torch.randn(2, 3, 16), "delta": torch.randn(2, 3, 2, 2, 4)[:, :, 1], "base": torch.randn(2, 16),
+        "rounding": "engine", "out": blocks(2, 3, 16)}, ("out",)),
+    "grouped_conv_add_rms_norm": Sample(dk.grouped_conv_add_rms_norm, lambda: {
+        "x": torch.randn(2, 3, 16), "delta": torch.randn(2, 3, 2, 4), "base": torch.randn(2, 16),
+        "residual": blocks(2, 3, 16), "weight": torch.randn(16), "eps": 1e-5, "rounding": "reference",
+        "out": blocks(2, 3, 16), "residual_out": blocks(2, 3, 16)}, ("residual", "out", "residual_out")),
     "silu_and_mul": Sample(dk.silu_and_mul, lambda: {"x": torch.randn(3, 16), "out": boxed(3, 8)}, ("out",)),
     "qk_norm_rope": Sample(dk.qk_norm_rope, lambda: {
         "qkv": filled(3, 40), "positions": torch.tensor([0, 5, 6]), "cos_sin": torch.randn(12, 8), "num_heads": 3,
@@ -197,6 +216,13 @@ SAMPLES = {
         "values": torch.tensor([[3.0, 1.0, 0.5], [2.0, 2.0, -1.0]]).expand(2, 2, 3).contiguous(),
         "ids": ids(2, 2, 3), "context_lens": int32(5, 2), "params": sampling(2),
         "out_ids": boxed(2, 2, dtype=torch.int64), "out_probs": torch.zeros(2, 2, 3)}, ("out_ids", "out_probs")),
+    "select_candidates": Sample(dk.select_candidates, lambda: {
+        **candidates(), "params": sampling(2), "out_ids": boxed(2, 2, dtype=torch.int64),
+        "out_logprobs": torch.zeros(2, 2), "out_probs": torch.zeros(2, 2, 3)},
+        ("out_ids", "out_logprobs", "out_probs")),
+    "select_candidates_greedy": Sample(dk.select_candidates, lambda: {
+        **candidates(), "out_ids": boxed(2, 2, dtype=torch.int64), "out_logprobs": torch.zeros(2, 2)},
+        ("out_ids", "out_logprobs")),
 }
 
 

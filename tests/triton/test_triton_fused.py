@@ -40,6 +40,9 @@ def wide(op):
         return [{"kv": torch.zeros(4, layers * 16), "positions": torch.arange(4), "slots": torch.arange(4),
                  "caches": [dk.PagedKV(torch.zeros(4, 4, 1, 8), torch.zeros(4, 4, 1, 8)) for _ in range(layers)],
                  "cos_sin": torch.zeros(12, 4)} for layers in (1, 8, 64)]
+    if op == "grouped_conv_add_rms_norm":  # rows that are wider than a program
+        x, base = torch.zeros(1, 2, 8208), torch.zeros(2, 8208)
+        return [{"x": x, "delta": torch.zeros(1, 2, 2, 513), "base": base, "residual": x, "weight": base[0]}]
     return []
 
 

@@ -32,6 +32,9 @@ def rows(b, q, pages):
     dk.linear(x, torch.randn(48, HIDDEN))
     dk.rms_norm(x, torch.randn(HIDDEN))
     dk.silu_and_mul(x)
+    blocks, delta, base = x.view(b, q, HIDDEN), torch.randn(b, q, 2, 2), torch.randn(2, HIDDEN)
+    dk.grouped_conv(blocks, delta, base)
+    dk.grouped_conv_add_rms_norm(blocks, delta, base, torch.randn_like(blocks), base[0])
     dk.lm_head_argmax(x, torch.randn(VOCABULARY, HIDDEN))
     dk.lm_head_topk(x, torch.randn(VOCABULARY, HIDDEN), 4)
     dk.combine_argmax(torch.randn(2, b * q), torch.arange(2 * b * q).view(2, -1))
@@ -75,6 +78,9 @@ def verify(b, q, pages):
     if q > 1:
         ids, probs = torch.arange(16).expand(b, q - 1, 16).contiguous(), torch.full((b, q - 1, 16), 1 / 16)
         dk.sample_draft(probs, ids, lens, params)
+        codebook, hidden = torch.randn(40, 32), torch.randn(b, q - 1, 32)
+        for given in (None, params):
+            dk.select_candidates(probs, ids, hidden, drafts[:, 0], codebook, codebook, lens, given)
         dense = torch.full((b, q - 1, VOCABULARY), 1 / VOCABULARY)
         for proposal in (Proposal(probs=probs, ids=ids), Proposal(probs=dense), Proposal(logits=dense)):
             dk.verify_sample(drafts, logits, lens, params, proposal=proposal, rule="block")

@@ -25,7 +25,7 @@ from dflash_kernels._triton import LAUNCHERS
 
 from . import launched
 from .launched import Case
-from .sampled import sample
+from .sampled import sample, selector
 
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -62,7 +62,8 @@ class Report(NamedTuple):
 
 
 def cases(noun: str, arch: int) -> list[Case]:
-    return list(sample()) if noun == "sample" else launched.cases(noun, arch)
+    sampled = {"sample": sample, "selector": selector}
+    return list(sampled[noun]()) if noun in sampled else launched.cases(noun, arch)
 
 
 def key(case: Case, arch: int) -> str:

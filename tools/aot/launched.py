@@ -1,4 +1,5 @@
-"""The cases of each noun but sample: what its launchers launch for a call, noted on tensors without memory.
+"""The cases of each noun but sample and selector: what its launchers launch for a call, noted on tensors without
+memory.
 
 A launch is compiled as Triton would compile it: an argument that is None and an integer 1 are constants, an integer
 that divides by 16 is marked, but one that the kernel does not specialise on is neither. So a case is a name and a call.
@@ -97,6 +98,24 @@ def activation() -> Iterator[Case]:
         for dtype in FLOATS:
             (launch,) = launches(silu_and_mul, empty(2, 2 * block, dtype=dtype), empty(2, block, dtype=dtype))
             yield case(f"silu_and_mul {block} {DTYPES[dtype]}", launch)
+
+
+def conv() -> Iterator[Case]:
+    """Two taps and groups of 16, as published; each rounding where it is one of 16 bits."""
+    from dflash_kernels._triton.conv import COLUMNS, CONFIGS, grouped_conv, grouped_conv_add_rms_norm
+
+    for width in CONFIGS:
+        for dtype in FLOATS:
+            for rounding in range(1 if dtype == torch.float32 else 3):
+                x, delta, base = empty(18, width, dtype=dtype), empty(18, 2, width // 16, dtype=dtype), empty(
+                    2, width, dtype=dtype)
+                name = f"{width} {DTYPES[dtype]} {('end', 'reference', 'engine')[rounding]}"
+                if width == COLUMNS[0]:
+                    (launch,) = launches(grouped_conv, x, delta, base, 9, rounding, x)
+                    yield case(f"grouped_conv {name}", launch)
+                if rounding == 0 or width == max(CONFIGS):
+                    (launch,) = launches(grouped_conv_add_rms_norm, x, delta, base, 9, rounding, x, base[0], 1e-6, x, x)
+                    yield case(f"grouped_conv_add_rms_norm {name}", launch)
 
 
 def verify() -> Iterator[Case]:
@@ -288,8 +307,8 @@ def attention() -> Iterator[Case]:
                     yield case(f"block_attention combine_splits {name}", combine)
 
 
-NOUNS = {"norm": norm, "activation": activation, "verify": verify, "block": block, "context": context, "rope": rope,
-         "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk, "attention": attention}
+NOUNS = {"norm": norm, "conv": conv, "activation": activation, "verify": verify, "block": block, "context": context,
+         "rope": rope, "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk, "attention": attention}
 
 
 def cases(noun: str, arch: int) -> list[Case]:

@@ -1,4 +1,4 @@
-"""The cases of sample, as launched.py has those of the other nouns."""
+"""The cases of sample and selector, as launched.py has those of the other nouns."""
 
 from collections.abc import Iterator
 
@@ -57,3 +57,19 @@ def sample() -> Iterator[Case]:
     (launch,) = launches(sample_draft, values, empty(2, BLOCK - 1, K), ints(2), floats(2), empty(2), ints(2), floats(2),
                          floats(2), empty(2, BLOCK - 1), values)
     yield case("sample_draft", launch)
+
+
+def selector() -> Iterator[Case]:
+    """Greedy, and with every filter; K is one less than the power of two in the name."""
+    from dflash_kernels._triton.selector import CONFIGS, select_candidates
+
+    for most in CONFIGS:
+        values, ids = floats(2, BLOCK - 1, most - 1), empty(2, BLOCK - 1, most - 1)
+        for dtype in FLOATS:
+            codebook = empty(VOCAB, 256, dtype=dtype)
+            given = values, ids, empty(2, BLOCK - 1, 256, dtype=dtype), empty(2), codebook, codebook, ints(2)
+            out = empty(2, BLOCK - 1), floats(2, BLOCK - 1)
+            for name, settings, probs in (("greedy", (None,) * 5, None), (
+                    "drawn", (floats(2), empty(2), ints(2), floats(2), floats(2)), values)):
+                (launch,) = launches(select_candidates, *given, *settings, *out, probs)
+                yield case(f"select_candidates {most} {name} {DTYPES[dtype]}", launch)

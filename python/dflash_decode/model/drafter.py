@@ -1,7 +1,8 @@
 """A DFlash drafter built from our ops: L layers that fill a block in one bidirectional pass.
 
     context:  c = norm(fc(features of the target));  K, V of every layer = one linear of c;  norm, RoPE, pages
-    draft:    [anchor, MASK, ...] -> layers, each attending to its context pages and to the block itself -> argmax
+    draft:    [anchor, MASK, ...] -> layers, each attending to its context pages and to the block itself -> argmax, or
+              a selector's choice of the most likely tokens
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any, cast
 import torch
 
 from dflash_kernels import (
-    PackedWeight,
     PagedKV,
     PreparedBlock,
     Proposal,
@@ -23,6 +23,7 @@ from dflash_kernels import (
     prepare_block,
     rms_norm,
     sample_draft,
+    select_candidates,
     write_context_kv,
 )
 
@@ -30,6 +31,7 @@ from ..arguments import check_target, of_type
 from ..kv import CacheShape
 from . import Target
 from .config import DraftConfig, read_draft_config
+from .dflash2 import take_selector
 from .names import renamed
 from .quantized import dequantized
 from .rope import RopeTables
@@ -67,13 +69,12 @@ class Drafter:
         of_type("Drafter", "int8", int8, bool, "True or False")
         self.config = c = config if isinstance(config, DraftConfig) else read_draft_config(config)
         self.dtype, self.device, self.block_size = target.dtype, target.device, c.block_size
-        _refuse_dflash2(c)
         _check_fits(c, target)
         self.int8, self.pack = int8, packer(int8)
         self.geometry = g = Geometry(
             hidden=c.hidden_size, intermediate=c.intermediate_size, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
-            mlp_bias=c.mlp_bias, value_scale=c.value_scale)
+            mlp_bias=c.mlp_bias, value_scale=c.value_scale, conv=c.conv)
         self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
         taker = Tensors(dequantized(c.quantization, renamed(tensors), self.dtype), self.dtype, self.device, _WHAT)
         self.fc = self.pack(taker.take("fc.weight", c.hidden_size, c.features))
@@ -88,6 +89,7 @@ class Drafter:
         self.context_kv = self.pack(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
         self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
         self.k_norms = torch.stack([cast(torch.Tensor, layer.k_norm) for layer in self.layers])
+        self.selector = take_selector(taker, c, self.pack)
         own = take_vocabulary(taker, c, target)
         self.embedding, self.ids_of_draft, self.num_valid = own.embedding, own.ids_of_draft, own.num_valid
         self.head, self.head_bias = (target.head, target.head_bias) if own.head is None else (self.pack(own.head), None)
@@ -194,19 +196,27 @@ class DraftPass:
         self.params = params
         self.proposal: Proposal | None = None
         self.candidates: torch.Tensor | None = None
-        shape = (batch, width - 1) if params is None else (batch, width - 1, min(_CANDIDATES, drafter.num_valid))
-        self.values, self.lse = (torch.zeros(n, dtype=torch.float32, device=device) for n in (shape, guesses))
+        shape: tuple[int, ...] = (batch, width - 1)
+        if params is not None or c.selector:
+            most = c.selector.candidates if c.selector else _CANDIDATES
+            shape = (*shape, min(most, drafter.num_valid))
+            self.candidates = ids(*shape)
+        self.values, self.lse, self.logprobs = (torch.zeros(n, dtype=torch.float32, device=device)
+                                                for n in (shape, guesses, shape[:2]))
+        self.pairs = torch.zeros((*shape[:2], c.selector.rank if c.selector else 0), dtype=drafter.dtype, device=device)
         # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
         self.known, self.draft_ids, self.ids = ids(rows), ids(*shape), ids(batch, width)
         self.anchors, self.guesses = self.known[:batch], self.known[batch:].view(batch, width - 1)
         if params is not None:
-            self.candidates = ids(*shape)
             self.proposal = Proposal(probs=torch.zeros_like(self.values), ids=self.candidates)
         place = torch.arange(rows, device=device)
         self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
 
     def confidences(self) -> torch.Tensor:
-        """(B, Q - 1) float32: the drafter's probability of each draft, where the most likely tokens are drafted."""
+        """(B, Q - 1) float32: the drafter's probability of each draft, where the most likely tokens are drafted; the
+        selector's, among the candidates."""
+        if self.drafter.selector:
+            return self.logprobs.exp()
         return (self.values - self.lse.view(self.values.shape)).exp_()
 
     def run(self, context_lens: torch.Tensor, page_table: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
@@ -227,15 +237,20 @@ class DraftPass:
         options: dict[str, Any] = {"bias": d.head_bias, "num_valid": d.num_valid, "scale": c.output_multiplier,
                    "softcap": c.final_logit_softcapping, "out_values": self.values.flatten(0, 1),
                    "out_ids": named.flatten(0, 1)}
-        if self.proposal is None:
+        if self.candidates is None:
             lm_head_argmax(self.masked, d.head, out_lse=self.lse, **options)
         else:
             lm_head_topk(self.masked, d.head, self.values.shape[-1], out_lse=self.lse, **options)
         if d.ids_of_draft is not None:
             _gather(d.ids_of_draft, self.draft_ids.view(-1), ids.view(-1))
-        if self.params is not None and self.proposal is not None:
-            sample_draft(self.values, ids, context_lens, self.params, out_ids=self.guesses,
-                         out_probs=self.proposal.probs)
+        probs = self.proposal.probs if self.proposal else None
+        if d.selector:
+            linear(self.masked, d.selector.projection, out=self.pairs.view(len(self.masked), -1))
+            select_candidates(self.values, ids, self.pairs, self.anchors, d.selector.predecessor, d.selector.successor,
+                              context_lens, self.params, out_ids=self.guesses, out_logprobs=self.logprobs,
+                              out_probs=probs)
+        elif self.params is not None:
+            sample_draft(self.values, ids, context_lens, self.params, out_ids=self.guesses, out_probs=probs)
 
 
 def _gather(table, index, out):
@@ -270,12 +285,6 @@ def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"candidate_selector.{name}"] = (c.vocab_size, c.selector.rank)
         shapes["candidate_selector.hidden_projection.weight"] = (c.selector.rank, h)
     return shapes
-
-
-def _refuse_dflash2(c: DraftConfig) -> None:
-    for name, part in (("conv_kernel_size", c.conv), ("selector_rank", c.selector)):
-        if part is not None:
-            raise NotImplementedError(f"draft config: {name}, which belongs to DFlash2, is not supported; got {part}")
 
 
 def _check_fits(c: DraftConfig, target: Target) -> None:

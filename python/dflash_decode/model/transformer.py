@@ -2,8 +2,8 @@
 
     h = norm(x);  x += o(attention(qk_norm_rope(qkv(h))));  h = norm(x);  x += down(silu(gate(h)) * up(h))
 
-Each addition is fused into the norm that follows it. All memory of a pass over B requests of Q tokens is allocated when
-the pass is made, so that it can be recorded as a graph.
+Each addition is fused into the norm that follows it; of DFlash2, with its convolutions (dflash2.py). All memory of a
+pass over B requests of Q tokens is allocated when the pass is made, so that it can be recorded as a graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,8 @@ from dflash_kernels import (
 )
 
 from ..checkpoint.blocks import Blocks
+from .config import Convolution
+from .dflash2 import Conv, ConvMemory, take_conv
 from .masks import LayerMask
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -99,6 +101,8 @@ class Layer:
     down_bias: torch.Tensor | None
     mask: LayerMask
     sinks: torch.Tensor | None
+    attention_conv: Conv | None = None
+    mlp_conv: Conv | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Geometry:
     mlp_bias: bool = False
     qk_norm: bool = True
     value_scale: float = 1.0
+    conv: Convolution | None = None
 
     @property
     def qkv_width(self) -> int:
@@ -191,6 +196,8 @@ def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
     down, down_bias = projection("mlp.down_proj", g.hidden, g.intermediate, g.mlp_bias)
     head_norms = [tensors.take(f"{prefix}self_attn.{n}.weight", g.head_dim) if g.qk_norm else None
                   for n in ("q_norm", "k_norm")]
+    convs = [take_conv(tensors, f"{prefix}{name}", g.hidden, g.conv, pack) if g.conv else None
+             for name in ("attention_conv", "mlp_conv")]
     layer = Layer(
         input_norm=tensors.take(f"{prefix}input_layernorm.weight", g.hidden),
         qkv=Weight(pack, q, k, v), qkv_bias=_cat(q_bias, k_bias, v_bias),
@@ -199,6 +206,7 @@ def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
         gate_up=Weight(pack, gate, up), gate_up_bias=_cat(gate_bias, up_bias),
         down=Weight(pack, down), down_bias=down_bias, mask=mask,
         sinks=tensors.take(f"{prefix}self_attn.attention_sink_bias", g.num_heads) if mask.sinks else None,
+        attention_conv=convs[0], mlp_conv=convs[1],
     )
     return layer, [k, v, k_bias, v_bias]
 
@@ -240,6 +248,7 @@ class LayersPass:
         self.x, self.normed, self.added = buffer(g.hidden), buffer(g.hidden), buffer(g.hidden)
         self.qkv, self.mixed = buffer(g.qkv_width), buffer(g.num_heads * g.head_dim)
         self.gate_up, self.act = buffer(2 * g.intermediate), buffer(g.intermediate)
+        self.conv = ConvMemory(g.conv, batch, width, self.x) if g.conv else None
         self.features = buffer(len(target_layer_ids) * g.hidden)
         self.collected = {
             layer: self.features[:, i * g.hidden:(i + 1) * g.hidden] for i, layer in enumerate(target_layer_ids)
@@ -250,38 +259,48 @@ class LayersPass:
             block_starts: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the rows (T, H) after the final norm. slots: where this block's K/V are written; None writes none."""
         where = (page_table, context_lens, block_lens, block_starts)
-        x, stream = self.x, self.x
+        x, stream, conv = self.x, self.x, None
         for index, (layer, cache, table) in enumerate(zip(self.layers, self.caches, self.cos_sin, strict=True)):
             if index == 0:
                 rms_norm(x, layer.input_norm, self.g.eps, out=self.normed)
             else:
-                stream = self._add(stream, layer.input_norm, self.collected.get(index - 1, x))
-            self._attend(layer, cache, table, positions, slots, *where)
-            stream = self._add(stream, layer.post_norm, x)
-            layer.gate_up.product(self.normed, layer.gate_up_bias, self.gate_up)
+                stream = self._add(stream, layer.input_norm, self.collected.get(index - 1, x), conv)
+            self._attend(self._start(layer.attention_conv), layer, cache, table, positions, slots, *where)
+            stream = self._add(stream, layer.post_norm, x, layer.attention_conv)
+            layer.gate_up.product(self._start(layer.mlp_conv), layer.gate_up_bias, self.gate_up)
             silu_and_mul(self.gate_up, out=self.act)
             layer.down.product(self.act, layer.down_bias, self.added)
+            conv = layer.mlp_conv
         last = self.collected.get(len(self.layers) - 1, self.normed)
-        add_rms_norm(self.added, stream, self.final_norm, self.g.eps, out=last)
+        self._finish(conv, stream, self.final_norm, last, None)
         return last
 
-    def _add(self, stream, weight, into):
+    def _start(self, conv):
+        """A sublayer's input from its normed rows."""
+        return self.normed if self.conv is None else self.conv.start(conv, self.normed)
+
+    def _add(self, stream, weight, into, conv):
         """normed = norm(stream + added). The sum is written to `into`, which can be part of the features, so that they
-        need no copy."""
-        add_rms_norm(self.added, stream, weight, self.g.eps, out=self.normed,
-                     residual_out=None if into is stream else into)
+        need no copy. conv: the sublayer's, whose second convolution comes first."""
+        self._finish(conv, stream, weight, self.normed, None if into is stream else into)
         return into
 
-    def _attend(self, layer, cache, table, positions, slots, page_table, context_lens, block_lens, block_starts):
+    def _finish(self, conv, stream, weight, out, residual_out):
+        if self.conv is None:
+            add_rms_norm(self.added, stream, weight, self.g.eps, out=out, residual_out=residual_out)
+        else:
+            self.conv.finish(conv, self.added, stream, weight, self.g.eps, out, residual_out)
+
+    def _attend(self, rows, layer, cache, table, positions, slots, page_table, context_lens, block_lens, block_starts):
         g = self.g
-        layer.qkv.product(self.normed, layer.qkv_bias, self.qkv)
+        layer.qkv.product(rows, layer.qkv_bias, self.qkv)
         qk_norm_rope(self.qkv, positions, table, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
                      head_dim=g.head_dim, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=g.eps,
                      interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
-        rows = self.shape if block_starts is None else (len(self.qkv),)
-        heads = self.qkv.view(*rows, -1, g.head_dim)
+        shape = self.shape if block_starts is None else (len(self.qkv),)
+        heads = self.qkv.view(*shape, -1, g.head_dim)
         q, k, v = heads.split((g.num_heads, g.num_kv_heads, g.num_kv_heads), -2)
         block_attention(q, k, v, cache, page_table, context_lens, block_lens=block_lens, block_starts=block_starts,
                         max_block=None if block_starts is None else self.shape[1], causal=layer.mask.causal,
-                        window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*rows, -1, g.head_dim))
+                        window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*shape, -1, g.head_dim))
         layer.o.product(self.mixed, layer.o_bias, self.added)
