@@ -74,7 +74,7 @@ def sampling(b):
     return SamplingTensors(temp, torch.arange(b), int32(*range(3, 3 + b)), shares, shares * 0.1)
 
 
-def blocks(n, k):
+def q4_1_rows(n, k):
     """Rows of q4_1, with scales of a weight's size."""
     rows = torch.randint(0, 256, (n, k // 32, 20), dtype=torch.uint8)
     rows[..., :4] = torch.rand(n, k // 32, 2).half().view(torch.uint8)
@@ -146,10 +146,10 @@ SAMPLES = {
         "x": torch.randn(3, 16), "weight": int8_weight(20, 16), "bias": torch.randn(20), "out": boxed(3, 20)},
         ("out",)),
     "linear_blocks": Sample(dk.linear, lambda: {
-        "x": torch.randn(3, 64), "weight": dk.pack_weight(blocks(20, 64), format="q4_1"), "bias": torch.randn(20),
+        "x": torch.randn(3, 64), "weight": dk.pack_weight(q4_1_rows(20, 64), format="q4_1"), "bias": torch.randn(20),
         "out": boxed(3, 20)}, ("out",)),
     "pack_weight_blocks": Sample(dk.pack_weight, lambda: {
-        "weight": blocks(20, 64), "format": "q4_1", "exact": True}, ()),
+        "weight": q4_1_rows(20, 64), "format": "q4_1", "exact": True}, ()),
     "pack_weight": Sample(dk.pack_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
     "pack_weight_int8": Sample(dk.pack_weight, lambda: {
         "weight": torch.randint(-127, 128, (20, 16), dtype=torch.int8), "scales": torch.rand(20)}, ()),
