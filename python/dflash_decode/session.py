@@ -125,8 +125,8 @@ class Session:
         """Loads a target, its tokenizer and a drafter.
 
         model: the target: a directory with config.json and safetensors, a .gguf file, or a known name.
-        draft: a drafter's directory, "auto" (the installed drafter for the target, or none, with a warning), "random",
-            or "none" or None.
+        draft: a drafter's directory or .gguf file, "auto" (the installed drafter for the target, or none, with a
+            warning), "random", or "none" or None.
         block_size: tokens per block, at most the drafter's block size, which is the default.
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
             config.json.
