@@ -2,15 +2,17 @@
 // e * (2 T H + taps (T G + H)) bytes. With the addition and the norm, e * (2 T H + H) more. The floor is that over the
 // bandwidth of memory. Two taps are 4 multiply-adds an element.
 //
-// Rows are computed one after the other: the rows of a row's other taps and the base kernel are in the cache then, and
-// the row after it is asked for. With the norm, out's own memory keeps the result until it is normed. What is left to
-// save are conversions: bfloat16 rows are taken apart into elements of even and of odd place, which needs one
-// instruction for each, and put together likewise (Pair). Coefficients of a few rows become float32 first, to be
-// broadcast from memory.
+// Two rows are computed at a time: the row before them and the base kernel are in the cache then, a vector of the base
+// kernel serves both, and the two rows after them are asked for. With the norm, out's own memory keeps the result until
+// it is normed. What is left to save are conversions: bfloat16 rows are taken apart into elements of even and of odd
+// place, which needs one instruction for each, and put together likewise (Pair). Coefficients of a few rows become
+// float32 first, to be broadcast from memory.
 //
 // acc = fma(delta, x, fma(base, x, acc)): products of 16-bit numbers are exact, so that fusing changes nothing, and
 // every instruction set has the same bits.
 #include "cpu/conv.h"
+
+#include <algorithm>
 
 #include "cpu/conv_pair.h"
 #include "cpu/memory.h"
@@ -45,30 +47,38 @@ void convolve(const GroupedConvParams& p, const T* x, int64_t taps, const float*
     });
 }
 
-// The same for one or two taps, rounded once, and groups that fill pairs, or half pairs.
-template <class T, int Taps>
-void convolve_pairs(const GroupedConvParams& p, const T* x, const float* delta, T* out) {
+// One or two rows of a block for two taps, rounded once, and groups that fill pairs, or half pairs. First: no row of the
+// block comes before them. deltas: (Rows, 2, groups).
+template <class T, int Rows, bool First>
+void convolve_pairs(const GroupedConvParams& p, const T* x, const float* deltas, T* out) {
   using P = Pair<T>;
   const T* base = static_cast<const T*>(p.base);
-  const int64_t groups = p.groups, group = p.width / groups, width = p.width, before = p.x.stride;
+  const int64_t groups = p.groups, group = p.width / groups, width = p.width, next = p.x.stride;
   const P zero{set1(0.0f), set1(0.0f)};
-  const auto pair = [&](int64_t c, P d0, P d1) {
-    prefetch(x + before + c);
+  const auto pair = [&](int64_t c, const float* d, auto spread) {
+    const P fixed0 = P::load(base + c), fixed1 = P::load(base + width + c);
+    for (int r = 0; r < Rows; ++r) prefetch(x + (Rows + r) * next + c);
     const P now = P::load(x + c);
-    P acc = fma(d0, now, fma(P::load(base + c), now, zero));
-    if constexpr (Taps == 2) {
-      const P then = P::load(x - before + c);
-      acc = fma(d1, then, fma(P::load(base + width + c), then, acc));
+    P acc = fma(spread(d), now, fma(fixed0, now, zero));
+    if constexpr (!First) {
+      const P before = P::load(x - next + c);
+      acc = fma(spread(d + groups), before, fma(fixed1, before, acc));
     }
     acc.store(out + c);
+    if constexpr (Rows == 2) {
+      const P after = P::load(x + next + c);
+      acc = fma(spread(d + 2 * groups), after, fma(fixed0, after, zero));
+      acc = fma(spread(d + 3 * groups), now, fma(fixed1, now, acc));
+      acc.store(out + p.out.stride + c);
+    }
   };
-  const float* delta1 = delta + (Taps - 1) * groups;
   if (group < P::kSize)
-    for (int64_t g = 0, c = 0; g < groups; g += 2, c += P::kSize) pair(c, P::halves(delta + g), P::halves(delta1 + g));
+    for (int64_t g = 0, c = 0; g < groups; g += 2, c += P::kSize)
+      pair(c, deltas + g, [](const float* d) { return P::halves(d); });
   else
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t c = g * group; c < (g + 1) * group; c += P::kSize)
-        pair(c, {set1(delta[g]), set1(delta[g])}, {set1(delta1[g]), set1(delta1[g])});
+        pair(c, deltas + g, [](const float* d) { return P{set1(*d), set1(*d)}; });
 }
 
 template <class T>
@@ -83,27 +93,29 @@ void widen(const GroupedConvParams& p, int64_t row, int64_t n, float* delta) {
 template <class T, ConvRounding R>
 void run_rounding(const GroupedConvParams& p) {
   const int64_t grain = 1 + 16384 / (p.width + 1), group = p.width / p.groups;
-  const bool pairs = R == ConvRounding::end && p.taps <= 2 &&
+  const bool pairs = R == ConvRounding::end && p.taps == 2 &&
                      (group % Pair<T>::kSize == 0 || (2 * group == Pair<T>::kSize && p.groups % 2 == 0));
   parallel_for(p.rows, grain, [&](int64_t begin, int64_t end) {
     static thread_local ThreadMemory memory;
     float* deltas = static_cast<float*>(memory.get(kTileRows * p.taps * p.groups * sizeof(float)));
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = begin, n = 0; row < end; row += n) {
       const int64_t at = (row - begin) % kTileRows, place = row % p.block;
-      if (at == 0) widen<T>(p, row, end - row < kTileRows ? end - row : kTileRows, deltas);
-      const int64_t taps = place + 1 < p.taps ? place + 1 : p.taps;
+      if (at == 0) widen<T>(p, row, std::min(kTileRows, end - row), deltas);
+      n = std::min({kTileRows - at, p.block - place, end - row, int64_t{2}});
       const T* x = static_cast<const T*>(p.x.data) + row * p.x.stride;
       T* out = static_cast<T*>(p.out.data) + row * p.out.stride;
       const float* delta = deltas + at * p.taps * p.groups;
-      if (!pairs)
-        convolve<T, R>(p, x, taps, delta, out);
-      else if (taps == 1)
-        convolve_pairs<T, 1>(p, x, delta, out);
+      if (pairs)
+        (n == 2 ? place ? convolve_pairs<T, 2, false> : convolve_pairs<T, 2, true>
+                : place ? convolve_pairs<T, 1, false> : convolve_pairs<T, 1, true>)(p, x, delta, out);
       else
-        convolve_pairs<T, 2>(p, x, delta, out);
-      if (p.residual.data)
-        norm_row(out, static_cast<const T*>(p.residual.data) + row * p.residual.stride,
-                 static_cast<T*>(p.residual_out.data) + row * p.residual_out.stride, static_cast<const T*>(p.weight),
+        for (int64_t i = 0; i < n; ++i)
+          convolve<T, R>(p, x + i * p.x.stride, std::min(place + i + 1, p.taps), delta + i * p.taps * p.groups,
+                         out + i * p.out.stride);
+      if (!p.residual.data) continue;
+      for (int64_t i = row; i < row + n; ++i, out += p.out.stride)
+        norm_row(out, static_cast<const T*>(p.residual.data) + i * p.residual.stride,
+                 static_cast<T*>(p.residual_out.data) + i * p.residual_out.stride, static_cast<const T*>(p.weight),
                  out, p.width, p.eps);
     }
   });

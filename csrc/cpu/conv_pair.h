@@ -40,16 +40,21 @@ struct Pair<bf16> {
             {_mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000))))}};
   }
   void store(bf16* p) const {
-    const __m512i low = _mm512_srli_epi32(rounded(a.v), 16);
-    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_and_si512(rounded(b.v), _mm512_set1_epi32(int(0xffff0000)))));
+    __m512i even = rounded(a.v), odd = rounded(b.v);
+    if (_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)) even = quiet(a.v, even), odd = quiet(b.v, odd);
+    const __m512i low = _mm512_srli_epi32(even, 16), high = _mm512_and_si512(odd, _mm512_set1_epi32(int(0xffff0000)));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, high));
   }
+
  private:
-  // Its upper half is the bfloat16.
+  // The upper half is the bfloat16 of a number that is not NaN.
   static __m512i rounded(__m512 x) {
-    const __m512i u = _mm512_castps_si512(x);
-    __m512i r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
-    r = _mm512_mask_add_epi32(r, _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), r, _mm512_set1_epi32(1));
-    return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+    const __m512i u = _mm512_castps_si512(x), r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(r, _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), r, _mm512_set1_epi32(1));
+  }
+  static __m512i quiet(__m512 x, __m512i r) {
+    return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_castps_si512(x),
+                                _mm512_set1_epi32(0x400000));
   }
 };
 #elif DFLASH_VEC == 256
