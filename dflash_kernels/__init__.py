@@ -10,7 +10,7 @@ from .ops.activation import silu_and_mul
 from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
-from .ops.linear import linear, pack_weight, quantize_weight
+from .ops.linear import linear, pack_weight, quantize_blocks, quantize_weight
 from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
@@ -42,6 +42,7 @@ __all__ = [
     "pack_weight",
     "prepare_block",
     "qk_norm_rope",
+    "quantize_blocks",
     "quantize_weight",
     "rms_norm",
     "sample_draft",

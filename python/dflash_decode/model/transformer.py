@@ -19,6 +19,7 @@ from dflash_kernels import (
     linear,
     pack_weight,
     qk_norm_rope,
+    quantize_blocks,
     quantize_weight,
     rms_norm,
     silu_and_mul,
@@ -126,11 +127,14 @@ Packer = Callable[[torch.Tensor | Blocks], PackedWeight]
 
 
 def packer(int8: bool, exact: bool = False) -> Packer:
-    """The packing of weights: in their blocks, in their dtype, or in 8 bits with one scale per row. exact: whether
-    blocks are multiplied as the elements that they stand for."""
+    """The packing of weights: in their blocks, in their dtype, or in 8 bits; on a CPU with a scale for 32 elements, so
+    that rows of products become int8 too, elsewhere with one per row. exact: whether a file's blocks are multiplied as
+    the elements that they stand for."""
     def pack(weight: torch.Tensor | Blocks) -> PackedWeight:
         if isinstance(weight, Blocks):
             return pack_weight(weight.data, format=weight.format, exact=exact)
+        if int8 and weight.device.type == "cpu" and weight.shape[1] % 32 == 0:
+            return pack_weight(quantize_blocks(weight, "q8_0"), format="q8_0")
         return pack_weight(*quantize_weight(weight)) if int8 else pack_weight(weight)
 
     return pack
