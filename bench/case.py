@@ -143,7 +143,8 @@ class Case:
 
 def packed_bytes(*records) -> int:
     """The bytes of every packed weight in some layers or a drafter."""
-    return sum(w.data.nbytes for r in records for w in vars(r).values() if isinstance(w, PackedWeight))
+    return sum(w.data.nbytes for r in records for value in vars(r).values()
+               for w in getattr(value, "parts", [value]) if isinstance(w, PackedWeight))
 
 
 def header(sizes: Sizes) -> dict:

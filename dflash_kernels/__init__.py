@@ -11,7 +11,7 @@ from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
 from .ops.conv import grouped_conv, grouped_conv_add_rms_norm
-from .ops.linear import linear, pack_weight, quantize_weight
+from .ops.linear import linear, pack_weight, quantize_blocks, quantize_weight
 from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 from .ops.norm import add_rms_norm, rms_norm
 from .ops.rope import qk_norm_rope
@@ -46,6 +46,7 @@ __all__ = [
     "pack_weight",
     "prepare_block",
     "qk_norm_rope",
+    "quantize_blocks",
     "quantize_weight",
     "rms_norm",
     "sample_draft",

@@ -24,6 +24,7 @@ from ._checks import FLOATS, Checker, describe
 
 _pack_weight_check = Checker("pack_weight")
 _quantize_weight_check = Checker("quantize_weight")
+_quantize_blocks_check = Checker("quantize_blocks")
 _linear_check = Checker("linear")
 
 
@@ -150,6 +151,52 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if weight.numel() == 0 or weight.device.type != "meta" and not bool(weight.isfinite().all()):
         raise ValueError(f"{check.op}: weight must be finite and not empty; got {describe(weight)}")
     return reference.linear.quantize(_without_graph(weight))
+
+
+def quantize_blocks(weight: torch.Tensor, format: str) -> torch.Tensor:
+    """Rounds a weight to blocks of 32 with one scale each, as llama.cpp does.
+
+    Parameters
+    ----------
+    weight : (N, K) float32, bfloat16 or float16
+        Finite, any strides, K a multiple of 32. Scales are float16: at most 65,504 * 127 (q8_0) or * 8 (q4_0).
+    format : {"q8_0", "q4_0"}
+        8 bits, or 4.
+
+    Returns
+    -------
+    rows : (N, bytes of a row) uint8
+        For `pack_weight`, with this format.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, an unknown format, or a weight that is empty or not finite.
+
+    Notes
+    -----
+    Beside such a weight the rows of a product on a CPU are rounded to int8, which is faster than `quantize_weight` from
+    some four rows on. Not graph-safe: it allocates. Source: reference/quant.py, function quantize.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import pack_weight, quantize_blocks
+    >>> rows = quantize_blocks(torch.arange(64.0).view(2, 32) / 64, "q8_0")
+    >>> rows.shape, pack_weight(rows, format="q8_0").shape
+    (torch.Size([2, 34]), (2, 32))
+    """
+    check = _quantize_blocks_check
+    check.tensor("weight", weight, FLOATS, "(N, K)", (None, None))
+    if format not in ("q8_0", "q4_0"):
+        raise ValueError(f"{check.op}: format must be q8_0 or q4_0; got {format!r}")
+    if weight.numel() == 0 or weight.shape[1] % 32:
+        raise ValueError(f"{check.op}: weight must have K, a multiple of 32, columns; got {describe(weight)}")
+    if weight.device.type != "meta" and not bool(weight.isfinite().all()):
+        raise ValueError(f"{check.op}: weight must be finite; got {describe(weight)}")
+    return reference.quant.quantize(_without_graph(weight), format)
 
 
 def _without_graph(parameter: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,20 @@ def pack(rows, name):
     return packed.reshape(blocks, -1)
 
 
+def quantize(weight, name):
+    """(N, K) -> (N, bytes of a row) uint8, as llama.cpp rounds: q8_0 to 127 steps of the largest magnitude of 32, q4_0
+    to 8 steps with the sign of the largest."""
+    w = weight.float().unflatten(-1, (-1, PIECE))
+    if name == "q8_0":
+        d = w.abs().amax(-1, keepdim=True) / 127
+        codes = torch.round(w / torch.where(d > 0, d, 1.0)).to(torch.int8).view(torch.uint8)
+    else:
+        d = w.gather(-1, w.abs().argmax(-1, keepdim=True)) / -8
+        codes = (torch.floor(w / torch.where(d != 0, d, 1.0) + 8.5)).clamp(0, 15).to(torch.uint8)
+        codes = codes[..., :16] | codes[..., 16:] << 4
+    return torch.cat([d.half().view(torch.uint8), codes], -1).flatten(1)
+
+
 def _planes(codes, registers, bits):
     """Bits of `registers` registers side by side in one byte."""
     plane = torch.zeros_like(codes[:, :, 0])

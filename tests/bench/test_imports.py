@@ -16,7 +16,7 @@ MAY = {"dflash_kernels": set(),
        "tools": {"dflash_kernels", "dflash_decode", "bench", "setup"}}
 FOLDERS = {name: ROOT / "python" / name if name.startswith("dflash_") and name != "dflash_kernels" else ROOT / name
            for name in MAY}
-PUBLIC = ("dflash_kernels", "dflash_kernels.testing", "dflash_kernels.reference")
+PUBLIC = ("dflash_kernels", "dflash_kernels.testing", "dflash_kernels.reference", "dflash_kernels.formats")
 
 
 def modules() -> dict[str, Path]:

@@ -199,3 +199,25 @@ def test_bad_input_names_what_was_expected_and_got():
         dk.embed_tokens(torch.tensor([0]), dk.pack_weight(torch.randn(4, 4)))
     with pytest.raises(ValueError, match="prepare_block: mask_token_id must be a row of embedding, below 4; got 4"):
         dk.prepare_block(torch.tensor([0]), torch.tensor([0], dtype=torch.int32), 2, 4, embedding=packed)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+def test_blocks_are_quantised_as_llama_cpp_does(dtype, name):
+    gguf = pytest.importorskip("gguf")
+    w = (torch.randn(40, 96) * torch.logspace(-3, 2, 40)[:, None]).to(dtype)
+    w[7] = 0
+    rows = dk.quantize_blocks(w, name)
+    want = gguf.quants.dequantize(gguf.quants.quantize(w.float().numpy(), gguf.GGMLQuantizationType[name.upper()]),
+                                  gguf.GGMLQuantizationType[name.upper()])
+    got = dk.pack_weight(rows, format=name).rows(torch.arange(40))
+    # Ties apart, which 1 / d and / d decide each in its way.
+    steps = 127 if name == "q8_0" else 7
+    step = torch.from_numpy(abs(want)).view(40, -1, 32).amax(-1).repeat_interleave(32, 1) / steps
+    assert ((got - torch.from_numpy(want)).abs() <= 1.01 * step).all()
+    assert ((got == torch.from_numpy(want)).float().mean() > 0.99) and (got[7] == 0).all()
+    with pytest.raises(ValueError, match=r"quantize_blocks: weight must have K, a multiple of 32, columns; got"):
+        dk.quantize_blocks(w[:, :40], name)
+    with pytest.raises(ValueError, match="quantize_blocks: format must be q8_0 or q4_0; got 'q4_1'"):
+        dk.quantize_blocks(w, "q4_1")
+    with pytest.raises(ValueError, match="quantize_blocks: weight must be finite"):
+        dk.quantize_blocks(torch.full((2, 32), float("nan")), name)

@@ -6,20 +6,15 @@ The projection of a sublayer's normed input gives the coefficients of both convo
 the addition and the norm that follow it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from dflash_kernels import PackedWeight, grouped_conv, grouped_conv_add_rms_norm, linear
 
 from .config import Convolution, DraftConfig
-
-if TYPE_CHECKING:
-    from .transformer import Tensors
+from .tensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from .dflash2 import take_selector
 from .names import renamed
 from .quantized import dequantized
 from .rope import RopeTables
-from .transformer import Geometry, Layer, LayersPass, Tensors, packer, take_layer
+from .tensors import Tensors, packer
+from .transformer import Geometry, Layer, LayersPass, take_layer
 from .vocabulary import take_vocabulary
 
 _WHAT = "draft checkpoint"

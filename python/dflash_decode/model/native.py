@@ -11,7 +11,8 @@ from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
 from ..kv import CacheShape
 from .masks import LayerMask
 from .rope import RopeTables, read_rope
-from .transformer import Geometry, LayersPass, Tensors, packer, take_layer
+from .tensors import Tensors, packer
+from .transformer import Geometry, LayersPass, take_layer
 
 _WHAT = "target config"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -6,98 +6,33 @@ Each addition is fused into the norm that follows it; of DFlash2, with its convo
 pass over B requests of Q tokens is allocated when the pass is made, so that it can be recorded as a graph.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dflash_kernels import (
-    PackedWeight,
-    PagedKV,
-    add_rms_norm,
-    block_attention,
-    linear,
-    pack_weight,
-    qk_norm_rope,
-    quantize_weight,
-    rms_norm,
-    silu_and_mul,
-)
+from dflash_kernels import PagedKV, add_rms_norm, block_attention, qk_norm_rope, rms_norm, silu_and_mul
 
 from ..checkpoint.blocks import Blocks
 from .config import Convolution
 from .dflash2 import Conv, ConvMemory, take_conv
 from .masks import LayerMask
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class Tensors:
-    """A checkpoint's tensors, taken one by one with their shapes checked. A tensor that is never taken is an error."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor | Blocks], dtype: torch.dtype, device: torch.device,
-                 what: str):
-        self._tensors, self._dtype, self._device, self._what = tensors, dtype, device, what
-        self._left = set(tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._left
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """Takes a weight of any float dtype and converts it to `dtype`."""
-        return self._take(name, shape, _FLOATS).to(self._device, self._dtype)
-
-    def take_weight(self, name: str, *shape: int) -> torch.Tensor | Blocks:
-        """Takes a weight of products: as `take` does, or in its blocks."""
-        if not isinstance(self._tensors.get(name), Blocks):
-            return self.take(name, *shape)
-        return self._take(name, shape, None)
-
-    def take_ids(self, name: str, *shape: int) -> torch.Tensor:
-        """Takes integers and converts them to int64."""
-        return self._take(name, shape, _INTEGERS).to(self._device, torch.int64)
-
-    def _take(self, name, shape, dtypes):
-        if name not in self._left:
-            raise ValueError(f"{self._what}: tensor {name} must be there with shape {shape}; got nothing")
-        self._left.remove(name)
-        t = self._tensors[name]
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{self._what}: tensor {name} must have shape {shape}; got {tuple(t.shape)}")
-        if dtypes is None:
-            return t
-        if isinstance(t, Blocks):
-            raise ValueError(f"{self._what}: tensor {name} must have elements; got blocks of {t.format}")
-        if t.dtype not in dtypes:
-            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise ValueError(f"{self._what}: tensor {name} must be one of {names}; got "
-                             f"{str(t.dtype).removeprefix('torch.')}")
-        return t
-
-    def drop(self, *endings: str) -> None:
-        """Ignores tensors that carry no new information."""
-        self._left = {name for name in self._left if not name.endswith(endings)}
-
-    def finish(self) -> None:
-        if self._left:
-            raise ValueError(f"{self._what}: tensor {sorted(self._left)[0]} must not be there (its config has no place "
-                             f"for it); got {len(self._left)} such tensors")
+from .tensors import Packer, Tensors, Weight
 
 
 @dataclass(frozen=True)
 class Layer:
     input_norm: torch.Tensor
-    qkv: "Weight"
+    qkv: Weight
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: "Weight"
+    o: Weight
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: "Weight"
+    gate_up: Weight
     gate_up_bias: torch.Tensor | None
-    down: "Weight"
+    down: Weight
     down_bias: torch.Tensor | None
     mask: LayerMask
     sinks: torch.Tensor | None
@@ -125,55 +60,6 @@ class Geometry:
     @property
     def qkv_width(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-
-Packer = Callable[[torch.Tensor | Blocks], PackedWeight]
-
-
-def packer(int8: bool, exact: bool = False) -> Packer:
-    """The packing of weights: in their blocks, in their dtype, or in 8 bits with one scale per row. exact: whether
-    blocks are multiplied as the elements that they stand for."""
-    def pack(weight: torch.Tensor | Blocks) -> PackedWeight:
-        if isinstance(weight, Blocks):
-            return pack_weight(weight.data, format=weight.format, exact=exact)
-        return pack_weight(*quantize_weight(weight)) if int8 else pack_weight(weight)
-
-    return pack
-
-
-class Weight:
-    """A weight whose rows come from several tensors, one below the other. Those of one format are one product."""
-
-    def __init__(self, pack: Packer, *parts: torch.Tensor | Blocks):
-        groups: list[list[torch.Tensor | Blocks]] = []
-        for part in parts:
-            if groups and _kind(groups[-1][0]) == _kind(part):
-                groups[-1].append(part)
-            else:
-                groups.append([part])
-        self.parts = [pack(_below(group)) for group in groups]
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """out = linear(x), with the bias of all rows."""
-        if len(self.parts) == 1:
-            linear(x, self.parts[0], bias, out=out)
-            return
-        at = 0
-        for part in self.parts:
-            to = slice(at, at := at + part.out_features)
-            linear(x, part, None if bias is None else bias[to], out=out[:, to])
-
-
-def _kind(part: torch.Tensor | Blocks) -> str | None:
-    return part.format if isinstance(part, Blocks) else None
-
-
-def _below(parts: Sequence[torch.Tensor | Blocks]) -> torch.Tensor | Blocks:
-    """Tensors of one kind as one."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = torch.cat([part.data if isinstance(part, Blocks) else part for part in parts])
-    return Blocks(rows, parts[0].format) if isinstance(parts[0], Blocks) else rows
 
 
 def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,

@@ -13,7 +13,7 @@ from ..checkpoint.fields import MOST, Fields
 from ..checkpoint.safetensors import MASK_EMBEDDING, read_safetensors
 from . import Target
 from .config import DraftConfig
-from .transformer import Tensors
+from .tensors import Tensors
 
 _WHAT = "draft checkpoint"
 
