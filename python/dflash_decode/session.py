@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -328,7 +328,7 @@ def _drafter(found: Checkpoint, target: Target, tokenizer: Tokenizer, int8: bool
         raise CheckpointError(f"{found.source}: draft must be a DFlash drafter, whose config.json has dflash_config or "
                               f"block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
-        tensors = {**found.tensors, **read_mask_embedding(found.source)}
+        tensors = {**cast(Mapping[str, torch.Tensor], found.tensors), **read_mask_embedding(found.source)}
         config = with_mask_token(found.config, tokenizer.token_id)
         drafter = Drafter(config, tensors, target, read_vocabulary(found.source), int8=int8)
         drafter.calibration = read_calibration(found.source, drafter.block_size - 1)

@@ -45,10 +45,11 @@ def take_selector(tensors: Tensors, c: DraftConfig,
                   pack: Callable[[torch.Tensor], PackedWeight]) -> CandidateSelector | None:
     if c.selector is None:
         return None
-    codebooks = [tensors.take(f"candidate_selector.{name}", c.vocab_size, c.selector.rank).contiguous()
-                 for name in ("predecessor_codebook", "successor_codebook")]
+    predecessor, successor = (
+        tensors.take(f"candidate_selector.{name}", c.vocab_size, c.selector.rank).contiguous()
+        for name in ("predecessor_codebook", "successor_codebook"))
     hidden = tensors.take("candidate_selector.hidden_projection.weight", c.selector.rank, c.hidden_size)
-    return CandidateSelector(*codebooks, pack(hidden))
+    return CandidateSelector(predecessor, successor, pack(hidden))
 
 
 class ConvMemory:

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def load(path: Path, dtype: torch.dtype, blocks: bool = False) -> Checkpoint:
         with contextlib.suppress(CheckpointError):  # another process may remove it meanwhile
             found = read_directory(kept)
             formats = found.config.pop(_FORMATS, {})
-            return Checkpoint(found.config, {name: Blocks(t, formats[name]) if name in formats else t
+            return Checkpoint(found.config, {name: Blocks(cast(torch.Tensor, t), formats[name]) if name in formats else t
                                              for name, t in found.tensors.items()}, str(path))
     reader = open_file(path)
     config = read_config(path, reader)
