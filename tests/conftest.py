@@ -13,7 +13,7 @@ import torch
 
 from dflash_kernels.testing import every_isa, use_isa
 from tests.support import sampling_distribution as sampling_distribution
-from tools.dry_gpu.interpreter import accept_newer_numpy
+from tools.dry_gpu import interpreter
 
 # Triton decides when it is first imported whether kernels are interpreted, so the tests that interpret them run in a
 # process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/triton/test_triton_norm.py`.
@@ -22,7 +22,7 @@ _compiled = {"triton/test_triton.py", "triton/test_triton_aot.py"}
 TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[int]]()
 collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
 if os.environ.get("TRITON_INTERPRET") == "1":
-    accept_newer_numpy()
+    interpreter.prepare()
 
 
 @pytest.fixture(params=every_isa())
@@ -161,7 +161,7 @@ def pytest_terminal_summary(terminalreporter):
     for line in (*stash.get(TOLD, []), *sampling_distribution.summary()):
         terminalreporter.write_line(line)
     if counts := stash.get(INTERPRETED, []):
-        terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter, of {len(counts)} nouns")
+        terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)

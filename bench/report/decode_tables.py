@@ -90,8 +90,23 @@ def cell_table(results: list[dict]) -> list[str]:
             ratios = " | ".join(f"{t['speedup']:.2f}" for t in (*c["tasks"].values(), c))
             lines.append(f"| {c['isa']} | {c['concurrency']} | {ratios} | {c['tokens_per_s']:.1f} | "
                          f"{c['acceptance_length']:.2f} | {c['verified_rows']:.2f} | {same} |")
-        lines.append("")
+        lines += ["", *forecast_table(r["cells"])]
     return lines
+
+
+def forecast_table(cells: list[dict]) -> list[str]:
+    """What the choice of widths expected of a step, over all requests, and what the step brought and took."""
+    told = [c for c in cells if "forecast" in c]
+    if not told:
+        return []
+    lines = ["Tokens of a step over all requests, and milliseconds of its draft and verify pass, as the loop expected "
+             "them when it chose widths, and as they came:", "",
+             "| instruction set | concurrency | tokens expected | tokens | ms expected | ms |",
+             "|---|---|---|---|---|---|"]
+    for c in told:
+        told_of = [*c["forecast"]["tokens_per_step"], *c["forecast"]["ms_per_step"]]
+        lines.append(f"| {c['isa']} | {c['concurrency']} | {' | '.join(f'{v:.2f}' for v in told_of)} |")
+    return [*lines, ""]
 
 
 def position_table(r: dict) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.cli import report
+from dflash_decode.forecast import Forecast
 from dflash_decode.lossless import Difference, first_difference, first_index
 from dflash_decode.sampling import GREEDY, SamplingParams
 from dflash_decode.session import Session
@@ -81,7 +82,8 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
                 differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
                                     "baseline": found_at.baseline, "margin": found_at.margin})
         found[task] = _Sums(
-            ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps, ours.widths, len(rows), different
+            ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps, ours.widths,
+            ours.forecast or Forecast(), len(rows), different
         )
     whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
     return {"temperature": sampling.temperature} | whole.figures(session.block_size) | {
@@ -118,6 +120,7 @@ class _Sums:
     baseline_seconds: float
     steps: list[int]
     widths: list[int]
+    forecast: Forecast
     requests: int
     different: int
 
@@ -125,7 +128,13 @@ class _Sums:
         return tuple(vars(self).values())
 
     def figures(self, width: int) -> dict:
+        """forecast: what the choice of widths expected of a step, and what it brought."""
         rate, baseline = self.tokens / self.seconds, self.baseline_tokens / self.baseline_seconds
+        steps = self.forecast.steps
+        forecast = {"forecast": {
+            "tokens_per_step": [round(t / steps, 4) for t in (self.forecast.expected_tokens, self.forecast.tokens)],
+            "ms_per_step": [round(s / steps * 1e3, 4) for s in (self.forecast.expected_seconds, self.forecast.seconds)],
+        }} if steps else {}
         return {
             "requests": self.requests,
             "tokens": self.tokens,
@@ -137,7 +146,7 @@ class _Sums:
             "speedup": round(rate / baseline, 4),
             "identical_to_baseline": self.different == 0,
             "different_requests": self.different,
-        }
+        } | forecast
 
 
 def header(session: Session, **options) -> dict:

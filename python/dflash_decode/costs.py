@@ -1,4 +1,4 @@
-"""What a step costs: seconds by rows and by requests, measured on the loop's own passes and refined while they run."""
+"""What a step costs: seconds of its parts by rows, measured on the loop's own passes and refined while they run."""
 
 import contextlib
 import hashlib
@@ -61,7 +61,7 @@ def _closeness(a: int, b: int) -> float:
 
 
 class StepCosts:
-    """Seconds of a verify pass by rows, and of a draft by requests.
+    """Seconds of a verify pass and of a draft, by rows: those of a draft are its blocks' tokens.
 
     verify, draft: what was measured, by size.
     """
@@ -83,12 +83,13 @@ def remembered(key: object, measure: Callable[[], StepCosts]) -> StepCosts:
     try:
         found = json.loads(file.read_text())
         if found["key"] == json.loads(words):
-            verify, draft = ({int(n): float(s) for n, s in found[name]} for name in ("verify", "draft"))
+            verify, draft = ({int(n): float(s) for n, s in found[name]} for name in ("verify", "draft rows"))
             return StepCosts(verify, draft)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     costs = measure()
-    tables = {name: sorted(curve.table().items()) for name, curve in (("verify", costs.verify), ("draft", costs.draft))}
+    curves = {"verify": costs.verify, "draft rows": costs.draft}
+    tables = {name: sorted(curve.table().items()) for name, curve in curves.items()}
     with contextlib.suppress(OSError):
         write_whole(file, json.dumps({"key": json.loads(words), **tables}))
     return costs

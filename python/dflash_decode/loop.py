@@ -17,6 +17,7 @@ from dflash_kernels import PagedKV
 from .arguments import check_target, choice, of_type, whole
 from .checkpoint.errors import warn
 from .choices import Rule, SampleFrom
+from .forecast import Forecast
 from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
 from .model import Target
@@ -86,6 +87,12 @@ class Decoder:
     @property
     def _active(self) -> list[Live]:
         return [live for live in self._requests if live.emitted and not live.finish]
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What the choice of widths expected of its steps so far and what they brought; None where another rule
+        chooses them."""
+        return self.runner.forecast
 
     def ready(self) -> None:
         """Finds out what a step costs on this machine, unless it is known: part of a second for a small target. The
@@ -258,5 +265,5 @@ class Decoder:
 
 def _runner(setting: Setting, adapts: bool) -> Runner:
     if setting.target.device.type == "cpu" and getattr(setting.target, "packs", False) and not setting.draw:
-        return PackedRunner(setting, None if adapts else FixedWidths())
+        return PackedRunner(setting, None if adapts else FixedWidths(setting.width))
     return GraphRunner(setting, PastWidths(setting.width) if adapts and setting.drafter else None)

@@ -12,13 +12,14 @@ import torch
 from dflash_kernels import build_info
 
 from .costs import StepCosts, pass_size, pass_sizes, remembered
+from .forecast import Forecast
 from .model.drafter import Drafter
 from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
 from .requests import Live
 from .runner import Committed, Runner, Setting, bucket, buckets, taken
 from .step import Prefill
 from .verify import GreedyVerifier, verifier_for
-from .widths import FixedWidths, Policy, WidthPolicy
+from .widths import FixedWidths, Policy, WidthPolicy, draft_widths
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
 _KEPT_ROWS = 1024  # whose features a request keeps at most before they are written
@@ -31,10 +32,10 @@ class PackedRunner(Runner):
 
     def __init__(self, setting: Setting, policy: Policy | None = None):
         super().__init__(setting)
-        self.policy = policy if setting.drafter else FixedWidths()
+        self.policy = policy if setting.drafter else FixedWidths(1)
         self.tables: dict[tuple[str, int], Tables] = {}
         self.verifies: dict[tuple[int, int, int, type[GreedyVerifier]], VerifyStage] = {}
-        self.drafts: dict[int, DraftStage] = {}
+        self.drafts: dict[tuple[int, int], DraftStage] = {}
         self.contexts: dict[int, ContextStage] = {}
         self.layers = setting.drafter.target_layer_ids if setting.drafter else ()
 
@@ -62,12 +63,12 @@ class PackedRunner(Runner):
                                              self.tables_of("verify", batch), kind(s.target, batch, width, s.rule))
         return self.verifies[key]
 
-    def draft_stage(self, requests: int) -> DraftStage:
+    def draft_stage(self, requests: int, width: int) -> DraftStage:
         s, batch = self.setting, bucket(requests)
-        if batch not in self.drafts:
+        if (batch, width) not in self.drafts:
             drafter, tables = cast(Drafter, s.drafter), self.tables_of("draft", batch)
-            self.drafts[batch] = DraftStage(drafter, s.draft_kv, batch, s.width, tables, s.pool.page_size)
-        return self.drafts[batch]
+            self.drafts[batch, width] = DraftStage(drafter, s.draft_kv, batch, width, tables, s.pool.page_size)
+        return self.drafts[batch, width]
 
     def context_stage(self, rows: int) -> ContextStage:
         size = pass_size(rows, _CONTEXT_ROWS)
@@ -109,13 +110,13 @@ class PackedRunner(Runner):
         if self.setting.drafter and self.setting.width > 1:
             whole = isinstance(policy, FixedWidths)
             open_ended = [i for i, live in enumerate(active) if whole or live.limit - live.emitted > 1]
-            chosen = [open_ended[i] for i in policy.to_draft([active[i].outlook for i in open_ended])]
-            if chosen:
+            found_to_pay, width = policy.to_draft([active[i].outlook for i in open_ended])
+            if chosen := [open_ended[i] for i in found_to_pay]:
                 requests = [active[i] for i in chosen]
                 self.write_context(requests)
-                stage = self.draft_stage(len(requests))
+                stage = self.draft_stage(len(requests), width)
                 stage.tables.set([live.pages for live in requests])
-                found = self.timed(stage.work, policy, "draft", len(requests), lambda: stage(
+                found = self.timed(stage.work, policy, "draft", width * len(requests), lambda: stage(
                     [live.anchor for live in requests], [live.context for live in requests]))
                 for i, ids, sure in zip(chosen, *found, strict=True):
                     drafts[i], confidences[i] = ids, sure
@@ -162,6 +163,10 @@ class PackedRunner(Runner):
 
     # ---- what a step costs ----
 
+    @property
+    def forecast(self) -> Forecast | None:
+        return self.policy.forecast if isinstance(self.policy, WidthPolicy) else None
+
     def ready(self) -> None:
         self.chosen_policy()
 
@@ -200,9 +205,8 @@ class PackedRunner(Runner):
             stage = self.verify_stage(requests, rows, s.width, GreedyVerifier)
             stage.fill([])
             verify[rows] = _seconds(stage)
-        draft = {}
-        for batch in buckets(s.max_batch):
-            draft[batch] = _seconds(partial(self.draft_stage(batch), [], []))
+        sizes = [(1, width) for width in draft_widths(s.width)] + [(batch, s.width) for batch in buckets(s.max_batch)]
+        draft = {batch * width: _seconds(partial(self.draft_stage(batch, width), [], [])) for batch, width in sizes}
         return StepCosts(verify, draft)
 
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
@@ -221,7 +225,8 @@ class PackedRunner(Runner):
                 stage.fill([])
                 stage()
         for batch in buckets(s.max_batch) if s.drafter and s.width > 1 else ():
-            self.draft_stage(batch)([], [])
+            for width in [s.width] if isinstance(self.policy, FixedWidths) else draft_widths(s.width):
+                self.draft_stage(batch, width)([], [])
         for rows in pass_sizes(_CONTEXT_ROWS) if s.drafter else ():
             context = self.context_stage(rows)
             context(context.features[:0], (), ())

@@ -9,6 +9,7 @@ import torch
 
 from dflash_kernels import PagedKV, Verified
 
+from .forecast import Forecast
 from .kv import PagePool
 from .model import Target
 from .model.drafter import Drafter
@@ -104,6 +105,11 @@ class Runner:
                 prefill = self.make_prefill(rows)
                 prefill([], 0, nothing)
                 self.prefills[rows] = prefill
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What the choice of widths expected; None where another rule chooses them."""
+        return None
 
     def ready(self) -> None:
         """Finds out what the first step needs to know."""

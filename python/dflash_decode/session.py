@@ -11,6 +11,8 @@ from typing import cast
 
 import torch
 
+from dflash_kernels import StepGraph, build_info
+
 from .arguments import choice, exists, of_type, path_text, read_device, read_dtype, stored_dtype, whole
 from .checkpoint import (
     Checkpoint,
@@ -24,6 +26,7 @@ from .checkpoint import (
 from .checkpoint.errors import brief, read_json
 from .checkpoint.tokenizer import Tokenizer, load_tokenizer
 from .choices import AUTO, NONE, RANDOM, DraftersWeights, Rule, SampleFrom, Weights
+from .forecast import Forecast
 from .inputs import shown
 from .loop import Decoder
 from .model import Target
@@ -35,6 +38,8 @@ from .model.vocabulary import read_mask_embedding, read_vocabulary
 from .prompts import read_prompt, read_prompts
 from .requests import Request
 from .sampling import GREEDY, SamplingParams, check_sampling
+
+_CONTEXT_STEP = 256  # tokens to which a run's context is rounded up, so that a little longer prompt fits the next time
 
 
 @dataclass
@@ -59,10 +64,12 @@ class Answer:
 
 @dataclass
 class Run:
-    """The answers to all prompts. seconds: from the first prompt's prefill to the last token, over all requests."""
+    """The answers to all prompts. seconds: from the first prompt's prefill to the last token, over all requests.
+    forecast: what the loop expected of its steps, where it chooses widths by what steps cost."""
 
     answers: list[Answer]
     seconds: float
+    forecast: Forecast | None = None
 
     @property
     def tokens(self) -> int:
@@ -105,6 +112,9 @@ class Session:
     block_size: int
     adapts: bool = False  # the tokens that a step verifies, up to block_size
     weights: str = "model"  # "model" or "int8"
+    # By whether it speculates: the decoder of the last run on a CPU, whose passes are recorded, and what it was made
+    # for. A run takes it away, so runs in two threads do not meet in one.
+    _decoders: dict[bool, tuple[tuple, Decoder]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
@@ -115,8 +125,8 @@ class Session:
         """Loads a target, its tokenizer and a drafter.
 
         model: the target: a directory with config.json and safetensors, a .gguf file, or a known name.
-        draft: a drafter's directory, "auto" (the installed drafter for the target, or none, with a warning), "random",
-            or "none" or None.
+        draft: a drafter's directory or .gguf file, "auto" (the installed drafter for the target, or none, with a
+            warning), "random", or "none" or None.
         block_size: tokens per block, at most the drafter's block size, which is the default.
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
             config.json.
@@ -204,11 +214,10 @@ class Session:
                 raise ValueError(f"{what}: prompt {i + 1} must be shorter than the model's context of {room} tokens; "
                                  f"got {len(prompt)}")
         longest = max(map(len, prompts), default=1)
-        decoder = Decoder(self.target, self.drafter if speculative else None,
-                          block_size=self.block_size if speculative and self.drafter and not self.adapts else None,
-                          max_batch=min(concurrency, max(len(prompts), 1)),
-                          max_context=min(room, longest + max_new_tokens), sample_from=sample_from, rule=rule)
+        made_for, decoder = self._decoder(speculative, min(concurrency, max(len(prompts), 1)),
+                                          min(room, longest + max_new_tokens), sample_from, rule)
         self._warm(decoder, prompts, sampling)
+        before = decoder.forecast
         answers = [Answer() for _ in prompts]
         started = time.perf_counter()
         for event in decoder.stream(self._requests(prompts, max_new_tokens, sampling)):
@@ -225,7 +234,24 @@ class Session:
         seconds = time.perf_counter() - started
         for answer in answers:
             answer.text = self.tokenizer.decode(answer.tokens)
-        return Run(answers, seconds)
+        after = decoder.forecast
+        if self.target.device.type == "cpu":  # a GPU's memory may be wanted for another decoder's cache
+            self._decoders[speculative] = made_for, decoder
+        return Run(answers, seconds, None if after is None else after - (before or Forecast()))
+
+    def _decoder(self, speculative: bool, batch: int, context: int, sample_from: str,
+                 rule: str) -> tuple[tuple, Decoder]:
+        """A decoder, and what it is made for: that of the last run if it does."""
+        drafter = self.drafter if speculative else None
+        block = self.block_size if drafter and not self.adapts else None
+        made_for = (id(self.target), id(drafter), block, batch, sample_from, rule, build_info()["isa"],
+                    torch.get_num_threads(), StepGraph.available("cpu"))
+        known, decoder = self._decoders.pop(speculative, (None, None))
+        if decoder is None or known != made_for or decoder.max_context < context:
+            room = min(self.target.max_context, -(-context // _CONTEXT_STEP) * _CONTEXT_STEP)
+            decoder = Decoder(self.target, drafter, block_size=block, max_batch=batch, max_context=room,
+                              sample_from=sample_from, rule=rule)
+        return made_for, decoder
 
     def _requests(self, prompts, max_new_tokens, sampling) -> Iterator[Request]:
         for i, prompt in enumerate(prompts):

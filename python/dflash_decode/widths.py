@@ -9,24 +9,26 @@ with the loop's own rate in tokens a second: a row must win more tokens than its
 of a renewal process is maximal where no part of a cycle earns less than the average). q is calibrated by what became of
 drafts (Calibration); it begins as the drafter's own record says, or as the confidence itself.
 
-Whether to draft at all is decided before confidences are known, from what drafting was worth in the request's last
-steps, tokens less their time at that rate; drafts are made for as many requests as pay for them. A request that does
-not pay is tried again now and then, for about 1 % of the time, and where all drafting pays a step drafts nothing now
-and then: what is never done has a cost that nobody knows. Where it was not as expected, the next trial comes soon.
+Whether to draft at all, and how many tokens, is decided before confidences are known, from what drafts of each length
+were worth in the request's last steps, tokens less their time at that rate; drafts are made for as many requests as pay
+for them. A request that does not pay is tried again now and then, for about 1 % of the time, and where all drafting
+pays a step drafts nothing now and then, or a whole block: what is never done has a cost, and a worth, that nobody
+knows. Where it was not as expected, the next trial comes soon.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from .chances import Calibration
 from .costs import StepCosts
+from .forecast import Forecast
 
-_PRIOR, _MEMORY = 2.0, 60.0  # the certainty of the start values of a calibration, and the most that it gets to
 _NEW, _SHARED = 0.25, 0.02  # how far a step moves what drafting is worth, of its request and of all
 _RATE = 0.05  # and the rate
 _TRIALS, _FIRST_WAIT, _LONGEST_WAIT = 0.01, 4, 64  # share of the time; steps
 _MIDDLING = 0.6  # confidence, before there is any
+_WHOLE_AGAIN = 32  # drafts of fewer tokens, after which a whole block is drafted
 _SURPRISE = 1.2  # times that a step took more or less than was expected
 _GRANTED = 40  # baseline steps that trials may take beyond their share of the time
 
@@ -34,8 +36,8 @@ _GRANTED = 40  # baseline steps that trials may take beyond their share of the t
 class Policy(Protocol):
     """Chooses widths. `WidthPolicy` follows measured costs; an engine, or a test, can have another."""
 
-    def to_draft(self, requests: Sequence["Outlook"]) -> list[int]:
-        """Indices of the requests to draft for in this step."""
+    def to_draft(self, requests: Sequence["Outlook"]) -> tuple[list[int], int]:
+        """Indices of the requests to draft for in this step, and the tokens of their blocks, each anchor included."""
 
     def widths(self, requests: Sequence["Outlook"], confidences: Sequence[Sequence[float]], limits: Sequence[int],
                together: bool = False) -> list[int]:
@@ -46,7 +48,7 @@ class Policy(Protocol):
         """
 
     def took(self, part: str, size: int, seconds: float) -> None:
-        """Tells what a verify pass of so many rows, or a draft for so many requests, took (part "verify", "draft")."""
+        """Tells what a verify pass (part "verify"), or a draft (part "draft"), of so many rows took."""
 
     def verified(self, requests: Sequence["Outlook"], confidences: Sequence[Sequence[float]], widths: Sequence[int],
                  accepted: Sequence[int]) -> None:
@@ -55,50 +57,12 @@ class Policy(Protocol):
 
 @dataclass
 class Outlook:
-    """What a policy remembers of one request. worth: of drafting for it, in tokens a step; None: as of all. idle: steps
-    since it drafted. paid: whether its last drafts did."""
+    """What a policy remembers of one request. worth: of drafts of each length for it, in tokens a step; None: as of
+    all. idle: steps since it drafted. paid: whether its last drafts did."""
 
-    worth: float | None = None
+    worth: list[float] | None = None
     idle: int = 0
     paid: bool = True
-
-
-class Calibration:
-    """The probability that a draft is accepted, given that those before it were, by confidence and position:
-
-        sigmoid(bias[position] + slope * logit(confidence))
-
-    start: a slope, and a bias for each position; None: 1 and 0, the confidences themselves. Every verified draft moves
-    them, by a Newton step of its own likelihood with as much curvature as the last drafts had.
-    """
-
-    def __init__(self, positions: int, start: tuple[float, Sequence[float]] | None = None):
-        self.slope, given = start or (1.0, (0.0,))
-        self.shared, self.bias = 0.0, [given[min(i, len(given) - 1)] for i in range(positions)]
-        self.certain = {"slope": _PRIOR, "shared": _PRIOR} | {i: 2 * _PRIOR for i in range(positions)}
-
-    def __call__(self, position: int, confidence: float) -> float:
-        return _sigmoid(self.shared + self.bias[position] + self.slope * _logit(confidence))
-
-    def observe(self, position: int, confidence: float, accepted: bool) -> None:
-        x, p = _logit(confidence), self(position, confidence)
-        off, curvature = accepted - p, p * (1.0 - p)
-        self.slope += self._step("slope", x, off, curvature)
-        self.shared += self._step("shared", 1.0, off, curvature)
-        self.bias[position] += self._step(position, 1.0, off, curvature)
-
-    def _step(self, name, x, off, curvature):
-        certain = self.certain[name] = min(self.certain[name] + curvature * x * x, _MEMORY)
-        return off * x / certain
-
-
-def _sigmoid(z: float) -> float:
-    return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, z))))
-
-
-def _logit(p: float) -> float:
-    p = min(p, 1 - 1e-4) if p > 1e-4 else 1e-4  # NaN too
-    return math.log(p / (1.0 - p))
 
 
 class WidthPolicy:
@@ -113,51 +77,62 @@ class WidthPolicy:
         self.block, self.costs, self.rows = block, costs, rows
         self.calibration = Calibration(block - 1, start)
         self.tokens = self.seconds = 1.0  # a step's, lately, over those of a baseline step
-        self.worth: float | None = None  # of drafting for a request, as it was on the average
+        self.draft_widths = draft_widths(block)
+        self.worth: list[float] | None = None  # of a request's drafts of each length, as it was on the average
         self.spent = self.on_trials = 0.0
         self.idle, self.wait = 0, _FIRST_WAIT  # steps since anybody drafted, and after which one is tried again
         self.since_plain, self.plain_wait, self.surprised = 0, _LONGEST_WAIT, False
+        self.drafting = block  # tokens of the last draft's blocks
+        self.narrow = 0  # drafts since one of a whole block
         self._trial = self._astonished = False  # whether the last draft was one, and the last trial a surprise
+        self.forecast = Forecast()
+        self._expected = 0.0  # tokens of the step
 
     def rate(self, requests: int) -> float:
         """Tokens a second that a step of so many requests should bring."""
         return max(self.tokens / self.seconds, 1.0) * requests / self.costs.verify(self.rows(requests))
 
-    def to_draft(self, requests: Sequence[Outlook]) -> list[int]:
+    def to_draft(self, requests: Sequence[Outlook]) -> tuple[list[int], int]:
         n = len(requests)
         if not n:
-            return []
+            return [], self.block
         rate, worth_of_all = self.rate(n), self._worth(n)
-        worth = [worth_of_all if r.worth is None else r.worth for r in requests]
-        order = sorted(range(n), key=lambda i: -worth[i])
-        best, chosen, total = 0.0, 0, 0.0
-        for k, i in enumerate(order, 1):
-            total += worth[i]
-            net = total - rate * self.costs.draft(k)
-            if net > best:
-                best, chosen = net, k
-        drafted = order[:chosen]
+        best, drafted, self.drafting = 0.0, [], self.block
+        widths = self.draft_widths if self.narrow < _WHOLE_AGAIN else self.draft_widths[-1:]
+        for at, width in reversed(list(enumerate(self.draft_widths))):
+            if width not in widths:
+                continue
+            worth = [(worth_of_all if r.worth is None else r.worth)[at] for r in requests]
+            order, total = sorted(range(n), key=lambda i: -worth[i]), 0.0
+            for k, i in enumerate(order, 1):
+                total += worth[i]
+                net = total - rate * self.costs.draft(k * width)
+                if net > best:
+                    best, drafted, self.drafting = net, order[:k], width
         self._trial = False
         if self.since_plain >= self.plain_wait:
-            return []
+            return [], self.block
         granted = _GRANTED * self.costs.verify(self.rows(n))
         if not drafted and self.idle >= self.wait and self.on_trials <= _TRIALS * self.spent + granted:
-            drafted = [max(order, key=lambda i: requests[i].idle)]
+            drafted = [max(range(n), key=lambda i: requests[i].idle)]
             self._trial = True
-        return sorted(drafted)
+        if drafted:
+            self.narrow = 0 if self.drafting == self.block else self.narrow + 1
+        return sorted(drafted), self.drafting
 
-    def _worth(self, requests: int) -> float:
-        """What drafting for a request is worth; at first, with drafts of a middling confidence."""
-        if self.worth is not None:
-            return self.worth
-        rate, left, total = self.rate(requests), 1.0, 0.0
-        row = rate * (self.costs.verify(self.rows(requests * self.block)) - self.costs.verify(self.rows(requests)))
-        row /= requests * max(self.block - 1, 1)
-        for position in range(self.block - 1):
-            left *= self.calibration(position, _MIDDLING)
-            total += max(left - row, 0.0)
-        self.worth = total
-        return total
+    def _worth(self, requests: int) -> list[float]:
+        """What a request's drafts of each length are worth; at first, with drafts of a middling confidence."""
+        if self.worth is None:
+            rate = self.rate(requests)
+            row = self.costs.verify(self.rows(requests * self.block)) - self.costs.verify(self.rows(requests))
+            row *= rate / (requests * max(self.block - 1, 1))
+            self.worth = self._by_width([], self._chances([_MIDDLING] * (self.block - 1), self.block), row)
+        return self.worth
+
+    def _by_width(self, verified: Sequence[float], others: Sequence[float], row: float) -> list[float]:
+        """What drafts of each length are worth. others: chances of later drafts, of which those count that pay."""
+        gains = [chance - row for chance in verified] + [max(chance - row, 0.0) for chance in others]
+        return [sum(gains[:w - 1]) for w in self.draft_widths]
 
     def _chances(self, confidences: Sequence[float], limit: int) -> list[float]:
         """The probability that draft 1 ... j are all accepted, for each j within the limit."""
@@ -191,6 +166,7 @@ class WidthPolicy:
             for _, _, i in ranked[:chosen]:
                 widths[i] += 1
         self._learn(requests, confidences, chances, widths, rate)
+        self._expected = n + sum(sum(chance[:width - 1]) for chance, width in zip(chances, widths, strict=True))
         return widths
 
     def _learn(self, requests, confidences, chances, widths, rate):
@@ -202,17 +178,29 @@ class WidthPolicy:
             if not confidence:
                 request.idle += 1
                 continue
-            worth = sum(chance[:width - 1]) - row * (width - 1)
+            worth = self._by_width(chance[:width - 1], self._beyond(chance, confidence, width), row)
             before = of_all if request.worth is None else request.worth
-            request.worth = before + _NEW * (worth - before)
-            self.worth = of_all = of_all + _SHARED * (worth - of_all)
-            request.idle, request.paid = 0, worth > rate * self.costs.draft(1)
-            if request.paid and self._trial:
-                request.worth = max(request.worth, worth)  # it was too long ago to be averaged
+            request.worth = _moved(before, worth, _NEW)
+            self.worth = of_all = _moved(of_all, worth, _SHARED)
+            request.idle = 0
+            request.paid = any(w > rate * self.costs.draft(q) for w, q in zip(worth, self.draft_widths, strict=True))
+            if request.paid and self._trial:  # it was too long ago to be averaged
+                request.worth = list(map(max, request.worth, worth))
+
+    def _beyond(self, chances: Sequence[float], confidence: Sequence[float], width: int) -> list[float]:
+        """Chances of the drafts after a short draft, had there been any: each as sure as its last one. None where that
+        one was not worth verifying."""
+        left, found = chances[-1] if chances else 0.0, []
+        for j in range(len(chances), self.block - 1) if chances and width == len(confidence) + 1 else ():
+            left *= self.calibration(j, confidence[-1])
+            found.append(left)
+        return found
 
     def took(self, part: str, size: int, seconds: float) -> None:
         curve = self.costs.verify if part == "verify" else self.costs.draft
-        off = seconds / curve(size)
+        expected = curve(size)
+        off = seconds / expected
+        self.forecast += Forecast(expected_seconds=expected, seconds=seconds)
         if part == "verify":
             self.surprised = not 1 / _SURPRISE < off < _SURPRISE
         curve.observe(size, seconds)
@@ -220,6 +208,7 @@ class WidthPolicy:
     def verified(self, requests: Sequence[Outlook], confidences: Sequence[Sequence[float]], widths: Sequence[int],
                  accepted: Sequence[int]) -> None:
         n, drafted = len(requests), sum(map(bool, confidences))
+        self.forecast += Forecast(1, self._expected, n + sum(accepted))
         for confidence, width, count in zip(confidences, widths, accepted, strict=True):
             for j in range(min(count + 1, width - 1, len(confidence))):
                 self.calibration.observe(j, confidence[j], j < count)
@@ -234,7 +223,7 @@ class WidthPolicy:
             self.wait = _FIRST_WAIT if paid or self.surprised else min(2 * self.wait, _LONGEST_WAIT)
         plain, seconds = self.costs.verify(self.rows(n)), self.costs.verify(self.rows(sum(widths)))
         if drafted:
-            seconds += self.costs.draft(drafted)
+            seconds += self.costs.draft(drafted * self.drafting)
         self.spent += seconds
         if self._trial:
             self.on_trials, self._astonished = self.on_trials + seconds - plain, self.surprised
@@ -242,11 +231,26 @@ class WidthPolicy:
         self.seconds += _RATE * (seconds / plain - self.seconds)
 
 
-class FixedWidths:
-    """The same width for every block: what a named block_size means."""
+def draft_widths(block: int) -> list[int]:
+    """The tokens of blocks that are drafted: those of 2 drafts, of 4 and so on, and of a whole block."""
+    return sorted({*(w for i in range(1, block) if (w := (1 << i) + 1) < block), block})
 
-    def to_draft(self, requests: Sequence[Outlook]) -> list[int]:
-        return list(range(len(requests)))
+
+def _moved(before: Sequence[float], now: Sequence[float], share: float) -> list[float]:
+    return [a + share * (b - a) for a, b in zip(before, now, strict=True)]
+
+
+class FixedWidths:
+    """The same width for every block: what a named block_size means.
+
+    block: the tokens of a block.
+    """
+
+    def __init__(self, block: int):
+        self.block = block
+
+    def to_draft(self, requests: Sequence[Outlook]) -> tuple[list[int], int]:
+        return list(range(len(requests))), self.block
 
     def widths(self, requests: Sequence[Outlook], confidences: Sequence[Sequence[float]], limits: Sequence[int],
                together: bool = False) -> list[int]:

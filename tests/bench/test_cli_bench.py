@@ -38,7 +38,7 @@ def test_bench_decode(call, models, tmp_path, concurrency):
     for part in (found, found["tasks"]["alpha"], found["tasks"]["beta"]):
         assert part["identical_to_baseline"] is True and part["different_requests"] == 0
         assert part["acceptance_length"] >= 1 and part["tokens_per_s"] > 0 and part["baseline_tokens_per_s"] > 0
-        assert abs(part["speedup"] - part["tokens_per_s"] / part["baseline_tokens_per_s"]) < 0.01
+        assert part["speedup"] == pytest.approx(part["tokens_per_s"] / part["baseline_tokens_per_s"], rel=0.05)
     assert found["requests"] == 6 and found["tokens"] == sum(t["tokens"] for t in found["tasks"].values())
     assert found["concurrency"] == concurrency and found["kind"] == "decode" and found["differences"] == []
     for key in ("cpu", "threads", "isa", "versions", "commit", "model", "draft", "prompts", "limit"):
@@ -69,6 +69,26 @@ def test_bench_decode_by_temperature(call, models, tmp_path):
     code, _, err = call(*arguments, "--temperature", 0.5, "--sample-from", "request")
     found = json.loads(out_file.read_text())
     assert code == 0 and "follow the distribution" in err and (found["kind"], found["temperature"]) == ("decode", 0.5)
+
+
+def test_bench_decode_by_instruction_set(call, models, tmp_path):
+    """Every set and concurrency in one file: figures, and what the choice of widths expected of its steps."""
+    out_file = tmp_path / "out.json"
+    arguments = ["bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
+                 prompts_file(tmp_path, "alpha"), "--max-new-tokens", 9, "--json", out_file]
+    code, out, err = call(*arguments, "--isa", "generic", "--concurrency", 1, "--concurrency", 3)
+    found = json.loads(out_file.read_text())
+    assert code == 0 and err == "" and found["kind"] == "decode by instruction set" and "generic" in out
+    assert [(c["isa"], c["concurrency"]) for c in found["cells"]] == [("generic", 1), ("generic", 3)]
+    for cell in found["cells"]:
+        assert cell["identical_to_baseline"] is True and cell["tasks"]["alpha"]["speedup"] > 0
+        assert all(1 <= tokens <= 3 * 8 for tokens in cell["forecast"]["tokens_per_step"])
+        assert all(ms > 0 for ms in cell["forecast"]["ms_per_step"])
+    assert "forecast" in found["cells"][0]["tasks"]["alpha"]
+    code, _, _ = call(*arguments, "--isa", "generic", "--concurrency", 1, "--block-size", 3)
+    assert code == 0 and "forecast" not in json.loads(out_file.read_text())["cells"][0]
+    code, _, err = call(*arguments, "--isa", "avx3")
+    assert code == 2 and "--isa must be one of generic" in " ".join(err.split()), err
 
 
 def test_bench_reports_differences(models, monkeypatch):

@@ -64,6 +64,13 @@ def test_tables_of_planted_texts(tmp_path):
     assert block.count("| gsm8k | 9 | 1.25 | 3.481 | 12.3 | 6.2 | 2.00 | 3 differ |") == 2
     assert "block 4, top-p 0.95, sampled drafts, rule block, seed 3, at most 5 new tokens" in block
     assert "| 0 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | 3 differ |\n| 0.5 | 9 | 1.25 | 12.3 | 6.2 | 2.00 | yes |" in block
+    cell = task | {"concurrency": 2, "verified_rows": 3.5, "tasks": {"gsm8k": task}}
+    told = {"forecast": {"tokens_per_step": [2.5, 2.25], "ms_per_step": [6.125, 7.0]}}
+    cells = row | {"kind": "decode by instruction set", "cells": [cell | {"isa": "avx2"} | told, cell | {"isa": "amx"}]}
+    (tmp_path / "device" / "d.json").write_text(json.dumps(cells))
+    block_of_cells = decode_tables.decode_block(tmp_path)
+    assert "| avx2 | 2 | 2.00 | 2.00 | 12.3 | 1.25 | 3.50 | 3 differ |" in block_of_cells
+    assert "| avx2 | 2 | 2.50 | 2.25 | 6.12 | 7.00 |" in block_of_cells and block_of_cells.count("| amx |") == 1
     page = "x\n<!-- n:begin -->\nold\n<!-- n:end -->\ny"
     assert generate.with_block(page, "n", block) == f"x\n<!-- n:begin -->\n{block}\n<!-- n:end -->\ny"
     card = decode_tables.card_block(tmp_path, "d")

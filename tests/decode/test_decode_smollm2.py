@@ -46,7 +46,7 @@ def requests():
     turns = [json.loads(line)["turns"][0] for task in TASKS
              for line in (DATA / f"{task}.jsonl").read_text().splitlines()[:2]]
     prompts = [encode(f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")[:160] for turn in turns]
-    return [Request(i, prompt, 45 + i, {2}) for i, prompt in enumerate(prompts)]
+    return [Request(i, prompt, 24 + i, {2}) for i, prompt in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +94,16 @@ def test_a_model_in_8_bits_is_lossless_and_close_to_the_one_in_16(target, reques
         got = run(eight, drafter, requests, max_batch=concurrency, page_size=16)
         assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in alone.items()}
     first = [n for key, (tokens, *_) in alone.items()
-             for n in [next((i for i, (a, b) in enumerate(zip(tokens, baseline[key][0], strict=False)) if a != b), 40)]]
-    assert sum(first) / len(first) > 15  # tokens until the texts part
+             for n in [next((i for i, (a, b) in enumerate(zip(tokens, baseline[key][0], strict=False)) if a != b), 24)]]
+    assert sum(first) / len(first) > 8  # tokens until the texts part
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_speculative_text_is_baseline_text(target, requests, baseline, concurrency):
     texts = {key: value[0] for key, value in baseline.items()}
-    for drafter in (Drafter.random(target), Oracle.knowing(target, texts, 0.3, block_size=8)):
-        got = run(target, drafter, requests, max_batch=concurrency, page_size=16)
-        assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
+    drafter = Oracle.knowing(target, texts, 0.3, block_size=8)
+    got = run(target, drafter, requests, max_batch=concurrency, page_size=16)
+    assert {key: value[:2] for key, value in got.items()} == {key: value[:2] for key, value in baseline.items()}
     lengths = [n for *_, acceptance in got.values() for n in acceptance]
     assert sum(lengths) / len(lengths) > 1.5
 
@@ -138,8 +138,8 @@ def test_sampled_text_is_baseline_sampling_for_every_seed_and_block_size(target,
 def test_sampled_text_follows_the_distribution(target, shipped, requests, record_property):
     """A small version of bench/sampling_distribution.py, of three tokens."""
     texts = sampling_distribution.Texts(target, shipped, requests[0].prompt, 128, tokens=3, width=3)
-    found = sampling_distribution.measure(texts, SamplingParams(0.8, top_p=0.95), 256)
-    assert found["greedy drafts"]["same_texts"] == 256
+    found = sampling_distribution.measure(texts, SamplingParams(0.8, top_p=0.95), 128)
+    assert found["greedy drafts"]["same_texts"] == 128
     for way, tests in found.items():
         for name, value in tests.items():
             if isinstance(value, dict):

@@ -40,7 +40,7 @@ def speculators(changes=None, **outer):
         "pure_draft_prefix_len": 1, "projector_type": "dflash", "shift_label": False, "auf": False,
         "lambda_base_start": 1.0, "lambda_base_decay_ratio": 1.0, "speculators_version": "0.9.0",
         "speculators_config": {"algorithm": "dflash", "proposal_methods": [{"speculative_tokens": 5}]},
-        "transformer_layer_config": {**inner, "model_type": "qwen3"}, **outer}
+        "transformer_layer_config": {**inner, "model_type": "qwen3", "use_sliding_window": True}, **outer}
 
 
 def test_p44_the_speculators_format_is_the_same_drafter():

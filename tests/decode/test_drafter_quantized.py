@@ -1,5 +1,7 @@
 """Drafters stored in 8 bits are those of the weights that their scales say."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from dflash_kernels.testing import same_bits
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from tests.support import tiny  # noqa: E402
 from tests.support.decode_models import make_target  # noqa: E402
 from tests.support.drafters import Served, draft_config, random_tensors  # noqa: E402
 
@@ -102,3 +107,18 @@ def test_weights_and_scales_that_do_not_fit_are_named():
         Drafter(config, {**kept, "fc.weight_packed": torch.ones(7)}, target)
     with pytest.raises(ValueError, match="tensor fc.weight must be one of float32, .* got int8"):  # no config says so
         Drafter(draft_config({}), {k: t for k, t in kept.items() if not k.endswith("_scale")}, target)
+
+
+def test_p15_an_fp8_drafter_on_disk_loads(tmp_path):
+    from dflash_decode import Session
+
+    target, folder = tiny.write_target(tmp_path / "m"), tiny.write_drafter(tmp_path / "d")
+    plain = load_file(folder / "model.safetensors")
+    kept, exact = stored({name: t.float() for name, t in plain.items()}, "fp8 by row")
+    config = json.loads((folder / "config.json").read_text())
+    runs = []
+    for tensors, more in ((kept, {"quantization_config": FORMS["fp8 by row"][3]}), (exact, {})):
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config | more))
+        runs.append(Session.load(target, folder, block_size=4).run([[1, 2, 3]], max_new_tokens=12).answers[0])
+    assert (runs[0].tokens, runs[0].steps) == (runs[1].tokens, runs[1].steps)

@@ -36,6 +36,10 @@ def test_p43_max_window_layers_is_28_where_the_config_does_not_say():
     assert class_types.layer_types == ["full_attention"] * 3
     told = read_draft_config(draft_config(SLIDES | {"max_window_layers": 2})).masks
     assert told == (LayerMask(), LayerMask(), LayerMask(True, (5, -1)))
+    types = {"layer_types": ["sliding_attention"] * 3, "sliding_window": 6, "model_type": "qwen3"}
+    assert transformers.Qwen3Config(**types, num_hidden_layers=3).sliding_window is None
+    with pytest.raises(ValueError, match="use_sliding_window must be true where .* model_type qwen3 .* got nothing"):
+        read_draft_config(draft_config(types))
     many = draft_config(SLIDES | {"num_hidden_layers": 30})
     assert [mask.causal for mask in read_draft_config(many).masks] == [False] * 28 + [True] * 2
 

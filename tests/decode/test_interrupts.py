@@ -40,6 +40,7 @@ class Tracer:
 
     def __init__(self, at=None, nth=1, opcodes=False):
         self.at, self.left, self.opcodes, self.seen, self.fired = at, nth, opcodes, {}, False
+        self.files = FILES if at is None else {at[0]}
         self.telling = False  # whether events were on their way, which are lost then
 
     @contextmanager
@@ -51,7 +52,7 @@ class Tracer:
             sys.settrace(None)
 
     def _call(self, frame, event, _argument):
-        if frame.f_code.co_filename not in FILES:
+        if frame.f_code.co_filename not in self.files:
             return None
         if self.opcodes:
             frame.f_trace_opcodes, frame.f_trace_lines = True, False

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_decode import session
 from dflash_decode.checkpoint import load_checkpoint
 from dflash_decode.checkpoint.errors import CheckpointError, read_json
 from dflash_decode.loop import Decoder
@@ -14,6 +15,7 @@ from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
 from dflash_decode.sampling import SamplingParams
 from dflash_decode.session import Session
+from dflash_kernels.testing import use_isa
 from tests.support import tiny
 
 HI = [{"role": "user", "content": "hi"}]
@@ -149,6 +151,35 @@ def test_a_seed_of_numpys_counts_on_from_prompt_to_prompt(loaded, seed):
 def test_options_of_run(loaded, options, message):
     with pytest.raises((TypeError, ValueError), match=r"^Session\.run: " + message):
         loaded.run("hi", **{"max_new_tokens": 4} | options)
+
+
+def test_a_run_uses_the_decoder_of_the_one_before(models, monkeypatch):
+    """Its passes are recorded. What it was not made for gets a new one; texts are those of a new session."""
+    monkeypatch.setattr(session, "_CONTEXT_STEP", 16)
+    loaded, prompts = Session.load(models["model"], models["draft"]), ([[1, 2, 3], [4]], [[5, 6], [7, 8]])
+
+    def run(of, i=0, **options):
+        found = of.run(prompts[i], **{"max_new_tokens": 6, "concurrency": 2} | options)
+        return [answer.tokens for answer in found.answers], of._decoders[options.get("speculative", True)][1]
+
+    texts, first = run(loaded)
+    again, second = run(loaded, 1)
+    other, baseline = run(loaded, 1, speculative=False)
+    assert second is first is not baseline and again == other == run(Session.load(models["model"], None), 1)[0]
+    assert run(loaded) == (texts, first) and run(loaded, speculative=False)[1] is baseline
+    with use_isa("generic"):
+        assert run(loaded)[1] is not first
+    second = run(loaded)[1]
+    assert run(loaded, max_new_tokens=30)[1] is not second and run(loaded, concurrency=1)[1].max_batch == 1
+    loaded.adapts = False
+    assert run(loaded)[0] == texts
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded, on_tokens=interrupt)
+    assert True not in loaded._decoders and run(loaded)[0] == texts
 
 
 def test_nothing_is_decoded_before_every_prompt_is_read(loaded):

@@ -1,5 +1,6 @@
 """Checkpoints: equality with transformers, damage, and the cache of converted GGUF files."""
 
+import functools
 import importlib.util
 import json
 import pickle
@@ -41,8 +42,11 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @needs_smollm2
 @pytest.mark.slow
-def test_smollm2_equals_transformers():
+def test_smollm2_equals_transformers(monkeypatch):
     transformers = pytest.importorskip("transformers")
+    gguf = pytest.importorskip("gguf")
+    # Which transformers makes anew for every module.
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     file = find_model("smollm2")
     model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     theirs, ours = model.state_dict(), load_checkpoint("smollm2", torch.float32)

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from dflash_decode.chances import Calibration
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.costs import StepCosts
 from dflash_decode.loop import Decoder
@@ -15,16 +16,16 @@ from dflash_decode.model.drafter import Drafter
 from dflash_decode.packed_runner import PackedRunner
 from dflash_decode.requests import Request
 from dflash_decode.sampling import SamplingParams
-from dflash_decode.widths import Calibration, FixedWidths, Outlook, PastWidths, WidthPolicy
+from dflash_decode.widths import FixedWidths, Outlook, PastWidths, WidthPolicy, draft_widths
 from tests.support.decode_runs import Oracle, collect, random_target, requests
 
 BLOCK = 8
 
 
 def affine(fixed, row, draft=0.1, most=64):
-    """A verify pass takes fixed + row * rows, a draft `draft` and a tenth of it more for each further request."""
+    """A verify pass takes fixed + row * rows, a draft of one block `draft`, a tenth of it more for each further one."""
     return StepCosts({n: fixed + row * n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most},
-                     {n: draft * (0.9 + 0.1 * n) for n in (1, 2, 4, 8)})
+                     {n: draft * (0.9 + 0.1 * n / BLOCK) for n in (1, 8, 16, 32, 64)})
 
 
 class Text:
@@ -44,16 +45,16 @@ def play(policy, texts, steps, true, block=BLOCK):
     """Tokens a second over that of baseline decoding, step by step: [(tokens, seconds)], and widths."""
     outlooks, found = [Outlook() for _ in texts], []
     for _ in range(steps):
-        n, chosen = len(texts), policy.to_draft(outlooks)
-        sure = [text.confidences() if i in chosen else [] for i, text in enumerate(texts)]
+        n, (chosen, block) = len(texts), policy.to_draft(outlooks)
+        sure = [text.confidences()[:block - 1] if i in chosen else [] for i, text in enumerate(texts)]
         widths = policy.widths(outlooks, sure, [10**6] * n)
         assert all(1 <= w <= len(c) + 1 for w, c in zip(widths, sure, strict=True))
         accepted = [text.accepted(c[:w - 1]) for text, c, w in zip(texts, sure, widths, strict=True)]
         rows = policy.rows(sum(widths))
-        seconds = true.verify(rows) + (true.draft(len(chosen)) if chosen else 0.0)
+        seconds = true.verify(rows) + (true.draft(block * len(chosen)) if chosen else 0.0)
         policy.took("verify", rows, true.verify(rows))
         if chosen:
-            policy.took("draft", len(chosen), true.draft(len(chosen)))
+            policy.took("draft", block * len(chosen), true.draft(block * len(chosen)))
         policy.verified(outlooks, sure, widths, accepted)
         found.append((n + sum(accepted), seconds, widths))
     return found
@@ -76,13 +77,29 @@ def test_no_fixed_block_is_faster(sure, row):
             self.width = width
 
         def to_draft(self, outlooks):
-            return list(range(len(outlooks))) if self.width > 1 else []
+            return list(range(len(outlooks))) if self.width > 1 else [], self.width
 
         def widths(self, outlooks, confidences, limits, together=False):
             return [self.width] * len(outlooks)
 
     fixed = [ratio(play(Fixed(width), [Text(sure)], 2500, true)[20:], true, 1) for width in range(1, BLOCK + 1)]
     assert ours >= 0.97 * max(fixed) and ours >= 0.98
+
+
+def test_fewer_tokens_are_drafted_where_a_draft_costs_what_its_rows_do():
+    """As on a CPU with several requests: a draft of 3 tokens each takes 3/8 of a whole block's time."""
+    def costs():
+        return StepCosts({n: 1.0 + 0.05 * n for n in (1, 64)}, {n: 0.01 * n for n in (3, 64)})
+
+    def measured(policy):
+        texts = [Text(0.75, seed) for seed in range(8)]
+        found = play(policy, texts, 600, costs())[100:]
+        return ratio(found, costs(), 8), policy.drafting
+
+    whole = WidthPolicy(BLOCK, costs())
+    whole.draft_widths = [BLOCK]
+    (ours, width), (theirs, _) = measured(WidthPolicy(BLOCK, costs())), measured(whole)
+    assert ours > 1.1 * theirs and width < BLOCK and draft_widths(BLOCK) == [3, 5, 8] and draft_widths(2) == [2]
 
 
 def test_requests_get_what_their_own_drafts_are_worth():
@@ -202,6 +219,25 @@ def test_the_past_chooses_among_recorded_widths():
 # ---- in the loop -----------------------------------------------------------------------------------------------------
 
 
+def test_the_forecast_is_what_steps_bring():
+    true, texts = affine(1.0, 0.1), [Text(0.7, seed=i) for i in range(3)]
+    policy = WidthPolicy(BLOCK, affine(1.0, 0.1))
+    found, told = play(policy, texts, 1500, true), policy.forecast
+    tokens, seconds = (sum(f[i] for f in found) for i in (0, 1))
+    assert (told.steps, told.tokens) == (1500, tokens) and math.isclose(told.seconds, seconds)
+    assert math.isclose(told.expected_tokens, tokens, rel_tol=0.03) and math.isclose(told.expected_seconds, seconds)
+
+    policy = WidthPolicy(BLOCK, affine(0.5, 0.05))  # costs that are half of the truth, and drafts that never come true
+    texts = [Text(0.7, seed=i, wrong=True) for i in range(3)]
+    play(policy, texts, 5, true)
+    told = policy.forecast
+    assert told.expected_tokens > 1.2 * told.tokens and told.expected_seconds < 0.8 * told.seconds
+    play(policy, texts, 200, true)
+    later = policy.forecast - told
+    assert math.isclose(later.expected_tokens, later.tokens, rel_tol=0.05)
+    assert math.isclose(later.expected_seconds, later.seconds, rel_tol=0.05)
+
+
 class AnyWidths:
     """Drafts for some, and verifies as many rows as dice say."""
 
@@ -209,7 +245,7 @@ class AnyWidths:
         self.dice = random.Random(seed)
 
     def to_draft(self, outlooks):
-        return [i for i in range(len(outlooks)) if self.dice.random() < 0.7]
+        return [i for i in range(len(outlooks)) if self.dice.random() < 0.7], self.dice.randint(2, 5)
 
     def widths(self, outlooks, confidences, limits, together=False):
         most = [min(len(c) + 1, limit) for c, limit in zip(confidences, limits, strict=True)]
@@ -276,11 +312,11 @@ def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target,
 
     class Never(FixedWidths):
         def to_draft(self, outlooks):
-            return []
+            return [], self.block
 
-    same = all(torch.equal(a, b) for a, b in zip(drafts(FixedWidths(), 30), drafts(Never(), 30), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(drafts(FixedWidths(5), 30), drafts(Never(5), 30), strict=True))
     assert same or fault
     if fault:
-        clean = drafts(Never(), 30)
+        clean = drafts(Never(5), 30)
         monkeypatch.undo()
-        assert not all(torch.equal(a, b) for a, b in zip(clean, drafts(Never(), 30), strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(clean, drafts(Never(5), 30), strict=True))

@@ -35,6 +35,20 @@ def test_replay_equals_the_step_on_changed_inputs():
         assert same_bits(out, want)
 
 
+def test_a_capture_imports_no_compiler():
+    """torch._dynamo takes a second to import; a dispatch mode that does not say otherwise brings it in."""
+    code = """
+import sys, torch, dflash_kernels as dk
+x, out = torch.zeros(1, 2), torch.empty(1, 1)
+graph = dk.StepGraph("cpu")
+with graph.capture():
+    dk.silu_and_mul(x, out=out)
+print(len(graph), "torch._dynamo" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.split() == ["1", "False"]
+
+
 def test_temporaries_of_the_step_stay_alive():
     x, w = torch.randn(2, 64), torch.ones(64)
     graph = dk.StepGraph()

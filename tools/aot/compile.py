@@ -88,7 +88,7 @@ def report(noun: str, index: int, arch: int, cache: str | os.PathLike | None = N
     kept = Path(cache, key(case, arch) + ".json") if cache else None
     if kept and kept.exists():
         return _read(json.loads(kept.read_text()))
-    found = _compile(case, arch)
+    found = report_of(case, arch, *compiled(case, arch))
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
@@ -117,8 +117,8 @@ def compiled(case: Case, arch: int) -> tuple[Any, str]:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), log.getvalue()
 
 
-def _compile(case: Case, arch: int) -> Report:
-    kernel, log = compiled(case, arch)
+def report_of(case: Case, arch: int, kernel: Any, log: str) -> Report:
+    """Of what `compiled` gave."""
     return Report(case.name, arch, *(_number(p, log) for p in (
         r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")), kernel.metadata.shared,
         *main_loop(kernel.asm["ttgir"]), tuple(sorted(set(re.findall(r"\bC75\d\d\b", log)))))

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dflash_kernels import _triton
 from dflash_kernels._library import FALLBACKS, REFERENCES
 
-from .interpreter import accept_newer_numpy
+from .interpreter import prepare
 
 DEVICE = torch.device("cuda", 0)
 NAME = "dry"
@@ -243,18 +243,11 @@ def _compile(compile, model=None, **options):
     return call
 
 
-def _patch_for_good(patch, kernel):
-    patch(kernel)
-    return SimpleNamespace(restore=lambda: None)
-
-
 def _interpret_on_held() -> None:
-    """Kernels are given the tensors that are held; a graph that is being captured notes the launch. The language is
-    patched once for each kernel, not at every call and back: that is half of the interpreter's time."""
+    """Kernels are given the tensors that are held; a graph that is being captured notes the launch."""
     from triton.runtime import interpreter
 
-    accept_newer_numpy()
-    interpreter._patch_lang = functools.cache(functools.partial(_patch_for_good, interpreter._patch_lang))
+    prepare()
     GridExecutor = interpreter.GridExecutor  # noqa: N806
     interpret = GridExecutor.__call__
 

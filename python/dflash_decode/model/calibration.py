@@ -12,7 +12,7 @@ _MOST = 100.0
 
 def read_calibration(folder: str | os.PathLike, positions: int) -> tuple[float, list[float]] | None:
     """The slope, and a bias for each of the block's drafts, of {"slope": number, "bias": [number, ...]}: where
-    widths.Calibration starts. None if there is no such file. Raises CheckpointError."""
+    chances.Calibration starts. None if there is no such file. Raises CheckpointError."""
     file = Path(folder) / FILE
     if not os.path.lexists(file):
         return None

@@ -96,7 +96,7 @@ class Drafter:
         if vocabulary is not None:
             self._restrict(vocabulary, target)
         taker.finish()
-        self.calibration: tuple[float, list[float]] | None = None  # start of widths.Calibration
+        self.calibration: tuple[float, list[float]] | None = None  # start of chances.Calibration
         self.tables = RopeTables(c.ropes, target.max_context, self.device)
 
     @property

@@ -55,6 +55,8 @@ def _types(f: Fields, layers: int) -> list[str]:
         raise NotImplementedError(f"{f.what}: layer_types must be {SLIDING} or {FULL}; got {unknown[0]!r}")
     if SLIDING in types and asked is False:
         raise ValueError(f"{f.what}: use_sliding_window must not be false where layer_types has {SLIDING}; got false")
+    if SLIDING in types and asked is None and f.get("model_type") == "qwen3":  # whose class then has no window
+        f.refuse("use_sliding_window", f"true where layer_types has {SLIDING}, as model_type qwen3 has it false", asked)
     return list(types)
 
 

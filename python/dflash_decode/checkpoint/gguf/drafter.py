@@ -113,5 +113,5 @@ def _window(f: Fields, arch: str, layers: int) -> dict:
         slides = list(f.items(key, each=f"{layers} layers"))
     if len(slides) != layers or not all(each in (0, 1) for each in slides):
         f.refuse(key, f"a list of {layers} layers, or a number", slides)
-    return {"sliding_window": window, "layer_types": ["sliding_attention" if each else "full_attention"
-                                                      for each in slides]}
+    types = ["sliding_attention" if each else "full_attention" for each in slides]
+    return {"sliding_window": window, "layer_types": types, "use_sliding_window": any(slides)}
