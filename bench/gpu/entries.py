@@ -158,6 +158,12 @@ def memory_entries() -> list[Entry]:
         for most in keys("norm") if most in widths]
     found += [Entry("activation", "CONFIGS", (most,), lambda sizes, w=widths[most]: [
         m.silu_case(sizes, rows, w) for rows in (64, 8192)]) for most in keys("activation") if most in widths]
+    found += [Entry("conv", "CONFIGS", (most,), lambda sizes, w=widths[most]: [
+        m.conv_case(sizes, rows, w, True) for rows in (64, 8192)]) for most in keys("conv") if most in widths]
+    found += [Entry("conv", name, (), lambda sizes: [m.conv_case(sizes, rows, 4096, False) for rows in (64, 8192)])
+              for name in ("COLUMNS", "COLUMN_WARPS")]
+    found += [Entry("selector", "CONFIGS", (k,), lambda sizes, k=k: [bench_small.select_case(sizes, 8, 15, k, g.vocab)])
+              for k in keys("selector")]
     found += [Entry("block", "CONFIGS", (most,), lambda sizes, w=4096 if most > 4096 else most: [
         m.embed_case(sizes, 128, w, g.vocab), m.block_case(sizes, 8, 16, w, g.vocab)]) for most in keys("block")]
     found += [Entry("rope", "CONFIGS", (dim,), lambda sizes, dim=dim: [m.rope_case(sizes, 128, *HEADS[dim], dim)])

@@ -47,8 +47,8 @@ void convolve(const GroupedConvParams& p, const T* x, int64_t taps, const float*
     });
 }
 
-// One or two rows of a block for two taps, rounded once, and groups that fill pairs, or half pairs. First: no row of the
-// block comes before them. deltas: (Rows, 2, groups).
+// One or two rows of a block for two taps, rounded once, and groups that fill pairs, or half pairs. First: no row of
+// the block comes before them. deltas: (Rows, 2, groups).
 template <class T, int Rows, bool First>
 void convolve_pairs(const GroupedConvParams& p, const T* x, const float* deltas, T* out) {
   using P = Pair<T>;

@@ -14,7 +14,7 @@ import triton.language as tl
 from ._math import PLAIN, inverse_rms, tree_sum
 from .norm import add_rms_norm
 
-COLUMNS = (1024, 4)  # columns of a program without the norm, warps. Estimated.
+COLUMNS, COLUMN_WARPS = 1024, 4  # of a program without the norm. Estimated.
 CONFIGS = {1024: 4, 4096: 8, 8192: 16}  # with the norm: widest row: warps. Estimated: 8 to 16 elements a thread.
 END, REFERENCE = tl.constexpr(0), tl.constexpr(1)  # roundings, by their numbers in the schemas
 
@@ -75,10 +75,9 @@ def grouped_conv(x, delta, base, block, rounding, out):
     (rows, width), (_, taps, groups) = x.shape, delta.shape
     if not x.numel():
         return
-    tile, warps = COLUMNS
-    conv_kernel[rows, triton.cdiv(width, tile)](
+    conv_kernel[rows, triton.cdiv(width, COLUMNS)](
         x, delta, base, out, x.stride(0), *delta.stride()[:2], out.stride(0), width, width // groups, block, TAPS=taps,
-        ROUNDING=rounding, BLOCK=tile, num_warps=warps, **PLAIN)
+        ROUNDING=rounding, BLOCK=COLUMNS, num_warps=COLUMN_WARPS, **PLAIN)
 
 
 def grouped_conv_add_rms_norm(x, delta, base, block, rounding, residual, weight, eps, out, residual_out):

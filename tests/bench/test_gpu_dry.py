@@ -183,9 +183,10 @@ def rows(tmp_path_factory):
 
 
 def test_the_benchmarks_run(rows):
-    assert {"rms_norm", "add_rms_norm", "silu_and_mul", "qk_norm_rope", "write_context_kv", "embed_tokens",
-            "prepare_block", "verify_greedy", "block_attention", "draft step", "draft layers", "draft head",
-            "draft context", "baseline step", "verify pass", "DFlash step", "attention layer"} == set(rows)
+    assert {"rms_norm", "add_rms_norm", "grouped_conv", "grouped_conv_add_rms_norm", "silu_and_mul", "qk_norm_rope",
+            "write_context_kv", "embed_tokens", "prepare_block", "verify_greedy", "block_attention", "draft step",
+            "draft layers", "draft head", "draft context", "baseline step", "verify pass", "DFlash step",
+            "attention layer"} == set(rows)
     assert all(row["us"] > 0 for row in rows.values())
 
 

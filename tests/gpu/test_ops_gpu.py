@@ -14,7 +14,8 @@ from tests.support.op_samples import SAMPLES, RawCalls, int32, tensors_in
 
 DEVICE = "cuda"
 # Arguments that are float32 whatever the model's dtype.
-FLOAT32 = {"values", "out_values", "params", "proposal", "adjustments", "out_probs", "workspace", "lse", "out_lse"}
+FLOAT32 = {"values", "out_values", "params", "proposal", "adjustments", "out_probs", "out_logprobs", "workspace",
+           "lse", "out_lse"}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 

@@ -6,7 +6,7 @@ from dflash_kernels._triton.conv import COLUMNS, CONFIGS, grouped_conv, grouped_
 from dflash_kernels.testing import assert_within_budget, doubles, same_bits
 
 # requests, width, hidden, groups, taps
-SHAPES = [(1, 1, 32, 2, 2), (3, 5, 96, 6, 2), (2, 3, 60, 5, 3), (1, 3, COLUMNS[0] + 24, 1, 2), (0, 4, 32, 2, 2)]
+SHAPES = [(1, 1, 32, 2, 2), (3, 5, 96, 6, 2), (2, 3, 60, 5, 3), (1, 3, COLUMNS + 24, 1, 2), (0, 4, 32, 2, 2)]
 NAN = float("nan")
 
 

@@ -110,7 +110,7 @@ def conv() -> Iterator[Case]:
                 x, delta, base = empty(18, width, dtype=dtype), empty(18, 2, width // 16, dtype=dtype), empty(
                     2, width, dtype=dtype)
                 name = f"{width} {DTYPES[dtype]} {('end', 'reference', 'engine')[rounding]}"
-                if width == COLUMNS[0]:
+                if width == COLUMNS:
                     (launch,) = launches(grouped_conv, x, delta, base, 9, rounding, x)
                     yield case(f"grouped_conv {name}", launch)
                 if rounding == 0 or width == max(CONFIGS):
