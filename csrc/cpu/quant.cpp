@@ -70,7 +70,11 @@ struct IntSums {
     const Codes found = F == Format::q8_0 ? signed_products(codes, of_four(four(x))) :
                                             pair_products(codes, of_four(four(x)));
     pairs[r] = AT % kFold<F> ? add16(pairs[r], found) : found;
-    if constexpr (AT % kFold<F> == kFold<F> - 1) sum[r] = fold16(sum[r], pairs[r]);
+    asm("" : "+v"(pairs[r]));  // one addition after another: as a tree they would fill the registers
+    if constexpr (AT % kFold<F> == kFold<F> - 1) {
+      sum[r] = fold16(sum[r], pairs[r]);
+      asm("" : "+v"(sum[r]));
+    }
   }
   DFLASH_INLINE void start(int r, int32_t init) { sum[r] = of_four(init); }
   DFLASH_INLINE Vec finish(int r) const { return as_floats(sum[r]); }
@@ -109,8 +113,8 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
     times<ceil_lines(layout_of(F).piece)>([&](auto) DFLASH_HERE { ahead.template ask<S>(w); });
     times<S>([&](auto s) DFLASH_HERE {
       const uint8_t *record = record_of<F>(w[s], b), *head = head_of<F>(w[s], b);
-      asm volatile("" : "+r"(x));  // x is loaded for each block: kept for the next one, it would fill the registers
       times<V>([&](auto v) DFLASH_HERE {
+        asm volatile("" : "+r"(x));  // x is loaded for each vector: kept for the next one, it would fill the registers
         times<H>([&](auto half) DFLASH_HERE {
           IntSums<F, R> ints;
           times<R>([&](auto r) DFLASH_HERE { ints.start(r, x[r].init[half]); });
