@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dflash_kernels.formats import FORMATS
-
-from ..blocks import Blocks
+from ..blocks import FORMATS, Blocks
 from ..errors import CheckpointError, brief, warn
 from ..fields import MOST_HEAD_DIM, MOST_LAYERS, Fields
 from ..safetensors import Checkpoint, read_directory
