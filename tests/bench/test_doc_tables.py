@@ -241,7 +241,7 @@ def test_perplexity_is_shown_against_the_first_row(tmp_path):
             {"weights": "file", "perplexity": 6.7827, "error": 0.1415, "percent": 0.1876}]
     (tmp_path / "m" / "perplexity.json").write_text(json.dumps({
         "header": {"device": "A CPU", "isa": "avx2"}, "command": "python -m bench.perplexity q", "model": "smollm2",
-        "passages": 200, "length": 128, "rows": rows}), encoding="utf-8")
+        "passages": 200, "length": 128, "kinds": rows}), encoding="utf-8")
     lines = perplexity_table.perplexity_block(tmp_path).splitlines()
     assert "| weights | perplexity | standard error | against llama.cpp |" in lines
     assert "| file | 6.783 | 0.141 | +0.19 % |" in lines
