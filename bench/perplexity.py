@@ -111,7 +111,7 @@ def main() -> None:
                    "commit": commit()},
         "command": f"python -m bench.perplexity {' '.join(f.name for f in options.questions)} --passages "
                    f"{options.passages} --length {options.length}",
-        "model": options.model, "passages": options.passages, "length": options.length, "rows": rows})
+        "model": options.model, "passages": options.passages, "length": options.length, "kinds": rows})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from bench.report import (
     engine_tables,
     kernel_tables,
     peer_tables,
+    perplexity_table,
     rows_table,
     summary_table,
     values,
@@ -54,6 +55,7 @@ def pages() -> dict[Path, str]:
             docs / "performance.md": {
                 "summary": summary_table.summary(results),
                 "limits": kernel_tables.limits_block(results), "rows": rows_table.rows_block(results),
+                "perplexity": perplexity_table.perplexity_block(results),
                 "decode": decode_tables.decode_block(results),
                 "peers": peer_tables.peers_block(results), "protocol": decode_tables.protocol_block(results),
                 "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results),

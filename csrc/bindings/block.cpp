@@ -13,20 +13,22 @@ TableRows table_rows(const Tensor& t, int64_t format, const Tensor& out) {
   const int64_t size = t.element_size();
   if (!format) return {data<const char>(t), t.stride(0) * size, t.size(0), t.size(1) * size, Format::none, {}, 0};
   const int64_t width = out.size(out.dim() - 1);
-  return {data<const char>(t),         0, t.size(0) * kPieceOutputs, width * out.element_size(),
+  return {data<const char>(t),         0, t.size(0) * kPieceOutputs, width * int64_t(out.element_size()),
           static_cast<Format>(format), dtype_of(out, "out"), width / kPiece};
 }
 
 void embed_tokens(const Tensor& ids, const Tensor& table, int64_t format, const Tensor& out) {
   const int64_t size = out.element_size();
-  const EmbedTokensParams p{data<const int64_t>(ids), ids.stride(0),        table_rows(table, format, out), data<char>(out),
-                            out.stride(0) * size,     out.stride(1) * size, ids.size(0),       ids.size(1)};
+  const EmbedTokensParams p{data<const int64_t>(ids), ids.stride(0),
+                            table_rows(table, format, out), data<char>(out),
+                            out.stride(0) * size, out.stride(1) * size,
+                            ids.size(0), ids.size(1)};
   launch(embed_tokens_kernels, p, {ids, table, out});
 }
 
 void prepare_block(const Tensor& anchor_ids, const Tensor& context_lens, int64_t mask_token_id, const Maybe& page_table,
-                   int64_t page_size, const Maybe& block_lens, const Maybe& embedding, int64_t format, const Tensor& ids,
-                   const Tensor& positions, const Maybe& slots, const Maybe& rows) {
+                   int64_t page_size, const Maybe& block_lens, const Maybe& embedding, int64_t format,
+                   const Tensor& ids, const Tensor& positions, const Maybe& slots, const Maybe& rows) {
   PrepareBlockParams p{};
   p.anchor_ids = data<const int64_t>(anchor_ids);
   p.anchor_stride = anchor_ids.stride(0);

@@ -54,9 +54,13 @@ void lm_head_topk(const Tensor& x, const Tensor& weight, const std::optional<Ten
                   const std::optional<Tensor>& bias, int64_t out_features, int64_t num_valid, double scale,
                   double softcap, int64_t id_offset, const Tensor& out_ids, const Tensor& out_values,
                   const Tensor& out_lse) {
-  const LmHeadTopkParams p{{gemm_of(x, weight, scales, format, bias, out_features), num_valid, float(scale), float(softcap)},
-                           id_offset,           out_ids.size(1),         data<int64_t>(out_ids),
-                           data<float>(out_values), data<float>(out_lse)};
+  const LmHeadTopkParams p{
+      {gemm_of(x, weight, scales, format, bias, out_features), num_valid, float(scale), float(softcap)},
+      id_offset,
+      out_ids.size(1),
+      data<int64_t>(out_ids),
+      data<float>(out_values),
+      data<float>(out_lse)};
   launch(lm_head_topk_kernels, p, {x, weight, scales, bias, out_ids, out_values, out_lse});
 }
 

@@ -68,6 +68,15 @@ template <int I>
 inline Vec byte_of(const Codes& c) { return each([&](int j) { return float(c.v[4 * j + I]); }); }
 #endif
 
+constexpr int kPieceRegisters = 8;  // of four k
+
+// Codes of 8 bits count as signed where the sums have no instruction for unsigned ones; then there is no offset.
+#if DFLASH_VEC && !defined(__AVX512VNNI__)
+constexpr bool kSignedCodes = true;
+#else
+constexpr bool kSignedCodes = false;
+#endif
+
 // ---- records -------------------------------------------------------------------------------------------------------
 
 // Where the record of piece b is.

@@ -10,6 +10,7 @@ from bench.report import (
     generate,
     kernel_tables,
     peer_tables,
+    perplexity_table,
     rows_table,
     summary_table,
 )
@@ -238,6 +239,19 @@ def test_conditional_acceptance():
 def product(**changes):
     return {"shape": "gate_up", "op": "linear", "n": 96, "k": 64, "weights": "bf16", "rows": 1, "isa": "avx2",
             "us": 2.0, "gbps": 30.0, "tflops": 0.1, "pct_of_bound": 80.0, "torch_us": 5.0} | changes
+
+
+def test_perplexity_is_shown_against_the_first_row(tmp_path):
+    assert perplexity_table.perplexity_block(tmp_path) == perplexity_table.EMPTY
+    (tmp_path / "m").mkdir()
+    rows = [{"weights": "llama.cpp", "perplexity": 6.77, "error": 0.14, "percent": 0.0},
+            {"weights": "file", "perplexity": 6.7827, "error": 0.1415, "percent": 0.1876}]
+    (tmp_path / "m" / "perplexity.json").write_text(json.dumps({
+        "header": {"device": "A CPU", "isa": "avx2"}, "command": "python -m bench.perplexity q", "model": "smollm2",
+        "passages": 200, "length": 128, "kinds": rows}), encoding="utf-8")
+    lines = perplexity_table.perplexity_block(tmp_path).splitlines()
+    assert "| weights | perplexity | standard error | against llama.cpp |" in lines
+    assert "| file | 6.783 | 0.141 | +0.19 % |" in lines
 
 
 def test_products_are_shown_by_set_and_number_of_rows(tmp_path):

@@ -12,10 +12,11 @@ import gguf
 
 from dflash_decode import Session
 from dflash_decode.checkpoint import Blocks, CheckpointError, load_checkpoint
+from dflash_decode.checkpoint.blocks import FORMATS
 from dflash_decode.checkpoint.gguf import cache as gguf_cache
 from dflash_decode.checkpoint.gguf import file as gguf_file
 from dflash_decode.lossless import _next_logits
-from dflash_kernels import reference
+from dflash_kernels import formats, reference
 from dflash_kernels.testing import same_bits
 from tests.support.gguf_files import HIDDEN, VOCAB, quantised, write_gguf
 
@@ -88,6 +89,10 @@ def test_other_formats_are_expanded_and_named_once(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_checkpoint(file)
+
+
+def test_the_formats_are_those_of_the_ops():
+    assert {name: (f.block, f.bytes) for name, f in formats.FORMATS.items()} == FORMATS
 
 
 def test_blocks_need_a_gguf_file(models):

@@ -99,6 +99,17 @@ def test_a_row_has_the_same_bits_in_every_number_of_rows(isa, name):
         assert same_bits(dk.lm_head_topk(x[at], packed, 1)[2], lse[at]), rows
 
 
+@pytest.mark.parametrize("name", ["q4_1", "q4_k"])
+def test_groups_of_rows_take_turns_over_a_long_k(isa, name):
+    x, w, _ = problem(name, torch.float32, 19, 33, 2304)
+    packed = dk.pack_weight(w, format=name)
+    whole, want = dk.linear(x, packed), torch.empty(19, 33)
+    reference.linear.linear(x, packed.data, None, FORMATS[name].number, None, 33, want)
+    assert close(whole, want, torch.float32)
+    for i in (0, 9, 18):
+        assert same_bits(dk.linear(x[i:i + 1], packed), whole[i:i + 1]), i
+
+
 def test_bits_do_not_depend_on_threads(isa, by_threads):
     x, w, _ = problem("q4_1", torch.bfloat16, 5, 600, 512)
     packed = dk.pack_weight(w, format="q4_1")
@@ -134,6 +145,7 @@ def test_rows_are_looked_up(isa, dtype, name):
 def test_rounding_costs_half_a_step_of_each_element(isa, name):
     """Against products of unrounded rows: a step is at most 1 / 63.5 of a piece's largest magnitude."""
     x, w, _ = problem(name, torch.float32, 6, 64, 512)
+    x[2, 64], x[3, 96] = 127.9, -255.9  # a step less, and they would be 128, which int8 does not have
     elements = dk.pack_weight(w, format=name).rows(torch.arange(64))
     bound = (x.view(6, -1, 32).abs().amax(-1, keepdim=True) / 127).expand(-1, -1, 32).reshape(6, -1) @ elements.abs().T
     got = dk.linear(x, dk.pack_weight(w, format=name))

@@ -153,6 +153,7 @@ SAMPLES = {
     "pack_weight": Sample(dk.pack_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
     "pack_weight_int8": Sample(dk.pack_weight, lambda: {
         "weight": torch.randint(-127, 128, (20, 16), dtype=torch.int8), "scales": torch.rand(20)}, ()),
+    "quantize_blocks": Sample(dk.quantize_blocks, lambda: {"weight": torch.randn(20, 64), "format": "q8_0"}, ()),
     "quantize_weight": Sample(dk.quantize_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
     "lm_head_argmax": Sample(dk.lm_head_argmax, lambda: {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "bias": torch.randn(40),

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dflash_kernels.formats import FORMATS
+# Elements and bytes of a block of each format that the ops have; other formats are expanded.
+FORMATS = {"q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34), "q4_k": (256, 144), "q5_k": (256, 176),
+           "q6_k": (256, 210)}
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Blocks:
 
     @property
     def shape(self) -> tuple[int, int]:
-        f = FORMATS[self.format]
-        return self.data.shape[0], self.data.shape[1] // f.bytes * f.block
+        elements, nbytes = FORMATS[self.format]
+        return self.data.shape[0], self.data.shape[1] // nbytes * elements
 
     @property
     def nbytes(self) -> int:

@@ -10,9 +10,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from dflash_kernels.formats import FORMATS
-
-from ..blocks import Blocks
+from ..blocks import FORMATS, Blocks
 from ..errors import CheckpointError, brief, warn
 from ..fields import MOST_HEAD_DIM, MOST_LAYERS
 from ..safetensors import Checkpoint, read_directory
