@@ -47,8 +47,9 @@ def load(path: Path, dtype: torch.dtype, blocks: bool = False) -> Checkpoint:
         with contextlib.suppress(CheckpointError):  # another process may remove it meanwhile
             found = read_directory(kept)
             formats = found.config.pop(_FORMATS, {})
-            return Checkpoint(found.config, {name: Blocks(cast(torch.Tensor, t), formats[name]) if name in formats else t
-                                             for name, t in found.tensors.items()}, str(path))
+            tensors = {name: Blocks(cast(torch.Tensor, t), formats[name]) if name in formats else t
+                       for name, t in found.tensors.items()}
+            return Checkpoint(found.config, tensors, str(path))
     reader = open_file(path)
     config = read_config(path, reader)
     tensors = read_tensors(path, reader, config, dtype, blocks)
