@@ -271,7 +271,7 @@ def block_case(sizes, requests, width, hidden, vocab):
 
     def truth():
         made = [torch.empty_like(getattr(prepared, f)) for f in fields]
-        reference.block.prepare_block(anchors, lens, 7, table, PAGE, None, embedding, *made)
+        reference.block.prepare_block(anchors, lens, 7, table, PAGE, None, embedding, 0, *made)
         return (*made[:3], made[3].float())
 
     problem = SimpleNamespace(expression=expression, args=lambda i: args, anchors=anchors, lens=lens, table=table,

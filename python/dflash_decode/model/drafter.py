@@ -51,8 +51,8 @@ class Drafter:
         own: `embed_tokens`, `lm_head`, `d2t`, `mask_embedding`), with or without `model.`.
     vocabulary (n,) int: the target's tokens that the drafter can draft. The draft head is then these rows of the
         target's LM head, so a step streams n rows instead of all. None: all.
-    int8: keeps the weights in 8 bits (quantize_weight), and the draft head unless it is the target's whole LM head. A
-        step reads half of the bytes. Drafts can differ; the output does not.
+    int8: keeps the weights in 8 bits, as a NativeTarget does, and the draft head unless it is the target's whole LM
+        head. A step reads half of the bytes. Drafts can differ; the output does not.
 
     The embedding and the LM head are the target's where the checkpoint has none. Raises TypeError for an argument of
     another type, and ValueError for a missing, unexpected or misshapen tensor and for a drafter that does not fit the

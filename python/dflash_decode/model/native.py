@@ -32,8 +32,8 @@ class NativeTarget:
     tensors: by Hugging Face names.
     dtype: by default that of the embedding.
     max_context: the longest prompt plus answer, at most the model's own.
-    int8: keeps the weights of products in 8 bits, with one scale per row (quantize_weight). A step reads half of the
-        bytes, and the output can differ.
+    int8: keeps the weights of products in 8 bits: on a CPU in blocks of 32 with a scale each, beside rows that are
+        rounded to int8 too, elsewhere with one scale per row. A step reads half of the bytes; the output can differ.
     exact: multiplies tensors in blocks as the elements that they stand for. The output is that of these elements.
 
     Raises ValueError for a missing or wrong field or tensor, and NotImplementedError for a field that changes the
