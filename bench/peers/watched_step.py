@@ -1,30 +1,24 @@
 """Times the parts of our loop's steps on a CPU, each of which is a stage of its own."""
 
-import dflash_decode.packed_runner as packed_runner
 from bench.peers.passes import DRAFT, VERIFY, Passes
 from dflash_decode.packed import ContextStage, DraftStage, VerifyStage
 from dflash_decode.step import Prefill
 
+STAGES = {VerifyStage: VERIFY, DraftStage: DRAFT, ContextStage: DRAFT, Prefill: VERIFY}
+
 
 def watch(passes: Passes) -> None:
-    """Times the steps of every decoder made from now on, on a CPU."""
+    """Times the steps of every decoder from now on, on a CPU."""
+    for stage, part in STAGES.items():
+        stage.__call__ = _timed(passes, stage, part)
 
-    class WatchedVerify(VerifyStage):
-        def __call__(self):
-            return passes.part(VERIFY, super().__call__, opens=True)()
 
-    class WatchedDraft(DraftStage):
-        def __call__(self, *args):
-            return passes.part(DRAFT, super().__call__)(*args)
+def _timed(passes: Passes, stage: type, part: str):
+    inner = stage.__call__
 
-    class WatchedContext(ContextStage):
-        def __call__(self, *args):
-            return passes.part(DRAFT, super().__call__)(*args)
-
-    class WatchedPrefill(Prefill):
-        def __call__(self, *args):
+    def call(self, *args):
+        if stage is Prefill:
             passes.prompt()
-            return passes.part(VERIFY, super().__call__, opens=True)(*args)
+        return passes.part(part, inner, opens=part == VERIFY)(self, *args)
 
-    for watched in (WatchedVerify, WatchedDraft, WatchedContext, WatchedPrefill):
-        setattr(packed_runner, watched.__bases__[0].__name__, watched)
+    return call

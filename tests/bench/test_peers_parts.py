@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import dflash_decode.packed_runner as packed_runner
 from bench.peers import job, sums, watched_step
 from bench.peers.passes import DRAFT, VERIFY, Passes
 from dflash_decode.packed import VerifyStage
@@ -115,8 +114,8 @@ def seconds(steps):
 
 def ours(monkeypatch, files, clock, mode=job.DFLASH, plant=lambda session: None, prompts=([5, 6, 7],)):
     """(passes, then tokens and steps of each answer unwatched and watched) of our loop."""
-    for name in ("VerifyStage", "DraftStage", "ContextStage", "Prefill"):
-        monkeypatch.setattr(packed_runner, name, getattr(packed_runner, name))
+    for stage in watched_step.STAGES:
+        monkeypatch.setattr(stage, "__call__", stage.__call__)
     session = Session.load(files[0], files[1] if mode == job.DFLASH else NONE, block_size=4)
     plant(session)
 
