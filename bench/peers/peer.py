@@ -45,6 +45,7 @@ class Peer:
 
 PEERS = (Peer("ours", "model", batches=True),
          Peer("ours8", "model", dtypes=("bfloat16",), batches=True, script="ours", weights="int8"),
+         Peer("oursfile", "model", dtypes=("bfloat16",), batches=True, script="ours", weights="file"),
          Peer("dflash", "folder", modes=(DFLASH,)),
          Peer("transformers", "folder", modes=(BASELINE,)), Peer("vllm", "folder", own=True, batches=True),
          Peer("llama", "gguf", own=True, also_one_thread=True, dtypes=("bfloat16",)))

@@ -94,7 +94,7 @@ def overview(files: dict) -> Plot | None:
             continue
         best: dict[tuple, float] = {}
         for r in (r for r in peer_tables.whole(f["rows"])
-                  if r["concurrency"] == 1 and r["peer"] != peer_tables.OURS_TOO):
+                  if r["concurrency"] == 1 and r["peer"] not in peer_tables.OURS_TOO):
             best[r["peer"], r["mode"]] = max(best.get((r["peer"], r["mode"]), 0.0), round(r["tokens_per_s"], 1))
         if (peer_tables.OURS, peer_tables.DFLASH) in best:
             names = {**peer_tables.NAMES, peer_tables.OURS: "dflash_kernels"}

@@ -6,9 +6,9 @@ from pathlib import Path
 from bench.report.commands import command_of
 
 ALL, OURS, DFLASH = "all", "ours", "dflash"
-OURS_TOO = "ours8"  # our loop on other weights
-NAMES = {OURS_TOO: "ours, 8 bits", "dflash": "dflash's own loop", "llama": "llama.cpp, 4 bits",
-         "vllm": "vLLM's CPU build"}
+NAMES = {"ours8": "ours, 8 bits", "oursfile": "ours, the file's 4 bits", "dflash": "dflash's own loop",
+         "llama": "llama.cpp, 4 bits", "vllm": "vLLM's CPU build"}
+OURS_TOO = ("ours8", "oursfile")  # our loop on other weights
 EMPTY = "No results yet: `make peers` measures them."
 
 

@@ -144,7 +144,7 @@ def others(machine: Path) -> list[str]:
         best, ours = {}, {}
         for r in (r for r in peer_tables.whole(rows) if r["concurrency"] == 1):
             name = peer_tables.NAMES.get(r["peer"], r["peer"]) + ", baseline" * (r["mode"] == "baseline")
-            if r["peer"] not in (peer_tables.OURS, peer_tables.OURS_TOO):
+            if r["peer"] not in (peer_tables.OURS, *peer_tables.OURS_TOO):
                 best[name] = max(best.get(name, 0.0), r["tokens_per_s"])
             elif r["mode"] == peer_tables.DFLASH:
                 ours[name] = r

@@ -68,7 +68,8 @@ def bench_decode(
     device: Where = Device.cpu,
     threads: Threads = None,
     peers: Annotated[str | None, typer.Option(help="Compare our loop with these decoders instead, each in a process of "
-                                              "its own: ours8,dflash,transformers,vllm,llama, or all. Needs the "
+                                              "its own: ours8,oursfile,dflash,transformers,vllm,llama, or "
+                                              "all. Needs the "
                                               "source repository, whose `make peers` installs them.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     debug: Debug = False,
@@ -83,7 +84,8 @@ def bench_decode(
         check_files(prompts, {"--json": json_out})
         known = dtype in ("bfloat16", "float32")
         if temperature != [0.0] or not known or device is not Device.cpu or weights is not Weights.model:
-            raise UsageError("--peers runs on the CPU, greedy, in bfloat16 or float32; for 8 bits name the peer ours8")
+            raise UsageError("--peers runs on the CPU, greedy, in bfloat16 or float32; for 8 bits name the peer ours8, "
+                             "for a file's own weights oursfile")
         if len(concurrency) > 1 or isa:
             raise UsageError("--peers takes one --concurrency, and no --isa")
         return repository.peers(peers, prompts, {

@@ -307,4 +307,4 @@ def test_an_unknown_peer_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--prompts", "x", "--only", "tgi"])
     with pytest.raises(SystemExit):
         driver.parsed()
-    assert "must be of ours,ours8,dflash,transformers,vllm,llama; got tgi" in capsys.readouterr().err
+    assert "must be of ours,ours8,oursfile,dflash,transformers,vllm,llama; got tgi" in capsys.readouterr().err
