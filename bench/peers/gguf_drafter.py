@@ -30,6 +30,7 @@ def tensor_name(name: str) -> str:
 
 def write(draft: str, target: str, file: Path) -> Path:
     """Writes the drafter's directory as one file, with the vocabulary of the target's GGUF file, atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     found = load_checkpoint(draft, torch.bfloat16)
     c, raw = read_draft_config(found.config), found.config
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
