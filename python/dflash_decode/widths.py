@@ -98,10 +98,9 @@ class WidthPolicy:
             return [], self.block
         rate, worth_of_all = self.rate(n), self._worth(n)
         best, drafted, self.drafting = 0.0, [], self.block
-        widths = self.draft_widths if self.narrow < _WHOLE_AGAIN else self.draft_widths[-1:]
-        for at, width in reversed(list(enumerate(self.draft_widths))):
-            if width not in widths:
-                continue
+        narrowest = 0 if self.narrow < _WHOLE_AGAIN else len(self.draft_widths) - 1
+        for at in reversed(range(narrowest, len(self.draft_widths))):
+            width = self.draft_widths[at]
             worth = [(worth_of_all if r.worth is None else r.worth)[at] for r in requests]
             order, total = sorted(range(n), key=lambda i: -worth[i]), 0.0
             for k, i in enumerate(order, 1):

@@ -6,7 +6,6 @@ The projection of a sublayer's normed input gives the coefficients of both convo
 the addition and the norm that follow it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from dflash_kernels import PackedWeight, grouped_conv, grouped_conv_add_rms_norm, linear
 
 from .config import Convolution, DraftConfig
-from .tensors import Tensors
+from .tensors import Packer, Tensors
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,13 @@ class CandidateSelector:
     projection: PackedWeight
 
 
-def take_conv(tensors: Tensors, name: str, hidden: int, conv: Convolution,
-              pack: Callable[[torch.Tensor], PackedWeight]) -> Conv:
+def take_conv(tensors: Tensors, name: str, hidden: int, conv: Convolution, pack: Packer) -> Conv:
     base = tensors.take(f"{name}.base_kernel", 2, conv.taps, hidden).contiguous()
     rows = 2 * conv.taps * (hidden // conv.group)
     return Conv(base, pack(tensors.take(f"{name}.kernel_projection.weight", rows, hidden)))
 
 
-def take_selector(tensors: Tensors, c: DraftConfig,
-                  pack: Callable[[torch.Tensor], PackedWeight]) -> CandidateSelector | None:
+def take_selector(tensors: Tensors, c: DraftConfig, pack: Packer) -> CandidateSelector | None:
     if c.selector is None:
         return None
     predecessor, successor = (
