@@ -150,6 +150,8 @@ class Session:
         device, wanted = read_device(what, device), read_dtype(what, dtype)
         choice(what, "weights", weights, Weights)
         choice(what, "draft_weights", draft_weights, DraftersWeights)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            tokenizer = path_text(what, "tokenizer", tokenizer)
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
         block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
         if draft not in (RANDOM, NONE) and not exists(draft) and hub.find_cached(draft) is None:
@@ -163,7 +165,7 @@ class Session:
         weights = _weights(where, device, weights)
         with status(f"loading {model}"):
             if not isinstance(tokenizer, Tokenizer):
-                tokenizer = load_tokenizer(model if tokenizer is None else path_text(what, "tokenizer", tokenizer))
+                tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
             target = _target(model, config.get("model_type"), dtype, device, weights)
         drafter = None
         if draft == RANDOM:

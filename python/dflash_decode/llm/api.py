@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..arguments import of_type
+from ..arguments import choice, of_type, whole
 from ..checkpoint import find_model
 from ..checkpoint.tokenizer import Tokenizer
-from ..choices import AUTO
+from ..choices import AUTO, Rule, SampleFrom
 from ..inputs import shown
 from ..loop import Decoder
 from ..prompts import Reading, is_single, read_prompts
@@ -77,19 +77,19 @@ class LLM:
                  block_size: int | None = None, max_batch: int = _MOST_AT_ONCE, max_context: int | None = None,
                  sample_from: str = "greedy", rule: str = "token",
                  status: Callable[[str], AbstractContextManager] = lambda text: nullcontext()):
+        how = {"max_batch": whole("LLM", "max_batch", max_batch, 1), "rule": choice("LLM", "rule", rule, Rule),
+               "max_context": None if max_context is None else whole("LLM", "max_context", max_context, 1),
+               "sample_from": choice("LLM", "sample_from", sample_from, SampleFrom)}
         session = Session.load(model, drafter, block_size=block_size, dtype=dtype, device=device, weights=weights,
                                draft_weights=draft_weights, tokenizer=tokenizer, status=status)
-        self._set_up(session, True, max_batch, max_context, sample_from, rule)
+        self._set_up(session, True, how)
 
-    def _set_up(self, session: Session, speculative: bool, max_batch: int, max_context: int | None, sample_from: str,
-                rule: str) -> None:
-        self.session, self.speculative = session, speculative
+    def _set_up(self, session: Session, speculative: bool, how: dict[str, Any]) -> None:
+        self.session, self._how = session, how
         drafter = session.drafter if speculative else None
         block = session.block_size if drafter and not session.adapts else None
-        self._decoder = Decoder(session.target, drafter, block_size=block, max_batch=max_batch,
-                                max_context=max_context, sample_from=sample_from, rule=rule)
+        self._decoder = Decoder(session.target, drafter, block_size=block, **how)
         self._decoder.ready()
-        self._how = {"max_batch": max_batch, "max_context": max_context, "sample_from": sample_from, "rule": rule}
         self._defaults = read_defaults(find_model(session.model))
         self._constraints = Constraints(session.tokenizer, session.target.vocab_size)
         self._engine = Engine(self._decoder)
@@ -98,7 +98,7 @@ class LLM:
     def without_drafter(self) -> "LLM":
         """The same model without speculation: the same answers, one token a step. Weights are shared."""
         made = LLM.__new__(LLM)
-        made._set_up(self.session, False, **self._how)
+        made._set_up(self.session, False, self._how)
         return made
 
     # ---- what it has ----
