@@ -105,7 +105,7 @@ def test_version_and_help_need_no_extra(base):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("nonsense",), "the command must be one of info, generate, bench; got 'nonsense'"),
+    (("nonsense",), "the command must be one of info, generate, chat, bench; got 'nonsense'"),
     (("info", "--yaml"), "info takes --json and --debug; got '--yaml'")])
 def test_what_is_written_wrongly_is_refused(base, words, said):
     done = base.run("dflash-kernels", *words)

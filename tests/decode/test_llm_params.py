@@ -48,7 +48,7 @@ WRONG = [
     ({"json_schema": 5}, "json_schema must be a dict, a JSON text or a pydantic model; got 5"),
     ({"json_schema": "{"}, "json_schema must be a JSON schema; got '{': JSONDecodeError"),
     ({"json_schema": "[]"}, "json_schema must be a dict"),
-    ({"regex": "a", "json_schema": {}}, "the answer must be restricted by at most one of .*; got json_schema and regex"),
+    ({"regex": "a", "json_schema": {}}, "the answer must be restricted by at most one of .*, regex and"),
     ({"params": {"n": 1}}, "params must be GenerationParams, SamplingParams, or a list of them; got {'n': 1}"),
     ({"params": "greedy"}, "params must be GenerationParams"),
     ({"params": [GenerationParams()] * 2}, "params must be one for all prompts or a list of 1, one for each; got 2"),

@@ -121,6 +121,22 @@ class LLM:
         """What is running and waiting now."""
         return self._engine.load()
 
+    def warm_up(self, prompt_lens: Iterable[int] | None = None, params: Params = None) -> None:
+        """Does at once what the first answers would wait for: compiles and records the passes that they need.
+
+        Parameters
+        ----------
+        prompt_lens : iterable of int, optional
+            Lengths of the expected prompts, in tokens; by default all that fit.
+        params : GenerationParams or SamplingParams, or a list of them, optional
+            Of the expected requests; by default all kinds.
+        """
+        what, many = "LLM.warm_up", isinstance(params, Sequence)
+        each = read_params(what, params, {}, len(params) if isinstance(params, Sequence) else 1)
+        plans = [self._plan(what, one) for one in each]
+        samplings = [sampling for one in plans for sampling in one.samplings] if many or params else None
+        self._engine.call(lambda: self._decoder.warm_up(prompt_lens, samplings))
+
     # ---- answers ----
 
     def generate(self, prompts: object, params: Params = None, **fields: Any) -> Any:
@@ -297,15 +313,17 @@ class LLM:
     def _read(self, what: str, prompts: object, params: Params, fields: Mapping[str, Any],
               reading: Reading) -> list[tuple[list[int], Plan]]:
         """Prompts and plans, all checked."""
-        target, tokenizer = self.session.target, self.tokenizer
-        found = read_prompts(tokenizer, target.vocab_size, prompts, what, reading)
+        found = read_prompts(self.tokenizer, self.session.target.vocab_size, prompts, what, reading)
         for i, ids in enumerate(found, 1):
             if len(ids) >= self.max_context:
                 raise ValueError(f"{what}: prompt {i} must be shorter than the context of {self.max_context} tokens; "
                                  f"got {len(ids)}")
         each = read_params(what, params, fields, len(found))
-        return [(ids, plan(what, one, self._defaults, self._constraints, tokenizer.stop_ids, target.vocab_size))
-                for ids, one in zip(found, each, strict=True)]
+        return [(ids, self._plan(what, one)) for ids, one in zip(found, each, strict=True)]
+
+    def _plan(self, what: str, params: GenerationParams) -> Plan:
+        return plan(what, params, self._defaults, self._constraints, self.tokenizer.stop_ids,
+                    self.session.target.vocab_size)
 
 
 def _reading(what: str, chat: bool, tools: Iterable[dict] | None, variables: Mapping[str, Any] | None) -> Reading:

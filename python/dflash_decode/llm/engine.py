@@ -4,6 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -39,21 +40,38 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queues a job. Raises RuntimeError once the engine is closed."""
+        self._order(partial(self._waiting.append, job))
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job before the next step; does nothing for one that has ended."""
+        self._orders.put(partial(self._drop, job))
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Runs work() in the thread, between two steps, and waits for it. Raises what it raises."""
+        done: Future[None] = Future()
+
+        def order() -> None:
+            try:
+                work()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._order(order)
+        done.result()
+
+    def load(self) -> Load:
+        pool = self._decoder.pool
+        return Load(len(self._jobs), len(self._waiting) + self._orders.qsize(), 1 - pool.free_pages / pool.num_pages)
+
+    def _order(self, order: Callable[[], None]) -> None:
         with self._lock:
             if self._closed:
                 raise RuntimeError("LLM: it must be open to generate; got one that is closed")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="dflash-engine", daemon=True)
                 self._thread.start()
-            self._orders.put(partial(self._waiting.append, job))
-
-    def cancel(self, job: Job) -> None:
-        """Ends a job before the next step; does nothing for one that has ended."""
-        self._orders.put(partial(self._drop, job))
-
-    def load(self) -> Load:
-        pool = self._decoder.pool
-        return Load(len(self._jobs), len(self._waiting) + self._orders.qsize(), 1 - pool.free_pages / pool.num_pages)
+            self._orders.put(order)
 
     def close(self) -> None:
         """Cancels what runs, and waits for the thread to end."""

@@ -81,6 +81,10 @@ class GenerationParams:
     regex: str | None = None
     grammar: Grammar | None = None
 
+    def __post_init__(self) -> None:
+        if integer(self.top_k) == -1:
+            object.__setattr__(self, "top_k", 0)
+
 
 NAMES = tuple(each.name for each in fields(GenerationParams))
 _SAMPLING = tuple(each.name for each in fields(SamplingParams))
