@@ -285,7 +285,7 @@ class LLM:
         streams: list[Stream] = []
         try:
             for ids, planned in self._read(what, prompts, params, fields, reading):
-                streams.append(Stream(self, self._engine, self.tokenizer, ids, planned))
+                streams.append(Stream(self, self._engine, self.tokenizer, ids, planned, whole=True))
             found = [stream.result() for stream in streams]
         finally:
             for stream in streams:
@@ -297,7 +297,7 @@ class LLM:
         streams: list[AsyncStream] = []
         try:
             for ids, planned in await asyncio.to_thread(self._read, what, prompts, params, fields, reading):
-                streams.append(AsyncStream(self, self._engine, self.tokenizer, ids, planned))
+                streams.append(AsyncStream(self, self._engine, self.tokenizer, ids, planned, whole=True))
             found = [await stream.result() for stream in streams]
         finally:
             for stream in streams:

@@ -15,14 +15,17 @@ class Job:
     """An answer to a prompt.
 
     choice: its number. deliver: is given each Chunk, the last with a completion, or a GenerationError as the last; it
-    is called in the engine's thread and does not raise. ended: nothing that comes now is part of the answer.
+    is called in the engine's thread and does not raise. whole: the answer is not read before its end, so all of it is
+    one chunk. ended: nothing that comes now is part of the answer.
     """
 
     def __init__(self, prompt: Sequence[int], plan: Plan, choice: int, tokenizer: Tokenizer,
-                 deliver: Callable[[Chunk | GenerationError], None]):
+                 deliver: Callable[[Chunk | GenerationError], None], whole: bool = False):
         self.request = Request(id(self), prompt, plan.max_tokens, plan.stop_tokens, plan.samplings[choice],
                                plan.logprobs)
         self.choice, self.deliver, self.ended = choice, deliver, False
+        self._whole, self._at_once = whole, whole and not plan.stops
+        self._new: list[int] = []  # that are no text yet
         self._text = AnswerText(tokenizer, plan.stops, plan.stop_tokens, plan.min_tokens)
         self._pieces: list[str] = []
         self._tokens: list[int] = []
@@ -35,22 +38,31 @@ class Job:
             self.fail(event.error.removeprefix(f"request {event.id}: "))
         if self._failed:
             return True
-        new = () if self.ended else event.tokens
-        if new and not self._tokens:
+        if event.tokens and not self._first:
             self._first = time.perf_counter() - self._started
-        text, count = self._text.push(new)
-        tokens, logprobs = list(new[:count]), list(event.logprobs[:count])
+        if not self.ended:
+            self._new += event.tokens
+            if self._logprobs is not None:
+                self._logprobs += event.logprobs
+        if event.finish or self._new and not self._at_once:
+            self._speak(event)
+        return self.ended
+
+    def _speak(self, event: Event) -> None:
+        text, count = self._text.push(self._new)
+        told, tokens, self._new = len(self._tokens), self._new[:count], []
         self._tokens += tokens
         if self._logprobs is not None:
-            self._logprobs += logprobs
+            del self._logprobs[len(self._tokens):]
         self.ended = self.ended or isinstance(self._text.reason, str)
         if event.finish:
             text += self._text.flush()
         self._pieces.append(text)
-        if text or tokens or event.finish:
-            self.deliver(Chunk(self.choice, text, tokens, None if self._logprobs is None else logprobs,
+        if self._whole and event.finish:
+            text, tokens, told = "".join(self._pieces), self._tokens, 0
+        if event.finish or not self._whole:
+            self.deliver(Chunk(self.choice, text, tokens, None if self._logprobs is None else self._logprobs[told:],
                                self._completion(event) if event.finish else None))
-        return self.ended
 
     def fail(self, why: str) -> None:
         """Ends the answer with an error, once."""

@@ -12,12 +12,14 @@ from .params import Plan
 
 
 class _Answers:
-    """The n answers to one prompt. owner: is kept alive while they arrive, as its end would end the engine."""
+    """The n answers to one prompt. owner: is kept alive while they arrive, as its end would end the engine. whole: each
+    is one chunk."""
 
-    def __init__(self, owner: object, engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], plan: Plan):
+    def __init__(self, owner: object, engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], plan: Plan,
+                 whole: bool = False):
         self._owner, self._engine, self._left = owner, engine, len(plan.samplings)
         self._done: dict[int, Completion] = {}
-        self._jobs = [Job(prompt, plan, i, tokenizer, self._deliver) for i in range(self._left)]
+        self._jobs = [Job(prompt, plan, i, tokenizer, self._deliver, whole) for i in range(self._left)]
         for job in self._jobs:
             engine.submit(job)
 
@@ -51,9 +53,10 @@ class _Answers:
 class Stream(_Answers):
     """Iterates over the chunks of the answers to one prompt."""
 
-    def __init__(self, owner: object, engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], plan: Plan):
+    def __init__(self, owner: object, engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], plan: Plan,
+                 whole: bool = False):
         self._chunks: queue.SimpleQueue[Chunk | GenerationError] = queue.SimpleQueue()
-        super().__init__(owner, engine, tokenizer, prompt, plan)
+        super().__init__(owner, engine, tokenizer, prompt, plan, whole)
 
     def _deliver(self, chunk: Chunk | GenerationError) -> None:
         self._chunks.put(chunk)
@@ -72,10 +75,11 @@ class Stream(_Answers):
 class AsyncStream(_Answers):
     """Iterates over the chunks of the answers to one prompt, in the event loop that it was made in."""
 
-    def __init__(self, owner: object, engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], plan: Plan):
+    def __init__(self, owner: object, engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], plan: Plan,
+                 whole: bool = False):
         self._chunks: asyncio.Queue[Chunk | GenerationError] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        super().__init__(owner, engine, tokenizer, prompt, plan)
+        super().__init__(owner, engine, tokenizer, prompt, plan, whole)
 
     def _deliver(self, chunk: Chunk | GenerationError) -> None:
         try:

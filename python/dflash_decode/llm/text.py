@@ -46,15 +46,11 @@ class AnswerText:
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
         """The text that is complete with these tokens, and how many of them the answer has: those up to the one that
         completes a stop string."""
-        if not self._search.stops and not (tokens and tokens[-1] in self._stop_tokens):
-            self._count += len(tokens)
-            return self._stream.push(tokens), len(tokens)
-        pieces = []
-        for i, token in enumerate(tokens, 1):
+        ends = bool(tokens) and tokens[-1] in self._stop_tokens
+        spoken = tokens[:-1] if ends else tokens
+        pieces = [] if self._search.stops else [self._stream.push(spoken)]
+        for i, token in enumerate(spoken if self._search.stops else (), 1):
             self._count += 1
-            if token in self._stop_tokens:
-                self.reason = token
-                break
             piece = self._stream.push([token])
             if self._count < self._min_tokens:
                 pieces.append(piece)
@@ -63,6 +59,8 @@ class AnswerText:
             pieces.append(piece)
             if self.reason is not None:
                 return "".join(pieces), i
+        if ends:
+            self.reason = tokens[-1]
         return "".join(pieces), len(tokens)
 
     def flush(self) -> str:
