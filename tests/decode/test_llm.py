@@ -137,6 +137,7 @@ def test_a_stop_string_ends_the_text_before_it(llm, baseline, temperature):
             assert "".join(pieces) == found.text and (found.finish_reason == "stop") == (found.stop_reason in stop)
             assert characters[:first] == found.text + found.stop_reason
             assert found.token_ids == whole.token_ids[:len(found.token_ids)]
+            assert sum(found.steps) < len(found.token_ids) + 4  # nothing is decoded after the step that completed it
             assert found.stop_reason not in llm.tokenizer.decode(found.token_ids[:-1])
     assert llm.generate("abc", max_tokens=24, stop="never there", **how).text == whole.text
 

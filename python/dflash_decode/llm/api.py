@@ -67,8 +67,8 @@ class LLM:
     --------
     >>> from dflash_decode import LLM
     >>> llm = LLM("smollm2")
-    >>> print(llm.chat("What is the capital of France?", max_tokens=32).text)
-    The capital of France is Paris.
+    >>> print(llm.chat("Explain what a prime number is in one sentence.", max_tokens=16, stop=" that").text)
+    A prime number is a positive integer greater than 1
     """
 
     def __init__(self, model: str | os.PathLike, drafter: str | os.PathLike | None = AUTO, *,
