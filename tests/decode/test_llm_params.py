@@ -5,6 +5,7 @@ import random
 import sys
 
 import pytest
+import torch
 
 from dflash_decode import LLM, CheckpointError, GenerationParams, SamplingParams, Session, load_checkpoint
 from dflash_decode.checkpoint import CheckpointNotFound
@@ -157,7 +158,7 @@ def test_stop_strings_are_found_however_the_text_is_cut():
         want, reason = by_characters(text, stops)
         search, out, found, left = StopStrings(stops), "", None, text
         while left and found is None:
-            n = dice.randint(1, 1 if len(stops) > 1 else 4)
+            n = dice.randint(1, 4)
             piece, found = search.push(left[:n])
             out, left = out + piece, left[n:]
             assert want.startswith(out)
@@ -271,6 +272,21 @@ def test_an_answer_matches_a_regular_expression_and_is_long_enough(llm):
     for least in (2, 5):
         found = llm.chat("abc", regex="[ab]{2,8}", min_tokens=least, max_tokens=20, temperature=1.0, seed=1)
         assert set(found.text) <= {"a", "b"} and least <= len(found.text) <= 8 and found.finish_reason == "stop"
+
+
+def test_a_grammar_is_asked_in_any_order(llm):
+    pytest.importorskip("llguidance")
+    answer = llm.tokenizer.encode('{"a":"xy"}')
+    constraint = llm._constraints.grammar("x", SCHEMA, None, None)
+    dice = random.Random(0)
+
+    def words(one, n):
+        found = torch.full((-(-tiny.VOCAB // 32),), -1, dtype=torch.int32)
+        one.fill_bitmask(answer[:n], found)
+        return found.tolist()
+
+    for n in (dice.randint(0, 9) for _ in range(30)):
+        assert words(constraint, n) == words(constraint.fresh().fresh(), n) != [-1] * 9
 
 
 def test_what_llguidance_refuses(llm):

@@ -19,12 +19,12 @@ _MOST_KEPT = 32  # compiled grammars
 class Constraint:
     """A grammar of llguidance. Its matcher is kept where the last answer that it saw ended, and moved from there."""
 
-    def __init__(self, matcher: Any):
-        self._matcher, self._tokens = matcher, list[int]()
+    def __init__(self, matcher: Any, tokens: Sequence[int] = ()):
+        self._matcher, self._tokens = matcher, [*tokens]
 
     def fresh(self) -> "Constraint":
         """One for another answer."""
-        return Constraint(self._matcher.deep_copy())
+        return Constraint(self._matcher.deep_copy(), self._tokens)
 
     def fill_bitmask(self, tokens: Sequence[int], words: torch.Tensor) -> None:
         same = next((i for i, (a, b) in enumerate(zip(tokens, self._tokens, strict=False)) if a != b),
@@ -92,7 +92,7 @@ class Constraints:
             if key not in self._kept:
                 make = llguidance.LLMatcher.grammar_from_regex if kind == "regex" else \
                     llguidance.LLMatcher.grammar_from_json_schema
-                matcher = llguidance.LLMatcher(self._library(llguidance), make(text))
+                matcher = llguidance.LLMatcher(self._library(llguidance), make(text), log_level=0)
                 if matcher.is_error():
                     raise ValueError(f"{what}: {kind} must be one that llguidance {llguidance.__version__} can follow; "
                                      f"got {shown(text)}: {brief(matcher.get_error())}")
