@@ -26,7 +26,7 @@ PROMPT ?= Janet has 3 boxes with 12 pencils each. She gives 8 to a friend and bu
 VENV := .venv
 PY := $(VENV)/bin/python
 GPU_PYTHON ?= python3
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 STAMPS := $(VENV)/stamps
 PEERS := build/peers
 OVERLAY := build/engines/overlay
@@ -39,6 +39,10 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
+
+# Packages are installed while the extension is compiled. What a recipe runs decides for itself how many jobs it takes.
+MAKEFLAGS += --jobs=2
+unexport MAKEFLAGS
 
 demo: build $(STAMPS)/model
 	$(VENV)/bin/dflash-kernels generate --model smollm2 --prompt "$(PROMPT)" --compare
@@ -109,7 +113,7 @@ $(STAMPS)/deps: requirements/build.txt | $(STAMPS)/venv
 	$(PIP) -r requirements/build.txt
 	touch $@
 
-$(STAMPS)/dev: requirements/dev.txt requirements/cuda.txt requirements/peers.txt $(STAMPS)/deps
+$(STAMPS)/dev: requirements/dev.txt requirements/cuda.txt requirements/peers.txt $(STAMPS)/deps | $(STAMPS)/package
 	$(PIP) -r requirements/dev.txt
 	$(PIP) --no-deps -r requirements/cuda.txt
 	$(PIP) --no-deps -r requirements/peers.txt || echo "The reference implementation is missing; its tests will skip."
@@ -124,7 +128,7 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/deps
 	DFLASH_NO_CPP=1 $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(STAMPS)/drafter: $(DRAFTER)/pyproject.toml $(STAMPS)/deps
+$(STAMPS)/drafter: $(DRAFTER)/pyproject.toml $(STAMPS)/deps | $(STAMPS)/package
 	$(PIP) --no-deps --no-build-isolation --editable $(DRAFTER)
 	touch $@
 

@@ -36,19 +36,18 @@ X86 = {
     "avx2": "-mavx2 -mfma -mf16c -mbmi2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mbmi2",
 }
-X86_BF16 = {
-    "avx512_bf16": X86["avx512"] + " -mavx512bf16 -mavx512vnni",
-    "amx": X86["avx512"] + " -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
-}
-# Nouns whose arithmetic has its own code for bf16 dot products; the others use the avx512 objects there.
-BF16_NOUNS = {"attention", "linear", "lm_head", "lm_head_topk", "quant", "rate"}
+DOT = {"avx512_bf16": X86["avx512"] + " -mavx512bf16 -mavx512vnni"}
+AMX = {"amx": DOT["avx512_bf16"] + " -mamx-tile -mamx-bf16"}
+# Nouns with code of their own for these; the others use the objects of the next lower set there.
+DOT_NOUNS = {"attention", "linear", "lm_head", "lm_head_topk", "quant", "rate"}
+AMX_NOUNS = DOT_NOUNS - {"quant"}
 NOT_PEELED_LESS = {"quant"}
 
 
 def instruction_sets(noun: str) -> dict[str, str]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"generic": ""}
-    sets = X86 | X86_BF16 if noun in BF16_NOUNS else X86
+    sets = X86 | (DOT if noun in DOT_NOUNS else {}) | (AMX if noun in AMX_NOUNS else {})
     return sets | {"generic": ""} if noun in NOT_PEELED_LESS else sets
 
 

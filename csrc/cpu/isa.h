@@ -25,7 +25,9 @@ struct KernelSet {
 
 }  // namespace dflash
 
-// Declares `name` in every instruction set's namespace and defines the table `name##_kernels`.
+// Declares `name` in the namespaces of its instruction sets and defines the table `name##_kernels`. KERNEL: up to
+// avx512. DOT_KERNEL: with code for its dot products of bf16 and int8. AMX_KERNEL: with code for AMX beside that;
+// a kernel of AMX calls the others by its own namespace.
 #if DFLASH_X86
 #define DFLASH_DECLARE_KERNEL(name, Params)                 \
   namespace dflash::generic { void name(const Params&); }   \
@@ -35,7 +37,17 @@ struct KernelSet {
   inline constexpr KernelSet<Params> name##_kernels{        \
       {generic::name, avx2::name, avx512::name, nullptr, nullptr}}; \
   }
-#define DFLASH_DECLARE_BF16_KERNEL(name, Params)                \
+#define DFLASH_DECLARE_DOT_KERNEL(name, Params)                   \
+  namespace dflash::generic { void name(const Params&); }         \
+  namespace dflash::avx2 { void name(const Params&); }            \
+  namespace dflash::avx512 { void name(const Params&); }          \
+  namespace dflash::avx512_bf16 { void name(const Params&); }     \
+  namespace dflash::amx { using avx512_bf16::name; }              \
+  namespace dflash {                                              \
+  inline constexpr KernelSet<Params> name##_kernels{              \
+      {generic::name, avx2::name, avx512::name, avx512_bf16::name, nullptr}}; \
+  }
+#define DFLASH_DECLARE_AMX_KERNEL(name, Params)                 \
   namespace dflash::generic { void name(const Params&); }       \
   namespace dflash::avx2 { void name(const Params&); }          \
   namespace dflash::avx512 { void name(const Params&); }        \
@@ -52,5 +64,6 @@ struct KernelSet {
   inline constexpr KernelSet<Params> name##_kernels{        \
       {generic::name, nullptr, nullptr, nullptr, nullptr}}; \
   }
-#define DFLASH_DECLARE_BF16_KERNEL(name, Params) DFLASH_DECLARE_KERNEL(name, Params)
+#define DFLASH_DECLARE_DOT_KERNEL(name, Params) DFLASH_DECLARE_KERNEL(name, Params)
+#define DFLASH_DECLARE_AMX_KERNEL(name, Params) DFLASH_DECLARE_KERNEL(name, Params)
 #endif

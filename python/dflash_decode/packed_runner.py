@@ -38,6 +38,8 @@ class PackedRunner(Runner):
         self.drafts: dict[tuple[int, int], DraftStage] = {}
         self.contexts: dict[int, ContextStage] = {}
         self.layers = setting.drafter.target_layer_ids if setting.drafter else ()
+        self.recording = 0.0  # seconds, of the last verify pass that was recorded
+        self.lost: dict[tuple[int, int, type[GreedyVerifier]], float] = {}  # seconds, by what was not recorded
 
     # ---- passes, made when they are first needed ----
 
@@ -55,13 +57,29 @@ class PackedRunner(Runner):
         """rows: that the blocks fill if they are packed; 0: every block has `width` rows. One request has passes of its
         own, whose attention is shared out by splits of its context."""
         s = self.setting
-        batch = bucket(requests) if not rows else bucket(s.max_batch) if requests > 1 else 1
+        batch = self.batch_of(requests) if rows else bucket(requests)
         packed = pass_size(rows, batch * width) if rows else 0
         key = batch, packed, width, kind
         if key not in self.verifies:
             self.verifies[key] = VerifyStage(s.target, self.layers, s.target_kv, batch, width, packed or None,
                                              self.tables_of("verify", batch), kind(s.target, batch, width, s.rule))
         return self.verifies[key]
+
+    def batch_of(self, requests: int) -> int:
+        """Of a packed pass."""
+        return bucket(self.setting.max_batch) if requests > 1 else 1
+
+    def rows_to_run(self, requests: int, rows: int, kind: type[GreedyVerifier]) -> int:
+        """The rows of the packed pass that is to serve so many. To record one takes as long as several steps: a longer
+        one that is recorded serves until the time that this has lost would have paid for a recording."""
+        batch, width = self.batch_of(requests), self.setting.width
+        rows = pass_size(rows, batch * width)
+        recorded = [known[1] for known in self.verifies if known == (batch, known[1], width, kind) and known[1] >= rows]
+        if not recorded or rows in recorded or not isinstance(self.policy, WidthPolicy):
+            return rows
+        verify, key, longer = self.policy.costs.verify, (batch, rows, kind), min(recorded)
+        self.lost[key] = self.lost.get(key, 0.0) + verify(longer) - verify(rows)
+        return longer if self.lost[key] < self.recording else rows
 
     def draft_stage(self, requests: int, width: int) -> DraftStage:
         s, batch = self.setting, bucket(requests)
@@ -71,7 +89,7 @@ class PackedRunner(Runner):
         return self.drafts[batch, width]
 
     def context_stage(self, rows: int) -> ContextStage:
-        size = pass_size(rows, _CONTEXT_ROWS)
+        size = bucket(rows)
         if size not in self.contexts:
             drafter = cast(Drafter, self.setting.drafter)
             self.contexts[size] = ContextStage(drafter, self.setting.draft_kv, size)
@@ -89,8 +107,9 @@ class PackedRunner(Runner):
         blocks = [self.block(live, [live.anchor, *drafted[:min(width, limit) - 1]])
                   for live, drafted, width, limit in zip(active, drafts, widths, limits, strict=True)]
         widths = [len(block.tokens) for block in blocks]
-        stage = self.verify_stage(len(active), sum(widths), self.setting.width, kind) if kind.packs else \
-            self.verify_stage(len(active), 0, max(widths), kind)
+        n = len(active)
+        stage = self.verify_stage(n, self.rows_to_run(n, sum(widths), kind), self.setting.width, kind) if kind.packs \
+            else self.verify_stage(n, 0, max(widths), kind)
         stage.tables.set([live.pages for live in active])
         stage.verifier.seat(active)
         starts = stage.fill(blocks)
@@ -98,7 +117,7 @@ class PackedRunner(Runner):
         counts = verified.commit_lens.tolist()
         for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
             self.keep(live, block.context, stage.features[start:start + count])
-        policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:len(active)]])
+        policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:n]])
         committed = taken(active, verified, widths, stage.hidden, starts)
         stage.verifier.seat(())
         return committed
@@ -130,8 +149,11 @@ class PackedRunner(Runner):
         replayed = work.graph is None or work.graph.captured
         started = time.perf_counter()
         found = call()
+        seconds = time.perf_counter() - started
         if replayed:
-            policy.took(part, size, time.perf_counter() - started)
+            policy.took(part, size, seconds)
+        elif part == "verify":
+            self.recording = seconds
         return found
 
     # ---- the drafter's context ----
@@ -227,7 +249,7 @@ class PackedRunner(Runner):
         for batch in buckets(s.max_batch) if s.drafter and s.width > 1 else ():
             for width in [s.width] if isinstance(self.policy, FixedWidths) else draft_widths(s.width):
                 self.draft_stage(batch, width)([], [])
-        for rows in pass_sizes(_CONTEXT_ROWS) if s.drafter else ():
+        for rows in buckets(_CONTEXT_ROWS) if s.drafter else ():
             context = self.context_stage(rows)
             context(context.features[:0], (), ())
 
