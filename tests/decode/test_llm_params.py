@@ -76,8 +76,10 @@ def test_wrong_names_for_templates(llm, kwargs, got):
 
 
 def test_one_stream_is_of_one_prompt(llm):
-    with pytest.raises(TypeError, match=r"^LLM\.submit: prompt must be one prompt; got \['a', 'b'\]"):
+    with pytest.raises(TypeError, match=r"^LLM\.stream: prompt must be one prompt; got \['a', 'b'\]"):
         llm.stream(["a", "b"])
+    with pytest.raises(ValueError, match=r"^LLM\.stream: n must be 1; got 2$"):
+        llm.stream("a", n=2)
 
 
 def test_wrong_arguments_of_the_class(models, monkeypatch):
