@@ -153,6 +153,22 @@ def test_log_probabilities_are_the_target_s(llm, baseline, session, how):
     assert found.logprobs == baseline.chat("hello", max_tokens=8, logprobs=3, **how).logprobs
     assert [one.token for one in found.logprobs] == found.token_ids
     assert found.token_ids == llm.chat("hello", max_tokens=8, **how).token_ids
+    check_logprobs(session, found)
+    if not how:
+        assert all(one.top[0] == (one.token, one.logprob) for one in found.logprobs)
+    assert [one.top for one in llm.chat("hello", max_tokens=2, logprobs=0).logprobs] == [(), ()]
+
+
+def test_log_probabilities_of_whole_blocks(models, session):
+    """Of the steps that a GPU and transformers' layers have too."""
+    with LLM(models["model"], models["draft"], dtype="float32", sample_from="request", max_batch=2) as drawn:
+        pair = [drawn.submit("hello", max_tokens=20, logprobs=3, temperature=50.0, seed=seed) for seed in (1, 2)]
+        for stream in pair:
+            check_logprobs(session, found := stream.result())
+            assert [one.token for one in found.logprobs] == found.token_ids and max(found.steps) > 1
+
+
+def check_logprobs(session, found):
     text = list(found.prompt_token_ids)
     for one in found.logprobs:
         want = _next_logits(session.target, text).log_softmax(-1)
@@ -161,9 +177,6 @@ def test_log_probabilities_are_the_target_s(llm, baseline, session, how):
         assert [token for token, _ in one.top] == best.indices.tolist()
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-5)
         text.append(one.token)
-    if not how:
-        assert all(one.top[0] == (one.token, one.logprob) for one in found.logprobs)
-    assert [one.top for one in llm.chat("hello", max_tokens=2, logprobs=0).logprobs] == [(), ()]
 
 
 def test_nobody_else_pays_for_log_probabilities(llm, monkeypatch):
