@@ -323,12 +323,16 @@ class LLM:
               reading: Reading) -> list[tuple[list[int], Plan]]:
         """Prompts and plans, all checked."""
         found = read_prompts(self.tokenizer, self.session.target.vocab_size, prompts, what, reading)
-        for i, ids in enumerate(found, 1):
-            if len(ids) >= self.max_context:
-                raise ValueError(f"{what}: prompt {i} must be shorter than the context of {self.max_context} tokens; "
+        plans = [self._plan(what, one) for one in read_params(what, params, fields, len(found))]
+        pool, room = self._decoder.pool, self.max_context
+        for i, (ids, planned) in enumerate(zip(found, plans, strict=True), 1):
+            if len(ids) >= room:
+                raise ValueError(f"{what}: prompt {i} must be shorter than the context of {room} tokens; "
                                  f"got {len(ids)}")
-        each = read_params(what, params, fields, len(found))
-        return [(ids, self._plan(what, one)) for ids, one in zip(found, each, strict=True)]
+            if pool.pages_for(needed := min(len(ids) + planned.max_tokens, room)) > pool.num_pages:
+                raise ValueError(f"{what}: prompt {i} and its answer must fit into the cache of "
+                                 f"{pool.num_pages * pool.page_size} tokens; got {needed}")
+        return list(zip(found, plans, strict=True))
 
     def _plan(self, what: str, params: GenerationParams) -> Plan:
         return plan(what, params, self._defaults, self._constraints, self.tokenizer.stop_ids,

@@ -94,7 +94,7 @@ class Engine:
                 for event in self._decoder.step():
                     self._tell(event)
                 failed = 0
-            except Exception as error:
+            except BaseException as error:  # also a caller's SystemExit: nobody must wait for a thread that has ended
                 failed += 1
                 if failed == _TRIES:
                     self._fail(f"the decoder failed: {said(error)}")
@@ -115,8 +115,11 @@ class Engine:
     def _feed(self) -> None:
         while self._waiting and len(self._jobs) < self._decoder.max_batch:
             job = self._waiting.popleft()
-            self._jobs[id(job)] = job
-            self._decoder.submit(job.request)
+            try:
+                self._decoder.submit(job.request)
+                self._jobs[id(job)] = job
+            except Exception as error:  # a warning that the caller has made an error
+                job.fail(said(error))
 
     def _tell(self, event: Event) -> None:
         key = cast(int, event.id)
