@@ -103,6 +103,15 @@ def test_a_grammar_that_exits_leaves_nobody_waiting(llm):
     assert len(llm.generate("abc", max_tokens=5).token_ids) == 5
 
 
+def test_a_thread_that_ends_leaves_nobody_waiting(models, monkeypatch):
+    llm = LLM(models["model"], "none")
+    monkeypatch.setattr(llm._engine, "_decode", None)
+    with pytest.raises(GenerationError, match="the decoder's thread failed: TypeError"):
+        llm.generate("abc")
+    with pytest.raises(RuntimeError, match="it must be open"):
+        llm.generate("abc")
+
+
 def test_a_step_that_fails_once_is_tried_again_and_one_that_fails_always_ends_all(llm, monkeypatch):
     real, left = llm._decoder.step, [1]
 
