@@ -22,7 +22,7 @@
 # .venv. CXX: the compiler. MAX_JOBS: how many files are compiled in parallel.
 
 PYTHON ?= python3
-PROMPT ?= Janet has 3 boxes with 12 pencils each. She gives 8 to a friend and buys 2 more boxes. How many has she now? Explain each step.
+PROMPT ?= Write a Python function that returns the n-th Fibonacci number, and explain how it works.
 VENV := .venv
 PY := $(VENV)/bin/python
 GPU_PYTHON ?= python3
