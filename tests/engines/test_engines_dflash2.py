@@ -12,6 +12,7 @@ from dflash_engines import dflash2, hooks, sources
 from dflash_engines import sglang as sglang_plugin
 from dflash_engines import vllm as vllm_plugin
 from dflash_engines.sglang import selector as sglang_selector
+from dflash_engines.vllm import conv
 from dflash_engines.vllm import selector as vllm_selector
 from tests.support import fake_dflash2 as fake
 from tests.support import fake_vllm
@@ -111,9 +112,11 @@ def test_the_convolution_is_the_engines(engine, dtype, block):
     lambda x, delta, base: (x[:0], delta[:0], base), lambda x, delta, base: (x.double(), delta, base),
     lambda x, delta, base: (x.double(), delta.double(), base.double()),
     lambda x, delta, base: (x.t().contiguous().t(), delta, base)])
-def test_the_convolution_leaves_what_it_was_not_written_for(engine, change):
+def test_the_convolution_leaves_what_it_was_not_written_for(engine, change, caplog):
+    """And does not fail, which would turn it off."""
     made, given = engine(), change(*rows(12))
     assert torch.equal(made.conv(*given, 4), fake.convolved(*given, 4, fake.GROUP)) and fake.CALLS == ["conv"]
+    assert not caplog.records
 
 
 def test_a_fault_in_the_convolution(engine, monkeypatch, caplog):
@@ -166,10 +169,10 @@ def test_a_fault_in_the_selector(engine, monkeypatch, caplog, where):
 @pytest.mark.parametrize("change", [
     lambda ids, values, states: (ids.transpose(1, 2).contiguous().transpose(1, 2), values, states),
     lambda ids, values, states: (ids, values.double(), states)])
-def test_the_selector_leaves_what_it_was_not_written_for(engine, change):
+def test_the_selector_leaves_what_it_was_not_written_for(engine, change, caplog):
     made, given = engine(), fake.candidates(3)
     assert torch.equal(made.draft(*change(*given)), drafted_by_loops(made, *given))
-    assert fake.CALLS == ["scores", "walk"]
+    assert fake.CALLS == ["scores", "walk"] and not caplog.records
 
 
 @pytest.mark.parametrize("change, why", [
@@ -222,11 +225,14 @@ def test_vllm_installs_them_for_dflash2_alone(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         fake_vllm.make(sys.modules[f"{path}.dflash.speculator"].DFlashSpeculator)
     assert "selector" not in caplog.text and "grouped_conv" not in caplog.text
-    before = sys.modules[f"{path}.dflash2.speculator"].CandidateSampler.sample
+    module = sys.modules[f"{path}.dflash2.speculator"]
+    before = module.CandidateSampler.sample
     with caplog.at_level(logging.INFO):
-        fake_vllm.make(sys.modules[f"{path}.dflash2.speculator"].DFlash2Speculator)
+        fake_vllm.make(module.DFlash2Speculator)
     assert "selector: replaced" in caplog.text and "grouped_conv: replaced" in caplog.text
-    assert sys.modules[f"{path}.dflash2.speculator"].CandidateSampler.sample is not before
+    first = module.CandidateSampler.sample
+    fake_vllm.make(module.DFlash2Speculator)
+    assert before is not first is module.CandidateSampler.sample and len(conv.LIBRARIES) == 1  # twice is once
 
 
 @pytest.mark.parametrize("off", ["selector", "grouped_conv"])
