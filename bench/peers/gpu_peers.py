@@ -35,7 +35,7 @@ FILES = {
              "v1/worker/gpu/cp_utils.py", "v1/worker/gpu/sample/gumbel.py", "v1/worker/gpu/sample/watermark.py",
              "v1/spec_decode/fly.py", "v1/watermarking/prfs/philox.py",
              "v1/attention/ops/triton_reshape_and_cache_flash.py",
-             # DFlash2's: for tests/triton/test_triton_dflash2.py
+             # DFlash2's, of which tests/triton/test_triton_dflash2.py has more
              "model_executor/models/qwen3_dflash2.py", "v1/worker/gpu/spec_decode/dflash2/speculator.py",
              "models/beam/nvidia/dflash2_conv_ops.py", "models/beam/nvidia/dflash2_ops.py",
              "models/beam/nvidia/dflash2_context_ops.py"],
