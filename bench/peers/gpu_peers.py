@@ -85,7 +85,9 @@ def _values(module: str) -> dict:
         "vllm.compilation.decorators": {"support_torch_compile": lambda cls: cls},
         "vllm.v1.attention.backends.utils": {"PAD_SLOT_ID": -1},
         "vllm.v1.kv_cache_interface": {"is_quantized_kv_cache": lambda dtype: dtype.startswith("fp8")},
-        "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_xpu=lambda: False)},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_xpu=lambda: False,
+                                                               has_device_capability=lambda number: True,
+                                                               fp8_dtype=lambda: torch.float8_e4m3fn)},
         "vllm.model_executor.layers.quantization.utils.quant_utils": {
             "FP8_DTYPE": torch.float8_e4m3fn, "get_fp8_min_max": lambda: (-448.0, 448.0)},
     }.get(module, {})

@@ -42,7 +42,7 @@ def build_lattice(self, *, candidate_ids, unary_logits, hidden_states, anchor_to
 def sample_path(self, *, candidate_ids, scores, uniforms, temperatures, greedy_mask):
     given: Candidates = scores.made
     seeds = torch.randint(1 << 62, temperatures.shape, device=temperatures.device)
-    # Seeds are new in each step, so that positions need not tell its numbers from another's.
+    # Seeds are new in each step, so that positions need not tell its numbers from those of another.
     starts = torch.zeros_like(seeds, dtype=torch.int32)
     tokens, _, q = select_candidates(
         given.values, candidate_ids, given.hidden, given.anchors, self.predecessor_codebook, self.successor_codebook,
