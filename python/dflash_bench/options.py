@@ -5,7 +5,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from dflash_decode.cli.options import UsageError, reason, short
+from dflash_decode.cli.options import short
+from dflash_decode.cli.streams import UsageError, reason
 
 from .results import check_output
 

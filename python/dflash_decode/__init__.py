@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError, CheckpointNotFound, load_checkpoint
     from .checkpoint.tokenizer import load_tokenizer
+    from .llm.api import LLM
+    from .llm.outputs import Chunk, Completion, GenerationError
+    from .llm.params import GenerationParams
+    from .logprobs import TokenLogprobs
     from .loop import Decoder
     from .model.drafter import Drafter
     from .requests import Event, Request
@@ -18,24 +22,36 @@ if TYPE_CHECKING:
 _WHERE = {
     "CheckpointError": ".checkpoint",
     "CheckpointNotFound": ".checkpoint",
+    "Chunk": ".llm.outputs",
+    "Completion": ".llm.outputs",
     "Decoder": ".loop",
     "Drafter": ".model.drafter",
     "Event": ".requests",
+    "GenerationError": ".llm.outputs",
+    "GenerationParams": ".llm.params",
+    "LLM": ".llm.api",
     "Request": ".requests",
     "SamplingParams": ".sampling",
     "Session": ".session",
+    "TokenLogprobs": ".logprobs",
     "load_checkpoint": ".checkpoint",
     "load_tokenizer": ".checkpoint.tokenizer",
 }
 __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
+    "Chunk",
+    "Completion",
     "Decoder",
     "Drafter",
     "Event",
+    "GenerationError",
+    "GenerationParams",
+    "LLM",
     "Request",
     "SamplingParams",
     "Session",
+    "TokenLogprobs",
     "load_checkpoint",
     "load_tokenizer",
 ]

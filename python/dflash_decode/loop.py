@@ -20,6 +20,7 @@ from .choices import Rule, SampleFrom
 from .forecast import Forecast
 from .inputs import said, shown
 from .kv import OutOfPages, PagePool, default_pages
+from .logprobs import TokenLogprobs, logprobs_of
 from .model import Target
 from .model.drafter import Drafter
 from .packed_runner import PackedRunner
@@ -153,8 +154,8 @@ class Decoder:
         self._start()
         if active := self._active:
             started = time.perf_counter()
-            for live, tokens, width in self.runner.decode(active):
-                live.take(tokens, width)
+            for live, tokens, width, rows in self.runner.decode(active):
+                live.take(tokens, width, self._logprobs(live, tokens, rows))
             self._step_seconds = time.perf_counter() - started
         return self._tell()
 
@@ -247,7 +248,11 @@ class Decoder:
             self._firsts[kind] = kind(self.target, 1, 1)
         token = first_token(self._firsts[kind], live, row)
         if not live.finish:
-            live.take([token])
+            live.take([token], 1, self._logprobs(live, [token], row))
+
+    def _logprobs(self, live: Live, tokens: list[int], rows: torch.Tensor) -> list[TokenLogprobs]:
+        most = live.request.logprobs
+        return [] if most is None else logprobs_of(self.target, rows, tokens, most)
 
     def _tell(self) -> list[Event]:
         """Returns the new events, and removes the requests that have ended."""

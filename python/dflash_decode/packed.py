@@ -84,7 +84,8 @@ class VerifyStage:
     """Runs the target over blocks of up to `width` tokens of `batch` requests, and verifies them.
 
     rows: T, of packed blocks. None: every block has `width` rows, which a verifier that keeps logits needs.
-    features (T, F * H): after a call, what the drafter's context is made of.
+    hidden (T, H), features (T, F * H): after a call, the target's hidden states, and what the drafter's context is made
+    of.
     """
 
     def __init__(self, target: Target, target_layer_ids: Sequence[int], kv: Sequence[PagedKV], batch: int, width: int,
@@ -98,6 +99,7 @@ class VerifyStage:
         self.ids = torch.zeros(shape, dtype=torch.int64) if self.packed else self.blocks
         self.positions, self.slots = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
         self.context_lens, self.block_lens, self.starts = (torch.zeros(batch, dtype=torch.int32) for _ in range(3))
+        self.hidden: torch.Tensor = torch.empty(0)
         self.features: torch.Tensor = torch.empty(0)
 
     def fill(self, blocks: Sequence[Block]) -> list[int]:
@@ -139,9 +141,9 @@ class VerifyStage:
 
     def run(self) -> None:
         where = (self.tables.rows, self.context_lens, self.block_lens)
-        rows, self.features = self.forward.run(self.ids, self.positions, self.slots, *where,
-                                               self.starts if self.packed else None)
-        self.verifier.run(rows, self.blocks, self.context_lens, self.block_lens,
+        self.hidden, self.features = self.forward.run(self.ids, self.positions, self.slots, *where,
+                                                      self.starts if self.packed else None)
+        self.verifier.run(self.hidden, self.blocks, self.context_lens, self.block_lens,
                           order=self.order if self.packed else None)
 
 

@@ -118,7 +118,7 @@ class PackedRunner(Runner):
         for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
             self.keep(live, block.context, stage.features[start:start + count])
         policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:n]])
-        committed = taken(active, verified, widths)
+        committed = taken(active, verified, widths, stage.hidden, starts)
         stage.verifier.seat(())
         return committed
 

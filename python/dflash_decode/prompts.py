@@ -1,6 +1,7 @@
 """Converts prompts (text, messages or token ids) to token ids."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +14,26 @@ _KINDS = "a text, a list of messages {'role': ..., 'content': ...}, or token ids
 _ONE_BY_ONE = "give each prompt's ids separately, in a list and without padding"
 
 
-def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: Any, what: str) -> list[int]:
+@dataclass(frozen=True)
+class Reading:
+    """How prompts become token ids.
+
+    chat: a text is a user's message, where the model has a chat template; else a text that is continued.
+    tools, variables: for the template, as apply_chat_template takes them.
+    """
+
+    chat: bool = True
+    tools: Iterable[dict] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+CHAT = Reading()
+
+
+def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: Any, what: str, reading: Reading = CHAT) -> list[int]:
     """The token ids of one prompt. Error messages begin with `what`, its name."""
     if isinstance(prompt, str):
-        return _of_text(tokenizer, prompt, what)
+        return _of_text(tokenizer, prompt, what, reading)
     if isinstance(prompt, Mapping) and "input_ids" in prompt:  # what a tokenizer of transformers answers
         return _of_ids(vocab, _unpadded(prompt, what), what)
     if isinstance(prompt, Mapping):
@@ -24,14 +41,15 @@ def read_prompt(tokenizer: Tokenizer, vocab: int, prompt: Any, what: str) -> lis
     if is_token_list(prompt) and not len(prompt):
         raise ValueError(f"{what} must have at least 1 token; got {shown(prompt)}")
     if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-        return _of_messages(tokenizer, prompt, what)
+        return _of_messages(tokenizer, prompt, what, reading)
     return _of_ids(vocab, prompt, what)
 
 
-def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: Any, what: str) -> list[list[int]]:
+def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: Any, what: str,
+                 reading: Reading = CHAT) -> list[list[int]]:
     """The token ids of several prompts, or of a single prompt in place of a list."""
     if is_single(prompts):
-        return [read_prompt(tokenizer, vocab, prompts, f"{what}: prompt 1")]
+        return [read_prompt(tokenizer, vocab, prompts, f"{what}: prompt 1", reading)]
     if getattr(prompts, "ndim", 1) != 1:  # rows of one length: what is padding is not to be seen
         raise ValueError(f"{what}: token ids must have shape (n,) or (1, n); got {tuple(prompts.shape)}: {_ONE_BY_ONE}")
     found = [] if isinstance(prompts, (bytes, bytearray, set, frozenset)) else prompts
@@ -40,7 +58,8 @@ def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: Any, what: str) -> l
     found = list(prompts)
     if not isinstance(prompts, Sequence) and found and integer(found[0]) is not None:
         raise TypeError(f"{what}: token ids must be in a list, a tensor or an array; got {_kind(prompts)}")
-    return [read_prompt(tokenizer, vocab, prompt, f"{what}: prompt {i}") for i, prompt in enumerate(found, 1)]
+    return [read_prompt(tokenizer, vocab, prompt, f"{what}: prompt {i}", reading)
+            for i, prompt in enumerate(found, 1)]
 
 
 def _kind(value: object) -> str:
@@ -58,21 +77,22 @@ def is_single(prompts: Any) -> bool:
         or isinstance(prompts[0], (bool, float, type(None))) or integer(prompts[0]) is not None)
 
 
-def _of_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
-    if tokenizer.chat_template:
-        return _of_template(tokenizer, [{"role": "user", "content": text}], what)
+def _of_text(tokenizer: Tokenizer, text: str, what: str, reading: Reading) -> list[int]:
+    if reading.chat and tokenizer.chat_template:
+        return _of_template(tokenizer, [{"role": "user", "content": text}], what, reading)
     return _encoded(what, text, lambda: tokenizer.encode(text, add_special_tokens=True))
 
 
-def _of_messages(tokenizer: Tokenizer, messages: Sequence, what: str) -> list[int]:
+def _of_messages(tokenizer: Tokenizer, messages: Sequence, what: str, reading: Reading) -> list[int]:
     for i, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"{what}: message {i} must be {{'role': ..., 'content': ...}}; got {shown(message)}")
-    return _of_template(tokenizer, [dict(message) for message in messages], what)
+    return _of_template(tokenizer, [dict(message) for message in messages], what, reading)
 
 
-def _of_template(tokenizer: Tokenizer, messages: list[dict], what: str) -> list[int]:
-    return _encoded(what, messages, lambda: tokenizer.encode(tokenizer.apply_chat_template(messages)))
+def _of_template(tokenizer: Tokenizer, messages: list[dict], what: str, reading: Reading) -> list[int]:
+    return _encoded(what, messages, lambda: tokenizer.encode(
+        tokenizer.apply_chat_template(messages, tools=reading.tools, **reading.variables)))
 
 
 def _encoded(what: str, prompt: object, encode: Callable[[], list[int]]) -> list[int]:

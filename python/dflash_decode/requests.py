@@ -9,6 +9,7 @@ import torch
 
 from .inputs import integer, is_token_list, items, shown
 from .kv import PagePool
+from .logprobs import TokenLogprobs
 from .sampling import GREEDY, SamplingParams, check_sampling
 from .widths import Outlook
 
@@ -22,6 +23,7 @@ class Request:
     max_new_tokens: the maximum length of the answer.
     stop_tokens: the answer ends after any of these.
     sampling: the sampling parameters; greedy by default.
+    logprobs: how many of the most likely tokens the events name with each token, from 0 on; None: none are computed.
     """
 
     id: Hashable
@@ -29,6 +31,7 @@ class Request:
     max_new_tokens: int
     stop_tokens: Collection[int] = ()
     sampling: SamplingParams = GREEDY
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Event:
     widths: likewise, the tokens of the block that each step verified.
     error: the message, where finish is "error".
     seed: the seed that reproduces the output; None for greedy requests.
+    logprobs: one for each token, of a request that asks for them.
     """
 
     id: Hashable
@@ -50,6 +54,7 @@ class Event:
     widths: tuple[int, ...] = ()
     error: str | None = None
     seed: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(eq=False)
@@ -76,11 +81,13 @@ class Live:
     _tokens: list[int] = field(default_factory=list)
     _ends: list[int] = field(default_factory=list)  # the number of tokens after the prefill and after each step
     _widths: list[int] = field(default_factory=list)  # tokens of the blocks that were verified
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, if they are asked for
 
-    def take(self, tokens: Sequence[int], width: int = 1) -> None:
+    def take(self, tokens: Sequence[int], width: int = 1, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Commits the tokens of the prefill or of a step, whose block had `width` tokens."""
         done = self.emitted
         self._tokens[done:] = tokens
+        self._logprobs[done:] = logprobs
         self._widths[len(self._ends):] = [width]
         self._ends.append(done + len(tokens))
 
@@ -123,7 +130,8 @@ class Live:
         done = len(self._ends) if finish else 0
         return Event(self.request.id, tokens, finish, tuple(b - a for a, b in pairwise(self._ends[:done])),
                      tuple(self._widths[1:done]), self.error,
-                     self.sampling.seed if self.sampling.temperature > 0 else None)
+                     self.sampling.seed if self.sampling.temperature > 0 else None,
+                     tuple(self._logprobs[self.told:self.emitted]))
 
 
 def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Live:
@@ -143,11 +151,16 @@ def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Liv
     if limit is None or limit < 1:
         raise ValueError(f"{what}: max_new_tokens must be an integer of at least 1; "
                          f"got {shown(request.max_new_tokens)}")
+    logprobs = None if request.logprobs is None else integer(request.logprobs)
+    if request.logprobs is not None and (logprobs is None or not 0 <= logprobs <= vocab):
+        raise ValueError(f"{what}: logprobs must be None or an integer from 0 to {vocab}; "
+                         f"got {shown(request.logprobs)}")
     limit, n = min(limit, max_context - len(prompt)), len(prompt)
     if pool.pages_for(n + limit) > pool.num_pages:
         raise ValueError(f"{what}: prompt and answer must fit in {pool.num_pages} pages of {pool.page_size} tokens; "
                          f"got {n} + {limit} tokens")
-    return Live(replace(request, prompt=prompt, stop_tokens=stops, sampling=sampling), limit, sampling)
+    return Live(replace(request, prompt=prompt, stop_tokens=stops, sampling=sampling, logprobs=logprobs), limit,
+                sampling)
 
 
 def _prompt(request: Request, vocab: int, max_context: int, what: str) -> list[int]:

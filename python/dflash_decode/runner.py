@@ -20,11 +20,13 @@ from .widths import PastWidths
 
 
 class Committed(NamedTuple):
-    """What a step found for a request: the tokens to commit, and the tokens of its block that were verified."""
+    """What a step found for a request: the tokens to commit, the tokens of its block that were verified, and the
+    target's hidden states (n, H) that the n tokens were chosen from, until the next step."""
 
     live: Live
     tokens: list[int]
     width: int
+    rows: torch.Tensor
 
 
 @dataclass
@@ -55,15 +57,19 @@ def buckets(most: int) -> list[int]:
     return [1 << i for i in range(bucket(most).bit_length())]
 
 
-def taken(active: Sequence[Live], verified: Verified, widths: Sequence[int]) -> list[Committed]:
-    """What each request commits: the accepted tokens and the target's, up to a stop token."""
-    found = zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), widths, strict=False)
-    return [Committed(live, _up_to_a_stop(live, tokens[:count]), width)
-            for live, count, tokens, width in found if not live.finish]
+def taken(active: Sequence[Live], verified: Verified, widths: Sequence[int], rows: torch.Tensor,
+          starts: Sequence[int]) -> list[Committed]:
+    """What each request commits: the accepted tokens and the target's, up to a stop token. rows: the hidden states of
+    all blocks. starts: where each begins."""
+    found = zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), widths, starts, strict=False)
+    return [_committed(live, tokens[:count], width, rows[start:])
+            for live, count, tokens, width, start in found if not live.finish]
 
 
-def _up_to_a_stop(live, tokens):
-    return tokens[:next((i + 1 for i, token in enumerate(tokens) if token in live.request.stop_tokens), len(tokens))]
+def _committed(live: Live, tokens: list[int], width: int, rows: torch.Tensor) -> Committed:
+    ends = (i + 1 for i, token in enumerate(tokens) if token in live.request.stop_tokens)
+    count = next(ends, len(tokens))
+    return Committed(live, tokens[:count], width, rows[:count])
 
 
 class Runner:
@@ -170,7 +176,7 @@ class GraphRunner(Runner):
         accepted = verified.accept_lens.tolist()[:len(active)]
         if self.past and known:  # the first call compiles or records
             self.past.observe(batch, step.width, time.perf_counter() - started, accepted)
-        return taken(active, verified, widths)
+        return taken(active, verified, widths, step.hidden, range(0, batch * step.width, step.width))
 
     def unseat(self) -> None:
         seated, self.seated = self.seated, None

@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,11 @@ from .checkpoint import (
     CheckpointNotFound,
     drafter_of,
     find_model,
+    hub,
     load_checkpoint,
     no_drafter,
 )
-from .checkpoint.errors import brief, read_json
+from .checkpoint.errors import brief, read_json, warn
 from .checkpoint.tokenizer import Tokenizer, load_tokenizer
 from .choices import AUTO, NONE, RANDOM, DraftersWeights, Rule, SampleFrom, Weights
 from .forecast import Forecast
@@ -120,13 +120,14 @@ class Session:
     @classmethod
     def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
              dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", weights: str = "auto",
-             draft_weights: str = "auto",
+             draft_weights: str = "auto", tokenizer: str | os.PathLike | Tokenizer | None = None,
              status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
         """Loads a target, its tokenizer and a drafter.
 
-        model: the target: a directory with config.json and safetensors, a .gguf file, or a known name.
-        draft: a drafter's directory or .gguf file, "auto" (the installed drafter for the target, or none, with a
+        model: the target: a directory with config.json and safetensors, a .gguf file, a known name, or the id of a
+            model in huggingface_hub's cache.
+        draft: a drafter's directory, .gguf file or id, "auto" (the installed drafter for the target, or none, with a
             warning), "random", or "none" or None.
         block_size: tokens per block, at most the drafter's block size, which is the default.
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
@@ -138,6 +139,7 @@ class Session:
             gives the output of "model". "auto" is "file" for a GGUF file with such blocks on a CPU, else "model".
         draft_weights: "int8", "model" for the target's dtype, or "auto" for 8 bits on a CPU with a 16-bit target, where
             they take half of the time to read. The output does not change.
+        tokenizer: whose tokenizer the target uses, named as the model is, or a loaded one; by default the target's own.
         status: status(text) is entered while the named part is loaded.
 
         Arguments are checked before anything is loaded. Raises TypeError and ValueError for wrong or inconsistent
@@ -149,11 +151,13 @@ class Session:
         device, wanted = read_device(what, device), read_dtype(what, dtype)
         choice(what, "weights", weights, Weights)
         choice(what, "draft_weights", draft_weights, DraftersWeights)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            tokenizer = path_text(what, "tokenizer", tokenizer)
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
         block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
-        if draft not in (RANDOM, NONE) and not exists(draft):
+        if draft not in (RANDOM, NONE) and not exists(draft) and hub.find_cached(draft) is None:
             raise CheckpointNotFound(f"draft must be a drafter's directory, {AUTO!r}, {RANDOM!r} or {NONE!r}; "
-                                     f"got {shown(draft)}, which does not exist")
+                                     f"got {shown(draft)}, which does not exist{hub.hint(draft)}")
         where = find_model(model)
         config = read_json(where / "config.json") if where.is_dir() else {}
         if "dflash_config" in config:
@@ -161,7 +165,8 @@ class Session:
         dtype = stored_dtype(where, config) if wanted is None else wanted
         weights = _weights(where, device, weights)
         with status(f"loading {model}"):
-            tokenizer = load_tokenizer(model)
+            if not isinstance(tokenizer, Tokenizer):
+                tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
             target = _target(model, config.get("model_type"), dtype, device, weights)
         drafter = None
         if draft == RANDOM:
@@ -171,7 +176,7 @@ class Session:
             with status(f"loading {draft}"):
                 drafter = _drafter(load_checkpoint(draft, dtype), target, tokenizer, _int8(draft_weights, target))
         elif asked == AUTO:
-            warnings.warn(f"decoding without speculation, which is slower: {no_drafter(model)}", stacklevel=2)
+            warn(f"decoding without speculation, which is slower: {no_drafter(model)}")
         width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
         if drafter is not None and width > drafter.block_size:
             raise ValueError(f"block_size must be at most the drafter's {drafter.block_size}; got {width}")

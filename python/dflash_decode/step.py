@@ -46,7 +46,8 @@ class Step:
         block_lens (B,) int32: valid tokens of the block; 0 for no request.
         page_table (B, max_pages) int32.
 
-    A call returns a Verified, and writes the committed tokens to the drafter's pages.
+    A call returns a Verified, and writes the committed tokens to the drafter's pages. hidden (B * Q, H): the target's
+    hidden states, the inputs of the LM head.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, target_kv: Sequence[PagedKV],
@@ -67,6 +68,7 @@ class Step:
         self.anchors = self.draft.anchors if self.draft else ids(batch)
         self.context_lens, self.block_lens = ids(batch, dtype=torch.int32), ids(batch, dtype=torch.int32)
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
+        self.hidden: torch.Tensor = torch.empty(0)
 
     def seat(self, tables: Sequence[torch.Tensor], requests: Sequence[Live] = ()) -> None:
         """Sets the page-table rows of the requests, in order; the rest of the batch is empty.
@@ -97,6 +99,7 @@ class Step:
                                 page_size=self.page_size, block_lens=self.block_lens, out=block).ids
         slots = cast(torch.Tensor, block.slots)  # there is a page table
         rows, features = self.forward.run(ids, block.positions, slots, *where)
+        self.hidden = rows
         proposal = self.draft.proposal if self.draft else None
         verified = self.verifier.run(rows, ids, self.context_lens, self.block_lens, proposal)
         if self.context:

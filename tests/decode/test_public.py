@@ -11,6 +11,8 @@ import dflash_decode
 from tests.support import ROOT, annotations
 
 NAMES = {"CheckpointError": "checkpoint.errors", "CheckpointNotFound": "checkpoint.errors", "Decoder": "loop",
+         "Chunk": "llm.outputs", "Completion": "llm.outputs", "GenerationError": "llm.outputs", "LLM": "llm.api",
+         "GenerationParams": "llm.params", "TokenLogprobs": "logprobs",
          "Drafter": "model.drafter", "Event": "requests", "Request": "requests", "SamplingParams": "sampling",
          "Session": "session", "load_checkpoint": "checkpoint", "load_tokenizer": "checkpoint.tokenizer"}
 

@@ -1,4 +1,5 @@
-"""Finds models and drafters by path, or by the name that an installed package provides.
+"""Finds models and drafters by path, by their id on the Hugging Face Hub, or by the name that an installed package
+provides.
 
 A package registers its drafter in the entry-point group "dflash.drafters", with the target's name and a function that
 returns the drafter's directory.
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..choices import AUTO, NONE
+from . import hub
 from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
 
 
@@ -32,8 +34,8 @@ _READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # files that we, 
 
 
 def find_model(path: str | os.PathLike) -> Path:
-    """The directory or GGUF file of `path`. Raises CheckpointNotFound if there is none, and CheckpointError if it is
-    anything else."""
+    """The directory or GGUF file of `path`: a path that exists, or the id of a model in huggingface_hub's cache. Raises
+    CheckpointNotFound if there is none, and CheckpointError if it is anything else."""
     if str(path) in KNOWN:
         return _packaged(str(path))
     try:
@@ -47,7 +49,9 @@ def find_model(path: str | os.PathLike) -> Path:
     except PermissionError as error:
         raise CheckpointError(f"{path}: a model must be readable; got {brief(error)}") from None
     except (OSError, RuntimeError, ValueError):  # also an unknown ~user, a name too long, a NUL
-        raise _not_found(str(path)) from None
+        if (cached := hub.find_cached(str(path))) is None:
+            raise _not_found(str(path)) from None
+        return find_model(cached)
     kind = kind_of(mode) or (f"a file ending in {where.suffix!r}" if where.suffix else "a file without an ending")
     if kind_of(mode) or where.suffix != ".gguf":
         raise CheckpointError(f"{where}: a model must be a directory with config.json and safetensors, or a .gguf "
@@ -56,9 +60,8 @@ def find_model(path: str | os.PathLike) -> Path:
 
 
 def _not_found(path: str) -> CheckpointNotFound:
-    hint = "; download it first, with `hf download`" if path.count("/") == 1 and path[0] not in "/~" else ""
     return CheckpointNotFound(f"model must be a directory, a .gguf file or one of {', '.join(KNOWN)}; "
-                              f"got {path[:200]!r}, which does not exist{hint}")
+                              f"got {path[:200]!r}, which does not exist{hub.hint(path)}")
 
 
 def _refuse_odd_files(folder: Path) -> None:

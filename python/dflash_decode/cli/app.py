@@ -1,16 +1,16 @@
-"""The command `dflash-kernels`: info and generate, and the commands that other packages register.
+"""The command `dflash-kernels`: info, generate and chat, and the commands that other packages register.
 
 Exit codes: 0 for success, 2 for wrong arguments or a missing package, 130 after Ctrl-C, 1 for every other error.
 """
 
-import json
 import secrets
 from importlib.metadata import entry_points, version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..choices import NONE
+from .conversation import read_conversation, read_names, system_message
 from .options import (
     BlockSize,
     By,
@@ -20,15 +20,21 @@ from .options import (
     DraftersWeights,
     DraftWeights,
     Dtype,
+    File,
     From,
     MaxNewTokens,
+    Messages,
     MinP,
     Model,
     ModelWeights,
+    Prompt,
     Rule,
     SampleFrom,
     Seed,
+    Stop,
+    System,
     Temperature,
+    TemplateKwargs,
     Threads,
     TopK,
     TopP,
@@ -36,10 +42,13 @@ from .options import (
     Weights,
     Where,
     check_device,
-    read_prompt,
+    check_stops,
     set_threads,
 )
 from .streams import INTERRUPTED, attempt
+
+if TYPE_CHECKING:
+    from ..llm.api import LLM
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="DFlash speculative decoding with fused kernels.")
@@ -72,13 +81,17 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="The user's message; '-' reads standard input.")],
+    prompt: Prompt = None,
+    file: File = None,
+    messages: Messages = None,
+    system: System = None,
     model: Model = "smollm2",
     draft: Draft = "auto",
     weights: ModelWeights = Weights.auto,
     draft_weights: DraftWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
+    stop: Stop = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -86,6 +99,7 @@ def generate(
     seed: Seed = None,
     sample_from: From = SampleFrom.greedy,
     rule: By = Rule.token,
+    template_kwargs: TemplateKwargs = None,
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
     threads: Threads = None,
@@ -93,8 +107,63 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt, streamed, and report the speed."""
-    text = read_prompt(prompt)
+    """Answer one prompt, streamed, and report the speed.
+
+    Decoding is greedy unless an option says otherwise, whatever the model's generation_config.json says.
+    """
+    conversation, names = read_conversation(prompt, file, messages, system), read_names(template_kwargs)
+    stops = check_stops(stop)
+    llm = _load(model, draft, block_size, compare, threads, device, dtype=dtype, weights=weights.value,
+                draft_weights=draft_weights.value, sample_from=sample_from.value, rule=rule.value)
+    from ..llm.params import GenerationParams
+    from . import generate as command
+
+    params = GenerationParams(max_new_tokens, temperature, top_k, top_p, min_p,
+                              secrets.randbits(31) if seed is None else seed, stops, repetition_penalty=1.0)
+    command.answer(llm, conversation, params, names, compare=compare, as_json=as_json, sample_from=sample_from.value,
+                   rule=rule.value)
+
+
+@app.command()
+def chat(
+    system: System = None,
+    model: Model = "smollm2",
+    draft: Draft = "auto",
+    weights: ModelWeights = Weights.auto,
+    draft_weights: DraftWeights = DraftersWeights.auto,
+    block_size: BlockSize = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    stop: Stop = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    template_kwargs: TemplateKwargs = None,
+    dtype: Dtype = "bfloat16",
+    device: Where = Device.cpu,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Read a JSON text or message from each line, and print a "
+                                                         "JSON object for each answer.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with the model. Each line is a message, and the answers stay in the conversation.
+
+    /clear forgets the conversation, /exit ends it, Ctrl-C stops an answer. With --json, null forgets it.
+    """
+    names, stops = read_names(template_kwargs), check_stops(stop)
+    first = None if system is None else system_message(system)
+    llm = _load(model, draft, block_size, False, threads, device, dtype=dtype, weights=weights.value,
+                draft_weights=draft_weights.value)
+    from ..llm.params import GenerationParams
+    from .chat import Chat, talk, talk_json
+
+    params = GenerationParams(max_new_tokens, temperature, top_k, top_p, min_p, seed, stops, repetition_penalty=1.0)
+    (talk_json if as_json else talk)(Chat(llm, first, params, names))
+
+
+def _load(model: str, draft: str, block_size: int | None, compare: bool, threads: int | None, device: Device,
+          **options: Any) -> "LLM":
     from ..checkpoint import drafter_of
 
     if (block_size is not None or compare) and drafter_of(model, draft) == NONE:
@@ -102,44 +171,10 @@ def generate(
         raise UsageError(f"{option} needs a drafter: --draft DIRECTORY or --draft random")
     set_threads(threads)
     check_device(device)
-
-    from ..sampling import SamplingParams
-    from ..session import Session
+    from ..llm.api import LLM
     from . import report
 
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, secrets.randbits(31) if seed is None else seed)
-    how: dict[str, Any] = {"sampling": sampling, "sample_from": sample_from.value, "rule": rule.value}
-    session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
-                           weights=weights.value, draft_weights=draft_weights.value,
-                           status=report.status)
-    report.start_text(session)
-    ids = session.prompt_ids(text)
-    stream, pieces = session.tokenizer.stream(), []
-
-    def show(_index, tokens):
-        pieces.append(stream.push(tokens))
-        if not as_json:
-            report.write(pieces[-1])
-
-    try:
-        run = session.run([ids], max_new_tokens=max_new_tokens, on_tokens=show, **how)
-        pieces.append(stream.flush())
-        if not as_json:
-            report.write(pieces[-1])
-    finally:
-        if not as_json and any(pieces):
-            report.write("\n")  # what follows, an error or the shell's prompt, starts a line
-    baseline = None
-    if compare:
-        with report.status("baseline decoding, for comparison"):
-            baseline = session.run([ids], max_new_tokens=max_new_tokens, speculative=False, **how)
-    if as_json:
-        value = report.answer_json(session, run, baseline, "".join(pieces))
-        options = report.settings(sampling, sample_from.value, rule.value) | {"temperature": temperature}
-        print(json.dumps(report.header(session, prompt=text, max_new_tokens=max_new_tokens, **options)
-                         | {"kind": "generate"} | value, indent=1, ensure_ascii=False))
-    else:
-        report.print_answer(session, ids, run, baseline, sampling, sample_from.value)
+    return LLM(model, draft, block_size=block_size, device=device.value, max_batch=1, status=report.status, **options)
 
 
 def run(arguments: list[str]) -> int:

@@ -37,7 +37,7 @@ def _run(arguments: list[str]) -> int:
 
 def _needs() -> dict[str, str]:
     """What each command that is not here needs."""
-    names = ["generate", *(command.name for command in entry_points(group="dflash_kernels.commands"))]
+    names = ["generate", "chat", *(command.name for command in entry_points(group="dflash_kernels.commands"))]
     extras = {name: EXTRAS.get(name, EXTRA) for name in names}
     return {name: f"needs the extra {extra}: pip install 'dflash-kernels[{extra}]'" for name, extra in extras.items()}
 

@@ -10,13 +10,15 @@ from ..checkpoint import KNOWN
 _DECODE = "pip install 'dflash-kernels[decode]'"
 # Optional parts: distribution, what it is for, how to get it.
 _PARTS = (
-    ("typer", "the commands generate and bench", _DECODE),
-    ("rich", "the commands generate and bench", _DECODE),
+    ("typer", "the commands generate, chat and bench", _DECODE),
+    ("rich", "the commands generate, chat and bench", _DECODE),
     ("tokenizers", "text in and out", _DECODE),
     ("jinja2", "chat templates", _DECODE),
     ("numpy", "chat templates and GGUF files", _DECODE),
     ("gguf", "GGUF files", _DECODE),
     ("safetensors", "safetensors checkpoints", _DECODE),
+    ("huggingface-hub", "models by their hub ids", _DECODE),
+    ("llguidance", "answers by a JSON schema or a regular expression", "pip install 'dflash-kernels[grammar]'"),
     ("transformers", "any Hugging Face model as target", "pip install 'dflash-kernels[hf]'"),
     *(part for name, known in KNOWN.items()
       for part in ((known.distribution, f"the model {name}", known.get),

@@ -1,7 +1,6 @@
 """Options shared by the commands of `dflash-kernels`, and the checks of them that need no heavy module."""
 
 import os
-import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import Annotated
@@ -10,7 +9,7 @@ import typer
 
 from ..choices import DraftersWeights, Rule, SampleFrom, Weights
 from ..dtypes import dtype_name
-from .streams import UsageError, reason
+from .streams import UsageError
 
 
 class Device(str, Enum):
@@ -44,10 +43,10 @@ def short(value: object) -> str:
 
 MOST_THREADS = max(os.cpu_count() or 1, 64)  # more are no faster, and some thousands end the process without a word
 MOST_TEMPERATURE, MOST_SEED = 3.4e38, 2**63 - 1  # float32 and int64 have room for no more
-Model = Annotated[str, typer.Option(help="Target: a directory with config.json and safetensors, a .gguf file, or "
-                                         "smollm2.")]
-Draft = Annotated[str, typer.Option(help="Drafter: its directory, 'auto' (the installed one for the target, or none), "
-                                         "'random' (random weights) or 'none' (baseline decoding).")]
+Model = Annotated[str, typer.Option(help="Target: a directory with config.json and safetensors, a .gguf file, the "
+                                         "id of a model that `hf download` has fetched, or smollm2.")]
+Draft = Annotated[str, typer.Option(help="Drafter: its directory, file or id, 'auto' (the installed one for the "
+                                         "target, or none), 'random' (random weights) or 'none' (baseline decoding).")]
 ModelWeights = Annotated[Weights, typer.Option("--weights", help="Target weights: in the target's dtype; in 8 bits, "
                                                "which halve the bytes read; or in a GGUF file's own blocks, rounding "
                                                "what is multiplied with them to int8 ('file', and 'auto' on a CPU) or "
@@ -56,6 +55,14 @@ ModelWeights = Annotated[Weights, typer.Option("--weights", help="Target weights
 DraftWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the target's dtype, or "
                                                             "'auto' (8 bits on a CPU). The output does not "
                                                             "change.")]
+Prompt = Annotated[str | None, typer.Option(help="The user's message; '-' reads standard input.")]
+File = Annotated[str | None, typer.Option("--file", metavar="FILE", help="A file whose text is the user's message.")]
+Messages = Annotated[str | None, typer.Option(metavar="FILE|JSON", help="A conversation to continue: a list of "
+                                              '{"role": ..., "content": ...} as JSON, or a file of it.')]
+System = Annotated[str | None, typer.Option(help="The system message, before the others.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="The answer ends before this text. Repeatable.")]
+TemplateKwargs = Annotated[str | None, typer.Option(metavar="JSON", help="Names for the model's chat template, as a "
+                                                    'JSON object: \'{"enable_thinking": false}\'.')]
 BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens of every block; by default what "
                                                                    "is worth its time, up to the drafter's.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
@@ -93,27 +100,17 @@ By = Annotated[Rule, typer.Option("--rule", help="Acceptance of sampled drafts: 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def read_prompt(text: str) -> str:
-    """The prompt; '-' reads standard input."""
-    if text == "-":
-        if sys.stdin is None:
-            raise UsageError("--prompt - reads standard input, which is closed")
-        try:
-            text = sys.stdin.read()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--prompt - must be text on standard input; got {reason(error)}") from None
-    if not text:
-        raise UsageError("--prompt must not be empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's sign for bytes that are not text
-        raise UsageError(f"--prompt must be text in UTF-8; got {short(text)}")
-    return text
-
-
 def check_device(device: Device) -> None:
     import torch
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise UsageError(f"--device cuda needs a GPU that torch can use; torch {torch.__version__} finds none")
+
+
+def check_stops(stops: list[str] | None) -> tuple[str, ...]:
+    if not all(stops or ()):
+        raise UsageError("--stop must not be empty")
+    return tuple(stops or ())
 
 
 def set_threads(threads: int | None) -> None:

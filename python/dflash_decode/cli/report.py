@@ -1,7 +1,7 @@
 """Output of the command line: text for people, JSON for programs."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from dflash_kernels import build_info
 
 from .. import lossless
 from ..choices import RANDOM, SampleFrom
+from ..llm.api import LLM
+from ..llm.outputs import Completion
+from ..llm.params import GenerationParams
 from ..sampling import SamplingParams
-from ..session import Run, Session
+from ..session import Session
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -24,6 +27,7 @@ DRAWN_NOTICE = (
     "drafts are sampled: outputs follow the distribution of baseline sampling, but can differ for the same seed"
 )
 _BAR = 32
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed")  # that a result records
 
 
 @contextmanager
@@ -54,54 +58,71 @@ def write(piece: str) -> None:
     sys.stdout.flush()
 
 
-def answer_json(session: Session, run: Run, baseline: Run | None, text: str) -> dict:
-    answer = run.answers[0]
+def warm_up(llm: LLM, params: GenerationParams) -> None:
+    """Does before the clock runs what happens once on a GPU: it compiles and records."""
+    if llm.session.target.device.type == "cuda":
+        with status("compiling and recording"):
+            llm.warm_up(None, params)
+
+
+def answer_json(session: Session, found: Completion, baseline: Completion | None) -> dict:
     value = {
-        "text": text, "tokens": answer.tokens, "finish": answer.finish, "num_tokens": run.tokens,
-        "seconds": round(run.seconds, 4), "tokens_per_s": round(run.tokens_per_s, 2),
-        "acceptance_length": round(run.acceptance_length, 4),
-        "acceptance_histogram": run.histogram(session.block_size),
-        "verified_rows": round(run.verified_rows, 4),
-        "width_histogram": [run.widths.count(n) for n in range(1, session.block_size + 1)],
+        "text": found.text, "tokens": found.token_ids, "finish": found.finish_reason,
+        "num_tokens": len(found.token_ids), "time_to_first_token": round(found.time_to_first_token, 4),
+        "seconds": round(found.seconds, 4), "tokens_per_s": round(found.tokens_per_s, 2),
+        "acceptance_length": round(found.acceptance_length, 4),
+        "acceptance_histogram": _counts(found.steps, session.block_size),
+        "verified_rows": round(found.verified_rows, 4), "width_histogram": _counts(found.widths, session.block_size),
     }
     if baseline:
-        at = lossless.first_index(answer.tokens, baseline.answers[0].tokens)
+        at = lossless.first_index(found.token_ids, baseline.token_ids)
         value |= {"baseline_tokens_per_s": round(baseline.tokens_per_s, 2),
-                  "speedup": round(run.tokens_per_s / baseline.tokens_per_s, 4),
+                  "speedup": round(found.tokens_per_s / baseline.tokens_per_s, 4),
                   "identical_to_baseline": at is None, "first_difference": at}
     return value
 
 
-def print_answer(session: Session, prompt: list[int], run: Run, baseline: Run | None, sampling: SamplingParams,
+def _counts(values: Sequence[int], most: int) -> list[int]:
+    """How many of the values are 1, 2, ... `most`."""
+    return [values.count(n) for n in range(1, most + 1)]
+
+
+def figures(found: Completion) -> None:
+    """One line about an answer in a conversation."""
+    out.print(f"[dim]{len(found.token_ids)} tokens, {found.tokens_per_s:.1f} tokens/s, acceptance length "
+              f"{found.acceptance_length:.2f}[/dim]")
+
+
+def print_answer(session: Session, found: Completion, baseline: Completion | None, params: GenerationParams,
                  sample_from: str) -> None:
     """Prints the figures below a streamed answer."""
-    answer, drawn = run.answers[0], sampling.temperature > 0
+    drawn = found.seed is not None
     out.print()
-    end = "end of text" if answer.finish == "stop" else "length limit reached"
-    line("tokens", f"{run.tokens}, in {run.seconds:.2f} s ({end})")
-    line("tokens/s", f"{run.tokens_per_s:.1f}")
+    end = "end of text" if found.finish_reason == "stop" else "length limit reached"
+    line("tokens", f"{len(found.token_ids)}, in {found.seconds:.2f} s ({end})")
+    line("tokens/s", f"{found.tokens_per_s:.1f}")
     if drawn:
-        line("sampling", how(sampling) + f", seed {answer.seed}")
+        line("sampling", how(params) + f", seed {found.seed}")
     if session.drafter:
         line("drafter", "random weights (untrained)" if session.draft == RANDOM else escape(Path(session.draft).name))
-        line("acceptance length", f"{run.acceptance_length:.2f} of {session.block_size}, {len(run.steps)} steps")
-        counts = run.histogram(session.block_size)
+        line("acceptance length", f"{found.acceptance_length:.2f} of {session.block_size}, {len(found.steps)} steps")
+        counts = _counts(found.steps, session.block_size)
         for n, count in enumerate(counts, 1):
             bar = "█" * round(_BAR * count / max(max(counts), 1)) or ("▏" if count else "")
             out.print(f"  {n:>3} [cyan]{bar}[/cyan] {count}")
-        counted = ", ".join(f"{n} in {count}" for n in range(1, session.block_size + 1)
-                            if (count := run.widths.count(n)))
-        line("verified", f"{run.verified_rows:.2f} tokens a step ({counted} steps)")
+        counted = ", ".join(f"{n} in {count}" for n, count in enumerate(_counts(found.widths, session.block_size), 1)
+                            if count)
+        line("verified", f"{found.verified_rows:.2f} tokens a step ({counted} steps)")
     if baseline:
         line("baseline tokens/s", f"{baseline.tokens_per_s:.1f}")
-        line("speedup", f"{run.tokens_per_s / baseline.tokens_per_s:.2f}")
-        same = _identical(session, prompt, answer, baseline.answers[0], drawn)
+        line("speedup", f"{found.tokens_per_s / baseline.tokens_per_s:.2f}")
+        same = _identical(session, found, baseline, drawn)
         if drawn and sample_from == SampleFrom.request and not same.startswith("[green]"):
             same += " (drafts were sampled: the distribution is the same, the output can differ)"
         line(f"identical to baseline {'sampling of this seed' if drawn else 'decoding'}", same)
 
 
-def how(sampling: SamplingParams) -> str:
+def how(sampling: SamplingParams | GenerationParams) -> str:
     """The sampling settings that are not off."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     return ", ".join([f"temperature {sampling.temperature:g}",
@@ -113,8 +134,8 @@ def line(name: str, value: str) -> None:
     out.print(f"[bold]{name}:[/bold] {value}", markup=True)
 
 
-def _identical(session, prompt, answer, baseline, drawn) -> str:
-    at = lossless.first_index(answer.tokens, baseline.tokens)
+def _identical(session: Session, found: Completion, baseline: Completion, drawn: bool) -> str:
+    at = lossless.first_index(found.token_ids, baseline.token_ids)
     if at is None:
         return "[green]yes[/green]"
 
@@ -123,9 +144,11 @@ def _identical(session, prompt, answer, baseline, drawn) -> str:
             return "the end"
         return f"{tokens[at]} {session.tokenizer.decode([tokens[at]], skip_special_tokens=False)!r}".replace("[", "\\[")
 
-    found = None if drawn else lossless.first_difference(session.target, prompt, baseline.tokens, answer.tokens)
-    margin = f" (logit margin {found.margin:.3g})" if found and found.margin is not None else ""
-    return f"[red]no[/red]: token {at + 1} is {show(answer.tokens)}, baseline has {show(baseline.tokens)}{margin}"
+    differs = None if drawn else lossless.first_difference(session.target, found.prompt_token_ids, baseline.token_ids,
+                                                           found.token_ids)
+    margin = f" (logit margin {differs.margin:.3g})" if differs and differs.margin is not None else ""
+    return (f"[red]no[/red]: token {at + 1} is {show(found.token_ids)}, baseline has {show(baseline.token_ids)}"
+            f"{margin}")
 
 
 def settings(sampling: SamplingParams, sample_from: str, rule: str) -> dict:
