@@ -238,7 +238,7 @@ def test_libraries_that_are_not_here_say_so(rows, op, names):
 
 @needs_kernels
 @pytest.mark.parametrize("op,names", [
-    ("verify_greedy", ["sglang", "vllm"]), ("prepare_block", ["sglang", "vllm"]),
+    ("verify_greedy", ["sglang", "vllm"]), ("prepare_block", ["sglang", "vllm"]), ("grouped_conv", ["vllm"]),
     ("write_context_kv", ["sglang, torch's cache writes", "vllm's cache writes, torch's norm and rope"])])
 def test_the_engines_kernels_agree_with_ours(rows, op, names):
     for name in names:
@@ -251,19 +251,22 @@ FAULTS = {  # file: what it says, and what it says instead
     "sglang/kernels/ops/speculative/fused_kv_materialize.py": [("k_second * sin_v", "k_second * cos_v")],
     "vllm/v1/worker/gpu/spec_decode/dflash/speculator.py": [("query_pos = last_valid_pos + 1", "query_pos = 2")],
     "vllm/v1/attention/ops/triton_reshape_and_cache_flash.py": [("value_tile,\n", "key_tile,\n")],
+    "vllm/model_executor/models/qwen3_dflash2.py": [("position = row % BLOCK_SIZE", "position = row")],
+    "vllm/v1/worker/gpu/spec_decode/dflash2/speculator.py": [("previous = index", "previous = 0")],
 }
 PEERS = """
 import sys
 import torch
 from bench.case import Sizes, measure
-from bench.ops import memory as b
+from bench.ops import memory as b, small
 
 sizes = Sizes("cuda", True)
 with torch.device("cuda"):
     g = b.GEOMETRIES["tiny"]["tiny"]
     made = [b.context_case(sizes, 5, g.layers, g.kv_heads, g.dim),
             b.block_case(sizes, g.requests, g.block, g.hidden, g.vocab),
-            b.verify_case(sizes, g.requests, g.block, g.vocab)]
+            b.verify_case(sizes, g.requests, g.block, g.vocab), b.conv_case(sizes, 16, 64, False),
+            small.select_case(sizes, 3, 4, 5, g.vocab)]
     for row in measure(made, 1, sizes):
         for name, why in row["without"].items():
             print("without", row["op"], name, why)
@@ -282,7 +285,7 @@ def test_planted_faults_in_the_engines_kernels_are_seen(tmp_path):
         (folder / path).write_text(text)
     said = [line for line in script(tmp_path, PEERS, DFLASH_PEER_KERNELS=str(folder)) if line.startswith("without")]
     for what in ("write_context_kv sglang", "write_context_kv vllm", "prepare_block sglang", "prepare_block vllm",
-                 "verify_greedy sglang"):
+                 "verify_greedy sglang", "grouped_conv vllm", "select_candidates vllm"):
         assert any(what in line and "differs" in line for line in said), (what, said)
 
 
