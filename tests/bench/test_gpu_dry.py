@@ -173,11 +173,11 @@ def rows(tmp_path_factory):
     """The rows of the benchmarks, by op."""
     folder = tmp_path_factory.mktemp("results")
     kept = {f: f.read_bytes() for f in (ROOT / "bench/results").rglob("*.json")}
-    ran = dry("-m", "bench.ops", "memory", "attention", "draft", "whole", "--device", "cuda", "--tiny", "--runs", "1",
-              "--folder", folder)
+    names = ("memory", "attention", "draft", "whole", "blocks")
+    ran = dry("-m", "bench.ops", *names, "--device", "cuda", "--tiny", "--runs", "1", "--folder", folder)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert {f: f.read_bytes() for f in (ROOT / "bench/results").rglob("*.json")} == kept
-    results = [json.loads((folder / f"{name}.json").read_text()) for name in ("memory", "attention", "draft", "whole")]
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in names]
     assert {r["header"]["device"] for r in results} == {"dry"}
     return {row["op"]: row for r in results for row in r["rows"]}
 
@@ -186,7 +186,7 @@ def test_the_benchmarks_run(rows):
     assert {"rms_norm", "add_rms_norm", "grouped_conv", "grouped_conv_add_rms_norm", "silu_and_mul", "qk_norm_rope",
             "write_context_kv", "embed_tokens", "prepare_block", "verify_greedy", "block_attention", "draft step",
             "draft layers", "draft head", "draft context", "baseline step", "verify pass", "DFlash step",
-            "attention layer"} == set(rows)
+            "attention layer", "linear", "lm_head_argmax", "lm_head_topk"} == set(rows)
     assert all(row["us"] > 0 for row in rows.values())
 
 
