@@ -193,7 +193,7 @@ class PackedWeight:
     def _check_blocks(self):
         device = self.data.device.type if isinstance(self.data, torch.Tensor) else None
         check_format("PackedWeight", self.format, device)
-        f, n, k = EVERY[self.format], self.out_features, self.in_features
+        f, n, k = EVERY[str(self.format)], self.out_features, self.in_features
         if k % f.block:
             raise ValueError(f"PackedWeight: in_features must be a multiple of {f.block}, the block of {self.format}; "
                              f"got {k}")
