@@ -97,5 +97,5 @@ def serve(
             report.notice("every machine that reaches this address can use the model: --api-key asks for a key")
         settings = Settings(name or model, api_key, max_queue, max_body << 20)
         app, desk = build(llm, settings, max_batch)
-        print(f"serving {settings.name} on {address(listener)}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
-        Server(app, desk, stop_timeout).serve_until_stopped(listener)
+        line = f"serving {settings.name} on {address(listener)}/v1 (Ctrl-C ends)"
+        Server(app, desk, stop_timeout, lambda: print(line, file=sys.stderr, flush=True)).serve_until_stopped(listener)

@@ -6,6 +6,7 @@ from starlette.responses import JSONResponse
 from dflash_decode.inputs import shown
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_EXPECTED = "Input should be "
 _ALTERNATIVES = {"str", "int", "float", "bool"}  # that pydantic names in the place of an error, beside lists of them
 
 
@@ -43,16 +44,19 @@ def refused(param: str, expected: str, got: object, code: str | None = None) -> 
 
 
 def of_validation(error: ValidationError) -> ApiError:
-    """The first fault that pydantic found."""
-    found = error.errors(include_url=False, include_context=False)[0]
+    """The first fault that pydantic found, with the alternatives where a field may be of several types."""
+    found, *others = error.errors(include_url=False, include_context=False)
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body must be JSON; got {found['msg'].removeprefix('Invalid JSON: ')}")
     param = _place(found["loc"])
     if found["type"] == "missing":
         return ApiError(400, f"{param} must be given", param)
     said = found["msg"].removeprefix("Value error, ")
-    if said.startswith("Input should "):
-        said = f"must {said.removeprefix('Input should ')}; got {shown(found['input'])}"
+    if said.startswith(_EXPECTED):
+        also = [other["msg"].removeprefix(_EXPECTED) for other in others
+                if _place(other["loc"]) == param and other["msg"].startswith(_EXPECTED)]
+        expected = " or ".join(dict.fromkeys([said.removeprefix(_EXPECTED), *also]))
+        said = f"must be {expected}; got {shown(found['input'])}"
     elif found["type"] == "too_short":
         said = "must not be empty"
     return ApiError(400, f"{param or 'the body'} {said}", param)

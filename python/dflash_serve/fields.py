@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+
+from dflash_decode.inputs import shown
 
 MOST_CHOICES, MOST_LOGPROBS = 128, 20  # OpenAI's
 Tokens: TypeAlias = list[int]
@@ -110,6 +112,14 @@ class CompletionAsked(Asked):
 
     prompt: str | Tokens | list[str] | list[Tokens]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _prompts_in_a_word(cls, value: object, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(value)
+        except ValidationError:  # it would speak of one of the four kinds
+            raise ValueError(f"must be a text, token ids, or a list of either; got {shown(value)}") from None
 
     @property
     def prompts(self) -> int:

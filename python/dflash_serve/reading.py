@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from dflash_decode import LLM, CheckpointError, GenerationParams
+from dflash_decode import LLM, GenerationParams
 from dflash_decode.prompts import Reading, read_prompt
 
 from .errors import ApiError, of_validation, refused
@@ -64,19 +64,17 @@ def _parse(kind: type[Kind], body: bytes) -> Kind:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Errors of `LLM` in a client's request, as the client's."""
+def told(where: str | None = None) -> Iterator[None]:
+    """Errors of `LLM` in a client's request, as the client's. where: the field that they are about."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise ApiError(400, f"response_format cannot be followed: {_plain(error)}", "response_format") from None
-    except CheckpointError as error:  # the template refuses the messages, or there is none
-        raise ApiError(400, _plain(error), "messages") from None
     except (TypeError, ValueError) as error:
         text = _plain(error)
-        first = text.partition(" ")[0].rstrip(":")
-        param = "response_format" if first == "json_schema" else first if first in _SAMPLING else None
-        raise ApiError(400, text, param) from None
+        first = text.partition(" ")[0]
+        named = "response_format" if first == "json_schema" else first if first in _SAMPLING else None
+        raise ApiError(400, text, where or named) from None
 
 
 def _plain(error: Exception) -> str:
@@ -92,7 +90,7 @@ def prompts(llm: LLM, asked: Asked) -> list[list[int]]:
         return [_chat_prompt(llm, asked)]
     assert isinstance(asked, CompletionAsked)
     each: Any = asked.prompt if asked.has_many else [asked.prompt]
-    with told():
+    with told("prompt"):
         return [read_prompt(llm.tokenizer, llm.session.target.vocab_size, one, "prompt", Reading(chat=False))
                 for one in each]
 
@@ -110,7 +108,7 @@ def _chat_prompt(llm: LLM, asked: ChatAsked) -> list[int]:
                            "reasoning_effort", "unsupported_parameter")
         variables.setdefault("reasoning_effort", asked.reasoning_effort)
     messages = [_message(message, i, "developer" in template) for i, message in enumerate(asked.messages)]
-    with told():
+    with told("messages"):  # the template may refuse them, or there is none
         return read_prompt(llm.tokenizer, llm.session.target.vocab_size, messages, "messages",
                            Reading(True, tools(asked), variables))
 

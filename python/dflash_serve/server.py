@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+from collections.abc import Callable
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -34,13 +35,18 @@ def address(bound_to: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Ends at SIGTERM or SIGINT: it takes no more requests, and gives those that run `patience` seconds."""
+    """Ends at SIGTERM or SIGINT: it takes no more requests, and gives those that run `patience` seconds. ready: is
+    called once it listens."""
 
-    def __init__(self, app: ASGIApp, desk: Desk, patience: float):
+    def __init__(self, app: ASGIApp, desk: Desk, patience: float, ready: Callable[[], None] = lambda: None):
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none",
                                         server_header=False, timeout_keep_alive=_KEPT_ALIVE,
                                         timeout_graceful_shutdown=int(patience + _LAST_WORDS) + 1))
-        self._desk, self._patience = desk, patience
+        self._desk, self._patience, self._ready = desk, patience, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         timer = asyncio.get_running_loop().call_later(self._patience, self._desk.stop)
