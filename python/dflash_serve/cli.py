@@ -1,7 +1,6 @@
 """The command `dflash-kernels serve`."""
 
 import importlib.util
-import math
 import sys
 from typing import Annotated
 
@@ -27,16 +26,17 @@ from dflash_decode.cli.options import (
 )
 
 _NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+_DAY = 24 * 3600
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def read_seconds(text: str | float) -> float:
     try:
-        if 0 <= (seconds := float(text)) < math.inf:
+        if 0 <= (seconds := float(text)) <= _DAY:
             return seconds
     except ValueError:
         pass
-    raise typer.BadParameter(f"{str(text)[:80]!r} is not a number of seconds.")
+    raise typer.BadParameter(f"{str(text)[:80]!r} is not a number of seconds, at most a day.")
 
 
 def serve(
