@@ -113,8 +113,8 @@ def test_what_is_written_wrongly_is_refused(base, words, said):
 
 
 @pytest.mark.parametrize("words, extra", [
-    (("generate", "--prompt", "hi"), "decode"), (("generate", "--help"), "decode"), (("bench",), "bench"),
-    (("bench", "decode", "--prompts", "x"), "bench"), (("serve",), "serve")])
+    (("generate", "--prompt", "hi"), "decode"), (("generate", "--help"), "decode"), (("chat",), "decode"),
+    (("bench",), "bench"), (("bench", "decode", "--prompts", "x"), "bench"), (("serve",), "serve")])
 def test_what_needs_an_extra_says_so_in_one_line(base, built, words, extra):
     done = base.run("dflash-kernels", *words)
     said = REFUSED.fullmatch(done.stderr)

@@ -21,6 +21,7 @@ from dflash_decode.cli import options
 
 LONG = "x" * 5000
 GENERATE = ["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT"]
+CHAT = ["chat", "--model", "MODEL", "--draft", "DRAFT"]
 DECODE = ["bench", "decode", "--prompts", "FILE", "--model", "MODEL", "--draft", "DRAFT"]
 PROTOCOL = ["bench", "protocol", "--prompts", "FILE", "--model", "MODEL", "--draft", "DRAFT", "--journal", "NEW"]
 # What is wrong with every command that has the option: (option, values).
@@ -40,7 +41,7 @@ INPUTS = ["no/such", "FOLDER", "FIFO", "~nobody-of-that-name/x", LONG, "a\0b", "
 
 def lines():
     for command, groups in ((GENERATE, (DRAWING, LOADING)), (DECODE, (DRAWING, LOADING, COUNTS)),
-                            (PROTOCOL, (LOADING, COUNTS))):
+                            (CHAT, (DRAWING[:5], LOADING)), (PROTOCOL, (LOADING, COUNTS))):
         for option, values in (pair for group in groups for pair in group):
             yield from ([*command, option, value] for value in values)
     for command in (DECODE, PROTOCOL, ["bench", "ops", "linear"], [*DECODE, "--peers", "all"]):
@@ -59,7 +60,8 @@ def lines():
                 ["bench", "ops", "--threads", "65535"], ["bench", "ops", "no-such-op"], ["bench", "speed"], ["generte"],
                 ["--nonsense"], ["info", "--yaml"], ["info", "x"],
                 [*DECODE, "--peers", "all", "--temperature", "1"], [*DECODE[:-2], "--draft", "none"],
-                [*GENERATE[:-2], "--draft", "none", "--block-size", "4"])
+                [*GENERATE[:-2], "--draft", "none", "--block-size", "4"], [*CHAT, "--system", ""],
+                [*CHAT, "--stop", ""], [*CHAT, "--template-kwargs", "[]"], [*CHAT, "--prompt", "x"])
 
 
 WRONG = list(lines())

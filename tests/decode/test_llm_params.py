@@ -1,15 +1,18 @@
-"""What an `LLM` is asked: parameters, their defaults, the text that is given out, and models by their hub ids."""
+"""What an `LLM` is asked: parameters and their defaults; and the text that is given out."""
 
 import json
 import random
-import sys
 
 import pytest
-import torch
 
-from dflash_decode import LLM, CheckpointError, GenerationParams, SamplingParams, Session, load_checkpoint
-from dflash_decode.checkpoint import CheckpointNotFound
-from dflash_decode.checkpoint.errors import read_json
+from dflash_decode import (
+    LLM,
+    CheckpointError,
+    GenerationError,
+    GenerationParams,
+    SamplingParams,
+    Session,
+)
 from dflash_decode.llm.defaults import Defaults, read_defaults
 from dflash_decode.llm.text import AnswerText, StopStrings
 from tests.support import tiny
@@ -76,8 +79,10 @@ def test_wrong_names_for_templates(llm, kwargs, got):
 
 
 def test_one_stream_is_of_one_prompt(llm):
-    with pytest.raises(TypeError, match=r"^LLM\.submit: prompt must be one prompt; got \['a', 'b'\]"):
+    with pytest.raises(TypeError, match=r"^LLM\.stream: prompt must be one prompt; got \['a', 'b'\]"):
         llm.stream(["a", "b"])
+    with pytest.raises(ValueError, match=r"^LLM\.stream: n must be 1; got 2$"):
+        llm.stream("a", n=2)
 
 
 def test_wrong_arguments_of_the_class(models, monkeypatch):
@@ -89,6 +94,26 @@ def test_wrong_arguments_of_the_class(models, monkeypatch):
                            ({"dtype": "int4"}, "dtype must be 'auto'.*; got 'int4'")):
         with pytest.raises((TypeError, ValueError), match=message):
             LLM(models["model"], "none", **given)
+
+
+def test_what_the_cache_has_no_room_for(models, monkeypatch):
+    """On a GPU it is as large as its memory allows."""
+    monkeypatch.setattr("dflash_decode.loop.default_pages", lambda *_: 1)
+    with LLM(models["model"], "none") as small:
+        assert len(small.generate("abc", max_tokens=61).token_ids) == 61
+        with pytest.raises(ValueError, match="prompt 1 and its answer must fit into the cache of 64 tokens; got 65"):
+            small.generate("abc", max_tokens=62)
+
+
+def test_a_warning_that_is_an_error_is_that_answer_s_alone(llm, monkeypatch):
+    def warned(tokens):
+        if tokens > 20:
+            raise UserWarning("drafts beyond 20 tokens")
+
+    monkeypatch.setattr(llm._decoder, "_warn_of_length", warned)
+    with pytest.raises(GenerationError, match="^UserWarning: drafts beyond 20 tokens$"):
+        llm.generate("abc", max_tokens=20)
+    assert len(llm.generate("abc", max_tokens=4).token_ids) == 4
 
 
 def test_another_tokenizer(models, llm, tmp_path):
@@ -184,119 +209,3 @@ def test_no_character_is_split(llm, stops):
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and pieces.count("") > 9
     half = AnswerText(llm.tokenizer, stops)
     assert [half.push([token])[0] for token in llm.tokenizer.encode("aü")[:2]] == ["a", ""] and half.flush() == "\ufffd"
-
-
-# ---- hub ids ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """hub(id): the folder of this model in a cache that nothing else is in."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("socket.socket", None)  # nothing is asked of the network
-
-    def folder(name):
-        made = tmp_path / f"models--{name.replace('/', '--')}"
-        (made / "refs").mkdir(parents=True)
-        (made / "refs" / "main").write_text("0123abc")
-        (made / "snapshots" / "0123abc").mkdir(parents=True)
-        return made / "snapshots" / "0123abc"
-
-    return folder
-
-
-def test_models_are_found_by_their_ids_in_the_cache(hub, models):
-    tiny.write_target(hub("some/target"))
-    tiny.write_drafter(hub("some/draft-b4"))
-    with LLM("some/target", "some/draft-b4") as llm, LLM(models["model"], models["draft"]) as same:
-        assert llm.session.drafter is not None and llm.session.draft == "some/draft-b4"
-        assert llm.chat("abc", max_tokens=5).token_ids == same.chat("abc", max_tokens=5).token_ids
-
-
-def test_models_that_are_not_in_the_cache_say_how_to_get_them(hub, models):
-    fetch = r"which does not exist; to fetch it from the Hugging Face Hub: hf download some/{}$"
-    with pytest.raises(CheckpointNotFound, match=fetch.format("model")):
-        LLM("some/model")
-    with pytest.raises(CheckpointNotFound, match=fetch.format("draft")):
-        LLM(models["model"], "some/draft")
-    folder = hub("some/part")
-    with pytest.raises(CheckpointError, match="expected config.json or one .gguf file of some/part; got neither; "
-                                              "to fetch all of it: hf download some/part$"):
-        load_checkpoint("some/part")
-    for name in ("a.gguf", "b.gguf"):
-        (folder / name).touch()
-    with pytest.raises(CheckpointError, match="got 2 .gguf files: name one of them by its path, as .*/a.gguf$"):
-        load_checkpoint("some/part")
-    with pytest.raises(CheckpointNotFound, match="got 'a/b/c', which does not exist$"):
-        load_checkpoint("a/b/c")
-
-
-def test_without_huggingface_hub(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointNotFound, match="^'some/model' is no path; .*: pip install huggingface_hub$"):
-        load_checkpoint("some/model")
-
-
-def test_a_path_goes_before_an_id(hub, models, monkeypatch, tmp_path):
-    hub("some/target")
-    tiny.write_target(tmp_path / "some" / "target")
-    monkeypatch.chdir(tmp_path)
-    assert load_checkpoint("some/target").config == read_json(tmp_path / "some" / "target" / "config.json")
-
-
-# ---- grammars --------------------------------------------------------------------------------------------------------
-
-SCHEMA = {"type": "object", "properties": {"a": {"enum": ["xy", "z"]}, "b": {"type": "boolean"}},
-          "required": ["a", "b"], "additionalProperties": False}
-
-
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.5, "seed": 4}], ids=str)
-@pytest.mark.parametrize("schema", [SCHEMA, json.dumps(SCHEMA)], ids=["dict", "text"])
-def test_an_answer_follows_a_schema(llm, how, schema):
-    pytest.importorskip("llguidance")
-    # Blanks are allowed anywhere, and a model of random weights would write nothing else.
-    blanks = {token: -float("inf") for token in llm.tokenizer.encode(" \t\n\r")}
-    found = llm.chat("abc", json_schema=schema, max_tokens=50, logit_bias=blanks, n=2, **how)
-    with llm.without_drafter() as baseline:
-        same = baseline.chat("abc", json_schema=schema, max_tokens=50, logit_bias=blanks, n=2, **how)
-    for one, other in zip(found.choices, same.choices, strict=True):
-        assert one.token_ids == other.token_ids and one.finish_reason == "stop"
-        value = json.loads(one.text)
-        assert [*value] == ["a", "b"] and value["a"] in ("xy", "z") and isinstance(value["b"], bool)
-
-
-def test_an_answer_matches_a_regular_expression_and_is_long_enough(llm):
-    pytest.importorskip("llguidance")
-    assert llm.chat("abc", regex="(yes|no)!", max_tokens=9).text in ("yes!", "no!")
-    for least in (2, 5):
-        found = llm.chat("abc", regex="[ab]{2,8}", min_tokens=least, max_tokens=20, temperature=1.0, seed=1)
-        assert set(found.text) <= {"a", "b"} and least <= len(found.text) <= 8 and found.finish_reason == "stop"
-
-
-def test_a_grammar_is_asked_in_any_order(llm):
-    pytest.importorskip("llguidance")
-    answer = llm.tokenizer.encode('{"a":"xy"}')
-    constraint = llm._constraints.grammar("x", SCHEMA, None, None)
-    dice = random.Random(0)
-
-    def words(one, n):
-        found = torch.full((-(-tiny.VOCAB // 32),), -1, dtype=torch.int32)
-        one.fill_bitmask(answer[:n], found)
-        return found.tolist()
-
-    for n in (dice.randint(0, 9) for _ in range(30)):
-        assert words(constraint, n) == words(constraint.fresh().fresh(), n) != [-1] * 9
-
-
-def test_what_llguidance_refuses(llm):
-    pytest.importorskip("llguidance")
-    for given, name in (({"type": "blob"}, "json_schema"), ("(", "regex")):
-        with pytest.raises(ValueError, match=rf"^LLM\.chat: {name} must be one that llguidance .* can follow; got "):
-            llm.chat("abc", **{name: given})
-
-
-def test_without_llguidance(llm, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^LLM\.chat: regex needs the package llguidance: pip install 'dfla"):
-        llm.chat("abc", regex="a")

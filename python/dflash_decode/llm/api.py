@@ -96,7 +96,8 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._engine.close)  # also when the program ends
 
     def without_drafter(self) -> "LLM":
-        """The same model without speculation: the same answers, one token a step. Weights are shared."""
+        """The same model without speculation: the same answers, one token a step. It shares the weights and has a
+        thread and a cache of its own."""
         made = LLM.__new__(LLM)
         made._set_up(self.session, False, self._how)
         return made
@@ -223,11 +224,13 @@ class LLM:
         tools, chat_template_kwargs
             As for chat, where the prompt has messages.
         """
-        return _texts(self.submit(prompt, params, tools=tools, chat_template_kwargs=chat_template_kwargs, **fields))
+        what = "LLM.stream"
+        asked = self._one(what, prompt, params, fields, _reading(what, False, tools, chat_template_kwargs), single=True)
+        return _texts(Stream(self, self._engine, self.tokenizer, *asked))
 
     def submit(self, prompt: object, params: Params = None, *, tools: Iterable[dict] | None = None,
                chat_template_kwargs: Mapping[str, Any] | None = None, **fields: Any) -> Stream:
-        """Starts the answers to one prompt, as `stream`, and returns at once.
+        """Starts the answers to one prompt and returns at once. The arguments are those of `stream`, and n can be more.
 
         Returns
         -------
@@ -235,9 +238,9 @@ class LLM:
             Iterates over `Chunk`s with text, tokens, log probabilities and, at the end, the completion; has `result`
             and `cancel`.
         """
-        reading = _reading("LLM.submit", False, tools, chat_template_kwargs)
-        ids, planned = self._one("LLM.submit", prompt, params, fields, reading)
-        return Stream(self, self._engine, self.tokenizer, ids, planned)
+        what = "LLM.submit"
+        asked = self._one(what, prompt, params, fields, _reading(what, False, tools, chat_template_kwargs))
+        return Stream(self, self._engine, self.tokenizer, *asked)
 
     async def agenerate(self, prompts: object, params: Params = None, **fields: Any) -> Any:
         """generate, for an event loop."""
@@ -252,7 +255,9 @@ class LLM:
     async def astream(self, prompt: object, params: Params = None, *, tools: Iterable[dict] | None = None,
                       chat_template_kwargs: Mapping[str, Any] | None = None, **fields: Any) -> AsyncIterator[str]:
         """stream, for an event loop."""
-        stream = await self.asubmit(prompt, params, tools=tools, chat_template_kwargs=chat_template_kwargs, **fields)
+        reading = _reading("LLM.astream", False, tools, chat_template_kwargs)
+        asked = await asyncio.to_thread(self._one, "LLM.astream", prompt, params, fields, reading, single=True)
+        stream = AsyncStream(self, self._engine, self.tokenizer, *asked)
         try:
             async for chunk in stream:
                 if chunk.text:
@@ -264,8 +269,8 @@ class LLM:
                       chat_template_kwargs: Mapping[str, Any] | None = None, **fields: Any) -> AsyncStream:
         """submit, for an event loop."""
         reading = _reading("LLM.asubmit", False, tools, chat_template_kwargs)
-        ids, planned = await asyncio.to_thread(self._one, "LLM.asubmit", prompt, params, fields, reading)
-        return AsyncStream(self, self._engine, self.tokenizer, ids, planned)
+        asked = await asyncio.to_thread(self._one, "LLM.asubmit", prompt, params, fields, reading)
+        return AsyncStream(self, self._engine, self.tokenizer, *asked)
 
     # ---- the end ----
 
@@ -305,21 +310,29 @@ class LLM:
         return found[0] if is_single(prompts) else found
 
     def _one(self, what: str, prompt: object, params: Params, fields: Mapping[str, Any],
-             reading: Reading) -> tuple[list[int], Plan]:
+             reading: Reading, single: bool = False) -> tuple[list[int], Plan]:
+        """The tokens and the plan of one prompt. single: it has one answer."""
         if not is_single(prompt):
             raise TypeError(f"{what}: prompt must be one prompt; got {shown(prompt)}")
-        return self._read(what, prompt, params, fields, reading)[0]
+        (ids, planned), = self._read(what, prompt, params, fields, reading)
+        if single and len(planned.samplings) > 1:
+            raise ValueError(f"{what}: n must be 1; got {len(planned.samplings)}")
+        return ids, planned
 
     def _read(self, what: str, prompts: object, params: Params, fields: Mapping[str, Any],
               reading: Reading) -> list[tuple[list[int], Plan]]:
         """Prompts and plans, all checked."""
         found = read_prompts(self.tokenizer, self.session.target.vocab_size, prompts, what, reading)
-        for i, ids in enumerate(found, 1):
-            if len(ids) >= self.max_context:
-                raise ValueError(f"{what}: prompt {i} must be shorter than the context of {self.max_context} tokens; "
+        plans = [self._plan(what, one) for one in read_params(what, params, fields, len(found))]
+        pool, room = self._decoder.pool, self.max_context
+        for i, (ids, planned) in enumerate(zip(found, plans, strict=True), 1):
+            if len(ids) >= room:
+                raise ValueError(f"{what}: prompt {i} must be shorter than the context of {room} tokens; "
                                  f"got {len(ids)}")
-        each = read_params(what, params, fields, len(found))
-        return [(ids, self._plan(what, one)) for ids, one in zip(found, each, strict=True)]
+            if pool.pages_for(needed := min(len(ids) + planned.max_tokens, room)) > pool.num_pages:
+                raise ValueError(f"{what}: prompt {i} and its answer must fit into the cache of "
+                                 f"{pool.num_pages * pool.page_size} tokens; got {needed}")
+        return list(zip(found, plans, strict=True))
 
     def _plan(self, what: str, params: GenerationParams) -> Plan:
         return plan(what, params, self._defaults, self._constraints, self.tokenizer.stop_ids,

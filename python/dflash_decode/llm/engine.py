@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -85,21 +86,33 @@ class Engine:
     # ---- in the thread ----
 
     def _run(self) -> None:
-        device, failed = self._decoder.target.device, 0
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        """The thread. However it ends, nobody waits for it afterwards."""
+        device, why = self._decoder.target.device, "the LLM was closed before the answer ended"
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                self._decode()
+        except BaseException as error:
+            why = f"the decoder's thread failed: {said(error)}"
+        with self._lock:
+            self._closed = True
+        while not self._orders.empty():
+            if order := self._orders.get():
+                order()
+        self._fail(why)
+
+    def _decode(self) -> None:
+        failed = 0
         while self._obey():
             try:
                 self._feed()
                 for event in self._decoder.step():
                     self._tell(event)
                 failed = 0
-            except Exception as error:
+            except BaseException as error:  # also SystemExit, which a caller's grammar may raise
                 failed += 1
                 if failed == _TRIES:
                     self._fail(f"the decoder failed: {said(error)}")
                     failed = 0
-        self._fail("the LLM was closed before the answer ended")
 
     def _obey(self) -> bool:
         """Carries out the orders, and waits for one while there is nothing to do. False at the end."""
@@ -115,8 +128,11 @@ class Engine:
     def _feed(self) -> None:
         while self._waiting and len(self._jobs) < self._decoder.max_batch:
             job = self._waiting.popleft()
-            self._jobs[id(job)] = job
-            self._decoder.submit(job.request)
+            try:
+                self._decoder.submit(job.request)
+                self._jobs[id(job)] = job
+            except Exception as error:  # a warning that the caller has made an error
+                job.fail(said(error))
 
     def _tell(self, event: Event) -> None:
         key = cast(int, event.id)

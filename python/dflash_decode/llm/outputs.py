@@ -33,8 +33,8 @@ class Completion:
         The tokens that each step of the loop committed, without the first one, and the tokens that it verified.
     time_to_first_token, seconds : float
         Seconds from the call to the first token and to the end, time in the queue included.
-    choices : list of Completion
-        All answers to this prompt, this one first: more than one with n > 1.
+    others : list of Completion
+        The further answers to this prompt, of n > 1.
     """
 
     text: str
@@ -55,6 +55,7 @@ class Completion:
 
     @property
     def choices(self) -> list["Completion"]:
+        """All n answers, this one first."""
         return [self, *self.others]
 
     @property
