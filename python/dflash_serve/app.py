@@ -68,6 +68,8 @@ class Api:
         return JSONResponse(self._model.model_dump())
 
     async def health(self, http: Request) -> Response:
+        if self.llm.closed:
+            raise ApiError(503, "the decoder has ended")
         return JSONResponse({"status": "ok"})
 
     async def measured(self, http: Request) -> Response:

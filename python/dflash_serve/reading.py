@@ -75,6 +75,8 @@ def told(where: str | None = None) -> Iterator[None]:
         first = text.partition(" ")[0]
         named = "response_format" if first == "json_schema" else first if first in _SAMPLING else None
         raise ApiError(400, text, where or named) from None
+    except RuntimeError as error:
+        raise ApiError(503, f"the decoder has ended: {_plain(error)}") from None
 
 
 def _plain(error: Exception) -> str:

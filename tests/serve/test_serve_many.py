@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from dflash_decode import LLM
 from dflash_serve import reading
 from tests.support.serving import BATCH, request, serving, until
 
@@ -168,3 +169,13 @@ def test_the_end_waits_for_answers_and_tells_those_that_take_longer(llm, held):
         server.should_exit = True
         assert json.loads(whole.result()[2])["choices"][0]["text"] == llm.generate("abc", max_tokens=90).text
     until(lambda: is_idle(server, llm))
+
+
+def test_a_decoder_that_has_ended_is_unhealthy(files):
+    with LLM(*files, max_batch=1) as llm, serving(llm) as server:
+        assert request(server.url, "GET", "/health")[0] == 200
+        llm.close()
+        for method, path, body in (("GET", "/health", None), ("POST", "/v1/completions", {"prompt": "abc"})):
+            status, _, text = request(server.url, method, path, body)
+            assert status == 503 and json.loads(text)["error"]["message"].startswith("the decoder has ended")
+        assert server.desk.taken == 0
