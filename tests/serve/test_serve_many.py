@@ -5,6 +5,8 @@ import http.client
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from time import sleep
 
 import openai
 import pytest
@@ -53,29 +55,23 @@ def test_sixteen_at_once_some_of_whom_leave(server, llm):
     until(lambda: is_idle(server, llm))
 
 
-@pytest.fixture
+@contextmanager
 def held(llm):
-    """held(): the decoder waits, until held.go is set."""
-    holds = Hold(llm)
-    yield holds
-    holds.go.set()
+    """The decoder waits, until the event that this gives is set."""
+    go = threading.Event()
+    threading.Thread(target=llm._engine.call, args=(go.wait,)).start()
+    try:
+        yield go
+    finally:
+        go.set()
 
 
-class Hold:
-    def __init__(self, llm):
-        self.llm, self.go = llm, threading.Event()
-
-    def __call__(self):
-        threading.Thread(target=self.llm._engine.call, args=(self.go.wait,)).start()
-
-
-def test_a_full_queue_is_told_to_try_again_and_frees_its_places(llm, held):
-    with serving(llm, max_queue=2) as server, ThreadPoolExecutor(COUNT) as pool:
+def test_a_full_queue_is_told_to_try_again_and_frees_its_places(llm):
+    with serving(llm, max_queue=2) as server, ThreadPoolExecutor(COUNT) as pool, held(llm) as go:
         asked = {"prompt": "abc", "max_tokens": 3}
-        held()
         waiting = [pool.submit(request, server.url, "POST", "/v1/completions", asked) for _ in range(BATCH + 1)]
         until(lambda: server.desk.taken == BATCH + 1)
-        status, headers, text = request(server.url, "POST", "/v1/completions", asked | {"n": 2})
+        status, headers, text = request(server.url, "POST", "/v1/completions", asked | {"n": 2}, timeout=10.0)
         assert status == 429 and headers["retry-after"] == "1"
         assert json.loads(text)["error"] == {
             "message": f"the server is busy: {BATCH + 1} answers run or wait; try again", "type": "rate_limit_error",
@@ -84,7 +80,7 @@ def test_a_full_queue_is_told_to_try_again_and_frees_its_places(llm, held):
         assert status == 400 and json.loads(text)["error"]["param"] == "n"
         last = pool.submit(request, server.url, "POST", "/v1/completions", asked)  # there is room for one
         until(lambda: server.desk.taken == BATCH + 2)
-        held.go.set()
+        go.set()
         texts = {json.loads(one.result()[2])["choices"][0]["text"] for one in [*waiting, last]}
         assert texts == {llm.generate("abc", max_tokens=3).text}
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY") as client:
@@ -99,7 +95,7 @@ def opened(server, body):
     return connection
 
 
-def test_a_client_that_leaves_ends_its_answers_running_or_waiting(server, llm, held):
+def test_a_client_that_leaves_ends_its_answers_running_or_waiting(server, llm):
     def aborted():
         text = request(server.url, "GET", "/metrics")[2]
         return sum(float(line.split()[-1]) for line in text.splitlines()
@@ -125,10 +121,12 @@ def test_a_client_that_leaves_before_its_prompt_is_read_leaves_nothing(server, l
 
     monkeypatch.setattr(reading, "prompts", prompts)
     connection = opened(server, {"prompt": "abc", "max_tokens": 900})
-    reached.wait()
-    assert request(server.url, "GET", "/health")[0] == 200  # the event loop is not what reads
-    connection.close()
-    go.set()
+    try:
+        reached.wait()
+        assert request(server.url, "GET", "/health", timeout=5.0)[0] == 200  # the event loop is not what reads
+    finally:
+        connection.close()
+        go.set()
     until(lambda: is_idle(server, llm))
 
 
@@ -147,26 +145,30 @@ def test_an_answer_that_fails_is_told_and_disturbs_nobody(server, client, llm, s
     until(lambda: is_idle(server, llm))
 
 
-def test_the_end_waits_for_answers_and_tells_those_that_take_longer(llm, held):
-    with serving(llm, patience=0.0) as server, ThreadPoolExecutor(2) as pool:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY", max_retries=0) as client:
-            stream = client.completions.create(model="tiny", prompt="abc", max_tokens=900, stream=True,
-                                               logit_bias={str(llm.tokenizer.eos_id): -100})
-            next(stream)
-            held()
-            whole = pool.submit(request, server.url, "POST", "/v1/completions", {"prompt": "abc"})
+def test_the_end_waits_for_answers_and_tells_those_that_take_longer(llm):
+    with serving(llm, patience=0.0) as server, ThreadPoolExecutor(2) as pool, openai.OpenAI(
+            base_url=f"{server.url}/v1", api_key="EMPTY", max_retries=0, timeout=20.0) as client:
+        stream = client.completions.create(model="tiny", prompt="abc", max_tokens=900, stream=True,
+                                           logit_bias={str(llm.tokenizer.eos_id): -100})
+        next(stream)
+        with held(llm):
+            whole = pool.submit(request, server.url, "POST", "/v1/completions", {"prompt": "abc"}, timeout=20.0)
             until(lambda: server.desk.taken == 2)
             server.should_exit = True
             with pytest.raises(openai.APIError, match="the server stopped before the answer ended"):
                 list(stream)
             status, _, text = whole.result()
             assert status == 503 and json.loads(text)["error"]["type"] == "server_error"
-        held.go.set()
     until(lambda: is_idle(server, llm))
     with serving(llm) as server, ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(request, server.url, "POST", "/v1/completions", {"prompt": "abc", "max_tokens": 90})
-        until(lambda: server.desk.taken == 1)
-        server.should_exit = True
+        with held(llm):
+            whole = pool.submit(request, server.url, "POST", "/v1/completions", {"prompt": "abc", "max_tokens": 90})
+            until(lambda: server.desk.taken == 1)
+            server.should_exit = True
+            until(lambda: not server.servers[0].is_serving())
+            for _ in range(9):  # the event loop goes on
+                assert server.desk.taken == 1
+                sleep(0.01)
         assert json.loads(whole.result()[2])["choices"][0]["text"] == llm.generate("abc", max_tokens=90).text
     until(lambda: is_idle(server, llm))
 

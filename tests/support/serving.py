@@ -49,16 +49,17 @@ def serving(llm, patience: float = 60.0, max_batch: int = BATCH, **settings) -> 
 
 def until(true) -> None:
     """Waits for what another thread does."""
-    for _ in range(6000):
+    for _ in range(2000):
         if true():
             return
         sleep(0.01)
     raise AssertionError("it did not happen")
 
 
-def request(url: str, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, str]:
-    """(status, headers, text). body: bytes as they are, or JSON."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+def request(url: str, method: str, path: str, body: object = None, timeout: float = 100.0,
+            **headers: str) -> tuple[int, dict, str]:
+    """(status, headers, text). body: bytes as they are, or JSON. timeout: the longest silence."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout)
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
     connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
