@@ -204,6 +204,17 @@ def test_the_extra_decode_is_enough_for_text(built, models, tmp_path):
     assert done.returncode == 0 and "protocol" in done.stdout, done.stderr
 
 
+def test_the_extra_serve_is_enough_for_the_server(built, tmp_path):
+    pytest.importorskip("starlette")
+    extra = needs(built["wheel"], "decode") | needs(built["wheel"], "serve") - {"dflash-kernels"}
+    made = installed.Environment(tmp_path / "serve", "torch", *extra)
+    made.install(f"dflash-kernels[serve] @ {built['wheel'].as_uri()}")
+    done = made.run("python", "-c", "import dflash_serve.app, dflash_serve.server")
+    assert done.returncode == 0, done.stderr
+    done = made.run("dflash-kernels", "serve", "--port", "0", "--model", "no/such")
+    assert done.returncode == 2 and "no/such" in done.stderr
+
+
 # ---- what pages and messages tell people to install ----------------------------------------------------------------
 
 
