@@ -153,14 +153,15 @@ class Locked:
             word, _, key = given.partition(b" ")
             if not secrets.compare_digest(word.lower() + b" " + key.strip(), self._expected):
                 error = ApiError(401, "Authorization must be 'Bearer KEY' with this server's key",
-                                 code="invalid_api_key")
+                                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
                 return await error.response()(scope, receive, send)
         await self._app(scope, receive, send)
 
 
 def _refusal(http: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # of the router
-        error = ApiError(error.status_code, f"{http.method} {http.url.path[:80]}: {error.detail.lower()}")
+        error = ApiError(error.status_code, f"{http.method} {http.url.path[:80]}: {error.detail.lower()}",
+                         headers=error.headers)
     if isinstance(error, ClientDisconnect):
         return Response(status_code=_LEFT)
     return (error if isinstance(error, ApiError) else ApiError(500, "the server failed; its log says how")).response()

@@ -25,7 +25,8 @@ class Desk:
         if count > self.most:
             raise ApiError(400, f"n must be at most {self.most} answers in all; got {count}", "n")
         if self.taken + count > self.most:
-            raise ApiError(429, f"the server is busy: {self.taken} answers run or wait; try again", code="queue_full")
+            raise ApiError(429, f"the server is busy: {self.taken} answers run or wait; try again", code="queue_full",
+                           headers={"Retry-After": "1"})
         self.taken += count
         found = Answers(self, prompts, choices)
         self._open.add(found)

@@ -1,5 +1,7 @@
 """Errors, in OpenAI's shape."""
 
+from collections.abc import Mapping
+
 from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse
 
@@ -24,18 +26,17 @@ class ErrorReply(BaseModel):
 class ApiError(Exception):
     """An error that a client is told. param: the field that is wrong. code: a word for programs."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: Mapping[str, str] | None = None):
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def body(self) -> ErrorReply:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return ErrorReply(error=ErrorBody(message=str(self), type=kind, param=self.param, code=self.code))
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": "1"} if self.status == 429 else {}
-        headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        return JSONResponse(self.body().model_dump(), self.status, headers)
+        return JSONResponse(self.body().model_dump(), self.status, self.headers)
 
 
 def refused(param: str, expected: str, got: object, code: str | None = None) -> ApiError:

@@ -140,6 +140,11 @@ def test_a_key_is_asked_for(llm):
         assert [request(server.url, "GET", path)[0] for path in ("/health", "/metrics")] == [200, 200]
 
 
+def test_a_wrong_method_is_told_the_right_one(server):
+    status, headers, _ = request(server.url, "TRACE", CHAT)
+    assert (status, headers["allow"]) == (405, "POST")
+
+
 def test_a_fault_of_the_server_is_no_traceback_for_clients(server, monkeypatch):
     monkeypatch.setattr("dflash_serve.app.reading.params", None)
     status, _, text = request(server.url, "POST", CHAT, HELLO)
