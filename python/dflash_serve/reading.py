@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,7 +16,6 @@ from .errors import ApiError, of_validation, refused
 from .fields import NOT_SERVED, Asked, ChatAsked, CompletionAsked, Message
 
 Kind = TypeVar("Kind", bound=Asked)
-_log = logging.getLogger(__name__)
 _AT_ONCE = 1 << 16  # bytes that are parsed in less than a millisecond
 _DRAINED = 8  # times the limit that is read and dropped, so that the client sees the answer
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
@@ -39,7 +37,6 @@ async def read(http: Request, kind: type[Kind], model: str, most: int) -> Kind:
         if name in NOT_SERVED and value not in NOT_SERVED[name]:
             raise ApiError(400, f"{name} must be left out: this server does not support it", name,
                            "unsupported_parameter")
-        _log.debug("%s is ignored", name)
     return asked
 
 
