@@ -2,7 +2,8 @@
 
     python -m bench.server_times PROMPTS.jsonl... --base-url URL [--limit N] [--concurrency N...] [--max-tokens N]
 
-Greedy chats, streamed; one round of all prompts goes before the one that is measured.
+Greedy chats, streamed; one round of all prompts goes before the one that is measured. llama-server is told not to reuse
+that round's prompts.
 """
 
 import argparse
@@ -23,7 +24,7 @@ async def timed(client: AsyncOpenAI, model: str, prompt: Prompt, max_tokens: int
     began, first, tokens = time.perf_counter(), 0.0, 0
     stream = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": prompt.turns[0]}], max_tokens=max_tokens, temperature=0.0,
-        stream=True, stream_options={"include_usage": True})
+        stream=True, stream_options={"include_usage": True}, extra_body={"cache_prompt": False})
     async for chunk in stream:
         if not first and chunk.choices and chunk.choices[0].delta.content:
             first = time.perf_counter() - began
@@ -32,7 +33,7 @@ async def timed(client: AsyncOpenAI, model: str, prompt: Prompt, max_tokens: int
 
 
 async def measured(url: str, prompts: list[Prompt], concurrency: int, max_tokens: int) -> dict:
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0, timeout=600) as client:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=2, timeout=600) as client:
         model, room = (await client.models.list()).data[0].id, asyncio.Semaphore(concurrency)
 
         async def one(prompt: Prompt) -> tuple[float, int]:
