@@ -28,10 +28,10 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._labels = {"model_name": name, "engine": "0"}
         for gauge, text, value in (
-                ("num_requests_running", "Requests that are decoded.", lambda: llm.load().running),
-                ("num_requests_waiting", "Requests that wait.", lambda: llm.load().waiting),
+                ("num_requests_running", "Requests that are decoded.", lambda: llm.workload().running),
+                ("num_requests_waiting", "Requests that wait.", lambda: llm.workload().waiting),
                 ("kv_cache_usage_perc", "The share of the KV cache that is taken, from 0 to 1.",
-                 lambda: llm.load().cache)):
+                 lambda: llm.workload().cache)):
             Gauge(f"vllm:{gauge}", text, [*self._labels], registry=self.registry).labels(
                 **self._labels).set_function(value)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")

@@ -65,7 +65,7 @@ def test_a_loop_that_is_closed_disturbs_nobody(llm):
 
     other = asyncio.run(leave())
     assert other.result().token_ids == llm.generate("b", max_tokens=12).token_ids
-    assert llm.load().running == 0
+    assert llm.workload().running == 0
 
 
 def test_a_stream_that_is_left_frees_its_pages(llm):
@@ -75,7 +75,7 @@ def test_a_stream_that_is_left_frees_its_pages(llm):
     next(iter(stream))
     stream.cancel()
     found = stream.result()
-    assert {one.finish_reason for one in found.choices} == {"cancelled"} and llm.load() == (0, 0, 0.0)
+    assert {one.finish_reason for one in found.choices} == {"cancelled"} and llm.workload() == (0, 0, 0.0)
     assert 0 < len(found.token_ids) < 100 and found.text == llm.tokenizer.decode(found.token_ids)
 
 

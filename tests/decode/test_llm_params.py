@@ -69,7 +69,7 @@ def test_wrong_arguments_are_named_before_anything_is_decoded(llm, monkeypatch, 
     given = {"prompts": "abc"} | given
     with pytest.raises((TypeError, ValueError), match=r"^LLM\.generate: " + message):
         llm.generate(given.pop("prompts"), **given)
-    assert llm.load().running == llm.load().waiting == 0
+    assert llm.workload().running == llm.workload().waiting == 0
 
 
 @pytest.mark.parametrize("kwargs, got", [(5, "5"), ({5: 1}, "5"), ({"messages": []}, "'messages'")], ids=str)

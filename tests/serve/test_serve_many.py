@@ -24,7 +24,7 @@ def fields(i):
 
 
 def is_idle(server, llm):
-    return (server.desk.taken, server.desk._open, llm.load().running, llm.load().waiting) == (0, set(), 0, 0)
+    return (server.desk.taken, server.desk._open, llm.workload().running, llm.workload().waiting) == (0, set(), 0, 0)
 
 
 def test_sixteen_at_once_some_of_whom_leave(server, llm):
@@ -104,7 +104,7 @@ def test_a_client_that_leaves_ends_its_answers_running_or_waiting(server, llm):
     before = aborted()
     connections = [opened(server, {"prompt": ["abc", "abd"], "max_tokens": 900, "stream": stream, "logit_bias": {
         str(llm.tokenizer.eos_id): -100}}) for stream in (False, True, False)]
-    until(lambda: llm.load().running == BATCH and server.desk.taken == 6)
+    until(lambda: llm.workload().running == BATCH and server.desk.taken == 6)
     for connection in connections:
         connection.close()
     until(lambda: is_idle(server, llm))

@@ -19,7 +19,7 @@ from ..prompts import Reading, is_single, read_prompts
 from ..sampling import SamplingParams
 from ..session import Session
 from .defaults import read_defaults
-from .engine import Engine, Load
+from .engine import Engine, Workload
 from .grammars import Constraints
 from .params import GenerationParams, Plan, plan, read_params
 from .streams import AsyncStream, Stream
@@ -124,9 +124,9 @@ class LLM:
         """Whether nothing can be generated any more."""
         return self._engine.closed
 
-    def load(self) -> Load:
+    def workload(self) -> Workload:
         """What is running and waiting now."""
-        return self._engine.load()
+        return self._engine.workload()
 
     def warm_up(self, prompt_lens: Iterable[int] | None = None, params: Params = None) -> None:
         """Does at once what the first answers would wait for: compiles and records the passes that they need.

@@ -19,7 +19,7 @@ from .job import Job
 _TRIES = 2  # steps in a row that may raise: what failed once may be a request that has ended by it
 
 
-class Load(NamedTuple):
+class Workload(NamedTuple):
     """What an engine has to do. cache: the share of its pages that are taken."""
 
     running: int
@@ -61,9 +61,9 @@ class Engine:
         self._order(order)
         done.result()
 
-    def load(self) -> Load:
+    def workload(self) -> Workload:
         pool = self._decoder.pool
-        return Load(len(self._jobs), len(self._waiting) + self._orders.qsize(), 1 - pool.free_pages / pool.num_pages)
+        return Workload(len(self._jobs), len(self._waiting) + self._orders.qsize(), 1 - pool.free_pages / pool.num_pages)
 
     def _order(self, order: Callable[[], None]) -> None:
         with self._lock:
