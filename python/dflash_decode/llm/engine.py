@@ -63,7 +63,8 @@ class Engine:
 
     def workload(self) -> Workload:
         pool = self._decoder.pool
-        return Workload(len(self._jobs), len(self._waiting) + self._orders.qsize(), 1 - pool.free_pages / pool.num_pages)
+        waiting = len(self._waiting) + self._orders.qsize()
+        return Workload(len(self._jobs), waiting, 1 - pool.free_pages / pool.num_pages)
 
     def _order(self, order: Callable[[], None]) -> None:
         with self._lock:
