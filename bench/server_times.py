@@ -1,22 +1,36 @@
-"""Time to first token and tokens/s of a server that speaks OpenAI's API, as its clients see them.
+"""Time to first token and tokens/s of servers that speak OpenAI's API, as their clients see them.
 
-    python -m bench.server_times PROMPTS.jsonl... --base-url URL [--limit N] [--concurrency N...] [--max-tokens N]
+    python -m bench.server_times PROMPTS.jsonl... [--llama LLAMA-SERVER] [--limit N] [--concurrency N...]
+                                 [--max-tokens N] [--json FILE]
+    python -m bench.server_times PROMPTS.jsonl... --base-url URL    # one that runs; nothing is written
 
-Greedy chats, streamed; one round of all prompts goes before the one that is measured. llama-server is told not to reuse
-that round's prompts.
+Servers are started in turn, for SmolLM2's GGUF file: llama-server if it is named, ours with the drafter, and ours
+without. Greedy chats, streamed; one round of all prompts goes before the one that is measured. llama-server is told not
+to reuse that round's prompts.
 """
 
 import argparse
 import asyncio
 import json
+import socket
+import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
 from openai import AsyncOpenAI
 
+from bench.case import device_name, results_folder
 from dflash_bench.decode import Prompt, read_prompts
+from dflash_bench.results import commit, output, write_json
+from dflash_decode.checkpoint import find_model
+from dflash_kernels import build_info
+
+MODEL, CONTEXT = "smollm2", 1024
 
 
 async def timed(client: AsyncOpenAI, model: str, prompt: Prompt, max_tokens: int) -> tuple[float, int]:
@@ -50,17 +64,67 @@ async def measured(url: str, prompts: list[Prompt], concurrency: int, max_tokens
             "first_token_most_s": round(max(firsts), 4)}
 
 
+@contextmanager
+def serving(command: list[str], port: int) -> Iterator[str]:
+    """Runs a server until the block ends; its address."""
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(600):
+                if server.poll() is not None:
+                    raise SystemExit(f"{command[0]} ended with {server.returncode}")
+                with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+                time.sleep(0.1)
+            yield url
+        finally:
+            server.terminate()
+
+
+def commands(llama: Path | None, batch: int, threads: int, port: int) -> dict[str, list[str]]:
+    """The servers by the names that the table has."""
+    ours = [sys.executable, "-m", "dflash_decode.cli", "serve", "--model", MODEL, "--port", f"{port}", "--max-batch",
+            f"{batch}", "--max-context", f"{CONTEXT}", "--threads", f"{threads}"]
+    theirs = [f"{llama}", "--model", f"{find_model(MODEL)}", "--ctx-size", f"{CONTEXT * batch}", "--parallel",
+              f"{batch}", "--threads", f"{threads}", "--threads-batch", f"{threads}", "--port", f"{port}", "--offline"]
+    return ({"llama-server": theirs} if llama else {}) | {
+        "dflash-kernels serve": ours, "dflash-kernels serve --draft none": [*ours, "--draft", "none"]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+", type=Path)
-    parser.add_argument("--base-url", required=True)
+    parser.add_argument("--base-url")
+    parser.add_argument("--llama", type=Path, metavar="LLAMA-SERVER")
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--json", type=output, help="another file")
     given = parser.parse_args()
     prompts = [row for file in given.prompts for row in read_prompts(file, given.limit)]
-    for concurrency in given.concurrency:
-        print(json.dumps(asyncio.run(measured(given.base_url, prompts, concurrency, given.max_tokens))), flush=True)
+
+    def rows(name: str, url: str) -> list[dict]:
+        found = [{"server": name} | asyncio.run(measured(url, prompts, n, given.max_tokens)) for n in given.concurrency]
+        for row in found:
+            print(json.dumps(row), flush=True)
+        return found
+
+    if given.base_url:
+        rows(given.base_url, given.base_url)
+        return 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    info, found = build_info(), []
+    for name, command in commands(given.llama, max(given.concurrency), info["threads"], port).items():
+        with serving(command, port) as url:
+            found += rows(name, url)
+    write_json(given.json or results_folder() / "server-times.json", {
+        "header": {"device": device_name(), "threads": info["threads"], "isa": info["isa"], "commit": commit()},
+        "command": f"python -m bench.server_times {' '.join(file.name for file in given.prompts)} --llama LLAMA-SERVER "
+                   f"--limit {given.limit} --concurrency {' '.join(map(str, given.concurrency))} --max-tokens "
+                   f"{given.max_tokens}",
+        "model": MODEL, "servers": found})
     return 0
 
 

@@ -12,6 +12,7 @@ from bench.report import (
     peer_tables,
     perplexity_table,
     rows_table,
+    servers_table,
     summary_table,
 )
 from tests.support import ROOT
@@ -239,6 +240,18 @@ def test_conditional_acceptance():
 def product(**changes):
     return {"shape": "gate_up", "op": "linear", "n": 96, "k": 64, "weights": "bf16", "rows": 1, "isa": "avx2",
             "us": 2.0, "gbps": 30.0, "tflops": 0.1, "pct_of_bound": 80.0, "torch_us": 5.0} | changes
+
+
+def test_servers_are_shown_with_their_first_tokens(tmp_path):
+    assert servers_table.servers_block(tmp_path) == servers_table.EMPTY
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "server-times.json").write_text(json.dumps({
+        "header": {"device": "A CPU", "threads": 2, "isa": "avx2"}, "command": "python -m bench.server_times q",
+        "model": "smollm2", "servers": [{"server": "ours", "concurrency": 8, "tokens_per_s": 469.5,
+                                      "first_token_median_s": 0.0506, "first_token_most_s": 0.731}]}))
+    lines = servers_table.servers_block(tmp_path).splitlines()
+    assert lines[0] == "A CPU, 2 threads, avx2, smollm2: `python -m bench.server_times q`."
+    assert "| ours | 8 | 470 | 51 ms | 731 ms |" in lines
 
 
 def test_perplexity_is_shown_against_the_first_row(tmp_path):
