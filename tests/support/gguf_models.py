@@ -7,10 +7,6 @@ import torch
 
 from tests.support.gguf_files import write_gguf
 
-# Architecture of the file -> how the gguf package's table names it, beyond itself.
-_PARTS = {"mlp.experts.down_proj.weight": "ffn_down_exps.weight", "mlp.experts.gate_proj.weight": "ffn_gate_exps.weight",
-          "mlp.experts.up_proj.weight": "ffn_up_exps.weight"}
-
 
 def write_model(path, model, arch, **changes):
     """The GGUF file of a model. changes: metadata, as of write_gguf."""

@@ -74,8 +74,8 @@ class LLM:
     def __init__(self, model: str | os.PathLike, drafter: str | os.PathLike | None = AUTO, *,
                  tokenizer: str | os.PathLike | Tokenizer | None = None, dtype: str | torch.dtype = "bfloat16",
                  device: str | torch.device = "cpu", weights: str = "auto", draft_weights: str = "auto",
-                 native: bool = False, block_size: int | None = None, max_batch: int = _MOST_AT_ONCE, max_context: int | None = None,
-                 sample_from: str = "greedy", rule: str = "token",
+                 native: bool = False, block_size: int | None = None, max_batch: int = _MOST_AT_ONCE,
+                 max_context: int | None = None, sample_from: str = "greedy", rule: str = "token",
                  status: Callable[[str], AbstractContextManager] = lambda text: nullcontext()):
         how = {"max_batch": whole("LLM", "max_batch", max_batch, 1), "rule": choice("LLM", "rule", rule, Rule),
                "max_context": None if max_context is None else whole("LLM", "max_context", max_context, 1),

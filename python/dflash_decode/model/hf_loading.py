@@ -1,6 +1,7 @@
 """Loads a model for HFTarget. Its config.json is checked before any weight is read."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,7 +29,7 @@ def load_hf_tensors(found: Checkpoint, dtype: torch.dtype, device: torch.device)
     config = _config(lambda: transformers.AutoConfig.for_model(**found.config))
     _check(config)
     transformers.utils.logging.disable_progress_bar()
-    made_by = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    made_by: Any = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     model, report = _made(lambda: made_by.from_pretrained(None, config=config, state_dict=dict(found.tensors),
                                                           dtype=dtype, output_loading_info=True))
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # transformers would only warn

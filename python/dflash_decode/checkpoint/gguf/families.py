@@ -25,10 +25,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """layer: the tensors of a layer, by their names in the file. config: fields beside those of every family, which they
-    replace. converted: the tensors by their names in a checkpoint, from those by `layer`'s. native: our own layers run
-    it; others run in transformers. interleaved: rows of queries and keys are in the order of interleaved RoPE. offset:
-    what is stored of a norm's weight is this much more."""
+    """layer: the tensors of a layer, by their names in the file. config: fields beside those of every family, or in
+    their place. converted: the tensors by their names in a checkpoint, from those by `layer`'s. native: our own layers
+    run it; others run in transformers. interleaved: rows of queries and keys are in the order of interleaved RoPE.
+    offset: what is stored of a norm's weight is this much more."""
 
     model_type: str
     architecture: str
