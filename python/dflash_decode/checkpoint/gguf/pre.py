@@ -4,6 +4,7 @@ The expressions are those of the models' own tokenizer.json. Each one cuts the p
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -95,13 +96,16 @@ def _sequence(*steps: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenize
     return pre_tokenizers.Sequence([*steps])
 
 
+def _cut_to_bytes(cuts: tuple[str, ...], words: bool) -> pre_tokenizers.PreTokenizer:
+    return _sequence(*_cut(*cuts), _bytes(words))
+
+
 PRE: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     **{name: lambda: _bytes(True) for name in _GPT2_ALONE.split()},
     **{name: lambda: _sequence(pre_tokenizers.Digits(individual_digits=True), _bytes(True))
        for name in _GPT2_DIGITS.split()},
-    **{name: lambda cuts=cuts: _sequence(*_cut(*cuts), _bytes(True)) for name, cuts in _GPT2_CUTS.items()},
-    **{name: lambda cuts=cuts: _sequence(*_cut(*cuts), _bytes(False)) for names, cuts in _SPLITS.items()
-       for name in names.split()},
+    **{name: partial(_cut_to_bytes, cuts, True) for name, cuts in _GPT2_CUTS.items()},
+    **{name: partial(_cut_to_bytes, cuts, False) for names, cuts in _SPLITS.items() for name in names.split()},
     "falcon": lambda: _sequence(pre_tokenizers.Punctuation(behavior="contiguous"), _bytes(True),
                                 pre_tokenizers.Digits(individual_digits=False), *_cut("[0-9][0-9][0-9]")),
 }
