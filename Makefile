@@ -10,7 +10,7 @@
 #   make gpu       builds, tests and measures within nine minutes, with GPU_PYTHON on a machine with a GPU. PART=a to f:
 #                  one part (bench/gpu). OUT=folder for the results. ARGS="--no-peers". PART=dry: everything on tiny
 #                  shapes without a GPU, in .venv. PART="dry b": one part of that
-#   make peer-kernels  fetches SGLang's and vLLM's kernels (750 KB) for the tests and the table of make gpu; carry
+#   make peer-kernels  fetches SGLang's and vLLM's kernels (900 KB) for the tests and the table of make gpu; carry
 #                      build/peers/kernels to the machine with the GPU
 #   make peers     compares dflash, transformers, vLLM and llama.cpp with our loop: the same PROMPTS=files and drafter
 #   make engine-vllm  serves SmolLM2 with vLLM's CPU build and our plugin, and compares it step by step with vLLM alone
@@ -22,7 +22,7 @@
 # .venv. CXX: the compiler. MAX_JOBS: how many files are compiled in parallel.
 
 PYTHON ?= python3
-PROMPT ?= Janet has 3 boxes with 12 pencils each. She gives 8 to a friend and buys 2 more boxes. How many has she now? Explain each step.
+PROMPT ?= Write a Python function that returns the n-th Fibonacci number, and explain how it works.
 VENV := .venv
 PY := $(VENV)/bin/python
 GPU_PYTHON ?= python3

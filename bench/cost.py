@@ -82,21 +82,23 @@ def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
     return 4 * pairs * heads * head_dim
 
 
-def linear_bytes(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int | None = None, chunks: int = 0) -> int:
+def linear_bytes(rows: int, n: int, k: int, itemsize: int, weight_itemsize: float | None = None,
+                 chunks: int = 0) -> int:
     """Bytes that move: the weight once, and the rows. weight_itemsize: bytes of the weight's elements, if they are
-    others. chunks: of K whose float32 sums go through memory, written and read (_triton/linear.py, `shared`)."""
-    return (weight_itemsize or itemsize) * n * k + itemsize * rows * (n + k) + 8 * chunks * rows * n
+    others; a fraction, of blocks. chunks: of K whose float32 sums go through memory, written and read
+    (_triton/linear.py, `shared`)."""
+    return int((weight_itemsize or itemsize) * n * k) + itemsize * rows * (n + k) + 8 * chunks * rows * n
 
 
 def linear_flops(rows: int, n: int, k: int) -> int:
     return 2 * rows * n * k
 
 
-def lm_head_bytes(rows: int, vocab: int, hidden: int, itemsize: int, weight_itemsize: int | None = None, *, k: int = 1,
-                  lse: bool = False) -> int:
+def lm_head_bytes(rows: int, vocab: int, hidden: int, itemsize: int, weight_itemsize: float | None = None, *,
+                  k: int = 1, lse: bool = False) -> int:
     """Bytes that must move: the weight once, in elements of weight_itemsize (None: itemsize), the rows, and k ids and
     values a row, with lse the log-sum-exp too."""
-    return (weight_itemsize or itemsize) * vocab * hidden + rows * (itemsize * hidden + 12 * k + 4 * lse)
+    return int((weight_itemsize or itemsize) * vocab * hidden) + rows * (itemsize * hidden + 12 * k + 4 * lse)
 
 
 def lm_head_flops(rows: int, vocab: int, hidden: int) -> int:

@@ -11,6 +11,7 @@ from .ops.attention import block_attention
 from .ops.block import embed_tokens, prepare_block
 from .ops.context import write_context_kv
 from .ops.conv import grouped_conv, grouped_conv_add_rms_norm
+from .ops.int4 import awq_blocks, gptq_blocks
 from .ops.linear import linear, pack_weight, quantize_blocks, quantize_weight
 from .ops.lm_head import combine_argmax, combine_topk, lm_head_argmax, lm_head_topk
 from .ops.norm import add_rms_norm, rms_norm
@@ -33,9 +34,11 @@ __all__ = [
     "Support",
     "Verified",
     "add_rms_norm",
+    "awq_blocks",
     "block_attention",
     "build_info",
     "embed_tokens",
+    "gptq_blocks",
     "grouped_conv",
     "grouped_conv_add_rms_norm",
     "linear",

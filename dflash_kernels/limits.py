@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .formats import EVERY, GROUPED
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
 MAX_HEAD_DIM = 1024  # kMaxHeadDim in csrc/cpu/rope_head.h
@@ -57,7 +59,7 @@ class _Main(NamedTuple):
 
 _X = _Main("x", "(..., H)")
 _BLOCKS = _Main("x", "(B, Q, H)")
-_ROWS = _Main("x", "(..., K)", facts=("weight_dtype",))
+_ROWS = _Main("x", "(..., K)", facts=("weight_dtype", "weight_format"))
 _LOGITS = _Main("logits", "(B, Q, V)")
 _F32 = (torch.float32,)
 _OPS = {
@@ -71,11 +73,11 @@ _OPS = {
     "block_attention": _Main("q", "(B, Q, Hq, D)", facts=("cache_dtype", "head_dim")),
     "linear": _ROWS,
     "lm_head_argmax": _ROWS,
-    "lm_head_topk": _ROWS._replace(facts=("weight_dtype", "k")),
+    "lm_head_topk": _ROWS._replace(facts=("weight_dtype", "weight_format", "k")),
     "combine_argmax": _Main("values", "(S, R)", _F32),
     "combine_topk": _Main("values", "(S, R, k)", _F32, ("k",)),
-    "prepare_block": _Main("embedding", "(V, H)"),
-    "embed_tokens": _Main("table", "(V, H)", (*FLOATS, torch.int64)),
+    "prepare_block": _Main("embedding", "(V, H)", facts=("weight_format",)),
+    "embed_tokens": _Main("table", "(V, H)", (*FLOATS, torch.int64), ("weight_format",)),
     "verify_greedy": _LOGITS,
     "verify_sample": _LOGITS,
     "sample_draft": _Main("values", "(B, Q - 1, K)", _F32),
@@ -136,9 +138,18 @@ def check_packed_dtype(op: str, dtype: torch.dtype, packed: torch.dtype) -> None
         raise TypeError(f"{op}: weight must be {dtype}, as x is; got packed {packed}")
 
 
-def check_blocks_device(op: str, device: torch.device) -> None:
-    if device.type == "cuda":
-        raise NotImplementedError(f"{op}: weights in blocks have no CUDA kernel; got {device}")
+def check_format(op: str, format: object, device: str | None) -> None:
+    """Of a weight in blocks. device: its type; None: not known, which only `supports` may say."""
+    if not isinstance(format, str) or format not in EVERY:
+        raise ValueError(f"{op}: format must be one of {', '.join(EVERY)}; got {format!r}")
+    if format in GROUPED and device not in (None, "cuda"):
+        raise NotImplementedError(f"{op}: weights in {format} have kernels on CUDA alone; got {device}")
+
+
+def check_group_order(op: str, k: int, group: int) -> None:
+    """Of a GPTQ checkpoint's g_idx."""
+    if group != k // 128:
+        raise NotImplementedError(f"{op}: g_idx must be k // 128, as it is without desc_act; got {group} for k = {k}")
 
 
 def _check_dtype(op: str, dtype: torch.dtype) -> None:
@@ -164,7 +175,8 @@ def _check_cache_dtype(op: str, dtype: torch.dtype | None, cache_dtype: torch.dt
 
 def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
              cache_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None,
-             head_dim: int | None = None, layers: int | None = None, k: int | None = None) -> Support:
+             weight_format: str | None = None, head_dim: int | None = None, layers: int | None = None,
+             k: int | None = None) -> Support:
     """Whether an op takes tensors of this kind, and why not. Nothing is launched, and no GPU is touched.
 
     Facts that are left out refuse nothing. An op is asked about its own facts alone: `layers` is a fact of
@@ -183,6 +195,8 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
         Of the PagedKV of qk_norm_rope, write_context_kv and block_attention.
     weight_dtype : torch.dtype, optional
         Of the PackedWeight of linear, lm_head_argmax and lm_head_topk; int8 with scales.
+    weight_format : str, optional
+        Of such a PackedWeight in blocks, or of the table of embed_tokens and prepare_block.
     head_dim : int, optional
         D of qk_norm_rope, write_context_kv and block_attention.
     layers : int, optional
@@ -215,7 +229,7 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
     if op not in _OPS:
         raise ValueError(f"supports: op must be one of {', '.join(sorted(_OPS))}; got {op!r}")
     _check_facts(op, {"dtype": dtype, "cache_dtype": cache_dtype, "weight_dtype": weight_dtype},
-                 {"head_dim": head_dim, "layers": layers, "k": k})
+                 {"head_dim": head_dim, "layers": layers, "k": k}, weight_format)
     kind = _device_type(device)
     try:
         if dtype is not None:
@@ -226,6 +240,8 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
             _check_weight_dtype(weight_dtype)
             if dtype is not None:
                 check_packed_dtype(op, dtype, weight_dtype)
+        if weight_format is not None:
+            check_format("pack_weight", weight_format, kind)
         if head_dim is not None and op != "block_attention":
             check_head_dim(op, head_dim)
         elif head_dim is not None and kind == "cuda":
@@ -239,9 +255,12 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
     return Support(True)
 
 
-def _check_facts(op: str, dtypes: dict[str, torch.dtype | None], sizes: dict[str, int | None]) -> None:
+def _check_facts(op: str, dtypes: dict[str, torch.dtype | None], sizes: dict[str, int | None],
+                 weight_format: str | None) -> None:
     facts = ("device", "dtype", *_OPS[op].facts)
-    for name, value in (dtypes | sizes).items():
+    if weight_format is not None and not isinstance(weight_format, str):
+        raise TypeError(f"supports: weight_format must be a str; got {weight_format!r}")
+    for name, value in (dtypes | sizes | {"weight_format": weight_format}).items():
         if value is not None and name not in facts:
             raise TypeError(f"supports: facts of {op} must be among {', '.join(facts)}; got {name}")
     for name, dtype in dtypes.items():

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .formats import EXACT, FORMATS, packed_bytes
-from .limits import FLOATS, FP8, check_paged_dtype
+from .formats import EVERY, EXACT, gpu_shape, packed_bytes
+from .limits import FLOATS, FP8, check_format, check_paged_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +117,8 @@ class PackedWeight:
     Parameters
     ----------
     data : float32, bfloat16 or float16, or int8 with scales, or uint8 with a format
-        On CUDA (N, K), row-major. Elsewhere blocks of 16 outputs, in the order of csrc/cpu/gemm.h, or with a format of
-        csrc/cpu/quant.h.
+        On CUDA (N, K), row-major, or with a format the records of _triton/_quant.py. Elsewhere blocks of 16 outputs, in
+        the order of csrc/cpu/gemm.h, or with a format of csrc/cpu/quant.h.
     out_features, in_features : int
         N and K.
     scales : (N,) float32, optional
@@ -126,7 +126,8 @@ class PackedWeight:
     format : str, optional
         Name of the format of blocks. None: elements.
     exact : bool
-        Whether blocks become elements of x's dtype before they are multiplied. False: rows of x become int8.
+        Whether blocks become elements of x's dtype before they are multiplied, as always on CUDA. False: rows of x
+        become int8.
 
     Attributes
     ----------
@@ -190,10 +191,9 @@ class PackedWeight:
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
 
     def _check_blocks(self):
-        f = FORMATS.get(self.format) if isinstance(self.format, str) else None
-        n, k = self.out_features, self.in_features
-        if f is None:
-            raise ValueError(f"PackedWeight: format must be one of {', '.join(FORMATS)}; got {self.format!r}")
+        device = self.data.device.type if isinstance(self.data, torch.Tensor) else None
+        check_format("PackedWeight", self.format, device)
+        f, n, k = EVERY[str(self.format)], self.out_features, self.in_features
         if k % f.block:
             raise ValueError(f"PackedWeight: in_features must be a multiple of {f.block}, the block of {self.format}; "
                              f"got {k}")
@@ -202,7 +202,10 @@ class PackedWeight:
         if not isinstance(self.data, torch.Tensor) or self.data.dtype != torch.uint8:
             got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
             raise TypeError(f"PackedWeight: data must be a tensor of uint8, as there is a format; got {got}")
-        shape = ((n + 15) // 16, packed_bytes(f, k))
+        if device == "cuda" and not self.exact:
+            raise ValueError("PackedWeight: exact must be True where there is a format on CUDA; got False")
+        shape: tuple[int, ...]
+        shape = gpu_shape(f, n, k) if device == "cuda" else ((n + 15) // 16, packed_bytes(f, k))
         if self.data.shape != shape or not self.data.is_contiguous():
             raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
@@ -234,7 +237,7 @@ class PackedWeight:
 
     @property
     def format_number(self) -> int:
-        return 0 if self.format is None else FORMATS[self.format].number + (EXACT if self.exact else 0)
+        return 0 if self.format is None else EVERY[self.format].number + (EXACT if self.exact else 0)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Unpacks single rows. Not graph-safe.
@@ -259,7 +262,7 @@ class PackedWeight:
         """
         if self.format is not None:
             out = torch.empty(len(index), self.in_features, dtype=torch.float32, device=self.data.device)
-            torch.ops.dflash.embed_tokens(index[None], self.data, FORMATS[self.format].number, out[None])
+            torch.ops.dflash.embed_tokens(index[None], self.data, EVERY[self.format].number, out[None])
             return out
         if self.data.dim() == 2:
             found = self.data[index]

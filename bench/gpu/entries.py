@@ -10,6 +10,7 @@ import torch
 
 from bench.case import Case, Sizes
 from bench.ops import attention as bench_attention
+from bench.ops import blocks as bench_blocks
 from bench.ops import linear as bench_linear
 from bench.ops import memory as bench_memory
 from bench.ops import sample as bench_sample
@@ -32,12 +33,13 @@ class Wide(Sizes):
 @dataclass(frozen=True)
 class Entry:
     """table: a dict in dflash_kernels._triton.<noun>, or a number there, whose path is empty. path: its keys in order.
-    cases: made anew by each call."""
+    cases: made anew by each call. fixed: fields that have one value."""
 
     noun: str
     table: str
     path: tuple
     cases: Callable[[Sizes], list[Case]]
+    fixed: tuple[str, ...] = ()
 
     @property
     def module(self):
@@ -72,15 +74,15 @@ def literal(value) -> str:
     return repr(value)
 
 
-def neighbours(value) -> list:
-    """Values that differ in one number."""
+def neighbours(value, fixed: tuple[str, ...] = ()) -> list:
+    """Values that differ in one number, but in none of the fields that are fixed."""
     if isinstance(value, int):
         return [n for n in (value // 2, value * 2) if n]
     fields = getattr(value, "_fields", range(len(value)))
     made = []
     for at, field in enumerate(fields):
         n = value[at]
-        if isinstance(n, bool) or not isinstance(n, int):
+        if isinstance(n, bool) or not isinstance(n, int) or field in fixed:
             continue
         if field in COUNTS:
             others = [n + more for more in COUNTS[field]]
@@ -100,7 +102,7 @@ def entries(tiny: bool, major: int) -> list[Entry]:
     if tiny:
         return [Entry("linear", "CONFIGS", ((2, 16),), lambda sizes: products(sizes, 3, {"tiny": (40, 1100)})),
                 Entry("norm", "CONFIGS", (1024,), lambda sizes: [bench_memory.norm_case(sizes, 3, 64)])]
-    return [*linear_entries(2), *attention_entries(major), *memory_entries(), *linear_entries(4)]
+    return [*linear_entries(2), *attention_entries(major), *block_entries(), *memory_entries(), *linear_entries(4)]
 
 
 def linear_entries(itemsize: int) -> list[Entry]:
@@ -117,6 +119,17 @@ def linear_entries(itemsize: int) -> list[Entry]:
         found += [Entry("lm_head", name, (), lambda sizes: head(sizes, 16)) for name in ("BEST_BLOCK", "BEST_WARPS")
                   if hasattr(heads, name)]
     return found
+
+
+def block_entries() -> list[Entry]:
+    """Weights in blocks beside 16 bits, in the format that most checkpoints have. A piece has 32 k."""
+    module = importlib.import_module("dflash_kernels._triton.linear")
+
+    def made(rows):
+        return lambda sizes: [bench_blocks.linear_case(sizes, name, "q4_k", rows, *bench_blocks.weights_of(
+            sizes, "q4_k", n, k)) for name, (n, k) in SIDES.items()]
+
+    return [Entry("linear", "BLOCK_CONFIGS", ((2, rows),), made(rows), ("BLOCK_K",)) for rows in module.configs(2, 1)]
 
 
 def products(sizes: Sizes, rows: int, sides: dict) -> list[Case]:

@@ -6,12 +6,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SHARES = {"a": 160, "b": 90, "c": 110, "d": 45, "e": 95, "f": 30}  # seconds; what a part leaves, the next ones have
+SHARES = {"a": 185, "b": 90, "c": 85, "d": 45, "e": 95, "f": 30}  # seconds; what a part leaves, the next ones have
 BUDGET, DRY_BUDGET, BUILDING = 530, 3600, 150  # for everything, the build as well; at most for the build
 WORKERS = max(1, min((os.cpu_count() or 1) - 2, 14))  # processes of the tests, whose time is that of compiling kernels
 DRY = [sys.executable, "-m", "tools.dry_gpu"]
 TESTS = ["-m", "pytest", "-p", "no:cacheprovider", "--maxfail=20"]
-OPS, ROWS = "tests/gpu/test_ops_gpu.py", "tests/gpu/test_rows_gpu.py"
+OPS, ROWS, BLOCKS = (f"tests/gpu/test_{name}_gpu.py" for name in ("ops", "rows", "quant"))
 # What compute-sanitizer looks for: in which tests, for how many seconds at most, in which environment. memcheck must
 # see each allocation: behind torch's caching allocator it takes a block of megabytes for one. racecheck is for kernels
 # whose warps share memory.
@@ -50,8 +50,9 @@ def steps(part: str, out: Path, dry: bool, peers: bool) -> list[Step]:
     # The interpreter computes bfloat16 wrongly, so float16 is in its place.
     first, others = ("f16 and not bf16", "not f16") if dry else ("bf16", "not bf16")
     if part == "a":
-        return [tests("ops and rows, bf16", OPS, ROWS, "-k", first, seconds=75), bench("linear", seconds=40),
-                bench("attention", seconds=40), bench("draft")]
+        return [tests("ops and rows, bf16", OPS, ROWS, BLOCKS, "-k", first, seconds=90), bench("linear", seconds=40),
+                bench("attention", seconds=40), bench("draft", seconds=30),
+                bench("blocks", seconds=45)]
     if part == "b":
         return [bench("whole", seconds=75), script("profile")]
     if part == "c":

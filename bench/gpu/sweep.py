@@ -86,7 +86,7 @@ class Sweep:
             self.keep(entry, result)
             return
         result["cases"] = [f"{case.op} {case.case}" for case in cases]
-        for value in neighbours(entry.value)[:2 if self.sizes.tiny else None]:
+        for value in neighbours(entry.value, entry.fixed)[:2 if self.sizes.tiny else None]:
             if time.monotonic() > self.end:
                 break
             result["tried"].append(self.tried(entry, value, cases, now))
@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     began, sizes = time.monotonic(), Sizes("cuda", options.tiny, peers=False)
     every = entries(options.tiny, torch.cuda.get_device_capability()[0])
-    jobs = [(entry, value) for entry in every for value in neighbours(entry.value)]
+    jobs = [(entry, value) for entry in every for value in neighbours(entry.value, entry.fixed)]
     with torch.device("cuda"):
         if options.share:
             compile_share(jobs, *map(int, options.share.split("/")), Once("cuda", options.tiny, peers=False))

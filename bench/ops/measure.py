@@ -1,6 +1,7 @@
 """Runs the benchmarks by name and writes bench/results/<device>/<name>.json, or all rows into one file.
 
-    python -m bench.ops [linear] [attention] [memory] [sample] [small] [draft] [step] [whole] [--runs N] [--json OUT]
+    python -m bench.ops [linear] [attention] [memory] [sample] [small] [draft] [step] [whole] [blocks] [--runs N]
+                        [--json OUT]
 
 A file is written atomically after each case. `dflash-kernels bench ops` runs the same.
 """
@@ -16,13 +17,13 @@ from bench.case import Sizes, footnotes, header, measure, results_folder
 from dflash_bench.results import output, write_json
 
 NAMES = ("linear", "attention", "memory", "sample", "small", "draft", "step")
-GPU_NAMES = ("whole",)
+GPU_NAMES = ("whole", "blocks")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *NAMES, *GPU_NAMES],
-                        help=f"of {', '.join(NAMES)}, {', '.join(GPU_NAMES)}; default all but the last")
+                        help=f"of {', '.join(NAMES)}, {', '.join(GPU_NAMES)}; default those of a CPU")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--json", type=output, help="one file for all rows, instead of one per name")

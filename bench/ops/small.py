@@ -118,7 +118,7 @@ def select_case(sizes, requests, slots, k, vocab):
         return (torch.stack(path, 1),)
 
     args = lambda i: (values[i], ids[i], hidden[i], anchors[i])  # noqa: E731
-    problem = SimpleNamespace(expression=expression, args=args)
+    problem = SimpleNamespace(expression=expression, args=args, codebooks=codebooks)
     return Case("select_candidates", f"{requests} x {slots} slots, K {k}, rank {RANK}", run, moved, copies,
                 cost.select_flops(requests, slots, k, RANK), sizes.peers_of("select_candidates", problem),
                 agreeing(lambda: expression(*args(0))))

@@ -115,3 +115,34 @@ def vllm_context(p):
         return lambda: tuple(cache.flatten(1, 2)[:, p.slots] for cache in caches)
 
     return call
+
+
+@peer("grouped_conv", "vllm")
+def vllm_conv(p):
+    convolve = load("vllm", "model_executor/models/qwen3_dflash2.py").dflash2_grouped_conv_impl
+
+    def call(i):
+        x, delta, _residual, base, _weight = p.args(i)
+        group = x.shape[2] // delta.shape[3]
+        return convolve(x.flatten(0, 1), delta.flatten(0, 1), base, x.shape[1], group).view(x.shape)
+
+    return call
+
+
+@peer("select_candidates", "vllm")
+def vllm_select(p):
+    """The scores of all edges, by Beam's kernel, which takes them without tensors in between; then the walk."""
+    score = load("vllm", "models/beam/nvidia/dflash2_ops.py").candidate_edges
+    _values, ids, *_ = p.args(0)
+    (requests, slots, k), device = ids.shape, ids.device
+    walk = load("vllm", "v1/worker/gpu/spec_decode/dflash2/speculator.py").CandidateSampler(requests, slots, k, device)
+    positions, rows = torch.arange(requests * slots), torch.arange(requests).repeat_interleave(slots)
+    zeros, seeds, tokens = torch.zeros(requests), torch.zeros(requests).long(), torch.empty(requests, slots).long()
+
+    def call(i):
+        values, ids, hidden, anchors = p.args(i)
+        scores = score(*p.codebooks, ids, values, hidden, anchors, k)
+        walk.sample(ids, scores, requests, positions, rows, zeros, seeds, tokens, None, False)
+        return tokens
+
+    return call

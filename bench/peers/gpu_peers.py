@@ -30,11 +30,15 @@ FILES = {
                "kernels/ops/speculative/reject_sampling.py",
                # tests/triton/test_triton_engines*.py take functions out of these
                "srt/plugins/hook_registry.py", "srt/speculative/dflash_worker_v2.py", "srt/speculative/dflash_utils.py",
-               "srt/mem_cache/memory_pool.py"],
+               "srt/mem_cache/memory_pool.py", "srt/models/dflash.py"],
     "vllm": ["v1/worker/gpu/spec_decode/dflash/speculator.py", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py",
              "v1/worker/gpu/cp_utils.py", "v1/worker/gpu/sample/gumbel.py", "v1/worker/gpu/sample/watermark.py",
              "v1/spec_decode/fly.py", "v1/watermarking/prfs/philox.py",
-             "v1/attention/ops/triton_reshape_and_cache_flash.py"],
+             "v1/attention/ops/triton_reshape_and_cache_flash.py",
+             # DFlash2's, of which tests/triton/test_triton_dflash2.py has more
+             "model_executor/models/qwen3_dflash2.py", "v1/worker/gpu/spec_decode/dflash2/speculator.py",
+             "models/beam/nvidia/dflash2_conv_ops.py", "models/beam/nvidia/dflash2_ops.py",
+             "models/beam/nvidia/dflash2_context_ops.py"],
 }
 MAKERS: dict[str, dict[str, Callable]] = {}
 
@@ -78,9 +82,12 @@ def _values(module: str) -> dict:
     return {
         "vllm.triton_utils": {"triton": triton, "tl": tl, "tldevice": libdevice, "HAS_TRITON": True},
         "vllm.config.compilation": {"CUDAGraphMode": SimpleNamespace(NONE=None)},
+        "vllm.compilation.decorators": {"support_torch_compile": lambda cls: cls},
         "vllm.v1.attention.backends.utils": {"PAD_SLOT_ID": -1},
         "vllm.v1.kv_cache_interface": {"is_quantized_kv_cache": lambda dtype: dtype.startswith("fp8")},
-        "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_xpu=lambda: False)},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_xpu=lambda: False,
+                                                               has_device_capability=lambda number: True,
+                                                               fp8_dtype=lambda: torch.float8_e4m3fn)},
         "vllm.model_executor.layers.quantization.utils.quant_utils": {
             "FP8_DTYPE": torch.float8_e4m3fn, "get_fp8_min_max": lambda: (-448.0, 448.0)},
     }.get(module, {})

@@ -16,6 +16,7 @@ SECTIONS = (
     ("Norms", ops.norm, ("add_rms_norm", "rms_norm")),
     ("Convolution", ops.conv, ()),
     ("Linear layers", ops.linear, ("linear", "pack_weight", "quantize_weight")),
+    ("4-bit checkpoints", ops.int4, ()),
     ("Norm and rotation of q and k", ops.rope, ()),
     ("Attention", ops.attention, ()),
     ("Activation", ops.activation, ()),

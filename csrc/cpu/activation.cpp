@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 void run(const SiluAndMulParams& p) {
-  const int64_t grain = 1 + 8192 / (p.width + 1);
+  const int64_t grain = 1 + kGrainElements / (p.width + 1);
   parallel_for(p.rows, grain, [&](int64_t begin, int64_t end) {
     const Vec zero = set1(0.0f), one = set1(1.0f);
     for (int64_t t = begin; t < end; ++t) {

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 void run(const RmsNormParams& p) {
   const T* weight = static_cast<const T*>(p.weight);
-  const int64_t grain = 1 + 16384 / (p.width + 1);
+  const int64_t grain = 1 + kGrainElements / (p.width + 1);
   parallel_for(p.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       norm_row(static_cast<const T*>(p.x.data) + t * p.x.stride,

@@ -6,7 +6,7 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-// A vector that is known to be whole is stored without a mask: with one, Zen 4 takes a dozen cycles for it.
+// The lanes of a vector that is known to be whole when this is compiled.
 struct Whole {};
 template <class T> inline Vec load_n(const T* p, Whole) { return load(p); }
 template <class T> inline void store_n(T* p, Vec x, Whole) { store(p, x); }

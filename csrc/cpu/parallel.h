@@ -13,6 +13,9 @@ int num_threads();
 namespace dflash::DFLASH_ISA {
 namespace {
 
+// Elements of a row that take an op about a microsecond: less is not worth another thread of a team.
+constexpr int64_t kGrainElements = 1024;
+
 // Calls body(begin, end) on disjoint ranges that cover [0, n), each of at least `grain` items.
 template <class Body>
 inline void parallel_for(int64_t n, int64_t grain, const Body& body) {

@@ -30,7 +30,7 @@ void store_row(const QkNormRopeParams& p, const T* k, int64_t slot) {
 template <class T>
 void run(const QkNormRopeParams& p) {
   const int64_t heads = p.num_heads + p.num_kv_heads, dim = p.head_dim;
-  const int64_t grain = 1 + 8192 / (heads * dim + 1);
+  const int64_t grain = 1 + kGrainElements / (heads * dim + 1);
   parallel_for(p.tokens, grain, [&](int64_t begin, int64_t end) {
     float buffer[kMaxHeadDim];
     for (int64_t t = begin; t < end; ++t) {

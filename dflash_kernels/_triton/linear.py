@@ -16,7 +16,8 @@ A row's bits do not depend on the rows beside it, because every configuration co
 - Rows and columns past the end are zeros in a tile of the same size.
 
 A weight in 8 bits is half of the bytes. It becomes x's type in registers, exactly, and its scales multiply the sums.
-Configurations are compiled without a GPU as tools/aot/launched.py launches them.
+One in blocks (_quant.py) becomes it too, 32 k at a time, and is added in the same order.
+Configurations are compiled without a GPU as tools/aot/products.py launches them.
 """
 
 from typing import NamedTuple
@@ -25,8 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..formats import EXACT
 from ._chip import multiprocessors
 from ._math import NO_SPILLS, PLAIN
+from ._quant import PIECE, RECORD, bytes_per_weight, outputs_of, widened
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
 
@@ -54,21 +57,28 @@ CONFIGS = {
     (4, 16): Config(16, 1, 32, 32, 4, 4, 8),
     (4, 64): Config(16, 4, 32, 32, 4, 4, 4),
 }
+# The same of weights in blocks, which are read by pieces. Several tiles of rows a program spill on some architectures,
+# so more rows widen the weight more often. All estimated.
+BLOCK_CONFIGS = {
+    (2, 16): Config(16, 1, 64, 32, 4, 3, 3),
+    (2, 32): Config(32, 1, 64, 32, 4, 3, 3),
+    (4, 16): Config(16, 1, 32, 32, 4, 3, 2),
+}
 
 
-def configs(itemsize: int) -> dict[int, Config]:
+def configs(itemsize: int, format: int = 0) -> dict[int, Config]:
     """By the most rows, ascending."""
-    return {rows: c for (width, rows), c in CONFIGS.items() if width == itemsize}
+    return {rows: c for (width, rows), c in (BLOCK_CONFIGS if format else CONFIGS).items() if width == itemsize}
 
 
-def config(rows: int, itemsize: int) -> Config:
-    found = configs(itemsize)
+def config(rows: int, itemsize: int, format: int = 0) -> Config:
+    found = configs(itemsize, format)
     return found[next((size for size in found if rows <= size), max(found))]
 
 
-def options(c: Config, scales) -> dict:
-    """Two tiles, and a weight that is widened in registers, are where ptxas spills if it may."""
-    return PLAIN if scales is None and c.TILES != 2 else NO_SPILLS
+def options(c: Config, scales, format: int) -> dict:
+    """Two tiles, and a weight in 8 bits, are where ptxas spills if it may; with blocks, if it may not."""
+    return PLAIN if format or scales is None and c.TILES != 2 else NO_SPILLS
 
 
 @triton.jit
@@ -81,28 +91,37 @@ def rows_of(x, row0, at, rows, end, stride, ROWS: tl.constexpr):
 
 @triton.jit
 def product(x, weight, row0, n0, begin, end, rows, n, x_stride, w_stride, ROWS: tl.constexpr, TILES: tl.constexpr,
-            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
-    """TILES (up to four) sums over k in [begin, end), each (ROWS, BLOCK_N) float32; begin is a multiple of CHUNK."""
+            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr):
+    """TILES (up to four) sums over k in [begin, end), each (ROWS, BLOCK_N) float32; begin is a multiple of CHUNK.
+    FORMAT: 0, or the number of the weight's blocks, whose records are w_stride bytes apart."""
     # The finished chunks' sums of each tile, and the chunk's under way.
     zero = tl.zeros((ROWS, BLOCK_N), tl.float32)
     sum0, sum1, sum2, sum3 = zero, zero, zero, zero
     part0, part1, part2, part3 = zero, zero, zero, zero
     out = n0 + tl.arange(0, BLOCK_N)
-    w_rows = weight + out.to(tl.int64) * w_stride
-    for k in range(begin, end, BLOCK_K):
-        # BLOCK_K of the weight, once for all tiles; an int8 becomes x's type here.
-        at = k + tl.arange(0, BLOCK_K)
-        w = tl.load(w_rows[None, :] + at[:, None], (out < n)[None, :] & (at < end)[:, None], 0).to(x.dtype.element_ty)
-        part0 = tl.dot(rows_of(x, row0, at, rows, end, x_stride, ROWS), w, part0, input_precision="ieee")
-        if TILES > 1:
-            part1 = tl.dot(rows_of(x, row0 + ROWS, at, rows, end, x_stride, ROWS), w, part1, input_precision="ieee")
-        if TILES > 2:
-            part2 = tl.dot(rows_of(x, row0 + 2 * ROWS, at, rows, end, x_stride, ROWS), w, part2,
-                           input_precision="ieee")
-            part3 = tl.dot(rows_of(x, row0 + 3 * ROWS, at, rows, end, x_stride, ROWS), w, part3,
-                           input_precision="ieee")
+    STEP: tl.constexpr = RECORD if FORMAT else BLOCK_K
+    tl.static_assert(BLOCK_K == PIECE or not FORMAT)
+    for k in range(begin, end, STEP):
+        for i in tl.static_range(STEP // BLOCK_K):
+            # BLOCK_K of the weight, once for all tiles; an int8 or a code of a block becomes x's type here.
+            at = k + i * BLOCK_K + tl.arange(0, BLOCK_K)
+            if FORMAT:
+                record = weight + tl.cast(k // RECORD, tl.int64) * w_stride
+                w = widened(record, i, out, outputs_of(w_stride, FORMAT), FORMAT, x.dtype.element_ty)
+            else:
+                w = tl.load(weight + out.to(tl.int64)[None, :] * w_stride + at[:, None],
+                            (out < n)[None, :] & (at < end)[:, None], 0).to(x.dtype.element_ty)
+            part0 = tl.dot(rows_of(x, row0, at, rows, end, x_stride, ROWS), w, part0, input_precision="ieee")
+            if TILES > 1:
+                part1 = tl.dot(rows_of(x, row0 + ROWS, at, rows, end, x_stride, ROWS), w, part1,
+                               input_precision="ieee")
+            if TILES > 2:
+                part2 = tl.dot(rows_of(x, row0 + 2 * ROWS, at, rows, end, x_stride, ROWS), w, part2,
+                               input_precision="ieee")
+                part3 = tl.dot(rows_of(x, row0 + 3 * ROWS, at, rows, end, x_stride, ROWS), w, part3,
+                               input_precision="ieee")
         # The end of a chunk: its sums are added, and the next one starts from zero.
-        if (k + BLOCK_K) % CHUNK == 0:
+        if (k + STEP) % CHUNK == 0:
             sum0, part0 = sum0 + part0, zero
             sum1, part1 = sum1 + part1, zero
             sum2, part2 = sum2 + part2, zero
@@ -125,13 +144,13 @@ def _store(total, scales, bias, out, row0, n0, rows, n, out_stride, ROWS: tl.con
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(x, weight, scales, bias, out, rows, n, k, x_stride, w_stride, out_stride, chunk_stride, chunk_size,
                   ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  CHUNK: tl.constexpr):
+                  CHUNK: tl.constexpr, FORMAT: tl.constexpr):
     """chunk_size: of K for a program; all of it, or CHUNK, whose sums then lie chunk_stride apart in out."""
     row0, n0, chunk = tl.program_id(0) * ROWS * TILES, tl.program_id(1) * BLOCK_N, tl.program_id(2)
     begin = chunk * chunk_size
     out += chunk.to(tl.int64) * chunk_stride
     sum0, sum1, sum2, sum3 = product(x, weight, row0, n0, begin, tl.minimum(begin + chunk_size, k), rows, n, x_stride,
-                                     w_stride, ROWS, TILES, BLOCK_N, BLOCK_K, CHUNK)
+                                     w_stride, ROWS, TILES, BLOCK_N, BLOCK_K, CHUNK, FORMAT)
     _store(sum0, scales, bias, out, row0, n0, rows, n, out_stride, ROWS, BLOCK_N)
     if TILES > 1:
         _store(sum1, scales, bias, out, row0 + ROWS, n0, rows, n, out_stride, ROWS, BLOCK_N)
@@ -161,12 +180,13 @@ ADD_BLOCK, ADD_WARPS = 512, 4  # estimated: 16-byte accesses
 SECOND_LAUNCH = 0.1  # of the time that the weight takes. Estimated: 2.5 us beside 8 to 64
 
 
-def shared(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int, device: torch.device) -> int:
+def shared(rows: int, n: int, k: int, itemsize: int, weight_itemsize: float, device: torch.device,
+           format: int = 0) -> int:
     """How many chunks of K have programs of their own, and their sums a second launch; 0 where a program does all.
 
     With too few programs to fill the chip the weight takes as many times longer. Shared out they are more, but each
     float32 sum is written and read: bytes that grow with the rows, while the weight's do not."""
-    c, chunks = config(rows, itemsize), triton.cdiv(k, CHUNK)
+    c, chunks = config(rows, itemsize, format), triton.cdiv(k, CHUNK)
     programs = triton.cdiv(rows, c.ROWS * c.TILES) * triton.cdiv(n, c.BLOCK_N)
     room, sums = c.fill * multiprocessors(device), 8 * rows * chunks / (weight_itemsize * k)
     apart = max(1.0, room / (programs * chunks)) + sums + SECOND_LAUNCH
@@ -175,17 +195,18 @@ def shared(rows: int, n: int, k: int, itemsize: int, weight_itemsize: int, devic
 
 def linear(x, weight, scales, format, bias, out_features, out):
     """Where K is shared out it allocates the chunks' float32 sums, as a graph may: they belong to its pool."""
-    (rows, k), n = x.shape, out_features
+    (rows, k), n, format = x.shape, out_features, format % EXACT
     if rows == 0:
         return
-    c = config(rows, x.element_size())
-    chunks = shared(rows, n, k, x.element_size(), weight.element_size(), x.device)
+    c = config(rows, x.element_size(), format)
+    width = bytes_per_weight(format) if format else weight.element_size()
+    chunks = shared(rows, n, k, x.element_size(), width, x.device, format)
     split = chunks > 0
     to = torch.empty((chunks, rows, n), dtype=torch.float32, device=x.device) if split else out[None]
     linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), triton.cdiv(n, c.BLOCK_N), max(chunks, 1)](
         x, weight, None if split else scales, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0),
-        to.stride(1), to.stride(0), CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK,
-        num_warps=c.warps, num_stages=c.stages, **options(c, scales))
+        to.stride(1), to.stride(0), CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, format,
+        num_warps=c.warps, num_stages=c.stages, **options(c, scales, format))
     if split:
         add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, scales, bias, out, n, chunks, rows * n, out.stride(0),
                                                            BLOCK=ADD_BLOCK, num_warps=ADD_WARPS, **PLAIN)

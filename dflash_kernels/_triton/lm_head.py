@@ -6,13 +6,14 @@ rows), and a second launch keeps the best of those. Which is best does not depen
 id are one 64-bit number, the value's bits ordered as torch.argmax orders floats and the id counted downwards.
 
 combine_argmax: 12 (S + 1) bytes a row; a launch, at any size that occurs.
-Configurations are compiled without a GPU as tools/aot/launched.py launches them.
+Configurations are compiled without a GPU as tools/aot/products.py launches them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ..formats import EXACT
 from ._math import of_order_key, order_key, tanh
 from .linear import CHUNK, config, options, product
 
@@ -64,11 +65,12 @@ def _best(total, scales, bias, best, row0, n0, rows, num_valid, blocks, scale, s
 @triton.jit(do_not_specialize=["rows"])
 def lm_head_argmax_kernel(x, weight, scales, bias, best, rows, num_valid, k, x_stride, w_stride, blocks, scale,
                           softcap, ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-                          BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr):
+                          BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr,
+                          SOFTCAP: tl.constexpr):
     row0, n0 = tl.program_id(0) * ROWS * TILES, tl.program_id(1) * BLOCK_N
     dtype: tl.constexpr = x.dtype.element_ty
     sum0, sum1, sum2, sum3 = product(x, weight, row0, n0, 0, k, rows, num_valid, x_stride, w_stride, ROWS, TILES,
-                                     BLOCK_N, BLOCK_K, CHUNK)
+                                     BLOCK_N, BLOCK_K, CHUNK, FORMAT)
     _best(sum0, scales, bias, best, row0, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N, SOFTCAP, dtype)
     if TILES > 1:
         _best(sum1, scales, bias, best, row0 + ROWS, n0, rows, num_valid, blocks, scale, softcap, ROWS, BLOCK_N,
@@ -112,16 +114,16 @@ def combine_argmax_kernel(values, ids, out_ids, out_values, shards, rows, BLOCK:
 def lm_head_argmax(x, weight, scales, format, bias, out_features, num_valid, scale, softcap, id_offset, out_ids,
                    out_values):
     """Allocates 8 bytes a row and block of the vocabulary, as a graph may: they belong to its pool."""
-    rows, k = x.shape
+    (rows, k), format = x.shape, format % EXACT
     if rows == 0:
         return
-    c = config(rows, x.element_size())
+    c = config(rows, x.element_size(), format)
     blocks = triton.cdiv(num_valid, c.BLOCK_N)
     best = torch.empty((rows, blocks), dtype=torch.int64, device=x.device)
     lm_head_argmax_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
         x, weight, scales, bias, best, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, scale, softcap,
-        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps, num_stages=c.stages,
-        **options(c, scales))
+        c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, format, softcap > 0, num_warps=c.warps, num_stages=c.stages,
+        **options(c, scales, format))
     best_of_blocks_kernel[rows,](best, out_ids, out_values, blocks, id_offset, BLOCK=BEST_BLOCK, num_warps=BEST_WARPS)
 
 

@@ -8,14 +8,15 @@ takes the K first of them. No two candidates are equal, so none of this depends 
 added as a tree in the blocks' order, whatever the rows, the tile or the pointers' alignment.
 
 combine_topk: 12 bytes a candidate; a launch, at any size that occurs.
-Configurations are compiled without a GPU as tools/aot/launched.py launches them.
+Configurations are compiled without a GPU as tools/aot/products.py launches them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._math import PLAIN, exp, of_order_key, order_key, tree_sum
+from ..formats import EXACT
+from ._math import NO_SPILLS, PLAIN, exp, of_order_key, order_key, tree_sum
 from .linear import CHUNK, config, options, product
 from .lm_head import candidates, logits_of, output_of, value_of
 
@@ -65,11 +66,11 @@ def _first(total, scales, bias, lists, firsts, sums, row0, n0, rows, num_valid, 
 @triton.jit(do_not_specialize=["rows"])
 def lm_head_topk_kernel(x, weight, scales, bias, lists, firsts, sums, rows, num_valid, k, x_stride, w_stride, blocks,
                         wanted, scale, softcap, ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr):
+                        BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SOFTCAP: tl.constexpr):
     row0, n0 = tl.program_id(0) * ROWS * TILES, tl.program_id(1) * BLOCK_N
     dtype: tl.constexpr = x.dtype.element_ty
     sum0, sum1, sum2, sum3 = product(x, weight, row0, n0, 0, k, rows, num_valid, x_stride, w_stride, ROWS, TILES,
-                                     BLOCK_N, BLOCK_K, CHUNK)
+                                     BLOCK_N, BLOCK_K, CHUNK, FORMAT)
     _first(sum0, scales, bias, lists, firsts, sums, row0, n0, rows, num_valid, blocks, wanted, scale, softcap, ROWS,
            BLOCK_N, SOFTCAP, dtype)
     if TILES > 1:
@@ -147,18 +148,20 @@ def combine_topk_kernel(values, ids, lse, out_ids, out_values, out_lse, shards, 
 def lm_head_topk(x, weight, scales, format, bias, out_features, num_valid, scale, softcap, id_offset, out_ids,
                  out_values, out_lse):
     """Allocates 8 K + 12 bytes a row and block of the vocabulary, as a graph may: they belong to its pool."""
-    (rows, k), wanted = x.shape, out_ids.shape[1]
+    (rows, k), wanted, format = x.shape, out_ids.shape[1], format % EXACT
     if rows == 0:
         return
-    c = config(min(rows, TALLEST[x.element_size()]), x.element_size())
+    # With blocks a candidate list beside 32 rows spills on some architectures, and 16 do where ptxas is left alone.
+    c = config(min(rows, 16 if format else TALLEST[x.element_size()]), x.element_size(), format)
+    chosen = NO_SPILLS if format else options(c, scales, format)
     blocks = triton.cdiv(num_valid, c.BLOCK_N)
     lists = torch.empty((rows, blocks, wanted), dtype=torch.int64, device=x.device)
     firsts = torch.empty((rows, blocks), dtype=torch.int64, device=x.device)
     sums = torch.empty((rows, blocks), dtype=torch.float32, device=x.device)
     lm_head_topk_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
         x, weight, scales, bias, lists, firsts, sums, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, wanted,
-        scale, softcap, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, softcap > 0, num_warps=c.warps,
-        num_stages=c.stages, **options(c, scales))
+        scale, softcap, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, format, softcap > 0, num_warps=c.warps,
+        num_stages=c.stages, **chosen)
     first_of_blocks_kernel[rows,](lists, firsts, sums, out_ids, out_values, out_lse, blocks, wanted, id_offset,
                                   BLOCK_N=c.BLOCK_N, BLOCK=BLOCKS, K=triton.next_power_of_2(wanted),
                                   num_warps=BLOCKS_WARPS, **BLOCKS_OPTIONS)

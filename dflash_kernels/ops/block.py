@@ -13,7 +13,7 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..formats import FORMATS
+from ..formats import EVERY
 from ..storage import PackedWeight
 from ..types import PreparedBlock
 from ._checks import FLOATS, Checker, describe, named, values_checked
@@ -157,7 +157,7 @@ def _table_of(check, name, table):
     if table.format is None:
         raise TypeError(f"{check.op}: {name} must be a tensor or a PackedWeight in blocks; got one of "
                         f"{named(table.dtype)}")
-    return table.data, FORMATS[table.format].number
+    return table.data, EVERY[table.format].number
 
 
 def _check_inputs(check, anchor_ids, context_lens, block_size, mask_token_id, page_table, page_size, block_lens,

@@ -64,7 +64,7 @@ def grouped_conv(x: torch.Tensor, delta: torch.Tensor, base: torch.Tensor, *, ro
 
     Cost: `e * (2 * T * H + t * (T * G + H))` bytes. Launches on a GPU: 1.
 
-    Replaces `dflash2_grouped_conv` of vLLM and `DFlashGroupedConv._convolve` of SGLang.
+    Replaces `dflash2_grouped_conv_impl` of vLLM and `DFlashGroupedConv._convolve` of SGLang.
 
     Examples
     --------

@@ -2,14 +2,16 @@
 
     linear(x) = x W^T + bias                               float32 sums over k in one fixed order, one rounding
     linear(x) = scales * (x int8^T) + bias                 W in 8 bits: W = scales[:, None] * int8, half of the bytes
-    linear(x) = sum over pieces of 32 k of 2^e (d q + m) xq + bias         W in blocks of GGUF: integer dot products
+    linear(x) = sum over pieces of 32 k of 2^e (d q + m) xq + bias         W in blocks, on a CPU: integer dot products
+    linear(x) = x (d q + m)^T + bias                       W in blocks, exact or on a GPU: d q + m in x's dtype
 
 A row of the result has the same bits however many rows are computed with it. So a verify pass of Q rows agrees bit for
 bit with Q passes of one row. Library GEMMs do not promise this, because they choose another kernel for another number
 of rows.
 
-Beside a weight in blocks, a row of x is rounded to int8, 32 elements at a time, with a power of two as their scale: the
-smallest that leaves the largest magnitude below 127.5. `exact` weights become elements of x's dtype instead.
+Beside a weight in blocks, on a CPU, a row of x is rounded to int8, 32 elements at a time, with a power of two as their
+scale: the smallest that leaves the largest magnitude below 127.5. `exact` weights become elements of x's dtype instead,
+on a GPU in registers, and rows of x are not rounded.
 """
 
 import torch
@@ -17,8 +19,8 @@ import torch
 from .. import reference
 from .._library import define
 from .._memory import place
-from ..formats import FORMATS
-from ..limits import check_blocks_device, check_packed_dtype
+from ..formats import EVERY
+from ..limits import check_format, check_packed_dtype
 from ..storage import PackedWeight
 from ._checks import FLOATS, Checker, describe
 
@@ -38,18 +40,21 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None, *, for
         Any strides.
     scales : (N,) float32, optional
         Factor of each row of an int8 weight, as `quantize_weight` returns it.
-    format : {"q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"}, optional
-        Of a weight whose rows are blocks as GGUF files have them. On a CPU only.
+    format : {"q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "int4_g128", "uint4_g128"}, optional
+        Of a weight whose rows are blocks as GGUF files have them, or as `awq_blocks` and `gptq_blocks` make them: the
+        last two, on a GPU only.
     exact : bool
-        Of blocks: whether a product has the bits of one with the elements that they stand for, rounded to x's dtype.
-        False: rows of x are rounded to int8, which is faster.
+        Of blocks on a CPU: whether a product has the bits of one with the elements that they stand for, rounded to x's
+        dtype. False: rows of x are rounded to int8, which is faster. On a GPU blocks always become elements, and
+        packed.exact is True.
 
     Returns
     -------
     packed : PackedWeight
         On a CPU it is a copy in blocks, in huge pages that weights share, and the original can be freed. N is rounded
         up to 16, and K to 32 for bfloat16 and int8. Blocks keep the file's bytes, to within 3 %.
-        On CUDA rows stream as they are: a contiguous weight is not copied.
+        On CUDA rows stream as they are: a contiguous weight is not copied. Blocks are copied in another order there,
+        with K rounded up to 256, in the file's bytes to within 3 %.
 
     Raises
     ------
@@ -58,11 +63,11 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None, *, for
     ValueError
         Wrong shape, an unknown format, or an empty weight.
     NotImplementedError
-        Blocks on a GPU.
+        int4_g128 or uint4_g128 elsewhere than on a GPU.
 
     Notes
     -----
-    Not graph-safe: it allocates. Source: reference/linear.py and reference/quant.py, functions pack.
+    Not graph-safe: it allocates. Source: functions pack of reference/linear.py, quant.py and quant_gpu.py.
 
     Examples
     --------
@@ -92,21 +97,19 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None, *, for
 
 def _pack_blocks(check: Checker, weight: torch.Tensor, scales: torch.Tensor | None, format: str,
                  exact: bool) -> PackedWeight:
-    f = FORMATS.get(format) if isinstance(format, str) else None
-    if f is None:
-        raise ValueError(f"{check.op}: format must be one of {', '.join(FORMATS)}; got {format!r}")
     if scales is not None:
         raise ValueError(f"{check.op}: scales must be None for blocks, which have their own; got {describe(scales)}")
+    check_format(check.op, format, weight.device.type if isinstance(weight, torch.Tensor) else None)
     check.tensor("weight", weight, torch.uint8, "(N, bytes of a row)", (None, None))
-    n, nbytes = weight.shape
+    f, (n, nbytes) = EVERY[format], weight.shape
     if n == 0 or nbytes == 0 or nbytes % f.bytes:
         raise ValueError(f"{check.op}: weight must have rows of whole blocks of {f.bytes} bytes, as {format} has; got "
                          f"{describe(weight)}")
     if not isinstance(exact, bool):
         raise TypeError(f"{check.op}: exact must be a bool; got {exact!r}")
-    check_blocks_device(check.op, weight.device)
-    return PackedWeight(place(reference.quant.pack(weight, format)), n, nbytes // f.bytes * f.block, format=format,
-                        exact=exact)
+    on_gpu = weight.device.type == "cuda"
+    data = reference.quant_gpu.pack(weight, format) if on_gpu else place(reference.quant.pack(weight, format))
+    return PackedWeight(data, n, nbytes // f.bytes * f.block, format=format, exact=exact or on_gpu)
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,7 +78,8 @@ def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Ten
 
     Cost: `B * ((Q - 1) * (e * (K + 2) * R + 12 * K + 12) + 12)` bytes. Launches on a GPU: 1.
 
-    Replaces `CandidateSelector` of vLLM and `selector_walk` of SGLang.
+    Replaces `DFlash2Speculator._score_candidates` of vLLM, `CandidateSelector.build_lattice` of SGLang, and the walks
+    behind both.
 
     Examples
     --------

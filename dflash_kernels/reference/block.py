@@ -22,7 +22,7 @@ def prepare_block(anchor_ids, context_lens, mask_token_id, page_table, page_size
 
 def embed_tokens(ids, table, format, out):
     if format:
-        rows = table.shape[0] * quant.OUTPUTS
+        rows = table.shape[1] if table.dim() == 3 else table.shape[0] * quant.OUTPUTS
         table = quant.widen(table, quant.name_of(format), rows, out.shape[-1]).to(out.dtype)
     known = (ids >= 0) & (ids < table.shape[0])
     if table.shape[0] == 0:

@@ -8,8 +8,10 @@
 import torch
 
 from ..formats import EXACT, FORMATS, NAMES, packed_bytes
+from . import quant_gpu
+from ._blocks import PIECE, split
 
-PIECE, OUTPUTS = 32, 16
+OUTPUTS = 16
 LOWEST, HIGHEST = -100, 100  # exponents e
 
 
@@ -18,7 +20,7 @@ def pack(rows, name):
     f = FORMATS[name]
     n, k = rows.shape[0], rows.shape[1] // f.bytes * f.block
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -n % OUTPUTS))
-    codes, scales, head = _split(padded.view(padded.shape[0], -1, f.bytes), name)
+    codes, scales, head = split(padded.view(padded.shape[0], -1, f.bytes), name)
     codes = codes.contiguous().view(torch.int32).view(-1, OUTPUTS, k // PIECE, 8)  # four k move as one
     codes = codes.permute(0, 2, 3, 1).contiguous().view(torch.uint8).unflatten(-1, (OUTPUTS, 4))
     blocks, pieces = codes.shape[:2]  # block, piece, register, output, k
@@ -60,36 +62,11 @@ def _planes(codes, registers, bits):
     return plane
 
 
-def _split(b, name):
-    """Blocks (N, B, bytes) of a file: codes (N, K) and scales (N, pieces, groups, bytes) as uint8, and the superblocks'
-    own scales (N, B, groups, 2), or None. A minimum is added here, so where a file subtracts it, its scale's sign
-    changes."""
-    n = b.shape[0]
-    if name in ("q4_0", "q4_1"):
-        at = FORMATS[name].bytes - 16
-        codes = torch.cat([b[..., at:] & 15, b[..., at:] >> 4], -1)
-        return codes.view(n, -1), b[..., :at].unflatten(-1, (-1, 2)), None
-    if name == "q8_0":
-        return (b[..., 2:] ^ 0x80).reshape(n, -1), b[..., :2].unflatten(-1, (-1, 2)), None
-    if name == "q6_k":
-        low, high = b[..., :128].unflatten(-1, (2, 1, 64)), b[..., 128:192].unflatten(-1, (2, 1, 32))
-        codes = torch.cat([low & 15, low >> 4], -2).reshape(n, -1)
-        codes = codes | (torch.cat([high >> s & 3 for s in (0, 2, 4, 6)], -2) << 4).reshape(n, -1)
-        return codes, b[..., 192:208].reshape(n, -1, 2, 1), b[..., 208:].unflatten(-1, (1, 2))
-    low = b[..., -128:].unflatten(-1, (4, 1, 32))
-    codes = torch.cat([low & 15, low >> 4], -2).reshape(n, -1)
-    if name == "q5_k":
-        codes = codes | (torch.stack([b[..., 16:48] >> i & 1 for i in range(8)], -2) << 4).reshape(n, -1)
-    first, second, third = b[..., 4:8], b[..., 8:12], b[..., 12:16]
-    scales = torch.cat([first & 63, (third & 15) | (first >> 2 & 48)], -1)
-    minimums = torch.cat([second & 63, (third >> 4) | (second >> 2 & 48)], -1)
-    head = b[..., :4].clone()
-    head[..., 3] ^= 0x80
-    return codes, torch.stack([scales, minimums], -1).view(n, -1, 2, 1), head.unflatten(-1, (2, 2))
-
-
 def unpack(data, name, n, k):
-    """Codes less the offset (N, K) int16, and d and m (N, pieces, scales in a piece) float32; m None: no minimum."""
+    """Codes less the offset (N, K) int16, d (N, pieces, scales in a piece) and m (N, pieces) float32; m None: no
+    minimum. Of either layout: a GPU's has three dimensions."""
+    if data.dim() == 3:
+        return quant_gpu.unpack(data, name, n, k)
     f = FORMATS[name]
     assert data.shape[1] == packed_bytes(f, k)
     blocks, pieces, head = data.shape[0], k // PIECE, None
@@ -127,7 +104,7 @@ def widen(data, name, n, k):
     """The weight (N, K) in float32."""
     codes, d, m = unpack(data, name, n, k)
     values = d[..., None] * codes.view(n, k // PIECE, d.shape[2], -1).float()
-    return (values.view(n, k // PIECE, PIECE) + (0 if m is None else m[..., None])).view(n, k)
+    return (values.reshape(n, k // PIECE, PIECE) + (0 if m is None else m[..., None])).reshape(n, k)
 
 
 def round_rows(x):

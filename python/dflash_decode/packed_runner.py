@@ -115,8 +115,9 @@ class PackedRunner(Runner):
         starts = stage.fill(blocks)
         verified = self.timed(stage.work, policy, "verify", stage.rows, stage)
         counts = verified.commit_lens.tolist()
+        features = stage.features.clone() if self.setting.drafter else stage.features
         for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
-            self.keep(live, block.context, stage.features[start:start + count])
+            self.remember(live, block.context, features[start:start + count])
         policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:n]])
         committed = taken(active, verified, widths, stage.hidden, starts)
         stage.verifier.seat(())
@@ -132,7 +133,10 @@ class PackedRunner(Runner):
             found_to_pay, width = policy.to_draft([active[i].outlook for i in open_ended])
             if chosen := [open_ended[i] for i in found_to_pay]:
                 requests = [active[i] for i in chosen]
-                self.write_context(requests)
+                lately = sum(len(features) for live in requests for _, features in live.features)
+                seconds = self.write_context(requests)
+                if seconds is not None and lately <= self.setting.width * len(requests):
+                    policy.took("context", len(requests), seconds)
                 stage = self.draft_stage(len(requests), width)
                 stage.tables.set([live.pages for live in requests])
                 found = self.timed(stage.work, policy, "draft", width * len(requests), lambda: stage(
@@ -159,13 +163,19 @@ class PackedRunner(Runner):
     # ---- the drafter's context ----
 
     def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
-        """Their K/V are written when the request drafts next, if it does."""
+        if self.setting.drafter:
+            self.remember(live, position, features.clone())
+
+    def remember(self, live: Live, position: int, features: torch.Tensor) -> None:
+        """K/V of these features are written when the request drafts next, if it does."""
         if self.setting.drafter and len(features):
-            live.features.append((position, features.clone()))
+            live.features.append((position, features))
             if position + len(features) - live.features[0][0] > _KEPT_ROWS:
                 self.write_context([live])
 
-    def write_context(self, requests: Sequence[Live]) -> None:
+    def write_context(self, requests: Sequence[Live]) -> float | None:
+        """Returns the seconds that it took; None if a pass was recorded."""
+        started, replayed = time.perf_counter(), True
         rows: list[torch.Tensor] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -179,9 +189,12 @@ class PackedRunner(Runner):
             features = torch.cat(rows)
             for at in range(0, len(features), _CONTEXT_ROWS):
                 part = slice(at, at + _CONTEXT_ROWS)
-                self.context_stage(len(features[part]))(features[part], positions[part], slots[part])
+                stage = self.context_stage(len(features[part]))
+                replayed &= stage.work.graph is None or stage.work.graph.captured
+                stage(features[part], positions[part], slots[part])
         for live in requests:
             live.features = []
+        return time.perf_counter() - started if replayed else None
 
     # ---- what a step costs ----
 

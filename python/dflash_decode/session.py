@@ -39,6 +39,7 @@ from .prompts import read_prompt, read_prompts
 from .requests import Request
 from .sampling import GREEDY, SamplingParams, check_sampling
 
+_KEPT = 4  # decoders, for runs with other numbers of requests and without the drafter
 _CONTEXT_STEP = 256  # tokens to which a run's context is rounded up, so that a little longer prompt fits the next time
 
 
@@ -112,9 +113,9 @@ class Session:
     block_size: int
     adapts: bool = False  # the tokens that a step verifies, up to block_size
     weights: str = "model"  # how the target's are kept: any of choices.Weights but "auto"
-    # By whether it speculates: the decoder of the last run on a CPU, whose passes are recorded, and what it was made
-    # for. A run takes it away, so runs in two threads do not meet in one.
-    _decoders: dict[bool, tuple[tuple, Decoder]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # By what they were made for: the decoders of the last runs on a CPU, whose passes are recorded. A run takes its own
+    # away, so runs in two threads do not meet in one.
+    _decoders: dict[tuple, Decoder] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
@@ -247,18 +248,20 @@ class Session:
             answer.text = self.tokenizer.decode(answer.tokens)
         after = decoder.forecast
         if self.target.device.type == "cpu":  # a GPU's memory may be wanted for another decoder's cache
-            self._decoders[speculative] = made_for, decoder
+            self._decoders[made_for] = decoder
+            while len(self._decoders) > _KEPT:
+                self._decoders.pop(next(iter(self._decoders)), None)
         return Run(answers, seconds, None if after is None else after - (before or Forecast()))
 
     def _decoder(self, speculative: bool, batch: int, context: int, sample_from: str,
                  rule: str) -> tuple[tuple, Decoder]:
-        """A decoder, and what it is made for: that of the last run if it does."""
+        """A decoder, and what it is made for: that of an earlier run if there is one."""
         drafter = self.drafter if speculative else None
         block = self.block_size if drafter and not self.adapts else None
         made_for = (id(self.target), id(drafter), block, batch, sample_from, rule, build_info()["isa"],
                     torch.get_num_threads(), StepGraph.available("cpu"))
-        known, decoder = self._decoders.pop(speculative, (None, None))
-        if decoder is None or known != made_for or decoder.max_context < context:
+        decoder = self._decoders.pop(made_for, None)
+        if decoder is None or decoder.max_context < context:
             room = min(self.target.max_context, -(-context // _CONTEXT_STEP) * _CONTEXT_STEP)
             decoder = Decoder(self.target, drafter, block_size=block, max_batch=batch, max_context=room,
                               sample_from=sample_from, rule=rule)

@@ -48,7 +48,8 @@ class Policy(Protocol):
         """
 
     def took(self, part: str, size: int, seconds: float) -> None:
-        """Tells what a verify pass (part "verify"), or a draft (part "draft"), of so many rows took."""
+        """Tells what a verify pass (part "verify") or a draft (part "draft") of so many rows took, or for how many
+        requests the drafter's context was brought up to date before that in which time (part "context")."""
 
     def verified(self, requests: Sequence["Outlook"], confidences: Sequence[Sequence[float]], widths: Sequence[int],
                  accepted: Sequence[int]) -> None:
@@ -85,6 +86,7 @@ class WidthPolicy:
         self.drafting = block  # tokens of the last draft's blocks
         self.narrow = 0  # drafts since one of a whole block
         self._trial = self._astonished = False  # whether the last draft was one, and the last trial a surprise
+        self.context = 0.0  # seconds in which a request's tokens of a step become the drafter's context
         self.forecast = Forecast()
         self._expected = 0.0  # tokens of the step
 
@@ -105,7 +107,7 @@ class WidthPolicy:
             order, total = sorted(range(n), key=lambda i: -worth[i]), 0.0
             for k, i in enumerate(order, 1):
                 total += worth[i]
-                net = total - rate * self.costs.draft(k * width)
+                net = total - rate * (self.costs.draft(k * width) + k * self.context)
                 if net > best:
                     best, drafted, self.drafting = net, order[:k], width
         self._trial = False
@@ -182,7 +184,8 @@ class WidthPolicy:
             request.worth = _moved(before, worth, _NEW)
             self.worth = of_all = _moved(of_all, worth, _SHARED)
             request.idle = 0
-            request.paid = any(w > rate * self.costs.draft(q) for w, q in zip(worth, self.draft_widths, strict=True))
+            request.paid = any(w > rate * (self.costs.draft(q) + self.context)
+                               for w, q in zip(worth, self.draft_widths, strict=True))
             if request.paid and self._trial:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
 
@@ -196,6 +199,9 @@ class WidthPolicy:
         return found
 
     def took(self, part: str, size: int, seconds: float) -> None:
+        if part == "context":
+            self.context += _RATE * (seconds / size - self.context) if self.context else seconds / size
+            return
         curve = self.costs.verify if part == "verify" else self.costs.draft
         expected = curve(size)
         off = seconds / expected
@@ -222,7 +228,7 @@ class WidthPolicy:
             self.wait = _FIRST_WAIT if paid or self.surprised else min(2 * self.wait, _LONGEST_WAIT)
         plain, seconds = self.costs.verify(self.rows(n)), self.costs.verify(self.rows(sum(widths)))
         if drafted:
-            seconds += self.costs.draft(drafted * self.drafting)
+            seconds += self.costs.draft(drafted * self.drafting) + drafted * self.context
         self.spent += seconds
         if self._trial:
             self.on_trials, self._astonished = self.on_trials + seconds - plain, self.surprised

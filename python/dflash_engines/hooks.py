@@ -7,6 +7,9 @@ Calls that it was not written for go to the original, and so do all calls after 
 
 Ranks of one group never wait for each other in vain. A replacement runs no collective before its `finish`, which runs
 those of the original in the same order and with the same shapes, so each rank can run either of the two.
+
+Two functions can be replaced as one: the first puts its work off, and the engine hands what it returned to the second,
+which does the work of both.
 """
 
 import functools
@@ -24,7 +27,7 @@ if TYPE_CHECKING:  # imported where it is used: this module is part of what ever
 
 MARK = "dflash_original"
 LEFT = object()  # a replacement returns this to leave the call to the original; it has then changed nothing
-Placing = Callable[["Hook", Any, str, Callable, Callable], None]  # hook, owner, attribute, original, replacement
+Placing = Callable[[str, Any, str, Callable, Callable], None]  # target, owner, attribute, original, replacement
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Hook:
     draws: ours draws random numbers of its own, so a rank that falls back alone would diverge from the others.
     finish(result, arguments): turns ours' result into the original's, with the original's collectives. A failure there
         is raised as it would be in the original.
+    taker: the function that the engine hands the target's result to. What ours returns goes there as Deferred.
+    take: the replacement of taker where it is given Deferred. After an exception taker gets the original's result.
+    place: installs the replacement where setting the attribute is not enough.
     """
 
     name: str
@@ -57,16 +63,27 @@ class Hook:
     prepare: Callable[[], None] = lambda: None
     draws: bool = False
     finish: Callable | None = None
+    taker: str = ""
+    take: Callable | None = None
+    place: Placing | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return self.defined or self.target, *self.beside
+        return self.defined or self.target, *([self.taker] if self.taker else []), *self.beside
 
     def unread(self, version: str) -> str | None:
         """Why the hook does not support this version. The part after a plus sign names the build and is ignored."""
         if version.partition("+")[0] in self.read:
             return None
         return f"version {version} was not read; {', '.join(self.read)} {'were' if len(self.read) > 1 else 'was'}"
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """made: what ours returned. original(): the call that was put off, by the engine's function."""
+
+    made: Any
+    original: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -147,17 +164,47 @@ def _install(hook: Hook, version: str, platform: str, choice: Choice, log: loggi
     owner, attribute, original = sources.resolve(hook.target)
     if hasattr(original, MARK):
         return left()
-    texts = [sources.of_function(f) for f in (original, *(sources.resolve(b)[2] for b in hook.beside))]
+    texts = [sources.of_function(f) for f in (original, *(sources.resolve(s)[2] for s in hook.sources[1:]))]
     if sources.digest(texts) != hook.read[version.partition("+")[0]]:
         return left(f"its source is not that of {version}")
-    replacement = guarded(hook.name, hook.ours, original, log, hook.draws, hook.finish)
+    place = hook.place or place
+    hook.prepare()
+    ours = hook.ours
+    if hook.taker:  # first, because it also takes what the original returns
+        _replace(hook.taker, _taking(hook, sources.resolve(hook.taker)[2], log), place)
+        ours = _deferring(ours, original)
+    _replace(hook.target, guarded(hook.name, ours, original, log, hook.draws, hook.finish), place)
+    return left()
+
+
+def _replace(target: str, replacement: Callable, place: Placing) -> None:
+    owner, attribute, original = sources.resolve(target)
     functools.update_wrapper(replacement, original)
     setattr(replacement, MARK, original)
-    hook.prepare()
     of_class = isinstance(inspect.getattr_static(owner, attribute), classmethod)
     placed: Any = classmethod(replacement) if of_class else replacement
-    place(hook, owner, attribute, original, placed)
-    return left()
+    place(target, owner, attribute, original, placed)
+
+
+def _deferring(ours: Callable, original: Callable) -> Callable:
+    def call(*args, **kwargs):
+        found = ours(*args, **kwargs)
+        return found if found is LEFT else Deferred(found, functools.partial(original, *args, **kwargs))
+
+    return call
+
+
+def _taking(hook: Hook, original: Callable, log: logging.Logger) -> Callable:
+    def ours(*args, **kwargs):
+        deferred = any(isinstance(value, Deferred) for value in (*args, *kwargs.values()))
+        return hook.take(*args, **kwargs) if hook.take and deferred else LEFT
+
+    def theirs(*args, **kwargs):
+        given = [value.original() if isinstance(value, Deferred) else value for value in args]
+        return original(*given, **{name: value.original() if isinstance(value, Deferred) else value
+                                   for name, value in kwargs.items()})
+
+    return guarded(hook.name, ours, theirs, log, hook.draws)
 
 
 def guarded(name: str, ours: Callable, theirs: Callable, log: logging.Logger, draws: bool = False,
@@ -194,12 +241,12 @@ def _ranks() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
-def _set(hook: Hook, owner: Any, attribute: str, original: Callable, replacement: Callable) -> None:
+def _set(target: str, owner: Any, attribute: str, original: Callable, replacement: Callable) -> None:
     """Also replaces the names that `from module import function` made elsewhere in the engine."""
     setattr(owner, attribute, replacement)
     if inspect.isclass(owner):
         return
-    package = hook.target.partition(".")[0]
+    package = target.partition(".")[0]
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == package and getattr(module, "__dict__", {}).get(attribute) is original:
             setattr(module, attribute, replacement)

@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import importlib
+import inspect
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,9 +19,10 @@ def of_function(function: Callable) -> str:
     """The source of a Python function's definition, with decorators and comments, dedented.
 
     It is found by the function's code, not by its name, so a replaced function gives the source of its replacement,
-    with or without functools.wraps. Raises OSError if there is no file.
+    with or without functools.wraps. Of a Triton kernel or a function under torch.compile it is the one that was given
+    to them. Raises OSError if there is no file.
     """
-    code = function.__code__
+    code = _given(function).__code__
     text = Path(code.co_filename).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and _first_line(node) == code.co_firstlineno:
@@ -53,6 +55,13 @@ def resolve(target: str) -> tuple[object, str, Callable]:
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     found = getattr(owner, attribute)
     return owner, attribute, getattr(found, "__func__", found)
+
+
+def _given(function: Any) -> Any:
+    if not inspect.isfunction(function):
+        return getattr(function, "fn", function)
+    compiled = "/torch/_dynamo/" in function.__code__.co_filename  # functools.wraps copies torch's attribute elsewhere
+    return getattr(function, "_torchdynamo_orig_callable", function) if compiled else function
 
 
 def _first_line(node: ast.FunctionDef) -> int:

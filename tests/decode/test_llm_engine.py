@@ -123,9 +123,8 @@ def test_a_step_that_fails_once_is_tried_again_and_one_that_fails_always_ends_al
 
     monkeypatch.setattr(llm._decoder, "step", step)
     want = llm.generate("abc", max_tokens=5).token_ids
-    left[0] = 2
-    streams = [llm.submit("abc", max_tokens=100) for _ in range(5)]
     left[0] = 50
+    streams = [llm.submit("abc", max_tokens=100) for _ in range(5)]
     for stream in streams:
         with pytest.raises(GenerationError, match="the decoder failed: OSError: disk"):
             stream.result()

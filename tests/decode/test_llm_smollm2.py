@@ -7,6 +7,7 @@ import json
 import pytest
 
 from dflash_decode import LLM
+from dflash_decode.costs import StepCosts
 from dflash_kernels.testing import every_isa, use_isa
 
 pytest.importorskip("typer")
@@ -16,8 +17,10 @@ PROMPT = "Explain what a prime number is in one sentence."
 
 
 @pytest.mark.parametrize("thing", [LLM, LLM.generate], ids=["LLM", "LLM.generate"])
-def test_the_examples_run(thing):
-    """On one instruction set, whose bits are the same on every machine."""
+def test_the_examples_run(thing, monkeypatch):
+    """On one instruction set, whose bits are the same on every machine, and with costs that are not measured."""
+    known = StepCosts({1: 1.0, 64: 2.0}, {1: 0.1, 64: 0.2})
+    monkeypatch.setattr("dflash_decode.packed_runner.PackedRunner.measure", lambda self: known)
     test, = (one for one in doctest.DocTestFinder(recurse=False).find(thing, globs={}) if one.examples)
     report = []
     with use_isa(every_isa()[:2][-1]):
@@ -27,8 +30,9 @@ def test_the_examples_run(thing):
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}], ids=["greedy", "sampled"])
 def test_the_answer_is_the_command_line_s_and_the_baseline_s(call, how):
     words = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", value)]
-    told = json.loads(call("generate", "--prompt", PROMPT, "--max-new-tokens", 48, "--compare", "--json", *words)[1])
-    with LLM("smollm2") as ours, ours.without_drafter() as baseline:
+    told = json.loads(call("generate", "--prompt", PROMPT, "--max-new-tokens", 48, "--block-size", 4, "--compare",
+                           "--json", *words)[1])
+    with LLM("smollm2", block_size=4) as ours, ours.without_drafter() as baseline:
         found = [each.chat(PROMPT, max_tokens=48, **how) for each in (ours, baseline)]
         pieces = list(ours.stream([{"role": "user", "content": PROMPT}], max_tokens=48, **how))
     assert told["identical_to_baseline"] is True
@@ -41,7 +45,7 @@ def test_json_by_a_schema():
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
               "required": ["name", "age"], "additionalProperties": False}
-    with LLM("smollm2") as ours, ours.without_drafter() as baseline:
+    with LLM("smollm2", block_size=4) as ours, ours.without_drafter() as baseline:
         found = [each.chat("Describe a person as JSON with a name and an age.", json_schema=schema, max_tokens=80)
                  for each in (ours, baseline)]
     assert found[0].token_ids == found[1].token_ids and found[0].finish_reason == "stop"

@@ -153,14 +153,14 @@ def test_options_of_run(loaded, options, message):
         loaded.run("hi", **{"max_new_tokens": 4} | options)
 
 
-def test_a_run_uses_the_decoder_of_the_one_before(models, monkeypatch):
+def test_a_run_uses_the_decoder_of_one_before(models, monkeypatch):
     """Its passes are recorded. What it was not made for gets a new one; texts are those of a new session."""
     monkeypatch.setattr(session, "_CONTEXT_STEP", 16)
     loaded, prompts = Session.load(models["model"], models["draft"]), ([[1, 2, 3], [4]], [[5, 6], [7, 8]])
 
     def run(of, i=0, **options):
         found = of.run(prompts[i], **{"max_new_tokens": 6, "concurrency": 2} | options)
-        return [answer.tokens for answer in found.answers], of._decoders[options.get("speculative", True)][1]
+        return [answer.tokens for answer in found.answers], list(of._decoders.values())[-1]
 
     texts, first = run(loaded)
     again, second = run(loaded, 1)
@@ -169,17 +169,19 @@ def test_a_run_uses_the_decoder_of_the_one_before(models, monkeypatch):
     assert run(loaded) == (texts, first) and run(loaded, speculative=False)[1] is baseline
     with use_isa("generic"):
         assert run(loaded)[1] is not first
-    second = run(loaded)[1]
-    assert run(loaded, max_new_tokens=30)[1] is not second and run(loaded, concurrency=1)[1].max_batch == 1
+    assert run(loaded)[1] is first
+    second = run(loaded, max_new_tokens=30)[1]  # the first has no room for it
+    assert second is not first and run(loaded, concurrency=1)[1].max_batch == 1 and run(loaded)[1] is second
+    assert len(loaded._decoders) == 4
     loaded.adapts = False
-    assert run(loaded)[0] == texts
+    assert run(loaded)[0] == texts and len(loaded._decoders) == 4
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(loaded, on_tokens=interrupt)
-    assert True not in loaded._decoders and run(loaded)[0] == texts
+    assert len(loaded._decoders) == 3 and run(loaded)[0] == texts
 
 
 def test_nothing_is_decoded_before_every_prompt_is_read(loaded):

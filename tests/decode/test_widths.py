@@ -253,7 +253,7 @@ class AnyWidths:
         return [max(widths)] * len(widths) if together else widths
 
     def took(self, part, size, seconds):
-        assert part in ("verify", "draft") and size >= 1 and seconds > 0
+        assert part in ("verify", "draft", "context") and size >= 1 and seconds > 0
 
     def verified(self, outlooks, confidences, widths, accepted):
         assert all(0 <= a < w for a, w in zip(accepted, widths, strict=True))
@@ -295,8 +295,8 @@ def test_events_tell_the_widths_that_were_verified(target):
 def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target, fault, monkeypatch):
     """Where nothing was drafted for a while, the drafter's context is written late, and is the same."""
     if fault:
-        keep = PackedRunner.keep
-        monkeypatch.setattr(PackedRunner, "keep", lambda self, live, position, features: keep(
+        remember = PackedRunner.remember
+        monkeypatch.setattr(PackedRunner, "remember", lambda self, live, position, features: remember(
             self, live, position + (position > 12), features))
 
     def drafts(policy, at):

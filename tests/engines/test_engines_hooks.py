@@ -25,6 +25,9 @@ class Base:
     def step(self, x):
         return x + 1  # a comment counts too
 
+    def walk(self, found, *, by=1):
+        return ("walked", found, by)
+
 
 class Model(Base):
     @classmethod
@@ -101,6 +104,47 @@ def test_a_classmethod_stays_one(engine):
     assert kernels.Model.named(0) == kernels.Model().named(0) == "ours" and kernels.Model().named(7) == ("Model", 7)
 
 
+PAIR = {"target": "Model.step", "ours": lambda self, x: ("put off", x) if x else LEFT,
+        "taker": "nosuchengine.kernels:Model.walk", "take": lambda self, found, *, by=1: ("ours", *found.made, by)}
+
+
+def pair(**changes):
+    read = digests("Base.step", "Base.walk")
+    return hook(**{**PAIR, "read": {"1.3.0": read}, **changes})
+
+
+def test_two_functions_are_replaced_as_one(engine, caplog):
+    model = engine[0].Model()
+    with caplog.at_level(logging.INFO):
+        assert [o.why for o in run([pair()])] == [""]
+    assert len(caplog.messages) == 1
+    assert model.walk(model.step(3), by=2) == ("ours", "put off", 3, 2)
+    assert model.walk(model.step(0)) == ("walked", 1, 1)  # what ours left
+    assert model.walk(found=5) == ("walked", 5, 1)  # what comes from elsewhere
+    again = engine[0].Model.walk
+    run([pair()])
+    assert engine[0].Model.walk is again
+
+
+@pytest.mark.parametrize("take", [lambda self, found, *, by=1: LEFT, lambda self, found, *, by=1: 1 / 0])
+def test_what_was_put_off_is_done_by_the_original(engine, take, caplog):
+    model = engine[0].Model()
+    run([pair(take=take)])
+    for _ in range(2):
+        assert model.walk(model.step(3), by=2) == ("walked", 4, 2)
+        assert model.walk(found=model.step(3)) == ("walked", 4, 1)
+    assert len(caplog.records) <= 1  # a failure is said once
+
+
+def test_a_changed_second_function_leaves_both(engine, tmp_path, monkeypatch):
+    known = pair()
+    changed = module("nosuchengine.kernels", ENGINE.replace('"walked", found', '"walked", 2 * found'), tmp_path)
+    monkeypatch.setitem(sys.modules, "nosuchengine.kernels", changed)
+    before = changed.Model.step, changed.Model.walk
+    assert [o.why for o in run([known])] == ["its source is not that of 1.3.0+cpu"]
+    assert before == (changed.Model.step, changed.Model.walk)
+
+
 def test_a_changed_body_under_the_same_signature_leaves_it(engine, tmp_path, monkeypatch, caplog):
     known = hook(), hook(beside=("nosuchengine.kernels:Base.step",), read={"1.3.0": digests("scale", "Base.step")})
     original = engine[0].scale
@@ -144,6 +188,17 @@ def test_sources_are_the_same_by_file_and_by_function(engine, tmp_path):
     (tmp_path / "nosuchengine").mkdir()
     (tmp_path / "nosuchengine" / "kernels.py").write_text(ENGINE)
     assert sources.of_folder(tmp_path, ["nosuchengine.kernels:scale"]) == digests("scale")
+
+
+def test_sources_of_what_triton_and_torch_were_given(tmp_path):
+    """And not of what only looks like torch's."""
+    text = ("import functools\nimport torch\nimport triton\n\n\n@triton.jit\ndef kernel(x):\n    pass\n\n\n"
+            "@torch.compile(backend='eager')\ndef scale(x):\n    return x\n\n\n"
+            "@functools.wraps(scale)\ndef other(x):\n    return 2 * x\n")
+    made = module("nosuchengine.kernels", text, tmp_path)
+    for name in ("kernel", "scale", "other"):
+        text = sources.of_function(getattr(made, name))
+        assert text == sources.of_file(Path(made.__file__), name) and f"def {name}(x):" in text
 
 
 @pytest.mark.parametrize("changes, version, why", [

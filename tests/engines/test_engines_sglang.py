@@ -12,7 +12,7 @@ from dflash_engines import hooks, watch
 from dflash_engines import sglang as plugin
 from dflash_engines.hooks import LEFT
 from dflash_engines.sglang import head, sampling
-from tests.support.sglang_parts import HIDDEN, drafts, install, loaded, said
+from tests.support.sglang_parts import ENABLED, HIDDEN, MODELS, drafts, install, loaded, said
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def test_nothing_before_the_worker_and_nothing_unmeasured(engine, monkeypatch, c
     with caplog.at_level("INFO"):
         plugin.register()
     assert not registry._hooks and vars(worker) == before
-    assert "not measured on cpu yet: context_kv, draft_head, sampling; enable with DFLASH_SGLANG" in caplog.text
+    assert f"not measured on cpu yet: {', '.join(ENABLED)}; enable with DFLASH_SGLANG" in caplog.text
 
 
 def test_the_registry_calls_us(engine):
     worker, utils, registry = engine
     loaded(engine)
     plugin.register()
-    assert said(engine) == {} and len(registry._hooks) == 3
+    assert said(engine) == {} and len(registry._hooks) == 6  # the selector's are two
     assert all(len(hooks) == 1 for hooks in registry._hooks.values())  # twice is once
     sampler = worker._DflashDraftSampler(weight=torch.randn(50, HIDDEN), block_size=4, num_org=50, org_vocab_start=0,
                                          max_bs=2)
@@ -50,12 +50,14 @@ def test_the_registry_calls_us(engine):
         utils.compute_dflash_sampling_correct_drafts_and_bonus)
 
 
-@pytest.mark.parametrize("name", ["context_kv", "draft_head", "sampling"])
+@pytest.mark.parametrize("name", ENABLED)
 def test_a_changed_function_leaves_that_hook_alone(engine, monkeypatch, name):
     worker, utils, registry = engine
     owner, attribute = {"context_kv": (worker.DFlashWorkerV2, "_append_target_hidden_fused"),
                         "draft_head": (worker._DflashDraftSampler, "__call__"),
-                        "sampling": (utils, "compute_dflash_sampling_correct_drafts_and_bonus")}[name]
+                        "sampling": (utils, "compute_dflash_sampling_correct_drafts_and_bonus"),
+                        "grouped_conv": (sys.modules[MODELS].DFlashGroupedConv, "_convolve"),
+                        "selector": (sys.modules[MODELS].CandidateSelector, "sample_path")}[name]
     inner = getattr(owner, attribute)
 
     @functools.wraps(inner)
@@ -65,7 +67,7 @@ def test_a_changed_function_leaves_that_hook_alone(engine, monkeypatch, name):
     monkeypatch.setattr(owner, attribute, changed)
     outcomes = said(engine)
     assert outcomes.pop(name) == "its source is not that of 0.5.23"
-    assert set(outcomes.values()) == {""} and len(registry._hooks) == 2
+    assert set(outcomes.values()) == {""} and len(registry._hooks) == (4 if name == "selector" else 5)
 
 
 @pytest.mark.parametrize("version", ["0.5.20", "0.5.21", "0.5.24"])
@@ -76,8 +78,8 @@ def test_a_version_that_was_not_read(engine, version):
 
 def test_a_hook_is_turned_off_by_name(engine, monkeypatch):
     monkeypatch.setenv("DFLASH_SGLANG_DISABLE", "sampling")
-    assert list(said(engine).values()) == ["", "", "disabled by DFLASH_SGLANG_DISABLE"]
-    assert len(engine[2]._hooks) == 2
+    assert list(said(engine).values()) == ["", "", "disabled by DFLASH_SGLANG_DISABLE", "", ""]
+    assert len(engine[2]._hooks) == 5
 
 
 def test_sampling_leaves_relaxed_thresholds(engine):

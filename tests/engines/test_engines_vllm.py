@@ -3,17 +3,21 @@
 import contextlib
 import functools
 import inspect
+import json
 import logging
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import dflash_kernels
-from dflash_engines import sources
+from dflash_engines import dflash2, sources
 from dflash_engines import vllm as plugin
-from dflash_engines.vllm import context, head, verify
+from dflash_engines.vllm import context, head, selector, verify
+from tests.support import ROOT
 from tests.support import fake_vllm as fake
 from tests.support.engine_files import FOLDER
 
@@ -76,9 +80,10 @@ def test_registering_twice_and_turning_off(monkeypatch, caplog):
 def test_with_a_version_that_was_not_read(monkeypatch):
     for version in ("0.32.1", "0.34.0", "0.33.0rc1", "dev"):
         fake.install(monkeypatch, version)
-        monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2")
+        monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2,grouped_conv,selector")
         plugin.register()
-        assert {*seen().values(), *seen(plugin.V2).values()} == {f"version {version} was not read; 0.32.0 was"}
+        outcomes = {*seen().values(), *seen(plugin.V2).values(), *seen(plugin.DFLASH2).values()}
+        assert outcomes == {f"version {version} was not read; 0.32.0 was"}
         assert "DFLASH" not in sys.modules[plugin.REGISTRY].AttentionBackendEnum.__members__
 
 
@@ -98,7 +103,7 @@ def test_an_engine_that_is_built_otherwise_is_not_in_the_way(monkeypatch, caplog
 def test_a_changed_function_leaves_that_hook_alone(monkeypatch, caplog, name):
     """The same parameters, another body."""
     fake.install(monkeypatch)
-    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2")
+    monkeypatch.setenv("DFLASH_VLLM_ENABLE", "attention,verify_v2,grouped_conv,selector")
     plugin.register()
     target = next(hook.target for hook in plugin.hooks() if hook.name == name)
     owner, attribute, original = sources.resolve(target)
@@ -110,7 +115,7 @@ def test_a_changed_function_leaves_that_hook_alone(monkeypatch, caplog, name):
 
     setattr(owner, attribute, classmethod(changed) if of_class else changed)
     with caplog.at_level(logging.INFO):
-        outcomes = seen() | seen(plugin.V2)
+        outcomes = seen() | seen(plugin.V2) | seen(plugin.DFLASH2)
     assert outcomes.pop(name) == "its source is not that of 0.32.0+cpu" and set(outcomes.values()) == {""}
     assert f"{name}: not replaced, its source is not that of 0.32.0+cpu ({target})" in caplog.text
     assert getattr(owner, attribute)(1, 2, 3) == "theirs"  # the engine's own, as it was
@@ -131,8 +136,24 @@ def test_sources_are_those_of_the_real_engine(hook):
     assert found <= set(hook.read.values())
 
 
+PYTHON = FOLDER.parent / "vllm" / "bin" / "python"
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="no vLLM is installed there: `make engine-vllm`")
+def test_hooks_for_dflash2_on_the_real_engines_modules():
+    """Its own classes, operator and compile decorators, by the installed digests."""
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    run = subprocess.run([PYTHON, "-m", "tests.support.vllm_dflash2"], capture_output=True, text=True, cwd=ROOT,
+                         env=environment)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert [line.split(": ")[1].partition(" (")[0] for line in found["outcomes"]] == ["replaced"] * 2
+    assert found["put off"] == "Deferred" and found["drafts"] == found["by all edges"]
+    assert 0 < found["convolution off"] <= found["half a step"]
+
+
 def test_hooks_use_public_names_alone():
-    for module in (context, head, verify):
+    for module in (context, dflash2, head, selector, verify):
         ours = {name: value for name, value in vars(module).items()
                 if getattr(value, "__module__", "").startswith("dflash_kernels.")}
         assert ours and all(getattr(dflash_kernels, name) is value for name, value in ours.items())

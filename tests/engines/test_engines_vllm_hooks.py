@@ -71,6 +71,83 @@ def test_context_kv_goes_straight_into_interleaved_caches(engine, heads_first):
         torch.testing.assert_close(a.kv_cache, b.kv_cache)
 
 
+SCALES = [(0.5, 0.02), (0.03, 2.0), (1.0, 0.25)]  # of each layer: far from each other, and from 1
+
+
+def split(backend, **changes):
+    """A model whose layers have interleaved pages, as a GPU's backends."""
+    def make(cls):
+        model = cls(**changes)
+        for layer in model._attn_layers:
+            layer.attn_backend = type("Backend", (fake.Backend,), {"name": backend})
+        return model
+
+    return make
+
+
+def caches(model):
+    return [layer.kv_cache for layer in model._attn_layers]
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLASHINFER"])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_context_kv_writes_fp8_caches_with_the_scales_of_each_layer(engine, backend, heads_first, per_layer):
+    """In one call of the op, the engine's bytes."""
+    make = split(backend, scales=SCALES, heads_first=heads_first, v_scale=0.7, dtype=torch.bfloat16)
+    ours, theirs = make(engine.model), make(fake.DFlashQwen3Model)
+    states, positions, slots = _context(dtype=torch.bfloat16)
+    slots = [slots, slots.flip(0), slots + 1] if per_layer else slots
+    for model in (ours, theirs):
+        model.precompute_and_store_context_kv(states, positions, slots)
+    assert ours.calls == 0
+    for i, (a, b) in enumerate(zip(caches(ours), caches(theirs), strict=True)):
+        assert b.any() and (a != b).float().mean() < 0.002, i  # sums of squares in another order
+    for wrong in ([SCALES[0]] * 3, SCALES[::-1], [(v, k) for k, v in SCALES]):  # none of these would pass
+        other = split(backend, scales=wrong, heads_first=heads_first, v_scale=0.7, dtype=torch.bfloat16)(engine.model)
+        other.precompute_and_store_context_kv(states, positions, slots)
+        assert any((a != b).float().mean() > 0.02 for a, b in zip(caches(other), caches(theirs), strict=True))
+
+
+@pytest.mark.parametrize("backend, dtype", [("CPU_ATTN", torch.bfloat16), ("FLASH_ATTN", torch.float32)])
+def test_context_kv_scales_each_layers_values_by_its_own(engine, backend, dtype):
+    """The engine takes the first layer's for all. Layer i is compared with a model that has its scale everywhere."""
+    factors = [0.7, None, 3.0]
+    ours, (states, positions, slots) = split(backend, v_scale=factors, dtype=dtype)(engine.model), _context(dtype=dtype)
+    ours.precompute_and_store_context_kv(states, positions, slots)
+    assert ours.calls == 0
+    for i, factor in enumerate(factors):
+        theirs = split(backend, v_scale=factor, dtype=dtype)(fake.DFlashQwen3Model)
+        theirs.precompute_and_store_context_kv(states, positions, slots)
+        torch.testing.assert_close(caches(ours)[i], caches(theirs)[i])
+        v = caches(theirs)[i][..., fake.HEAD_DIM:]
+        assert torch.equal(caches(ours)[i][..., fake.HEAD_DIM:], v) and v.any()
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"kv_cache_dtype": "fp8_e5m2"}, "a cache of torch.uint8"), ({"kv_cache_dtype": "nvfp4"}, "a cache of torch.uint8"),
+    ({"attn_backend": fake.Backend}, "a cache of torch.float8_e4m3fn for a model of torch.bfloat16")])
+def test_context_kv_leaves_other_8_bit_caches(engine, caplog, change, why):
+    """Two of another format, and one in tiles, which the engine would have to write."""
+    model = split("FLASH_ATTN", scales=SCALES, dtype=torch.bfloat16)(engine.model)
+    for layer in model._attn_layers:
+        vars(layer).update(change)
+    with caplog.at_level(logging.INFO):
+        model.precompute_and_store_context_kv(*_context(dtype=torch.bfloat16))
+    assert model.calls == 1 and why in caplog.text
+
+
+def test_context_kv_finds_fp8_caches_that_moved(engine):
+    model = split("FLASH_ATTN", scales=SCALES, dtype=torch.bfloat16)(engine.model)
+    given = _context(dtype=torch.bfloat16)
+    model.precompute_and_store_context_kv(*given)
+    before = [cache.clone() for cache in caches(model)]
+    for layer in model._attn_layers:
+        layer.kv_cache = torch.zeros_like(layer.kv_cache)
+    model.precompute_and_store_context_kv(*given)
+    assert all(map(torch.equal, caches(model), before)) and model.calls == 0
+
+
 def test_context_kv_leaves_to_the_original(engine, caplog):
     states, positions, slots = _context()
     model = engine.model()
@@ -85,7 +162,8 @@ def test_context_kv_leaves_to_the_original(engine, caplog):
     cases = [(engine.model(method="dspark"), {}, "the drafter of dspark"),
              (Own(), {}, "Own normalises in its own way"), (engine.model(), {"_rope_head_size": 8}, "RoPE over 8"),
              (engine.model(), {"_attn_layers": [fake.Layer(torch.float8_e4m3fn, True)] * 3}, "a cache of torch.float8")]
-    shared = [types.SimpleNamespace(**vars(layer), kv_sharing_target_layer_name="0") for layer in model._attn_layers]
+    shared = [types.SimpleNamespace(**vars(layer), attn_backend=fake.Backend, kv_sharing_target_layer_name="0")
+              for layer in model._attn_layers]
     cases.append((engine.model(), {"_attn_layers": shared}, "layers that share a cache"))
     for model, changes, why in cases:
         vars(model).update(changes)

@@ -169,7 +169,8 @@ def test_what_stays_in_a_server_without_dflash(tmp_path):
     """What the first paragraph of docs/engines.md says, and nothing more."""
     contents = {"vllm": "__version__ = '0.32.0'", "vllm.v1.attention.backends.registry": REGISTRY,
                 "vllm.v1.spec_decode.dflash": "class DFlashProposer:\n    def propose(self):\n        pass",
-                "vllm.v1.worker.gpu.spec_decode.dflash.speculator": "class DFlashSpeculator:\n    pass"}
+                "vllm.v1.worker.gpu.spec_decode.dflash.speculator": "class DFlashSpeculator:\n    pass",
+                "vllm.v1.worker.gpu.spec_decode.dflash2.speculator": "class DFlash2Speculator:\n    pass"}
     for name, text in contents.items():
         folder = tmp_path / name.replace(".", "/")
         folder.mkdir(parents=True, exist_ok=True)

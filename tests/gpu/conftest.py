@@ -13,7 +13,8 @@ from tools.dry_gpu.gpu import NAME
 
 DRY = torch.cuda.is_available() and torch.cuda.get_device_name() == NAME
 # Of the tests that take minutes there, those that are run: file, and a part of the test's name.
-SHORT = {"test_rows_gpu.py": ("f16-33-45",), "test_decode_gpu.py": ("baseline_text[llama-8-f32]", "p20")}
+SHORT = {"test_rows_gpu.py": ("f16-33-45",), "test_quant_gpu.py": ("f16-100-256-q4_k", "lookups", "bad_input"),
+         "test_decode_gpu.py": ("baseline_text[llama-8-f32]", "p20")}
 
 
 def by_host(*args):

@@ -186,7 +186,8 @@ def test_a_gpu_s_limits_are_a_gpu_s_alone():
 
 
 @pytest.mark.parametrize("error, facts, text", [
-    (TypeError, {"layers": 3}, "supports: facts of linear must be among device, dtype, weight_dtype; got layers"),
+    (TypeError, {"layers": 3}, "supports: facts of linear must be among device, dtype, weight_dtype, "
+     "weight_format; got layers"),
     (TypeError, {"dtype": "bfloat16"}, "supports: dtype must be a torch.dtype; got 'bfloat16'"),
     (TypeError, {"device": 0}, "supports: device must be a str or torch.device; got 0"),
     (ValueError, {"device": "gpu"}, "supports: device must be one that torch knows; got 'gpu'")])

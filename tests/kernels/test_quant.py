@@ -7,21 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import dflash_kernels as dk
+from bench.random_blocks import blocks
 from dflash_kernels import reference
 from dflash_kernels.formats import FORMATS
 from dflash_kernels.testing import same_bits
 
 FORMAT = pytest.mark.parametrize("name", FORMATS)
-
-
-def blocks(name, n, k):
-    """Rows of random blocks with scales of a weight's size, as a file has them."""
-    f = FORMATS[name]
-    rows = torch.randint(0, 256, (n, k // f.block, f.bytes), dtype=torch.uint8)
-    scales = slice(208, 210) if name == "q6_k" else slice(0, 4 if f.block == 256 or name == "q4_1" else 2)
-    values = torch.randn(*rows.shape[:2], (scales.stop - scales.start) // 2) * (0.01 if f.block == 32 else 2e-4)
-    rows[..., scales] = values.half().view(torch.uint8)
-    return rows.view(n, -1)
 
 
 def problem(name, dtype, rows, n, k):

@@ -20,15 +20,15 @@ def source(engine: str, path: str) -> Path:
 
 
 def take(engine: str, path: str, names: list[str], namespace: dict) -> dict:
-    """Runs the definitions of `names` ("function", "Class" or "Class.method", which gives a class of that alone) in
-    namespace, with postponed annotations; returns it."""
+    """Runs the definitions of `names` in namespace, with postponed annotations; returns it. A name is "function",
+    "Class" or "Class.method,method", which gives a class of those methods alone."""
     tree = ast.parse(source(engine, path).read_text(encoding="utf-8"))
     body: list[ast.stmt] = [ast.parse("from __future__ import annotations").body[0]]
     for name in names:
-        first, _, method = name.partition(".")
+        first, _, methods = name.partition(".")
         node = next(n for n in tree.body if getattr(n, "name", None) == first)
-        if method:
-            node.body = [n for n in node.body if getattr(n, "name", None) == method]
+        if methods:
+            node.body = [n for n in node.body if getattr(n, "name", None) in methods.split(",")]
             node.bases, node.decorator_list = [], []
         body.append(node)
     exec(compile(ast.Module(body, []), str(source(engine, path)), "exec"), namespace)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from dflash_engines import sources
 from dflash_engines import vllm as plugin
+from dflash_engines.vllm import conv
+from tests.support import fake_dflash2
 
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN, PAGE, PAGES, VOCAB, DRAFTED = 3, 2, 16, 32, 4, 6, 50, 3
 
@@ -34,12 +36,15 @@ class Backend:
 
 
 class Layer:
-    """An attention layer with its cache (pages, Hkv, P, 2 * D): keys, then values, in the last dimension."""
+    """An attention layer with its cache (pages, Hkv, P, 2 * D): keys, then values, in the last dimension. scales: of an
+    fp8 cache, kept as bytes."""
 
     attn_backend = Backend
 
-    def __init__(self, dtype, heads_first):
-        shape = (PAGES, KV_HEADS, PAGE, 2 * HEAD_DIM)
+    def __init__(self, dtype, heads_first, scales=None):
+        shape, self.kv_cache_dtype = (PAGES, KV_HEADS, PAGE, 2 * HEAD_DIM), "auto" if scales is None else "fp8"
+        self._k_scale, self._v_scale = torch.tensor(scales or (1.0, 1.0))
+        dtype = dtype if scales is None else torch.uint8
         self.kv_cache = torch.zeros(shape, dtype=dtype) if heads_first else torch.zeros(
             PAGES, PAGE, KV_HEADS, 2 * HEAD_DIM, dtype=dtype).transpose(1, 2)
         self.impl = self
@@ -47,6 +52,9 @@ class Layer:
     def do_kv_cache_update(self, layer, key, value, kv_cache, slots):
         there = slots >= 0
         slots = slots[there]
+        if self.kv_cache_dtype == "fp8":
+            key, value = (torch.clamp(x.float() / scale, -448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+                          for x, scale in ((key, layer._k_scale), (value, layer._v_scale)))
         kv_cache[slots // PAGE, :, slots % PAGE] = torch.cat([key[there], value[there]], -1).to(kv_cache.dtype)
 
 
@@ -55,7 +63,8 @@ def config(method="dflash"):
 
 
 class DFlashQwen3Model:
-    def __init__(self, dtype=torch.float32, heads_first=True, v_scale=None, neox=True, method="dflash"):
+    def __init__(self, dtype=torch.float32, heads_first=True, v_scale=None, neox=True, method="dflash", scales=None):
+        """v_scale: of all layers, or a list. scales: of each layer's fp8 cache, K's and V's."""
         self.vllm_config = config(method)
         g = torch.Generator().manual_seed(5)
 
@@ -70,9 +79,9 @@ class DFlashQwen3Model:
         self._rms_norm_eps, self._rope_head_size, self._rope_is_neox = 1e-6, HEAD_DIM, neox
         angles = torch.arange(64)[:, None] * torch.tensor([0.5 ** i for i in range(HEAD_DIM // 2)])
         self._rope_cos_sin_cache = torch.cat([angles.cos(), angles.sin()], -1)
-        self._attn_layers = [Layer(dtype, heads_first) for _ in range(LAYERS)]
-        attention = types.SimpleNamespace(v_scale=v_scale)
-        self.layers = [types.SimpleNamespace(self_attn=attention)] * LAYERS
+        self._attn_layers = [Layer(dtype, heads_first, pair) for pair in scales or [None] * LAYERS]
+        self.layers = [types.SimpleNamespace(self_attn=types.SimpleNamespace(v_scale=scale))
+                       for scale in (v_scale if isinstance(v_scale, list) else [v_scale] * LAYERS)]
         self.calls = 0
 
     def _project_context_kv(self, states):
@@ -230,7 +239,7 @@ def attention_modules(device):
         def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
             return cls.__name__, getattr(selected_backend, "name", None)
 
-    platform, current = types.SimpleNamespace(is_cpu=lambda: device == "cpu"), config()
+    platform, current = types.SimpleNamespace(is_cpu=lambda: device == "cpu", dispatch_key="CPU"), config()
     return {
         "vllm.config": {"get_current_vllm_config": lambda: current, "current": current},
         "vllm.platforms": {"current_platform": platform}, "vllm.platforms.cpu": {"CpuPlatform": CpuPlatform},
@@ -266,7 +275,8 @@ def install(monkeypatch, version="0.32.0+cpu", device="cpu"):
         f"{gpu}.dflash.speculator": {"DFlashSpeculator": speculator},
         f"{gpu}.rejection_sampler": {"RejectionSampler": sampler},
         f"{gpu}.rejection_sampler_utils": {"rejection_sample": v2_rejection_sample},
-    } | attention_modules(device)
+    } | attention_modules(device) | fake_dflash2.vllm_modules(base)
+    monkeypatch.setattr(conv, "LIBRARIES", [])
     for name, names in contents.items():
         module = types.ModuleType(name)
         module.__path__ = []

@@ -88,6 +88,12 @@ def candidates():
             "predecessor": torch.randn(10, 6), "successor": torch.randn(10, 6), "context_lens": int32(5, 2)}
 
 
+def int4_layer(shape):
+    """8 outputs of 128 k, as 4-bit checkpoints have them."""
+    words = [torch.randint(-2**31, 2**31, size, dtype=torch.int32) for size in (shape, (1, 1))]
+    return {"qweight": words[0], "qzeros": words[1], "scales": torch.rand(1, 8).half()}
+
+
 def int8_weight(n, k):
     return dk.pack_weight(*dk.quantize_weight(torch.randn(n, k)))
 
@@ -150,6 +156,9 @@ SAMPLES = {
         "out": boxed(3, 20)}, ("out",)),
     "pack_weight_blocks": Sample(dk.pack_weight, lambda: {
         "weight": q4_1_rows(20, 64), "format": "q4_1", "exact": True}, ()),
+    "awq_blocks": Sample(dk.awq_blocks, lambda: int4_layer((128, 1)), ()),
+    "gptq_blocks": Sample(dk.gptq_blocks, lambda: int4_layer((16, 8)) | {
+        "g_idx": torch.zeros(128, dtype=torch.int32), "version": 2}, ()),
     "pack_weight": Sample(dk.pack_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
     "pack_weight_int8": Sample(dk.pack_weight, lambda: {
         "weight": torch.randint(-127, 128, (20, 16), dtype=torch.int8), "scales": torch.rand(20)}, ()),

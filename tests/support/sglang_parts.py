@@ -7,11 +7,14 @@ import types
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dflash_engines import sglang as plugin
 from tests.support.engine_files import source, take
 
 WORKER, OPS = "srt/speculative/dflash_worker_v2.py", "kernels/ops/speculative/"
+MODELS, WALK = "sglang.srt.models.dflash", "sglang.kernels.ops.speculative.dflash"
+ENABLED = "context_kv", "draft_head", "sampling", "grouped_conv", "selector"
 LAYERS, HEADS, DIM, HIDDEN, ROWS = 3, 2, 16, 32, 24
 
 
@@ -26,7 +29,7 @@ def install(monkeypatch):
     """SGLang's package with its real HookRegistry and the real code of what is hooked, and nothing else."""
     for name in ("sglang", "sglang.srt", "sglang.srt.plugins", "sglang.srt.speculative", "sglang.version",
                  "sglang.srt.speculative.dflash_utils", "sglang.srt.speculative.dflash_worker_v2", "sglang.kernels",
-                 "sglang.kernels.ops", "sglang.kernels.ops.speculative"):
+                 "sglang.kernels.ops", "sglang.kernels.ops.speculative", "sglang.srt.models", MODELS):
         module = types.ModuleType(name)
         module.__path__ = []
         monkeypatch.setitem(sys.modules, name, module)
@@ -35,16 +38,24 @@ def install(monkeypatch):
             setattr(sys.modules[parent], child, module)
     registry = by_path("sglang.srt.plugins.hook_registry", "srt/plugins/hook_registry.py")
     helper = by_path("sglang.kernels.ops.speculative.fused_kv_materialize", OPS + "fused_kv_materialize.py")
-    for module in (registry, helper):
+    walk = by_path(WALK, OPS + "dflash.py")
+    for module in (registry, helper, walk):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     sys.modules["sglang.version"].__version__ = "0.5.23"
     worker, utils = (sys.modules[f"sglang.srt.speculative.dflash_{n}"] for n in ("worker_v2", "utils"))
-    take("sglang", WORKER, ["_DflashDraftSampler", "DFlashWorkerV2._append_target_hidden_fused"], worker.__dict__)
+    take("sglang", WORKER, ["_DflashDraftSampler", "_selector_lattice", "_SelectorDraftSampler",
+                            "DFlashWorkerV2._append_target_hidden_fused,_propose_selector_block"], worker.__dict__)
     worker.torch, worker.KVWriteLoc = torch, lambda loc, physical: loc
     take("sglang", "srt/speculative/dflash_utils.py",
          ["compute_dflash_sampling_correct_drafts_and_bonus", "build_speculative_verify_target_probs"], utils.__dict__)
     utils.torch, utils.F = torch, F
-    monkeypatch.setenv("DFLASH_SGLANG_ENABLE", "context_kv,draft_head,sampling")
+    # Its convolution and scores are compiled where it has a GPU's backend for that, and plain functions without.
+    models = sys.modules[MODELS]
+    vars(models).update(torch=torch, nn=nn, F=F, _is_npu=True, get_compiler_backend=lambda: "eager",
+                        _flashinfer_top_k=torch.topk, selector_walk_triton=walk.selector_walk_triton)
+    take("sglang", "srt/models/dflash.py", ["_grouped_conv", "DFlashGroupedConv", "_score_edges", "_follow_maps",
+                                            "CandidateSelector"], vars(models))
+    monkeypatch.setenv("DFLASH_SGLANG_ENABLE", ",".join(ENABLED))
     worker.compute_dflash_sampling_correct_drafts_and_bonus = utils.compute_dflash_sampling_correct_drafts_and_bonus
     return worker, utils, registry.HookRegistry
 
@@ -55,7 +66,7 @@ def said(engine):
 
 
 def loaded(engine):
-    assert said(engine) == {"context_kv": "", "draft_head": "", "sampling": ""}
+    assert said(engine) == dict.fromkeys(ENABLED, "")
 
 
 class MHATokenToKVPool:

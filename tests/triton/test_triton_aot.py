@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from dflash_kernels.formats import EVERY
 from tests.support import ROOT
 
 triton = pytest.importorskip("triton")
@@ -173,12 +174,13 @@ def test_linear_counts_on_no_more_programs_than_a_multiprocessor_holds(reports):
     block takes one more."""
     linear, held = importlib.import_module("dflash_kernels._triton.linear"), {}
     for case in _aot.cases("linear", 90):
-        if found := re.fullmatch(r"linear (\d+) rows (bf16|fp32)", case.name):
+        if found := re.fullmatch(r"linear (\d+) rows (bf16|fp32)( x \w+_\w+)?", case.name):
             r, size = reports[case.name, 90], (4 if found[2] == "fp32" else 2, int(found[1]))
-            threads = 32 * linear.CONFIGS[size].warps
-            held[size] = min((64 << 10) // (-(-r.registers // 8) * 8 * threads), (228 << 10) // (r.shared + 1024))
-    assert held.keys() == linear.CONFIGS.keys()
-    assert all(1 <= linear.CONFIGS[size].fill <= most for size, most in held.items()), held
+            table, threads = linear.BLOCK_CONFIGS if found[3] else linear.CONFIGS, 32 * case.num_warps
+            most = min((64 << 10) // (-(-r.registers // 8) * 8 * threads), (228 << 10) // (r.shared + 1024))
+            held[case.name] = table[size].fill, most
+    assert len(held) == len(linear.CONFIGS) + 2 * len(EVERY) + 1
+    assert all(1 <= fill <= most for fill, most in held.values()), held
 
 
 def test_b6_shared_memory_bounds_linear_from_65_rows_on():

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from dflash_kernels._triton import LAUNCHERS
 
-from . import launched
+from . import launched, products
 from .launched import Case
 from .sampled import sample, selector
 
@@ -62,8 +62,9 @@ class Report(NamedTuple):
 
 
 def cases(noun: str, arch: int) -> list[Case]:
-    sampled = {"sample": sample, "selector": selector}
-    return list(sampled[noun]()) if noun in sampled else launched.cases(noun, arch)
+    others = {"sample": sample, "selector": selector, "linear": products.linear, "lm_head": products.lm_head,
+              "lm_head_topk": products.lm_head_topk}
+    return list(others[noun]()) if noun in others else launched.cases(noun, arch)
 
 
 def key(case: Case, arch: int) -> str:

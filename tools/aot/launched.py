@@ -1,5 +1,5 @@
-"""The cases of each noun but sample and selector: what its launchers launch for a call, noted on tensors without
-memory.
+"""The cases of each noun but products (products.py), sample and selector (sampled.py): what its launchers launch for a
+call, noted on tensors without memory.
 
 A launch is compiled as Triton would compile it: an argument that is None and an integer 1 are constants, an integer
 that divides by 16 is marked, but one that the kernel does not specialise on is neither. So a case is a name and a call.
@@ -15,8 +15,7 @@ import torch
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
           torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8"}
 FLOATS = tuple(DTYPES)[:3]
-PAGE, VOCAB, FEW = 16, 151_936, 1024
-FAR = (1 << 31) + 1  # an id past 32 bits, which a shard may begin at
+PAGE, VOCAB = 16, 151_936
 
 
 class Case(NamedTuple):
@@ -139,6 +138,7 @@ def verify() -> Iterator[Case]:
 def block() -> Iterator[Case]:
     """The anchors are a column of tokens. The vocabulary does not divide by 16, nor does the mask token."""
     from dflash_kernels._triton.block import CONFIGS, embed_tokens, prepare_block
+    from dflash_kernels.formats import EVERY, gpu_shape
 
     vocab, ids, lens = 151_670, empty(2, 9), empty(2, dtype=torch.int32)
     given = (ids[:, 0], lens, vocab - 1)
@@ -151,6 +151,13 @@ def block() -> Iterator[Case]:
                 (launch,) = launches(prepare_block, *given, empty(2, 9, dtype=torch.int32), PAGE, lens, table, 0, ids,
                                      ids, ids, rows)
                 yield case(f"prepare_block {width} {DTYPES[dtype]}", launch)
+    for name, f in EVERY.items():
+        table, rows = empty(*gpu_shape(f, vocab, 4096), dtype=torch.uint8), empty(2, 9, 4096, dtype=torch.bfloat16)
+        (launch,) = launches(embed_tokens, ids, table, f.number, rows)
+        yield case(f"embed_tokens {name}", launch)
+    (launch,) = launches(prepare_block, *given, empty(2, 9, dtype=torch.int32), PAGE, lens, table, f.number, ids, ids,
+                         ids, rows)
+    yield case(f"prepare_block {name}", launch)
     (launch,) = launches(prepare_block, *given, None, 1, None, None, 0, ids, ids, None, None)
     yield case("prepare_block ids alone", launch)
 
@@ -224,69 +231,6 @@ def rope() -> Iterator[Case]:
         yield case(f"qk_norm_rope {name} {DTYPES[h.dtype]}", launch)
 
 
-def products() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
-    """What `linear` and the heads multiply: what it is called, the dtypes of x and of the weight."""
-    for dtype in FLOATS:
-        yield DTYPES[dtype], dtype, dtype
-        yield f"{DTYPES[dtype]} x i8", dtype, torch.int8
-
-
-def operands(rows: int, n: int, dtype: torch.dtype, weight: torch.dtype) -> tuple:
-    """x, weight, scales, format, bias."""
-    scales = empty(n, dtype=torch.float32) if weight == torch.int8 else None
-    return empty(rows, 4096, dtype=dtype), empty(n, 4096, dtype=weight), scales, 0, empty(n, dtype=dtype)
-
-
-def linear() -> Iterator[Case]:
-    """As many outputs as a vocabulary fill the chip. Of few, K is split, and the product stores float32 sums."""
-    from dflash_kernels._triton.linear import configs, linear
-
-    for name, dtype, weight in products():
-        for rows in configs(dtype.itemsize):
-            for n in (VOCAB, FEW) if dtype == torch.bfloat16 else (VOCAB,):
-                product, *added = launches(linear, *operands(rows, n, dtype, weight), n, empty(rows, n, dtype=dtype))
-                yield case(f"linear {rows} rows {name}" + " split" * len(added), product)
-        _, added = launches(linear, *operands(16, FEW, dtype, weight), FEW, empty(16, FEW, dtype=dtype))
-        yield case(f"linear add_chunks {name}", added)
-
-
-def lm_head() -> Iterator[Case]:
-    from dflash_kernels._triton.linear import configs
-    from dflash_kernels._triton.lm_head import combine_argmax, lm_head_argmax
-
-    for name, dtype, weight in products():
-        for rows in configs(dtype.itemsize):
-            product, best = launches(lm_head_argmax, *operands(rows, VOCAB, dtype, weight), VOCAB, VOCAB, 1.0, 30.0,
-                                     FAR, empty(rows), empty(rows, dtype=torch.float32))
-            yield case(f"lm_head_argmax {rows} rows {name}", product)
-    yield case("lm_head_argmax best_of_blocks", best)
-    values, ids = empty(2, 9, dtype=torch.float32), empty(2, 9)
-    (launch,) = launches(combine_argmax, values, ids, ids[0], values[0])
-    yield case("combine_argmax", launch)
-
-
-def lm_head_topk() -> Iterator[Case]:
-    """K is 1, or one less than the power of two in the name."""
-    from dflash_kernels._triton.linear import configs
-    from dflash_kernels._triton.lm_head_topk import TALLEST, combine_topk, lm_head_topk
-
-    def both(rows: int, dtype: torch.dtype, weight: torch.dtype, k: int) -> list[Launch]:
-        return launches(lm_head_topk, *operands(rows, VOCAB, dtype, weight), VOCAB, VOCAB, 1.0, 30.0, FAR,
-                        empty(rows, k), empty(rows, k, dtype=torch.float32), empty(rows, dtype=torch.float32))
-
-    for name, dtype, weight in products():
-        for rows in configs(dtype.itemsize):
-            if rows <= TALLEST[dtype.itemsize]:
-                yield case(f"lm_head_topk {rows} rows {name}", both(rows, dtype, weight, 15)[0])
-    for k in (1, 15, 63):
-        _, first = both(16, torch.bfloat16, torch.bfloat16, k)
-        yield case(f"lm_head_topk first_of_blocks {first.options['K']}", first)
-    for shards, k in ((2, 15), (8, 63)):
-        values, lse = empty(shards, 9, k, dtype=torch.float32), empty(shards, 9, dtype=torch.float32)
-        (launch,) = launches(combine_topk, values, empty(shards, 9, k), lse, empty(9, k), values[0], lse[0])
-        yield case(f"combine_topk {shards} x {k + 1}", launch)
-
-
 def attention() -> Iterator[Case]:
     """One request, whose splits programs share out; every tensor that there may be, and a window of odd sizes."""
     from dflash_kernels._triton.attention import CONFIGS, block_attention
@@ -308,7 +252,7 @@ def attention() -> Iterator[Case]:
 
 
 NOUNS = {"norm": norm, "conv": conv, "activation": activation, "verify": verify, "block": block, "context": context,
-         "rope": rope, "linear": linear, "lm_head": lm_head, "lm_head_topk": lm_head_topk, "attention": attention}
+         "rope": rope, "attention": attention}
 
 
 def cases(noun: str, arch: int) -> list[Case]:

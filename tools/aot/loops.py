@@ -9,6 +9,8 @@ with 128 bytes per clock. A loop that exceeds either is bound by it.
 import re
 from typing import NamedTuple
 
+from dflash_kernels.formats import EVERY, NAMES
+
 from . import compile as _aot
 
 # An H100: bytes that one of its 132 multiprocessors gets in a clock of 1.755 GHz at 3.35 TB/s.
@@ -19,6 +21,11 @@ LOOPS = {  # what the table calls it: noun, case, bytes that a turn of the loop 
     "the same, 33 to 64 rows": ("linear", "linear 64 rows bf16", lambda c: 2 * tile(c)),
     "the same, 65 to 128 rows": ("linear", "linear 128 rows bf16", lambda c: 2 * tile(c)),
     "the same, 1 to 16 rows, weights in 8 bits": ("linear", "linear 16 rows bf16 x i8", lambda c: tile(c)),
+    "the same, weights in q4_0": ("linear", "linear 16 rows bf16 x q4_0", lambda c: block_tile(c)),
+    "the same, weights in q4_k": ("linear", "linear 16 rows bf16 x q4_k", lambda c: block_tile(c)),
+    "the same, weights in q6_k": ("linear", "linear 16 rows bf16 x q6_k", lambda c: block_tile(c)),
+    "the same, weights in q8_0": ("linear", "linear 16 rows bf16 x q8_0", lambda c: block_tile(c)),
+    "17 to 32 rows, weights in q4_k": ("linear", "linear 32 rows bf16 x q4_k", lambda c: block_tile(c)),
     "`block_attention`, up to 64 rows a key head, heads of 128": (
         "attention", "block_attention 128 bf16", lambda c: 4 * keys(c)),
     "the same, heads of 64": ("attention", "block_attention 64 bf16", lambda c: 4 * keys(c)),
@@ -43,6 +50,11 @@ class Loop(NamedTuple):
 
 def tile(constants: dict) -> int:
     return constants["BLOCK_N"] * constants["BLOCK_K"]
+
+
+def block_tile(constants: dict) -> int:
+    """A record of each output."""
+    return constants["BLOCK_N"] * EVERY[NAMES[constants["FORMAT"]]].record
 
 
 def keys(constants: dict) -> int:

@@ -53,8 +53,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="dflash-kernels", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="DFlash speculative decoding with fused kernels.")
-for command in entry_points(group="dflash_kernels.commands"):
-    app.add_typer(command.load(), name=command.name)
+
 
 
 def show_version(wanted: bool) -> None:
@@ -178,6 +177,15 @@ def _load(model: str, draft: str, block_size: int | None, compare: bool, threads
     from . import report
 
     return LLM(model, draft, block_size=block_size, device=device.value, max_batch=1, status=report.status, **options)
+
+
+# What other packages register: a function is a command, an app of typer's a group of them.
+for point in entry_points(group="dflash_kernels.commands"):
+    found = point.load()
+    if isinstance(found, typer.Typer):
+        app.add_typer(found, name=point.name)
+    else:
+        app.command(point.name)(found)
 
 
 def run(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points, version
 
 from .streams import UsageError, attempt
 
-EXTRAS = {"bench": "bench"}  # of the commands that need another extra than this one:
+EXTRAS = {"bench": "bench", "serve": "serve"}  # of the commands that need another extra than this one:
 EXTRA = "decode"
 
 

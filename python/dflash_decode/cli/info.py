@@ -19,6 +19,8 @@ _PARTS = (
     ("safetensors", "safetensors checkpoints", _DECODE),
     ("huggingface-hub", "models by their hub ids", _DECODE),
     ("llguidance", "answers by a JSON schema or a regular expression", "pip install 'dflash-kernels[grammar]'"),
+    *((name, "the command serve", "pip install 'dflash-kernels[serve]'")
+      for name in ("starlette", "uvicorn", "pydantic", "prometheus-client")),
     ("transformers", "any Hugging Face model as target", "pip install 'dflash-kernels[hf]'"),
     *(part for name, known in KNOWN.items()
       for part in ((known.distribution, f"the model {name}", known.get),

@@ -110,13 +110,19 @@ class LLM:
 
     @property
     def max_context(self) -> int:
-        """The most tokens of a prompt and its answer together."""
-        return self._decoder.max_context
+        """The most tokens of a prompt and its answer together, which the cache has room for."""
+        pool = self._decoder.pool
+        return min(self._decoder.max_context, pool.num_pages * pool.page_size)
 
     @property
     def defaults(self) -> GenerationParams:
         """What applies where a call names nothing else."""
         return GenerationParams(**vars(self._defaults))
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be generated any more."""
+        return self._engine.closed
 
     def load(self) -> Load:
         """What is running and waiting now."""
@@ -324,7 +330,7 @@ class LLM:
         """Prompts and plans, all checked."""
         found = read_prompts(self.tokenizer, self.session.target.vocab_size, prompts, what, reading)
         plans = [self._plan(what, one) for one in read_params(what, params, fields, len(found))]
-        pool, room = self._decoder.pool, self.max_context
+        pool, room = self._decoder.pool, self._decoder.max_context
         for i, (ids, planned) in enumerate(zip(found, plans, strict=True), 1):
             if len(ids) >= room:
                 raise ValueError(f"{what}: prompt {i} must be shorter than the context of {room} tokens; "

@@ -37,7 +37,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self.closed = False
 
     def submit(self, job: Job) -> None:
         """Queues a job. Raises RuntimeError once the engine is closed."""
@@ -67,7 +67,7 @@ class Engine:
 
     def _order(self, order: Callable[[], None]) -> None:
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("LLM: it must be open to generate; got one that is closed")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="dflash-engine", daemon=True)
@@ -77,7 +77,7 @@ class Engine:
     def close(self) -> None:
         """Cancels what runs, and waits for the thread to end."""
         with self._lock:
-            self._closed = True
+            self.closed = True
             thread = self._thread
         self._orders.put(None)
         if thread is not None and thread is not threading.current_thread():
@@ -94,7 +94,7 @@ class Engine:
         except BaseException as error:
             why = f"the decoder's thread failed: {said(error)}"
         with self._lock:
-            self._closed = True
+            self.closed = True
         while not self._orders.empty():
             if order := self._orders.get():
                 order()

@@ -20,9 +20,9 @@ PREFIX = "DFLASH_SGLANG"
 
 
 def hooks() -> tuple["Hook", ...]:
-    from . import context, head, sampling
+    from . import context, conv, head, sampling, selector
 
-    return context.HOOK, head.HOOK, sampling.HOOK
+    return context.HOOK, head.HOOK, sampling.HOOK, conv.HOOK, selector.HOOK
 
 
 def register() -> None:
@@ -43,8 +43,8 @@ def seen(_worker: ModuleType) -> list["Outcome"]:
 
     from ..hooks import MARK, Choice, install, platform_of
 
-    def place(hook: "Hook", _owner: Any, _attribute: str, _original: Callable, replacement: Callable) -> None:
-        HookRegistry.register(hook.target.replace(":", "."), replacement, HookType.REPLACE)
+    def place(target: str, _owner: Any, _attribute: str, _original: Callable, replacement: Callable) -> None:
+        HookRegistry.register(target.replace(":", "."), replacement, HookType.REPLACE)
 
     if any(hasattr(function, MARK) for given in HookRegistry._hooks.values() for _, function, _ in given):
         return []  # the plugin was loaded before in this process

@@ -21,15 +21,17 @@ LOG = logging.getLogger("vllm.dflash_kernels")  # under "vllm" its handlers and 
 PREFIX = "DFLASH_VLLM"
 V1 = ("context_kv", "attention", "draft_head", "verify")
 V2 = ("context_kv", "verify_v2")
+DFLASH2 = ("grouped_conv", "selector")  # besides V2's: its proposer is one of that class
 REGISTRY = "vllm.v1.attention.backends.registry"
 PROPOSERS = {"vllm.v1.spec_decode.dflash": ("DFlashProposer", V1),
-             "vllm.v1.worker.gpu.spec_decode.dflash.speculator": ("DFlashSpeculator", V2)}
+             "vllm.v1.worker.gpu.spec_decode.dflash.speculator": ("DFlashSpeculator", V2),
+             "vllm.v1.worker.gpu.spec_decode.dflash2.speculator": ("DFlash2Speculator", DFLASH2)}
 
 
 def hooks() -> tuple["Hook", ...]:
-    from . import attention, context, head, verify, verify_v2
+    from . import attention, context, conv, head, selector, verify, verify_v2
 
-    return context.HOOK, attention.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK
+    return (context.HOOK, attention.HOOK, head.HOOK, verify.HOOK, verify_v2.HOOK, conv.HOOK, selector.HOOK)
 
 
 def register() -> None:

@@ -1,6 +1,7 @@
 """precompute_and_store_context_kv -> write_context_kv: context K/V of all draft layers, for both of vLLM's runners.
 
-The engine's norm and projection stay. K norm, RoPE, the value scale and the writes to all layers' caches are one call.
+The engine's norm and projection stay. K norm, RoPE, the value scale and the writes to all layers' caches are one call,
+in which an fp8 cache has its layer's own scales.
 """
 
 import logging
@@ -16,6 +17,7 @@ from ..hooks import LEFT, Hook, plan
 
 LOG = logging.getLogger("vllm.dflash_kernels")
 SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "DFLASH")  # keys, then values, side by side in a head's last dimension
+FP8 = torch.float8_e4m3fn
 
 
 KEPT = 64  # tokens of a decoding step, for which rows and views are made once
@@ -41,10 +43,11 @@ class Rows:
 @dataclass
 class Plan:
     """caches: views of the engine's caches, or None where the engine must write from rows. address: of the viewed
-    cache."""
+    cache. v_scale: of all layers. v_scales (L, 1, 1) float32: of each, where they differ."""
 
     cos_sin: torch.Tensor
     v_scale: float
+    v_scales: torch.Tensor | None
     caches: list[PagedKV] | None
     address: int
     rows: Rows
@@ -63,30 +66,47 @@ def decide(model: Any) -> Plan | str:
     if model._rope_head_size != model._head_dim:
         return f"RoPE over {model._rope_head_size} of heads of {model._head_dim}"
     layers, dtype = model._attn_layers, model._fused_kv_weight.dtype
-    stored = {layer.kv_cache.dtype for layer in layers}
-    if stored != {dtype}:
+    backends = {layer.attn_backend.get_name() for layer in layers}
+    tiled = backends <= {"CPU_ATTN"}  # its keys are stored transposed or in tiles
+    stored = {stored_as(layer) for layer in layers}
+    if stored != {dtype} and (tiled or stored != {FP8}):
         return f"a cache of {', '.join(map(str, stored))} for a model of {dtype}"
     if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers):
         return "layers that share a cache"
-    scale = getattr(model.layers[0].self_attn, "v_scale", None)
-    cos_sin = model._rope_cos_sin_cache.to(dtype).contiguous()
-    caches = None
-    backends = {layer.attn_backend.get_name() for layer in layers}
-    if backends <= {"CPU_ATTN"}:  # its keys are stored transposed or in tiles
-        pass
-    elif not backends <= set(SPLIT_BACKENDS):
+    if not tiled and not backends <= set(SPLIT_BACKENDS):
         return f"the cache of {', '.join(sorted(backends))}"
-    else:
-        caches = views([layer.kv_cache for layer in layers], model._head_dim)
-        if len({(c.k.shape, c.k.stride()) for c in caches}) > 1:
-            return "draft layers with caches of different shapes"
-    return Plan(cos_sin, 1.0 if scale is None else float(scale), caches, layers[0].kv_cache.data_ptr(),
-                rows_of(model, KEPT if caches is None else 0))
+    caches = None if tiled else caches_of(layers, model._head_dim)
+    if caches and len({(c.k.shape, c.k.stride()) for c in caches}) > 1:
+        return "draft layers with caches of different shapes"
+    given = [getattr(layer.self_attn, "v_scale", None) for layer in model.layers]
+    scales = [1.0 if scale is None else float(scale) for scale in given]
+    each = torch.tensor(scales, device=model._fused_kv_weight.device)[:, None, None] if len({*scales}) > 1 else None
+    return Plan(model._rope_cos_sin_cache.to(dtype).contiguous(), scales[0] if each is None else 1.0, each, caches,
+                layers[0].kv_cache.data_ptr(), rows_of(model, KEPT if tiled else 0))
+
+
+def stored_as(layer: Any) -> torch.dtype:
+    """The dtype of the elements of an attention layer's cache. The engine keeps 8-bit floats as bytes."""
+    fp8 = layer.kv_cache.dtype == torch.uint8 and layer.kv_cache_dtype in ("fp8", "fp8_e4m3")
+    return FP8 if fp8 and not torch.version.hip else layer.kv_cache.dtype  # older AMD GPUs have another format
+
+
+def caches_of(layers: list[Any], head_dim: int) -> list[PagedKV]:
+    """Of the engine's attention layers, with the scales of each."""
+    if stored_as(layers[0]) == FP8:
+        return [PagedKV(*halves(layer.kv_cache.view(FP8), head_dim), k_scale=layer._k_scale, v_scale=layer._v_scale)
+                for layer in layers]
+    return views([layer.kv_cache for layer in layers], head_dim)
 
 
 def views(kv_caches: list[torch.Tensor], head_dim: int) -> list[PagedKV]:
+    return [PagedKV(*halves(kv_cache, head_dim)) for kv_cache in kv_caches]
+
+
+def halves(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of (pages, Hkv, P, 2 * D) in any physical order, split in the last dimension."""
-    return [PagedKV(*kv_cache.transpose(1, 2).split(head_dim, -1)) for kv_cache in kv_caches]
+    k, v = kv_cache.transpose(1, 2).split(head_dim, -1)
+    return k, v
 
 
 def project(model: Any, states: torch.Tensor) -> torch.Tensor:
@@ -100,6 +120,8 @@ def project(model: Any, states: torch.Tensor) -> torch.Tensor:
 
 def write(model: Any, made: Plan, kv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
           caches: list[PagedKV]) -> None:
+    if made.v_scales is not None:  # the op has one for all layers
+        kv.unflatten(-1, (model._num_attn_layers, 2, model._num_kv_heads, -1))[:, :, 1].mul_(made.v_scales)
     write_context_kv(kv, positions, slots, caches, k_weights=model._k_norm_weights, cos_sin=made.cos_sin,
                      eps=model._rms_norm_eps, interleaved=not model._rope_is_neox, v_scale=made.v_scale,
                      rounding="each")
@@ -145,9 +167,9 @@ def precompute_and_store_context_kv(self, context_states, context_positions, con
     kv = project(self, context_states)
     if made.caches is None:
         return write_through(self, made, kv, context_positions, slots if per_layer else [slots] * self._num_attn_layers)
-    caches = [layer.kv_cache for layer in self._attn_layers]
-    if caches[0].data_ptr() != made.address:  # the engine slept and woke with its caches elsewhere
-        made.caches, made.address = views(caches, self._head_dim), caches[0].data_ptr()
+    first = self._attn_layers[0].kv_cache
+    if first.data_ptr() != made.address:  # the engine slept and woke with its caches elsewhere
+        made.caches, made.address = caches_of(self._attn_layers, self._head_dim), first.data_ptr()
     write(self, made, kv, context_positions, torch.stack(slots) if per_layer else slots, made.caches)
 
 

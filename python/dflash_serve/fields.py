@@ -1,0 +1,146 @@
+"""Requests, with OpenAI's field names, and vLLM's for what `GenerationParams` has beside them."""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+
+from dflash_decode.inputs import shown
+
+MOST_CHOICES, MOST_LOGPROBS = 128, 20  # OpenAI's
+Tokens: TypeAlias = list[int]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class StreamOptions(_Fields):
+    include_usage: bool | None = None
+
+
+class JsonSchema(_Fields):
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Part(_Fields):
+    """A piece of a message."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(_Fields):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Asked(_Fields):
+    """The fields that both endpoints have."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: Tokens | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def prompts(self) -> int:
+        return 1
+
+    @property
+    def reports_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatAsked(Asked):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _tools_are_functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for i, tool in enumerate(tools or []):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(
+                    function.get("name"), str):
+                raise ValueError('must have functions {"type": "function", "function": {"name": ...}}; got another '
+                                 f"thing at {i}")
+        return tools
+
+
+class CompletionAsked(Asked):
+    """POST /v1/completions"""
+
+    prompt: str | Tokens | list[str] | list[Tokens]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _prompts_in_a_word(cls, value: object, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(value)
+        except ValidationError:  # it would speak of one of the four kinds
+            raise ValueError(f"must be a text, token ids, or a list of either; got {shown(value)}") from None
+
+    @property
+    def prompts(self) -> int:
+        return len(self.prompt) if self.has_many else 1
+
+    @property
+    def has_many(self) -> bool:
+        return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
+
+
+# Fields that are not served: what they can be without changing the answer. Other fields that are not above are ignored.
+_OFF = (None, False)
+NOT_SERVED: dict[str, tuple[object, ...]] = {
+    "audio": (None,), "functions": (None, []), "function_call": (None, "none"), "modalities": (None, ["text"]),
+    "verbosity": (None, "medium"), "web_search_options": (None,),  # OpenAI's
+    "best_of": (None, 1), "echo": _OFF, "suffix": (None, ""),  # of completions
+    "add_generation_prompt": (None, True), "allowed_token_ids": (None, []), "bad_words": (None, []),  # vLLM's
+    "chat_template": (None,), "continue_final_message": _OFF, "documents": (None, []),
+    "guided_choice": (None,), "guided_grammar": (None,), "guided_json": (None,), "guided_regex": (None,),
+    "include_stop_str_in_output": _OFF, "length_penalty": (None, 1), "prompt_logprobs": (None,),
+    "skip_special_tokens": (None, True), "spaces_between_special_tokens": (None, True), "structured_outputs": (None,),
+    "truncate_prompt_tokens": (None,), "use_beam_search": _OFF,
+    "grammar": (None, ""), "json_schema": (None,), "mirostat": (None, 0), "typical_p": (None, 1),  # llama.cpp's
+}

@@ -1,0 +1,152 @@
+"""Requests that are wrong: OpenAI's shape of error, one sentence, no traceback, and the server goes on."""
+
+import json
+import socket
+
+import pytest
+
+from dflash_serve.fields import NOT_SERVED
+from tests.support.serving import CONTEXT, WEATHER, request, serving
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+ABC = {"prompt": "abc", "max_tokens": 2}
+DEEP = b'{"messages": ' + b"[" * 200_000
+
+
+def message(**fields):
+    return HELLO | {"messages": [fields]}
+
+
+# (path, body, status, param, part of the message)
+WRONG = [
+    (CHAT, b"{", 400, None, "the body must be JSON"), (CHAT, b"", 400, None, "the body must be JSON"),
+    (CHAT, b"\xff\xfe{}", 400, None, "the body must be JSON"), (CHAT, DEEP, 400, None, "the body must be JSON"),
+    (CHAT, [], 400, None, "the body must be an object"), (CHAT, b"{}", 400, "messages", "messages must be given"),
+    (TEXT, {}, 400, "prompt", "prompt must be given"),
+    (CHAT, HELLO | {"model": "gpt-5"}, 404, "model", "model must be 'tiny'; got 'gpt-5'"),
+    (CHAT, HELLO | {"messages": []}, 400, "messages", "messages must not be empty"),
+    (CHAT, HELLO | {"messages": "hello"}, 400, "messages", "messages must be a valid array; got 'hello'"),
+    (CHAT, message(role="robot", content="x"), 400, "messages[0].role", "got 'robot'"),
+    (CHAT, message(role="user", content=5), 400, "messages[0].content", "a valid string or a valid array; got 5"),
+    (CHAT, message(role="user", content=[{"type": "image_url"}]), 400, "messages[0].content", "got 'image_url'"),
+    (CHAT, message(role="user", content="\ud800"), 400, None, "the body must be JSON"),
+    (CHAT, message(role="assistant", tool_calls=[{}]), 400, "messages[0].tool_calls", "must be calls"),
+    (CHAT, HELLO | {"max_tokens": "many"}, 400, "max_tokens", "must be a valid integer; got 'many'"),
+    (CHAT, HELLO | {"max_tokens": 0}, 400, "max_tokens", "an integer of at least 1; got 0"),
+    (CHAT, HELLO | {"max_tokens": 1.5}, 400, "max_tokens", "must be a valid integer"),
+    (CHAT, HELLO | {"max_tokens": CONTEXT}, 400, "max_tokens", f"at most {CONTEXT} tokens together"),
+    (CHAT, message(role="user", content="x" * CONTEXT), 400, "messages", f"at most {CONTEXT} tokens together"),
+    (TEXT, ABC | {"prompt": "x" * CONTEXT}, 400, "prompt", f"at most {CONTEXT} tokens together"),
+    (TEXT, ABC | {"prompt": ""}, 400, "prompt", "at least 1 token"),
+    (TEXT, ABC | {"prompt": []}, 400, "prompt", "at least 1 token"),
+    (TEXT, ABC | {"prompt": [1, "a"]}, 400, "prompt", "must be a text, token ids, or a list of either; got [1, 'a']"),
+    (TEXT, ABC | {"prompt": [[1], []]}, 400, "prompt", "at least 1 token"),
+    (TEXT, ABC | {"prompt": [10**9]}, 400, "prompt", "token ids in [0, 264)"),
+    (TEXT, ABC | {"prompt": 5}, 400, "prompt", "must be a text, token ids, or a list of either; got 5"),
+    (CHAT, HELLO | {"temperature": "hot"}, 400, "temperature", "must be a valid number; got 'hot'"),
+    (CHAT, HELLO | {"temperature": True}, 400, "temperature", "must be a valid number; got True"),
+    (CHAT, HELLO | {"temperature": -1}, 400, "temperature", "got -1"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature", "got nan"),
+    (CHAT, HELLO | {"top_p": 1.5}, 400, "top_p", "got 1.5"), (CHAT, HELLO | {"seed": -1}, 400, "seed", "got -1"),
+    (CHAT, HELLO | {"n": 0}, 400, "n", "got 0"), (CHAT, HELLO | {"n": 129}, 400, "n", "got 129"),
+    (CHAT, HELLO | {"stop": [""]}, 400, "stop", "at least 1 character"),
+    (CHAT, HELLO | {"stop": 5}, 400, "stop", "got 5"),
+    (CHAT, HELLO | {"logit_bias": {"x": 1}}, 400, "logit_bias.x", "must be a valid integer"),
+    (CHAT, HELLO | {"logit_bias": {"999": 1}}, 400, "logit_bias", "token ids in [0, 264); got 999"),
+    (CHAT, HELLO | {"top_logprobs": 2}, 400, "logprobs", "true where top_logprobs is given"),
+    (CHAT, HELLO | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "got 21"),
+    (TEXT, ABC | {"logprobs": True}, 400, "logprobs", "must be a valid integer; got True"),
+    (CHAT, HELLO | {"stream": "yes"}, 400, "stream", "must be a valid boolean; got 'yes'"),
+    (CHAT, HELLO | {"tools": [{}]}, 400, "tools", "must have functions"),
+    (CHAT, HELLO | {"tools": [WEATHER], "tool_choice": "required"}, 400, "tool_choice", "got 'required'"),
+    (CHAT, HELLO | {"response_format": {"type": "xml"}}, 400, "response_format.type", "got 'xml'"),
+    (CHAT, HELLO | {"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "must be given"),
+    (CHAT, HELLO | {"reasoning_effort": "low"}, 400, "reasoning_effort", "does not read it"),
+    (CHAT, HELLO | {"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs", "got 'messages'"),
+    (CHAT, HELLO | {"chat_template_kwargs": []}, 400, "chat_template_kwargs", "must be an object"),
+    ("/v1/nothing", HELLO, 404, None, "POST /v1/nothing: not found"),
+    ("/v1/models", HELLO, 405, None, "POST /v1/models: method not allowed"),
+]
+
+
+def error_of(text):
+    """The error, in OpenAI's shape."""
+    found = json.loads(text)
+    assert [*found] == ["error"] and set(found["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in text and "LLM." not in text and len(found["error"]["message"]) < 400
+    assert "\n" not in found["error"]["message"]
+    return found["error"]
+
+
+@pytest.mark.parametrize("path, body, status, param, said", WRONG, ids=range(len(WRONG)))
+def test_what_is_wrong_is_said(server, path, body, status, param, said):
+    found, _, text = request(server.url, "POST", path, body)
+    error = error_of(text)
+    assert (found, error["param"]) == (status, param) and said in error["message"], error
+    assert server.desk.taken == 0
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_fields_that_are_not_served_are_refused_unless_they_change_nothing(server, name):
+    status, _, text = request(server.url, "POST", CHAT, HELLO | {name: {"a": 1}})
+    assert (status, error_of(text)["param"]) == (400, name) and "must be left out" in text
+    for value in NOT_SERVED[name]:
+        assert request(server.url, "POST", CHAT, HELLO | {name: value})[0] == 200
+
+
+def test_harmless_and_unknown_fields_are_ignored(server):
+    more = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prediction": {}, "mine": [1]}
+    assert request(server.url, "POST", CHAT, HELLO | more)[0] == 200
+    nothing = dict.fromkeys(("temperature", "n", "stop", "tools", "tool_choice", "logit_bias", "stream", "max_tokens"))
+    assert request(server.url, "POST", CHAT, nothing | HELLO)[0] == 200
+
+
+def test_a_body_that_is_too_large_is_refused_and_not_kept(llm):
+    with serving(llm, max_body=100_000) as server:
+        large = HELLO | {"messages": [{"role": "user", "content": "x" * 100_000}]}
+        status, _, text = request(server.url, "POST", CHAT, large)
+        assert (status, error_of(text)["message"]) == (413, "the body must have at most 100000 bytes; got more")
+        with socket.create_connection(server.url.removeprefix("http://").split(":")) as endless:
+            endless.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                            b"Content-Length: 100000000000\r\n\r\n" + b" " * 900_000)
+            assert endless.recv(12) == b"HTTP/1.1 413"
+        assert request(server.url, "POST", CHAT, HELLO)[0] == 200
+
+
+def test_ten_megabytes(server):
+    status, _, text = request(server.url, "POST", CHAT, HELLO | {"messages": [
+        {"role": "user", "content": "x" * (10 << 20)}]})
+    assert status == 413 and error_of(text)["type"] == "invalid_request_error"
+
+
+def test_other_content_types_are_refused(server):
+    """As no page of a browser may send JSON to another server unasked."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        status, _, text = request(server.url, "POST", CHAT, HELLO, **{"Content-Type": kind})
+        assert status == 415 and "Content-Type must be application/json" in error_of(text)["message"]
+    assert request(server.url, "POST", CHAT, HELLO, **{"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+
+
+def test_a_key_is_asked_for(llm):
+    with serving(llm, api_key="secret") as server:
+        for given in ("", "Bearer wrong", "secret", "Bearer é"):
+            more = {"Authorization": given} if given else {}
+            status, headers, text = request(server.url, "POST", CHAT, HELLO, **more)
+            assert (status, error_of(text)["code"]) == (401, "invalid_api_key") and "secret" not in text
+            assert headers["www-authenticate"] == "Bearer"
+        assert request(server.url, "GET", "/v1/models")[0] == 401
+        assert request(server.url, "POST", CHAT, HELLO, Authorization="bearer secret")[0] == 200
+        assert [request(server.url, "GET", path)[0] for path in ("/health", "/metrics")] == [200, 200]
+
+
+def test_a_wrong_method_is_told_the_right_one(server):
+    status, headers, _ = request(server.url, "TRACE", CHAT)
+    assert (status, headers["allow"]) == (405, "POST")
+
+
+def test_a_fault_of_the_server_is_no_traceback_for_clients(server, monkeypatch):
+    monkeypatch.setattr("dflash_serve.app.reading.params", None)
+    status, _, text = request(server.url, "POST", CHAT, HELLO)
+    assert (status, error_of(text)["message"]) == (500, "the server failed; its log says how")
+    assert server.desk.taken == 0
