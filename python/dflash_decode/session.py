@@ -296,7 +296,7 @@ def _weights(where: Path, device: torch.device, weights: str) -> str:
 
 
 def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str,
-            native: bool) -> Target:
+            native: bool = False) -> Target:
     """Loads our own layers where they support the model, and transformers' for all others. model_type: of its
     config.json; None where that has none, and for a GGUF file."""
     where = find_model(model)

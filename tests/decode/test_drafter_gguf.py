@@ -142,7 +142,7 @@ def test_p48_a_session_takes_one_as_draft_and_not_as_model(tmp_path):
     texts = [Session.load(target, draft, block_size=4).run([[1, 2, 3]], max_new_tokens=8) for draft in (path, folder)]
     assert texts[0].answers[0].tokens == texts[1].answers[0].tokens
     with pytest.raises(CheckpointError, match="model must be a target model; got a drafter, which belongs in draft"):
-        _target(str(path), None, torch.bfloat16, torch.device("cpu"), "model", False)
+        _target(str(path), None, torch.bfloat16, torch.device("cpu"), "model")
 
 
 def test_dflash2s_tensors_have_their_names_in_gguf_too():

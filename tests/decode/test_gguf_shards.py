@@ -1,5 +1,7 @@
 """GGUF models in several files."""
 
+import os
+
 import gguf
 import pytest
 import torch
@@ -60,8 +62,8 @@ def test_any_part_names_the_model(tmp_path, whole):
         assert all(torch.equal(t, want.tensors[name]) for name, t in found.tensors.items())
         assert load_tokenizer(part(tmp_path, number)).encode("ab") == [3]
     kept = gguf_cache.cached(part(tmp_path, 1))
-    write_parts(tmp_path, {name: values + 1 for name, values in whole.items()}, total=len(whole))
-    assert kept and gguf_cache.cached(part(tmp_path, 1)) is None, "another state of the files"
+    os.utime(part(tmp_path, 2), ns=(1, 1))
+    assert kept and gguf_cache.cached(part(tmp_path, 1)) is None, "another state of a part"
 
 
 def test_parts_behind_links_stay_in_the_cache(tmp_path, whole):

@@ -59,8 +59,8 @@ class NativeTarget:
                 raise ValueError(f"{_WHAT}: max_context must be between 1 and max_position_embeddings = "
                                  f"{self.max_context}; got {max_context}")
             self.max_context = max_context
-        rope = read_rope(config, g.head_dim, _WHAT)
-        ropes = [rope if turns else Rope(1.0, 0) for turns in _turning(f, layers)]
+        self._rope = read_rope(config, g.head_dim, _WHAT)
+        ropes = [self._rope if turns else Rope(1.0, 0) for turns in _turning(f, layers)]
         tied = f.flag("tie_word_embeddings", False)
         name = "model.embed_tokens.weight"
         if dtype is None:  # where there is no such tensor, `take` says so
@@ -86,7 +86,6 @@ class NativeTarget:
                         for i in range(layers)]
         self._norm = taker.take("model.norm.weight", g.hidden)
         taker.finish()
-        self._interleaved = rope.interleaved
         self._tables = RopeTables(ropes, self.max_context, self.device)
 
     def make_pass(
@@ -94,7 +93,7 @@ class NativeTarget:
         rows: int | None = None
     ) -> "NativePass":
         tables = self._tables.reaching(caches, width)
-        layers = LayersPass(self.geometry, self._layers, self._norm, tables, self._interleaved, batch, width,
+        layers = LayersPass(self.geometry, self._layers, self._norm, tables, self._rope.interleaved, batch, width,
                             caches, target_layer_ids=target_layer_ids, rows=rows)
         return NativePass(self.embedding, layers)
 
