@@ -121,7 +121,7 @@ class Session:
     def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
              dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", weights: str = "auto",
              draft_weights: str = "auto", tokenizer: str | os.PathLike | Tokenizer | None = None,
-             status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
+             native: bool = False, status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
         """Loads a target, its tokenizer and a drafter.
 
@@ -140,6 +140,8 @@ class Session:
         draft_weights: "int8", "model" for the target's dtype, or "auto" for 8 bits on a CPU with a 16-bit target, where
             they take half of the time to read. The output does not change.
         tokenizer: whose tokenizer the target uses, named as the model is, or a loaded one; by default the target's own.
+        native: an error, instead of a warning, where our own layers lack what the config.json of a family of theirs
+            asks for; and an error for other families. By default transformers' layers run those.
         status: status(text) is entered while the named part is loaded.
 
         Arguments are checked before anything is loaded. Raises TypeError and ValueError for wrong or inconsistent
@@ -153,6 +155,7 @@ class Session:
         choice(what, "draft_weights", draft_weights, DraftersWeights)
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             tokenizer = path_text(what, "tokenizer", tokenizer)
+        of_type(what, "native", native, bool, "True or False")
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
         block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
         if draft not in (RANDOM, NONE) and not exists(draft) and hub.find_cached(draft) is None:
@@ -167,7 +170,7 @@ class Session:
         with status(f"loading {model}"):
             if not isinstance(tokenizer, Tokenizer):
                 tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
-            target = _target(model, config.get("model_type"), dtype, device, weights)
+            target = _target(model, config.get("model_type"), dtype, device, weights, native)
         drafter = None
         if draft == RANDOM:
             with status("making a drafter of random weights"):
@@ -292,37 +295,59 @@ def _weights(where: Path, device: torch.device, weights: str) -> str:
     return weights
 
 
-def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str) -> Target:
-    """Loads our own layers for the families that they support, and transformers' for all others. model_type: of
-    its config.json; None where that has none, and for a GGUF file."""
+def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str,
+            native: bool = False) -> Target:
+    """Loads our own layers where they support the model, and transformers' for all others. model_type: of its
+    config.json; None where that has none, and for a GGUF file."""
+    where = find_model(model)
     if model_type not in (None, *FAMILIES):
-        where = find_model(model)
-        if weights == Weights.int8:
-            raise CheckpointError(f"{where}: weights in 8 bits need a model_type of {', '.join(FAMILIES)}; "
-                                  f"got {shown(model_type)}")
-        return _hf_target(where, model_type, dtype, device)
+        return _hf_target(where, None, _not_ours(where, model_type, weights, native), dtype, device)
     found = load_checkpoint(model, dtype, blocks=weights in (Weights.file, Weights.exact))
     if "dflash_config" in found.config:
         raise CheckpointError(f"{found.source}: model must be a target model; got a drafter, which belongs in draft")
+    if where.is_file() and (kind := found.config["model_type"]) not in FAMILIES:
+        return _hf_target(where, found, _not_ours(where, kind, weights, native), dtype, device)
     try:
         return NativeTarget(found.config, found.tensors, dtype=dtype, device=device, int8=weights == Weights.int8,
                             exact=weights == Weights.exact)
-    except (ValueError, NotImplementedError) as error:
+    except NotImplementedError as error:
+        if native or where.is_file() or weights == Weights.int8 or model_type is None:
+            raise CheckpointError(f"{found.source}: {error}") from error
+        try:
+            target = _hf_target(where, None, "", dtype, device)
+        except CheckpointError as theirs:
+            raise CheckpointError(f"{found.source}: {error}; {str(theirs).removeprefix(f'{where}: ')}") from theirs
+        warn(f"{where}: transformers' own layers run this model, which is slower, and in 16 bits output with a drafter "
+             f"can differ from output without one at a near tie: {error}")
+        return target
+    except ValueError as error:
         raise CheckpointError(f"{found.source}: {error}") from error
 
 
-def _hf_target(folder: Path, model_type: object, dtype: torch.dtype, device: torch.device) -> Target:
+def _not_ours(where: Path, model_type: object, weights: str, native: bool) -> str:
+    """What needs transformers' layers. Raises CheckpointError if they must not run the model."""
+    if native:
+        raise CheckpointError(f"{where}: native layers need a model_type of {', '.join(FAMILIES)}; "
+                              f"got {shown(model_type)}")
+    if weights != Weights.model:
+        what = "weights in 8 bits" if weights == Weights.int8 else f"weights {weights!r}"
+        raise CheckpointError(f"{where}: {what} need a model_type of {', '.join(FAMILIES)}; got {shown(model_type)}")
+    return f"model_type {shown(model_type)} "
+
+
+def _hf_target(where: Path, found: Checkpoint | None, why: str, dtype: torch.dtype, device: torch.device) -> Target:
+    """transformers' layers, with the tensors of `found`, or of the directory. why: said where transformers is missing.
+    """
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise CheckpointError(f"{folder}: model_type {shown(model_type)} needs transformers: "
-                              "pip install 'dflash-kernels[hf]'") from None
-    from .model.hf_loading import load_hf
+        raise CheckpointError(f"{where}: {why}needs transformers: pip install 'dflash-kernels[hf]'") from None
+    from .model.hf_loading import load_hf, load_hf_tensors
 
     try:
-        return load_hf(folder, dtype, device)
+        return load_hf(where, dtype, device) if found is None else load_hf_tensors(found, dtype, device)
     except Exception as error:  # a config out of range gives whatever the model's own code meets first
-        raise CheckpointError(f"{folder}: {brief(error)}") from error
+        raise CheckpointError(f"{where}: {brief(error)}") from error
 
 
 def _int8(draft_weights: str, target: Target) -> bool:

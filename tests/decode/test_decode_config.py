@@ -146,7 +146,7 @@ def test_p40_unknown_and_unsupported_fields_raise_by_name(nested, error, match):
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method must be one of .* got .gptq"),
     ({"num_experts": 8}, "draft config: num_experts is not supported; got 8"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu'; got 'gelu'"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope type must be one of .* got 'longrope'"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope type must be one of .* got 'dynamic'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mrope_section": [1]}}, "rope field 'mrope_section'"),
     ({"layer_types": ["chunked_attention"] * 2}, "layer_types must be .* got 'chunked_attention'"),
 ])

@@ -110,7 +110,7 @@ def test_in_8_bits_it_is_the_model_whose_weights_are_rounded(family):
 
 
 @pytest.mark.parametrize(("changes", "match"), [
-    ({"model_type": "minimax_m2"}, "model_type must be one of llama, mistral, qwen2, qwen3; got 'minimax_m2'"),
+    ({"model_type": "minimax_m2"}, "model_type must be one of llama, mistral, qwen2, qwen3, smollm3; got 'minimax_m2'"),
     ({"model_type": None}, "model_type must be .* got nothing"),
     ({"model_type": "mistral", "sliding_window": 16}, "sliding_window = 16"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "window = 16"),

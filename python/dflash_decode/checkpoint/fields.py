@@ -86,7 +86,8 @@ class Fields:
     def text(self, name: str, default: Any = ...) -> str:
         return self._of(name, default, str, "a text")
 
-    def items(self, name: str, default: Any = ..., kind: type = object, each: str = "values") -> list | tuple:
+    def items(self, name: str, default: Any = ..., kind: type | tuple[type, ...] = object,
+              each: str = "values") -> list | tuple:
         """A list of `kind`s. each: the kind in words."""
         value = self._of(name, default, (list, tuple), f"a list of {each}")
         for item in value if self.get(name) is not None else ():

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..choices import AUTO, NONE
 from . import hub
 from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
+from .gguf.shards import first_of
 
 
 class Packaged(NamedTuple):
@@ -56,7 +57,7 @@ def find_model(path: str | os.PathLike) -> Path:
     if kind_of(mode) or where.suffix != ".gguf":
         raise CheckpointError(f"{where}: a model must be a directory with config.json and safetensors, or a .gguf "
                               f"file; got {kind}")
-    return where
+    return first_of(where)
 
 
 def _not_found(path: str) -> CheckpointNotFound:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from .errors import CheckpointError, CheckpointNotFound, brief
+from .gguf.shards import first_of
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -36,7 +37,7 @@ def find_cached(name: str) -> Path | None:
         raise CheckpointError(f"{name}: the cache of huggingface_hub must be readable; got {brief(error)}") from None
     if (folder / "config.json").exists():
         return folder
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted({first_of(file) for file in folder.glob("*.gguf")})
     if len(files) == 1:
         return files[0]
     got = f"{len(files)} .gguf files: name one of them by its path, as {files[0]}" if files else \

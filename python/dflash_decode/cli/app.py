@@ -27,6 +27,7 @@ from .options import (
     MinP,
     Model,
     ModelWeights,
+    Native,
     Prompt,
     Rule,
     SampleFrom,
@@ -88,6 +89,7 @@ def generate(
     draft: Draft = "auto",
     weights: ModelWeights = Weights.auto,
     draft_weights: DraftWeights = DraftersWeights.auto,
+    native: Native = False,
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 256,
     stop: Stop = None,
@@ -113,7 +115,7 @@ def generate(
     conversation, names = read_conversation(prompt, file, messages, system), read_names(template_kwargs)
     stops = check_stops(stop)
     llm = _load(model, draft, block_size, compare, threads, device, dtype=dtype, weights=weights.value,
-                draft_weights=draft_weights.value, sample_from=sample_from.value, rule=rule.value)
+                draft_weights=draft_weights.value, native=native, sample_from=sample_from.value, rule=rule.value)
     from ..llm.params import GenerationParams
     from . import generate as command
 
@@ -130,6 +132,7 @@ def chat(
     draft: Draft = "auto",
     weights: ModelWeights = Weights.auto,
     draft_weights: DraftWeights = DraftersWeights.auto,
+    native: Native = False,
     block_size: BlockSize = None,
     max_new_tokens: MaxNewTokens = 1024,
     stop: Stop = None,
@@ -153,7 +156,7 @@ def chat(
     names, stops = read_names(template_kwargs), check_stops(stop)
     first = None if system is None else system_message(system)
     llm = _load(model, draft, block_size, False, threads, device, dtype=dtype, weights=weights.value,
-                draft_weights=draft_weights.value)
+                draft_weights=draft_weights.value, native=native)
     from ..llm.params import GenerationParams
     from .chat import Chat, talk, talk_json
 

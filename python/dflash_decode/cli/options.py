@@ -55,6 +55,8 @@ ModelWeights = Annotated[Weights, typer.Option("--weights", help="Target weights
 DraftWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the target's dtype, or "
                                                             "'auto' (8 bits on a CPU). The output does not "
                                                             "change.")]
+Native = Annotated[bool, typer.Option("--native", help="An error, not slower layers of transformers', where ours "
+                                                         "lack what the target's config asks for.")]
 Prompt = Annotated[str | None, typer.Option(help="The user's message; '-' reads standard input.")]
 File = Annotated[str | None, typer.Option("--file", metavar="FILE", help="A file whose text is the user's message.")]
 Messages = Annotated[str | None, typer.Option(metavar="FILE|JSON", help="A conversation to continue: a list of "

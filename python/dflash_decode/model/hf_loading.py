@@ -1,19 +1,46 @@
 """Loads a model for HFTarget. Its config.json is checked before any weight is read."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
+from ..checkpoint import Checkpoint
 from ..checkpoint.errors import CheckpointError, brief, read_json
 from ..inputs import shown
 from .hf import HFTarget, refuse_model
 
 
 def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
-    """Raises CheckpointError for a model that transformers cannot read, and NotImplementedError for one that cannot be
-    a target."""
-    config = _read_config(folder)
+    """The model of a directory. Raises CheckpointError for one that transformers cannot read, and NotImplementedError
+    for one that cannot be a target."""
+    _check(_read_config(folder))
+    transformers.utils.logging.disable_progress_bar()
+    return HFTarget(_made(lambda: transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True)).to(device))
+
+
+def load_hf_tensors(found: Checkpoint, dtype: torch.dtype, device: torch.device) -> HFTarget:
+    """The model of a config and tensors that are in memory. Raises as load_hf."""
+    kind = found.config["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"model_type {shown(kind)} needs a newer transformers than {transformers.__version__}")
+    config = _config(lambda: transformers.AutoConfig.for_model(**found.config))
+    _check(config)
+    transformers.utils.logging.disable_progress_bar()
+    made_by: Any = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    model, report = _made(lambda: made_by.from_pretrained(None, config=config, state_dict=dict(found.tensors),
+                                                          dtype=dtype, output_loading_info=True))
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # transformers would only warn
+        if report[what]:
+            raise CheckpointError(f"expected the tensors of a {kind} model; got {what.replace('_keys', '')} "
+                                  f"{shown(sorted(map(str, report[what]))[0])}")
+    return HFTarget(model.to(device))
+
+
+def _check(config) -> None:
+    """Raises NotImplementedError for a model that cannot be a target, before any of its weights is read."""
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise NotImplementedError(f"model_type {config.model_type!r} {_other_kind(config)}; a target must be a causal "
                                   "language model of text")
@@ -24,27 +51,29 @@ def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
             refuse_model(_made(lambda: transformers.AutoModelForCausalLM.from_config(config)))
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.disable_progress_bar()
-    return HFTarget(_made(lambda: transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True)).to(device))
 
 
 def _read_config(folder: Path):
-    """Reads the config. For bad fields transformers raises many kinds of errors, including those of its validation
-    libraries."""
     kind = read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"model_type {shown(kind)} is unknown to transformers {transformers.__version__}; a "
                               "newer version may support it")
+    return _config(lambda: transformers.AutoConfig.from_pretrained(folder, local_files_only=True,
+                                                                   trust_remote_code=False))
+
+
+def _config(read):
+    """Reads the config. For bad fields transformers raises many kinds of errors, including those of its validation
+    libraries."""
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return read()
     except Exception as error:
         raise CheckpointError(f"transformers {transformers.__version__} cannot read config.json: "
                               f"{brief(error)}") from error
 
 
 def _made(make):
-    """Makes the model; errors as in _read_config."""
+    """Makes the model; errors as in _config."""
     try:
         return make()
     except NotImplementedError:

@@ -10,25 +10,27 @@ from ..checkpoint.blocks import Blocks
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
 from ..kv import CacheShape
 from .masks import LayerMask
-from .rope import RopeTables, read_rope
+from .rope import Rope, RopeTables, read_rope
 from .tensors import Tensors, packer
 from .transformer import Geometry, LayersPass, take_layer
 
 _WHAT = "target config"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+_NO_ROPE_EVERY = 4  # of SmolLM3's layers, where its config does not list them
+_MLP_BIAS = ("llama", "smollm3")
 # Fields that some model of these families has, and the values at which they change nothing.
 _NEUTRAL = {
     "hidden_act": ("silu",), "rope_interleaved": (False,), "is_neox_style": (True,), "partial_rotary_factor": (1.0,),
     "attn_logit_softcapping": (0.0,), "final_logit_softcapping": (0.0,), "logit_scale": (1.0,), "clip_qkv": (),
     "num_experts": (0,), "num_local_experts": (0,), "quantization_config": (), "attention_multiplier": (),
-    "embedding_multiplier": (1.0,), "residual_multiplier": (1.0,), "logits_scaling": (1.0,), "no_rope_layers": ([],),
+    "embedding_multiplier": (1.0,), "residual_multiplier": (1.0,), "logits_scaling": (1.0,),
 }
 
 
 class NativeTarget:
     """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; with or without per-head norms and biases.
 
-    config: a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3.
+    config: a Hugging Face config.json of model_type llama, mistral, qwen2, qwen3 or smollm3.
     tensors: by Hugging Face names.
     dtype: by default that of the embedding.
     max_context: the longest prompt plus answer, at most the model's own.
@@ -58,6 +60,7 @@ class NativeTarget:
                                  f"{self.max_context}; got {max_context}")
             self.max_context = max_context
         self._rope = read_rope(config, g.head_dim, _WHAT)
+        ropes = [self._rope if turns else Rope(1.0, 0) for turns in _turning(f, layers)]
         tied = f.flag("tie_word_embeddings", False)
         name = "model.embed_tokens.weight"
         if dtype is None:  # where there is no such tensor, `take` says so
@@ -83,7 +86,7 @@ class NativeTarget:
                         for i in range(layers)]
         self._norm = taker.take("model.norm.weight", g.hidden)
         taker.finish()
-        self._tables = RopeTables([self._rope] * layers, self.max_context, self.device)
+        self._tables = RopeTables(ropes, self.max_context, self.device)
 
     def make_pass(
         self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),
@@ -127,21 +130,37 @@ def _geometry(f: Fields) -> tuple[Geometry, int]:
     if heads % kv_heads:
         raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
                          f"got {heads} and {kv_heads}")
-    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3")
+    bias = f.flag("attention_bias", False) and family in ("llama", "qwen3", "smollm3")
     return Geometry(
         hidden=hidden, intermediate=f.whole("intermediate_size"), num_heads=heads, num_kv_heads=kv_heads,
         head_dim=head_dim_of(f, hidden, heads), eps=f.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
-        qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=f.flag("mlp_bias", False) and family == "llama",
+        qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=f.flag("mlp_bias", False) and family in _MLP_BIAS,
         qk_norm=family == "qwen3",
     ), layers
 
 
+def _turning(f: Fields, layers: int) -> list[bool]:
+    """Whether each layer rotates its queries and keys: 1 in no_rope_layers, which SmolLM3 has."""
+    listed = f.items("no_rope_layers", None, int, f"{layers} times 0 or 1")
+    if f.get("model_type") != "smollm3":
+        if listed:
+            raise NotImplementedError(f"{_WHAT}: no_rope_layers = {shown(listed)} changes the model into one that is "
+                                      "not supported")
+        return [True] * layers
+    if listed is None:
+        every = f.whole("no_rope_layer_interval", _NO_ROPE_EVERY)
+        return [(i + 1) % every != 0 for i in range(layers)]
+    if len(listed) != layers or not set(listed) <= {0, 1}:
+        f.refuse("no_rope_layers", f"a list of {layers} times 0 or 1", listed)
+    return [bool(one) for one in listed]
+
+
 def _refuse_windows(f: Fields, family: str, layers: int) -> None:
     """Refuses sliding windows, which few checkpoints of these families use and none is supported."""
-    types, qwen = f.items("layer_types", None, str, "names"), family.startswith("qwen")
+    types, asked = f.items("layer_types", None, str, "names"), family.startswith(("qwen", "smollm3"))
     if types is not None and set(types) != {"full_attention"}:
         raise NotImplementedError(f"{_WHAT}: layer_types must all be full_attention; got {shown(types)}")
-    slides = f.flag("use_sliding_window", False) if qwen else family == "mistral"
+    slides = f.flag("use_sliding_window", False) if asked else family == "mistral"
     window, first = f.whole("sliding_window", None, least=0), f.whole("max_window_layers", 28, least=0)
-    if types is None and slides and window is not None and layers > (first if qwen else 0):
+    if types is None and slides and window is not None and layers > (first if family.startswith("qwen") else 0):
         raise NotImplementedError(f"{_WHAT}: sliding_window = {window} is not supported in targets")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,19 +19,20 @@ _KEYS = {
     "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True, _LENGTH: True},
     "yarn": {"factor": True, _LENGTH: True, "attention_factor": False, "beta_fast": False, "beta_slow": False,
              "mscale": False, "mscale_all_dim": False, "truncate": False},
+    "longrope": {"short_factor": True, "long_factor": True, "attention_factor": True, _LENGTH: False, "factor": False},
 }
 _HARMLESS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 @dataclass(frozen=True)
 class Rope:
-    """rotary_dim: the leading part of a head that is rotated; 0 is none (NoPE). kind: default, linear, llama3 or yarn,
-    with its parameters."""
+    """rotary_dim: the leading part of a head that is rotated; 0 is none (NoPE). kind: default, linear, llama3, yarn
+    or longrope, with its parameters."""
 
     theta: float
     rotary_dim: int
     kind: str = "default"
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
 
     def table(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -59,6 +61,8 @@ class Rope:
             return _llama3(inverse, p), 1.0
         if self.kind == "yarn":
             return _yarn(powers, self.theta, self.rotary_dim, p)
+        if self.kind == "longrope":
+            return 1.0 / (torch.tensor(p["long_factor"]) * powers), p["attention_factor"]
         return inverse, 1.0
 
 
@@ -185,16 +189,17 @@ def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 1
     if any(other != base for other in thetas):
         raise ValueError(f"{what}: rope_theta must be the same at the top level and in rope_parameters; "
                          f"got {shown(thetas)}")
-    rope = Rope(base, rotary_dim, kind, _parameters(kind, config, scaling), interleaved)
+    parameters = _longrope(scaling, rotary_dim) if kind == "longrope" else _parameters(kind, config, scaling)
+    rope = Rope(base, rotary_dim, kind, parameters, interleaved)
     rope.check(what)
     return rope
 
 
-def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, float]:
+def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, Any]:
     """The given parameters, each checked for the range in which its formula is defined."""
     if kind == "yarn":
         scaling = Fields(scaling.what, *scaling.places, {_LENGTH: config.get("max_position_embeddings")})
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for name, needed in _KEYS[kind].items():
         if not needed and scaling.get(name) is None:
             continue
@@ -211,6 +216,17 @@ def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, float]
         scaling.refuse("beta_fast", f"at least beta_slow = {found.get('beta_slow', 1.0):g}",
                        found.get("beta_fast", 32.0))
     return found
+
+
+def _longrope(scaling: Fields, rotary_dim: int) -> dict[str, Any]:
+    """Factors of each frequency, which must be the same at every length."""
+    short, long = (scaling.items(name, kind=(int, float), each="numbers") for name in ("short_factor", "long_factor"))
+    if list(short) != list(long):
+        raise NotImplementedError(f"{scaling.what}: rope of type 'longrope' whose factors change with the length is "
+                                  "not supported")
+    if len(long) != rotary_dim // 2 or not all(0 < factor <= FLOAT_MAX for factor in long):
+        scaling.refuse("long_factor", f"{rotary_dim // 2} numbers above 0", list(long))
+    return {"long_factor": tuple(map(float, long)), "attention_factor": scaling.number("attention_factor", above=0.0)}
 
 
 def _rotary_dim(f: Fields, every: Fields, head_dim: int) -> int:

@@ -25,21 +25,28 @@ from safetensors.torch import save_file
 
 from ...cache import cache_dir
 from ..errors import CheckpointError, brief, read_json, regular, warn
+from .shards import files_of
 
 WEIGHTS = "model.safetensors"
-_FORMAT = 3  # raise it when the conversion changes: it is part of the cache key
+_FORMAT = 4  # raise it when the conversion changes: it is part of the cache key
 _MANIFEST, _HALF_MADE, _LOCK = "converted-from", ".new-", ".lock"
 _HASHED = 8 << 20  # bytes of a file that are hashed, beside its size: all but the weights, and their header
 
 
 def entry_of(path: Path, blocks: bool = False) -> Path | None:
     """The place of the converted form of a GGUF file in its current state. blocks: in the file's blocks."""
-    stat, folder = regular(path), cache_dir()
+    stats, folder = [regular(file) for file in files_of(path)], cache_dir()
     if folder is None:
         return None
-    source = path.resolve()
-    text = f"{_FORMAT}|{'blocks' if blocks else 'elements'}|{source}|{stat.st_size}|{stat.st_mtime_ns}"
+    source = _source(path)
+    text = "|".join([str(_FORMAT), "blocks" if blocks else "elements", str(source),
+                     *(f"{stat.st_size}|{stat.st_mtime_ns}" for stat in stats)])
     return folder / f"{source.stem[:50]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
+
+
+def _source(path: Path) -> Path:
+    """The file behind links, which may have a name of its own; for a model in parts, whose names matter, the path."""
+    return path.absolute() if len(files_of(path)) > 1 else path.resolve()
 
 
 def cached(path: Path, blocks: bool = False) -> Path | None:
@@ -72,7 +79,7 @@ def _write(path: Path, entry: Path, tensors: Mapping[str, torch.Tensor], texts: 
         for name, content in texts.items():
             (temporary / name).write_text(content, encoding="utf-8")
         files = {name: _state(temporary / name) for name in (WEIGHTS, *texts)}
-        (temporary / _MANIFEST).write_text(json.dumps({"source": str(path.resolve()), "files": files}, indent=1),
+        (temporary / _MANIFEST).write_text(json.dumps({"source": str(_source(path)), "files": files}, indent=1),
                                            encoding="utf-8")
         os.rename(temporary, entry)
     finally:

@@ -8,6 +8,7 @@ import re
 
 from ..fields import MOST_HEAD_DIM, MOST_LAYERS, Fields
 from .rope import read_rope
+from .window import read_window
 
 ARCHITECTURES = ("dflash", "dflash-draft")
 _LAYER = {
@@ -99,19 +100,5 @@ def _block(f: Fields, arch: str) -> dict:
 
 
 def _window(f: Fields, arch: str, layers: int) -> dict:
-    """sliding_window and layer_types. The pattern has an entry for each layer, true where it slides, or is a number n:
-    all layers but every n-th slide, and all if n is 0. Without a pattern all slide."""
-    window = f.whole(f"{arch}.attention.sliding_window", 0, least=0)
-    key = f"{arch}.attention.sliding_window_pattern"
-    pattern = f.get(key)
-    if not window:
-        return {}
-    if pattern is None or isinstance(pattern, int) and not isinstance(pattern, bool):
-        n = f.whole(key, 0, least=0)
-        slides = [n == 0 or i % n < n - 1 for i in range(layers)]
-    else:
-        slides = list(f.items(key, each=f"{layers} layers"))
-    if len(slides) != layers or not all(each in (0, 1) for each in slides):
-        f.refuse(key, f"a list of {layers} layers, or a number", slides)
-    types = ["sliding_attention" if each else "full_attention" for each in slides]
-    return {"sliding_window": window, "layer_types": types, "use_sliding_window": any(slides)}
+    window = read_window(f, arch, layers)
+    return window and window | {"use_sliding_window": "sliding_attention" in window["layer_types"]}

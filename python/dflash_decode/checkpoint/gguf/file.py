@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -12,31 +11,16 @@ import torch
 
 from ..blocks import FORMATS, Blocks
 from ..errors import CheckpointError, brief, warn
-from ..fields import MOST_HEAD_DIM, MOST_LAYERS
+from ..fields import MOST_HEAD_DIM, MOST_LAYERS, Fields
 from ..safetensors import Checkpoint, read_directory
 from .cache import cached, entry_of, keep
 from .drafter import ARCHITECTURES, drafter_name, read_drafter
+from .families import TARGETS, Family
 from .reader import field, metadata, open_file
 from .rope import read_rope
 
 _CACHE_LIMIT = 2 << 30  # bytes of bfloat16; larger models are dequantised each time, not copied into the home folder
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _FORMATS = "block_formats"  # in a cached config.json: the format of every weight that is kept in blocks
-_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight"}
 
 
 def load(path: Path, dtype: torch.dtype, blocks: bool = False) -> Checkpoint:
@@ -71,8 +55,13 @@ def _keep(path: Path, entry: Path | None, config: dict, tensors: dict, reader) -
 
 
 def has_blocks(path: Path) -> bool:
-    """Whether a GGUF file has weights in a format of the ops. Where its blocks are cached, the file is not parsed."""
-    return cached(path, blocks=True) is not None or any(_format_of(t) for t in open_file(path).tensors)
+    """Whether a GGUF file has weights in a format of the ops, and our own layers run it. Where its blocks are cached,
+    the file is not parsed."""
+    if cached(path, blocks=True) is not None:
+        return True
+    reader = open_file(path)
+    family = TARGETS.get(metadata(path, reader).text("general.architecture", ""))
+    return (family is None or family.native) and any(_format_of(t) for t in reader.tensors)
 
 
 def _format_of(stored) -> str | None:
@@ -87,31 +76,34 @@ def read_config(path: Path, reader) -> dict:
     arch = f.text("general.architecture")
     if arch in ARCHITECTURES:
         return read_drafter(f, arch, {t.name for t in reader.tensors})
-    if arch not in _CLASSES:
-        raise CheckpointError(f"{path}: general.architecture must be {', '.join((*_CLASSES, *ARCHITECTURES))}; "
-                              f"got {arch!r}")
+    if arch not in TARGETS:
+        raise CheckpointError(f"{path}: general.architecture must be {', '.join((*TARGETS, *ARCHITECTURES))}; got "
+                              f"{arch!r}, for which there is the model's directory with config.json and safetensors")
+    family = TARGETS[arch]
+    config = _common(path, f, arch, family, reader)
+    return config | family.config(f, arch, config)
+
+
+def _common(path: Path, f: Fields, arch: str, family: Family, reader) -> dict:
+    """The fields that all families share."""
     tensors = {t.name: t for t in reader.tensors}
-    if f.whole(f"{arch}.expert_count", 0, least=0):
-        f.refuse(f"{arch}.expert_count", "0 (a dense model)", f.get(f"{arch}.expert_count"))
-    if "rope_freqs.weight" in tensors:
-        raise CheckpointError(f"{path}: rope_freqs.weight (scaled RoPE frequencies) is not supported")
     heads, hidden = f.whole(f"{arch}.attention.head_count"), f.whole(f"{arch}.embedding_length")
     head_dim = f.whole(f"{arch}.attention.key_length", max(hidden // heads, 1), most=MOST_HEAD_DIM)
     if f.whole(f"{arch}.attention.value_length", head_dim) != head_dim:
         f.refuse(f"{arch}.attention.value_length", f"key_length = {head_dim}", f.get(f"{arch}.attention.value_length"))
-    context, rope = f.whole(f"{arch}.context_length"), read_rope(f, arch, head_dim)
+    context, rope = f.whole(f"{arch}.context_length"), read_rope(f, arch, head_dim, tensors)
     embedding, ends = tensors.get("token_embd.weight"), stop_ids(path, reader)
     if embedding is not None and len(embedding.shape) != 2:
         raise CheckpointError(f"{path}: token_embd.weight must have 2 dimensions; got {len(embedding.shape)}")
     return {
-        "architectures": [_CLASSES[arch]],
-        "model_type": arch,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "hidden_size": hidden,
         "num_hidden_layers": f.whole(f"{arch}.block_count", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": f.whole(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "intermediate_size": f.whole(f"{arch}.feed_forward_length"),
+        "intermediate_size": f.whole(f"{arch}.feed_forward_length", None if family.has_experts else ...),
         "vocab_size": int(embedding.shape[1]) if embedding is not None else f.whole(f"{arch}.vocab_size"),
         "rms_norm_eps": f.number(f"{arch}.attention.layer_norm_rms_epsilon", above=0.0, most=1.0),
         "rope_theta": rope["rope_theta"],
@@ -133,51 +125,60 @@ def stop_ids(path: Path, reader) -> list[int]:
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a target's GGUF tensor, or None."""
-    if name in _TOP:
-        return _TOP[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in _LAYER:
-        return None
-    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-
-
 def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype,
                  blocks: bool = False) -> dict[str, torch.Tensor | Blocks]:
     """All tensors, dequantised to float32 and rounded to `dtype`, or as Blocks, under their Hugging Face names."""
-    from gguf.quants import dequantize
-
-    name_of = drafter_name if "dflash_config" in config else hf_name
-    names = {stored.name: name_of(stored.name) or "" for stored in reader.tensors}
-    _check_names(path, config, names)
+    family = None if "dflash_config" in config else TARGETS[metadata(path, reader).text("general.architecture")]
+    name_of = drafter_name if family is None else family.name
+    names = {stored.name: name_of(stored.name) for stored in reader.tensors}
+    _check_names(path, config, names, family)
     tensors: dict[str, torch.Tensor | Blocks] = {}
     expanded: set[str] = set()
     for stored in reader.tensors:
-        most = 3 if names[stored.name].endswith("base_kernel") else 2
+        if not (name := names[stored.name]):
+            continue
+        most = 3 if name.endswith("base_kernel") or stored.name.endswith("_exps.weight") else 2
         if not 1 <= len(stored.shape) <= most or not stored.n_elements:
-            raise CheckpointError(f"{path}: {stored.name} must have 1 or {most} dimensions, none of them 0; "
-                                  f"got {stored.shape.tolist()}")
-        if names[stored.name] in tensors:
-            raise CheckpointError(f"{path}: {names[stored.name]} must be there once; got it again as {stored.name}")
+            raise CheckpointError(f"{path}: {stored.name} must have 1 {'to' if most > 2 else 'or'} {most} dimensions, "
+                                  f"none of them 0; got {stored.shape.tolist()}")
+        if name in tensors:
+            raise CheckpointError(f"{path}: {name} must be there once; got it again as {stored.name}")
         kept = _format_of(stored) if blocks else None
         if blocks and not kept and stored.tensor_type.name not in ("F32", "F16", "BF16"):
             expanded.add(stored.tensor_type.name)
-        try:
-            values = stored.data if kept else dequantize(stored.data, stored.tensor_type)
-        except Exception as error:
-            raise CheckpointError(f"{path}: {stored.name} ({stored.tensor_type.name}) cannot be dequantised: "
-                                  f"{brief(error)}") from None
-        if config["model_type"] == "llama" and (".attn_q." in stored.name or ".attn_k." in stored.name):
-            kind = "num_attention_heads" if ".attn_q." in stored.name else "num_key_value_heads"
-            values = _neox_rows(path, stored.name, values, config[kind])
+        values = _values(path, stored, config, family, kept)
         # A copy: what needs no dequantising is otherwise a read-only view of the file.
-        tensors[names[stored.name]] = Blocks(torch.from_numpy(np.array(values)), kept) if kept else \
+        tensors[name] = Blocks(torch.from_numpy(np.array(values)), kept) if kept else \
             torch.from_numpy(np.array(values, dtype=np.float32)).to(dtype)
     if expanded:
         warn(f"{path}: weights in {', '.join(sorted(expanded))} are expanded to {str(dtype).removeprefix('torch.')}; "
              f"{', '.join(FORMATS)} stay as they are")
-    return tensors
+    return tensors if family is None else _converted(path, family, tensors)
+
+
+def _values(path: Path, stored, config: dict, family: Family | None, kept: str | None) -> np.ndarray:
+    """A tensor's elements, or the bytes of its blocks, in the rows of a Hugging Face checkpoint."""
+    from gguf.quants import dequantize
+
+    try:
+        values = stored.data if kept else dequantize(stored.data, stored.tensor_type)
+    except Exception as error:
+        raise CheckpointError(f"{path}: {stored.name} ({stored.tensor_type.name}) cannot be dequantised: "
+                              f"{brief(error)}") from None
+    if family is None:
+        return values
+    if family.interleaved and (".attn_q." in stored.name or ".attn_k." in stored.name):
+        kind = "num_attention_heads" if ".attn_q." in stored.name else "num_key_value_heads"
+        return _neox_rows(path, stored.name, values, config[kind])
+    return values - np.float32(family.offset) if family.offset and stored.name.endswith("norm.weight") else values
+
+
+def _converted(path: Path, family: Family, tensors: dict) -> dict:
+    try:
+        return family.converted(tensors)
+    except (KeyError, RuntimeError, IndexError) as error:  # a part is missing, or has another shape than its neighbour
+        raise CheckpointError(f"{path}: the experts of a {family.model_type} model must fit together; "
+                              f"got {brief(error)}") from None
 
 
 def _neox_rows(path: Path, name: str, values: np.ndarray, heads: int) -> np.ndarray:
@@ -188,19 +189,13 @@ def _neox_rows(path: Path, name: str, values: np.ndarray, heads: int) -> np.ndar
     return values.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-def _check_names(path: Path, config: dict, names: Mapping[str, str]) -> None:
+def _check_names(path: Path, config: dict, names: Mapping[str, str | None], family: Family | None) -> None:
     """Raises CheckpointError for a missing tensor or one that no layer has, before any is dequantised. It stops at the
     first missing layer, however many the file claims. What a drafter lacks is found where its layers are made."""
-    kind = "DFlash drafter" if "dflash_config" in config else f"{config['model_type']} model"
+    kind = "DFlash drafter" if family is None else f"{config['model_type']} model"
     for name in sorted(names):
-        if not names[name]:
+        if names[name] is None:
             raise CheckpointError(f"{path}: expected the tensors of a {kind}; got {name}")
-    if "dflash_config" in config:
-        return
-    needed = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
-    if config["model_type"] == "qwen3":
-        needed += ["attn_q_norm", "attn_k_norm"]
-    for name in ("token_embd.weight", "output_norm.weight",
-                 *(f"blk.{i}.{n}.weight" for i in range(config["num_hidden_layers"]) for n in needed)):
+    for name in () if family is None else family.needed(config["num_hidden_layers"]):
         if name not in names:
             raise CheckpointError(f"{path}: expected a tensor {name}; got none of that name among {len(names)}")

@@ -10,10 +10,22 @@ import numpy as np
 from ..errors import CheckpointError, brief, regular
 from ..fields import Fields
 from .header import check_header
+from .shards import Parts, files_of
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: str, size: int, changed: int):
+def _open(files: tuple[str, ...], states: tuple[tuple[int, int], ...]):
+    readers = [_reader(file) for file in files]
+    if len(readers) > 1:
+        return Parts([Path(file) for file in files], readers)
+    count = readers[0].fields.get("split.count")
+    if count is not None and count.contents() not in (0, 1):
+        raise CheckpointError(f"{files[0]}: the file of a model in {count.contents()} parts must be named "
+                              f"NAME-00001-of-{count.contents():05d}.gguf and so on, for the others to be found")
+    return readers[0]
+
+
+def _reader(path: str):
     import gguf
 
     check_header(Path(path))
@@ -24,9 +36,11 @@ def _open(path: str, size: int, changed: int):
 
 
 def open_file(path: Path):
-    """A gguf.GGUFReader. Parsing takes seconds, so the last reader is kept. Raises CheckpointError."""
-    stat = regular(path)
-    return _open(str(path), stat.st_size, stat.st_mtime_ns)
+    """A gguf.GGUFReader, or the Parts of a model in several files. Parsing takes seconds, so the last one is kept.
+    Raises CheckpointError."""
+    files = files_of(path)
+    stats = [regular(file) for file in files]
+    return _open(tuple(map(str, files)), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
 
 
 class _Metadata(Mapping):

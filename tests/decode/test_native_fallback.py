@@ -1,0 +1,71 @@
+"""A family of ours with a field that our layers lack: transformers' layers run it and a warning says so, or, with
+native, it is an error."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from dflash_decode.checkpoint import CheckpointError  # noqa: E402
+from dflash_decode.model.hf import HFTarget  # noqa: E402
+from dflash_decode.model.native import NativeTarget  # noqa: E402
+from dflash_decode.session import Session  # noqa: E402
+from tests.support import tiny  # noqa: E402
+from tests.support.decode_models import COMMON, baseline_text, randomise  # noqa: E402
+
+PROMPT = list(range(1, 40))
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A Qwen2 whose upper layers see 16 tokens, and its directory."""
+    folder = tiny.write_target(tmp_path_factory.mktemp("m") / "m")
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        **COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=2)).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_transformers_layers_run_it_and_one_warning_says_so(windowed):
+    model, folder = windowed
+    with pytest.warns(UserWarning) as told:
+        session = Session.load(folder, None, dtype="float32")
+    assert [str(w.message) for w in told] == [
+        f"{folder}: transformers' own layers run this model, which is slower, and in 16 bits output with a drafter can "
+        "differ from output without one at a near tie: target config: layer_types must all be full_attention; got "
+        "['full_attention', 'full_attention', 'sliding_attention', 'sliding_attention']"]
+    assert isinstance(session.target, HFTarget)
+    assert session.run([PROMPT], max_new_tokens=16).answers[0].tokens == baseline_text(model, PROMPT, 16)
+
+
+@pytest.mark.parametrize("how", [{"native": True}, {"weights": "int8"}])
+def test_what_only_our_layers_do_is_an_error(windowed, how):
+    with pytest.raises(CheckpointError, match="target config: layer_types must all be full_attention; got"):
+        Session.load(windowed[1], None, **how)
+
+
+def test_a_wrong_field_is_no_reason_for_other_layers(tmp_path):
+    folder = tiny.write_target(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": -1.0}))
+    with pytest.raises(CheckpointError, match="rms_norm_eps must be a number above 0"):
+        Session.load(folder, None)
+
+
+def test_native_changes_nothing_where_our_layers_run(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(Session.load(tiny.write_target(tmp_path), None, native=True).target, NativeTarget)
+
+
+def test_where_neither_runs_it_both_are_named(tmp_path):
+    folder = tiny.write_target(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"clip_qkv": 8.0, "rope_scaling": {"type": "unknown"}}))
+    with pytest.raises(CheckpointError, match=r"clip_qkv = 8.0 changes the model .*; .*transformers"):
+        Session.load(folder, None)
