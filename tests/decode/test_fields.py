@@ -15,7 +15,7 @@ from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from dflash_decode.model.config import read_draft_config
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.model.rope import read_rope
-from dflash_decode.session import _drafter, _target
+from dflash_decode.session import _target, drafter_for
 from tests.support import tiny
 
 ROPES = {
@@ -203,7 +203,7 @@ def test_garbage_in_files_is_a_checkpoint_error_that_names_the_file(tmp_path):
                  '"rope_scaling": {"rope_type": "linear", "factor": -2}', f'"vocab_size": {"9" * 4200}',
                  f'"vocab_size": {"9" * 4400}', '"hidden_size": null', '"max_position_embeddings": [1]'):
         for write, load in ((tiny.write_target, target_of),
-                            (tiny.write_drafter, lambda f: _drafter(load_checkpoint(f), target, tokenizer, False))):
+                            (tiny.write_drafter, lambda f: drafter_for(target, load_checkpoint(f), "model", tokenizer.token_id))):
             folder = write(tmp_path / "m")
             config = (folder / "config.json").read_text()
             (folder / "config.json").write_text(f"{config[:-1]}, {text}}}")  # of two fields the later one counts
