@@ -171,7 +171,7 @@ def test_an_interrupt_of_a_person_ends_the_answer_alone(llm):
     assert chat.history == [HI, {"role": "assistant", "content": found.text}]
     with pytest.raises(KeyboardInterrupt):
         chat.say(HI, write, False)
-    assert len(chat.history) == 2 and llm.load() == (0, 0, 0.0) or llm.generate("a", max_tokens=1)
+    assert len(chat.history) == 2 and llm.workload() == (0, 0, 0.0) or llm.generate("a", max_tokens=1)
 
 
 def test_an_interrupt_before_a_message_ends_the_command(call, words, lines):

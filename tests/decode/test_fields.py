@@ -199,11 +199,14 @@ def test_garbage_in_files_is_a_checkpoint_error_that_names_the_file(tmp_path):
         return _target(str(folder), "llama", torch.bfloat16, torch.device("cpu"), "model")
 
     target, tokenizer = target_of(tiny.write_target(tmp_path / "good")), load_tokenizer(tmp_path / "good")
+
+    def drafter_of(folder):
+        return drafter_for(target, load_checkpoint(folder), "model", tokenizer.token_id)
+
     for text in ('"rms_norm_eps": NaN', '"rope_theta": 0', '"rope_theta": -1e4', '"rms_norm_eps": 1e999',
                  '"rope_scaling": {"rope_type": "linear", "factor": -2}', f'"vocab_size": {"9" * 4200}',
                  f'"vocab_size": {"9" * 4400}', '"hidden_size": null', '"max_position_embeddings": [1]'):
-        for write, load in ((tiny.write_target, target_of),
-                            (tiny.write_drafter, lambda f: drafter_for(target, load_checkpoint(f), "model", tokenizer.token_id))):
+        for write, load in ((tiny.write_target, target_of), (tiny.write_drafter, drafter_of)):
             folder = write(tmp_path / "m")
             config = (folder / "config.json").read_text()
             (folder / "config.json").write_text(f"{config[:-1]}, {text}}}")  # of two fields the later one counts
