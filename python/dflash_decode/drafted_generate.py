@@ -42,6 +42,8 @@ class DraftedGenerate:
         As for Session.load.
     max_batch : int
         Prompts that are decoded at the same time.
+    tokenizer : transformers tokenizer, optional
+        For a drafter that has its mask token as text.
 
     Raises
     ------
@@ -56,7 +58,8 @@ class DraftedGenerate:
     Notes
     -----
     It keeps the last model and the drafter for it. During a call the model's attention is ours; afterwards it is as
-    before. transformers hands a streamer to no `custom_generate`: for text as it arrives there is `LLM.stream`.
+    before. transformers hands neither a streamer nor a tokenizer to a `custom_generate`, so it has no text as it
+    arrives and no stop strings: `LLM.stream` has both.
 
     Source: tests/decode/test_drafted_generate.py compares it with `generate`.
 
@@ -68,16 +71,17 @@ class DraftedGenerate:
     """
 
     def __init__(self, drafter: str | os.PathLike, *, block_size: int | None = None, draft_weights: str = "auto",
-                 max_batch: int = 8):
+                 max_batch: int = 8, tokenizer: Any = None):
         self.drafter = path_text(_WHAT, "drafter", drafter)
         self.block_size = None if block_size is None else whole(_WHAT, "block_size", block_size, 1)
         self.draft_weights = choice(_WHAT, "draft_weights", draft_weights, DraftersWeights)
         self.max_batch = whole(_WHAT, "max_batch", max_batch, 1)
+        self.tokenizer = tokenizer
         self._known: tuple[Any, tuple, Target, Drafter] | None = None
 
     def __call__(self, model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any,
-                 generation_config: Any, tokenizer: Any = None, **model_kwargs: Any) -> Any:
-        """Called by `generate`. tokenizer: for stop strings, and for a drafter that has its mask token as text."""
+                 generation_config: Any, **model_kwargs: Any) -> Any:
+        """Called by `generate`."""
         _refuse(generation_config, model_kwargs)
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
         stops = generation_config.eos_token_id
@@ -89,7 +93,7 @@ class DraftedGenerate:
         room = generation_config.max_length - input_ids.shape[1]
         answers = [input_ids.new_empty(0)] * len(prompts)
         with _as_it_was(model), torch.inference_mode():
-            target, drafter = self._models(model, tokenizer)
+            target, drafter = self._models(model)
             decoder = Decoder(target, drafter, block_size=self.block_size, max_batch=min(len(prompts), self.max_batch),
                               max_context=max(map(len, prompts)) + room)
             wanted = [Request(i, prompt, room, stops, SamplingParams(**settings, seed=seed))
@@ -109,9 +113,9 @@ class DraftedGenerate:
             answers = [torch.tensor(one, dtype=input_ids.dtype, device=input_ids.device) for one in found]
         return _result(input_ids, answers, generation_config)
 
-    def _models(self, model: Any, tokenizer: Any) -> tuple[Target, Drafter]:
+    def _models(self, model: Any) -> tuple[Target, Drafter]:
         """The target and the drafter; those of the last call, unless the model or its weights are others."""
-        from .checkpoint import load_checkpoint
+        from .checkpoint import CheckpointNotFound, load_checkpoint
         from .model.hf import IMPLEMENTATION, HFTarget
         from .session import drafter_for
 
@@ -122,8 +126,12 @@ class DraftedGenerate:
             return self._known[2:]
         self._known = None
         target = HFTarget(model)
-        drafter = drafter_for(target, load_checkpoint(self.drafter, target.dtype), self.draft_weights,
-                              lambda text: _token_id(tokenizer, text))
+        try:
+            found = load_checkpoint(self.drafter, target.dtype)
+        except CheckpointNotFound as error:
+            raise CheckpointNotFound(f"{_WHAT}: drafter: {error}") from None
+        drafter = drafter_for(target, found, self.draft_weights,
+                              lambda text: _token_id(self.tokenizer, text))
         self._known = model, now, target, drafter
         return target, drafter
 
@@ -212,8 +220,8 @@ def _seeds(count: int) -> list[int]:
 
 def _token_id(tokenizer: Any, text: str) -> int | None:
     if tokenizer is None:
-        raise ValueError(f"{_WHAT}: generate must be given tokenizer=..., as the drafter has its mask token as text, "
-                         f"{shown(text)}; got None")
+        raise ValueError(f"{_WHAT}: tokenizer must be given, as the drafter has its mask token as text, {shown(text)}; "
+                         "got None")
     return tokenizer.get_vocab().get(text)
 
 

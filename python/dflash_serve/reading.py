@@ -106,6 +106,9 @@ def _chat_prompt(llm: LLM, asked: ChatAsked) -> list[int]:
             raise ApiError(400, "reasoning_effort must be left out: the model's chat template does not read it",
                            "reasoning_effort", "unsupported_parameter")
         variables.setdefault("reasoning_effort", asked.reasoning_effort)
+    if tools(asked) and "tools" not in template:
+        raise ApiError(400, "tools must be left out: the model's chat template does not read them", "tools",
+                       "unsupported_parameter")
     messages = [_message(message, i, "developer" in template) for i, message in enumerate(asked.messages)]
     with told("messages"):  # the template may refuse them, or there is none
         return read_prompt(llm.tokenizer, llm.session.target.vocab_size, messages, "messages",

@@ -99,6 +99,17 @@ def test_what_it_cannot_follow_is_refused_before_decoding(model, drafted, option
     assert model.config._attn_implementation == attention
 
 
+def test_a_drafter_s_mask_token_can_be_a_text(model, tmp_path):
+    config = {"dflash_config": {"mask_token": "<u>", "target_layer_ids": [0, 2]}}
+    folder = tiny.write_drafter(tmp_path, **config)
+    with pytest.raises(ValueError, match="tokenizer must be given, as the drafter has its mask token as text, '<u>'"):
+        model.generate(PROMPT, max_new_tokens=4, do_sample=False, custom_generate=DraftedGenerate(folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
+    found = model.generate(PROMPT, max_new_tokens=4, do_sample=False,
+                           custom_generate=DraftedGenerate(folder, tokenizer=tokenizer))
+    assert torch.equal(found, model.generate(PROMPT, max_new_tokens=4, do_sample=False))
+
+
 def test_wrong_arguments_and_files_are_errors_and_leave_the_model_as_it_was(model, tmp_path):
     for given, words in (({"drafter": 3}, "drafter must be a path or a name"),
                          ({"drafter": "x", "max_batch": 0}, "max_batch must be"),
@@ -106,6 +117,6 @@ def test_wrong_arguments_and_files_are_errors_and_leave_the_model_as_it_was(mode
         with pytest.raises((TypeError, ValueError), match=words):
             DraftedGenerate(**given)
     attention = model.config._attn_implementation
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="^DraftedGenerate: drafter: .* does not exist"):
         model.generate(PROMPT, max_new_tokens=4, custom_generate=DraftedGenerate(tmp_path / "nothing"))
     assert model.config._attn_implementation == attention

@@ -312,4 +312,4 @@ def test_the_wheel_says_that_the_packages_have_types(tmp_path):
                          capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     typed = {file.parent.name for file in tmp_path.glob("*/py.typed")}
-    assert typed == {"dflash_kernels", "dflash_decode", "dflash_engines", "dflash_bench"}
+    assert typed == {"dflash_kernels", "dflash_decode", "dflash_engines", "dflash_bench", "dflash_serve"}

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import socket
 
+import openai
 import pytest
 
 from bench.engines import client as clients
@@ -44,3 +45,10 @@ def test_the_clients_that_engines_are_tested_with(smollm2, monkeypatch):
     monkeypatch.setattr(clients.asyncio, "sleep", lambda seconds, real=asyncio.sleep: real(seconds / 10))
     found = asyncio.run(clients.scenes(smollm2.url, "smollm2"))
     assert all(found["scenes"].values()), found
+
+
+def test_tools_that_the_template_does_not_read_are_refused(smollm2):
+    tool = {"type": "function", "function": {"name": "weather"}}
+    with openai.OpenAI(base_url=f"{smollm2.url}/v1", api_key="EMPTY", max_retries=0) as client, pytest.raises(
+            openai.BadRequestError, match="tools must be left out: the model's chat template does not read them"):
+        client.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": "hi"}], tools=[tool])

@@ -61,8 +61,8 @@ def find_model(path: str | os.PathLike) -> Path:
 
 
 def _not_found(path: str) -> CheckpointNotFound:
-    return CheckpointNotFound(f"model must be a directory, a .gguf file or one of {', '.join(KNOWN)}; "
-                              f"got {path[:200]!r}, which does not exist{hub.hint(path)}")
+    return CheckpointNotFound(f"model must be a directory, a .gguf file, a hub id in the local cache or one of "
+                              f"{', '.join(KNOWN)}; got {path[:200]!r}, which does not exist{hub.hint(path)}")
 
 
 def _refuse_odd_files(folder: Path) -> None:
