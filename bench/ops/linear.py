@@ -100,15 +100,17 @@ def head_case(sizes, name, rows, weights, packed):
                 sizes.peers_of("lm_head_argmax", problem), check, headline=rows in (8, 128))
 
 
+def top_of(x, w):
+    """What lm_head_topk gives, by torch."""
+    logits = F.linear(x, w)
+    top = logits.topk(TOPK)
+    return top.indices, top.values.float(), logits.float().logsumexp(-1)
+
+
 def topk_case(sizes, name, rows, weights, packed):
     n, k = weights[0].shape
     x, lse = sizes.random(rows, k), torch.empty(rows)
     ids, values = torch.empty(rows, TOPK, dtype=torch.int64), torch.empty(rows, TOPK)
-
-    def expression(x, w):
-        logits = F.linear(x, w)
-        top = logits.topk(TOPK)
-        return top.indices, top.values.float(), logits.float().logsumexp(-1)
 
     def check(got):
         """Ids of near ties differ with the rounding, so what is compared is the logits that they stand for."""
@@ -118,7 +120,7 @@ def topk_case(sizes, name, rows, weights, packed):
         assert ((got[1] - exact.topk(TOPK).values).abs() <= off).all(), "other logits"
         assert ((got[2] - exact.logsumexp(-1)).abs() <= off).all(), "another log-sum-exp"
 
-    problem = SimpleNamespace(expression=expression, args=lambda i: (x, weights[i]))
+    problem = SimpleNamespace(expression=top_of, args=lambda i: (x, weights[i]))
     return Case("lm_head_topk", f"{name} {n}x{k}, {rows} rows, K {TOPK}",
                 lambda i: dk.lm_head_topk(x, packed[i], TOPK, out_ids=ids, out_values=values, out_lse=lse),
                 cost.lm_head_bytes(rows, n, k, 2, k=TOPK, lse=True), len(packed), cost.lm_head_flops(rows, n, k),
