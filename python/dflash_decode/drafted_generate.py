@@ -91,7 +91,6 @@ class DraftedGenerate:
         others = [one for one in stopping_criteria if type(one).__name__ not in ("EosTokenCriteria",
                                                                                 "MaxLengthCriteria")]
         room = generation_config.max_length - input_ids.shape[1]
-        answers = [input_ids.new_empty(0)] * len(prompts)
         with _as_it_was(model), torch.inference_mode():
             target, drafter = self._models(model)
             decoder = Decoder(target, drafter, block_size=self.block_size, max_batch=min(len(prompts), self.max_batch),

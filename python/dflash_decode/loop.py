@@ -250,9 +250,9 @@ class Decoder:
         if not live.finish:
             live.take([token], 1, self._logprobs(live, [token], row))
 
-    def _logprobs(self, live: Live, tokens: list[int], rows: torch.Tensor) -> list[TokenLogprobs]:
+    def _logprobs(self, live: Live, tokens: list[int], rows: torch.Tensor | None) -> list[TokenLogprobs]:
         most = live.request.logprobs
-        return [] if most is None else logprobs_of(self.target, rows, tokens, most)
+        return [] if most is None or rows is None else logprobs_of(self.target, rows, tokens, most)
 
     def _tell(self) -> list[Event]:
         """Returns the new events, and removes the requests that have ended."""

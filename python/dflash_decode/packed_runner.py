@@ -115,9 +115,10 @@ class PackedRunner(Runner):
         starts = stage.fill(blocks)
         verified = self.timed(stage.work, policy, "verify", stage.rows, stage)
         counts = verified.commit_lens.tolist()
-        features = stage.features.clone() if self.setting.drafter else stage.features
-        for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
-            self.remember(live, block.context, features[start:start + count])
+        if self.setting.drafter:
+            features = stage.features.clone()
+            for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
+                self.remember(live, block.context, features[start:start + count])
         policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:n]])
         committed = taken(active, verified, widths, stage.hidden, starts)
         stage.verifier.seat(())
@@ -150,11 +151,10 @@ class PackedRunner(Runner):
 
     def timed(self, work, policy: Policy, part: str, size: int, call: Callable):
         """call(), whose seconds the policy is told, but for the call that records."""
-        replayed = work.graph is None or work.graph.captured
-        started = time.perf_counter()
+        records, started = work.records, time.perf_counter()
         found = call()
         seconds = time.perf_counter() - started
-        if replayed:
+        if not records:
             policy.took(part, size, seconds)
         elif part == "verify":
             self.recording = seconds
@@ -168,14 +168,14 @@ class PackedRunner(Runner):
 
     def remember(self, live: Live, position: int, features: torch.Tensor) -> None:
         """K/V of these features are written when the request drafts next, if it does."""
-        if self.setting.drafter and len(features):
+        if len(features):
             live.features.append((position, features))
             if position + len(features) - live.features[0][0] > _KEPT_ROWS:
                 self.write_context([live])
 
     def write_context(self, requests: Sequence[Live]) -> float | None:
         """Returns the seconds that it took; None if a pass was recorded."""
-        started, replayed = time.perf_counter(), True
+        started, records = time.perf_counter(), False
         rows: list[torch.Tensor] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -190,11 +190,11 @@ class PackedRunner(Runner):
             for at in range(0, len(features), _CONTEXT_ROWS):
                 part = slice(at, at + _CONTEXT_ROWS)
                 stage = self.context_stage(len(features[part]))
-                replayed &= stage.work.graph is None or stage.work.graph.captured
+                records |= stage.work.records
                 stage(features[part], positions[part], slots[part])
         for live in requests:
             live.features = []
-        return time.perf_counter() - started if replayed else None
+        return None if records else time.perf_counter() - started
 
     # ---- what a step costs ----
 

@@ -21,12 +21,13 @@ from .widths import PastWidths
 
 class Committed(NamedTuple):
     """What a step found for a request: the tokens to commit, the tokens of its block that were verified, and the
-    target's hidden states (n, H) that the n tokens were chosen from, until the next step."""
+    target's hidden states (n, H) that the n tokens were chosen from, until the next step; None unless the request asks
+    for log probabilities."""
 
     live: Live
     tokens: list[int]
     width: int
-    rows: torch.Tensor
+    rows: torch.Tensor | None
 
 
 @dataclass
@@ -62,14 +63,15 @@ def taken(active: Sequence[Live], verified: Verified, widths: Sequence[int], row
     """What each request commits: the accepted tokens and the target's, up to a stop token. rows: the hidden states of
     all blocks. starts: where each begins."""
     found = zip(active, verified.commit_lens.tolist(), verified.tokens.tolist(), widths, starts, strict=False)
-    return [_committed(live, tokens[:count], width, rows[start:])
+    return [_committed(live, tokens[:count], width, rows, start)
             for live, count, tokens, width, start in found if not live.finish]
 
 
-def _committed(live: Live, tokens: list[int], width: int, rows: torch.Tensor) -> Committed:
+def _committed(live: Live, tokens: list[int], width: int, rows: torch.Tensor, start: int) -> Committed:
     ends = (i + 1 for i, token in enumerate(tokens) if token in live.request.stop_tokens)
     count = next(ends, len(tokens))
-    return Committed(live, tokens[:count], width, rows[:count])
+    asks = live.request.logprobs is not None
+    return Committed(live, tokens[:count], width, rows[start:start + count] if asks else None)
 
 
 class Runner:

@@ -22,6 +22,11 @@ class Recorded:
         recordable = all(part is None or part.graph_safe for part in parts)
         self.graph = StepGraph(device, pool) if recordable and StepGraph.available(device) else None
 
+    @property
+    def records(self) -> bool:
+        """Whether the next call is the one that is recorded."""
+        return self.graph is not None and not self.graph.captured
+
     def done(self, work: Callable[[], object]) -> None:
         if self.graph is None:
             work()

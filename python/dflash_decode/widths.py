@@ -94,6 +94,10 @@ class WidthPolicy:
         """Tokens a second that a step of so many requests should bring."""
         return max(self.tokens / self.seconds, 1.0) * requests / self.costs.verify(self.rows(requests))
 
+    def draft_seconds(self, requests: int, width: int) -> float:
+        """What a draft of so many blocks takes, its context included."""
+        return self.costs.draft(requests * width) + requests * self.context
+
     def to_draft(self, requests: Sequence[Outlook]) -> tuple[list[int], int]:
         n = len(requests)
         if not n:
@@ -107,7 +111,7 @@ class WidthPolicy:
             order, total = sorted(range(n), key=lambda i: -worth[i]), 0.0
             for k, i in enumerate(order, 1):
                 total += worth[i]
-                net = total - rate * (self.costs.draft(k * width) + k * self.context)
+                net = total - rate * self.draft_seconds(k, width)
                 if net > best:
                     best, drafted, self.drafting = net, order[:k], width
         self._trial = False
@@ -184,7 +188,7 @@ class WidthPolicy:
             request.worth = _moved(before, worth, _NEW)
             self.worth = of_all = _moved(of_all, worth, _SHARED)
             request.idle = 0
-            request.paid = any(w > rate * (self.costs.draft(q) + self.context)
+            request.paid = any(w > rate * self.draft_seconds(1, q)
                                for w, q in zip(worth, self.draft_widths, strict=True))
             if request.paid and self._trial:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
@@ -228,7 +232,7 @@ class WidthPolicy:
             self.wait = _FIRST_WAIT if paid or self.surprised else min(2 * self.wait, _LONGEST_WAIT)
         plain, seconds = self.costs.verify(self.rows(n)), self.costs.verify(self.rows(sum(widths)))
         if drafted:
-            seconds += self.costs.draft(drafted * self.drafting) + drafted * self.context
+            seconds += self.draft_seconds(drafted, self.drafting)
         self.spent += seconds
         if self._trial:
             self.on_trials, self._astonished = self.on_trials + seconds - plain, self.surprised
