@@ -46,8 +46,7 @@ class Api:
         self.metrics = metrics.Metrics(llm, settings.name)
         self.desk = Desk(llm, self.metrics, max_batch + settings.max_queue)
         self._texts, self._reads_calls = TokenTexts(llm.tokenizer), tools.is_known(llm)
-        self._model = Model(id=settings.name, object="model", created=int(time.time()), owned_by="dflash-kernels",
-                            max_model_len=llm.max_context)
+        self._model = Model(id=settings.name, created=int(time.time()), max_model_len=llm.max_context)
 
     async def chat(self, http: Request) -> Response:
         asked = await self._read(http, ChatAsked)

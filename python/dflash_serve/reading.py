@@ -101,18 +101,17 @@ def _chat_prompt(llm: LLM, asked: ChatAsked) -> list[int]:
         if name in variables:
             raise refused("chat_template_kwargs", f"names for the template other than {' and '.join(_NOT_VARIABLES)}",
                           name)
+    called = tools(asked)
+    for name, given, it in (("reasoning_effort", asked.reasoning_effort, "it"), ("tools", called, "them")):
+        if given is not None and name not in template:
+            raise ApiError(400, f"{name} must be left out: the model's chat template does not read {it}", name,
+                           "unsupported_parameter")
     if asked.reasoning_effort is not None:
-        if "reasoning_effort" not in template:
-            raise ApiError(400, "reasoning_effort must be left out: the model's chat template does not read it",
-                           "reasoning_effort", "unsupported_parameter")
         variables.setdefault("reasoning_effort", asked.reasoning_effort)
-    if tools(asked) and "tools" not in template:
-        raise ApiError(400, "tools must be left out: the model's chat template does not read them", "tools",
-                       "unsupported_parameter")
     messages = [_message(message, i, "developer" in template) for i, message in enumerate(asked.messages)]
     with told("messages"):  # the template may refuse them, or there is none
         return read_prompt(llm.tokenizer, llm.session.target.vocab_size, messages, "messages",
-                           Reading(True, tools(asked), variables))
+                           Reading(True, called, variables))
 
 
 def tools(asked: ChatAsked) -> list[dict[str, Any]] | None:
