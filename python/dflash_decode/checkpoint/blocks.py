@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dflash_kernels import formats
+
 # Elements and bytes of a block of each format that the ops have; other formats are expanded.
-FORMATS = {"q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34), "q4_k": (256, 144), "q5_k": (256, 176),
-           "q6_k": (256, 210)}
+FORMATS = {name: (f.block, f.bytes) for name, f in formats.FORMATS.items()}
 
 
 @dataclass(frozen=True)
