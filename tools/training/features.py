@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dflash_decode.checkpoint.tokenizer import Tokenizer
 
 from .target import Target
-from .texts import chat_ids
+from .texts import CONTEXT, chat_ids
 
 TEACHER = 8  # most likely tokens kept for each position
 
@@ -65,14 +65,14 @@ def write_features(
     texts: Sequence[dict],
     target_layer_ids: Sequence[int],
     folder: Path,
-    longest: int = 512,
+    longest: int = CONTEXT,
     rows: int = 8192,
 ) -> Features:
     """Computes and stores the features of `texts`, each cut to `longest` tokens, about `rows` tokens at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     coded, starts = [], []
     for text in texts:
-        prompt = chat_ids(tokenizer, text["prompt"])
+        prompt = chat_ids(tokenizer, text["prompt"], text.get("before", ()))
         ids = prompt + tokenizer.encode(text["answer"]) + list(tokenizer.stop_ids[:1]) * (text["finish"] == "stop")
         coded.append(ids[:longest])
         starts.append(len(prompt))

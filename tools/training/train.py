@@ -1,6 +1,6 @@
 """Trains a DFlash drafter for a small Llama-like target: texts, features, training, checkpoint, one command.
 
-    python -m tools.training --model smollm2 --answers smollm2_answers.jsonl.gz --work build/drafter --minutes 85
+    python -m tools.training --model smollm2 --answers build/texts --work build/drafter --minutes 85
 
 Each stage keeps what it made under --work and is skipped when that is complete; training goes on from its last state,
 so a run that was cut off, or whose --minutes is raised, is continued by the same command. The result is
@@ -8,33 +8,29 @@ so a run that was cut off, or whose --minutes is raised, is continued by the sam
 """
 
 import argparse
-import json
-import random
-import time
 from pathlib import Path
 
 import torch
 
 from dflash_decode.checkpoint import read_directory
-from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from tools.training import checkpoint, plots, texts
 from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import Features, write_features
 from tools.training.optimise import Recipe, Training
 from tools.training.target import Target
+from tools.training.write import parts, write_texts
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help="the target: smollm2, a .gguf file or a checkpoint's directory")
     p.add_argument("--work", type=Path, default=Path("build/drafter"), help="folder of all stages and of the result")
-    p.add_argument("--answers", type=Path, nargs="*", default=[], help="conversations that the target has written")
-    p.add_argument("--questions", type=Path, nargs="*", default=[], help="JSON lines with `turns`, to be answered")
-    p.add_argument("--self-prompts", type=int, default=0, help="number of prompts that the target writes")
-    p.add_argument("--write-minutes", type=float, default=10.0, help="minutes for writing answers")
-    p.add_argument("--sampled", type=float, default=0.1, help="share of the answers written at temperature 0.8")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer")
-    p.add_argument("--slots", type=int, help="texts written concurrently; by default 128 on a CPU, 1024 on a GPU")
+    p.add_argument("--answers", type=Path, nargs="*", default=[],
+                   help="conversations that the target has written: files, or folders of tools.training.write")
+    p.add_argument("--write-tokens", type=int, default=0, help="have the target write so many tokens of answers first")
+    p.add_argument("--prompts", type=Path, nargs="*", default=[], help="prompts to answer before the target's own")
+    p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered")
     p.add_argument("--limit", type=int, help="use only this many texts, for a rehearsal")
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--target-layer-ids", type=int, nargs="+", default=[1, 10, 19, 28],
@@ -61,30 +57,17 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def collect_texts(args: argparse.Namespace, target: Target, tokenizer: Tokenizer) -> list[dict]:
-    """The conversations of --answers, and those that the target writes within --write-minutes."""
-    found = [row for file in args.answers for row in texts.read_jsonl(file)]
-    kept = args.work / "texts.jsonl"
-    if kept.is_file():
-        found += texts.read_jsonl(kept)
-    elif args.questions or args.self_prompts:
-        slots = args.slots or (1024 if target.device.type == "cuda" else 128)
-        done = {row["prompt"] for row in found}
-        asked = [("questions", row["turns"][0]) for file in args.questions for row in texts.read_jsonl(file)]
-        own = texts.write_prompts(target, tokenizer, args.self_prompts, slots, args.seed) if args.self_prompts else ()
-        asked = [pair for pair in [*asked, *own] if pair[1] not in done]
-        random.Random(args.seed).shuffle(asked)
-        end, part = time.monotonic() + args.write_minutes * 60, kept.with_suffix(".part")
-        with part.open("w", encoding="utf-8") as out:
-            for row in texts.write_answers(target, tokenizer, asked, slots, args.max_new_tokens, args.sampled,
-                                           args.seed):
-                found.append(row)
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if time.monotonic() > end:
-                    break
-        part.rename(kept)
+def collect_texts(args: argparse.Namespace) -> list[dict]:
+    """The conversations of --answers, and those that the target writes."""
+    files = [file for path in args.answers for file in (parts(path) if path.is_dir() else [path])]
+    found = [row for file in files for row in texts.read_jsonl(file)]
+    if args.write_tokens:
+        folder = args.work / "texts"
+        write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
+                    seed=args.seed)
+        found += [row for file in parts(folder) for row in texts.read_jsonl(file)]
     if not found:
-        raise SystemExit("no training text: give --answers, --questions or --self-prompts")
+        raise SystemExit("no training text: give --answers or --write-tokens")
     return found[:args.limit]
 
 
@@ -96,7 +79,7 @@ def main() -> None:
     mask = tokenizer.backend.token_to_id(args.mask_token)
     if mask is None:
         raise SystemExit(f"--mask-token must be one of the tokenizer's tokens; got {args.mask_token!r}")
-    written = collect_texts(args, target, tokenizer)
+    written = collect_texts(args)
     print(f"{len(written)} texts", flush=True)
     kept = args.work / "features"
     features = Features(kept) if (kept / "features.json").is_file() else write_features(

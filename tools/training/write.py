@@ -1,0 +1,111 @@
+"""Writes training text with the target: `tokens` tokens of answers, in parts that later runs reuse.
+
+    python -m tools.training.write --out build/texts --tokens 10000000 --prompts questions.jsonl
+
+A part is a file of 500 conversations and is kept whole or not at all. The same command goes on where a run ended.
+"""
+
+import argparse
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dflash_decode import Session
+from tools.training.texts import Writer, read_jsonl
+
+PART = 500  # conversations in a file
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of JSON lines with `turns` or `prompt`, or of a JSON list of texts; either may be gzipped."""
+    data = file.read_bytes()
+    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    return [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("texts-*.jsonl.gz"))
+
+
+def keep_part(folder: Path, rows: list[dict]) -> None:
+    file = folder / f"texts-{len(parts(folder)):04d}.jsonl.gz"
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part = file.with_suffix(".part")
+    part.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
+    os.replace(part, file)
+
+
+def write(session: Session, folder: Path, tokens: int, given: list[tuple[str, str]], without: list[str], *,
+          concurrency: int, seed: int = 0, part: int = PART, **how) -> None:
+    """Adds parts to `folder` until its answers have `tokens` tokens. without: prompts that are never asked.
+    how: of Writer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [row for file in parts(folder) for row in read_jsonl(file)]
+    have = sum(row["tokens"] for row in kept)
+    writer = Writer(session, given, {row["prompt"] for row in kept} | set(without), concurrency=concurrency,
+                    seed=seed + len(kept), **how)
+    with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc=f"writing {folder}", smoothing=0.05) as bar:
+        for rows in _batches(writer, bar, tokens - have, part):
+            keep_part(folder, rows)
+
+
+def _batches(writer: Writer, bar: tqdm, tokens: int, part: int) -> Iterator[list[dict]]:
+    rows: list[dict] = []
+    if tokens > 0:
+        for row in writer.conversations():
+            rows.append(row)
+            tokens -= row["tokens"]
+            bar.update(row["tokens"])
+            if tokens <= 0:
+                break
+            if len(rows) == part:
+                yield rows
+                rows = []
+    if rows:
+        yield rows
+
+
+def write_texts(model: str, folder: Path, tokens: int, prompts: list[Path], without: list[Path], *,
+                device: str = "cpu", weights: str = "auto", concurrency: int | None = None, **how) -> None:
+    """`write` for a model's name and files of prompts."""
+    given = [(file.name.split(".")[0], prompt) for file in prompts for prompt in read_prompts(file)]
+    never = [prompt for file in without for prompt in read_prompts(file)]
+    session = Session.load(model, "none", weights=weights, device=device)
+    write(session, folder, tokens, given, never,
+          concurrency=concurrency or (512 if torch.device(device).type == "cuda" else 32), **how)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="smollm2", help="the target, as `dflash-kernels generate` takes it")
+    p.add_argument("--weights", default="auto", help="how its weights are kept, likewise")
+    p.add_argument("--out", type=Path, default=Path("build/texts"), help="folder of the parts")
+    p.add_argument("--tokens", type=int, default=1_000_000, help="tokens of answers that the folder shall have")
+    p.add_argument("--prompts", type=Path, nargs="*", default=[], help="prompts to answer before the target's own: "
+                   "JSON lines with `turns` or `prompt`, or a JSON list")
+    p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered: those of "
+                   "the evaluation, and of texts that are there already")
+    p.add_argument("--sampled", type=float, default=0.1, help="share of the answers written at temperature 0.8")
+    p.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer")
+    p.add_argument("--concurrency", type=int, help="texts written concurrently; by default 32 on a CPU, 512 on a GPU")
+    p.add_argument("--threads", type=int, help="CPU threads")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    write_texts(args.model, args.out, args.tokens, args.prompts, args.without, weights=args.weights,
+                device=args.device, concurrency=args.concurrency, seed=args.seed, budget=args.max_new_tokens,
+                sampled=args.sampled)
+
+
+if __name__ == "__main__":
+    main()
