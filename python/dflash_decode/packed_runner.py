@@ -203,7 +203,18 @@ class PackedRunner(Runner):
         return self.policy.forecast if isinstance(self.policy, WidthPolicy) else None
 
     def ready(self) -> None:
-        self.chosen_policy()
+        """Measures what steps cost, unless that is known, and records the passes that most steps take: those of one
+        request and of a full batch."""
+        s, fixed = self.setting, isinstance(self.chosen_policy(), FixedWidths)
+        for requests in sorted({1, s.max_batch}):
+            most = s.width if fixed or requests == 1 else min(2, s.width)  # rows of a request
+            for rows in pass_sizes(most * requests):
+                if rows >= requests * (most if fixed else 1):
+                    _record(self.verify_stage(requests, rows, s.width, GreedyVerifier))
+            if s.drafter:
+                self.record_drafts(requests)
+                for rows in buckets(most * requests):
+                    self.record_context(rows)
 
     def chosen_policy(self) -> Policy:
         if self.policy is None:
@@ -245,7 +256,7 @@ class PackedRunner(Runner):
         return StepCosts(verify, draft)
 
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
-        """Runs every size of every pass once."""
+        """Records every size of every pass."""
         super().warm_up(kinds, prompt_lens)
         self.chosen_policy()
         s, stages = self.setting, []
@@ -256,21 +267,35 @@ class PackedRunner(Runner):
                 if not kind.packs:
                     stages += [self.verify_stage(batch, 0, width, kind) for width in range(1, s.width + 1)]
         for stage in stages:
-            if not (stage.work.graph and stage.work.graph.captured):
-                stage.fill([])
-                stage()
-        for batch in buckets(s.max_batch) if s.drafter and s.width > 1 else ():
-            for width in [s.width] if isinstance(self.policy, FixedWidths) else draft_widths(s.width):
-                self.draft_stage(batch, width)([], [])
+            _record(stage)
+        for batch in buckets(s.max_batch) if s.drafter else ():
+            self.record_drafts(batch)
         for rows in buckets(_CONTEXT_ROWS) if s.drafter else ():
-            context = self.context_stage(rows)
-            context(context.features[:0], (), ())
+            self.record_context(rows)
+
+    def record_drafts(self, requests: int) -> None:
+        """Records drafts of every length."""
+        s, fixed = self.setting, isinstance(self.policy, FixedWidths)
+        for width in [s.width] if fixed else draft_widths(s.width):
+            if width > 1 and (stage := self.draft_stage(requests, width)).work.records:
+                stage([], [])
+
+    def record_context(self, rows: int) -> None:
+        if (stage := self.context_stage(rows)).work.records:
+            stage(stage.features[:0], (), ())
 
     def unseat(self) -> None:
         for tables in self.tables.values():
             tables.set([])
         for stage in self.verifies.values():
             stage.verifier.seat(())
+
+
+def _record(stage: VerifyStage) -> None:
+    """Records a pass, without requests, unless it is recorded."""
+    if stage.work.records:
+        stage.fill([])
+        stage()
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -81,6 +81,27 @@ def test_warming_up_for_some_prompts_and_settings_makes_what_they_need(target):
     assert set(short.runner.prefills) == {16}
 
 
+@pytest.mark.parametrize("drafter", ["adapts", "fixed", "none"])
+@pytest.mark.parametrize("requests", [1, 2])
+def test_a_ready_decoder_records_no_more_steps(target, drafter, requests):
+    """Neither for one request nor for a full batch, unless very many drafts pay."""
+    block = {"block_size": 3} if drafter == "fixed" else {}
+    decoder = decoder_of(target, drafter != "none", max_batch=2, **block)
+    decoder.ready()
+
+    def recorded():
+        usual = [stage for stage in decoder.runner.verifies.values() if requests == 1 or stage.rows <= 2 * requests]
+        return [stage for stage in (*usual, *decoder.runner.drafts.values()) if stage.work.graph.captured]
+
+    before = recorded()
+    assert len(before) >= 2
+    for i, prompt in enumerate([[5], [9]][:requests]):
+        decoder.submit(Request(i, prompt, 50))
+    for _ in range(8):
+        decoder.step()
+    assert sum(not live.finish for live in decoder._requests) == requests and recorded() == before
+
+
 def test_warming_up_while_requests_run_changes_no_text(target):
     want = {key: value[0] for key, value in collect(decoder_of(target).stream(mixed())).items()}
     decoder, texts = decoder_of(target, max_batch=8), {}
