@@ -123,7 +123,7 @@ def conv_case(sizes, rows, width, add_norm):
     out, sums = torch.empty_like(xs[0]), torch.empty_like(xs[0])
 
     def convolved(x, delta, base):
-        blocks = x.unflatten(-1, (groups, -1))
+        blocks = x.reshape(*x.shape[:-1], groups, -1)
         coefficients = base.view(taps, groups, -1) + delta[..., None]
         y = coefficients[:, :, 0] * blocks
         for tap in range(1, taps):

@@ -19,7 +19,7 @@ def cases_page(folder: Path) -> str:
              "`make docs` generates this page from the results of `make bench` and `make gpu`. A row is one case. "
              "Its inputs rotate so that no cache holds them, and its limit was measured between its own calls.",
              ""]
-    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+    for machine in machines(folder):
         results = kernel_results(machine)
         if not results:
             continue
@@ -34,6 +34,11 @@ def cases_page(folder: Path) -> str:
         lines += ["", "Not timed: " + "; ".join(without) + "."] if without else []
         lines.append("")
     return "\n".join(lines)
+
+
+def machines(folder: Path) -> list[Path]:
+    """The folders of machines, the one with the most results first."""
+    return sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: (-len(list(f.glob("*.json"))), f.name))
 
 
 def kernel_results(machine: Path) -> list[dict]:
@@ -57,7 +62,7 @@ def against(row: dict) -> str:
 def limits_block(folder: Path) -> str:
     """For each op and machine, over all cases: the share of the limit and the speed relative to each peer."""
     lines = []
-    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+    for machine in machines(folder):
         results = kernel_results(machine)
         rows = [row for r in results for row in r["rows"] if "us" in row]
         if not rows:

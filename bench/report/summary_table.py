@@ -10,7 +10,7 @@ from bench.report.commands import command_of, evaluate_command
 def summary(folder: Path) -> str:
     """A table for each machine."""
     lines = []
-    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+    for machine in kernel_tables.machines(folder):
         rows = [*kernels(machine), *texts(machine), *others(machine)]
         if rows:
             results = kernel_tables.kernel_results(machine)
@@ -32,7 +32,7 @@ def commands(machine: Path) -> dict[str, str]:
 def headline(folder: Path) -> str:
     """README's five rows, of the first machine that has them all: one and eight requests, many requests, another
     engine, an op. Under them, the machine and each row's command."""
-    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+    for machine in kernel_tables.machines(folder):
         rows, commands = [], []
         for found in (text_row(machine, 1), text_row(machine, 8), many_row(machine), engine_row(machine),
                       op_row(machine)):

@@ -14,7 +14,7 @@ SPAN = re.compile(r"<!-- value ([\w.-]+) -->(.*?)<!-- end -->", re.DOTALL)
 def values(folder: Path) -> dict[str, str]:
     """By name. Those of results are of the first machine that has them."""
     found = {**of_geometries(), **of_the_model()}
-    for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
+    for machine in kernel_tables.machines(folder):
         for group in (of_steps, of_texts, of_cells, of_peers):
             for name, value in group(machine).items():
                 found.setdefault(name, value)
