@@ -119,7 +119,7 @@ class Measurement:
             draft = None if turn.mode == BASELINE else drafts.get(turn.peer.reads)
             job = Job(turn.mode, models.get(turn.peer.reads, ""), draft, self.header["block_size"], longest,
                       concurrency if turn.peer.batches else 1, turn.threads, stop_ids, self.options.dtype,
-                      turn.peer.weights)
+                      turn.peer.weights, self.options.block_size is None)
             began = time.perf_counter()
             with self.surviving(turn):
                 self.running[turn] = running = peers.Running(turn, job, self.options.timeout)
@@ -196,7 +196,7 @@ def measure(options: argparse.Namespace) -> dict:
     order = peers.turns(options.only, options.threads, options.draft is not None)
     header = {"kind": "peers", "model": options.model, "draft": options.draft and Path(options.draft).name,
               "dtype": options.dtype, "block_size": block_size(options), "max_new_tokens": options.max_new_tokens,
-              "limit": options.limit,
+              "limit": options.limit, "adapts": options.block_size is None,
               "rounds": options.rounds, "cpu": build_info()["cpu"], "threads": options.threads, "commit": commit(),
               "versions": {}, "command": command(options)}
     found = Measurement(options, header, {}, Rows(), {})

@@ -18,7 +18,7 @@ BASELINE, DFLASH = "baseline", "dflash"
 @dataclass
 class Job:
     """The setup of a peer. draft: None in baseline mode. longest: tokens of the longest prompt and its answer.
-    concurrency: the most concurrent requests."""
+    concurrency: the most concurrent requests. adapts: our loop chooses how many tokens of a block it verifies."""
 
     mode: str
     model: str
@@ -30,6 +30,7 @@ class Job:
     stop_ids: list[int]
     dtype: str
     weights: str = "model"
+    adapts: bool = True
 
 
 @dataclass

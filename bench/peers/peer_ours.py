@@ -12,7 +12,7 @@ def load(job: Job):
     torch.set_num_threads(job.threads)
     baseline = job.mode == BASELINE
     session = Session.load(job.model, NONE if baseline else job.draft, dtype=job.dtype, weights=job.weights,
-                           block_size=None if baseline else job.block_size)
+                           block_size=None if baseline or job.adapts else job.block_size)
 
     def answering(asked: Question) -> Reply:
         run = session.run(asked.prompts, max_new_tokens=asked.max_new_tokens, concurrency=asked.concurrency)

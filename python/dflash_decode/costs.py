@@ -6,6 +6,8 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
 
 from .cache import cache_dir, write_whole
 
@@ -70,29 +72,48 @@ class StepCosts:
         self.verify, self.draft = Curve(verify), Curve(draft)
 
 
-def remembered(key: object, measure: Callable[[], StepCosts]) -> StepCosts:
-    """What `measure` returned for this key before, from the user's cache directory, or what it returns now.
+Times = dict[str, dict[int, float]]  # seconds of verify passes ("verify") and of drafts ("draft"), by size
 
-    key: all that costs depend on, in what JSON can write. A cache that cannot be read or written is no error.
+
+def least(times: Mapping[int, float]) -> dict[int, float]:
+    """Times without what other work on the machine added: no size takes longer than a larger one did."""
+    found, lowest = {}, math.inf
+    for size in sorted(times, reverse=True):
+        found[size] = lowest = min(lowest, times[size])
+    return found
+
+
+def remembered(key: object, measure: Callable[[bool], Times]) -> StepCosts:
+    """The least that was ever measured for this key, kept in the user's cache directory, as fast as the machine is now.
+
+    key: all that costs depend on, in what JSON can write. measure(few): times by size, of few sizes if all are known.
+    A cache that cannot be read or written is no error.
     """
-    words = json.dumps(key, sort_keys=True)
-    folder = cache_dir()
-    if folder is None:
-        return measure()
-    file = folder / "costs" / f"{hashlib.sha256(words.encode()).hexdigest()[:24]}.json"
+    words, folder = json.dumps(key, sort_keys=True), cache_dir()
+    file = folder and folder / "costs" / f"{hashlib.sha256(words.encode()).hexdigest()[:24]}.json"
+    known = _read(file, json.loads(words)) if file else None
+    now = measure(known is not None)
+    before = known or {part: {} for part in now}
+    best = {part: least(before[part] | {n: min(t, before[part].get(n, t)) for n, t in now[part].items()})
+            for part in now}
+    if file and best != known:
+        tables = {part: sorted(times.items()) for part, times in best.items()}
+        with contextlib.suppress(OSError):
+            write_whole(file, json.dumps({"key": json.loads(words), **tables}))
+    pace = median(t / best[part][n] for part in now for n, t in now[part].items())
+    return StepCosts(*({n: pace * t for n, t in best[part].items()} for part in ("verify", "draft")))
+
+
+def _read(file: Path, key: object) -> Times | None:
     try:
         found = json.loads(file.read_text())
-        if found["key"] == json.loads(words):
-            verify, draft = ({int(n): float(s) for n, s in found[name]} for name in ("verify", "draft rows"))
-            return StepCosts(verify, draft)
+        if found["key"] == key:
+            known = {part: {int(n): float(t) for n, t in found[part]} for part in ("verify", "draft")}
+            StepCosts(**known)
+            return known
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    costs = measure()
-    curves = {"verify": costs.verify, "draft rows": costs.draft}
-    tables = {name: sorted(curve.table().items()) for name, curve in curves.items()}
-    with contextlib.suppress(OSError):
-        write_whole(file, json.dumps({"key": json.loads(words), **tables}))
-    return costs
+    return None
 
 
 def pass_sizes(most: int) -> list[int]:

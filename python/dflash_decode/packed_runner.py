@@ -11,17 +11,18 @@ import torch
 
 from dflash_kernels import build_info
 
-from .costs import StepCosts, pass_size, pass_sizes, remembered
+from .costs import Times, pass_size, pass_sizes, remembered
 from .forecast import Forecast
 from .model.drafter import Drafter
 from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
-from .requests import Live
+from .requests import Features, Live
 from .runner import Committed, Runner, Setting, bucket, buckets, taken
 from .step import Prefill
 from .verify import GreedyVerifier, verifier_for
 from .widths import FixedWidths, Policy, WidthPolicy, draft_widths
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
+_ROUNDS, _ENOUGH = 4, 0.05  # times that a pass is measured, unless they take so many seconds
 _KEPT_ROWS = 1024  # whose features a request keeps at most before they are written
 # What policies know of a drafter, for the next decoder that it works in.
 _LEARNED: weakref.WeakKeyDictionary[Drafter, dict[str, WidthPolicy]] = weakref.WeakKeyDictionary()
@@ -118,7 +119,7 @@ class PackedRunner(Runner):
         if self.setting.drafter:
             features = stage.features.clone()
             for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
-                self.remember(live, block.context, features[start:start + count])
+                self.remember(live, Features(block.context, features, start, count))
         policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:n]])
         committed = taken(active, verified, widths, stage.hidden, starts)
         stage.verifier.seat(())
@@ -134,7 +135,7 @@ class PackedRunner(Runner):
             found_to_pay, width = policy.to_draft([active[i].outlook for i in open_ended])
             if chosen := [open_ended[i] for i in found_to_pay]:
                 requests = [active[i] for i in chosen]
-                lately = sum(len(features) for live in requests for _, features in live.features)
+                lately = sum(kept.count for live in requests for kept in live.features)
                 seconds = self.write_context(requests)
                 if seconds is not None and lately <= self.setting.width * len(requests):
                     policy.took("context", len(requests), seconds)
@@ -163,15 +164,14 @@ class PackedRunner(Runner):
     # ---- the drafter's context ----
 
     def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
-        if self.setting.drafter:
-            self.remember(live, position, features.clone())
+        if self.setting.drafter and len(features):
+            self.remember(live, Features(position, features.clone(), 0, len(features)))
 
-    def remember(self, live: Live, position: int, features: torch.Tensor) -> None:
+    def remember(self, live: Live, kept: Features) -> None:
         """K/V of these features are written when the request drafts next, if it does."""
-        if len(features):
-            live.features.append((position, features))
-            if position + len(features) - live.features[0][0] > _KEPT_ROWS:
-                self.write_context([live])
+        live.features.append(kept)
+        if kept.position + kept.count - live.features[0].position > _KEPT_ROWS:
+            self.write_context([live])
 
     def write_context(self, requests: Sequence[Live]) -> float | None:
         """Returns the seconds that it took; None if a pass was recorded."""
@@ -180,9 +180,9 @@ class PackedRunner(Runner):
         positions: list[int] = []
         slots: list[int] = []
         for live in requests:
-            for position, features in live.features:
-                block = Block(range(len(features)), position, live.pages, self.setting.pool.page_size)
-                rows.append(features)
+            for position, features, start, count in live.features:
+                block = Block(range(count), position, live.pages, self.setting.pool.page_size)
+                rows.append(features[start:start + count])
                 positions += block.positions()
                 slots += block.slots()
         if rows:
@@ -203,14 +203,14 @@ class PackedRunner(Runner):
         return self.policy.forecast if isinstance(self.policy, WidthPolicy) else None
 
     def ready(self) -> None:
-        """Measures what steps cost, unless that is known, and records the passes that most steps take: those of one
-        request and of a full batch."""
+        """Measures what steps cost, unless that is known, and records the passes that most steps take: for one request,
+        and for a batch that fills and empties."""
         s, fixed = self.setting, isinstance(self.chosen_policy(), FixedWidths)
         for requests in sorted({1, s.max_batch}):
             most = s.width if fixed or requests == 1 else min(2, s.width)  # rows of a request
-            for rows in pass_sizes(most * requests):
-                if rows >= requests * (most if fixed else 1):
-                    _record(self.verify_stage(requests, rows, s.width, GreedyVerifier))
+            counts = range(most, most * requests + 1, most) if fixed else range(1, most * requests + 1)
+            for rows in sorted({pass_size(count, s.width * requests) for count in counts}):
+                _record(self.verify_stage(requests, rows, s.width, GreedyVerifier))
             if s.drafter:
                 self.record_drafts(requests)
                 for rows in buckets(most * requests):
@@ -222,7 +222,7 @@ class PackedRunner(Runner):
             learned = _LEARNED.setdefault(drafter, {})
             key, most = json.dumps(identity), bucket(s.max_batch) * s.width
             if key not in learned:
-                learned[key] = WidthPolicy(s.width, self.scaled(remembered(identity, self.measure)),
+                learned[key] = WidthPolicy(s.width, remembered(identity, self.measure),
                                            partial(pass_size, most=most), drafter.calibration)
             self.policy = learned[key]
         return self.policy
@@ -234,26 +234,33 @@ class PackedRunner(Runner):
         return {**machine, "target": _shape(s.target), "drafter": _shape(s.drafter), "block": s.width,
                 "batch": s.max_batch}
 
-    def scaled(self, costs: StepCosts) -> StepCosts:
-        """The costs as fast as the machine is now, by what a baseline step takes."""
-        stage = self.verify_stage(1, 1, self.setting.width, GreedyVerifier)
-        stage.fill([])
-        now = _seconds(stage) / costs.verify(1)
-        return StepCosts(*({size: now * seconds for size, seconds in curve.table().items()}
-                           for curve in (costs.verify, costs.draft)))
-
-    def measure(self) -> StepCosts:
-        """Seconds of passes over requests without a context, the better of two of each."""
+    def measure(self, few: bool) -> Times:
+        """Seconds of passes over requests without a context, in rounds, as other work on the machine comes and goes.
+        few: only of passes that `ready` records, in one round."""
         s, most = self.setting, bucket(self.setting.max_batch)
-        verify = {}
+        works: dict[tuple[str, int], Callable[[], object]] = {}
         for rows in sorted({most * s.width, *(1 << i for i in range((most * s.width).bit_length()))}):
-            requests = min(-(-rows // s.width), most)
-            stage = self.verify_stage(requests, rows, s.width, GreedyVerifier)
-            stage.fill([])
-            verify[rows] = _seconds(stage)
-        sizes = [(1, width) for width in draft_widths(s.width)] + [(batch, s.width) for batch in buckets(s.max_batch)]
-        draft = {batch * width: _seconds(partial(self.draft_stage(batch, width), [], [])) for batch, width in sizes}
-        return StepCosts(verify, draft)
+            if not few or rows <= max(s.width, 2 * s.max_batch):
+                stage = self.verify_stage(min(-(-rows // s.width), most), rows, s.width, GreedyVerifier)
+                stage.fill([])
+                works["verify", rows] = stage
+        sizes = [(1, width) for width in draft_widths(s.width)] + [(n, s.width) for n in buckets(s.max_batch)]
+        for batch, width in sizes:
+            if not few or batch == 1:
+                works["draft", batch * width] = partial(self.draft_stage(batch, width), [], [])
+        for work in works.values():
+            work()
+        found: Times = {"verify": {}, "draft": {}}
+        spent = dict.fromkeys(works, 0.0)
+        for _ in range(1 if few else _ROUNDS):
+            for (part, size), work in works.items():
+                if spent[part, size] < _ENOUGH:
+                    started = time.perf_counter()
+                    work()
+                    seconds = time.perf_counter() - started
+                    spent[part, size] += seconds
+                    found[part][size] = min(seconds, found[part].get(size, seconds))
+        return found
 
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
         """Records every size of every pass."""
@@ -296,16 +303,6 @@ def _record(stage: VerifyStage) -> None:
     if stage.work.records:
         stage.fill([])
         stage()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    work()
-    found = []
-    for _ in range(2):
-        started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return min(found)
 
 
 def _shape(model) -> list:

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -57,6 +58,15 @@ class Event:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
+class Features(NamedTuple):
+    """Hidden states of committed tokens from `position` on: rows [start, start + count) of a step's."""
+
+    position: int
+    rows: torch.Tensor
+    start: int
+    count: int
+
+
 @dataclass(eq=False)
 class Live:
     """A waiting or running request.
@@ -74,7 +84,7 @@ class Live:
     pages: list[int] = field(default_factory=list)
     told: int = 0
     prefilled: int = 0
-    features: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    features: list[Features] = field(default_factory=list)
     outlook: Outlook = field(default_factory=Outlook)
     ended: str | None = None  # set from outside: cancelled or error
     error: str | None = None

@@ -149,6 +149,11 @@ class WidthPolicy:
 
     def widths(self, requests: Sequence[Outlook], confidences: Sequence[Sequence[float]], limits: Sequence[int],
                together: bool = False) -> list[int]:
+        if not any(confidences):
+            for request in requests:
+                request.idle += 1
+            self._expected = len(requests)
+            return [1] * len(requests)
         n, chances = len(requests), [self._chances(*pair) for pair in zip(confidences, limits, strict=True)]
         rate, verify = self.rate(n), self.costs.verify
         if together:
@@ -218,7 +223,7 @@ class WidthPolicy:
                  accepted: Sequence[int]) -> None:
         n, drafted = len(requests), sum(map(bool, confidences))
         self.forecast += Forecast(1, self._expected, n + sum(accepted))
-        for confidence, width, count in zip(confidences, widths, accepted, strict=True):
+        for confidence, width, count in zip(confidences, widths, accepted, strict=True) if drafted else ():
             for j in range(min(count + 1, width - 1, len(confidence))):
                 self.calibration.observe(j, confidence[j], j < count)
         if sum(widths) > n:

@@ -6,7 +6,6 @@ import pytest
 
 from dflash_decode import costs
 from dflash_decode.costs import Curve, pass_size, pass_sizes, remembered
-from tests.decode.test_widths import affine
 
 
 def test_a_curve_is_what_was_measured_and_never_falls():
@@ -41,26 +40,48 @@ def test_sizes_of_passes(most):
         assert size == next(n for n in sizes if n >= rows) and size <= max(rows * 1.25, 1)
 
 
+TIMES = {"verify": {1: 2.0, 8: 4.0, 64: 20.0}, "draft": {8: 1.0}}
+
+
+def measuring(asked, times):
+    def measure(few):
+        asked.append(few)
+        return times
+
+    return measure
+
+
 def test_costs_are_remembered_by_machine_and_forgotten_where_they_cannot_be_read(monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "cache_dir", lambda: tmp_path / "there")
-    measured = []
-
-    def measure():
-        measured.append(1)
-        return affine(1.0, 0.1)
-
-    want = remembered({"cpu": "a"}, measure).verify.table()
-    assert remembered({"cpu": "a"}, measure).verify.table() == pytest.approx(want) and len(measured) == 1
+    asked = []
+    measure = measuring(asked, TIMES)
+    for _ in range(2):
+        assert remembered({"cpu": "a"}, measure).verify.table() == pytest.approx(TIMES["verify"])
     remembered({"cpu": "b"}, measure)
-    assert len(measured) == 2
+    assert asked == [False, True, False]
     for text in ("", "[]", "{}", '{"key": {"cpu": "a"}, "verify": [[1, -1]], "draft": []}', "[" * 10**5):
         for file in (tmp_path / "there" / "costs").iterdir():
             file.write_text(text)
-        before = len(measured)
+        asked.clear()
         remembered({"cpu": "a"}, measure)
-        assert len(measured) == before + 1, text
+        assert asked == [False], text
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(costs, "cache_dir", lambda: tmp_path / "file")  # nothing can be written there
-    assert remembered({"cpu": "a"}, measure).verify.table() == pytest.approx(want)
+    assert remembered({"cpu": "a"}, measure).verify.table() == pytest.approx(TIMES["verify"])
     monkeypatch.setattr(costs, "cache_dir", lambda: None)
-    assert remembered({"cpu": "a"}, measure).verify.table() == pytest.approx(want)
+    assert remembered({"cpu": "a"}, measure).verify.table() == pytest.approx(TIMES["verify"])
+
+
+def test_a_busy_machine_is_slower_and_leaves_no_trace(monkeypatch, tmp_path):
+    """The shape is that of the best times, the pace that of now, whichever was measured first."""
+    monkeypatch.setattr(costs, "cache_dir", lambda: tmp_path)
+    busy = {"verify": {1: 20.0, 8: 8.0, 64: 40.0}, "draft": {8: 9.0}}
+    found = remembered("m", measuring([], busy))
+    assert found.verify.table() == pytest.approx({1: 8.0, 8: 8.0, 64: 40.0})  # 20.0 was not a pass of one row
+    found = remembered("m", measuring([], {"verify": {1: 2.0, 8: 4.0}, "draft": {8: 1.0}}))
+    assert found.verify.table() == pytest.approx({1: 2.0, 8: 4.0, 64: 40.0})
+    assert found.draft.table() == pytest.approx({8: 1.0})
+    found = remembered("m", measuring([], {"verify": {1: 6.0, 8: 12.0}, "draft": {8: 9.0}}))
+    assert found.verify.table() == pytest.approx({1: 6.0, 8: 12.0, 64: 120.0})
+    assert found.draft.table() == pytest.approx({8: 3.0})
+    assert remembered("m", measuring([], TIMES)).verify.table() == pytest.approx(TIMES["verify"])

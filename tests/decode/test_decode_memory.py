@@ -75,7 +75,7 @@ def alive(decoder):
     tensors = [o for o in objects if issubclass(type(o), torch.Tensor) and not issubclass(type(o), FakeTensor)]
     graphs = [work.work.graph for work in passes_of(decoder) if work.work.graph]
     # Until its next draft a request keeps what the drafter's context is made of.
-    kept = {rows.untyped_storage().data_ptr() for live in decoder._requests for _, rows in live.features}
+    kept = {kept.rows.untyped_storage().data_ptr() for live in decoder._requests for kept in live.features}
     tensors = [t for t in tensors if t.untyped_storage().data_ptr() not in kept]
     bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return {"blocks": sys.getallocatedblocks(), "objects": len(objects), "tensors": len(tensors),

@@ -20,7 +20,7 @@ PROMPT = "Explain what a prime number is in one sentence."
 def test_the_examples_run(thing, monkeypatch):
     """On one instruction set, whose bits are the same on every machine, and with costs that are not measured."""
     known = StepCosts({1: 1.0, 64: 2.0}, {1: 0.1, 64: 0.2})
-    monkeypatch.setattr("dflash_decode.packed_runner.PackedRunner.measure", lambda self: known)
+    monkeypatch.setattr("dflash_decode.packed_runner.remembered", lambda key, measure: known)
     test, = (one for one in doctest.DocTestFinder(recurse=False).find(thing, globs={}) if one.examples)
     report = []
     with use_isa(every_isa()[:2][-1]):

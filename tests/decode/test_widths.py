@@ -296,8 +296,8 @@ def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target,
     """Where nothing was drafted for a while, the drafter's context is written late, and is the same."""
     if fault:
         remember = PackedRunner.remember
-        monkeypatch.setattr(PackedRunner, "remember", lambda self, live, position, features: remember(
-            self, live, position + (position > 12), features))
+        monkeypatch.setattr(PackedRunner, "remember", lambda self, live, kept: remember(
+            self, live, kept._replace(position=kept.position + (kept.position > 12))))
 
     def drafts(policy, at):
         decoder = Decoder(target, Drafter.random(target, 2, 5), max_context=80, page_size=4)
