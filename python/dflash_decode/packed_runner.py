@@ -135,7 +135,7 @@ class PackedRunner(Runner):
             found_to_pay, width = policy.to_draft([active[i].outlook for i in open_ended])
             if chosen := [open_ended[i] for i in found_to_pay]:
                 requests = [active[i] for i in chosen]
-                lately = sum(kept.count for live in requests for kept in live.features)
+                lately = sum(kept.tokens for live in requests for kept in live.features)
                 seconds = self.write_context(requests)
                 if seconds is not None and lately <= self.setting.width * len(requests):
                     policy.took("context", len(requests), seconds)
@@ -170,7 +170,7 @@ class PackedRunner(Runner):
     def remember(self, live: Live, kept: Features) -> None:
         """K/V of these features are written when the request drafts next, if it does."""
         live.features.append(kept)
-        if kept.position + kept.count - live.features[0].position > _KEPT_ROWS:
+        if kept.position + kept.tokens - live.features[0].position > _KEPT_ROWS:
             self.write_context([live])
 
     def write_context(self, requests: Sequence[Live]) -> float | None:

@@ -64,7 +64,7 @@ class Features(NamedTuple):
     position: int
     rows: torch.Tensor
     start: int
-    count: int
+    tokens: int
 
 
 @dataclass(eq=False)
