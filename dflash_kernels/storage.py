@@ -330,7 +330,8 @@ class PackedExperts:
         shape = _packed_shape(n, k, self.data.dtype, self.data.device)
         if self.data.shape[1:] != shape or not self.data.is_contiguous() or not len(self.data):
             raise ValueError(f"PackedExperts: data must be contiguous (E, {', '.join(map(str, shape))}), as "
-                             f"pack_experts lays it out; got {tuple(self.data.shape)} with strides {self.data.stride()}")
+                             f"pack_experts lays it out; got {tuple(self.data.shape)} with strides "
+                             f"{self.data.stride()}")
         t = self.scales
         if t is None:
             return
