@@ -63,12 +63,11 @@ class Eight:
 
 
 def routes_of(rows, experts, chosen, skew):
-    """ids and weights of COPIES calls; skew: standard deviations by which experts differ for all rows."""
-    found = []
-    for _ in range(COPIES):
-        logits = torch.randn(rows, experts) + skew * torch.randn(experts)
-        found.append(dk.route_experts(logits, chosen))
-    return found
+    """ids and weights of COPIES calls, the same each time; skew: standard deviations by which experts differ for all
+    rows."""
+    drawn = torch.Generator(torch.get_default_device()).manual_seed(0)
+    return [dk.route_experts(torch.randn(rows, experts, generator=drawn)
+                             + skew * torch.randn(experts, generator=drawn), chosen) for _ in range(COPIES)]
 
 
 def grouped(x, gate_up, down, ids, weights):
