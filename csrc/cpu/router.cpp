@@ -33,16 +33,9 @@ void softmax(const float* x, int64_t n, float* y) {
   for (int64_t i = 0; i < n; i += Vec::W) store(y + i, load(y + i) / total);
 }
 
-// best[0 ... k) of values [begin, end), beside those that are there, which come before. A vector whose values are all
-// smaller than the last of them is passed over; a NaN is not smaller.
+// best[0 ... k) of values [begin, end), beside those that are there.
 void choose(const float* values, int64_t begin, int64_t end, Best* best, int64_t k) {
-  const Vec zero = set1(0.0f), one = set1(1.0f);
-  for (int64_t e = begin; e < end; e += Vec::W) {
-    const int64_t stop = e + Vec::W < end ? e + Vec::W : end;
-    if (stop == e + Vec::W && !any_at_least(select_lt(load(values + e), set1(best[k - 1].value), zero, one), one))
-      continue;
-    for (int64_t i = e; i < stop; ++i) insert(best, k, {values[i], i});
-  }
+  for (int64_t e = begin; e < end; ++e) insert(best, k, {values[e], e});
 }
 
 void choose_in_groups(const RouteExpertsParams& p, const float* values, Best* best) {
