@@ -32,11 +32,11 @@ def cases(sizes: Sizes):
         packed = [dk.pack_experts(w) for w in plain]
         for routing, skew in ROUTINGS.items():
             for rows in ROWS[sizes.name]:
-                yield experts_case(sizes, f"{name}, {routing}", rows, skew, chosen, plain, packed)
+                yield experts_case(sizes, f"{name}, {stored} experts, {routing}", rows, skew, chosen, plain, packed)
         plain = [Eight(w) for w in plain]
         packed = [dk.pack_experts(w.quantized, w.scales) for w in plain]
         for rows in ROWS[sizes.name][:2]:
-            yield experts_case(sizes, f"{name} in 8 bits, random", rows, 0.0, chosen, plain, packed)
+            yield experts_case(sizes, f"{name}, {stored} experts in 8 bits, random", rows, 0.0, chosen, plain, packed)
 
 
 def weights_of(sizes, experts, hidden, inner):

@@ -135,7 +135,7 @@ def test_the_experts_that_a_benchmark_read_are_as_many_as_the_model_expects():
     files = list(RESULTS.glob("*/experts.json"))
     if not files:
         pytest.skip("no experts were measured")
-    found = re.compile(r"(minimax-m2.7|qwen3-coder-30b-a3b), random, (\d+) rows")
+    found = re.compile(r"(minimax-m2.7|qwen3-coder-30b-a3b), \d+ experts, random, (\d+) rows")
     sizes = {"minimax-m2.7": m.Layers(1, 3072, 48, 8, 128, 1536, experts=64, chosen=8),
              "qwen3-coder-30b-a3b": m.Layers(1, 2048, 32, 4, 128, 768, experts=128, chosen=8)}
     for row in (row for file in files for row in json.loads(file.read_text())["rows"]):
