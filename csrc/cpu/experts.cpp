@@ -9,6 +9,7 @@
 #include <atomic>
 
 #include "cpu/gemm.h"
+#include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -75,38 +76,26 @@ GemmParams gemm_of(const ExpertWeights& w, int64_t expert, Dtype dtype) {
 }
 
 // sums[pair] = weight of its expert x[pair], plus the bias.
-template <class T, class Weight>
-void product(const Plan& plan, const ExpertWeights& w, Dtype dtype, const typename Operand<T, Weight>::X* x, int64_t ld,
-             float* sums, int64_t sums_stride) {
-  const int64_t blocks = ceil_div(w.n, kBlock), bytes = block_elements<Weight>(w.k) * int64_t(sizeof(Weight));
+template <class T>
+void product(const Plan& plan, const ExpertWeights& w, Dtype dtype, const RowOf<T>* x, int64_t ld, float* sums,
+             int64_t sums_stride) {
+  const int64_t blocks = ceil_div(w.n, kBlock);
+  const int64_t bytes = w.scales ? block_elements<int8_t>(w.k) : block_elements<T>(w.k) * int64_t(sizeof(T));
   const int64_t length = ceil_div(ceil_div(kPortionBytes, bytes), kStreams) * kStreams;
   const int64_t portions = ceil_div(blocks, length), threads = num_threads();
   std::atomic<int64_t> next{0};
   parallel_for(threads, plan.chosen * blocks * bytes <= kPortionBytes / 16 ? threads : 1, [&](int64_t, int64_t) {
-    static thread_local ThreadMemory packing;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.chosen * portions;) {
       const int64_t c = i / portions, begin = i % portions * length, first = plan.starts[c];
-      const int64_t end = begin + length < blocks ? begin + length : blocks, rows = plan.starts[c + 1] - first;
-      const GemmParams g = gemm_of<T>(w, plan.experts[c], dtype);
+      const int64_t end = begin + length < blocks ? begin + length : blocks;
+      GemmParams g = gemm_of<T>(w, plan.experts[c], dtype);
+      g.rows = plan.starts[c + 1] - first;
       auto epilogue = [&](const float* t, int64_t ldt, int64_t r0, int n, int64_t n0) {
         store_sums<T>(g, sums, sums_stride, t, ldt, r0, n, n0);
       };
-      walk_blocks(begin, end, [&](const int64_t* group, auto count) {
-        for (int64_t r = 0; r < rows; r += kPanelRows)
-          group_of_blocks<T, Weight, count>(g, x + (first + r) * ld, ld, first + r,
-                                            rows - r < kPanelRows ? rows - r : kPanelRows, group, packing, epilogue);
-      });
+      gemm_prepared(g, x + first * ld, ld, first, begin, end, epilogue);
     }
-    release_tiles<T>();
   });
-}
-
-template <class T>
-void product_of(const Plan& plan, const ExpertWeights& w, Dtype dtype, const void* x, int64_t ld, float* sums,
-                int64_t sums_stride) {
-  using X = typename Operand<T>::X;
-  if (w.scales) return product<T, int8_t>(plan, w, dtype, static_cast<const X*>(x), ld, sums, sums_stride);
-  product<T, T>(plan, w, dtype, static_cast<const X*>(x), ld, sums, sums_stride);
 }
 
 template <bool CLAMPED>
@@ -134,13 +123,13 @@ inline void activate_row(const float* sums, int64_t inner, X* to) {
 // Where the parts of a call's memory are.
 template <class T>
 struct Memory {
-  using X = typename Operand<T>::X;
+  using X = RowOf<T>;
   int64_t x_stride, hidden_stride, sums_stride, x_at, hidden_at, sums_at, bytes;
 
   Memory(const ExpertMlpParams& p, int64_t rows) {
     const auto whole = [](int64_t n) { return ceil_div(n, 4096) * 4096; };
     const int64_t pairs = rows * p.slots, widest = p.gate_up.n > p.down.n ? p.gate_up.n : p.down.n;
-    x_stride = Operand<T>::stride(p.gate_up.k), hidden_stride = Operand<T>::stride(p.down.k);
+    x_stride = prepared_stride<T>(p.gate_up.k), hidden_stride = prepared_stride<T>(p.down.k);
     sums_stride = (ceil_div(widest, kBlock) | 1) * kBlock;
     x_at = whole(plan_ints(p, rows) * sizeof(int32_t));
     hidden_at = x_at + whole(pairs * x_stride * sizeof(X));
@@ -151,7 +140,7 @@ struct Memory {
 
 template <class T, bool CLAMPED>
 void some_rows(const ExpertMlpParams& p, int64_t row0, int64_t rows, char* memory) {
-  using X = typename Operand<T>::X;
+  using X = RowOf<T>;
   const Memory<T> at(p, rows);
   X *x = reinterpret_cast<X*>(memory + at.x_at), *hidden = reinterpret_cast<X*>(memory + at.hidden_at);
   float* sums = reinterpret_cast<float*>(memory + at.sums_at);
@@ -162,12 +151,12 @@ void some_rows(const ExpertMlpParams& p, int64_t row0, int64_t rows, char* memor
       prepare_row(static_cast<const T*>(p.x.data) + (row0 + plan.rows[i]) * p.x.stride, hidden_size,
                   x + i * at.x_stride);
   });
-  product_of<T>(plan, p.gate_up, p.dtype, x, at.x_stride, sums, at.sums_stride);
+  product<T>(plan, p.gate_up, p.dtype, x, at.x_stride, sums, at.sums_stride);
   parallel_for(plan.pairs, 1 + kGrainElements / inner, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       activate_row<T, X, CLAMPED>(sums + i * at.sums_stride, inner, hidden + i * at.hidden_stride);
   });
-  product_of<T>(plan, p.down, p.dtype, hidden, at.hidden_stride, sums, at.sums_stride);
+  product<T>(plan, p.down, p.dtype, hidden, at.hidden_stride, sums, at.sums_stride);
   const int64_t tiles = ceil_div(hidden_size, kSumsTile);
   parallel_for(rows * tiles, 1 + 8 / (p.slots + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -7,21 +7,14 @@
 
 #include <utility>
 
-#include "cpu/vec.h"
+#include "cpu/gemm.h"
 
-#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
-#define DFLASH_BF16_DOT 1
-#else
-#define DFLASH_BF16_DOT 0
-#endif
 #define DFLASH_INLINE __attribute__((always_inline))
 #define DFLASH_NOINLINE __attribute__((noinline))  // inlined, a loop would share its registers with what is around it
 
 namespace dflash::DFLASH_ISA {
 namespace {
 
-constexpr int kBlock = 16;  // outputs per packed block
-constexpr int64_t kLine = 64;
 constexpr int kBlockVectors = kBlock / Vec::W;
 template <class T> constexpr int kLineDepth = kLine / (kBlock * int(sizeof(T)));  // k of a block in one cache line
 

@@ -13,7 +13,6 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-constexpr int kPanelRows = 64;
 constexpr int kAccumulators = Vec::W == 16 ? 24 : DFLASH_VEC ? 12 : 8;  // of 32 registers, 16 or 16 halves
 constexpr int kGroupRows = Vec::W == 16 ? 12 : kAccumulators / kBlockVectors;
 constexpr int rows_beside(int blocks) {  // that a group can have

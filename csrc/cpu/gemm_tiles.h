@@ -7,11 +7,7 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-template <class T> constexpr bool kTiles = false;
-
 #if defined(__AMX_BF16__)
-template <> constexpr bool kTiles<bf16> = true;
-
 // How far ahead of a stream its lines are asked for. A tile takes 16 lines at once: asking for the last of them and the
 // next tile's first, tile by tile, was fastest; further ahead, or for four tiles in one go, costs a tenth. A tile of
 // bytes takes half as long, and asking for the next two was fastest.

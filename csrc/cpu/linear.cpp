@@ -1,6 +1,7 @@
 #include "cpu/linear.h"
 
 #include "cpu/gemm.h"
+#include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -12,7 +13,7 @@ void run(const LinearParams& p) {
     store_sums<T>(g, static_cast<T*>(p.out.data), p.out.stride, c, ldc, r0, rows, n0);
   };
   parallel_for(gemm_block_count(g), gemm_grain(g),
-               [&](int64_t begin, int64_t end) { gemm_blocks<T>(g, begin, end, epilogue); });
+               [&](int64_t begin, int64_t end) { gemm_blocks(g, begin, end, 1, epilogue); });
 }
 
 }  // namespace

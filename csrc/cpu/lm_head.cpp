@@ -3,6 +3,7 @@
 #include "cpu/argmax.h"
 #include "cpu/gemm.h"
 #include "cpu/logits.h"
+#include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -58,7 +59,7 @@ void run(const LmHeadArgmaxParams& p) {
   const int64_t blocks = ceil_div(p.logits.num_valid, kBlock);
   parallel_for(blocks, gemm_grain(g), [&](int64_t begin, int64_t end) {
     ArgmaxEpilogue<T> epilogue{p, &lock, -1, 0, {}};
-    gemm_blocks<T>(g, begin, end, epilogue);
+    gemm_blocks(g, begin, end, 1, epilogue);
     epilogue.combine();
   });
   for (int64_t r = 0; r < g.rows; ++r) p.ids[r] += p.id_offset;

@@ -9,6 +9,7 @@
 #include "cpu/gemm.h"
 #include "cpu/lm_head.h"
 #include "cpu/logits.h"
+#include "cpu/parallel.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -135,7 +136,7 @@ void run(const LmHeadTopkParams& p) {
   parallel_for(units, ceil_div(gemm_grain(g), kUnit), [&](int64_t from, int64_t to) {
     const int64_t begin = from * kUnit, end = to * kUnit < blocks ? to * kUnit : blocks;
     TopkEpilogue<T> epilogue(p, found, begin, end);
-    gemm_blocks<T, kUnit>(g, begin, end, epilogue);
+    gemm_blocks(g, begin, end, kUnit, epilogue);
     epilogue.combine();
   });
   for (int64_t i = 0; i < g.rows * p.k; ++i)

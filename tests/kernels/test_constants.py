@@ -63,7 +63,7 @@ def test_random_numbers_are_for_the_same_purposes():
 
 
 def test_a_packed_block_has_as_many_outputs_in_every_language():
-    assert in_cpp("cpu/gemm_micro.h", "kBlock") == reference.linear.BLOCK
+    assert in_cpp("cpu/gemm.h", "kBlock") == reference.linear.BLOCK
     assert in_python("BLOCK") == [reference.linear.BLOCK]
 
 
