@@ -31,7 +31,7 @@ namespace dflash::DFLASH_ISA {
 // rows r0 ... r0 + rows and outputs n0 ... n0 + 16. It refers to a function object, which must outlive it.
 class Epilogue {
  public:
-  template <class F>
+  template <class F, class = std::enable_if_t<!std::is_same_v<F, Epilogue>>>
   Epilogue(F& f)
       : self_(&f), call_([](void* self, const float* c, int64_t ldc, int64_t r0, int rows, int64_t n0) {
           (*static_cast<F*>(self))(c, ldc, r0, rows, n0);
