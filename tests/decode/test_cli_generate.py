@@ -126,7 +126,7 @@ def test_a_model_that_runs_on_transformers(call, tmp_path):
     code, out, err = call(*arguments)
     assert code == 0 and "runs on transformers' layers" in err and "identical to baseline decoding: yes" in out
     code, _, err = call(*arguments, "--weights", "int8")
-    assert code == 1 and "weights in 8 bits need a model_type of llama" in err and one_line(err)
+    assert code == 1 and "weights in 8 bits need a model_type of cwm, llama" in err and one_line(err)
     (folder / "config.json").write_text('{"model_type": "klingon"}')
     code, _, err = call(*arguments)
     assert code == 1 and "klingon" in err and one_line(err)

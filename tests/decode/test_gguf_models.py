@@ -102,7 +102,7 @@ def test_a_missing_tensor_is_named(tmp_path, kind, name, message):
 def test_transformers_layers_need_weights_in_elements(tmp_path, weights):
     arch, model = make("phi3")
     write_model(tmp_path / "m.gguf", model, arch)
-    with pytest.raises(CheckpointError, match="need a model_type of llama, .*; got 'phi3'"):
+    with pytest.raises(CheckpointError, match="need a model_type of cwm, llama, .*; got 'phi3'"):
         Session.load(tmp_path / "m.gguf", None, weights=weights)
-    with pytest.raises(CheckpointError, match="native layers need a model_type of llama, .*; got 'phi3'"):
+    with pytest.raises(CheckpointError, match="native layers need a model_type of cwm, llama, .*; got 'phi3'"):
         Session.load(tmp_path / "m.gguf", None, native=True)

@@ -14,15 +14,23 @@ COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "n
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
+F, S = "full_attention", "sliding_attention"
 FAMILIES = {
+    "cwm-window": ("Cwm", {"head_dim": 16, "sliding_window": 12, "bos_token_id": 1}),
     "llama": ("Llama", {}),
     "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 32,
                              "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-dynamic": ("Llama", {"max_position_embeddings": 64, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "ministral-window": ("Ministral", {"head_dim": 16, "sliding_window": 12, "layer_types": [S, F, S, S]}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 16}),
     "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3-yarn": ("Qwen3", {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN}),
+    "smollm3-window": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 10, "no_rope_layers": [1, 0, 1, 0]}),
 }
 
 
