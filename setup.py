@@ -39,7 +39,7 @@ X86 = {
 DOT = {"avx512_bf16": X86["avx512"] + " -mavx512bf16 -mavx512vnni"}
 AMX = {"amx": DOT["avx512_bf16"] + " -mamx-tile -mamx-bf16"}
 # Nouns with code of their own for these; the others use the objects of the next lower set there.
-DOT_NOUNS = {"attention", "linear", "lm_head", "lm_head_topk", "quant", "rate"}
+DOT_NOUNS = {"attention", "experts", "linear", "lm_head", "lm_head_topk", "quant", "rate"}
 AMX_NOUNS = DOT_NOUNS - {"quant"}
 NOT_PEELED_LESS = {"quant"}
 

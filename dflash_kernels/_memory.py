@@ -9,6 +9,7 @@ import ctypes
 import math
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -22,10 +23,15 @@ _used = 0
 
 def place(t: torch.Tensor) -> torch.Tensor:
     """A copy of a CPU tensor in a block of huge pages, where the system grants them. Other devices: t itself."""
-    global _block, _used
-    nbytes = t.numel() * t.element_size()
-    if t.device.type != "cpu" or nbytes == 0:
+    if t.device.type != "cpu" or t.numel() == 0:
         return t
+    return room(t.shape, t.dtype).copy_(t)
+
+
+def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor in such a block, with unspecified values."""
+    global _block, _used
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > _BLOCK // 2:
         where = _advised(nbytes)
     else:
@@ -34,7 +40,7 @@ def place(t: torch.Tensor) -> torch.Tensor:
                 _block, _used = _advised(_BLOCK), 0
             where = _block[_used:_used + nbytes]
             _used += math.ceil(nbytes / 4096) * 4096
-    return where[:nbytes].view(t.dtype).view(t.shape).copy_(t)
+    return where[:nbytes].view(dtype).view(*shape)
 
 
 def _advised(nbytes: int) -> torch.Tensor:

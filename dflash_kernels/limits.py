@@ -17,6 +17,7 @@ FP8 = torch.float8_e4m3fn
 MAX_HEAD_DIM = 1024  # kMaxHeadDim in csrc/cpu/rope_head.h
 MAX_LAYERS = 64  # kMaxLayers in csrc/params/context.h
 MAX_K = 64
+MAX_EXPERTS = 1024  # of a router, which keeps a row's scores in registers
 # The widest heads that block_attention has a configuration for on a GPU. With float32 queries over an fp8 cache the
 # sums of wider heads, beside the cache's conversion, spill on sm_100 and sm_120.
 GPU_HEAD_DIM, GPU_HEAD_DIM_FLOAT32_FP8 = 256, 64
@@ -71,6 +72,8 @@ _OPS = {
     "qk_norm_rope": _Main("qkv", "(T, (Hq + 2 Hkv) * D)", facts=("cache_dtype", "head_dim")),
     "write_context_kv": _Main("kv", "(T, L * 2 * Hkv * D)", facts=("cache_dtype", "head_dim", "layers")),
     "block_attention": _Main("q", "(B, Q, Hq, D)", facts=("cache_dtype", "head_dim")),
+    "route_experts": _Main("logits", "(T, E)", facts=("experts", "k")),
+    "expert_mlp": _Main("x", "(T, H)", facts=("weight_dtype",)),
     "linear": _ROWS,
     "lm_head_argmax": _ROWS,
     "lm_head_topk": _ROWS._replace(facts=("weight_dtype", "weight_format", "k")),
@@ -114,6 +117,11 @@ def check_k(op: str, k: int, most: int = MAX_K) -> None:
         raise ValueError(f"{op}: k must be between 1 and {most}; got {k}")
 
 
+def check_experts(op: str, experts: int) -> None:
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise NotImplementedError(f"{op}: logits must have 1 to {MAX_EXPERTS} experts; got {experts}")
+
+
 def check_gpu_attention(dtype: torch.dtype | None, cache_dtype: torch.dtype | None, head_dim: int) -> None:
     """dtype: of the queries. None: not known, which only `supports` may say."""
     if head_dim > GPU_HEAD_DIM:
@@ -132,10 +140,10 @@ def check_paged_dtype(name: str, dtype: torch.dtype) -> None:
         raise error(f"PagedKV: {name} must be {listed((*FLOATS, FP8))}; got {dtype}")
 
 
-def check_packed_dtype(op: str, dtype: torch.dtype, packed: torch.dtype) -> None:
-    """Of a PackedWeight without scales, beside rows of dtype."""
+def check_packed_dtype(op: str, dtype: torch.dtype, packed: torch.dtype, name: str = "weight") -> None:
+    """Of a PackedWeight or PackedExperts without scales, beside rows of dtype."""
     if packed != dtype:
-        raise TypeError(f"{op}: weight must be {dtype}, as x is; got packed {packed}")
+        raise TypeError(f"{op}: {name} must be {dtype}, as x is; got packed {packed}")
 
 
 def check_format(op: str, format: object, device: str | None) -> None:
@@ -176,7 +184,7 @@ def _check_cache_dtype(op: str, dtype: torch.dtype | None, cache_dtype: torch.dt
 def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
              cache_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None,
              weight_format: str | None = None, head_dim: int | None = None, layers: int | None = None,
-             k: int | None = None) -> Support:
+             k: int | None = None, experts: int | None = None) -> Support:
     """Whether an op takes tensors of this kind, and why not. Nothing is launched, and no GPU is touched.
 
     Facts that are left out refuse nothing. An op is asked about its own facts alone: `layers` is a fact of
@@ -194,7 +202,8 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
     cache_dtype : torch.dtype, optional
         Of the PagedKV of qk_norm_rope, write_context_kv and block_attention.
     weight_dtype : torch.dtype, optional
-        Of the PackedWeight of linear, lm_head_argmax and lm_head_topk; int8 with scales.
+        Of the PackedWeight of linear, lm_head_argmax and lm_head_topk, or the PackedExperts of expert_mlp; int8 with
+        scales.
     weight_format : str, optional
         Of such a PackedWeight in blocks, or of the table of embed_tokens and prepare_block.
     head_dim : int, optional
@@ -202,7 +211,9 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
     layers : int, optional
         L, the number of caches of write_context_kv.
     k : int, optional
-        Candidates of a row, in lm_head_topk, combine_topk and select_candidates.
+        Candidates of a row, in lm_head_topk, combine_topk and select_candidates, or its experts in route_experts.
+    experts : int, optional
+        E, which route_experts chooses from.
 
     Returns
     -------
@@ -229,7 +240,7 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
     if op not in _OPS:
         raise ValueError(f"supports: op must be one of {', '.join(sorted(_OPS))}; got {op!r}")
     _check_facts(op, {"dtype": dtype, "cache_dtype": cache_dtype, "weight_dtype": weight_dtype},
-                 {"head_dim": head_dim, "layers": layers, "k": k}, weight_format)
+                 {"head_dim": head_dim, "layers": layers, "k": k, "experts": experts}, weight_format)
     kind = _device_type(device)
     try:
         if dtype is not None:
@@ -248,8 +259,10 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
             check_gpu_attention(dtype, cache_dtype, head_dim)
         if layers is not None:
             check_layers(op, layers)
+        if experts is not None:
+            check_experts(op, experts)
         if k is not None:
-            check_k(op, k)
+            check_k(op, k, MAX_K if experts is None else min(MAX_K, experts))
     except (TypeError, ValueError, NotImplementedError) as refused:
         return Support(False, str(refused))
     return Support(True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .formats import EVERY, EXACT, gpu_shape, packed_bytes
-from .limits import FLOATS, FP8, check_format, check_paged_dtype
+from .limits import FLOATS, FP8, check_format, check_paged_dtype, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +110,18 @@ class PagedKV:
         return self.k.shape[3]
 
 
+def _packed_shape(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+    """Of a weight (n, k) of elements, as pack_weight lays it out."""
+    blocks = (n + 15) // 16
+    if device.type == "cuda":
+        return n, k
+    if dtype == torch.bfloat16:
+        return blocks, (k + 31) // 32 * 16, 16, 2
+    if dtype == torch.int8:
+        return blocks, (k + 31) // 32 * 32, 16
+    return blocks, k, 16
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A linear layer's (N, K) weight in the layout that `linear` and the LM heads stream. `pack_weight` makes it.
@@ -176,16 +188,7 @@ class PackedWeight:
             got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
             raise TypeError(f"PackedWeight: data must be a tensor of {want}; got {got}")
         self._check_scales()
-        blocks = (n + 15) // 16
-        shape: tuple[int, ...]
-        if self.data.device.type == "cuda":
-            shape = (n, k)
-        elif self.data.dtype == torch.bfloat16:
-            shape = (blocks, (k + 31) // 32 * 16, 16, 2)
-        elif self.data.dtype == torch.int8:
-            shape = (blocks, (k + 31) // 32 * 32, 16)
-        else:
-            shape = (blocks, k, 16)
+        shape = _packed_shape(n, k, self.data.dtype, self.data.device)
         if self.data.shape != shape or not self.data.is_contiguous():
             raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
@@ -269,3 +272,106 @@ class PackedWeight:
         else:
             found = self.data[index // 16, :, index % 16].flatten(1)[:, :self.in_features]
         return found if self.scales is None else found * self.scales[index, None]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExperts:
+    """The (N, K) weights of a layer's E experts in the layout that `expert_mlp` streams. `pack_experts` makes them.
+
+    Parameters
+    ----------
+    data : float32, bfloat16 or float16, or int8 with scales
+        Of E weights one after another, each as in a PackedWeight.
+    out_features, in_features : int
+        N and K.
+    scales : (E, N) float32, optional
+        The weights are scales[:, :, None] * data. None: they are data.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        The dtype of data.
+    num_experts : int
+        E.
+    shape : tuple of int
+        E, N and K.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype.
+    ValueError
+        Wrong shape, layout or device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dflash_kernels import linear, pack_experts
+    >>> experts = pack_experts(torch.arange(12.0).view(2, 3, 2))
+    >>> experts.shape, linear(torch.tensor([[1.0, 0.0]]), experts.expert(1)).tolist()
+    ((2, 3, 2), [[6.0, 8.0, 10.0]])
+    """
+
+    data: torch.Tensor
+    out_features: int
+    in_features: int
+    scales: torch.Tensor | None = None
+
+    def __post_init__(self):
+        n, k = self.out_features, self.in_features
+        for name, size in (("out_features", n), ("in_features", k)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"PackedExperts: {name} must be a positive int; got {size!r}")
+        dtypes = FLOATS if self.scales is None else (torch.int8,)
+        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in dtypes:
+            want = listed(FLOATS) if self.scales is None else "int8, as there are scales"
+            got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
+            raise TypeError(f"PackedExperts: data must be a tensor of {want}; got {got}")
+        shape = _packed_shape(n, k, self.data.dtype, self.data.device)
+        if self.data.shape[1:] != shape or not self.data.is_contiguous() or not len(self.data):
+            raise ValueError(f"PackedExperts: data must be contiguous (E, {', '.join(map(str, shape))}), as "
+                             f"pack_experts lays it out; got {tuple(self.data.shape)} with strides "
+                             f"{self.data.stride()}")
+        t = self.scales
+        if t is None:
+            return
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
+            raise TypeError("PackedExperts: scales must be a tensor of float32; got "
+                            f"{t.dtype if isinstance(t, torch.Tensor) else repr(t)}")
+        if t.shape != (len(self.data), n) or not t.is_contiguous() or t.device != self.data.device:
+            raise ValueError(f"PackedExperts: scales must be contiguous ({len(self.data)}, {n}) on {self.data.device}; "
+                             f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def num_experts(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.num_experts, self.out_features, self.in_features
+
+    def expert(self, index: int) -> PackedWeight:
+        """One expert's weight, in the same memory.
+
+        Parameters
+        ----------
+        index : int
+            0 to E - 1.
+
+        Returns
+        -------
+        weight : PackedWeight
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dflash_kernels import pack_experts
+        >>> pack_experts(torch.arange(12.0).view(2, 3, 2)).expert(0).rows(torch.tensor([2])).tolist()
+        [[4.0, 5.0]]
+        """
+        scales = None if self.scales is None else self.scales[index]
+        return PackedWeight(self.data[index], self.out_features, self.in_features, scales)

@@ -58,14 +58,31 @@ template <class X> inline int64_t row_stride(int64_t K) {
   return (ceil_div(padded_k(K), line) | 1) * line;
 }
 
-// float32, zero past K
+// One row of x in the type that the micro-kernels take, zero past K.
 template <class T>
-inline const float* widen(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-  *ld = row_stride<float>(K);
-  float* to = static_cast<float*>(scratch.get(size_t(rows) * *ld * sizeof(float)));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < padded_k(K); k += Vec::W)
-      store(to + r * *ld + k, load_n(x + r * stride + k, int(K > k ? K - k : 0)));
+inline void prepare_row(const T* x, int64_t K, float* to) {
+  for (int64_t k = 0; k < padded_k(K); k += Vec::W) store(to + k, load_n(x + k, int(K > k ? K - k : 0)));
+}
+#if DFLASH_BF16_DOT
+inline void prepare_row(const bf16* x, int64_t K, bf16* to) {
+  std::memcpy(to, x, K * sizeof(bf16));
+  std::memset(to + K, 0, (padded_k(K) - K) * sizeof(bf16));
+}
+#endif
+
+// Rows of x for OP.
+template <class Op, class T>
+inline const typename Op::X* prepare_rows(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld,
+                                          ThreadMemory& scratch) {
+  using X = typename Op::X;
+  if constexpr (kTiles<T> && std::is_same_v<T, X>)
+    if (K % 32 == 0) {
+      *ld = stride;
+      return x;
+    }
+  *ld = Op::stride(K);
+  X* to = static_cast<X*>(scratch.get(size_t(rows) * *ld * sizeof(X)));
+  for (int64_t r = 0; r < rows; ++r) prepare_row(x + r * stride, K, to + r * *ld);
   return to;
 }
 
@@ -73,9 +90,7 @@ template <class T, class Weight = T>
 struct Operand {
   using X = float;
   static int64_t depth(int64_t K) { return K; }
-  static const X* prepare(const T* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-    return widen(x, stride, rows, K, ld, scratch);
-  }
+  static int64_t stride(int64_t K) { return row_stride<X>(K); }
   template <int R, int S>
   static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, Ahead ahead, float* c,
                     int64_t ldc) {
@@ -86,27 +101,8 @@ struct Operand {
 template <class Weight>
 struct Operand<bf16, Weight> {
   static int64_t depth(int64_t K) { return padded_k(K); }
-#if DFLASH_BF16_DOT
-  using X = bf16;
-  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-    if (kTiles<bf16> && K % 32 == 0) {
-      *ld = stride;
-      return x;
-    }
-    *ld = kTiles<bf16> ? padded_k(K) : row_stride<bf16>(K);
-    bf16* to = static_cast<bf16*>(scratch.get(size_t(rows) * *ld * sizeof(bf16)));
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(to + r * *ld, x + r * stride, K * sizeof(bf16));
-      std::memset(to + r * *ld + K, 0, (padded_k(K) - K) * sizeof(bf16));
-    }
-    return to;
-  }
-#else
-  using X = float;
-  static const X* prepare(const bf16* x, int64_t stride, int64_t rows, int64_t K, int64_t* ld, ThreadMemory& scratch) {
-    return widen(x, stride, rows, K, ld, scratch);
-  }
-#endif
+  using X = std::conditional_t<DFLASH_BF16_DOT, bf16, float>;
+  static int64_t stride(int64_t K) { return kTiles<bf16> ? padded_k(K) : row_stride<X>(K); }
 #if !defined(__AMX_BF16__)
   template <int R, int S>
   static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, Ahead ahead, float* c,
@@ -192,30 +188,43 @@ inline int64_t stream_length(int64_t begin, int64_t end, int64_t unit) {
   return (end - begin) / kStreams / unit * unit;
 }
 
+// Calls visit(blocks, count) for the groups of blocks in [begin, end), each count a constant.
+template <int64_t UNIT = 1, class Visit>
+inline void walk_blocks(int64_t begin, int64_t end, const Visit& visit) {
+  const int64_t quarter = stream_length(begin, end, UNIT);
+  for (int64_t i = 0; i < quarter; ++i) {
+    const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i, begin + 3 * quarter + i};
+    visit(blocks, std::integral_constant<int, kStreams>{});
+  }
+  int64_t b = begin + quarter * kStreams;
+  for (; b + 2 <= end; b += 2) {
+    const int64_t blocks[2] = {b, b + 1};
+    visit(blocks, std::integral_constant<int, 2>{});
+  }
+  if (b < end) visit(&b, std::integral_constant<int, 1>{});
+}
+
+// What a thread does after its last tile.
+template <class T>
+inline void release_tiles() {
+#if defined(__AMX_BF16__)
+  if (kTiles<T>) _tile_release();
+#endif
+}
+
 template <class T, class Weight, int64_t UNIT, class Epilogue>
 inline void gemm_blocks_of(const GemmParams& p, int64_t begin, int64_t end, Epilogue& epilogue) {
   static thread_local ThreadMemory rows_scratch, pack_scratch;
   for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
     const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
     int64_t ld;
-    const auto* x = Operand<T, Weight>::prepare(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride, rows,
-                                                p.K, &ld, rows_scratch);
-    const int64_t quarter = stream_length(begin, end, UNIT);
-    for (int64_t i = 0; i < quarter; ++i) {
-      const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i,
-                                        begin + 3 * quarter + i};
-      group_of_blocks<T, Weight, kStreams>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
-    }
-    int64_t b = begin + quarter * kStreams;
-    for (; b + 2 <= end; b += 2) {
-      const int64_t blocks[2] = {b, b + 1};
-      group_of_blocks<T, Weight, 2>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
-    }
-    if (b < end) group_of_blocks<T, Weight, 1>(p, x, ld, r0, rows, &b, pack_scratch, epilogue);
+    const auto* x = prepare_rows<Operand<T, Weight>>(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride,
+                                                     rows, p.K, &ld, rows_scratch);
+    walk_blocks<UNIT>(begin, end, [&](const int64_t* blocks, auto count) {
+      group_of_blocks<T, Weight, count>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
+    });
   }
-#if defined(__AMX_BF16__)
-  if (kTiles<T>) _tile_release();
-#endif
+  release_tiles<T>();
 }
 
 // The same walk with rows of x in int8: every thread rounds them itself, which takes less time than it would take to
@@ -230,22 +239,12 @@ inline void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilog
     auto* x = static_cast<RowPiece*>(scratch.get(size_t(rows * pieces) * sizeof(RowPiece)));
     const char* from = static_cast<const char*>(p.x.data) + r0 * p.x.stride * itemsize;
     quant_rows({p.dtype, {from, p.x.stride}, rows, pieces, p.format, x});
-    const auto group = [&](const int64_t* blocks, int count) {
+    walk_blocks<UNIT>(begin, end, [&](const int64_t* blocks, int count) {
       const uint8_t* w[kStreams];
       for (int s = 0; s < count; ++s) w[s] = static_cast<const uint8_t*>(p.weight) + blocks[s] * bytes;
       quant_sums({p.format, x, rows, pieces, w, count, c, count * kBlock});
       for (int s = 0; s < count; ++s) epilogue(c + s * kBlock, count * kBlock, r0, int(rows), blocks[s] * kBlock);
-    };
-    const int64_t quarter = stream_length(begin, end, UNIT);
-    for (int64_t i = 0; i < quarter; ++i) {
-      const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i,
-                                        begin + 3 * quarter + i};
-      group(blocks, kStreams);
-    }
-    for (int64_t b = begin + quarter * kStreams; b < end; b += 2) {
-      const int64_t blocks[2] = {b, b + 1};
-      group(blocks, b + 2 <= end ? 2 : 1);
-    }
+    });
   }
 }
 
@@ -256,6 +255,23 @@ inline void gemm_blocks(const GemmParams& p, int64_t begin, int64_t end, Epilogu
   if (p.format != Format::none && !p.exact) return quant_blocks<UNIT>(p, begin, end, epilogue);
   if (p.scales) return gemm_blocks_of<T, int8_t, UNIT>(p, begin, end, epilogue);
   gemm_blocks_of<T, T, UNIT>(p, begin, end, epilogue);
+}
+
+// An epilogue's part of it: the tile's sums times the scales, plus the bias, to out.
+template <class T, class Out>
+inline void store_sums(const GemmParams& p, Out* out, int64_t stride, const float* c, int64_t ldc, int64_t r0, int rows,
+                       int64_t n0) {
+  const T* bias = static_cast<const T*>(p.bias);
+  for (int r = 0; r < rows; ++r) {
+    Out* to = out + (r0 + r) * stride + n0;
+    for (int v = 0; v < kBlock && n0 + v < p.N; v += Vec::W) {
+      const int m = int(p.N - n0 - v);
+      Vec y = load(c + r * ldc + v);
+      if (p.scales) y = y * load_n(p.scales + n0 + v, m);
+      if (bias) y = y + load_n(bias + n0 + v, m);
+      store_n(to + v, y, m);
+    }
+  }
 }
 
 inline int64_t gemm_block_count(const GemmParams& p) { return ceil_div(p.N, kBlock); }

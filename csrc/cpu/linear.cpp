@@ -9,17 +9,7 @@ template <class T>
 void run(const LinearParams& p) {
   const GemmParams& g = p.gemm;
   auto epilogue = [&](const float* c, int64_t ldc, int64_t r0, int rows, int64_t n0) {
-    const T* bias = static_cast<const T*>(g.bias);
-    for (int r = 0; r < rows; ++r) {
-      T* out = static_cast<T*>(p.out.data) + (r0 + r) * p.out.stride + n0;
-      for (int v = 0; v < kBlock && n0 + v < g.N; v += Vec::W) {
-        const int m = int(g.N - n0 - v);
-        Vec y = load(c + r * ldc + v);
-        if (g.scales) y = y * load_n(g.scales + n0 + v, m);
-        if (bias) y = y + load_n(bias + n0 + v, m);
-        store_n(out + v, y, m);
-      }
-    }
+    store_sums<T>(g, static_cast<T*>(p.out.data), p.out.stride, c, ldc, r0, rows, n0);
   };
   parallel_for(gemm_block_count(g), gemm_grain(g),
                [&](int64_t begin, int64_t end) { gemm_blocks<T>(g, begin, end, epilogue); });

@@ -18,10 +18,12 @@ from . import attention as attention
 from . import block as block
 from . import context as context
 from . import conv as conv
+from . import experts as experts
 from . import linear as linear
 from . import lm_head as lm_head
 from . import norm as norm
 from . import rope as rope
+from . import router as router
 from . import sample as sample
 from . import selector as selector
 from . import verify as verify

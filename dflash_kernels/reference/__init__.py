@@ -9,6 +9,7 @@ from . import attention as attention
 from . import block as block
 from . import context as context
 from . import conv as conv
+from . import experts as experts
 from . import int4 as int4
 from . import linear as linear
 from . import lm_head as lm_head
@@ -16,6 +17,7 @@ from . import norm as norm
 from . import quant as quant
 from . import quant_gpu as quant_gpu
 from . import rope as rope
+from . import router as router
 from . import sample as sample
 from . import selector as selector
 from . import verify as verify
