@@ -22,6 +22,7 @@ from .verify import GreedyVerifier, verifier_for
 from .widths import FixedWidths, Policy, WidthPolicy, draft_widths
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
+_APART = 7919  # a prime: ids of tokens that have nothing to do with each other
 _KEPT_ROWS = 1024  # whose features a request keeps at most before they are written
 # What policies know of a drafter, for the next decoder that it works in.
 _LEARNED: weakref.WeakKeyDictionary[Drafter, dict[str, WidthPolicy]] = weakref.WeakKeyDictionary()
@@ -239,6 +240,8 @@ class PackedRunner(Runner):
             requests = min(-(-rows // s.width), most)
             stage = self.verify_stage(requests, rows, s.width, GreedyVerifier)
             stage.fill([])
+            # Rows of one token would go through the same experts, and read the weights of a single row.
+            stage.ids.view(-1).copy_(torch.arange(stage.ids.numel()) * _APART % s.target.vocab_size)
             verify[rows] = _seconds(stage)
         sizes = [(1, width) for width in draft_widths(s.width)] + [(batch, s.width) for batch in buckets(s.max_batch)]
         draft = {batch * width: _seconds(partial(self.draft_stage(batch, width), [], [])) for batch, width in sizes}
@@ -289,4 +292,5 @@ def _shape(model) -> list:
     return [type(model).__name__, cache.layers, cache.kv_heads, cache.head_dim, str(model.dtype),
             bool(getattr(model, "int8", False)), getattr(model.head, "format", None),
             getattr(model.head, "exact", False), list(model.embedding.shape),
-            getattr(getattr(model, "geometry", None), "intermediate", 0)]
+            getattr(getattr(model, "geometry", None), "intermediate", 0),
+            repr(getattr(getattr(model, "geometry", None), "experts", None))]

@@ -1,4 +1,4 @@
-"""Dense Llama- and Qwen-family targets built from our ops and pages."""
+"""Targets built from our ops and pages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,16 +8,20 @@ from dflash_kernels import PackedWeight, PagedKV, embed_tokens, linear, lm_head_
 
 from ..checkpoint.blocks import Blocks
 from ..kv import CacheShape
+from .quantized import dequantized
 from .rope import RopeTables
 from .target_config import read_target_config
 from .tensors import Tensors, packer
 from .transformer import LayersPass, take_layer
 
+_WHAT = "target checkpoint"
+
 
 class NativeTarget:
-    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; with or without per-head norms and biases.
+    """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU or experts; with or without norms of queries and keys,
+    biases, windows and sinks.
 
-    config: a Hugging Face config.json of a model_type in target_config.FAMILIES.
+    config: a Hugging Face config.json of a model_type in families.FAMILIES.
     tensors: by Hugging Face names.
     dtype: by default that of the embedding.
     max_context: the longest prompt plus answer, at most the model's own.
@@ -50,12 +54,13 @@ class NativeTarget:
         if dtype is None:  # where there is no such tensor, `take` says so
             dtype = getattr(tensors.get(name), "dtype", torch.bfloat16)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"target checkpoint: the dtype of {name} must be float32, bfloat16 or float16; "
+            raise ValueError(f"{_WHAT}: the dtype of {name} must be float32, bfloat16 or float16; "
                              f"got {dtype}")
         self.dtype, self.device, self.geometry = dtype, torch.device(device), g
         self.cache = CacheShape(c.num_layers, g.num_kv_heads, g.head_dim, dtype, self.device)
-        taker = Tensors(tensors, dtype, self.device, "target checkpoint")
+        taker = Tensors(dequantized(c.quantization, tensors, dtype, _WHAT), dtype, self.device, _WHAT)
         taker.drop("rotary_emb.inv_freq")
+        taker.drop_under(*(f"model.layers.{c.num_layers + i}." for i in range(c.extra)))
         self.int8, pack = int8, packer(int8, exact)
         embedding = taker.take_weight(name, self.vocab_size, g.hidden)
         # Blocks serve both: rows of a packed weight can be looked up.
@@ -66,7 +71,8 @@ class NativeTarget:
             self.head = self.embedding if isinstance(self.embedding, PackedWeight) else pack(self.embedding)
         else:
             self.head = pack(taker.take_weight("lm_head.weight", self.vocab_size, g.hidden))
-        self._layers = [take_layer(taker, f"model.layers.{i}.", g, mask, pack)[0] for i, mask in enumerate(c.masks)]
+        self._layers = [take_layer(taker, i, g, mask, pack, prefix="model.", int8=int8)[0]
+                        for i, mask in enumerate(c.masks)]
         self._norm = taker.take("model.norm.weight", g.hidden)
         taker.finish()
         self._tables = RopeTables(c.ropes, self.max_context, self.device)

@@ -1,10 +1,12 @@
-"""Reads config.json of a target that our own layers run: geometry, masks and ropes of its layers."""
+"""Reads config.json of a target that our own layers run: geometry, masks, ropes and experts of its layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
+from .families import FAMILIES, Family
 from .masks import FULL, SLIDING, LayerMask
+from .quantized import Quantization, read_quantization
 from .rope import Rope, read_rope
 from .transformer import Geometry
 
@@ -13,43 +15,21 @@ _NO_ROPE_EVERY = 4  # of SmolLM3's layers, where its config does not list them
 _FIRST_WINDOW = 28  # max_window_layers of transformers' Qwen2Config and Qwen3Config
 # Fields that some model of these families has, and the values at which they change nothing.
 _NEUTRAL = {
-    "hidden_act": ("silu",), "rope_interleaved": (False,), "is_neox_style": (True,), "partial_rotary_factor": (1.0,),
-    "attn_logit_softcapping": (0.0,), "final_logit_softcapping": (0.0,), "logit_scale": (1.0,), "clip_qkv": (),
-    "num_experts": (0,), "num_local_experts": (0,), "quantization_config": (), "attention_multiplier": (),
+    "hidden_act": ("silu",), "rope_interleaved": (False,), "is_neox_style": (True,), "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,), "logit_scale": (1.0,), "clip_qkv": (), "attention_multiplier": (),
     "embedding_multiplier": (1.0,), "residual_multiplier": (1.0,), "logits_scaling": (1.0,),
+    "shared_intermediate_size": (0,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,), "attn_type_list": (),
+    "qk_norm_type": ("per_layer",),
 }
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the class of a model_type does, where its config.json does not say so.
-
-    attention_bias, mlp_bias: whether the field of that name counts. qkv_bias: q, k and v have biases in any case.
-    windows: what puts a window on layers: "set" (sliding_window is a number) or "asked" (use_sliding_window is true
-    beside it); "" is nothing.
-    """
-
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    windows: str = ""
-
-
-FAMILIES = {
-    "cwm": Family(mlp_bias=True, windows="set"),
-    "llama": Family(attention_bias=True, mlp_bias=True),
-    "ministral": Family(windows="set"),
-    "mistral": Family(windows="set"),
-    "qwen2": Family(qkv_bias=True, windows="asked"),
-    "qwen3": Family(attention_bias=True, qk_norm=True, windows="asked"),
-    "smollm3": Family(attention_bias=True, mlp_bias=True, windows="asked"),
-}
+_EXTRA = ("num_mtp_modules", "num_nextn_predict_layers")
+_DENSE_ONLY = {"num_experts": (0,), "num_local_experts": (0,)}
+_WHOLE_ONLY = {"partial_rotary_factor": (1.0,)}
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A target's geometry and rules; masks and ropes: one for each layer."""
+    """A target's geometry and rules; masks and ropes: one for each layer. extra: layers that follow these in the file
+    and predict further tokens, which decoding does not use."""
 
     geometry: Geometry
     vocab_size: int
@@ -57,6 +37,8 @@ class TargetConfig:
     masks: tuple[LayerMask, ...]
     ropes: tuple[Rope, ...]
     tied: bool
+    quantization: Quantization | None
+    extra: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -73,32 +55,56 @@ def read_target_config(config: Mapping) -> TargetConfig:
     name = f.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise NotImplementedError(f"{_WHAT}: model_type must be one of {', '.join(FAMILIES)}; got {shown(name)}")
-    for field, neutral in _NEUTRAL.items():
+    family = FAMILIES[name]
+    _refuse_others(f, family)
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
+    g, rotated = _geometry(f, family, layers), _rotated(f, name, layers)
+    # Families of experts have no usual theta; their classes differ.
+    rope = read_rope(config, g.head_dim, _WHAT, None if family.experts else 10000.0, bounded=True)
+    return TargetConfig(
+        g, vocab_size=f.whole("vocab_size"), max_context=f.whole("max_position_embeddings"),
+        masks=_masks(f, name, rotated), ropes=tuple(rope if turns else Rope(1.0, 0) for turns in rotated),
+        tied=f.flag("tie_word_embeddings", False), quantization=_quantization(f, name),
+        extra=max(f.whole(field, 0, least=0, most=MOST_LAYERS) for field in _EXTRA),
+    )
+
+
+def _refuse_others(f: Fields, family: Family) -> None:
+    neutral = _NEUTRAL | ({} if family.experts else _DENSE_ONLY) | ({} if family.partial else _WHOLE_ONLY)
+    for field, values in neutral.items():
         value = f.get(field)
-        if value is not None and value not in neutral:
+        if value is not None and value not in values:
+            if field == "attn_type_list" and isinstance(value, list) and set(map(str, value)) == {"1"}:
+                continue  # MiniMax: softmax attention in every layer
             raise NotImplementedError(f"{_WHAT}: {field} = {shown(value)} changes the model into one that is not "
                                       "supported")
-    family, layers = FAMILIES[name], f.whole("num_hidden_layers", most=MOST_LAYERS)
-    g, rotated = _geometry(f, family), _rotated(f, name, layers)
-    masks = _masks(f, name, rotated)
-    rope = read_rope(config, g.head_dim, _WHAT, bounded=True)
-    return TargetConfig(
-        g, vocab_size=f.whole("vocab_size"), max_context=f.whole("max_position_embeddings"), masks=masks,
-        ropes=tuple(rope if turns else Rope(1.0, 0) for turns in rotated), tied=f.flag("tie_word_embeddings", False))
 
 
-def _geometry(f: Fields, family: Family) -> Geometry:
+def _quantization(f: Fields, name: str) -> Quantization | None:
+    """None also for MXFP4, which the experts' tensors show by their names."""
+    found = f.table("quantization_config", {})
+    if found.get("quant_method") == "mxfp4" and name == "gpt_oss":
+        return None
+    return read_quantization(f)
+
+
+def _geometry(f: Fields, family: Family, layers: int) -> Geometry:
     hidden, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
     kv_heads = f.whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ValueError(f"{_WHAT}: num_attention_heads must be a multiple of num_key_value_heads; "
                          f"got {heads} and {kv_heads}")
-    bias = f.flag("attention_bias", False) and family.attention_bias
+    bias = f.flag("attention_bias", family.sinks)
+    norms = f.flag("use_qk_norm", family.qk_norm in ("each", "all"))
+    if norms != bool(family.qk_norm) and family.qk_norm != "field":
+        raise NotImplementedError(f"{_WHAT}: use_qk_norm = {norms} changes the model into one that is not supported")
     return Geometry(
         hidden=hidden, intermediate=f.whole("intermediate_size"), num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=head_dim_of(f, hidden, heads), eps=f.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
-        qkv_bias=bias or family.qkv_bias, o_bias=bias, mlp_bias=f.flag("mlp_bias", False) and family.mlp_bias,
-        qk_norm=family.qk_norm,
+        head_dim=head_dim_of(f, hidden, heads),
+        eps=f.number("rms_norm_eps", ... if family.experts else 1e-6, above=0.0, most=1.0),
+        qkv_bias=family.qkv_bias == "always" or bias and family.qkv_bias == "field", o_bias=bias and family.o_bias,
+        mlp_bias=f.flag("mlp_bias", False) and family.mlp_bias, qk_norm=norms, norm_of_heads=family.qk_norm == "all",
+        sinks="sinks", experts=family.experts(f, layers) if family.experts else None,
     )
 
 
@@ -120,11 +126,11 @@ def _rotated(f: Fields, name: str, layers: int) -> list[bool]:
 
 def _masks(f: Fields, name: str, rotated: list[bool]) -> tuple[LayerMask, ...]:
     """What each layer sees. A window counts the token itself, so `left` is one less."""
-    kind, window = FAMILIES[name].windows, f.whole("sliding_window", None, least=0)
+    family, window = FAMILIES[name], f.whole("sliding_window", None, least=0)
     types = f.items("layer_types", None, str, f"{len(rotated)} layers")
-    if types is not None and not kind and set(types) != {FULL}:
+    if types is not None and not family.windows and set(types) != {FULL}:
         raise NotImplementedError(f"{_WHAT}: layer_types must all be {FULL} in a {name} model; got {shown(types)}")
-    asked = kind == "set" or kind == "asked" and f.flag("use_sliding_window", False)
+    asked = family.windows == "set" or family.windows == "asked" and f.flag("use_sliding_window", False)
     slides = _sliding(f, name, rotated)
     if types is None:
         types = [SLIDING if asked and window and each else FULL for each in slides]
@@ -136,7 +142,7 @@ def _masks(f: Fields, name: str, rotated: list[bool]) -> tuple[LayerMask, ...]:
         f.refuse("use_sliding_window", f"true where layer_types has {SLIDING}", f.get("use_sliding_window"))
     if SLIDING in types and not window:
         f.refuse("sliding_window", f"an integer of at least 1 where layer_types has {SLIDING}", window)
-    return tuple(LayerMask(True, ((window or 0) - 1 if each == SLIDING else -1, -1)) for each in types)
+    return tuple(LayerMask(True, ((window or 0) - 1 if each == SLIDING else -1, -1), family.sinks) for each in types)
 
 
 def _sliding(f: Fields, name: str, rotated: list[bool]) -> list[bool]:
@@ -146,4 +152,6 @@ def _sliding(f: Fields, name: str, rotated: list[bool]) -> list[bool]:
         return [i >= first for i in layers]
     if name == "cwm":
         return [i % 4 != 0 for i in layers]
+    if name == "gpt_oss":
+        return [i % 2 == 0 for i in layers]
     return [not turns for turns in rotated] if name == "smollm3" else [True for _ in layers]
