@@ -94,6 +94,23 @@ def linear_flops(rows: int, n: int, k: int) -> int:
     return 2 * rows * n * k
 
 
+def route_bytes(rows: int, experts: int, chosen: int, itemsize: int) -> int:
+    """Bytes that must move: each row's logits, and an id and a weight of each expert that it chose."""
+    return rows * (itemsize * experts + 8 * chosen)
+
+
+def experts_bytes(read: float, rows: int, hidden: int, inner: int, chosen: int, itemsize: int,
+                  weight_itemsize: int | None = None) -> int:
+    """Bytes that must move: the weights of the `read` experts that some row chose (a mean may be a fraction), the rows
+    read and written, and an id and a weight of each expert of a row."""
+    weights = int(3 * (weight_itemsize or itemsize) * read * hidden * inner)
+    return weights + rows * (2 * itemsize * hidden + 8 * chosen)
+
+
+def experts_flops(rows: int, hidden: int, inner: int, chosen: int) -> int:
+    return 6 * rows * chosen * hidden * inner
+
+
 def lm_head_bytes(rows: int, vocab: int, hidden: int, itemsize: int, weight_itemsize: float | None = None, *,
                   k: int = 1, lse: bool = False) -> int:
     """Bytes that must move: the weight once, in elements of weight_itemsize (None: itemsize), the rows, and k ids and

@@ -250,7 +250,7 @@ def supports(op: str, *, device: str | torch.device | None = None, dtype: torch.
         if weight_dtype not in (None, torch.int8):
             _check_weight_dtype(weight_dtype)
             if dtype is not None:
-                check_packed_dtype(op, dtype, weight_dtype)
+                check_packed_dtype(op, dtype, weight_dtype, "gate_up" if op == "expert_mlp" else "weight")
         if weight_format is not None:
             check_format("pack_weight", weight_format, kind)
         if head_dim is not None and op != "block_attention":

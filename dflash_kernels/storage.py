@@ -122,6 +122,11 @@ def _packed_shape(n: int, k: int, dtype: torch.dtype, device: torch.device) -> t
     return blocks, k, 16
 
 
+def _own(data: torch.Tensor) -> torch.Tensor:
+    """On a CPU weights share memory (_memory.py): a copy or a pickle takes one weight's bytes, not all of them."""
+    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A linear layer's (N, K) weight in the layout that `linear` and the LM heads stream. `pack_weight` makes it.
@@ -225,10 +230,8 @@ class PackedWeight:
                              f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
 
     def __reduce__(self):
-        # On a CPU weights share memory (_memory.py): a copy or a pickle takes one weight's bytes, not all of them.
-        whole = self.data.untyped_storage().nbytes() == self.data.nbytes
-        return PackedWeight, (self.data if whole else self.data.clone(), self.out_features, self.in_features,
-                              self.scales, self.format, self.exact)
+        return PackedWeight, (_own(self.data), self.out_features, self.in_features, self.scales, self.format,
+                              self.exact)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -346,6 +349,9 @@ class PackedExperts:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
+    def __reduce__(self):
+        return PackedExperts, (_own(self.data), self.out_features, self.in_features, self.scales)
+
     @property
     def num_experts(self) -> int:
         return self.data.shape[0]
@@ -366,6 +372,11 @@ class PackedExperts:
         -------
         weight : PackedWeight
 
+        Raises
+        ------
+        ValueError
+            No such expert.
+
         Examples
         --------
         >>> import torch
@@ -373,5 +384,7 @@ class PackedExperts:
         >>> pack_experts(torch.arange(12.0).view(2, 3, 2)).expert(0).rows(torch.tensor([2])).tolist()
         [[4.0, 5.0]]
         """
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_experts:
+            raise ValueError(f"PackedExperts.expert: index must be an int below {self.num_experts}; got {index!r}")
         scales = None if self.scales is None else self.scales[index]
         return PackedWeight(self.data[index], self.out_features, self.in_features, scales)

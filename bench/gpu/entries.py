@@ -8,9 +8,11 @@ from unittest import mock
 
 import torch
 
+import dflash_kernels as dk
 from bench.case import Case, Sizes
 from bench.ops import attention as bench_attention
 from bench.ops import blocks as bench_blocks
+from bench.ops import experts as bench_experts
 from bench.ops import linear as bench_linear
 from bench.ops import memory as bench_memory
 from bench.ops import sample as bench_sample
@@ -102,7 +104,8 @@ def entries(tiny: bool, major: int) -> list[Entry]:
     if tiny:
         return [Entry("linear", "CONFIGS", ((2, 16),), lambda sizes: products(sizes, 3, {"tiny": (40, 1100)})),
                 Entry("norm", "CONFIGS", (1024,), lambda sizes: [bench_memory.norm_case(sizes, 3, 64)])]
-    return [*linear_entries(2), *attention_entries(major), *block_entries(), *memory_entries(), *linear_entries(4)]
+    return [*linear_entries(2), *attention_entries(major), *block_entries(), *experts_entries(), *memory_entries(),
+            *linear_entries(4)]
 
 
 def linear_entries(itemsize: int) -> list[Entry]:
@@ -130,6 +133,23 @@ def block_entries() -> list[Entry]:
             sizes, "q4_k", n, k)) for name, (n, k) in SIDES.items()]
 
     return [Entry("linear", "BLOCK_CONFIGS", ((2, rows),), made(rows), ("BLOCK_K",)) for rows in module.configs(2, 1)]
+
+
+def experts_entries() -> list[Entry]:
+    """A layer of Qwen3-Coder-30B-A3B in 16 bits."""
+    hidden, inner, experts, stored, chosen = bench_experts.QWEN
+
+    def made(sizes):
+        plain = bench_experts.weights_of(sizes, stored, hidden, inner)
+        return [bench_experts.experts_case(sizes, "qwen3-coder-30b-a3b, random", rows, 0.0, chosen, plain, [
+            dk.pack_experts(w) for w in plain]) for rows in (1, 16, 64)]
+
+    def routed(sizes):
+        return [bench_experts.router_case(sizes, "minimax-m2.7", rows, 256, chosen) for rows in (8, 64)]
+
+    numbers = ("SCHEDULE_BLOCK", "SCHEDULE_WARPS", "SUM_BLOCK", "SUM_WARPS")
+    return [*(Entry("experts", name, (2,), made) for name in ("GATE_UP", "DOWN")),
+            *(Entry("experts", name, (), made) for name in numbers), Entry("router", "WARPS", (256,), routed)]
 
 
 def products(sizes: Sizes, rows: int, sides: dict) -> list[Case]:

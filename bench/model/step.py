@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 # activation, attention and the combination of its splits, four products, and for three of them the sum of K's chunks.
 # Outside the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
 KERNELS_A_LAYER, KERNELS_A_PASS, KERNELS_OF_DRAFTING = 13, 6, 11
+# A dense MLP has four of them. With experts there are the router's product and its sum, the choice, and four.
+MORE_KERNELS_OF_EXPERTS = 7 - 4
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def step(g: Geometry, machine: Machine, batch: int, context: int, block: int | N
 def launches(g: Geometry, drafting: bool = True) -> int:
     """The number of kernels in a step."""
     layers = g.target.layers + drafting * g.draft.layers
-    return layers * KERNELS_A_LAYER + KERNELS_A_PASS + drafting * KERNELS_OF_DRAFTING
+    more = MORE_KERNELS_OF_EXPERTS * g.target.layers if g.target.experts else 0
+    return layers * KERNELS_A_LAYER + more + KERNELS_A_PASS + drafting * KERNELS_OF_DRAFTING
 
 
 def acceptance_of(histogram: Sequence[int], block: int | None = None) -> float:

@@ -1,7 +1,7 @@
 """Runs the benchmarks by name and writes bench/results/<device>/<name>.json, or all rows into one file.
 
-    python -m bench.ops [linear] [attention] [memory] [sample] [small] [draft] [step] [whole] [blocks] [--runs N]
-                        [--json OUT]
+    python -m bench.ops [linear] [attention] [memory] [sample] [small] [experts] [draft] [step] [whole] [blocks]
+                        [--runs N] [--json OUT]
 
 A file is written atomically after each case. `dflash-kernels bench ops` runs the same.
 """
@@ -16,7 +16,7 @@ import torch
 from bench.case import Sizes, footnotes, header, measure, results_folder
 from dflash_bench.results import output, write_json
 
-NAMES = ("linear", "attention", "memory", "sample", "small", "draft", "step")
+NAMES = ("linear", "attention", "memory", "sample", "small", "experts", "draft", "step")
 GPU_NAMES = ("whole", "blocks")
 
 

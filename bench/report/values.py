@@ -15,7 +15,7 @@ def values(folder: Path) -> dict[str, str]:
     """By name. Those of results are of the first machine that has them."""
     found = {**of_geometries(), **of_the_model()}
     for machine in sorted(f for f in folder.iterdir() if f.is_dir()):
-        for group in (of_steps, of_texts, of_cells, of_peers):
+        for group in (of_steps, of_experts, of_texts, of_cells, of_peers):
             for name, value in group(machine).items():
                 found.setdefault(name, value)
     return found
@@ -64,7 +64,7 @@ def of_steps(machine: Path) -> dict[str, str]:
     for row in rows:
         by_op.setdefault(row["op"], []).append(row)
     found = {}
-    if rows:
+    if "baseline step" in by_op:  # the machine of the prose
         limits = [row["gbps"] / row["pct_of_limit"] * 100 for row in rows]
         g = GEOMETRIES["smollm2"]
         floor_ms = 2 * (g.target.weights(1) + g.head) / statistics.median(limits) / 1e6
@@ -81,6 +81,15 @@ def of_steps(machine: Path) -> dict[str, str]:
         found |= {"verify-steps": f"{verify:.2f}", "dflash-steps": f"{dflash:.2f}",
                   "draft-steps": f"{dflash - verify:.2f}"}
     return found
+
+
+def of_experts(machine: Path) -> dict[str, str]:
+    """expert_mlp in 16 bits: its share of the limit with few rows of random routing, and the most that it computes."""
+    rows = [row for r in kernel_tables.kernel_results(machine) for row in r["rows"]
+            if row["op"] == "expert_mlp" and "us" in row and "8 bits" not in row["case"]]
+    few = [row["pct_of_limit"] for row in rows if re.search(r"random, (1|8|16) rows$", row["case"])]
+    return {"experts-few": f"{kernel_tables.span(few, 0)} %",
+            "experts-rate": f"{max(row['tflops'] for row in rows):.2f} TFLOP/s"} if few else {}
 
 
 def of_texts(machine: Path) -> dict[str, str]:

@@ -13,10 +13,10 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
-constexpr int64_t kPairs = 2048;               // at once: what the memory between the products is for
-constexpr int64_t kPortionBytes = 1 << 20;     // of a weight: long enough for streams, short enough to share
-constexpr int64_t kSumsTile = 1024;            // outputs of a row that a thread adds up
-constexpr float kAlpha = 1.702f, kLimit = 7;   // of the clamped activation; as in dflash_kernels/reference/experts.py
+constexpr int64_t kPairs = 2048;             // at once: what the memory between the products is for
+constexpr int64_t kPortionBytes = 1 << 20;   // of a weight: long enough for streams, short enough to share
+constexpr int64_t kSumsTile = 1024;          // outputs of a row that a thread adds up
+constexpr float kAlpha = 1.702, kLimit = 7.0;  // of the clamped activation; as in dflash_kernels/_constants.py
 
 // The pairs of some rows, sorted by expert and row.
 struct Plan {

@@ -8,7 +8,7 @@ namespace dflash::DFLASH_ISA {
 namespace {
 
 constexpr int64_t kMaxExperts = 1024, kMaxChosen = 64;  // as in dflash_kernels/limits.py
-constexpr float kTiny = 1e-20f;                         // as in dflash_kernels/reference/router.py
+constexpr float kTiny = 1e-20;                          // as in dflash_kernels/_constants.py
 constexpr Best kNone{-INFINITY, INT64_MAX};
 
 // y = sigmoid(x)

@@ -29,6 +29,8 @@ LAUNCHERS = {  # op: module:function
     "verify_sample": "sample:verify_sample",
     "sample_draft": "sample:sample_draft",
     "select_candidates": "selector:select_candidates",
+    "route_experts": "router:route_experts",
+    "expert_mlp": "experts:expert_mlp",
     "linear": "linear:linear",
     "lm_head_argmax": "lm_head:lm_head_argmax",
     "combine_argmax": "lm_head:combine_argmax",

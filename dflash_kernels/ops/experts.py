@@ -68,20 +68,24 @@ def pack_experts(weights: torch.Tensor | Sequence[torch.Tensor], scales: torch.T
     (4, 64, 16)
     """
     check = _pack_check
-    if len(weights) == 0:
-        raise ValueError(f"{check.op}: weights must be of at least one expert; got none")
     dtypes = FLOATS if scales is None else (torch.int8,)
     if isinstance(weights, torch.Tensor):
         check.tensor("weights", weights, dtypes, "(E, N, K)", (None, None, None))
+        weights = weights.detach()
+    elif not isinstance(weights, Sequence):
+        raise TypeError(f"{check.op}: weights must be a tensor or a sequence of tensors; got {describe(weights)}")
+    if len(weights) == 0:
+        raise ValueError(f"{check.op}: weights must be of at least one expert; got none")
+    if isinstance(weights, torch.Tensor) and weights.device.type == "cuda":
+        data, (experts, n, k) = weights.contiguous(), weights.shape
+        if data.numel() == 0:
+            raise ValueError(f"{check.op}: weights must not be empty; got {describe(weights)}")
+        return PackedExperts(data, n, k, _scales_of(check, scales, experts, n, data.device))
     first = check.tensor("weights[0]", weights[0], dtypes, "(N, K)", (None, None))
     if first.numel() == 0:
         raise ValueError(f"{check.op}: weights[0] must not be empty; got {describe(first)}")
     (n, k), experts, device = first.shape, len(weights), first.device
-    if scales is not None:
-        check.tensor("scales", scales, torch.float32, "(E, N)", (experts, n), device)
-        scales = scales.detach().contiguous()
-    if device.type == "cuda" and isinstance(weights, torch.Tensor):
-        return PackedExperts(weights.detach().contiguous(), n, k, scales)
+    scales = _scales_of(check, scales, experts, n, device)
 
     def packed(weight: torch.Tensor) -> torch.Tensor:
         return weight.detach() if device.type == "cuda" else reference.linear.pack(weight.detach())
@@ -93,6 +97,13 @@ def pack_experts(weights: torch.Tensor | Sequence[torch.Tensor], scales: torch.T
     for e in range(1, experts):
         data[e].copy_(packed(check.tensor(f"weights[{e}]", weights[e], first.dtype, "(N, K)", (n, k), device)))
     return PackedExperts(data, n, k, scales)
+
+
+def _scales_of(check: Checker, scales: torch.Tensor | None, experts: int, n: int,
+               device: torch.device) -> torch.Tensor | None:
+    if scales is None:
+        return None
+    return check.tensor("scales", scales, torch.float32, "(E, N)", (experts, n), device).detach().contiguous()
 
 
 def expert_mlp(x: torch.Tensor, gate_up: torch.Tensor | PackedExperts, down: torch.Tensor | PackedExperts,
@@ -173,7 +184,7 @@ def expert_mlp(x: torch.Tensor, gate_up: torch.Tensor | PackedExperts, down: tor
         check.contiguous("gate_up_bias", gate_up_bias, x.dtype, "(E, 2I)", (experts, double), device)
     if down_bias is not None:
         check.contiguous("down_bias", down_bias, x.dtype, "(E, H)", (experts, hidden), device)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{check.op}: activation must be silu or clamped; got {activation!r}")
     first_expert = check.integer("first_expert", first_expert, 0)
     total = first_expert + experts if num_experts is None else check.integer("num_experts", num_experts, 1)

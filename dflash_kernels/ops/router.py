@@ -107,7 +107,7 @@ def route_experts(logits: torch.Tensor, k: int, *, bias: torch.Tensor | None = N
     if check.integer("group_best", group_best, 1) > 2 or top_groups < groups and group_best > size:
         raise ValueError(f"{check.op}: group_best must be 1 or 2, and at most the {size} experts of a group; got "
                          f"{group_best}")
-    if scoring not in SCORING:
+    if not isinstance(scoring, str) or scoring not in SCORING:
         raise ValueError(f"{check.op}: scoring must be softmax or sigmoid; got {scoring!r}")
     if not isinstance(normalize, bool):
         raise TypeError(f"{check.op}: normalize must be a bool; got {describe(normalize)}")

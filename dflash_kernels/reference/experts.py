@@ -2,18 +2,17 @@
 
 import torch
 
+from .._constants import GATE_ALPHA, GATE_LIMIT
 from ._wide import wide
 from .linear import unpack
-
-ALPHA, LIMIT = 1.702, 7.0  # of the clamped activation; kAlpha and kLimit in csrc/cpu/experts.cpp
 
 
 def activated(sums, activation):
     gate, up = sums.chunk(2, dim=-1)
     if activation == 0:
         return gate / (1 + torch.exp(-gate)) * up
-    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
-    return gate / (1 + torch.exp(-ALPHA * gate)) * (up + 1)
+    gate, up = gate.clamp(max=GATE_LIMIT), up.clamp(-GATE_LIMIT, GATE_LIMIT)
+    return gate / (1 + torch.exp(-GATE_ALPHA * gate)) * (up + 1)
 
 
 def expert_mlp(x, gate_up, down, gate_up_scales, down_scales, ids, weights, gate_up_bias, down_bias, inner, activation,

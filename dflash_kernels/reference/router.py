@@ -2,9 +2,8 @@
 
 import torch
 
+from .._constants import TINY
 from ._wide import wide
-
-TINY = 1e-20  # DeepSeek's: weights that are all zero stay so
 
 
 def _largest(x, k):

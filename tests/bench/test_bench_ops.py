@@ -14,10 +14,11 @@ from bench.peers import cpu_peers
 from tests.support.clocks import Clock
 
 BENCHES = ("linear", "attention", "memory", "sample", "small")
+EVERY = (*BENCHES, "experts")  # whose layers SmolLM2 has not
 TINY = cases.Sizes("cpu", tiny=True)
 
 
-def benched(names=BENCHES):
+def benched(names=EVERY):
     return [case for name in names for case in importlib.import_module(f"bench.ops.{name}").cases(TINY)]
 
 
@@ -55,7 +56,7 @@ def test_smollm2_s_numbers():
     assert bench_linear.TOPK_GEOMETRIES["cpu"]["smollm2 head"] == (g.vocab, g.hidden)
 
 
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", EVERY)
 def test_bytes_and_operations_are_those_of_cost(name, monkeypatch):
     """Where all prices are a million times as high, every case costs that much more."""
     before = benched([name])

@@ -10,8 +10,10 @@ from tests.support.costs import cost_of
 B, Q, T, V, H, I, HQ, HKV, D, L, S, N, K, R, C = 3, 5, 7, 1009, 64, 48, 8, 2, 16, 6, 4, 40, 2500, 12, 300  # noqa: E741
 E, CACHED, WEIGHT = 4, 1, 2
 GROUPS, TAPS = 32, 3
+EXPERTS, READ = 10, 6
 SIZES = {"B": B, "Q": Q, "T": T, "V": V, "H": H, "I": I, "Hq": HQ, "Hkv": HKV, "D": D, "L": L, "S": S, "N": N, "K": K,
-         "k": 9, "G": GROUPS, "t": TAPS, "R": R, "C": C, "e": E, "c": CACHED, "w": WEIGHT, "ceil": math.ceil}
+         "k": 9, "E": EXPERTS, "X": READ, "G": GROUPS, "t": TAPS, "R": R, "C": C, "e": E, "c": CACHED,
+         "w": WEIGHT, "ceil": math.ceil}
 PASSED = [cost.linear_bytes(T, N, K, E, WEIGHT, chunks) for chunks in (0, math.ceil(K / 1024))]
 TURNED = [cost.rope_bytes(T, HQ, HKV, D, R, E, cached=cached, cache_itemsize=CACHED) for cached in (False, True)]
 MOVED = {
@@ -26,6 +28,8 @@ MOVED = {
     "embed_tokens": [cost.embed_bytes(T, H, E)],
     "block_attention": [sum(cost.attention_bytes(C // B, Q, HQ, HKV, D, E, CACHED) for _ in range(B))],
     "linear": [PASSED[0], PASSED[1] - PASSED[0]],
+    "route_experts": [cost.route_bytes(T, EXPERTS, 9, E)],
+    "expert_mlp": [cost.experts_bytes(READ, T, H, I, 9, E, WEIGHT)],
     "lm_head_argmax": [cost.lm_head_bytes(T, V, H, E, WEIGHT)],
     "lm_head_topk": [cost.lm_head_bytes(T, V, H, E, WEIGHT, k=9, lse=True)],
     "combine_argmax": [cost.combine_bytes(S, R)],
@@ -68,6 +72,7 @@ def test_what_the_others_read_once_is_most_of_what_they_move():
                         (cost.attention_bytes(4096, 8, 32, 8, 128, 2), 2 * 2 * 4096 * 8 * 128),
                         (cost.verify_bytes(1, 8, vocab=49152, itemsize=2), 2 * 8 * 49152),
                         (cost.sample_bytes(1, 8, 49152, 2), 2 * 8 * 49152),
+                        (cost.experts_bytes(57, 8, 3072, 1536, 8, 2), 2 * 57 * 3 * 3072 * 1536),
                         (cost.norm_bytes(64, 4096, 2, add=False), 2 * 2 * 64 * 4096)):
         assert read < moved < 1.05 * read
 

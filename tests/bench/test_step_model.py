@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dflash_kernels as dk
 from bench import RESULTS
 from bench.model import step as m
 from bench.model import tables
@@ -106,6 +108,40 @@ def test_launches_are_those_of_a_step(batch):
             Step(target, *made, batch, width, 16, 2560).run()
         assert len(noted) == m.launches(QWEN, drafting)
     assert (m.launches(QWEN, False), m.launches(QWEN)) == (474, 550)
+
+
+def test_launches_of_an_mlp_and_of_experts():
+    pytest.importorskip("triton")
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    t = MINIMAX.target
+    x, wide, counts = empty(8, t.hidden), empty(2 * t.mlp, t.hidden), []
+    with launches() as noted:
+        routed = dk.route_experts(dk.linear(x, empty(t.experts, t.hidden)), t.chosen)
+        dk.expert_mlp(x, wide.expand(t.experts, -1, -1).contiguous(), empty(t.experts, t.hidden, t.mlp), *routed)
+        counts.append(len(noted))
+    q = QWEN.target
+    with launches() as noted:
+        x = empty(8, q.hidden)
+        dk.linear(dk.silu_and_mul(dk.linear(x, empty(2 * q.mlp, q.hidden))), empty(q.hidden, q.mlp))
+        counts.append(len(noted))
+    assert counts[0] - counts[1] == m.MORE_KERNELS_OF_EXPERTS
+    assert m.launches(MINIMAX, False) == 62 * (13 + 3) + 6
+
+
+def test_the_experts_that_a_benchmark_read_are_as_many_as_the_model_expects():
+    files = list(RESULTS.glob("*/experts.json"))
+    if not files:
+        pytest.skip("no experts were measured")
+    found = re.compile(r"(minimax-m2.7|qwen3-coder-30b-a3b), \d+ experts, random, (\d+) rows")
+    sizes = {"minimax-m2.7": m.Layers(1, 3072, 48, 8, 128, 1536, experts=64, chosen=8),
+             "qwen3-coder-30b-a3b": m.Layers(1, 2048, 32, 4, 128, 768, experts=128, chosen=8)}
+    for row in (row for file in files for row in json.loads(file.read_text())["rows"]):
+        if match := found.fullmatch(row["case"]):
+            layer, moved = sizes[match[1]], row["gbps"] * row["us"] * 1e3
+            assert moved / (2 * layer.mlp_weights) == pytest.approx(layer.coverage(int(match[2])), rel=0.05)
 
 
 def test_the_roofline_is_a_limit():

@@ -17,6 +17,11 @@ SHARED = {
     "CHUNK_SUMS": ("cpu/sample.h", "kChunkSums"),
     "ROW_STATS": ("cpu/sample.h", "kRowStats"),
     "MAX_LAYERS": ("params/context.h", "kMaxLayers"),
+    "MAX_EXPERTS": ("cpu/router.cpp", "kMaxExperts"),
+    "MAX_K": ("cpu/router.cpp", "kMaxChosen"),
+    "TINY": ("cpu/router.cpp", "kTiny"),
+    "GATE_ALPHA": ("cpu/experts.cpp", "kAlpha"),
+    "GATE_LIMIT": ("cpu/experts.cpp", "kLimit"),
     "MAX_HEAD_DIM": ("cpu/rope_head.h", "kMaxHeadDim"),
 }
 

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dflash_kernels as dk
 from dflash_kernels import _library
 from dflash_kernels.limits import FP8
-from dflash_kernels.storage import PackedWeight, PagedKV
+from dflash_kernels.storage import PackedExperts, PackedWeight, PagedKV
 from dflash_kernels.types import LogitAdjustments, PreparedBlock, Proposal, SamplingTensors, Verified
 
 CANARY = 77
-RECORDS = (PagedKV, PreparedBlock, Verified, PackedWeight, SamplingTensors, Proposal, LogitAdjustments)
+RECORDS = (PagedKV, PreparedBlock, Verified, PackedWeight, PackedExperts, SamplingTensors, Proposal, LogitAdjustments)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,19 @@ def int8_weight(n, k):
     return dk.pack_weight(*dk.quantize_weight(torch.randn(n, k)))
 
 
+def experts(count, n, k, int8=False):
+    if not int8:
+        return dk.pack_experts(torch.randn(count, n, k))
+    quantized = [dk.quantize_weight(torch.randn(n, k)) for _ in range(count)]
+    return dk.pack_experts([w for w, _ in quantized], torch.stack([scales for _, scales in quantized]))
+
+
+def routed(**more):
+    """Three rows and two of the four experts 1 to 4 each; the last slot is of another rank."""
+    return {"x": torch.randn(3, 16), **more, "ids": int32(1, 4, 3, 1, 2, 0).view(3, 2), "weights": torch.rand(3, 2),
+            "first_expert": 1, "num_experts": 6, "out": boxed(3, 16)}
+
+
 DRAFT, TARGET = [[1, 2, 3], [1, 2, 3]], [[2, 3, 4], [2, 9, 4]]
 
 SAMPLES = {
@@ -164,6 +177,24 @@ SAMPLES = {
         "weight": torch.randint(-127, 128, (20, 16), dtype=torch.int8), "scales": torch.rand(20)}, ()),
     "quantize_blocks": Sample(dk.quantize_blocks, lambda: {"weight": torch.randn(20, 64), "format": "q8_0"}, ()),
     "quantize_weight": Sample(dk.quantize_weight, lambda: {"weight": torch.randn(20, 16)}, ()),
+    "route_experts": Sample(dk.route_experts, lambda: {
+        "logits": filled(3, 12), "k": 3, "bias": torch.randn(12), "scoring": "sigmoid", "groups": 4, "top_groups": 2,
+        "group_best": 2, "normalize": True, "scale": 2.5, "out_ids": torch.full((3, 3), 77, dtype=torch.int32),
+        "out_weights": torch.full((3, 3), 77.0)}, ("out_ids", "out_weights")),
+    "route_experts_softmax": Sample(dk.route_experts, lambda: {
+        "logits": torch.randn(3, 12), "k": 3, "out_ids": torch.full((3, 3), 77, dtype=torch.int32),
+        "out_weights": torch.full((3, 3), 77.0)}, ("out_ids", "out_weights")),
+    "expert_mlp": Sample(dk.expert_mlp, lambda: routed(
+        gate_up=torch.randn(4, 24, 16), down=torch.randn(4, 16, 12)), ("out",)),
+    "expert_mlp_packed": Sample(dk.expert_mlp, lambda: routed(
+        gate_up=experts(4, 24, 16), down=experts(4, 16, 12), gate_up_bias=torch.randn(4, 24),
+        down_bias=torch.randn(4, 16), activation="clamped"), ("out",)),
+    "expert_mlp_int8": Sample(dk.expert_mlp, lambda: routed(
+        gate_up=experts(4, 24, 16, True), down=experts(4, 16, 12, True)), ("out",)),
+    "pack_experts": Sample(dk.pack_experts, lambda: {"weights": torch.randn(4, 20, 16)}, ()),
+    "pack_experts_int8": Sample(dk.pack_experts, lambda: {
+        "weights": [torch.randint(-127, 128, (20, 16), dtype=torch.int8) for _ in range(4)],
+        "scales": torch.rand(4, 20)}, ()),
     "lm_head_argmax": Sample(dk.lm_head_argmax, lambda: {
         "x": torch.randn(3, 16), "weight": dk.pack_weight(torch.randn(40, 16)), "bias": torch.randn(40),
         "num_valid": 30, "scale": 0.5, "softcap": 3.0, "id_offset": 100, "out_ids": boxed(3, dtype=torch.int64),

@@ -37,6 +37,8 @@ def rows(b, q, pages):
     dk.grouped_conv_add_rms_norm(blocks, delta, base, torch.randn_like(blocks), base[0])
     dk.lm_head_argmax(x, torch.randn(VOCABULARY, HIDDEN))
     dk.lm_head_topk(x, torch.randn(VOCABULARY, HIDDEN), 4)
+    routed = dk.route_experts(torch.randn(b * q, 8), 2)
+    dk.expert_mlp(x, torch.randn(8, 48, HIDDEN), torch.randn(8, HIDDEN, 24), *routed)
     dk.combine_argmax(torch.randn(2, b * q), torch.arange(2 * b * q).view(2, -1))
     dk.combine_topk(torch.randn(2, b * q, 4), torch.arange(8 * b * q).view(2, -1, 4), torch.randn(2, b * q))
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from dflash_kernels._triton import LAUNCHERS
 
-from . import launched, products
+from . import experts, launched, products
 from .launched import Case
 from .sampled import sample, selector
 
@@ -63,7 +63,7 @@ class Report(NamedTuple):
 
 def cases(noun: str, arch: int) -> list[Case]:
     others = {"sample": sample, "selector": selector, "linear": products.linear, "lm_head": products.lm_head,
-              "lm_head_topk": products.lm_head_topk}
+              "lm_head_topk": products.lm_head_topk, "experts": experts.experts, "router": experts.router}
     return list(others[noun]()) if noun in others else launched.cases(noun, arch)
 
 

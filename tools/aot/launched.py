@@ -1,5 +1,5 @@
-"""The cases of each noun but products (products.py), sample and selector (sampled.py): what its launchers launch for a
-call, noted on tensors without memory.
+"""The cases of each noun but products (products.py), experts and router (experts.py), sample and selector (sampled.py):
+what its launchers launch for a call, noted on tensors without memory.
 
 A launch is compiled as Triton would compile it: an argument that is None and an integer 1 are constants, an integer
 that divides by 16 is marked, but one that the kernel does not specialise on is neither. So a case is a name and a call.
