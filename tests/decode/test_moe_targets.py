@@ -1,15 +1,20 @@
 """Targets with experts in our own layers. What they compute is compared with transformers where the other families are;
 here: no bit depends on how tokens are cut into passes, and every form of a published checkpoint gives the same bits."""
 
+import math
 import weakref
 from collections.abc import Mapping
 
 import pytest
 import torch
 
+from dflash_decode import packed_runner
 from dflash_decode.checkpoint import load_checkpoint
+from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.target_config import read_target_config
+from dflash_decode.packed import VerifyStage
 from dflash_kernels import expert_mlp
 from dflash_kernels.testing import every_isa, same_bits, use_isa
 from tests.support.decode_runs import Oracle, requests, run
@@ -140,6 +145,22 @@ def test_in_8_bits_no_width_changes_a_bit(family):
     assert 0.95 < torch.cosine_similarity(rows_of(eight).flatten().float(), rows_of(whole).flatten().float(), 0) < 1
 
 
+def test_what_a_pass_costs_is_measured_over_tokens_that_choose_other_experts(monkeypatch):
+    """Rows of one token would read the experts of a single row."""
+    _, target = make_target("minimax-m2", torch.bfloat16)
+    decoder, seen = Decoder(target, Drafter.random(target, num_layers=1, block_size=4), max_batch=2, max_context=64), {}
+
+    def seconds(work):
+        work()
+        if isinstance(work, VerifyStage):
+            seen[work.rows] = work.ids.tolist()
+        return 1.0
+
+    monkeypatch.setattr(packed_runner, "_seconds", seconds)
+    decoder.runner.measure()
+    assert sorted(seen) == [1, 2, 4, 8] and all(len(set(ids)) == rows for rows, ids in seen.items())
+
+
 class Read(Mapping):
     """Tensors that are made when they are read; `alive` of them are, and `most` were at a time."""
 
@@ -239,3 +260,18 @@ def test_fields_that_are_not_supported_are_named(family, changes, error, match):
     model, _ = make_target(family)
     with pytest.raises(error, match=match):
         NativeTarget(model.config.to_dict() | changes, model.state_dict())
+
+
+@pytest.mark.parametrize(("family", "names"), [
+    ("minimax-m2", ("num_local_experts", "num_experts_per_tok", "intermediate_size")),
+    ("qwen3-moe", ("moe_intermediate_size", "decoder_sparse_step")),
+    ("glm4-moe", ("n_routed_experts", "moe_intermediate_size", "n_group", "topk_group", "routed_scaling_factor")),
+])
+def test_every_number_is_refused_out_of_its_range(family, names):
+    config = make_target(family)[0].config.to_dict()
+    read_target_config(config)
+    for name in names:
+        whole = () if name == "routed_scaling_factor" else (2**31, 1.5)
+        for value in (0, -1, -0.5, True, "1", [], {}, math.nan, math.inf, 10**400, 1e39, *whole):
+            with pytest.raises(ValueError, match=f"^target config: {name} must be .*; got "):
+                read_target_config(config | {name: value})

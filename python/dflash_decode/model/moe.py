@@ -39,11 +39,13 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class _Memory:
+    """routed, shared: where there is a shared MLP, the experts' sum, and that MLP's memory."""
+
     logits: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
-    routed: torch.Tensor
-    shared: Any
+    routed: torch.Tensor | None = None
+    shared: Any = None
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,19 @@ class Experts:
         """For rows like x (T, H)."""
         c, rows = self.config, len(x)
         ids = torch.zeros((rows, c.chosen), dtype=torch.int32, device=x.device)
-        return _Memory(x.new_zeros(rows, c.experts), ids, torch.zeros_like(ids, dtype=torch.float32),
-                       torch.zeros_like(x) if self.shared else x, self.shared.memory(x) if self.shared else None)
+        routing = x.new_zeros(rows, c.experts), ids, torch.zeros_like(ids, dtype=torch.float32)
+        return _Memory(*routing, torch.zeros_like(x), self.shared.memory(x)) if self.shared else _Memory(*routing)
 
     def run(self, x: torch.Tensor, out: torch.Tensor, memory: Any) -> None:
         c, m = self.config, memory
         linear(x, self.router, self.router_bias, out=m.logits)
         route_experts(m.logits, c.chosen, bias=self.correction, out_ids=m.ids, out_weights=m.weights,
                       **dict(c.routing))
-        expert_mlp(x, self.gate_up, self.down, m.ids, m.weights, gate_up_bias=self.gate_up_bias,
-                   down_bias=self.down_bias, activation=c.activation, out=m.routed if self.shared else out)
+        routed = expert_mlp(x, self.gate_up, self.down, m.ids, m.weights, gate_up_bias=self.gate_up_bias,
+                            down_bias=self.down_bias, activation=c.activation, out=m.routed if self.shared else out)
         if self.shared:
             self.shared.run(x, out, m.shared)
-            # For its sum, out += routed; the norm is not used.
-            add_rms_norm(m.routed, out, self.ones, out=m.routed)
+            add_rms_norm(routed, out, self.ones, out=routed)  # for its sum, out += routed; the norm is not used
 
 
 def take_experts(tensors: Tensors, prefix: str, c: ExpertsConfig, hidden: int, pack: Packer, int8: bool) -> Experts:
