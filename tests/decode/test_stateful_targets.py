@@ -9,7 +9,9 @@ from dflash_decode.loop import Decoder  # noqa: E402
 from dflash_decode.model.hf import HFTarget  # noqa: E402
 from dflash_decode.model.hf_states import mixers  # noqa: E402
 from dflash_decode.requests import Request  # noqa: E402
+from dflash_decode.session import Session  # noqa: E402
 from dflash_kernels.testing import same_bits  # noqa: E402
+from tests.support import tiny  # noqa: E402
 from tests.support.decode_models import COMMON, VOCAB, randomise  # noqa: E402
 from tests.support.decode_runs import Oracle, run  # noqa: E402
 
@@ -66,6 +68,14 @@ def test_text_is_that_of_generate_with_and_without_drafts(kind):
         got = run(target, oracle, asked(16), max_batch=batch, max_context=64)
         assert {i: text for i, (text, *_) in got.items()} == want
         assert {1, 5} < {length for *_, lengths in got.values() for length in lengths}
+
+
+def test_a_directory_loads(tmp_path):
+    model, folder = make("qwen3_next"), tiny.write_target(tmp_path)
+    want = model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=12, do_sample=False)[0, len(PROMPTS[1]):].tolist()
+    model.save_pretrained(folder)
+    session = Session.load(folder, "random", dtype="float32", block_size=4)
+    assert session.run([PROMPTS[1]], max_new_tokens=12).answers[0].tokens == want
 
 
 def test_a_step_is_one_pass_of_the_model():
