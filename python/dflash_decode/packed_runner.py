@@ -23,6 +23,7 @@ from .widths import FixedWidths, Policy, WidthPolicy, draft_widths
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
 _ROUNDS, _ENOUGH = 4, 0.05  # times that a pass is measured, unless they take so many seconds
+_APART = 7919  # a prime: ids of tokens that have nothing to do with each other
 _KEPT_ROWS = 1024  # whose features a request keeps at most before they are written
 # What policies know of a drafter, for the next decoder that it works in.
 _LEARNED: weakref.WeakKeyDictionary[Drafter, dict[str, WidthPolicy]] = weakref.WeakKeyDictionary()
@@ -243,6 +244,8 @@ class PackedRunner(Runner):
             if not few or rows <= max(s.width, 2 * s.max_batch):
                 stage = self.verify_stage(min(-(-rows // s.width), most), rows, s.width, GreedyVerifier)
                 stage.fill([])
+                # Rows of one token would go through the same experts, and read the weights of a single row.
+                stage.ids.view(-1).copy_(torch.arange(stage.ids.numel()) * _APART % s.target.vocab_size)
                 works["verify", rows] = stage
         sizes = [(1, width) for width in draft_widths(s.width)] + [(n, s.width) for n in buckets(s.max_batch)]
         for batch, width in sizes:
@@ -311,4 +314,5 @@ def _shape(model) -> list:
     return [type(model).__name__, cache.layers, cache.kv_heads, cache.head_dim, str(model.dtype),
             bool(getattr(model, "int8", False)), getattr(model.head, "format", None),
             getattr(model.head, "exact", False), list(model.embedding.shape),
-            getattr(getattr(model, "geometry", None), "intermediate", 0)]
+            getattr(getattr(model, "geometry", None), "intermediate", 0),
+            repr(getattr(getattr(model, "geometry", None), "experts", None))]

@@ -32,8 +32,9 @@ from .loop import Decoder
 from .model import Target
 from .model.calibration import read_calibration
 from .model.drafter import Drafter
+from .model.families import FAMILIES
 from .model.layouts import with_mask_token
-from .model.native import FAMILIES, NativeTarget
+from .model.native import NativeTarget
 from .model.vocabulary import read_mask_embedding, read_vocabulary
 from .prompts import read_prompt, read_prompts
 from .requests import Request

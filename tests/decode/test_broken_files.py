@@ -20,6 +20,7 @@ from dflash_decode.checkpoint.gguf import file as gguf_file
 from dflash_decode.checkpoint.gguf import header as gguf_header
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.rope import Rope
 from dflash_decode.model.vocabulary import read_mask_embedding, read_vocabulary
 from tests.support import tiny
 from tests.support.gguf_files import names_and_shapes, write_gguf
@@ -293,7 +294,7 @@ def test_a_context_longer_than_memory_costs_what_is_used_of_it(tmp_path, most):
     for room, tokens in ((16, 8), (64, 60)):  # the second needs a longer table than the first has made
         assert answer(long, room, tokens) == answer(make(tiny.CONTEXT), room, tokens)
     table = long[0]._tables.reaching(long[0].cache.allocate(4, 16), 4)[0]
-    assert torch.equal(table[:16], long[0]._rope.table(16)) and 68 <= len(table) <= 128
+    assert torch.equal(table[:16], Rope(10000.0, tiny.HEAD_DIM).table(16)) and 68 <= len(table) <= 128
 
 
 @pytest.mark.parametrize("change", [{"n_embd": [1]}, {"n_head": 0}, {"vocab_size": 65}, {"layer_norm_epsilon": "x"},

@@ -11,7 +11,7 @@ from dflash_kernels import quantize_blocks
 from dflash_kernels.testing import assert_within_budget, same_bits
 
 transformers = pytest.importorskip("transformers")
-from tests.support.decode_models import COMMON, FAMILIES, VOCAB, make_target  # noqa: E402
+from tests.support.decode_models import COMMON, EXPERTS, FAMILIES, VOCAB, make_target  # noqa: E402
 
 PAGE, TABLE = 4, torch.tensor([[5, 3, 1, 7, 2, 0, NO_PAGE]], dtype=torch.int32)
 
@@ -39,11 +39,13 @@ def forward(target, ids, target_layer_ids, chunks):
     return torch.cat(features), torch.cat(rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), [
+    *(pytest.param(family, torch.float32, id=f"{family}-f32") for family in FAMILIES),
+    *(pytest.param(family, torch.bfloat16, id=f"{family}-bf16") for family in FAMILIES if family not in EXPERTS)])
 @torch.no_grad()
 def test_p9_p10_features_and_logits_are_those_of_transformers(family, dtype):
-    """Hidden states in the order asked for, the last layer's after the final norm, as dflash's own features have it."""
+    """Hidden states in the order asked for, the last layer's after the final norm, as dflash's own features have it.
+    In 16 bits a router can choose other experts at a near tie, so that errors have no bound."""
     model, target = make_target(family, dtype)
     ids, target_layer_ids = torch.randint(0, VOCAB, (23,)), (2, 0, 3)
     features, rows = forward(target, ids, target_layer_ids, [23])
@@ -110,14 +112,13 @@ def test_in_8_bits_it_is_the_model_whose_weights_are_rounded(family):
 
 
 @pytest.mark.parametrize(("changes", "match"), [
-    ({"model_type": "minimax_m2"}, "model_type must be one of llama, mistral, qwen2, qwen3, smollm3; got 'minimax_m2'"),
+    ({"model_type": "klingon"}, "model_type must be one of cwm, .*, llama, .*, smollm3; got 'klingon'"),
     ({"model_type": None}, "model_type must be .* got nothing"),
-    ({"model_type": "mistral", "sliding_window": 16}, "sliding_window = 16"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "window = 16"),
-    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types must all be"),
+    ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types must all be full_attention in a llama"),
+    ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "sliding_attention or full_attention; got 'ch"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' changes the model"), ({"num_experts": 4}, "num_experts = 4"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"rope_interleaved": True}, "rope_interleaved"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope type .* got 'dynamic'"),
+    ({"rope_scaling": {"rope_type": "su", "factor": 2.0}, "rope_parameters": None}, "rope type must be .* got 'su'"),
 ])
 def test_what_changes_the_arithmetic_is_refused_by_name(changes, match):
     model, _ = make_target("llama")

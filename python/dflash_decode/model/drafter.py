@@ -77,14 +77,15 @@ class Drafter:
             head_dim=c.head_dim, eps=c.rms_norm_eps, qkv_bias=c.attention_bias, o_bias=c.attention_bias,
             mlp_bias=c.mlp_bias, value_scale=c.value_scale, conv=c.conv)
         self.cache = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype, self.device)
-        taker = Tensors(dequantized(c.quantization, renamed(tensors), self.dtype), self.dtype, self.device, _WHAT)
+        stored = dequantized(c.quantization, renamed(tensors), self.dtype, _WHAT)
+        taker = Tensors(stored, self.dtype, self.device, _WHAT)
         self.fc = self.pack(taker.take("fc.weight", c.hidden_size, c.features))
         self.hidden_norm = taker.take("hidden_norm.weight", c.hidden_size)
         self.norm = taker.take("norm.weight", c.hidden_size)
         self.layers: list[Layer] = []
         context: list[list[Any]] = []
         for i, mask in enumerate(c.masks):
-            layer, parts = take_layer(taker, f"layers.{i}.", g, mask, self.pack)
+            layer, parts = take_layer(taker, i, g, mask, self.pack)
             self.layers.append(layer)
             context.append(parts)
         self.context_kv = self.pack(torch.cat([t for k, v, _, _ in context for t in (k, v)]))

@@ -6,7 +6,6 @@ another kernel for another number of rows. In bfloat16, speculative and baseline
 tie; `dflash_decode.lossless` finds the place and the margin.
 """
 
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -14,12 +13,13 @@ import torch
 from dflash_kernels import PackedWeight, PagedKV, block_attention, linear, lm_head_argmax, pack_weight
 
 from ..kv import CacheShape
+from .hf_states import KINDS, States, current, mixers
 
 IMPLEMENTATION = "paged_block_attention"  # a name with "flash" in it would be taken for a FlashAttention
 _ATTENDS = ("full_attention", "sliding_attention", "chunked_attention")  # kinds of layers
 _SEVERAL_SHAPES = "has layers with keys of several shapes, and pages have one"
 _NOT_OURS = ("position_bias", "head_mask", "relative_position_bias")
-_current = threading.local()
+_STATELESS = ("moe", "mlp")  # kinds of layers that neither attend nor have a state
 
 
 class HFTarget:
@@ -29,9 +29,8 @@ class HFTarget:
     implementation is replaced permanently.
 
     Raises TypeError for any other object, and ValueError for a model without an output head. Raises NotImplementedError
-    for a model whose layers do not all use transformers' attention interface (linear attention, convolutions, MLA,
-    layers of several head dims), that keeps state other than K and V, or whose masks have windows that its attention is
-    not given.
+    for a model whose attention is not transformers' interface (MLA, layers of several head dims), that keeps a state
+    other than K and V outside transformers' cache, or whose masks have windows that its attention is not given.
     """
 
     graph_safe = packs = False
@@ -57,7 +56,10 @@ class HFTarget:
         self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.cache = CacheShape(self.num_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim,
+        # A layer that does not attend has no pages.
+        self.cache_of = {layer: i for i, layer in enumerate(_attending(config))}
+        self.states = States(model) if any(mixers(model)) else None
+        self.cache = CacheShape(len(self.cache_of), getattr(config, "num_key_value_heads", None) or heads, head_dim,
                                 self.dtype, self.device)
 
     def make_pass(
@@ -88,15 +90,19 @@ class HFPass:
     def run(self, ids, positions, slots, page_table, context_lens, block_lens, block_starts=None):
         self.slots, self.where = slots, (page_table, context_lens, block_lens)
         self.seen: set[int] = set()
+        states = self.target.states
+        self.blocks = states.blocks(self.caches[0], *self.where) if states else ()
         try:
-            _current.value = self
+            current.value = self
             output = self.target.base(input_ids=ids, position_ids=positions, use_cache=False,
                                       output_hidden_states=bool(self.target_layer_ids))
         finally:
-            _current.value = None
-        if len(self.seen) != self.target.num_layers:
-            raise NotImplementedError(f"HFTarget: all {self.target.num_layers} layers must attend through "
+            current.value = None
+        if self.seen != self.target.cache_of.keys():
+            raise NotImplementedError(f"HFTarget: all {len(self.target.cache_of)} layers must attend through "
                                       f"transformers' attention interface; {len(self.seen)} did")
+        if states:
+            states.keep(self.caches[0], self.blocks)
         rows = output.last_hidden_state.reshape(-1, self.target.hidden_size)
         if not self.target_layer_ids:
             return rows, rows[:, :0]
@@ -104,8 +110,11 @@ class HFPass:
 
     def attend(self, layer, q, k, v, *, scaling, window, sinks, softcap, causal):
         """q, k, v (B, heads, Q, D), after RoPE -> (B, Q, Hq, D); K and V of rows with a slot go to their pages."""
+        if layer not in self.target.cache_of:
+            raise NotImplementedError(f"HFTarget: attention of layer {layer} is not among those of the config's "
+                                      "layer_types, and has no pages")
         self.seen.add(layer)
-        cache = self.caches[layer]
+        cache = self.caches[self.target.cache_of[layer]]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         block_attention(q, k, v, cache, *self.where[:2], block_lens=self.where[2], scale=scaling, causal=causal,
@@ -118,7 +127,7 @@ class HFPass:
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
                s_aux=None, is_causal=None, **kwargs):
-    now = getattr(_current, "value", None)
+    now = getattr(current, "value", None)
     if now is None:
         raise RuntimeError("this model's attention belongs to dflash_decode.model.hf.HFTarget; run it through "
                            "that, or call model.set_attn_implementation('sdpa') to have it back")
@@ -154,11 +163,15 @@ def refuse_model(model) -> None:
     if not model._can_set_attn_implementation():
         raise NotImplementedError(f"HFTarget: {name} does not use transformers' attention "
                                   "interface")
-    # A class may be of hybrids and this model have attention alone: a state comes with a short convolution, or all
-    # layers have one.
-    if getattr(model, "_is_stateful", False) and (not getattr(config, "layer_types", None) or any(
-            module.endswith("conv1d") for module, _ in model.named_modules())):
-        raise NotImplementedError(f"HFTarget: {name} keeps state other than keys and values, which has no pages")
+    types = getattr(config, "layer_types", None) or ()
+    stateful = {i for i, kind in enumerate(types) if kind in KINDS}
+    # A class may be of hybrids and this model have attention alone.
+    found = {module.layer_idx for module in mixers(model)}
+    if found != stateful or getattr(model, "_is_stateful", False) and not types:
+        raise NotImplementedError(f"HFTarget: {name} keeps state other than keys and values that is not in "
+                                  "transformers' cache")
+    if not _attending(config):
+        raise NotImplementedError(f"HFTarget: {name} has no layer that attends, and so no pages")
     if any(getattr(module, "is_causal", None) is False for module in model.get_decoder().modules()):
         raise NotImplementedError(f"HFTarget: {name} does not attend causally, as its config makes it an encoder")
 
@@ -176,9 +189,10 @@ def _layers_apart(config) -> str | None:
         return _SEVERAL_SHAPES
     if None not in (head_dim, of_values) and head_dim != of_values and heads is not None:
         return f"has keys of {head_dim} and values of {of_values} dimensions, which must have as many"
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENDS))
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {*_ATTENDS, *KINDS, *_STATELESS})
     if others:
-        return f"has layers of a kind that is not supported, {', '.join(others)}: all must be full or sliding attention"
+        return f"has layers of a kind that is not supported, {', '.join(others)}: all must be full or sliding " \
+               f"attention, {', '.join(KINDS)}"
     if getattr(config, "cross_attention_layers", None):
         return "has layers that attend to images alone, which is not supported"
     chunk = getattr(config, "attention_chunk_size", None)
@@ -186,6 +200,12 @@ def _layers_apart(config) -> str | None:
             and chunk < config.max_position_embeddings:
         return f"attends in chunks of {chunk} tokens, which is not supported"
     return None
+
+
+def _attending(config) -> list[int]:
+    """The numbers of the layers that attend."""
+    types = getattr(config, "layer_types", None) or [_ATTENDS[0]] * config.num_hidden_layers
+    return [i for i, kind in enumerate(types) if kind in (*_ATTENDS, "hybrid")]
 
 
 def _embedding_scale(model) -> float:
@@ -196,8 +216,9 @@ def _embedding_scale(model) -> float:
 
 def _logit_scale(config) -> float:
     """The scale that the model's own class applies to the logits, which sampling with a temperature depends on."""
-    if getattr(config, "logit_scale", None):  # Cohere
-        return float(config.logit_scale)
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        if getattr(config, name, None):
+            return float(getattr(config, name))
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite, MiniCPM and HyperCLOVA X
     return scaling if config.model_type.startswith("hyperclovax") else 1.0 / scaling
 

@@ -1,16 +1,16 @@
-"""Drafters stored in 8 bits: the weights in the drafter's dtype, value = scale * (stored - zero point).
+"""Checkpoints stored in 8 bits: the weights in the model's dtype, value = scale * (stored - zero point).
 
-A format that also rounds activations (W8A8) is run without that, so that drafts can differ from an engine's.
+A format that also rounds activations (W8A8) is run without that, so that an engine's output can differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..checkpoint.fields import Fields, shown
 
-_WHAT = "draft config"
 _METHODS = ("compressed-tensors", "fp8", "modelopt")
 _STORED = (torch.float8_e4m3fn, torch.int8)
 _SCALES = ("_scale", "_scale_inv")
@@ -27,11 +27,11 @@ class Quantization:
 
 
 def read_quantization(config: Fields) -> Quantization | None:
-    """The quantization_config of a drafter in 8 bits, or None. Raises NotImplementedError for any other."""
+    """The quantization_config of a model in 8 bits, or None. Raises NotImplementedError for any other."""
     found = config.table("quantization_config", None)
     if not found:
         return None
-    f = Fields(f"{_WHAT}: quantization_config", found)
+    f = Fields(f"{config.what}: quantization_config", found)
     if f.get("quant_method") not in _METHODS:
         raise NotImplementedError(f"{f.what}.quant_method must be one of {', '.join(_METHODS)}; "
                                   f"got {shown(f.get('quant_method'))}")
@@ -52,43 +52,54 @@ def read_quantization(config: Fields) -> Quantization | None:
     return Quantization(None if block is None else (block[0], block[1]))
 
 
-def dequantized(config: Quantization | None, tensors: Mapping[str, torch.Tensor],
-                dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
-    """The tensors with every weight of 8 bits in `dtype`; None changes nothing. Raises ValueError for a weight without
-    a scale or with one of another shape."""
+def dequantized(config: Quantization | None, tensors: Mapping[str, Any], dtype: torch.dtype,
+                what: str) -> Mapping[str, Any]:
+    """The tensors with every weight of 8 bits in `dtype`, each made when it is read; no config changes nothing. what:
+    names the checkpoint in errors. Raises NotImplementedError for weights in 4 bits."""
     if config is None:
         return tensors
     if packed := sorted(name for name in tensors if name.endswith(_FOUR_BITS)):
-        raise NotImplementedError(f"draft checkpoint: tensor {packed[0]}, a weight in 4 bits, is not supported")
-    made = {}
-    for name, t in tensors.items():
-        if name.endswith(_UNUSED) or any(name.endswith(end) and name.removesuffix(end) in tensors
-                                         for end in (*_SCALES, "_zero_point")):
-            continue
-        made[name] = _weight(name, t, tensors, config.block, dtype) if t.dtype in _STORED else t
-    return made
+        raise NotImplementedError(f"{what}: tensor {packed[0]}, a weight in 4 bits, is not supported")
+    return _Widened(config, tensors, dtype, what)
 
 
-def _weight(name, t, tensors, block, dtype):
-    scale = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
-    if scale is None:
-        raise ValueError(f"draft checkpoint: tensor {name}_scale must be there, as {name} is stored in 8 bits; "
-                         "got nothing")
-    zero = tensors.get(f"{name}_zero_point")
-    exact = t.float() if zero is None else t.float() - _spread(name, zero.float(), t.shape, block)
-    return (exact * _spread(name, scale.float(), t.shape, block)).to(dtype)
+class _Widened(Mapping):
+    """Reading raises ValueError for a weight without a scale or with one of another shape."""
 
+    def __init__(self, config: Quantization, tensors: Mapping[str, Any], dtype: torch.dtype, what: str):
+        self._block, self._tensors, self._dtype, self._what = config.block, tensors, dtype, what
+        self._names = {name: None for name in tensors if not name.endswith(_UNUSED) and not any(
+            name.endswith(end) and name.removesuffix(end) in tensors for end in (*_SCALES, "_zero_point"))}
 
-def _spread(name, scale, shape, block):
-    """One scale for the whole weight, for each row, or for each block of rows and columns -> one that broadcasts."""
-    if scale.numel() == 1:
-        return scale.reshape(())
-    if len(shape) == 2 and scale.shape in ((shape[0],), (shape[0], 1)):
-        return scale.reshape(-1, 1)
-    if len(shape) == 2 and scale.dim() == 2:
-        sizes = block or tuple(-(-n // parts) for n, parts in zip(shape, scale.shape, strict=True))
-        if tuple(scale.shape) == tuple(-(-n // size) for n, size in zip(shape, sizes, strict=True)):
-            rows = scale.repeat_interleave(sizes[0], 0)[:shape[0]]
-            return rows.repeat_interleave(sizes[1], 1)[:, :shape[1]]
-    raise ValueError(f"draft checkpoint: the scale of {name} must be one, one for each of {shape[0]} rows, or one for "
-                     f"each block; got {tuple(scale.shape)}")
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Any:
+        t = self._tensors[name]
+        if not isinstance(t, torch.Tensor) or t.dtype not in _STORED:
+            return t
+        scale = next((self._tensors[name + end] for end in _SCALES if name + end in self._tensors), None)
+        if scale is None:
+            raise ValueError(f"{self._what}: tensor {name}_scale must be there, as {name} is stored in 8 bits; "
+                             "got nothing")
+        zero = self._tensors.get(f"{name}_zero_point")
+        exact = t.float() if zero is None else t.float() - self._spread(name, zero.float(), t.shape)
+        return (exact * self._spread(name, scale.float(), t.shape)).to(self._dtype)
+
+    def _spread(self, name, scale, shape):
+        """One scale for the whole weight, for each row, or for each block of rows and columns -> one that broadcasts.
+        """
+        if scale.numel() == 1:
+            return scale.reshape(())
+        if len(shape) == 2 and scale.shape in ((shape[0],), (shape[0], 1)):
+            return scale.reshape(-1, 1)
+        if len(shape) == 2 and scale.dim() == 2:
+            sizes = self._block or tuple(-(-n // parts) for n, parts in zip(shape, scale.shape, strict=True))
+            if tuple(scale.shape) == tuple(-(-n // size) for n, size in zip(shape, sizes, strict=True)):
+                rows = scale.repeat_interleave(sizes[0], 0)[:shape[0]]
+                return rows.repeat_interleave(sizes[1], 1)[:, :shape[1]]
+        raise ValueError(f"{self._what}: the scale of {name} must be one, one for each of {shape[0]} rows, or one for "
+                         f"each block; got {tuple(scale.shape)}")

@@ -19,6 +19,7 @@ _KEYS = {
     "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True, _LENGTH: True},
     "yarn": {"factor": True, _LENGTH: True, "attention_factor": False, "beta_fast": False, "beta_slow": False,
              "mscale": False, "mscale_all_dim": False, "truncate": False},
+    "dynamic": {"factor": True, _LENGTH: False},
     "longrope": {"short_factor": True, "long_factor": True, "attention_factor": True, _LENGTH: False, "factor": False},
 }
 _HARMLESS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
@@ -26,8 +27,8 @@ _HARMLESS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 @dataclass(frozen=True)
 class Rope:
-    """rotary_dim: the leading part of a head that is rotated; 0 is none (NoPE). kind: default, linear, llama3, yarn
-    or longrope, with its parameters."""
+    """rotary_dim: the leading part of a head that is rotated; 0 is none (NoPE). kind: default, linear, llama3, yarn,
+    longrope, or dynamic (which is default up to max_position_embeddings), with its parameters."""
 
     theta: float
     rotary_dim: int
@@ -161,11 +162,13 @@ def _by_type(parameters: Mapping) -> bool:
     return any(isinstance(value, Mapping) and name not in known for name, value in parameters.items())
 
 
-def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 10000.0) -> Rope:
+def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 10000.0,
+              bounded: bool = False) -> Rope:
     """The Rope of a config.json: rope_parameters (new) or rope_theta + rope_scaling (old), full or partial.
 
-    what: names the config in errors. theta: where the config has none; None: it must have one. Raises ValueError for a
-    wrong or missing value or two that differ, and NotImplementedError for an unsupported kind or key.
+    what: names the config in errors. theta: where the config has none; None: it must have one. bounded: no position
+    reaches max_position_embeddings, beyond which the angles of a dynamic rope depend on the whole length. Raises
+    ValueError for a wrong or missing value or two that differ, and NotImplementedError for an unsupported kind or key.
     """
     f = Fields(what, config)
     new, old = f.table("rope_parameters", {}), f.table("rope_scaling", {})
@@ -174,8 +177,9 @@ def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 1
                                   f"{shown(dict(new))}")
     scaling, every = Fields(what, new, old), Fields(what, new, config, old)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _KEYS:
-        raise NotImplementedError(f"{what}: rope type must be one of {', '.join(_KEYS)}; got {shown(kind)}")
+    kinds = [name for name in _KEYS if bounded or name != "dynamic"]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise NotImplementedError(f"{what}: rope type must be one of {', '.join(kinds)}; got {shown(kind)}")
     unknown = {k for place in (new, old) for k, v in place.items() if v is not None} - set(_KEYS[kind]) - _HARMLESS
     if unknown:
         raise NotImplementedError(f"{what}: rope field {shown(sorted(unknown, key=str)[0])} of type {kind!r} is not "

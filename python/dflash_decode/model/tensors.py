@@ -1,6 +1,7 @@
 """A checkpoint's tensors on their way into layers: taken by name, checked, and packed for products."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -23,40 +24,64 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._left
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """Takes a weight of any float dtype and converts it to `dtype`."""
-        return self._take(name, shape, _FLOATS).to(self._device, self._dtype)
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Takes a weight of any float dtype and converts it, to the checkpoint's `dtype` if there is none here."""
+        return self._take(name, shape, _FLOATS).to(self._device, dtype or self._dtype)
+
+    def later(self, name: str, *shape: int) -> Callable[[], torch.Tensor]:
+        """Takes a weight that must be there, and is read, checked and converted in each call of the result."""
+        self._claim(name, shape)
+        return lambda: self.converted(self._read(name, shape, _FLOATS))
+
+    def take_stored(self, name: str, *shape: int, dtypes: Sequence[torch.dtype] = _FLOATS) -> torch.Tensor:
+        """Takes a tensor as it is stored, which may be a map of a file."""
+        return self._take(name, shape, dtypes)
+
+    def converted(self, t: torch.Tensor) -> torch.Tensor:
+        """A part of a stored tensor, in `dtype`."""
+        return t.to(self._device, self._dtype)
 
     def take_weight(self, name: str, *shape: int) -> torch.Tensor | Blocks:
         """Takes a weight of products: as `take` does, or in its blocks."""
-        if not isinstance(self._tensors.get(name), Blocks):
-            return self.take(name, *shape)
-        return self._take(name, shape, None)
+        self._claim(name, shape)
+        t = self._read(name, shape, _FLOATS, blocks=True)
+        return t if isinstance(t, Blocks) else t.to(self._device, self._dtype)
 
     def take_ids(self, name: str, *shape: int) -> torch.Tensor:
         """Takes integers and converts them to int64."""
         return self._take(name, shape, _INTEGERS).to(self._device, torch.int64)
 
-    def _take(self, name, shape, dtypes):
+    def refuse(self, name: str, expected: str, got: str) -> NoReturn:
+        """Raises the error that the tensor must be as expected."""
+        raise ValueError(f"{self._what}: tensor {name} must be {expected}; got {got}")
+
+    def _claim(self, name, shape):
         if name not in self._left:
-            raise ValueError(f"{self._what}: tensor {name} must be there with shape {shape}; got nothing")
+            self.refuse(name, f"there with shape {shape}", "nothing")
         self._left.remove(name)
+
+    def _take(self, name, shape, dtypes):
+        self._claim(name, shape)
+        return self._read(name, shape, dtypes)
+
+    def _read(self, name, shape, dtypes, blocks=False):
         t = self._tensors[name]
         if tuple(t.shape) != shape:
             raise ValueError(f"{self._what}: tensor {name} must have shape {shape}; got {tuple(t.shape)}")
-        if dtypes is None:
-            return t
-        if isinstance(t, Blocks):
-            raise ValueError(f"{self._what}: tensor {name} must have elements; got blocks of {t.format}")
-        if t.dtype not in dtypes:
+        if isinstance(t, Blocks) and not blocks:
+            self.refuse(name, "of elements", f"blocks of {t.format}")
+        if not isinstance(t, Blocks) and t.dtype not in dtypes:
             names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise ValueError(f"{self._what}: tensor {name} must be one of {names}; got "
-                             f"{str(t.dtype).removeprefix('torch.')}")
+            self.refuse(name, f"one of {names}", str(t.dtype).removeprefix("torch."))
         return t
 
     def drop(self, *endings: str) -> None:
         """Ignores tensors that carry no new information."""
         self._left = {name for name in self._left if not name.endswith(endings)}
+
+    def drop_under(self, *prefixes: str) -> None:
+        """Ignores tensors of parts that are not used."""
+        self._left = {name for name in self._left if not name.startswith(prefixes)}
 
     def finish(self) -> None:
         if self._left:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from dflash_kernels import PagedKV, add_rms_norm, block_attention, qk_norm_rope, rms_norm, silu_and_mul
+from dflash_kernels import PagedKV, add_rms_norm, block_attention, qk_norm_rope, rms_norm
 
 from ..checkpoint.blocks import Blocks
 from .config import Convolution
 from .dflash2 import Conv, ConvMemory, take_conv
 from .masks import LayerMask
+from .mlp import Mlp, take_mlp
+from .moe import Experts, ExpertsConfig, take_experts
 from .tensors import Packer, Tensors, Weight
 
 
@@ -30,10 +32,7 @@ class Layer:
     o: Weight
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: Weight
-    gate_up_bias: torch.Tensor | None
-    down: Weight
-    down_bias: torch.Tensor | None
+    mlp: Mlp | Experts
     mask: LayerMask
     sinks: torch.Tensor | None
     attention_conv: Conv | None = None
@@ -42,7 +41,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Geometry:
-    """value_scale multiplies V. It is folded into the weight, so that V is the same wherever it is computed."""
+    """value_scale multiplies V. It is folded into the weight, so that V is the same wherever it is computed.
+    norm_of_heads: queries, and keys, are normed as one vector of all heads. sinks: the name of the sinks' tensor."""
 
     hidden: int
     intermediate: int
@@ -54,17 +54,21 @@ class Geometry:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = True
+    norm_of_heads: bool = False
+    sinks: str = "attention_sink_bias"
     value_scale: float = 1.0
     conv: Convolution | None = None
+    experts: ExpertsConfig | None = None
 
     @property
     def qkv_width(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
-               pack: Packer) -> tuple[Layer, list[torch.Tensor | Blocks | None]]:
-    """One layer's weights, packed, and [k weight, v weight, k bias, v bias] unpacked."""
+def take_layer(tensors: Tensors, index: int, g: Geometry, mask: LayerMask, pack: Packer, *, prefix: str = "",
+               int8: bool = False) -> tuple[Layer, list[torch.Tensor | Blocks | None]]:
+    """One layer's weights, packed, and [k weight, v weight, k bias, v bias] unpacked. int8: experts in 8 bits."""
+    prefix = f"{prefix}layers.{index}."
     kv = g.num_kv_heads * g.head_dim
 
     def projection(name, n, k, bias):
@@ -77,21 +81,21 @@ def take_layer(tensors: Tensors, prefix: str, g: Geometry, mask: LayerMask,
     if g.value_scale != 1.0:
         v, v_bias = (None if t is None else (t.float() * g.value_scale).to(t.dtype) for t in (v, v_bias))
     o, o_bias = projection("self_attn.o_proj", g.hidden, g.num_heads * g.head_dim, g.o_bias)
-    gate, gate_bias = projection("mlp.gate_proj", g.intermediate, g.hidden, g.mlp_bias)
-    up, up_bias = projection("mlp.up_proj", g.intermediate, g.hidden, g.mlp_bias)
-    down, down_bias = projection("mlp.down_proj", g.hidden, g.intermediate, g.mlp_bias)
-    head_norms = [tensors.take(f"{prefix}self_attn.{n}.weight", g.head_dim) if g.qk_norm else None
-                  for n in ("q_norm", "k_norm")]
+    head_norms = [tensors.take(f"{prefix}self_attn.{n}.weight", g.head_dim * (heads if g.norm_of_heads else 1))
+                  if g.qk_norm else None for n, heads in (("q_norm", g.num_heads), ("k_norm", g.num_kv_heads))]
     convs = [take_conv(tensors, f"{prefix}{name}", g.hidden, g.conv, pack) if g.conv else None
              for name in ("attention_conv", "mlp_conv")]
+    if g.experts and index not in g.experts.dense:
+        mlp: Mlp | Experts = take_experts(tensors, prefix, g.experts, g.hidden, pack, int8)
+    else:
+        mlp = take_mlp(tensors, f"{prefix}mlp.", g.hidden, g.intermediate, g.mlp_bias, pack)
     layer = Layer(
         input_norm=tensors.take(f"{prefix}input_layernorm.weight", g.hidden),
         qkv=Weight(pack, q, k, v), qkv_bias=_cat(q_bias, k_bias, v_bias),
         q_norm=head_norms[0], k_norm=head_norms[1], o=Weight(pack, o), o_bias=o_bias,
         post_norm=tensors.take(f"{prefix}post_attention_layernorm.weight", g.hidden),
-        gate_up=Weight(pack, gate, up), gate_up_bias=_cat(gate_bias, up_bias),
-        down=Weight(pack, down), down_bias=down_bias, mask=mask,
-        sinks=tensors.take(f"{prefix}self_attn.attention_sink_bias", g.num_heads) if mask.sinks else None,
+        mlp=mlp, mask=mask,
+        sinks=tensors.take(f"{prefix}self_attn.{g.sinks}", g.num_heads) if mask.sinks else None,
         attention_conv=convs[0], mlp_conv=convs[1],
     )
     return layer, [k, v, k_bias, v_bias]
@@ -133,7 +137,7 @@ class LayersPass:
 
         self.x, self.normed, self.added = buffer(g.hidden), buffer(g.hidden), buffer(g.hidden)
         self.qkv, self.mixed = buffer(g.qkv_width), buffer(g.num_heads * g.head_dim)
-        self.gate_up, self.act = buffer(2 * g.intermediate), buffer(g.intermediate)
+        self.memory = {shape: mlp.memory(self.x) for shape, mlp in {one.mlp.shape: one.mlp for one in layers}.items()}
         self.conv = ConvMemory(g.conv, batch, width, self.x) if g.conv else None
         self.features = buffer(len(target_layer_ids) * g.hidden)
         self.collected = {
@@ -153,9 +157,7 @@ class LayersPass:
                 stream = self._add(stream, layer.input_norm, self.collected.get(index - 1, x), conv)
             self._attend(self._start(layer.attention_conv), layer, cache, table, positions, slots, *where)
             stream = self._add(stream, layer.post_norm, x, layer.attention_conv)
-            layer.gate_up.product(self._start(layer.mlp_conv), layer.gate_up_bias, self.gate_up)
-            silu_and_mul(self.gate_up, out=self.act)
-            layer.down.product(self.act, layer.down_bias, self.added)
+            layer.mlp.run(self._start(layer.mlp_conv), self.added, self.memory[layer.mlp.shape])
             conv = layer.mlp_conv
         last = self.collected.get(len(self.layers) - 1, self.normed)
         self._finish(conv, stream, self.final_norm, last, None)
@@ -180,8 +182,12 @@ class LayersPass:
     def _attend(self, rows, layer, cache, table, positions, slots, page_table, context_lens, block_lens, block_starts):
         g = self.g
         layer.qkv.product(rows, layer.qkv_bias, self.qkv)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        if g.norm_of_heads:
+            self._norm_heads(q_norm, k_norm)
+            q_norm = k_norm = None
         qk_norm_rope(self.qkv, positions, table, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
-                     head_dim=g.head_dim, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=g.eps,
+                     head_dim=g.head_dim, q_weight=q_norm, k_weight=k_norm, eps=g.eps,
                      interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
         shape = self.shape if block_starts is None else (len(self.qkv),)
         heads = self.qkv.view(*shape, -1, g.head_dim)
@@ -190,3 +196,9 @@ class LayersPass:
                         max_block=None if block_starts is None else self.shape[1], causal=layer.mask.causal,
                         window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*shape, -1, g.head_dim))
         layer.o.product(self.mixed, layer.o_bias, self.added)
+
+    def _norm_heads(self, q_norm, k_norm):
+        """Norms the queries in place as one vector of all heads, and the keys as another."""
+        q, k, _ = self.qkv.split([n * self.g.head_dim for n in (self.g.num_heads, *[self.g.num_kv_heads] * 2)], -1)
+        for part, weight in ((q, q_norm), (k, k_norm)):
+            rms_norm(part, weight, self.g.eps, out=part)

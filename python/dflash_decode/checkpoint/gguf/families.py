@@ -143,7 +143,7 @@ TARGETS = {
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", _DENSE | _HEAD_NORMS),
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", _DENSE, config=_smollm3, interleaved=True),
     "qwen3moe": Family(
-        "qwen3_moe", "Qwen3MoeForCausalLM", native=False, config=_qwen3moe,
+        "qwen3_moe", "Qwen3MoeForCausalLM", config=_qwen3moe,
         layer={**_ATTENTION, **_HEAD_NORMS, "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate",
                **_EXPERTS}, converted=lambda tensors: _joined(tensors, _beside)),
     "gemma3": Family(
@@ -155,7 +155,7 @@ TARGETS = {
         layer={"attn_norm": "input_layernorm", "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
                "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}),
     "gpt-oss": Family(
-        "gpt_oss", "GptOssForCausalLM", native=False, config=_gpt_oss, bare=("self_attn.sinks",),
+        "gpt_oss", "GptOssForCausalLM", config=_gpt_oss, bare=("self_attn.sinks",),
         layer={**_ATTENTION, "post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks",
                "ffn_gate_inp": "mlp.router", **_EXPERTS}, converted=lambda tensors: _joined(tensors, _alternating)),
 }

@@ -145,7 +145,7 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype,
             raise CheckpointError(f"{path}: {name} must be there once; got it again as {stored.name}")
         kept = _format_of(stored) if blocks else None
         if blocks and not kept and stored.tensor_type.name not in ("F32", "F16", "BF16"):
-            expanded.add(stored.tensor_type.name)
+            expanded.add(stored.tensor_type.name + " (experts)" * stored.name.endswith("_exps.weight"))
         values = _values(path, stored, config, family, kept)
         # A copy: what needs no dequantising is otherwise a read-only view of the file.
         tensors[name] = Blocks(torch.from_numpy(np.array(values)), kept) if kept else \

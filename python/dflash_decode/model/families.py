@@ -1,0 +1,86 @@
+"""The model_types that our own layers run, and what their classes do where config.json does not say so."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..checkpoint.fields import Fields, shown
+from .experts import Layout
+from .moe import ExpertsConfig
+
+_MIXTRAL = Layout(blocks=("block_sparse_moe", "mlp"), correction="e_score_correction_bias", parts=("w1", "w3", "w2"))
+
+
+@dataclass(frozen=True)
+class Family:
+    """qkv_bias: of q, k and v: "field" (if attention_bias is true), "always" or "". o_bias, mlp_bias: whether the field
+    attention_bias, or mlp_bias, counts.
+
+    qk_norm: of queries and keys: "each" head, "all" heads as one vector, "field" (each, if use_qk_norm is true) or "".
+    windows: what puts a window on layers: "set" (sliding_window is a number), "asked" (use_sliding_window is true
+    beside it) or "". partial: a part of a head can be left unrotated. sinks: each head has a learned sink.
+    """
+
+    qkv_bias: str = ""
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = ""
+    windows: str = ""
+    partial: bool = False
+    sinks: bool = False
+    experts: Callable[[Fields, int], ExpertsConfig] | None = None
+
+
+def _sizes(f: Fields, number: str, width: str) -> tuple[int, int, int]:
+    """Experts, how many a row goes through, and their width. number: a field that transformers writes by another name
+    too."""
+    experts = f.whole(number if f.get("num_local_experts") is None else "num_local_experts")
+    return experts, f.whole("num_experts_per_tok", most=experts), f.whole(width)
+
+
+def _mixtral(f: Fields, layers: int) -> ExpertsConfig:
+    return ExpertsConfig(*_sizes(f, "num_local_experts", "intermediate_size"), _MIXTRAL)
+
+
+def _minimax(f: Fields, layers: int) -> ExpertsConfig:
+    if (scoring := f.get("scoring_func", "sigmoid")) != "sigmoid":
+        raise NotImplementedError(f"{f.what}: scoring_func must be 'sigmoid'; got {shown(scoring)}")
+    return ExpertsConfig(*_sizes(f, "num_local_experts", "intermediate_size"), _MIXTRAL,
+                         routing=(("scoring", "sigmoid"),), correction=f.flag("use_routing_bias", True))
+
+
+def _qwen3(f: Fields, layers: int) -> ExpertsConfig:
+    every, alone = f.whole("decoder_sparse_step", 1), f.items("mlp_only_layers", (), int, "layer numbers")
+    return ExpertsConfig(*_sizes(f, "num_experts", "moe_intermediate_size"), Layout(),
+                         routing=(("normalize", f.flag("norm_topk_prob", False)),),
+                         dense=frozenset(i for i in range(layers) if i in alone or (i + 1) % every))
+
+
+def _glm4(f: Fields, layers: int) -> ExpertsConfig:
+    experts, chosen, width = _sizes(f, "n_routed_experts", "moe_intermediate_size")
+    groups = f.whole("n_group", 1, most=experts)
+    routing = {"scoring": "sigmoid", "groups": groups, "top_groups": f.whole("topk_group", 1, most=groups),
+               "normalize": f.flag("norm_topk_prob", True), "scale": f.number("routed_scaling_factor", 1.0, above=0.0)}
+    return ExpertsConfig(experts, chosen, width, Layout(), routing=tuple(routing.items()), correction=True,
+                         shared=f.whole("n_shared_experts", 1, least=0) * width,
+                         dense=frozenset(range(f.whole("first_k_dense_replace", 1, least=0, most=layers))))
+
+
+def _gpt_oss(f: Fields, layers: int) -> ExpertsConfig:
+    layout = Layout(router="router", alternating=True)
+    return ExpertsConfig(*_sizes(f, "num_local_experts", "intermediate_size"), layout, bias=True, activation="clamped")
+
+
+FAMILIES = {
+    "cwm": Family(mlp_bias=True, windows="set"),
+    "glm4_moe": Family(qkv_bias="field", qk_norm="field", partial=True, experts=_glm4),
+    "gpt_oss": Family(qkv_bias="field", o_bias=True, windows="set", sinks=True, experts=_gpt_oss),
+    "llama": Family(qkv_bias="field", o_bias=True, mlp_bias=True),
+    "minimax_m2": Family(qk_norm="all", partial=True, experts=_minimax),
+    "ministral": Family(windows="set"),
+    "mistral": Family(windows="set"),
+    "mixtral": Family(windows="set", experts=_mixtral),
+    "qwen2": Family(qkv_bias="always", windows="asked"),
+    "qwen3": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked"),
+    "qwen3_moe": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked", experts=_qwen3),
+    "smollm3": Family(qkv_bias="field", o_bias=True, mlp_bias=True, windows="asked"),
+}

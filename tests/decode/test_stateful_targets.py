@@ -1,0 +1,159 @@
+"""Models with recurrent or convolution states as targets: a rejected draft enters no state, and a step is one pass."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from dflash_decode.loop import Decoder  # noqa: E402
+from dflash_decode.model.hf import HFTarget  # noqa: E402
+from dflash_decode.model.hf_states import mixers  # noqa: E402
+from dflash_decode.requests import Request  # noqa: E402
+from dflash_decode.session import Session  # noqa: E402
+from dflash_kernels.testing import same_bits  # noqa: E402
+from tests.support import tiny  # noqa: E402
+from tests.support.decode_models import COMMON, VOCAB, randomise  # noqa: E402
+from tests.support.decode_runs import Oracle, run  # noqa: E402
+
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+         "linear_value_head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+           "shared_expert_intermediate_size": 32}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+CONV = ["conv", "full_attention", "conv", "full_attention"]
+KINDS = {
+    "falcon_h1": ("FalconH1", {**MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 64, "head_dim": 16}),
+    "granitemoehybrid": ("GraniteMoeHybrid", {
+        **MAMBA, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32}),
+    "jamba": ("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_dt_rank": 8,
+                        "use_mamba_kernels": False}),
+    "lfm2": ("Lfm2", {"layer_types": CONV}),
+    "lfm3": ("Lfm3", {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"], "sliding_window": 8}),
+    "nemotron_h": ("NemotronH", {
+        "layer_types": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 16,
+        "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16, "head_dim": 16}),
+    "qwen3_5": ("Qwen3_5", {**DELTA, "head_dim": 32}),
+    "qwen3_next": ("Qwen3Next", {**DELTA, **EXPERTS, "head_dim": 32}),
+}
+PROMPTS = [[5], list(range(1, 40)), [7] * 17]
+
+
+def make(kind):
+    name, changes = KINDS[kind]
+    torch.manual_seed(0)
+    text = "Text" if name == "Qwen3_5" else ""
+    config = getattr(transformers, f"{name}{text}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    randomise(model)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("A_log"):  # a state that neither vanishes nor grows
+            parameter.data = torch.rand_like(parameter)
+    return model
+
+
+def asked(n):
+    return [Request(i, prompt, n) for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_that_of_generate_with_and_without_drafts(kind):
+    model = make(kind)
+    want = {i: model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
+            for i, prompt in enumerate(PROMPTS)}
+    target = HFTarget(model)
+    assert {i: got[0] for i, got in run(target, None, asked(16), max_batch=2, max_context=64).items()} == want
+    for batch in (1, 3):
+        oracle = Oracle.knowing(target, want, 0.3, block_size=5)
+        got = run(target, oracle, asked(16), max_batch=batch, max_context=64)
+        assert {i: text for i, (text, *_) in got.items()} == want
+        assert {1, 5} < {length for *_, lengths in got.values() for length in lengths}
+
+
+def test_a_directory_loads(tmp_path):
+    model, folder = make("qwen3_next"), tiny.write_target(tmp_path)
+    want = model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=12, do_sample=False)[0, len(PROMPTS[1]):].tolist()
+    model.save_pretrained(folder)
+    session = Session.load(folder, "random", dtype="float32", block_size=4)
+    assert session.run([PROMPTS[1]], max_new_tokens=12).answers[0].tokens == want
+
+
+def test_a_step_is_one_pass_of_the_model():
+    target = HFTarget(make("qwen3_next"))
+    calls = []
+    target.base.register_forward_hook(lambda *_: calls.append(1))
+    got = run(target, Oracle.knowing(target, {0: [0] * 9}, 1.0, block_size=4), [Request(0, [3] * 20, 9)],
+              max_batch=1, max_context=64)
+    assert len(calls) == 2 + len(got[0][2])  # a prompt of 16 + 4 tokens
+
+
+def passes(target):
+    """run(context, ids) on one page table, and the caches."""
+    caches, table = target.cache.allocate(4, 16), torch.tensor([[2, 0]], dtype=torch.int32)
+
+    def forward(context, ids):
+        positions = context + torch.arange(len(ids))[None]
+        slots = table[0].long()[positions // 16] * 16 + positions % 16
+        lens = [torch.tensor([n], dtype=torch.int32) for n in (context, len(ids))]
+        return target.make_pass(1, len(ids), caches).run(torch.tensor([ids]), positions, slots, table, *lens)[0]
+
+    return forward
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_5"])
+def test_a_pass_again_and_a_pass_after_other_drafts_are_the_same(kind, monkeypatch):
+    target = HFTarget(make(kind))
+    forward, prompt, block = passes(target), list(range(10)), [20, 21, 22, 23]
+    forward(0, prompt)
+    once = forward(10, block)
+    assert same_bits(forward(10, block), once)  # an interrupt can come between a pass and what it commits
+    forward(10, [20, 21, 50, 60])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # or at the end of a pass
+        patched.setattr(target.states, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        forward(12, block[2:])
+    torch.testing.assert_close(forward(12, block[2:]), once[2:], atol=1e-4, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="states must be of the 20 tokens before the block; got 12 to 14"):
+        forward(20, block)
+
+
+def test_mixers_that_begin_anew_run_token_by_token():
+    """Seen in transformers: Mamba-1 loses its state where several tokens follow it."""
+    found = {}
+    for kind in ("jamba", "lfm2", "qwen3_5"):
+        model = make(kind)
+        HFTarget(model)
+        found[kind] = {module.forward.continues for module in mixers(model)}
+    assert found == {"jamba": {False}, "lfm2": {True}, "qwen3_5": {True}}
+
+
+def test_mixers_and_attention_of_other_forms_are_named():
+    zaya = transformers.ZayaForCausalLM(transformers.ZayaConfig(**{**COMMON, "head_dim": 16}))
+    with pytest.raises(NotImplementedError, match="ZayaCCAProjection must return hidden states alone.*; got a tuple"):
+        HFTarget(zaya)
+    zamba = transformers.ZambaForCausalLM(transformers.ZambaConfig(**{
+        **COMMON, "layer_types": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 16,
+        "use_mamba_kernels": False, "mamba_dt_rank": 8})).eval()
+    with pytest.raises(NotImplementedError, match="attention of layer None is not among those of the config's layer"):
+        passes(HFTarget(zamba))(0, [1, 2])
+
+
+def test_outside_of_the_target_mixers_are_transformers_own():
+    model, ids = make("lfm2"), torch.randint(0, VOCAB, (1, 12))
+    with torch.no_grad():
+        want = model(ids).logits
+        HFTarget(model)
+        HFTarget(model).model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(ids).logits, want)
+
+
+def test_pages_are_those_of_layers_that_attend():
+    target = HFTarget(make("lfm2"))
+    assert (target.num_layers, target.cache.layers) == (4, 2)
+    assert Decoder(target, max_batch=1, max_context=32).kv[0][1].k.shape[0] > 0
+
+
+def test_a_model_that_never_attends_is_refused():
+    config = transformers.Mamba2Config(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB, num_heads=4, head_dim=16,
+                                       n_groups=1, state_size=16)
+    with pytest.raises(NotImplementedError, match="HFTarget: Mamba2ForCausalLM"):
+        HFTarget(transformers.Mamba2ForCausalLM(config))
