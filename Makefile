@@ -14,6 +14,7 @@
 #                      build/peers/kernels to the machine with the GPU
 #   make peers     compares dflash, transformers, vLLM and llama.cpp with our loop: the same PROMPTS=files and drafter
 #   make engine-vllm  serves SmolLM2 with vLLM's CPU build and our plugin, and compares it step by step with vLLM alone
+#   make engine-sglang  enters our ops into the kernel registry of SGLang's wheel and calls them through it
 #   make other-torch TORCH=2.10.0  runs the tests on the same library under another torch (3 GB with its CUDA)
 #   make aot       compiles the GPU kernels for four architectures: registers, shared memory, loops
 #   make clean     removes what was built, but not .venv or the peers' environments
@@ -37,7 +38,7 @@ FAST := tests/kernels tests/decode tests/engines \
   $(patsubst %,tests/bench/test_%.py,docs doc_tables fast imports regressions style)
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
+.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm engine-sglang gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 # Packages are installed while the extension is compiled. What a recipe runs decides for itself how many jobs it takes.
@@ -82,6 +83,9 @@ peer-kernels: $(STAMPS)/deps
 engine-vllm: $(STAMPS)/package $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
 	$(PY) -m bench.engines $(ARGS)
 	$(PY) -m bench.report
+
+engine-sglang: build $(PEERS)/sglang/installed
+	$(PY) -m bench.engines.sglang_registry
 
 docs: build $(STAMPS)/dev
 	$(PY) -m bench.report

@@ -30,7 +30,10 @@ FILES = {
                "kernels/ops/speculative/reject_sampling.py",
                # tests/triton/test_triton_engines*.py take functions out of these
                "srt/plugins/hook_registry.py", "srt/speculative/dflash_worker_v2.py", "srt/speculative/dflash_utils.py",
-               "srt/mem_cache/memory_pool.py", "srt/models/dflash.py"],
+               "srt/mem_cache/memory_pool.py", "srt/models/dflash.py",
+               # its kernel registry: tests/engines/test_engines_registry.py
+               "kernels/spec.py", "kernels/registry.py", "kernels/selector.py", "kernels/ops/speculative/__init__.py",
+               "kernels/plugin_kernels/nvidia/spec.py"],
     "vllm": ["v1/worker/gpu/spec_decode/dflash/speculator.py", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py",
              "v1/worker/gpu/cp_utils.py", "v1/worker/gpu/sample/gumbel.py", "v1/worker/gpu/sample/watermark.py",
              "v1/spec_decode/fly.py", "v1/watermarking/prfs/philox.py",
