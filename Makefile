@@ -16,6 +16,10 @@
 #   make engine-vllm  serves SmolLM2 with vLLM's CPU build and our plugin, and compares it step by step with vLLM alone
 #   make engine-sglang  enters our ops into the kernel registry of SGLang's wheel and calls them through it
 #   make other-torch TORCH=2.10.0  runs the tests on the same library under another torch (3 GB with its CUDA)
+#   make hub-kernel  writes the kernels for the Hugging Face hub into build/hub (OUT=folder), loads them from there with
+#                    the package `kernels` and runs the ops' tests on them
+#   make release   into dist: the source distribution, and the wheel for manylinux_2_28, checked by auditwheel,
+#                  abi3audit and twine
 #   make aot       compiles the GPU kernels for four architectures: registers, shared memory, loops
 #   make clean     removes what was built, but not .venv or the peers' environments
 #
@@ -36,9 +40,12 @@ TORCH ?= 2.10.0
 OTHER := build/torch-$(TORCH)
 FAST := tests/kernels tests/decode tests/engines \
   $(patsubst %,tests/bench/test_%.py,docs doc_tables fast imports regressions style)
+HUB := $(or $(OUT),build/hub)
+HUB_CPU := $(patsubst %,tests/kernels/test_%.py,norm verify block sample selector conv fp8 quant)
+HUB_TRITON := $(patsubst %,tests/triton/test_triton_%.py,norm verify activation conv)
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm engine-sglang gpu docs lint sanitize aot clean
+.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm engine-sglang hub-kernel release gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 # Packages are installed while the extension is compiled. What a recipe runs decides for itself how many jobs it takes.
@@ -86,6 +93,12 @@ engine-vllm: $(STAMPS)/package $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/insta
 
 engine-sglang: build $(PEERS)/sglang/installed
 	$(PY) -m bench.engines.sglang_registry
+
+hub-kernel: build $(STAMPS)/dev
+	$(PY) -m tools.hub $(HUB)
+	DFLASH_HUB_KERNEL=$(HUB)/dflash-kernels-cpu $(PY) -m pytest -p tools.hub.loaded -p no:xdist -x $(HUB_CPU)
+	DFLASH_HUB_KERNEL=$(HUB)/dflash-kernels TRITON_INTERPRET=1 $(PY) -m pytest -p tools.hub.loaded -p no:xdist -x \
+	  $(HUB_TRITON)
 
 docs: build $(STAMPS)/dev
 	$(PY) -m bench.report

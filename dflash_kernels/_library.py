@@ -1,4 +1,4 @@
-"""The `dflash` operator namespace: schemas, fakes, and which backend answers.
+"""The operator namespace: schemas, fakes, and which backend answers.
 
 Each op is defined once, in "out" form (it returns nothing and writes into tensors that the caller gives), so that
 nothing is allocated behind a CUDA graph's back. The float32 reference is registered for every device; the C++ library
@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 
 from . import _gpu
+from ._namespace import NATIVE, OPS
 
-_lib = torch.library.Library("dflash", "DEF")
+_lib = torch.library.Library(OPS, "DEF")
 _warned: set[str] = set()
 
 
@@ -38,7 +39,7 @@ def _load_cuda():
         return None, str(error.__cause__)
 
 
-native = _load("._C", "C++")
+native = _load(NATIVE, "C++")
 cuda, cuda_error = _load_cuda() if torch.version.cuda else (None, None)
 NAMES: list[str] = []
 REFERENCES: dict[str, Callable] = {}
@@ -84,9 +85,9 @@ def define(schema: str, reference: Callable) -> Callable:
         return reference(*args, **kwargs)
 
     _lib.impl(name, fallback, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dflash::{name}", _nothing, lib=_lib)
+    torch.library.register_fake(f"{OPS}::{name}", _nothing, lib=_lib)
     _gpu.define(schema, cuda)
     NAMES.append(name)
     FALLBACKS[name] = fallback
     REFERENCES[name] = reference
-    return getattr(torch.ops.dflash, name).default
+    return getattr(getattr(torch.ops, OPS), name).default

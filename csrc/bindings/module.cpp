@@ -1,4 +1,4 @@
-// The Python module `dflash_kernels._C`: build facts and the instruction set. The ops themselves are
+// The Python module (`dflash_kernels._C`): build facts and the instruction set. The ops themselves are
 // registered with torch by the other files of this folder when the library is loaded.
 #include <Python.h>
 
@@ -19,6 +19,10 @@
 #if DFLASH_X86 && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+
+#ifndef DFLASH_NVCC  // whether nvcc was there when this was built
+#define DFLASH_NVCC "not found"
 #endif
 
 namespace dflash {
@@ -177,7 +181,13 @@ PyMethodDef kMethods[] = {
     {"replay", py_replay, METH_O, "replay(recording)"},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
+#define DFLASH_TEXT_OF(NAME) #NAME
+#define DFLASH_TEXT(NAME) DFLASH_TEXT_OF(NAME)
+#define DFLASH_INIT_OF(NAME) PyInit_##NAME
+#define DFLASH_INIT(NAME) DFLASH_INIT_OF(NAME)
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, DFLASH_TEXT(DFLASH_MODULE), nullptr, -1, kMethods,
+                       nullptr,               nullptr,                    nullptr, nullptr};
 
 }  // namespace
 
@@ -185,7 +195,7 @@ Isa active_isa() { return isa_slot(); }
 
 }  // namespace dflash
 
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+extern "C" __attribute__((visibility("default"))) PyObject* DFLASH_INIT(DFLASH_MODULE)() {
   if (const char* forced = std::getenv("DFLASH_ISA"); forced && *forced) {
     dflash::Isa isa;
     if (!dflash::parse_isa(forced, &isa) || isa > dflash::best_isa()) {
