@@ -35,6 +35,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 STAMPS := $(VENV)/stamps
 PEERS := build/peers
 OVERLAY := build/engines/overlay
+RELEASE := build/release
 DRAFTER := drafters/smollm2-135m-instruct
 TORCH ?= 2.10.0
 OTHER := build/torch-$(TORCH)
@@ -100,6 +101,9 @@ hub-kernel: build $(STAMPS)/dev
 	DFLASH_HUB_KERNEL=$(HUB)/dflash-kernels TRITON_INTERPRET=1 $(PY) -m pytest -p tools.hub.loaded -p no:xdist -x \
 	  $(HUB_TRITON)
 
+release: $(STAMPS)/deps $(RELEASE)/installed
+	$(PY) -m tools.release $(RELEASE) $(ARGS)
+
 docs: build $(STAMPS)/dev
 	$(PY) -m bench.report
 
@@ -159,6 +163,11 @@ $(OTHER)/installed: requirements/build.txt requirements/dev.txt requirements/cud
 	grep -hvE '^(torch|triton|-r)' $^ >$(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation ./$(DRAFTER)
+	touch $@
+
+$(RELEASE)/installed: requirements/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 # A peer that cannot be installed is missing from the table, which says why from the log; the next run tries again.

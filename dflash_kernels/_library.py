@@ -27,7 +27,8 @@ def _load(module: str, language: str):
     try:
         return importlib.import_module(module, __package__)
     except Exception as error:
-        raise ImportError(f"dflash_kernels: the {language} library is built but does not load: {error}") from error
+        raise ImportError(f"dflash_kernels: the {language} library is built but does not load: {error}. It is for "
+                          f"torch 2.10 or newer; this is torch {torch.__version__}") from error
 
 
 def _load_cuda():
