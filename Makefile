@@ -20,6 +20,7 @@
 #                    the package `kernels` and runs the ops' tests on them
 #   make release   into dist: the source distribution, and the wheel for manylinux_2_28, checked by auditwheel,
 #                  abi3audit and twine
+#   make cross     compiles the CPU kernels for aarch64 and runs some in an emulator, without torch
 #   make aot       compiles the GPU kernels for four architectures: registers, shared memory, loops
 #   make clean     removes what was built, but not .venv or the peers' environments
 #
@@ -46,7 +47,7 @@ HUB_CPU := $(patsubst %,tests/kernels/test_%.py,norm verify block sample selecto
 HUB_TRITON := $(patsubst %,tests/triton/test_triton_%.py,norm verify activation conv)
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm engine-sglang hub-kernel release gpu docs lint sanitize aot clean
+.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm engine-sglang hub-kernel release cross gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 # Packages are installed while the extension is compiled. What a recipe runs decides for itself how many jobs it takes.
@@ -103,6 +104,9 @@ hub-kernel: build $(STAMPS)/dev
 
 release: $(STAMPS)/deps $(RELEASE)/installed
 	$(PY) -m tools.release $(RELEASE) $(ARGS)
+
+cross: $(STAMPS)/package
+	$(PY) -m tools.cross
 
 docs: build $(STAMPS)/dev
 	$(PY) -m bench.report
