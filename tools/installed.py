@@ -19,7 +19,8 @@ import sys
 import dflash_kernels
 facts = dflash_kernels.build_info()
 print(*(f"{name}: {facts[name]}" for name in ("python", "torch", "compiler", "isa")), sep=", ")
-sys.exit(not facts["cpu_kernels"])
+there = open("/proc/cpuinfo").read()
+sys.exit(not facts["cpu_kernels"] or (" avx2 " in there) != ("avx2" in facts["isas"]))
 """
 
 
@@ -29,7 +30,7 @@ def main() -> None:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, Path(folder, name))
         env = os.environ | {"PYTHONPATH": folder}
         if subprocess.run([sys.executable, "-c", SAID], cwd=folder, env=env).returncode:
-            sys.exit("installed: the wheel must have C++ kernels that load; it has none")
+            sys.exit("installed: the wheel must have C++ kernels that load and know this processor; see above")
         sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-x", "-o", "pythonpath=.", "-p", "no:xdist",
                                  *(sys.argv[1:] or TESTS)], cwd=folder, env=env).returncode)
 
