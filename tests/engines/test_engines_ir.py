@@ -2,8 +2,11 @@
 
 import importlib.util
 import inspect
+import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,11 @@ from torch.library import infer_schema
 from bench.peers import gpu_peers
 from dflash_engines.vllm import ir_ops
 from dflash_kernels.testing import assert_within_budget, same_bits
+from tests.support import ROOT
+from tests.support.engine_files import FOLDER
 
 EPS = 1e-6
+PYTHON = FOLDER.parent / "vllm" / "bin" / "python"
 
 
 class StandIn:
@@ -129,6 +135,16 @@ def test_a_row_has_the_same_bits_in_every_batch(ops):
         assert same_bits(norm(x[one], weight, EPS), together[one])
         for found, expected in zip(add(x[one].clone(), residual[one].clone(), weight, EPS), sums, strict=True):
             assert same_bits(found, expected[one])
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="no vLLM is installed there: `make engine-vllm`")
+def test_on_the_real_engines_ops():
+    run = subprocess.run([PYTHON, "-m", "tests.support.vllm_ir"], capture_output=True, text=True, cwd=ROOT, env={
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())})
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["rms_norm"] == found["fused_add_rms_norm"] == ["dflash", "native"]  # named, and not named
+    assert found["before"] == [["native"]] * 2
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.32.1", "0.34.0"])
