@@ -14,7 +14,13 @@
 #                      build/peers/kernels to the machine with the GPU
 #   make peers     compares dflash, transformers, vLLM and llama.cpp with our loop: the same PROMPTS=files and drafter
 #   make engine-vllm  serves SmolLM2 with vLLM's CPU build and our plugin, and compares it step by step with vLLM alone
+#   make engine-sglang  enters our ops into the kernel registry of SGLang's wheel and calls them through it
 #   make other-torch TORCH=2.10.0  runs the tests on the same library under another torch (3 GB with its CUDA)
+#   make hub-kernel  writes the kernels for the Hugging Face hub into build/hub (OUT=folder), loads them from there with
+#                    the package `kernels` and runs the ops' tests on them
+#   make release   into dist: the source distribution, and the wheel for manylinux_2_28, checked by auditwheel,
+#                  abi3audit and twine
+#   make cross     compiles the CPU kernels for aarch64 and runs some in an emulator, without torch
 #   make aot       compiles the GPU kernels for four architectures: registers, shared memory, loops
 #   make clean     removes what was built, but not .venv or the peers' environments
 #
@@ -30,14 +36,18 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 STAMPS := $(VENV)/stamps
 PEERS := build/peers
 OVERLAY := build/engines/overlay
+RELEASE := build/release
 DRAFTER := drafters/smollm2-135m-instruct
 TORCH ?= 2.10.0
 OTHER := build/torch-$(TORCH)
 FAST := tests/kernels tests/decode tests/engines \
   $(patsubst %,tests/bench/test_%.py,docs doc_tables fast imports regressions style)
+HUB := $(or $(OUT),build/hub)
+HUB_CPU := $(patsubst %,tests/kernels/test_%.py,norm verify block sample selector conv fp8 quant)
+HUB_TRITON := $(patsubst %,tests/triton/test_triton_%.py,norm verify activation conv)
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm gpu docs lint sanitize aot clean
+.PHONY: demo test test-fast other-torch build bench evaluate peers peer-kernels engine-vllm engine-sglang hub-kernel release cross gpu docs lint sanitize aot clean
 .DELETE_ON_ERROR:
 
 # Packages are installed while the extension is compiled. What a recipe runs decides for itself how many jobs it takes.
@@ -82,6 +92,21 @@ peer-kernels: $(STAMPS)/deps
 engine-vllm: $(STAMPS)/package $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
 	$(PY) -m bench.engines $(ARGS)
 	$(PY) -m bench.report
+
+engine-sglang: build $(PEERS)/sglang/installed
+	$(PY) -m bench.engines.sglang_registry
+
+hub-kernel: build $(STAMPS)/dev
+	$(PY) -m tools.hub $(HUB)
+	DFLASH_HUB_KERNEL=$(HUB)/dflash-kernels-cpu $(PY) -m pytest -p tools.hub.loaded -p no:xdist -x $(HUB_CPU)
+	DFLASH_HUB_KERNEL=$(HUB)/dflash-kernels TRITON_INTERPRET=1 $(PY) -m pytest -p tools.hub.loaded -p no:xdist -x \
+	  $(HUB_TRITON)
+
+release: $(STAMPS)/deps $(RELEASE)/installed
+	$(PY) -m tools.release $(RELEASE) $(ARGS)
+
+cross: $(STAMPS)/package
+	$(PY) -m tools.cross
 
 docs: build $(STAMPS)/dev
 	$(PY) -m bench.report
@@ -142,6 +167,11 @@ $(OTHER)/installed: requirements/build.txt requirements/dev.txt requirements/cud
 	grep -hvE '^(torch|triton|-r)' $^ >$(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation ./$(DRAFTER)
+	touch $@
+
+$(RELEASE)/installed: requirements/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 # A peer that cannot be installed is missing from the table, which says why from the log; the next run tries again.

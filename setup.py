@@ -44,8 +44,8 @@ AMX_NOUNS = DOT_NOUNS - {"quant"}
 NOT_PEELED_LESS = {"quant"}
 
 
-def instruction_sets(noun: str) -> dict[str, str]:
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+def instruction_sets(noun: str, machine: str = platform.machine()) -> dict[str, str]:
+    if machine.lower() not in ("x86_64", "amd64"):
         return {"generic": ""}
     sets = X86 | (DOT if noun in DOT_NOUNS else {}) | (AMX if noun in AMX_NOUNS else {})
     return sets | {"generic": ""} if noun in NOT_PEELED_LESS else sets

@@ -12,11 +12,12 @@ from typing import TypeGuard
 import torch
 
 from . import _triton
+from ._namespace import OPS
 
 CHOICE = {  # op with a CUDA C++ kernel: (what answers it, where that was measured)
     "write_context_kv": ("triton", "unmeasured"),
 }
-_lib = torch.library.Library("dflash_cuda", "DEF")
+_lib = torch.library.Library(f"{OPS}_cuda", "DEF")
 
 
 def usable(cuda: ModuleType | None) -> TypeGuard[ModuleType]:
@@ -33,7 +34,7 @@ def install(lib: torch.library.Library, cuda: ModuleType | None, fallbacks: Mapp
     if usable(cuda):
         ours = [op for op in cuda.ops() if CHOICE[op][0] == "cuda" or not triton]
         for op in ours:
-            cuda.register("dflash", op)
+            cuda.register(OPS, op)
     if triton:
         _triton.install(lib, fallbacks, without=ours)
 
@@ -50,7 +51,7 @@ def define(schema: str, cuda: ModuleType | None) -> None:
     op = schema.split("(", 1)[0]
     if usable(cuda) and op in cuda.ops():
         _lib.define(schema)
-        cuda.register("dflash_cuda", op)
+        cuda.register(f"{OPS}_cuda", op)
 
 
 def describe(cuda: ModuleType | None, error: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The `dflash` operator namespace: schemas, fakes, and which backend answers.
+"""The operator namespace: schemas, fakes, and which backend answers.
 
 Each op is defined once, in "out" form (it returns nothing and writes into tensors that the caller gives), so that
 nothing is allocated behind a CUDA graph's back. The float32 reference is registered for every device; the C++ library
@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 
 from . import _gpu
+from ._namespace import NATIVE, OPS
 
-_lib = torch.library.Library("dflash", "DEF")
+_lib = torch.library.Library(OPS, "DEF")
 _warned: set[str] = set()
 
 
@@ -26,7 +27,8 @@ def _load(module: str, language: str):
     try:
         return importlib.import_module(module, __package__)
     except Exception as error:
-        raise ImportError(f"dflash_kernels: the {language} library is built but does not load: {error}") from error
+        raise ImportError(f"dflash_kernels: the {language} library is built but does not load: {error}. It is for "
+                          f"torch 2.10 or newer; this is torch {torch.__version__}") from error
 
 
 def _load_cuda():
@@ -38,7 +40,7 @@ def _load_cuda():
         return None, str(error.__cause__)
 
 
-native = _load("._C", "C++")
+native = _load(NATIVE, "C++")
 cuda, cuda_error = _load_cuda() if torch.version.cuda else (None, None)
 NAMES: list[str] = []
 REFERENCES: dict[str, Callable] = {}
@@ -84,9 +86,9 @@ def define(schema: str, reference: Callable) -> Callable:
         return reference(*args, **kwargs)
 
     _lib.impl(name, fallback, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dflash::{name}", _nothing, lib=_lib)
+    torch.library.register_fake(f"{OPS}::{name}", _nothing, lib=_lib)
     _gpu.define(schema, cuda)
     NAMES.append(name)
     FALLBACKS[name] = fallback
     REFERENCES[name] = reference
-    return getattr(torch.ops.dflash, name).default
+    return getattr(getattr(torch.ops, OPS), name).default

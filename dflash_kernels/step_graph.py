@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _gpu
 from ._library import native
+from ._namespace import OPS
 from .ops import _checks
 
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand",
@@ -28,7 +29,7 @@ class _OnlyOurOps(TorchDispatchMode):
         return False  # otherwise the first capture imports torch._dynamo, which takes longer than loading a small model
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "dflash" and func._schema.name.split("::")[1] not in _VIEWS:
+        if func.namespace != OPS and func._schema.name.split("::")[1] not in _VIEWS:
             raise RuntimeError(f"StepGraph: only dflash ops and views can be captured; got {func}")
         return func(*args, **(kwargs or {}))
 

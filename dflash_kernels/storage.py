@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._namespace import OPS
 from .formats import EVERY, EXACT, gpu_shape, packed_bytes
 from .limits import FLOATS, FP8, check_format, check_paged_dtype, listed
 
@@ -268,7 +269,7 @@ class PackedWeight:
         """
         if self.format is not None:
             out = torch.empty(len(index), self.in_features, dtype=torch.float32, device=self.data.device)
-            torch.ops.dflash.embed_tokens(index[None], self.data, EVERY[self.format].number, out[None])
+            getattr(torch.ops, OPS).embed_tokens(index[None], self.data, EVERY[self.format].number, out[None])
             return out
         if self.data.dim() == 2:
             found = self.data[index]

@@ -30,7 +30,10 @@ FILES = {
                "kernels/ops/speculative/reject_sampling.py",
                # tests/triton/test_triton_engines*.py take functions out of these
                "srt/plugins/hook_registry.py", "srt/speculative/dflash_worker_v2.py", "srt/speculative/dflash_utils.py",
-               "srt/mem_cache/memory_pool.py", "srt/models/dflash.py"],
+               "srt/mem_cache/memory_pool.py", "srt/models/dflash.py",
+               # its kernel registry: tests/engines/test_engines_registry.py
+               "kernels/spec.py", "kernels/registry.py", "kernels/selector.py", "kernels/ops/speculative/__init__.py",
+               "kernels/plugin_kernels/nvidia/spec.py"],
     "vllm": ["v1/worker/gpu/spec_decode/dflash/speculator.py", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py",
              "v1/worker/gpu/cp_utils.py", "v1/worker/gpu/sample/gumbel.py", "v1/worker/gpu/sample/watermark.py",
              "v1/spec_decode/fly.py", "v1/watermarking/prfs/philox.py",
@@ -38,7 +41,9 @@ FILES = {
              # DFlash2's, of which tests/triton/test_triton_dflash2.py has more
              "model_executor/models/qwen3_dflash2.py", "v1/worker/gpu/spec_decode/dflash2/speculator.py",
              "models/beam/nvidia/dflash2_conv_ops.py", "models/beam/nvidia/dflash2_ops.py",
-             "models/beam/nvidia/dflash2_context_ops.py"],
+             "models/beam/nvidia/dflash2_context_ops.py",
+             # its IR: tests/engines/test_engines_ir.py
+             "ir/op.py", "ir/ops/layernorm.py", "ir/tolerances.py", "ir/util.py"],
 }
 MAKERS: dict[str, dict[str, Callable]] = {}
 
@@ -81,6 +86,8 @@ def _values(module: str) -> dict:
 
     return {
         "vllm.triton_utils": {"triton": triton, "tl": tl, "tldevice": libdevice, "HAS_TRITON": True},
+        "vllm.logger": {"init_logger": lambda name: SimpleNamespace(
+            **dict.fromkeys(("debug", "info", "warning", "warning_once"), lambda *words: None))},
         "vllm.config.compilation": {"CUDAGraphMode": SimpleNamespace(NONE=None)},
         "vllm.compilation.decorators": {"support_torch_compile": lambda cls: cls},
         "vllm.v1.attention.backends.utils": {"PAD_SLOT_ID": -1},

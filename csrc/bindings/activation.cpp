@@ -10,7 +10,7 @@ void silu_and_mul(const Tensor& x, const Tensor& out) {
   launch(silu_and_mul_kernels, p, {x, out});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul)); }
+DFLASH_CPU_OPS(m) { m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul)); }
 
 }  // namespace
 }  // namespace dflash

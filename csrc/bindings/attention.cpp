@@ -64,7 +64,7 @@ void block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
           block_starts, sinks, out});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("block_attention", TORCH_BOX(&block_attention)); }
+DFLASH_CPU_OPS(m) { m.impl("block_attention", TORCH_BOX(&block_attention)); }
 
 }  // namespace
 }  // namespace dflash

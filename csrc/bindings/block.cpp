@@ -61,7 +61,7 @@ void prepare_block(const Tensor& anchor_ids, const Tensor& context_lens, int64_t
          {anchor_ids, context_lens, page_table, block_lens, embedding, ids, positions, slots, rows});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
+DFLASH_CPU_OPS(m) {
   m.impl("embed_tokens", TORCH_BOX(&embed_tokens));
   m.impl("prepare_block", TORCH_BOX(&prepare_block));
 }

@@ -17,7 +17,7 @@ void write_context_kv(const Tensor& kv, const Tensor& positions, const Tensor& s
   launch(write_context_kv_kernels, p, {kv, positions, slots, k_weights, cos_sin, commit_lens}, k_caches);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("write_context_kv", TORCH_BOX(&write_context_kv)); }
+DFLASH_CPU_OPS(m) { m.impl("write_context_kv", TORCH_BOX(&write_context_kv)); }
 
 }  // namespace
 }  // namespace dflash

@@ -39,7 +39,7 @@ void grouped_conv_add_rms_norm(const Tensor& x, const Tensor& delta, const Tenso
   launch(grouped_conv_kernels, p, {x, delta, base, residual, weight, out, residual_out});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
+DFLASH_CPU_OPS(m) {
   m.impl("grouped_conv", TORCH_BOX(&grouped_conv));
   m.impl("grouped_conv_add_rms_norm", TORCH_BOX(&grouped_conv_add_rms_norm));
 }

@@ -13,6 +13,17 @@
 #include "cpu/isa.h"
 #include "cpu/types.h"
 
+// The namespace of the ops, and the Python module's name. On the Hugging Face hub every version has a name of its own.
+#ifdef TORCH_EXTENSION_NAME
+#define DFLASH_OPS TORCH_EXTENSION_NAME
+#define DFLASH_MODULE TORCH_EXTENSION_NAME
+#else
+#define DFLASH_OPS dflash
+#define DFLASH_MODULE _C
+#endif
+#define DFLASH_CPU_OPS_OF(NAME, M) STABLE_TORCH_LIBRARY_IMPL(NAME, CPU, M)
+#define DFLASH_CPU_OPS(M) DFLASH_CPU_OPS_OF(DFLASH_OPS, M)
+
 namespace dflash {
 
 using torch::stable::Tensor;

@@ -72,7 +72,7 @@ void combine_topk(const Tensor& values, const Tensor& ids, const Tensor& lse, co
   launch(combine_topk_kernels, p, {values, ids, lse, out_ids, out_values, out_lse});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
+DFLASH_CPU_OPS(m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("lm_head_argmax", TORCH_BOX(&lm_head_argmax));
   m.impl("combine_argmax", TORCH_BOX(&combine_argmax));

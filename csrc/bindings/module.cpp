@@ -1,4 +1,4 @@
-// The Python module `dflash_kernels._C`: build facts and the instruction set. The ops themselves are
+// The Python module (`dflash_kernels._C`): build facts and the instruction set. The ops themselves are
 // registered with torch by the other files of this folder when the library is loaded.
 #include <Python.h>
 
@@ -19,6 +19,10 @@
 #if DFLASH_X86 && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+
+#ifndef DFLASH_NVCC  // whether nvcc was there when this was built
+#define DFLASH_NVCC "not found"
 #endif
 
 namespace dflash {
@@ -52,23 +56,26 @@ bool request_amx() {
 #endif
 }
 
+// By the processor's own word, and the operating system's, which must save the registers. The compilers' functions for
+// this say no to everything where their runtime is another than they expect.
 Isa detect() {
 #if DFLASH_X86
-  __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")))
-    return Isa::generic;
   unsigned a, b, c, d;
-  __get_cpuid(1, &a, &b, &c, &d);
-  const bool f16c = c & (1u << 29);
-  if (!f16c) return Isa::generic;
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
-    return Isa::avx2;
-  __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  if (!(a & (1u << 5))) return Isa::avx512;
-  __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  if (!(c & (1u << 11))) return Isa::avx512;  // vnni, which every CPU with bf16 has
-  const bool amx = (d & (1u << 22)) && (d & (1u << 24));  // amx-bf16, amx-tile
+  const auto has = [](unsigned word, std::initializer_list<int> bits) {
+    for (int bit : bits)
+      if (!(word >> bit & 1)) return false;
+    return true;
+  };
+  constexpr int kFma = 12, kOsSaves = 27, kAvx = 28, kF16c = 29;                           // leaf 1, ecx
+  constexpr int kAvx2 = 5, kBmi2 = 8, kF = 16, kDq = 17, kBw = 30, kVl = 31;               // leaf 7, ebx: AVX-512's
+  constexpr int kVnni = 11, kAmxBf16 = 22, kAmxTile = 24, kBf16 = 5;                       // ecx, edx; leaf 7.1, eax
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, {kFma, kOsSaves, kAvx, kF16c})) return Isa::generic;
+  unsigned saved, upper;
+  __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+  if (!has(saved, {1, 2}) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, {kAvx2, kBmi2})) return Isa::generic;
+  if (!has(saved, {5, 6, 7}) || !has(b, {kF, kDq, kBw, kVl})) return Isa::avx2;
+  const bool vnni = has(c, {kVnni}), amx = has(d, {kAmxBf16, kAmxTile});  // every CPU with bf16 has vnni
+  if (!vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, {kBf16})) return Isa::avx512;
   return amx && request_amx() ? Isa::amx : Isa::avx512_bf16;
 #else
   return Isa::generic;
@@ -177,7 +184,13 @@ PyMethodDef kMethods[] = {
     {"replay", py_replay, METH_O, "replay(recording)"},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
+#define DFLASH_TEXT_OF(NAME) #NAME
+#define DFLASH_TEXT(NAME) DFLASH_TEXT_OF(NAME)
+#define DFLASH_INIT_OF(NAME) PyInit_##NAME
+#define DFLASH_INIT(NAME) DFLASH_INIT_OF(NAME)
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, DFLASH_TEXT(DFLASH_MODULE), nullptr, -1, kMethods,
+                       nullptr,               nullptr,                    nullptr, nullptr};
 
 }  // namespace
 
@@ -185,7 +198,7 @@ Isa active_isa() { return isa_slot(); }
 
 }  // namespace dflash
 
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+extern "C" __attribute__((visibility("default"))) PyObject* DFLASH_INIT(DFLASH_MODULE)() {
   if (const char* forced = std::getenv("DFLASH_ISA"); forced && *forced) {
     dflash::Isa isa;
     if (!dflash::parse_isa(forced, &isa) || isa > dflash::best_isa()) {

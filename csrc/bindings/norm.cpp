@@ -23,7 +23,7 @@ void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
   launch(rms_norm_kernels, p, {x, residual, weight, out, residual_out});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
+DFLASH_CPU_OPS(m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
 }

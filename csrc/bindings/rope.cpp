@@ -35,7 +35,7 @@ void qk_norm_rope(const Tensor& qkv, const Tensor& positions, const std::optiona
                                    slots});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope)); }
+DFLASH_CPU_OPS(m) { m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope)); }
 
 }  // namespace
 }  // namespace dflash

@@ -64,7 +64,7 @@ void sample_draft(const Tensor& values, const Tensor& ids, const Tensor& context
          {values, ids, context_lens, temperature, seeds, top_k, top_p, min_p, out_ids, out_probs});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
+DFLASH_CPU_OPS(m) {
   m.impl("verify_sample", TORCH_BOX(&verify_sample));
   m.impl("sample_draft", TORCH_BOX(&sample_draft));
 }

@@ -37,7 +37,7 @@ void select_candidates(const Tensor& values, const Tensor& ids, const Tensor& hi
           min_p, out_ids, out_logprobs, out_probs});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("select_candidates", TORCH_BOX(&select_candidates)); }
+DFLASH_CPU_OPS(m) { m.impl("select_candidates", TORCH_BOX(&select_candidates)); }
 
 }  // namespace
 }  // namespace dflash

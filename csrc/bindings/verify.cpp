@@ -24,7 +24,7 @@ void verify_greedy(const Tensor& draft_ids, const Maybe& target_ids, const Maybe
          {draft_ids, target_ids, logits, context_lens, block_lens, accept_lens, commit_lens, tokens, bonus, new_lens});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("verify_greedy", TORCH_BOX(&verify_greedy)); }
+DFLASH_CPU_OPS(m) { m.impl("verify_greedy", TORCH_BOX(&verify_greedy)); }
 
 }  // namespace
 }  // namespace dflash

@@ -45,7 +45,7 @@ class Checker:
             raise TypeError(f"{self.op}: {name} must be {listed(FLOATS)} {shape}; got {describe(t)}")
         return t
 
-    def tensor(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
+    def tensor(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str | tuple,
                sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
         """Type, dtype, rank and sizes of one tensor, at any strides. `shape` is its notation for the message, such as
         '(B, Q)'; a size of None is free."""
@@ -59,7 +59,7 @@ class Checker:
             raise ValueError(f"{self.op}: {name} must be on {device}; got {t.device}")
         return t
 
-    def dense(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str,
+    def dense(self, name: str, t: object, dtypes: torch.dtype | Collection[torch.dtype], shape: str | tuple,
               sizes: Sequence[int | None], device: torch.device | None = None) -> torch.Tensor:
         """A `tensor` that is contiguous in its last dimension; the others may have any strides."""
         return self.dense_last(name, self.tensor(name, t, dtypes, shape, sizes, device))
@@ -75,7 +75,7 @@ class Checker:
         dtype = like.dtype if dtype is None else dtype
         if t is None:
             return torch.empty(tuple(shape), dtype=dtype, device=like.device)
-        return self.apart(name, self.dense(name, t, dtype, str(tuple(shape)), shape, like.device))
+        return self.apart(name, self.dense(name, t, dtype, tuple(shape), shape, like.device))
 
     def contiguous_output(self, name: str, t: torch.Tensor | None, like: torch.Tensor, shape: Sequence[int],
                           dtype: torch.dtype | None = None) -> torch.Tensor:

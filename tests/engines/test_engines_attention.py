@@ -64,6 +64,14 @@ def test_what_it_does_not_cover_stays_with_the_engine(install, caplog, layer, wh
     assert found == ("CpuPlatform", None) and f"attention: not active for this model, {why}" in caplog.text
 
 
+def test_vllms_batch_invariant_mode_takes_it(install):
+    """The bits: tests/engines/test_engines_invariance.py."""
+    engine = install()
+    assert engine.why() == ""
+    invariant = DRAFTER._replace(use_batch_invariant=True)
+    assert engine.platform.get_attn_backend_cls(None, invariant) == attention.CLASS
+
+
 def test_off_by_itself_on_a_cpu_and_by_name_on_a_gpu(install):
     engine = install(enable="")
     assert engine.why() == "slower than the engine's own on cpu"

@@ -125,4 +125,5 @@ def test_a_cpu_library_that_raises_anything_is_an_error_that_the_user_sees(tmp_p
     (home / "dflash_kernels" / "_C.py").write_text("raise RuntimeError('built for another machine')")
     ran = python("import dflash_kernels", cwd=home)
     assert ran.returncode == 1 and ran.stderr.strip().splitlines()[-1] == (
-        "ImportError: dflash_kernels: the C++ library is built but does not load: built for another machine")
+        "ImportError: dflash_kernels: the C++ library is built but does not load: built for another machine. "
+        f"It is for torch 2.10 or newer; this is torch {torch.__version__}")

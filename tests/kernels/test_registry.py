@@ -115,6 +115,18 @@ def test_torch_compile_equals_eager():
         assert same_bits(eager, compiled)
 
 
+def test_torch_compile_takes_outputs_of_any_number_of_rows():
+    def step(x, residual, weight):
+        return dflash_kernels.add_rms_norm(x, residual, weight, out=x)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        x, residual, weight = torch.randn(rows, 8), torch.randn(rows, 8), torch.randn(8)
+        expected = step(x.clone(), residual.clone(), weight)
+        for eager, found in zip(expected, compiled(x, residual, weight), strict=True):
+            assert same_bits(eager, found)
+
+
 # ---- importing -----------------------------------------------------------------------------------------------------
 
 def test_importing_prints_nothing_loads_nothing_else_and_touches_no_gpu():

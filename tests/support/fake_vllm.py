@@ -195,12 +195,17 @@ class AttentionBackend:
     supported_dtypes, supported_kv_cache_dtypes = [], []
 
     @classmethod
+    def supports_batch_invariance(cls):
+        return False
+
+    @classmethod
     def validate_configuration(cls, device_capability, dtype, kv_cache_dtype, has_sliding_window=False,
-                               use_non_causal=False, **rest):
+                               use_non_causal=False, use_batch_invariant=False, **rest):
         """The real one asks so for each of twenty things."""
         no = [dtype not in cls.supported_dtypes and "dtype", kv_cache_dtype not in cls.supported_kv_cache_dtypes
               and "kv_cache_dtype", has_sliding_window and not getattr(cls, "supports_sliding_window", bool)()
-              and "sliding window", use_non_causal and not cls.supports_non_causal() and "non-causal attention"]
+              and "sliding window", use_non_causal and not cls.supports_non_causal() and "non-causal attention",
+              use_batch_invariant and not cls.supports_batch_invariance() and "batch invariance"]
         return [f"{what} not supported" for what in no if what] + [
             why for why in [cls.supports_combination()] if why]
 
@@ -223,6 +228,7 @@ class SelectorConfig(NamedTuple):
     kv_cache_dtype: str = "auto"
     has_sliding_window: bool = False
     use_non_causal: bool = False
+    use_batch_invariant: bool = False
 
 
 def attention_modules(device):

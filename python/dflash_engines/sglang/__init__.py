@@ -1,7 +1,8 @@
 """SGLang's plugin. `sglang.srt.plugins` calls register() in each of its processes.
 
 Nothing is replaced, and nothing of SGLang or torch imported, before SGLang imports its DFlash worker, which it does
-only for a DFlash configuration. The hooks are then installed through its HookRegistry.
+only for a DFlash configuration. The hooks are then installed through its HookRegistry. Once SGLang imports its kernel
+registry, the ops' names are entered there.
 """
 
 import logging
@@ -33,6 +34,13 @@ def register() -> None:
     default.
     """
     when_imported("sglang.srt.speculative.dflash_worker_v2", seen, LOG)
+    when_imported("sglang.kernels", _enter, LOG)
+
+
+def _enter(kernels: ModuleType) -> None:
+    from . import registry
+
+    registry.enter(kernels)
 
 
 def seen(_worker: ModuleType) -> list["Outcome"]:
@@ -42,6 +50,7 @@ def seen(_worker: ModuleType) -> list["Outcome"]:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from ..hooks import MARK, Choice, install, platform_of
+    from .registry import NAMES
 
     def place(target: str, _owner: Any, _attribute: str, _original: Callable, replacement: Callable) -> None:
         HookRegistry.register(target.replace(":", "."), replacement, HookType.REPLACE)
@@ -49,7 +58,7 @@ def seen(_worker: ModuleType) -> list["Outcome"]:
     if any(hasattr(function, MARK) for given in HookRegistry._hooks.values() for _, function, _ in given):
         return []  # the plugin was loaded before in this process
     every = hooks()
-    choice = Choice.of(os.environ, PREFIX, [hook.name for hook in every], LOG)
+    choice = Choice.of(os.environ, PREFIX, [*(hook.name for hook in every), *NAMES], LOG)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     outcomes = install(every, sglang.version.__version__, platform_of(device), choice, LOG, place)
     HookRegistry.apply_hooks()

@@ -2,7 +2,7 @@
 
 No hook is installed, and nothing of vLLM or torch imported by us, before vLLM creates the proposer of a DFlash
 configuration. Until then the plugin only wraps the initialisers of its proposer classes, once vLLM imports them, and
-registers a name as an attention backend.
+registers a name as an attention backend and another for implementations of its IR ops.
 """
 
 import logging
@@ -43,6 +43,7 @@ def register() -> None:
     for module in PROPOSERS:
         when_imported(module, _watch, LOG)
     when_imported(REGISTRY, _enter, LOG)
+    when_imported("vllm.kernels", _offer, LOG)
 
 
 def _watch(module: ModuleType) -> None:
@@ -75,3 +76,9 @@ def _enter(registry: ModuleType) -> None:
 
     if not attention.HOOK.unread(sys.modules["vllm"].__version__):
         attention.enter(registry)
+
+
+def _offer(kernels: ModuleType) -> None:
+    from . import ir_ops
+
+    ir_ops.enter(kernels)

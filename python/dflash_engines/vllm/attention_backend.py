@@ -45,6 +45,10 @@ class DFlashAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True  # a row's bits depend on that row alone
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False  # the other side may hold these pages in another order
 
