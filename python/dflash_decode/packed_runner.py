@@ -9,10 +9,9 @@ from typing import cast
 
 import torch
 
-from dflash_kernels import build_info
-
-from .costs import Times, pass_size, pass_sizes, remembered
+from .costs import pass_size, pass_sizes, remembered
 from .forecast import Forecast
+from .measure import identity, measure
 from .model.drafter import Drafter
 from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
 from .requests import Features, Live
@@ -22,8 +21,6 @@ from .verify import GreedyVerifier, verifier_for
 from .widths import FixedWidths, Policy, WidthPolicy, draft_widths
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
-_ROUNDS, _ENOUGH = 4, 0.05  # times that a pass is measured, unless they take so many seconds
-_APART = 7919  # a prime: ids of tokens that have nothing to do with each other
 _KEPT_ROWS = 1024  # whose features a request keeps at most before they are written
 # What policies know of a drafter, for the next decoder that it works in.
 _LEARNED: weakref.WeakKeyDictionary[Drafter, dict[str, WidthPolicy]] = weakref.WeakKeyDictionary()
@@ -219,51 +216,14 @@ class PackedRunner(Runner):
 
     def chosen_policy(self) -> Policy:
         if self.policy is None:
-            s, drafter, identity = self.setting, cast(Drafter, self.setting.drafter), self.identity()
+            s, drafter, known_by = self.setting, cast(Drafter, self.setting.drafter), identity(self.setting)
             learned = _LEARNED.setdefault(drafter, {})
-            key, most = json.dumps(identity), bucket(s.max_batch) * s.width
+            key, most = json.dumps(known_by), bucket(s.max_batch) * s.width
             if key not in learned:
-                learned[key] = WidthPolicy(s.width, remembered(identity, self.measure),
+                learned[key] = WidthPolicy(s.width, remembered(known_by, partial(measure, self)),
                                            partial(pass_size, most=most), drafter.calibration)
             self.policy = learned[key]
         return self.policy
-
-    def identity(self) -> dict:
-        """All that the costs depend on."""
-        facts, s = build_info(), self.setting
-        machine = {name: facts[name] for name in ("version", "torch", "cpu", "isa", "threads", "compiler")}
-        return {**machine, "target": _shape(s.target), "drafter": _shape(s.drafter), "block": s.width,
-                "batch": s.max_batch}
-
-    def measure(self, few: bool) -> Times:
-        """Seconds of passes over requests without a context, in rounds, as other work on the machine comes and goes.
-        few: only of passes that `ready` records, in one round."""
-        s, most = self.setting, bucket(self.setting.max_batch)
-        works: dict[tuple[str, int], Callable[[], object]] = {}
-        for rows in sorted({most * s.width, *(1 << i for i in range((most * s.width).bit_length()))}):
-            if not few or rows <= max(s.width, 2 * s.max_batch):
-                stage = self.verify_stage(min(-(-rows // s.width), most), rows, s.width, GreedyVerifier)
-                stage.fill([])
-                # Rows of one token would go through the same experts, and read the weights of a single row.
-                stage.ids.view(-1).copy_(torch.arange(stage.ids.numel()) * _APART % s.target.vocab_size)
-                works["verify", rows] = stage
-        sizes = [(1, width) for width in draft_widths(s.width)] + [(n, s.width) for n in buckets(s.max_batch)]
-        for batch, width in sizes:
-            if not few or batch == 1:
-                works["draft", batch * width] = partial(self.draft_stage(batch, width), [], [])
-        for work in works.values():
-            work()
-        found: Times = {"verify": {}, "draft": {}}
-        spent = dict.fromkeys(works, 0.0)
-        for _ in range(1 if few else _ROUNDS):
-            for (part, size), work in works.items():
-                if spent[part, size] < _ENOUGH:
-                    started = time.perf_counter()
-                    work()
-                    seconds = time.perf_counter() - started
-                    spent[part, size] += seconds
-                    found[part][size] = min(seconds, found[part].get(size, seconds))
-        return found
 
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
         """Records every size of every pass."""
@@ -306,13 +266,3 @@ def _record(stage: VerifyStage) -> None:
     if stage.work.records:
         stage.fill([])
         stage()
-
-
-def _shape(model) -> list:
-    """Sizes that tell a model's work from another's."""
-    cache = model.cache
-    return [type(model).__name__, cache.layers, cache.kv_heads, cache.head_dim, str(model.dtype),
-            bool(getattr(model, "int8", False)), getattr(model.head, "format", None),
-            getattr(model.head, "exact", False), list(model.embedding.shape),
-            getattr(getattr(model, "geometry", None), "intermediate", 0),
-            repr(getattr(getattr(model, "geometry", None), "experts", None))]
