@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from dflash_decode import packed_runner
 from dflash_decode.checkpoint import load_checkpoint
 from dflash_decode.loop import Decoder
+from dflash_decode.measure import measure
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.model.target_config import read_target_config
@@ -150,14 +150,11 @@ def test_what_a_pass_costs_is_measured_over_tokens_that_choose_other_experts(mon
     _, target = make_target("minimax-m2", torch.bfloat16)
     decoder, seen = Decoder(target, Drafter.random(target, num_layers=1, block_size=4), max_batch=2, max_context=64), {}
 
-    def seconds(work):
-        work()
-        if isinstance(work, VerifyStage):
-            seen[work.rows] = work.ids.tolist()
-        return 1.0
+    def run(stage):
+        seen[stage.rows] = stage.ids.tolist()
 
-    monkeypatch.setattr(packed_runner, "_seconds", seconds)
-    decoder.runner.measure()
+    monkeypatch.setattr(VerifyStage, "__call__", run)
+    measure(decoder.runner, few=False)
     assert sorted(seen) == [1, 2, 4, 8] and all(len(set(ids)) == rows for rows, ids in seen.items())
 
 
