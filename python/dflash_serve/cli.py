@@ -1,5 +1,6 @@
 """The command `dflash-kernels serve`."""
 
+import functools
 import importlib.util
 import sys
 from typing import Annotated
@@ -56,6 +57,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, max=1024, metavar="MIB", help="The largest request, in MiB.")] = 8,
     stop_timeout: Annotated[float, typer.Option(parser=read_seconds, metavar="SECONDS", help="How long running answers "
                                             "may go on after SIGTERM or Ctrl-C.")] = 30.0,
+    access_log: Annotated[bool, typer.Option(help="Print a line for each request.")] = True,
     weights: ModelWeights = Weights.auto,
     draft_weights: DraftWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
@@ -98,4 +100,5 @@ def serve(
         settings = Settings(name or model, api_key, max_queue, max_body << 20)
         app, desk = build(llm, settings, max_batch)
         line = f"serving {settings.name} on {address(listener)}/v1 (Ctrl-C ends)"
-        Server(app, desk, stop_timeout, lambda: print(line, file=sys.stderr, flush=True)).serve_until_stopped(listener)
+        ready = functools.partial(print, line, file=sys.stderr, flush=True)
+        Server(app, desk, stop_timeout, ready, access_log).serve_until_stopped(listener)

@@ -92,10 +92,10 @@ def test_run_takes_one_prompt_or_a_list_of_any_kinds(loaded):
 
 
 @pytest.mark.parametrize("prompts, message", [
-    (None, "prompts must be a list, each of them a text"), (5, "prompts must be a list"),
-    (b"x", "prompts must be a list"),
+    (None, "prompts must be one prompt or a list of them, each a text"), (5, "prompts must be one prompt"),
+    (b"x", "prompts must be one prompt"),
     ([None], "prompt 1 " + KINDS + "None"), ([[]], "prompt 1 must have at least 1 token"),
-    ({1, 2}, r"prompts must be a list, .*; got \{1, 2\}, of type set"), ({"a"}, "prompts .* of type set"),
+    ({1, 2}, r"prompts must be one prompt .*; got \{1, 2\}, of type set"), ({"a"}, "prompts .* of type set"),
     ((i for i in [1]), "token ids must be in a list, a tensor or an array; got <generator .*, of type generator"),
     ("\ud800", "prompt 1: text must be valid Unicode"), (["hi", "\ud800"], "prompt 2: text must be valid Unicode"),
     ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]},

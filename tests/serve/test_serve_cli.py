@@ -43,7 +43,8 @@ def started(files):
 
 
 @pytest.mark.parametrize("number, options, variables, context", [
-    (signal.SIGTERM, [], {}, CONTEXT), (signal.SIGINT, ["--max-context", "512"], {"DFLASH_API_KEY": "secret"}, 512)])
+    (signal.SIGTERM, [], {}, CONTEXT),
+    (signal.SIGINT, ["--max-context", "512", "--no-access-log"], {"DFLASH_API_KEY": "secret"}, 512)])
 def test_a_signal_ends_it_after_the_answers_that_run(started, llm, number, options, variables, context):
     process, url = started(*options, **variables)
     assert request(url, "GET", "/v1/models")[0] == (401 if variables else 200)
@@ -55,7 +56,11 @@ def test_a_signal_ends_it_after_the_answers_that_run(started, llm, number, optio
         text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == llm.generate("abc", max_tokens=300, logit_bias={tiny.VOCAB - 1: -100}).text
     out, err = process.communicate()
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, err) == (0, "")
+    logged = re.findall(r'^INFO: +127\.0\.0\.1:\d+ - "(.*)" (.*)$', out, re.MULTILINE)  # as uvicorn's are
+    assert logged == ([] if "--no-access-log" in options else [
+        ("GET /v1/models HTTP/1.1", "200 OK"), ("GET /v1/models/tiny HTTP/1.1", "200 OK"),
+        ("POST /v1/completions HTTP/1.1", "200 OK")]) and len(logged) == len(out.splitlines())
     with pytest.raises(OSError):
         request(url, "GET", "/health")
 

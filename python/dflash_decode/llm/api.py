@@ -11,6 +11,7 @@ import torch
 
 from ..arguments import choice, of_type, whole
 from ..checkpoint import find_model
+from ..checkpoint.errors import warn
 from ..checkpoint.tokenizer import Tokenizer
 from ..choices import AUTO, Rule, SampleFrom
 from ..inputs import shown
@@ -329,16 +330,29 @@ class LLM:
               reading: Reading) -> list[tuple[list[int], Plan]]:
         """Prompts and plans, all checked."""
         found = read_prompts(self.tokenizer, self.session.target.vocab_size, prompts, what, reading)
-        plans = [self._plan(what, one) for one in read_params(what, params, fields, len(found))]
-        pool, room = self._decoder.pool, self._decoder.max_context
+        asked = read_params(what, params, fields, len(found))
+        plans = [self._plan(what, one) for one in asked]
         for i, (ids, planned) in enumerate(zip(found, plans, strict=True), 1):
-            if len(ids) >= room:
-                raise ValueError(f"{what}: prompt {i} must be shorter than the context of {room} tokens; "
-                                 f"got {len(ids)}")
-            if pool.pages_for(needed := min(len(ids) + planned.max_tokens, room)) > pool.num_pages:
-                raise ValueError(f"{what}: prompt {i} and its answer must fit into the cache of "
-                                 f"{pool.num_pages * pool.page_size} tokens; got {needed}")
+            self._check_room(f"{what}: prompt {i}", len(ids), planned)
+        room = self._decoder.max_context
+        short = [(one.max_tokens, room - len(ids)) for ids, one in zip(found, asked, strict=True)
+                 if one.max_tokens is not None and len(ids) + one.max_tokens > room]
+        if short:
+            warn(f"max_tokens is {short[0][0]}, but the context of {room} tokens has room for {short[0][1]} after the "
+                 "prompt: an answer that gets there ends with the finish reason 'length'")
         return list(zip(found, plans, strict=True))
+
+    def _check_room(self, where: str, prompt: int, planned: Plan) -> None:
+        """Raises ValueError for a prompt of so many tokens whose answer can never fit."""
+        pool, room = self._decoder.pool, self._decoder.max_context
+        if prompt >= room:
+            raise ValueError(f"{where} must be shorter than the context of {room} tokens; got {prompt}")
+        if prompt + planned.min_tokens > room:
+            raise ValueError(f"{where} and min_tokens must fit into the context of {room} tokens; got {prompt} and "
+                             f"{planned.min_tokens}")
+        if pool.pages_for(needed := min(prompt + planned.max_tokens, room)) > pool.num_pages:
+            raise ValueError(f"{where} and its answer must fit into the cache of {pool.num_pages * pool.page_size} "
+                             f"tokens; got {needed}")
 
     def _plan(self, what: str, params: GenerationParams) -> Plan:
         return plan(what, params, self._defaults, self._constraints, self.tokenizer.stop_ids,
