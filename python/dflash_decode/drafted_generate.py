@@ -23,7 +23,7 @@ _WHAT = "DraftedGenerate"
 # What generate itself hands over, and what follows from the tokens.
 _TAKEN = {"attention_mask", "cache_position", "logits_to_keep", "position_ids", "return_dict", "use_cache"}
 _NOT_MADE = ("output_attentions", "output_hidden_states", "output_logits", "output_scores",
-             "assistant_early_exit", "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens")
+             "assistant_early_exit", "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens", "speculation_type")
 
 
 class DraftedGenerate:
@@ -41,7 +41,7 @@ class DraftedGenerate:
         the local cache.
     block_size : int, optional
         The tokens of every block; by default as many as pay.
-    draft_weights : str
+    drafter_weights : str
         As for Session.load.
     max_batch : int
         Prompts that are decoded at the same time.
@@ -74,11 +74,11 @@ class DraftedGenerate:
     >>> # model.generate(**inputs, max_new_tokens=256, custom_generate=drafted)
     """
 
-    def __init__(self, drafter: str | os.PathLike, *, block_size: int | None = None, draft_weights: str = "auto",
+    def __init__(self, drafter: str | os.PathLike, *, block_size: int | None = None, drafter_weights: str = "auto",
                  max_batch: int = 8, tokenizer: Any = None):
         self.drafter = path_text(_WHAT, "drafter", drafter)
         self.block_size = None if block_size is None else whole(_WHAT, "block_size", block_size, 1)
-        self.draft_weights = choice(_WHAT, "draft_weights", draft_weights, DraftersWeights)
+        self.drafter_weights = choice(_WHAT, "drafter_weights", drafter_weights, DraftersWeights)
         self.max_batch = whole(_WHAT, "max_batch", max_batch, 1)
         self.tokenizer = tokenizer
         self._known: tuple[Any, tuple, Target, Drafter] | None = None
@@ -140,7 +140,7 @@ class DraftedGenerate:
             found = load_checkpoint(self.drafter, target.dtype)
         except CheckpointNotFound as error:
             raise CheckpointNotFound(f"{_WHAT}: drafter: {error}") from None
-        drafter = drafter_for(target, found, self.draft_weights,
+        drafter = drafter_for(target, found, self.drafter_weights,
                               lambda text: _token_id(self.tokenizer, text))
         self._known = model, now, target, drafter
         return target, drafter

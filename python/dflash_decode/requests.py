@@ -21,7 +21,7 @@ class Request:
 
     id: any hashable value that no running request has.
     prompt: token ids, as a sequence or a tensor or array of one dimension.
-    max_new_tokens: the maximum length of the answer. The end of the context ends it earlier.
+    max_tokens: the maximum length of the answer. The end of the context ends it earlier.
     stop_tokens: the answer ends after any of these.
     sampling: the sampling parameters; greedy by default.
     logprobs: how many of the most likely tokens the events name with each token, from 0 on; None: none are computed.
@@ -29,7 +29,7 @@ class Request:
 
     id: Hashable
     prompt: Sequence[int]
-    max_new_tokens: int
+    max_tokens: int
     stop_tokens: Collection[int] = ()
     sampling: SamplingParams = GREEDY
     logprobs: int | None = None
@@ -148,7 +148,7 @@ def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Liv
     if sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(63) if sampling.temperature > 0 else 0)
     prompt, stops = _prompt(request, vocab, max_context, what), _stops(request, vocab, what)
-    limit = whole(what, "max_new_tokens", request.max_new_tokens, 1)
+    limit = whole(what, "max_tokens", request.max_tokens, 1)
     logprobs = None if request.logprobs is None else whole(what, "logprobs", request.logprobs, 0, vocab)
     limit, n = min(limit, max_context - len(prompt)), len(prompt)
     if pool.pages_for(n + limit) > pool.num_pages:

@@ -21,7 +21,7 @@ HI = {"role": "user", "content": "hi"}
 
 @pytest.fixture(scope="module")
 def words(models):
-    return "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", 6, "--dtype", "float32"
+    return "--model", models["model"], "--drafter", models["draft"], "--max-tokens", 6, "--dtype", "float32"
 
 
 @pytest.fixture(scope="module")

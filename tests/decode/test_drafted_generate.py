@@ -102,6 +102,7 @@ def test_sampling_follows_torch_s_seed_and_its_filters(model, drafted):
     ({"num_beams": 2}, "num_beams must be 1; got 2"),
     ({"use_cache": False}, "use_cache must be True; got False"),
     ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens must be off; got 3"),
+    ({"speculation_type": "dflash"}, "speculation_type must be off; got .dflash."),
     ({"inputs": PADDED, "attention_mask": MASK, "streamer": Heard()}, "streamer must be given with one prompt; got 3"),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores must be off; got True"),
     ({"no_repeat_ngram_size": 2}, "logits processors must be .*; got NoRepeatNGramLogitsProcessor"),
@@ -142,7 +143,7 @@ def test_a_drafter_s_mask_token_can_be_a_text(model, tmp_path):
 def test_wrong_arguments_and_files_are_errors_and_leave_the_model_as_it_was(model, tmp_path):
     for given, words in (({"drafter": 3}, "drafter must be a path or a name"),
                          ({"drafter": "x", "max_batch": 0}, "max_batch must be"),
-                         ({"drafter": "x", "draft_weights": "4"}, "draft_weights must be one of")):
+                         ({"drafter": "x", "drafter_weights": "4"}, "drafter_weights must be one of")):
         with pytest.raises((TypeError, ValueError), match=words):
             DraftedGenerate(**given)
     attention = model.config._attn_implementation

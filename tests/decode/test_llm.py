@@ -38,7 +38,7 @@ def tokens(found):
 @pytest.mark.parametrize("how", SETTINGS, ids=str)
 def test_an_answer_is_that_of_the_decoder_and_of_the_baseline(llm, baseline, session, how):
     """Of a session's run, on which the command line's promises are proven."""
-    want = session.run("hello", max_new_tokens=24, sampling=SamplingParams(**how)).answers[0]
+    want = session.run("hello", max_tokens=24, sampling=SamplingParams(**how)).answers[0]
     for each in (llm, baseline):
         found = each.chat("hello", max_tokens=24, **how)
         assert (found.text, found.token_ids, found.finish_reason) == (want.text, want.tokens, want.finish)

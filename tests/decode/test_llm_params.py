@@ -171,7 +171,7 @@ def test_what_generation_config_json_says(tmp_path, file, want):
 
 def test_a_call_goes_before_the_model_s_file_and_that_before_greedy(tmp_path):
     folder = tiny.write_target(tmp_path)
-    greedy = Session.load(folder, "none").run([[1, 2, 3]], max_new_tokens=9).answers[0].tokens
+    greedy = Session.load(folder, "none").run([[1, 2, 3]], max_tokens=9).answers[0].tokens
     (folder / "generation_config.json").write_text(json.dumps({
         "do_sample": True, "temperature": 99.0, "top_k": 30, "max_new_tokens": 9, "eos_token_id": greedy[5]}))
     with LLM(folder, "none") as llm:

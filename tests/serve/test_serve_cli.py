@@ -26,7 +26,7 @@ def started(files):
     running = []
 
     def start(*options, **variables):
-        command = [sys.executable, "-m", "dflash_decode.cli", "serve", "--model", files[0], "--draft", files[1],
+        command = [sys.executable, "-m", "dflash_decode.cli", "serve", "--model", files[0], "--drafter", files[1],
                    "--name", "tiny", "--port", "0", "--dtype", "float32", *options]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                    env=environment(**variables), preexec_fn=heed_interrupts)
@@ -70,12 +70,12 @@ def test_what_is_wrong_is_one_line(call, files):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        code, out, err = call("serve", "--model", files[0], "--draft", files[1], "--port", port)
+        code, out, err = call("serve", "--model", files[0], "--drafter", files[1], "--port", port)
         assert (code, out) == (2, "") and one_line(err) and f"got '127.0.0.1' and {port}" in err
     for options in (["--port", "65536"], ["--port", "x"], ["--host", "no.such.host.invalid"], ["--host", ""],
                     ["--max-batch", "0"], ["--max-queue", "-1"], ["--max-body", "0"], ["--stop-timeout", "-1"],
                     ["--stop-timeout", "nan"], ["--stop-timeout", "soon"], ["--api-key", " "], ["--name", ""],
-                    ["--max-context", "1"], ["--draft", "none", "--block-size", "4"], ["--model", "no/such"]):
+                    ["--max-context", "1"], ["--drafter", "none", "--block-size", "4"], ["--model", "no/such"]):
         code, out, err = call("serve", "--model", files[0], "--port", "0", *options)
         assert (code, out) == (2, "") and one_line(err), (options, err)
 

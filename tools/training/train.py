@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--self-prompts", type=int, default=0, help="number of prompts that the target writes")
     p.add_argument("--write-minutes", type=float, default=10.0, help="minutes for writing answers")
     p.add_argument("--sampled", type=float, default=0.1, help="share of the answers written at temperature 0.8")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer")
+    p.add_argument("--max-tokens", type=int, default=256, help="maximum length of an answer")
     p.add_argument("--slots", type=int, help="texts written concurrently; by default 128 on a CPU, 1024 on a GPU")
     p.add_argument("--limit", type=int, help="use only this many texts, for a rehearsal")
     p.add_argument("--layers", type=int, default=3)
@@ -76,7 +76,7 @@ def collect_texts(args: argparse.Namespace, target: Target, tokenizer: Tokenizer
         random.Random(args.seed).shuffle(asked)
         end, part = time.monotonic() + args.write_minutes * 60, kept.with_suffix(".part")
         with part.open("w", encoding="utf-8") as out:
-            for row in texts.write_answers(target, tokenizer, asked, slots, args.max_new_tokens, args.sampled,
+            for row in texts.write_answers(target, tokenizer, asked, slots, args.max_tokens, args.sampled,
                                            args.seed):
                 found.append(row)
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")

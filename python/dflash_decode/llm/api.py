@@ -46,7 +46,7 @@ class LLM:
         baseline decoding, which gives the same answers.
     tokenizer : str, path or Tokenizer, optional
         Another model's tokenizer, or a loaded one.
-    dtype, device, weights, draft_weights, native, block_size
+    dtype, device, weights, drafter_weights, native, block_size
         As for Session.load.
     max_batch : int
         Answers that are decoded at the same time.
@@ -74,7 +74,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike, drafter: str | os.PathLike | None = AUTO, *,
                  tokenizer: str | os.PathLike | Tokenizer | None = None, dtype: str | torch.dtype = "bfloat16",
-                 device: str | torch.device = "cpu", weights: str = "auto", draft_weights: str = "auto",
+                 device: str | torch.device = "cpu", weights: str = "auto", drafter_weights: str = "auto",
                  native: bool = False, block_size: int | None = None, max_batch: int = _MOST_AT_ONCE,
                  max_context: int | None = None, sample_from: str = "greedy", rule: str = "token",
                  status: Callable[[str], AbstractContextManager] = lambda text: nullcontext()):
@@ -82,7 +82,7 @@ class LLM:
                "max_context": None if max_context is None else whole("LLM", "max_context", max_context, 1),
                "sample_from": choice("LLM", "sample_from", sample_from, SampleFrom)}
         session = Session.load(model, drafter, block_size=block_size, dtype=dtype, device=device, weights=weights,
-                               draft_weights=draft_weights, tokenizer=tokenizer, native=native, status=status)
+                               drafter_weights=drafter_weights, tokenizer=tokenizer, native=native, status=status)
         self._set_up(session, True, how)
 
     def _set_up(self, session: Session, speculative: bool, how: dict[str, Any]) -> None:
