@@ -52,15 +52,18 @@ def refused(param: str, expected: str, got: object, code: str | None = None) -> 
 
 
 def of_validation(error: ValidationError) -> ApiError:
-    """The first fault that pydantic found, with the alternatives where a field may be of several types."""
-    found, *others = error.errors(include_url=False)
-    if found["type"] == "json_invalid":
-        return ApiError(400, f"the body must be JSON; got {found['msg'].removeprefix('Invalid JSON: ')}")
+    """The first fault that pydantic found, with the alternatives where a field may be of several types. Of a list that
+    may also be a text, it is the element's."""
+    faults = error.errors(include_url=False)
+    if faults[0]["type"] == "json_invalid":
+        return ApiError(400, f"the body must be JSON; got {faults[0]['msg'].removeprefix('Invalid JSON: ')}")
+    first = _place(faults[0]["loc"])
+    found = next((one for one in faults[1:] if first and (_place(one["loc"]) or "").startswith(f"{first}[")), faults[0])
     param = _place(found["loc"])
     if found["type"] == "missing":
         return ApiError(400, f"{param} must be given", param)
     if found["type"] in _MUST_BE:
-        alike = [one for one in (found, *others) if _place(one["loc"]) == param and one["type"] in _MUST_BE]
+        alike = [one for one in faults if _place(one["loc"]) == param and one["type"] in _MUST_BE]
         expected = " or ".join(dict.fromkeys(_MUST_BE[one["type"]].format(**one.get("ctx", {})) for one in alike))
         said = f"must be {expected}; got {shown(found['input'])}"
     else:

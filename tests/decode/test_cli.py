@@ -112,7 +112,7 @@ def test_info_says_what_is_missing_and_how_to_get_it(call, monkeypatch):
     (["bench", "decode", "--prompts", "no/such"], 2, "--prompts must be a file; got 'no/such', which does not exist"),
     (["bench", "decode", "--prompts", "MODEL"], 2, "which is a directory"),
     (["bench", "decode", "--prompts", "GOOD", "--drafter", "none"], 2, "--drafter must be a drafter's directory"),
-    (["bench", "decode", "--prompts", "GOOD", "--model", "MODEL"], 2, "; draft must name a drafter's directory"),
+    (["bench", "decode", "--prompts", "GOOD", "--model", "MODEL"], 2, "; drafter must name a drafter's directory"),
     (["bench", "decode", "--prompts", "GOOD", "--json", "/no/such/dir/x.json"], 2, "--json must be a file in a dir"),
     (["bench", "decode", "--prompts", "GOOD", "--json", "-"], 2, "got '-': it does not mean standard output here"),
     (["bench", "decode", "--prompts", "GOOD", "--concurrency", "0"], 2, "--concurrency"),
