@@ -124,11 +124,13 @@ def tools(asked: ChatAsked) -> list[dict[str, Any]] | None:
 
 
 def _message(message: Message, i: int, developers: bool) -> dict[str, Any]:
-    """A message as templates read it: one text, and the arguments of calls as objects."""
+    """A message as templates read it."""
+    _check_calls(message.tool_calls or [], i)
+    calls = {"tool_calls": message.tool_calls} if message.tool_calls else {}
     content = message.content
     parts = content if isinstance(content, str) or content is None else [part.model_dump() for part in content]
     try:
-        found = read_message({"role": message.role, "content": parts}, "it")
+        found = read_message({"role": message.role, "content": parts} | calls, "it")
     except (TypeError, ValueError) as error:
         param = f"messages[{i}].content"
         raise ApiError(400, str(error).replace("it: content", param, 1), param) from None
@@ -140,20 +142,14 @@ def _message(message: Message, i: int, developers: bool) -> dict[str, Any]:
             found[name] = value
     if message.reasoning is not None:
         found.setdefault("reasoning_content", message.reasoning)
-    if message.tool_calls:
-        found["tool_calls"] = [_call(call, i) for call in message.tool_calls]
     return found
 
 
-def _call(call: dict[str, Any], i: int) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise refused(f"messages[{i}].tool_calls", 'calls {"function": {"name": ..., "arguments": ...}}', call)
-    try:
-        arguments = json.loads(function.get("arguments") or "{}")
-    except (TypeError, ValueError, RecursionError):  # of no JSON, or an object already
-        return call
-    return call | {"function": function | {"arguments": arguments}}
+def _check_calls(calls: list[dict[str, Any]], i: int) -> None:
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise refused(f"messages[{i}].tool_calls", 'calls {"function": {"name": ..., "arguments": ...}}', call)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dflash_decode import (
 )
 from dflash_decode.llm.defaults import Defaults, read_defaults
 from dflash_decode.llm.text import AnswerText, StopStrings
+from dflash_decode.messages import read_message
 from tests.support import tiny
 
 
@@ -92,6 +93,16 @@ NUMBERS = ("temperature", "top_p", "min_p", "top_k", "seed", "n", "max_tokens", 
 def test_a_value_of_another_kind_is_a_type_error_whatever_the_field(llm, name, value):
     with pytest.raises(TypeError, match=r"^LLM\.generate: "):
         llm.generate(**{"prompts": "abc", name: value})
+
+
+@pytest.mark.parametrize("arguments, read", [
+    ('{"city": "Rome"}', {"city": "Rome"}), ("", {}), ({"city": "Rome"}, {"city": "Rome"}), ("{", "{"), (None, None)])
+def test_calls_in_messages_are_openai_s_or_a_template_s(arguments, read):
+    call = {"id": "c", "function": {"name": "weather", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call, {"name": "x", "arguments": "{}"}]}
+    assert read_message(message, "it") == message | {"tool_calls": [
+        {"id": "c", "function": {"name": "weather", "arguments": read}}, {"name": "x", "arguments": "{}"}]}
+    assert call["function"]["arguments"] == arguments  # the caller's is left alone
 
 
 @pytest.mark.parametrize("kwargs, got", [(5, "5"), ({5: 1}, "5"), ({"messages": []}, "'messages'")], ids=str)
