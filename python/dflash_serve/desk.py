@@ -56,11 +56,11 @@ class Answers:
         self._usage = [0, 0]
 
     async def start(self, prompts: Sequence[list[int]], params: Sequence[GenerationParams],
-                    constraint: str) -> None:
-        """params: of each prompt. constraint: the field that restricts the answers, if any. Raises ApiError."""
+                    restricts: str) -> None:
+        """params: of each prompt. restricts: the field that restricts the answers, if any. Raises ApiError."""
         self._usage[0] = sum(map(len, prompts))
         for i, (prompt, how) in enumerate(zip(prompts, params, strict=True)):
-            with told(constraint=constraint):
+            with told(restricts=restricts):
                 stream = await self._desk.llm.asubmit(prompt, how)
             if self._over:  # by the server's end, which has freed the place
                 return stream.cancel()

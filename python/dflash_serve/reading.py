@@ -62,17 +62,17 @@ def _parse(kind: type[Kind], body: bytes) -> Kind:
 
 
 @contextmanager
-def told(where: str | None = None, constraint: str = "") -> Iterator[None]:
-    """Errors of `LLM` in a client's request, as the client's. where: the field that they are about. constraint: the one
+def told(where: str | None = None, restricts: str = "") -> Iterator[None]:
+    """Errors of `LLM` in a client's request, as the client's. where: the field that they are about. restricts: the one
     that restricts the answer, if any."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ApiError(400, f"{constraint} cannot be followed: {_plain(error)}", constraint) from None
+        raise ApiError(400, f"{restricts} cannot be followed: {_plain(error)}", restricts) from None
     except (TypeError, ValueError) as error:
         text = _plain(error)
         first = text.partition(" ")[0]
-        named = constraint if first in ("json_schema", "regex") else first if first in _SAMPLING else None
+        named = restricts if first in ("json_schema", "regex") else first if first in _SAMPLING else None
         raise ApiError(400, text, where or named) from None
     except RuntimeError as error:
         raise ApiError(503, f"the decoder has ended: {_plain(error)}") from None
