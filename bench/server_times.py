@@ -67,7 +67,7 @@ def commands(llama: Path | None, batch: int, threads: int, port: int) -> dict[st
     theirs = [f"{llama}", "--model", f"{find_model(MODEL)}", "--ctx-size", f"{CONTEXT * batch}", "--parallel",
               f"{batch}", "--threads", f"{threads}", "--threads-batch", f"{threads}", "--port", f"{port}", "--offline"]
     return ({"llama-server": theirs} if llama else {}) | {
-        "dflash-kernels serve": ours, "dflash-kernels serve --draft none": [*ours, "--draft", "none"]}
+        "dflash-kernels serve": ours, "dflash-kernels serve --drafter none": [*ours, "--drafter", "none"]}
 
 
 def main() -> int:

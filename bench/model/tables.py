@@ -100,7 +100,7 @@ def checks(folder: Path) -> list[tuple[str, float, float, str]]:
                 block = max(1, min(g.block, 32 // concurrency))
             baseline = p.target(g, concurrency, 1, DECODE_CONTEXT)
             ours = p.target(g, concurrency, block, DECODE_CONTEXT) + p.draft(
-                g, concurrency, block, DECODE_CONTEXT, 1 if r.get("draft_int8") else 2)
+                g, concurrency, block, DECODE_CONTEXT, 1 if r.get("drafter_int8") else 2)
             where = f"concurrency {concurrency}"
             found += [
                 (f"baseline decoding, {where}", r["baseline_tokens_per_s"], concurrency / baseline * 1e6, "tokens/s"),

@@ -1,6 +1,6 @@
 """Compares other projects' loops with ours on the same prompts and the same drafter, greedy.
 
-    python -m bench.peers --prompts FILE... [--draft DIR] [--limit N] [--only ours,dflash,...] [--json OUT]
+    python -m bench.peers --prompts FILE... [--drafter DIR] [--limit N] [--only ours,dflash,...] [--json OUT]
 
 Each peer is a process in its own environment. It is loaded and warmed up before anything is timed, and idle while
 another answers. In every round each peer answers the same prompts task by task, in the opposite order the next time, so
@@ -81,7 +81,7 @@ def forms(model: str, draft: str | None, needed: set[str]) -> tuple[dict[str, st
 
 
 def block_size(options: argparse.Namespace) -> int:
-    config = read_json(Path(options.draft) / "config.json") if options.draft else {}
+    config = read_json(Path(options.drafter) / "config.json") if options.drafter else {}
     nested = config.get("dflash_config") or {}
     return options.block_size or nested.get("block_size") or config.get("block_size", 1)
 
@@ -91,12 +91,12 @@ def command(options: argparse.Namespace) -> str:
     def words(name, values):
         return [f"--{name}", *map(str, values)] if values else []
 
-    packaged = options.draft == drafter_of(options.model)
-    draft = "none" if options.draft is None else "auto" if packaged else Path(options.draft).name
+    packaged = options.drafter == drafter_of(options.model)
+    draft = "none" if options.drafter is None else "auto" if packaged else Path(options.drafter).name
     return shlex.join(["python", "-m", "bench.peers", *words("prompts", [f.name for f in options.prompts]),
-                       *words("draft", [draft]),
+                       *words("drafter", [draft]),
                        *words("limit", [options.limit] if options.limit else []),
-                       *words("max-new-tokens", [options.max_new_tokens]), *words("concurrency", options.concurrency),
+                       *words("max-tokens", [options.max_tokens]), *words("concurrency", options.concurrency),
                        *words("rounds", [options.rounds]), *words("threads", [options.threads]),
                        *words("dtype", [options.dtype] if options.dtype != BFLOAT16 else [])])
 
@@ -113,7 +113,7 @@ class Measurement:
     watched: dict[peers.Turn, list[Reply]] = field(default_factory=dict)
 
     def start(self, order: list[peers.Turn], models: dict, drafts: dict, stop_ids: list[int], units: list[Unit]):
-        longest = max(len(p) for unit in units for p in unit.prompts) + self.options.max_new_tokens
+        longest = max(len(p) for unit in units for p in unit.prompts) + self.options.max_tokens
         concurrency, warm = max(unit.concurrency for unit in units), units[0].prompts[:1]
         for turn in order:
             draft = None if turn.mode == BASELINE else drafts.get(turn.peer.reads)
@@ -123,7 +123,7 @@ class Measurement:
             began = time.perf_counter()
             with self.surviving(turn):
                 self.running[turn] = running = peers.Running(turn, job, self.options.timeout)
-                running.ask(Question(warm, min(WARM_UP_TOKENS, self.options.max_new_tokens)))
+                running.ask(Question(warm, min(WARM_UP_TOKENS, self.options.max_tokens)))
                 self.header["versions"][turn.peer.name] = running.versions
                 OUT.print(f"{turn}: ready after {time.perf_counter() - began:.0f} s", markup=False)
 
@@ -141,7 +141,7 @@ class Measurement:
 
     def answer(self, turn: peers.Turn, unit: Unit, round_: int) -> None:
         """One token of each prompt tells how much of the time is the prompts'."""
-        running, most = self.running[turn], self.options.max_new_tokens
+        running, most = self.running[turn], self.options.max_tokens
         first = running.ask(Question(unit.prompts, 1)).seconds if unit.concurrency == 1 else 0.0
         reply = running.ask(Question(unit.prompts, most, unit.concurrency))
         self.rows.add(Key(turn.peer.name, turn.mode, turn.threads, unit.concurrency, unit.task), reply, first)
@@ -153,7 +153,7 @@ class Measurement:
         for unit in (unit for unit in units if unit.concurrency == 1):
             for turn in list(self.running):
                 with self.surviving(turn):
-                    asked = Question(unit.prompts[:1], self.options.max_new_tokens, watched=True)
+                    asked = Question(unit.prompts[:1], self.options.max_tokens, watched=True)
                     reply = self.running[turn].ask(asked)
                     self.watched.setdefault(turn, []).append(reply)
                     yield
@@ -193,15 +193,15 @@ def measure(options: argparse.Namespace) -> dict:
     peers.ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(options.model)
     units = read_tasks(options, tokenizer)
-    order = peers.turns(options.only, options.threads, options.draft is not None)
-    header = {"kind": "peers", "model": options.model, "draft": options.draft and Path(options.draft).name,
-              "dtype": options.dtype, "block_size": block_size(options), "max_new_tokens": options.max_new_tokens,
+    order = peers.turns(options.only, options.threads, options.drafter is not None)
+    header = {"kind": "peers", "model": options.model, "drafter": options.drafter and Path(options.drafter).name,
+              "dtype": options.dtype, "block_size": block_size(options), "max_tokens": options.max_tokens,
               "limit": options.limit, "adapts": options.block_size is None,
               "rounds": options.rounds, "cpu": build_info()["cpu"], "threads": options.threads, "commit": commit(),
               "versions": {}, "command": command(options)}
     found = Measurement(options, header, {}, Rows(), {})
     try:
-        found.start(order, *forms(options.model, options.draft, {turn.peer.reads for turn in order}),
+        found.start(order, *forms(options.model, options.drafter, {turn.peer.reads for turn in order}),
                     list(tokenizer.stop_ids), units)
         for _ in chain(found.measure(units), found.watch(units)):
             keep(options.json, found.result())
@@ -256,11 +256,11 @@ def parsed() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help='JSON lines: {"task", "id", "turns"}')
-    parser.add_argument("--draft", default="auto", help="a drafter's directory; auto: the installed one for the "
+    parser.add_argument("--drafter", default="auto", help="a drafter's directory; auto: the installed one for the "
                                                         "model; none: baseline decoding only")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--limit", type=int, help="the first N prompts of each file, at concurrency 1")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32],
                         help="values above 1 apply to peers that batch")
     parser.add_argument("--rounds", type=int, default=3)
@@ -276,8 +276,8 @@ def parsed() -> argparse.Namespace:
                                                   "or peers-float32.json")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    draft = drafter_of(options.model, options.draft)
-    options.draft = None if draft == "none" else draft
+    draft = drafter_of(options.model, options.drafter)
+    options.drafter = None if draft == "none" else draft
     if options.json is None and not options.no_write:
         options.json = results_folder() / ("peers.json" if options.dtype == BFLOAT16 else "peers-float32.json")
     return options

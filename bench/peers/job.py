@@ -39,7 +39,7 @@ class Question:
     watched: steps are timed by part, for one prompt. Watched questions are a peer's last, because it stays watched."""
 
     prompts: list[list[int]]
-    max_new_tokens: int
+    max_tokens: int
     concurrency: int = 1
     watched: bool = False
 

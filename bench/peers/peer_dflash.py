@@ -23,7 +23,7 @@ def load(job: Job):
     def answering(asked: Question) -> Reply:
         began, tokens, steps, commits = time.perf_counter(), [], [], []
         for prompt in asked.prompts:
-            found = reference.dflash_generate(drafter, target, torch.tensor([prompt]), asked.max_new_tokens,
+            found = reference.dflash_generate(drafter, target, torch.tensor([prompt]), asked.max_tokens,
                                               job.stop_ids, block_size=job.block_size, return_stats=True)
             tokens.append(found.output_ids[0, len(prompt):].tolist())
             steps.append(len(found.acceptance_lengths))

@@ -42,7 +42,7 @@ def load(job: Job):
     def answering(asked: Question) -> Reply:
         began, counts, steps, parts = time.perf_counter(), [], [], []
         for prompt in asked.prompts:
-            found = post(f"{base}/completion", {"prompt": prompt, "n_predict": asked.max_new_tokens, "temperature": 0.0,
+            found = post(f"{base}/completion", {"prompt": prompt, "n_predict": asked.max_tokens, "temperature": 0.0,
                                                 "cache_prompt": False})
             counts.append(found["tokens_predicted"])
             # It tells no steps: each gives one token more than it accepts, and the first token is the prompt's.

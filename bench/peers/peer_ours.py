@@ -15,7 +15,7 @@ def load(job: Job):
                            block_size=None if baseline or job.adapts else job.block_size)
 
     def answering(asked: Question) -> Reply:
-        run = session.run(asked.prompts, max_new_tokens=asked.max_new_tokens, concurrency=asked.concurrency)
+        run = session.run(asked.prompts, max_tokens=asked.max_tokens, concurrency=asked.concurrency)
         tokens = [answer.tokens for answer in run.answers]
         if baseline:
             return Reply(run.seconds, [*map(len, tokens)], tokens)

@@ -20,7 +20,7 @@ def load(job: Job):
         began, tokens = time.perf_counter(), []
         for prompt in asked.prompts:
             ids = torch.tensor([prompt])
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.max_new_tokens,
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.max_tokens,
                                    do_sample=False, eos_token_id=job.stop_ids, pad_token_id=job.stop_ids[0])
             tokens.append(found[0, len(prompt):].tolist())
         return Reply(time.perf_counter() - began, [*map(len, tokens)], tokens)

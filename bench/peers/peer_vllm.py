@@ -20,7 +20,7 @@ def load(job: Job):
               speculative_config=speculative if job.mode == DFLASH else None)
 
     def answering(asked: Question) -> Reply:
-        wanted = SamplingParams(temperature=0.0, max_tokens=asked.max_new_tokens, stop_token_ids=job.stop_ids,
+        wanted = SamplingParams(temperature=0.0, max_tokens=asked.max_tokens, stop_token_ids=job.stop_ids,
                                 detokenize=False)
         prompts = [{"prompt_token_ids": prompt} for prompt in asked.prompts]
         counted, seconds, tokens = [drafted(llm)], 0.0, []

@@ -19,4 +19,4 @@ def evaluate_command(r: dict) -> str:
     limit = f"--limit {r['limit']} " if r["limit"] else ""
     weights = "--weights int8 " if r.get("weights") == "int8" else ""
     return (f'make evaluate PROMPTS="{" ".join(r["prompts"])}" '
-            f'ARGS="{weights}{limit}--max-new-tokens {r["max_new_tokens"]}"')
+            f'ARGS="{weights}{limit}--max-tokens {r["max_tokens"]}"')

@@ -22,15 +22,15 @@ def machine(r: dict) -> str:
 
 
 def run_line(r: dict, drawn: str) -> str:
-    drafter = "random weights" if r["draft"] == "random" else r["draft"]
-    drafter += " in 8 bits" if r.get("draft_int8") else ""
+    drafter = "random weights" if r["drafter"] == "random" else r["drafter"]
+    drafter += " in 8 bits" if r.get("drafter_int8") else ""
     chosen = r.get("adapts") and (r["concurrency"] > 1 or "verified_rows" in r)
     block = f"{'blocks of at most' if chosen else 'block'} {r['block_size']}"
     if "verified_rows" in r:
         block += f", {r['verified_rows']:.2f} tokens verified a step"
     model = r["model"] + " in 8 bits" * (r.get("weights") == "int8")
     return (f"{model} with {drafter}, {r['dtype']}, {block}, {drawn}, at most "
-            f"{r['max_new_tokens']} new tokens, concurrency {r['concurrency']}, "
+            f"{r['max_tokens']} new tokens, concurrency {r['concurrency']}, "
             f"{f'the first {limit}' if (limit := r['limit']) else 'all'} prompts of each file. {machine(r)}.")
 
 
@@ -81,7 +81,7 @@ def cell_table(results: list[dict]) -> list[str]:
     for r in results:
         tasks = list(r["cells"][0]["tasks"])
         limit = f"the first {r['limit']}" if r["limit"] else "all"
-        lines += [f"{r['model']} with {r['draft']}, {r['dtype']}, greedy, at most {r['max_new_tokens']} new tokens, "
+        lines += [f"{r['model']} with {r['drafter']}, {r['dtype']}, greedy, at most {r['max_tokens']} new tokens, "
                   f"{limit} prompts of each file. {r['cpu']}, {r['threads']} threads. Speedup over baseline decoding:",
                   "", f"| instruction set | concurrency | {' | '.join(tasks)} | all | tokens/s | acceptance length | "
                   "tokens verified a step | identical output |", "|---|" + "---|" * (len(tasks) + 6)]
@@ -130,9 +130,9 @@ def decode_block(folder: Path) -> str:
 
 def card_block(folder: Path, drafter: str) -> str:
     """The results of one drafter, for its model card."""
-    found = [r for r in decode_results(folder) if r["draft"] == drafter]
+    found = [r for r in decode_results(folder) if r["drafter"] == drafter]
     lines = decode_table(found) + temperature_table([r for r in decode_results(folder, "decode by temperature")
-                                                     if r["draft"] == drafter])
+                                                     if r["drafter"] == drafter])
     if found:
         lines += ["Acceptance rate by position in the block, given that all earlier drafts were accepted "
                   f"(concurrency {found[0]['concurrency']}).", "", *position_table(found[0])]
@@ -147,9 +147,9 @@ def protocol_block(folder: Path) -> str:
         if r.get("kind") != "protocol":
             continue
         who = f"{r['model']} at {r['base_url']}" if "base_url" in r else \
-            f"{r['model']} with {r['draft']}, block {r['block_size']}, {machine(r)}"
+            f"{r['model']} with {r['drafter']}, block {r['block_size']}, {machine(r)}"
         asked = f"the first {r['limit']}" if r["limit"] else "all"
-        lines += [f"{who}, greedy, at most {r['max_new_tokens']} new tokens, {asked} prompts of each file.", ""]
+        lines += [f"{who}, greedy, at most {r['max_tokens']} new tokens, {asked} prompts of each file.", ""]
         for title, key, form in (("tokens/s", "tokens_per_s", ".1f"),
                                  ("acceptance length", "acceptance_length", ".3f")):
             lines += [f"| {title} by concurrency | " + " | ".join(TASKS.values()) + " |",

@@ -225,13 +225,13 @@ def reached(counts: list[int]) -> list[float]:
 
 
 def acceptance(files: dict) -> Plot | None:
-    found = next((f for f in files.values() if f.get("kind") == "decode" and f["draft"] != "random"), None)
+    found = next((f for f in files.values() if f.get("kind") == "decode" and f["drafter"] != "random"), None)
     if found is None:
         return None
     tasks = {task: reached(t["acceptance_histogram"]) for task, t in found["tasks"].items()}
     return Plot({"tasks": tasks}, draw_acceptance, (6.5, 3.2),
                 f"Acceptance rate by position, given that all earlier drafts were accepted; {found['model']} with "
-                f"{found['draft']}.")
+                f"{found['drafter']}.")
 
 
 def draw_acceptance(figure, data) -> None:

@@ -42,8 +42,8 @@ def about(h: dict) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in versions_of(h["versions"]).items())
     first = f"the first {h['limit']} prompts" if h["limit"] else "all prompts"
     return [
-        f"{h['model']} with {h['draft']}, {h['dtype']}, {blocks(h)}, greedy, at most "
-        f"{h['max_new_tokens']} new tokens. Concurrency 1: {first} of each file; higher concurrency: the first prompts "
+        f"{h['model']} with {h['drafter']}, {h['dtype']}, {blocks(h)}, greedy, at most "
+        f"{h['max_tokens']} new tokens. Concurrency 1: {first} of each file; higher concurrency: the first prompts "
         f"of all files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}; {versions}.",
         "",
         f"`{command_of(h['command'])}`",

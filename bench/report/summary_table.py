@@ -58,7 +58,7 @@ def rows_of(commands: list[str], command: str) -> str:
 def text_row(machine: Path, concurrency: int) -> tuple[str, str] | None:
     for r in decode_tables.decode_results(machine):
         if (r["concurrency"], r.get("weights", "model"), bool(r.get("temperature"))) == (concurrency, "model", False) \
-                and r["draft"] != "random":
+                and r["drafter"] != "random":
             same = "identical output" if r["identical_to_baseline"] else f"{r['different_requests']} outputs differ"
             requests = f"{concurrency} request{'s' * (concurrency > 1)}"
             return (f"{r['model']}, {requests}, {r['acceptance_length']:.2f} tokens a step | "

@@ -95,7 +95,7 @@ def of_experts(machine: Path) -> dict[str, str]:
 def of_texts(machine: Path) -> dict[str, str]:
     found = {}
     for r in decode_tables.decode_results(machine):
-        if not r.get("temperature") and r["draft"] != "random":
+        if not r.get("temperature") and r["drafter"] != "random":
             at = ("int8-" if r.get("weights") == "int8" else "") + f"c{r['concurrency']}"
             found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
                       f"length-{at}": f"{r['acceptance_length']:.2f}"}

@@ -51,13 +51,13 @@ class _Talk:
 class OurLoop:
     """The package's own decoder. It warms up before the clock runs, as a server does before its first request."""
 
-    def __init__(self, session: Session, max_new_tokens: int):
-        self.session, self.max_new_tokens = session, max_new_tokens
-        self.about = {"model": session.model, "draft": session.draft, "block_size": session.block_size,
+    def __init__(self, session: Session, max_tokens: int):
+        self.session, self.max_tokens = session, max_tokens
+        self.about = {"model": session.model, "drafter": session.drafter_name, "block_size": session.block_size,
                       "dtype": str(session.target.dtype).removeprefix("torch."),
                       "weights": session.weights,
-                      "draft_int8": session.drafter is not None and session.drafter.int8,
-                      "device": session.target.device.type, "max_new_tokens": max_new_tokens}
+                      "drafter_int8": session.drafter is not None and session.drafter.int8,
+                      "device": session.target.device.type, "max_tokens": max_tokens}
 
     def counters(self) -> Drafting | None:
         return None  # every step is known
@@ -82,7 +82,7 @@ class OurLoop:
         rest = [{"role": role, "content": text} for turn in prompt.turns[1:] for role, text in
                 (("assistant", ""), ("user", turn))]
         whole = len(self._ids([{"role": "user", "content": prompt.turns[0]}, *rest])) if rest else first
-        return min(room, whole + len(prompt.turns) * self.max_new_tokens)
+        return min(room, whole + len(prompt.turns) * self.max_tokens)
 
     def _ids(self, messages: list[dict]) -> list[int]:
         tokenizer = self.session.tokenizer
@@ -103,7 +103,7 @@ class OurLoop:
                 talk, sent = waiting.popleft(), sent + 1
                 ids, running[sent] = self._ids(talk.ask()), talk
                 talk.prompt_tokens = len(ids)
-                yield Request(sent, ids, self.max_new_tokens, self.session.tokenizer.stop_ids)
+                yield Request(sent, ids, self.max_tokens, self.session.tokenizer.stop_ids)
 
         for event in decoder.stream(requests()):
             talk = running[event.id]
@@ -132,9 +132,9 @@ class Server:
     """A chat server, called from one thread per concurrent request. A dropped or temporarily refused request is sent
     again after `patience` seconds, then after twice as long, for `tries` attempts in all."""
 
-    def __init__(self, chat: ChatServer, max_new_tokens: int, extra: dict, tries: int = 4, patience: float = 1.0):
-        self.chat, self.max_new_tokens, self.tries, self.patience = chat, max_new_tokens, tries, patience
-        self.about = {"base_url": chat.url, "model": chat.model, "max_new_tokens": max_new_tokens, "extra": extra}
+    def __init__(self, chat: ChatServer, max_tokens: int, extra: dict, tries: int = 4, patience: float = 1.0):
+        self.chat, self.max_tokens, self.tries, self.patience = chat, max_tokens, tries, patience
+        self.about = {"base_url": chat.url, "model": chat.model, "max_tokens": max_tokens, "extra": extra}
 
     def counters(self) -> Drafting | None:
         return self.chat.metrics()
@@ -191,9 +191,9 @@ class Server:
         wait = self.patience
         for _ in range(self.tries - 1):
             try:
-                return self.chat.chat(messages, self.max_new_tokens)
+                return self.chat.chat(messages, self.max_tokens)
             except Dropped:
                 if stop.wait(wait):
                     raise
             talk.retries, wait = talk.retries + 1, 2 * wait
-        return self.chat.chat(messages, self.max_new_tokens)
+        return self.chat.chat(messages, self.max_tokens)

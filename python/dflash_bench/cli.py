@@ -13,13 +13,13 @@ from dflash_decode.cli.options import (
     By,
     Debug,
     Device,
-    Draft,
+    DrafterName,
     DraftersWeights,
-    DraftWeights,
+    DrafterWeights,
     Dtype,
     FirstSeed,
     From,
-    MaxNewTokens,
+    MaxTokens,
     MinP,
     Model,
     ModelWeights,
@@ -47,15 +47,15 @@ def bench_decode(
     prompts: Annotated[list[Path], typer.Option(help='JSON lines: {"task": ..., "id": ..., "turns": [...]}. '
                                                      "Repeatable.")],
     model: Model = "smollm2",
-    draft: Draft = "auto",
+    drafter: DrafterName = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each file.")] = None,
     concurrency: Annotated[list[int], typer.Option(min=1, help="Number of concurrent requests. Repeatable.")
                            ] = [1],  # noqa: B006
     isa: Annotated[list[str] | None, typer.Option(help="Instruction set of the CPU to run with, or 'all' that it has. "
                                                        "Repeatable.")] = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_tokens: MaxTokens = 256,
     weights: ModelWeights = Weights.model,
-    draft_weights: DraftWeights = DraftersWeights.auto,
+    drafter_weights: DrafterWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
     temperature: Temperatures = [0.0],  # noqa: B006
     top_k: TopK = 0,
@@ -79,7 +79,7 @@ def bench_decode(
     The first turn of each row is the prompt."""
     from dflash_decode.checkpoint import drafter_of, no_drafter
 
-    asked, draft = draft, drafter_of(model, draft)
+    asked, drafter = drafter, drafter_of(model, drafter)
     if peers is not None:
         check_files(prompts, {"--json": json_out})
         known = dtype in ("bfloat16", "float32")
@@ -89,11 +89,11 @@ def bench_decode(
         if len(concurrency) > 1 or isa:
             raise UsageError("--peers takes one --concurrency, and no --isa")
         return repository.peers(peers, prompts, {
-            "model": model, "draft": draft, "limit": limit, "concurrency": concurrency[0], "threads": threads,
-            "max_new_tokens": max_new_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
-    if draft == NONE:
+            "model": model, "drafter": drafter, "limit": limit, "concurrency": concurrency[0], "threads": threads,
+            "max_tokens": max_tokens, "block_size": block_size, "dtype": dtype, "json": json_out})
+    if drafter == NONE:
         why = f"; {no_drafter(model)}" if asked == AUTO else ""
-        raise UsageError("--draft must be a drafter's directory or 'random'; baseline decoding is always measured too"
+        raise UsageError("--drafter must be a drafter's directory or 'random'; baseline decoding is always measured too"
                          + why)
     check_files(prompts, {"--json": json_out})
     set_threads(threads)
@@ -111,12 +111,12 @@ def bench_decode(
 
     samplings = [SamplingParams(value, top_k, top_p, min_p, seed) for value in temperature]
     rows = [row for file in prompts for row in decode.read_prompts(file, limit)]
-    session = Session.load(model, draft, block_size=block_size, dtype=dtype, device=device.value,
-                           weights=weights.value, draft_weights=draft_weights.value,
+    session = Session.load(model, drafter, block_size=block_size, dtype=dtype, device=device.value,
+                           weights=weights.value, drafter_weights=drafter_weights.value,
                            status=report.status)
     report.start_text(session)
     with _shown_tasks() as on_task:
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sample_from": sample_from.value, "rule": rule.value,
+        how: dict[str, Any] = {"max_tokens": max_tokens, "sample_from": sample_from.value, "rule": rule.value,
                                "on_task": on_task}
         if grid:
             results = decode.by_instruction_set(session, rows, sets, concurrency, sampling=samplings[0], **how)
@@ -128,7 +128,7 @@ def bench_decode(
     print_bench(results)
     if json_out is not None:
         header = decode.header(session, concurrency=concurrency if grid else concurrency[0],
-                              max_new_tokens=max_new_tokens,
+                              max_tokens=max_tokens,
                               prompts=[file.name for file in prompts], limit=limit,
                               **report.settings(samplings[0], sample_from.value, rule.value))
         many = {"kind": "decode by temperature", "temperatures": results}

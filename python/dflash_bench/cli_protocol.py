@@ -10,11 +10,11 @@ from dflash_decode.cli.options import (
     BlockSize,
     Debug,
     Device,
-    Draft,
+    DrafterName,
     DraftersWeights,
-    DraftWeights,
+    DrafterWeights,
     Dtype,
-    MaxNewTokens,
+    MaxTokens,
     ModelWeights,
     Threads,
     UsageError,
@@ -27,7 +27,8 @@ from dflash_decode.cli.options import (
 
 from .options import check_files
 
-OUR_LOOPS = ("draft", "weights", "draft_weights", "block_size", "dtype", "device", "threads")  # a server has its own
+OUR_LOOPS = ("drafter", "weights", "drafter_weights", "block_size", "dtype", "device",
+             "threads")  # a server has its own
 
 
 def protocol(
@@ -46,9 +47,9 @@ def protocol(
             "default its first."
         ),
     ] = None,
-    draft: Draft = "auto",
+    drafter: DrafterName = "auto",
     weights: ModelWeights = Weights.model,
-    draft_weights: DraftWeights = DraftersWeights.auto,
+    drafter_weights: DrafterWeights = DraftersWeights.auto,
     base_url: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +62,7 @@ def protocol(
         list[int] | None,
         typer.Option(min=1, help="Number of concurrent requests; by default 1 and 32. Repeatable."),
     ] = None,
-    max_new_tokens: MaxNewTokens = 4096,
+    max_tokens: MaxTokens = 4096,
     block_size: BlockSize = 8,
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
@@ -89,11 +90,11 @@ def protocol(
 
     rows = [row for file in prompts for row in decode.read_prompts(file, limit)]
     if base_url is not None:
-        answerer: protocol_report.Answerer = protocol_report.server(base_url, model, max_new_tokens, extra)
+        answerer: protocol_report.Answerer = protocol_report.server(base_url, model, max_tokens, extra)
     else:
         model = "smollm2" if model is None else model
-        answerer = protocol_report.our_loop(model, draft, block_size, max_new_tokens, dtype, device.value,
-                                            weights.value, draft_weights.value)
+        answerer = protocol_report.our_loop(model, drafter, block_size, max_tokens, dtype, device.value,
+                                            weights.value, drafter_weights.value)
     protocol_report.run(answerer, rows, list(dict.fromkeys(concurrency or (1, 32))), journal, json_out,
                         {"prompts": [file.name for file in prompts], "limit": limit})
 

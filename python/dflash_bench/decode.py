@@ -58,7 +58,7 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_new_tokens: int,
+def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_tokens: int,
                  sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token",
                  on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
     """Results by task and overall. Speculative and baseline decoding alternate task by task, with the same seeds."""
@@ -68,7 +68,7 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
     found, differences = {}, []
     for task, rows in tasks.items():
         ids = [session.prompt_ids(row.text) for row in rows]
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "concurrency": concurrency, "sampling": sampling,
+        options: dict[str, Any] = {"max_tokens": max_tokens, "concurrency": concurrency, "sampling": sampling,
                    "sample_from": sample_from, "rule": rule}
         on_task(task, "baseline")
         baseline = session.run(ids, speculative=False, **options)

@@ -24,20 +24,20 @@ from .results import commit, write_json
 CARD = "MiniMax-M2.7 on 4 B200"
 
 
-def our_loop(model: str, draft: str, block_size: int | None, max_new_tokens: int, dtype: str, device: str,
-             weights: str = "model", draft_weights: str = "auto") -> OurLoop:
+def our_loop(model: str, drafter: str, block_size: int | None, max_tokens: int, dtype: str, device: str,
+             weights: str = "model", drafter_weights: str = "auto") -> OurLoop:
     from dflash_decode.checkpoint import drafter_of
 
-    baseline = drafter_of(model, draft) == NONE
-    session = Session.load(model, draft, block_size=None if baseline else block_size, dtype=dtype, device=device,
-                           weights=weights, draft_weights=draft_weights, status=report.status)
+    baseline = drafter_of(model, drafter) == NONE
+    session = Session.load(model, drafter, block_size=None if baseline else block_size, dtype=dtype, device=device,
+                           weights=weights, drafter_weights=drafter_weights, status=report.status)
     report.start_text(session)
-    return OurLoop(session, max_new_tokens)
+    return OurLoop(session, max_tokens)
 
 
-def server(base_url: str, model: str | None, max_new_tokens: int, extra: dict) -> Server:
+def server(base_url: str, model: str | None, max_tokens: int, extra: dict) -> Server:
     chat = ChatServer(base_url, model, api_key=os.environ.get("OPENAI_API_KEY"), extra=extra)
-    return Server(chat, max_new_tokens, extra)
+    return Server(chat, max_tokens, extra)
 
 
 def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[int], journal_file: Path,
@@ -59,7 +59,7 @@ def run(answerer: Answerer, prompts: Sequence[Prompt], concurrencies: Sequence[i
             report.notice(f"{finished} of {wanted} prompts are kept in {journal_file}; the same command continues with "
                           "the rest")
         elif json_out is not None:
-            names = {key: Path(about[key]).name for key in ("model", "draft")  # folders are a machine's own
+            names = {key: Path(about[key]).name for key in ("model", "drafter")  # folders are a machine's own
                      if key in about and Path(about[key]).is_absolute()}
             write_json(json_out, {"kind": "protocol", **about, **names, "rows": rows})
     print_tables(rows)

@@ -9,8 +9,8 @@ import torch
 
 from dflash_kernels import LogitAdjustments
 
-from .inputs import FLOAT32, said
-from .sampling import Grammar, SamplingParams
+from .inputs import said
+from .sampling import FLOAT32, Grammar, SamplingParams
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """A drafter for transformers' own `model.generate`, by its argument `custom_generate`."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,8 @@ from .sampling import SamplingParams
 _WHAT = "DraftedGenerate"
 # What generate itself hands over, and what follows from the tokens.
 _TAKEN = {"attention_mask", "cache_position", "logits_to_keep", "position_ids", "return_dict", "use_cache"}
-_NOT_MADE = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
+_NOT_MADE = ("output_attentions", "output_hidden_states", "output_logits", "output_scores",
+             "assistant_early_exit", "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens", "speculation_type")
 
 
 class DraftedGenerate:
@@ -38,7 +41,7 @@ class DraftedGenerate:
         the local cache.
     block_size : int, optional
         The tokens of every block; by default as many as pay.
-    draft_weights : str
+    drafter_weights : str
         As for Session.load.
     max_batch : int
         Prompts that are decoded at the same time.
@@ -49,7 +52,8 @@ class DraftedGenerate:
     ------
     TypeError, ValueError
         For wrong arguments. When called, also for settings that it cannot follow, before anything is decoded: beams,
-        scores, logits processors and model inputs that it does not know.
+        an assistant_model and other ways to draft, use_cache=False, scores, a streamer for several prompts, logits
+        processors and model inputs that it does not know.
     CheckpointError
         When it is first called, for a drafter that cannot be read.
     NotImplementedError
@@ -58,8 +62,8 @@ class DraftedGenerate:
     Notes
     -----
     It keeps the last model and the drafter for it. During a call the model's attention is ours; afterwards it is as
-    before. transformers hands neither a streamer nor a tokenizer to a `custom_generate`, so it has no text as it
-    arrives and no stop strings: `LLM.stream` has both.
+    before. A streamer gets each token of one prompt's answer as it is committed. transformers hands no tokenizer to a
+    `custom_generate`, so it has no stop strings: `LLM.stream` has them.
 
     Source: tests/decode/test_drafted_generate.py compares it with `generate`.
 
@@ -70,11 +74,11 @@ class DraftedGenerate:
     >>> # model.generate(**inputs, max_new_tokens=256, custom_generate=drafted)
     """
 
-    def __init__(self, drafter: str | os.PathLike, *, block_size: int | None = None, draft_weights: str = "auto",
+    def __init__(self, drafter: str | os.PathLike, *, block_size: int | None = None, drafter_weights: str = "auto",
                  max_batch: int = 8, tokenizer: Any = None):
         self.drafter = path_text(_WHAT, "drafter", drafter)
         self.block_size = None if block_size is None else whole(_WHAT, "block_size", block_size, 1)
-        self.draft_weights = choice(_WHAT, "draft_weights", draft_weights, DraftersWeights)
+        self.drafter_weights = choice(_WHAT, "drafter_weights", drafter_weights, DraftersWeights)
         self.max_batch = whole(_WHAT, "max_batch", max_batch, 1)
         self.tokenizer = tokenizer
         self._known: tuple[Any, tuple, Target, Drafter] | None = None
@@ -82,8 +86,11 @@ class DraftedGenerate:
     def __call__(self, model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any,
                  generation_config: Any, **model_kwargs: Any) -> Any:
         """Called by `generate`."""
-        _refuse(generation_config, model_kwargs)
+        streamer, assistant = _not_handed_over(sys._getframe(1))
+        _refuse(generation_config, model_kwargs, assistant)
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"{_WHAT}: streamer must be given with one prompt; got {len(prompts)}")
         stops = generation_config.eos_token_id
         stops = frozenset([stops] if isinstance(stops, int) else stops or ())
         settings = _settings(logits_processor, bool(generation_config.do_sample), stops, input_ids.shape[1],
@@ -105,10 +112,14 @@ class DraftedGenerate:
                     raise ValueError(f"{_WHAT}: prompt {at + 1}: {event.error}")
                 for token in () if done[at] else event.tokens:
                     found[at].append(token)
+                    if streamer is not None:
+                        streamer.put(input_ids.new_tensor([token]).cpu())
                     if others and self._ends(others, input_ids[at], found[at]):
                         done[at] = True
                         decoder.cancel(at)
                         break
+            if streamer is not None:
+                streamer.end()
             answers = [torch.tensor(one, dtype=input_ids.dtype, device=input_ids.device) for one in found]
         return _result(input_ids, answers, generation_config)
 
@@ -129,7 +140,7 @@ class DraftedGenerate:
             found = load_checkpoint(self.drafter, target.dtype)
         except CheckpointNotFound as error:
             raise CheckpointNotFound(f"{_WHAT}: drafter: {error}") from None
-        drafter = drafter_for(target, found, self.draft_weights,
+        drafter = drafter_for(target, found, self.drafter_weights,
                               lambda text: _token_id(self.tokenizer, text))
         self._known = model, now, target, drafter
         return target, drafter
@@ -150,12 +161,23 @@ def _as_it_was(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _refuse(config: Any, model_kwargs: dict[str, Any]) -> None:
+def _not_handed_over(caller: FrameType) -> tuple[Any, Any]:
+    """The streamer and the assistant_model of the call. `generate` keeps both from a function, and says nothing."""
+    named = caller.f_locals if caller.f_code.co_name == "generate" else {}
+    return named.get("streamer"), named.get("assistant_model")
+
+
+def _refuse(config: Any, model_kwargs: dict[str, Any], assistant: Any) -> None:
     if (config.num_beams or 1) != 1:
         raise ValueError(f"{_WHAT}: num_beams must be 1; got {config.num_beams}")
+    if assistant is not None:
+        raise ValueError(f"{_WHAT}: assistant_model must be None, as this object drafts; got a "
+                         f"{type(assistant).__name__}")
+    if model_kwargs.get("use_cache") is False:
+        raise ValueError(f"{_WHAT}: use_cache must be True; got False")
     for name in _NOT_MADE:
         if getattr(config, name, None):
-            raise ValueError(f"{_WHAT}: {name} must be off; got {getattr(config, name)}")
+            raise ValueError(f"{_WHAT}: {name} must be off; got {shown(getattr(config, name))}")
     cache = model_kwargs.pop("past_key_values", None)
     if cache is not None and cache.get_seq_length():
         raise ValueError(f"{_WHAT}: past_key_values must be empty; got {cache.get_seq_length()} tokens")

@@ -6,9 +6,6 @@ import reprlib
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
-import torch
-
-FLOAT32 = torch.finfo(torch.float32)
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
@@ -51,7 +48,7 @@ def number(value: Any) -> float | None:
 def is_token_list(value: Any, ordered: bool = True) -> bool:
     """Whether the value can hold token ids: a sequence, or a tensor or array of one dimension; also a set where order
     does not matter. Text and bytes cannot."""
-    if isinstance(value, torch.Tensor) or hasattr(value, "__array__"):
+    if hasattr(value, "__array__"):  # torch's tensors have it too
         return value.ndim == 1
     if isinstance(value, (str, bytes, bytearray, Mapping)):
         return False

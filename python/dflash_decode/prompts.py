@@ -9,6 +9,7 @@ import torch
 from .checkpoint.errors import CheckpointError
 from .checkpoint.tokenizer import Tokenizer
 from .inputs import integer, is_token_list, items, shown
+from .messages import read_message
 
 _KINDS = "a text, a list of messages {'role': ..., 'content': ...}, or token ids"
 _ONE_BY_ONE = "give each prompt's ids separately, in a list and without padding"
@@ -54,7 +55,7 @@ def read_prompts(tokenizer: Tokenizer, vocab: int, prompts: Any, what: str,
         raise ValueError(f"{what}: token ids must have shape (n,) or (1, n); got {tuple(prompts.shape)}: {_ONE_BY_ONE}")
     found = [] if isinstance(prompts, (bytes, bytearray, set, frozenset)) else prompts
     if found is not prompts or not hasattr(prompts, "__iter__"):  # a set has no first prompt
-        raise TypeError(f"{what}: prompts must be a list, each of them {_KINDS}; got {_kind(prompts)}")
+        raise TypeError(f"{what}: prompts must be one prompt or a list of them, each {_KINDS}; got {_kind(prompts)}")
     found = list(prompts)
     if not isinstance(prompts, Sequence) and found and integer(found[0]) is not None:
         raise TypeError(f"{what}: token ids must be in a list, a tensor or an array; got {_kind(prompts)}")
@@ -84,10 +85,8 @@ def _of_text(tokenizer: Tokenizer, text: str, what: str, reading: Reading) -> li
 
 
 def _of_messages(tokenizer: Tokenizer, messages: Sequence, what: str, reading: Reading) -> list[int]:
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(f"{what}: message {i} must be {{'role': ..., 'content': ...}}; got {shown(message)}")
-    return _of_template(tokenizer, [dict(message) for message in messages], what, reading)
+    found = [read_message(message, f"{what}: message {i}") for i, message in enumerate(messages, 1)]
+    return _of_template(tokenizer, found, what, reading)
 
 
 def _of_template(tokenizer: Tokenizer, messages: list[dict], what: str, reading: Reading) -> list[int]:
@@ -100,8 +99,8 @@ def _encoded(what: str, prompt: object, encode: Callable[[], list[int]]) -> list
         ids = encode()
     except CheckpointError:  # a fault of the model; the message names its file
         raise
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
     if not ids:
         raise ValueError(f"{what} must have at least 1 token; got {shown(prompt)}")
     return ids

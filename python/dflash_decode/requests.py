@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import whole
 from .inputs import integer, is_token_list, items, shown
 from .kv import PagePool
 from .logprobs import TokenLogprobs
@@ -21,7 +22,7 @@ class Request:
 
     id: any hashable value that no running request has.
     prompt: token ids, as a sequence or a tensor or array of one dimension.
-    max_new_tokens: the maximum length of the answer.
+    max_tokens: the maximum length of the answer. The end of the context ends it earlier.
     stop_tokens: the answer ends after any of these.
     sampling: the sampling parameters; greedy by default.
     logprobs: how many of the most likely tokens the events name with each token, from 0 on; None: none are computed.
@@ -29,7 +30,7 @@ class Request:
 
     id: Hashable
     prompt: Sequence[int]
-    max_new_tokens: int
+    max_tokens: int
     stop_tokens: Collection[int] = ()
     sampling: SamplingParams = GREEDY
     logprobs: int | None = None
@@ -157,14 +158,8 @@ def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Liv
     if sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(63) if sampling.temperature > 0 else 0)
     prompt, stops = _prompt(request, vocab, max_context, what), _stops(request, vocab, what)
-    limit = integer(request.max_new_tokens)
-    if limit is None or limit < 1:
-        raise ValueError(f"{what}: max_new_tokens must be an integer of at least 1; "
-                         f"got {shown(request.max_new_tokens)}")
-    logprobs = None if request.logprobs is None else integer(request.logprobs)
-    if request.logprobs is not None and (logprobs is None or not 0 <= logprobs <= vocab):
-        raise ValueError(f"{what}: logprobs must be None or an integer from 0 to {vocab}; "
-                         f"got {shown(request.logprobs)}")
+    limit = whole(what, "max_tokens", request.max_tokens, 1)
+    logprobs = None if request.logprobs is None else whole(what, "logprobs", request.logprobs, 0, vocab)
     limit, n = min(limit, max_context - len(prompt)), len(prompt)
     if pool.pages_for(n + limit) > pool.num_pages:
         raise ValueError(f"{what}: prompt and answer must fit in {pool.num_pages} pages of {pool.page_size} tokens; "
@@ -187,7 +182,8 @@ def _prompt(request: Request, vocab: int, max_context: int, what: str) -> list[i
     for given_token in found:
         token = integer(given_token)
         if token is None or not 0 <= token < vocab:
-            raise ValueError(f"{what}: prompt must hold token ids in [0, {vocab}); got {shown(given_token)}")
+            raise (TypeError if token is None else ValueError)(
+                f"{what}: prompt must hold token ids in [0, {vocab}); got {shown(given_token)}")
         ids.append(token)
     return ids
 
@@ -203,6 +199,6 @@ def _stops(request: Request, vocab: int, what: str) -> frozenset[int]:
     for given_token in found:
         token = integer(given_token)
         if token is None:
-            raise ValueError(f"{what}: stop_tokens must hold token ids; got {shown(given_token)}")
+            raise TypeError(f"{what}: stop_tokens must hold token ids; got {shown(given_token)}")
         stops.add(token)
     return frozenset(stops)

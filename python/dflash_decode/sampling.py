@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .inputs import FLOAT32, integer, number, shown
+from .inputs import integer, number, shown
+
+FLOAT32 = torch.finfo(torch.float32)
 
 
 class Grammar(Protocol):
@@ -93,8 +95,13 @@ def check_sampling(sampling: SamplingParams, what: str, vocab: int | None = None
 def _integer(given: object, name: str, what: str, bits: int, words: str) -> int:
     value = integer(given)
     if value is None or not 0 <= value < 2**bits:
-        raise ValueError(f"{what}: {name} must be {words} 2**{bits} - 1; got {shown(given)}")
+        raise _wrong(value)(f"{what}: {name} must be {words} 2**{bits} - 1; got {shown(given)}")
     return value
+
+
+def _wrong(value: object) -> type[Exception]:
+    """The error of a value that could be read as a number, or not (None)."""
+    return TypeError if value is None else ValueError
 
 
 def _number(given: Any, name: str, what: str) -> float:
@@ -105,7 +112,7 @@ def _number(given: Any, name: str, what: str) -> float:
             limits = f" from {low:g} to {high:g}" if low < 0 else f"{limits}, at most {high:g}"
         elif value is not None and 0 < value < low:
             limits += f", at least {low:g}"
-        raise ValueError(f"{what}: {name} must be a finite number{limits}; got {shown(given)}")
+        raise _wrong(value)(f"{what}: {name} must be a finite number{limits}; got {shown(given)}")
     return value
 
 
@@ -116,11 +123,11 @@ def _biases(given: object, what: str, vocab: int | None) -> dict[int, float]:
     for key, bias in given.items():
         token, value = integer(key), number(bias)
         if token is None or token < 0 or (vocab is not None and token >= vocab):
-            raise ValueError(f"{what}: logit_bias must be for token ids in [0, {vocab or 'V'}); got {shown(key)}")
+            raise _wrong(token)(f"{what}: logit_bias must be for token ids in [0, {vocab or 'V'}); got {shown(key)}")
         # An infinity bans a token or all others. A finite number that float32 rounds to infinity is an error.
         if value is None or value != value or abs(value) > FLOAT32.max and abs(bias) != math.inf:
-            raise ValueError(f"{what}: logit_bias must be numbers that float32 can hold; got {shown(bias)} for token "
-                             f"{token}")
+            raise _wrong(value)(f"{what}: logit_bias must be numbers that float32 can hold; got {shown(bias)} for "
+                                f"token {token}")
         biases[token] = value
     if vocab is not None and len(biases) == vocab and all(bias == -math.inf for bias in biases.values()):
         raise ValueError(f"{what}: logit_bias must leave a token that it does not ban; got -inf for all {vocab}")

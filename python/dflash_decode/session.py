@@ -107,7 +107,7 @@ class Run:
 @dataclass
 class Session:
     model: str
-    draft: str
+    drafter_name: str
     target: Target
     tokenizer: Tokenizer
     drafter: Drafter | None
@@ -119,16 +119,16 @@ class Session:
     _decoders: dict[tuple, Decoder] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def load(cls, model: str | os.PathLike, draft: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
+    def load(cls, model: str | os.PathLike, drafter: str | os.PathLike | None = AUTO, *, block_size: int | None = None,
              dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", weights: str = "auto",
-             draft_weights: str = "auto", tokenizer: str | os.PathLike | Tokenizer | None = None,
+             drafter_weights: str = "auto", tokenizer: str | os.PathLike | Tokenizer | None = None,
              native: bool = False, status: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
              ) -> "Session":
         """Loads a target, its tokenizer and a drafter.
 
         model: the target: a directory with config.json and safetensors, a .gguf file, a known name, or the id of a
             model in huggingface_hub's cache.
-        draft: a drafter's directory, .gguf file or id, "auto" (the installed drafter for the target, or none, with a
+        drafter: a drafter's directory, .gguf file or id, "auto" (the installed drafter for the target, or none, with a
             warning), "random", or "none" or None.
         block_size: tokens per block, at most the drafter's block size, which is the default.
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
@@ -138,8 +138,8 @@ class Session:
             bytes, and the output can differ from the 16-bit target's. "file" keeps a GGUF file's weights in their
             blocks, and rounds what is multiplied with them to int8, as llama.cpp does. "exact" keeps the blocks too and
             gives the output of "model". "auto" is "file" for a GGUF file with such blocks on a CPU, else "model".
-        draft_weights: "int8", "model" for the target's dtype, or "auto" for 8 bits on a CPU with a 16-bit target, where
-            they take half of the time to read. The output does not change.
+        drafter_weights: "int8", "model" for the target's dtype, or "auto" for 8 bits on a CPU with a 16-bit target,
+            where they take half of the time to read. The output does not change.
         tokenizer: whose tokenizer the target uses, named as the model is, or a loaded one; by default the target's own.
         native: an error, instead of a warning, where our own layers lack what the config.json of a family of theirs
             asks for; and an error for other families. By default transformers' layers run those.
@@ -148,43 +148,43 @@ class Session:
         Arguments are checked before anything is loaded. Raises TypeError and ValueError for wrong or inconsistent
         arguments, and CheckpointError for files that cannot be read.
         """
-        what, draft = "Session.load", NONE if draft is None else draft
-        model, draft = (path_text(what, name, value) for name, value in (("model", model), ("draft", draft)))
-        asked, draft = draft, drafter_of(model, draft)
+        what, named = "Session.load", NONE if drafter is None else drafter
+        model, named = (path_text(what, name, value) for name, value in (("model", model), ("drafter", named)))
+        asked, named = named, drafter_of(model, named)
         device, wanted = read_device(what, device), read_dtype(what, dtype)
         choice(what, "weights", weights, Weights)
-        choice(what, "draft_weights", draft_weights, DraftersWeights)
+        choice(what, "drafter_weights", drafter_weights, DraftersWeights)
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             tokenizer = path_text(what, "tokenizer", tokenizer)
         of_type(what, "native", native, bool, "True or False")
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
         block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
-        if draft not in (RANDOM, NONE) and not exists(draft) and hub.find_cached(draft) is None:
-            raise CheckpointNotFound(f"draft must be a drafter's directory, {AUTO!r}, {RANDOM!r} or {NONE!r}; "
-                                     f"got {shown(draft)}, which does not exist{hub.hint(draft)}")
+        if named not in (RANDOM, NONE) and not exists(named) and hub.find_cached(named) is None:
+            raise CheckpointNotFound(f"drafter must be a drafter's directory, {AUTO!r}, {RANDOM!r} or {NONE!r}; "
+                                     f"got {shown(named)}, which does not exist{hub.hint(named)}")
         where = find_model(model)
         config = read_json(where / "config.json") if where.is_dir() else {}
         if "dflash_config" in config:
-            raise CheckpointError(f"{where}: model must be a target model; got a drafter, which belongs in draft")
+            raise CheckpointError(f"{where}: model must be a target model; got a drafter, which belongs in drafter")
         dtype = stored_dtype(where, config) if wanted is None else wanted
         weights = _weights(where, device, weights)
         with status(f"loading {model}"):
             if not isinstance(tokenizer, Tokenizer):
                 tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
             target = _target(model, config.get("model_type"), dtype, device, weights, native)
-        drafter = None
-        if draft == RANDOM:
+        made: Drafter | None = None
+        if named == RANDOM:
             with status("making a drafter of random weights"):
-                drafter = Drafter.random(target, **({} if block_size is None else {"block_size": block_size}))
-        elif draft != NONE:
-            with status(f"loading {draft}"):
-                drafter = drafter_for(target, load_checkpoint(draft, dtype), draft_weights, tokenizer.token_id)
+                made = Drafter.random(target, **({} if block_size is None else {"block_size": block_size}))
+        elif named != NONE:
+            with status(f"loading {named}"):
+                made = drafter_for(target, load_checkpoint(named, dtype), drafter_weights, tokenizer.token_id)
         elif asked == AUTO:
             warn(f"decoding without speculation, which is slower: {no_drafter(model)}")
-        width = 1 if drafter is None else drafter.block_size if block_size is None else block_size
-        if drafter is not None and width > drafter.block_size:
-            raise ValueError(f"block_size must be at most the drafter's {drafter.block_size}; got {width}")
-        return cls(model, draft, target, tokenizer, drafter, width, block_size is None, weights)
+        width = 1 if made is None else made.block_size if block_size is None else block_size
+        if made is not None and width > made.block_size:
+            raise ValueError(f"block_size must be at most the drafter's {made.block_size}; got {width}")
+        return cls(model, named, target, tokenizer, made, width, block_size is None, weights)
 
     def prompt_ids(self, prompt: object) -> list[int]:
         """The token ids of a prompt.
@@ -198,13 +198,13 @@ class Session:
         """
         return read_prompt(self.tokenizer, self.target.vocab_size, prompt, "Session.prompt_ids: prompt")
 
-    def run(self, prompts: object, *, max_new_tokens: int, concurrency: int = 1, speculative: bool = True,
+    def run(self, prompts: object, *, max_tokens: int, concurrency: int = 1, speculative: bool = True,
             on_tokens: Callable[[int, list[int]], None] = lambda i, tokens: None,
             sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token") -> Run:
         """Answers all prompts, with `concurrency` requests at a time.
 
         prompts: a list of prompts as prompt_ids takes them, or one such prompt.
-        max_new_tokens: the maximum length of each answer, at least 1. The end of the context ends an answer earlier.
+        max_tokens: the maximum length of each answer, at least 1. The end of the context ends an answer earlier.
         speculative: False for baseline decoding.
         on_tokens: on_tokens(prompt's index, new tokens) is called as tokens arrive.
         sampling: of all prompts. Prompt i uses seed + i, or a fresh seed if there is none.
@@ -214,7 +214,7 @@ class Session:
         fit the model's context.
         """
         what, room = "Session.run", self.target.max_context
-        max_new_tokens = whole(what, "max_new_tokens", max_new_tokens, 1)
+        max_tokens = whole(what, "max_tokens", max_tokens, 1)
         concurrency = whole(what, "concurrency", concurrency, 1)
         of_type(what, "speculative", speculative, bool, "True or False")
         of_type(what, "on_tokens", on_tokens, Callable, "a function of a prompt's index and its new tokens")
@@ -228,12 +228,12 @@ class Session:
                                  f"got {len(prompt)}")
         longest = max(map(len, prompts), default=1)
         made_for, decoder = self._decoder(speculative, min(concurrency, max(len(prompts), 1)),
-                                          min(room, longest + max_new_tokens), sample_from, rule)
+                                          min(room, longest + max_tokens), sample_from, rule)
         self._warm(decoder, prompts, sampling)
         before = decoder.forecast
         answers = [Answer() for _ in prompts]
         started = time.perf_counter()
-        for event in decoder.stream(self._requests(prompts, max_new_tokens, sampling)):
+        for event in decoder.stream(self._requests(prompts, max_tokens, sampling)):
             index = cast(int, event.id)
             if event.error is not None:
                 why = event.error.removeprefix(f"request {event.id}: ")  # the caller knows prompts, not our requests
@@ -268,10 +268,10 @@ class Session:
                               sample_from=sample_from, rule=rule)
         return made_for, decoder
 
-    def _requests(self, prompts, max_new_tokens, sampling) -> Iterator[Request]:
+    def _requests(self, prompts, max_tokens, sampling) -> Iterator[Request]:
         for i, prompt in enumerate(prompts):
             seed = None if sampling.seed is None else (sampling.seed + i) % 2**63
-            yield Request(i, list(prompt), max_new_tokens, self.tokenizer.stop_ids, replace(sampling, seed=seed))
+            yield Request(i, list(prompt), max_tokens, self.tokenizer.stop_ids, replace(sampling, seed=seed))
 
     def _warm(self, decoder: Decoder, prompts, sampling) -> None:
         """Does before the clock runs what happens once: a GPU compiles and records, a CPU measures what steps cost."""
@@ -305,7 +305,7 @@ def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.de
         return _hf_target(where, None, _not_ours(where, model_type, weights, native), dtype, device)
     found = load_checkpoint(model, dtype, blocks=weights in (Weights.file, Weights.exact))
     if "dflash_config" in found.config:
-        raise CheckpointError(f"{found.source}: model must be a target model; got a drafter, which belongs in draft")
+        raise CheckpointError(f"{found.source}: model must be a target model; got a drafter, which belongs in drafter")
     if where.is_file() and (kind := found.config["model_type"]) not in FAMILIES:
         return _hf_target(where, found, _not_ours(where, kind, weights, native), dtype, device)
     try:
@@ -351,23 +351,23 @@ def _hf_target(where: Path, found: Checkpoint | None, why: str, dtype: torch.dty
         raise CheckpointError(f"{where}: {brief(error)}") from error
 
 
-def _int8(draft_weights: str, target: Target) -> bool:
-    if draft_weights != DraftersWeights.auto:
-        return draft_weights == DraftersWeights.int8
+def _int8(drafter_weights: str, target: Target) -> bool:
+    if drafter_weights != DraftersWeights.auto:
+        return drafter_weights == DraftersWeights.int8
     return target.device.type == "cpu" and target.dtype.itemsize == 2
 
 
-def drafter_for(target: Target, found: Checkpoint, draft_weights: str,
+def drafter_for(target: Target, found: Checkpoint, drafter_weights: str,
                 token_id: Callable[[str], int | None]) -> Drafter:
-    """The drafter of a checkpoint. draft_weights: as for Session.load. token_id: of a token's text in the target's
+    """The drafter of a checkpoint. drafter_weights: as for Session.load. token_id: of a token's text in the target's
     tokenizer. Raises CheckpointError."""
     if not {"dflash_config", "block_size"} & found.config.keys():
-        raise CheckpointError(f"{found.source}: draft must be a DFlash drafter, whose config.json has dflash_config or "
-                              f"block_size; got a model with model_type {shown(found.config.get('model_type'))}")
+        raise CheckpointError(f"{found.source}: drafter must be a DFlash drafter, whose config.json has dflash_config "
+                              f"or block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
         tensors = {**cast(Mapping[str, torch.Tensor], found.tensors), **read_mask_embedding(found.source)}
         config = with_mask_token(found.config, token_id)
-        drafter = Drafter(config, tensors, target, read_vocabulary(found.source), int8=_int8(draft_weights, target))
+        drafter = Drafter(config, tensors, target, read_vocabulary(found.source), int8=_int8(drafter_weights, target))
         drafter.calibration = read_calibration(found.source, drafter.block_size - 1)
         return drafter
     except (ValueError, NotImplementedError) as error:

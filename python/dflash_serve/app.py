@@ -19,12 +19,12 @@ from dflash_decode import LLM
 from . import metrics, reading, tools
 from .chat import ChatReplies
 from .completions import CompletionReplies
+from .constraints import field_of
 from .desk import Answers, Desk
 from .errors import ApiError
 from .fields import Asked, ChatAsked, CompletionAsked
 from .openapi import openapi
 from .replies import Model, Models
-from .texts import TokenTexts
 
 Replies: TypeAlias = ChatReplies | CompletionReplies
 _LEFT = 499  # what others call the status of an answer that nobody waits for
@@ -45,17 +45,17 @@ class Api:
         self.llm, self.settings = llm, settings
         self.metrics = metrics.Metrics(llm, settings.name)
         self.desk = Desk(llm, self.metrics, max_batch + settings.max_queue)
-        self._texts, self._reads_calls = TokenTexts(llm.tokenizer), tools.is_known(llm)
+        self._reads_calls = tools.is_known(llm)
         self._model = Model(id=settings.name, created=int(time.time()), max_model_len=llm.max_context)
 
     async def chat(self, http: Request) -> Response:
         asked = await self._read(http, ChatAsked)
         calls = self._reads_calls and reading.tools(asked) is not None
-        return await self._answer(http, asked, lambda: ChatReplies(asked, self.settings.name, self._texts, calls))
+        return await self._answer(http, asked, lambda: ChatReplies(asked, self.settings.name, calls))
 
     async def completions(self, http: Request) -> Response:
         asked = await self._read(http, CompletionAsked)
-        return await self._answer(http, asked, lambda: CompletionReplies(asked, self.settings.name, self._texts))
+        return await self._answer(http, asked, lambda: CompletionReplies(asked, self.settings.name))
 
     async def models(self, http: Request) -> Response:
         return JSONResponse(Models(data=[self._model]).model_dump())
@@ -84,7 +84,7 @@ class Api:
         answers = self.desk.admit(asked.prompts, asked.choices)
         try:
             prompts = await asyncio.to_thread(reading.prompts, self.llm, asked)
-            await answers.start(prompts, reading.params(asked, prompts, self.llm.max_context))
+            await answers.start(prompts, reading.params(asked, prompts, self.llm.max_context), field_of(asked))
             replies = make()
             if asked.stream:
                 return EventStream(_events(answers, replies, asked.reports_usage), answers)

@@ -17,15 +17,15 @@ from .replies import (
     Usage,
     head,
 )
-from .texts import TokenTexts
+from .texts import chat_logprobs
 from .tools import Call, CallReader
 
 
 class ChatReplies:
     """calls: whether calls of tools are read out of the text."""
 
-    def __init__(self, asked: ChatAsked, model: str, texts: TokenTexts, calls: bool):
-        self._texts, self._count = texts, asked.choices
+    def __init__(self, asked: ChatAsked, model: str, calls: bool):
+        self._count = asked.choices
         self._head = head("chatcmpl", "chat.completion.chunk" if asked.stream else "chat.completion", model)
         most = 1 if asked.parallel_tool_calls is False else None
         self._readers = [CallReader(most) if calls else None for _ in range(self._count)]
@@ -40,7 +40,7 @@ class ChatReplies:
         if calls:
             message.content = text or None
             message.tool_calls = [_call(call) for call in calls]
-        return ChatChoice(index=index, message=message, logprobs=self._texts.chat(found.logprobs),
+        return ChatChoice(index=index, message=message, logprobs=chat_logprobs(found.logprobs),
                           finish_reason=self._reason(index, found), stop_reason=found.stop_reason)
 
     def opening(self) -> Iterator[str]:
@@ -51,7 +51,7 @@ class ChatReplies:
         found, reader = chunk.completion, self._readers[index]
         before = reader.count if reader else 0
         text, calls = self._read(index, chunk.text, found is not None)
-        logprobs = self._texts.chat(chunk.logprobs)
+        logprobs = chat_logprobs(chunk.logprobs)
         if text or (logprobs and logprobs.content):
             yield self._delta(index, ChatMessage(content=text), logprobs)
         if calls:

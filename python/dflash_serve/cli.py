@@ -1,5 +1,6 @@
 """The command `dflash-kernels serve`."""
 
+import functools
 import importlib.util
 import sys
 from typing import Annotated
@@ -11,9 +12,9 @@ from dflash_decode.cli.options import (
     BlockSize,
     Debug,
     Device,
-    Draft,
+    DrafterName,
     DraftersWeights,
-    DraftWeights,
+    DrafterWeights,
     Dtype,
     Model,
     ModelWeights,
@@ -41,7 +42,7 @@ def read_seconds(text: str | float) -> float:
 
 def serve(
     model: Model = "smollm2",
-    draft: Draft = "auto",
+    drafter: DrafterName = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="DFLASH_API_KEY", show_envvar=True, help="Requests must carry "
@@ -56,8 +57,9 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, max=1024, metavar="MIB", help="The largest request, in MiB.")] = 8,
     stop_timeout: Annotated[float, typer.Option(parser=read_seconds, metavar="SECONDS", help="How long running answers "
                                             "may go on after SIGTERM or Ctrl-C.")] = 30.0,
+    access_log: Annotated[bool, typer.Option(help="Print a line for each request.")] = True,
     weights: ModelWeights = Weights.auto,
-    draft_weights: DraftWeights = DraftersWeights.auto,
+    drafter_weights: DrafterWeights = DraftersWeights.auto,
     block_size: BlockSize = None,
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
@@ -72,8 +74,8 @@ def serve(
 
     if missing := [package for package in _NEEDED if importlib.util.find_spec(package) is None]:
         raise UsageError(f"serve needs {missing[0]}, of the extra serve: pip install 'dflash-kernels[serve]'")
-    if block_size is not None and drafter_of(model, draft) == NONE:
-        raise UsageError("--block-size needs a drafter: --draft DIRECTORY or --draft random")
+    if block_size is not None and drafter_of(model, drafter) == NONE:
+        raise UsageError("--block-size needs a drafter: --drafter DIRECTORY or --drafter random")
     for option, value in (("--api-key", api_key), ("--name", name), ("--host", host)):
         if value is not None and not value.strip():
             raise UsageError(f"{option} must not be empty")
@@ -86,8 +88,8 @@ def serve(
     from .server import Server, address, bound
 
     listener = bound(host, port)
-    with listener, LLM(model, draft, block_size=block_size, dtype=dtype, device=device.value, weights=weights.value,
-                       draft_weights=draft_weights.value, max_batch=max_batch, max_context=max_context,
+    with listener, LLM(model, drafter, block_size=block_size, dtype=dtype, device=device.value, weights=weights.value,
+                       drafter_weights=drafter_weights.value, max_batch=max_batch, max_context=max_context,
                        status=report.status) as llm:
         report.start_text(llm.session)
         if device is Device.cuda:
@@ -98,4 +100,5 @@ def serve(
         settings = Settings(name or model, api_key, max_queue, max_body << 20)
         app, desk = build(llm, settings, max_batch)
         line = f"serving {settings.name} on {address(listener)}/v1 (Ctrl-C ends)"
-        Server(app, desk, stop_timeout, lambda: print(line, file=sys.stderr, flush=True)).serve_until_stopped(listener)
+        ready = functools.partial(print, line, file=sys.stderr, flush=True)
+        Server(app, desk, stop_timeout, ready, access_log).serve_until_stopped(listener)

@@ -6,16 +6,16 @@ from dflash_decode import Chunk, Completion
 
 from .fields import CompletionAsked
 from .replies import CompletionChoice, CompletionLogprobs, CompletionReply, Usage, head
-from .texts import TokenTexts
+from .texts import completion_logprobs
 
 
 class CompletionReplies:
-    def __init__(self, asked: CompletionAsked, model: str, texts: TokenTexts):
-        self._texts, self._head = texts, head("cmpl", "text_completion", model)
+    def __init__(self, asked: CompletionAsked, model: str):
+        self._head = head("cmpl", "text_completion", model)
         self._offsets = [0] * (asked.prompts * asked.choices)
 
     def whole(self, found: list[Completion], usage: Usage) -> str:
-        choices = [self._choice(i, each.text, self._texts.completion(each.logprobs, 0), each)
+        choices = [self._choice(i, each.text, completion_logprobs(each.logprobs, 0), each)
                    for i, each in enumerate(found)]
         return CompletionReply(**self._head, choices=choices, usage=usage).text()
 
@@ -23,7 +23,7 @@ class CompletionReplies:
         yield from ()
 
     def piece(self, index: int, chunk: Chunk) -> Iterator[str]:
-        logprobs = self._texts.completion(chunk.logprobs, self._offsets[index])
+        logprobs = completion_logprobs(chunk.logprobs, self._offsets[index])
         self._offsets[index] += sum(map(len, logprobs.tokens)) if logprobs else 0
         if chunk.text or chunk.completion or (logprobs and logprobs.tokens):
             choice = self._choice(index, chunk.text, logprobs, chunk.completion)

@@ -23,7 +23,9 @@ class Desk:
         """Room for the answers to a request. Raises ApiError."""
         count = prompts * choices
         if count > self.most:
-            raise ApiError(400, f"n must be at most {self.most} answers in all; got {count}", "n")
+            room = f"the {self.most} answers that this server has room for"
+            raise ApiError(400, f"n must be at most {room}; got {choices}", "n") if prompts == 1 else ApiError(
+                400, f"prompt must have at most {self.most // choices} prompts, of {room}; got {prompts}", "prompt")
         if self.taken + count > self.most:
             raise ApiError(429, f"the server is busy: {self.taken} answers run or wait; try again", code="queue_full",
                            headers={"Retry-After": "1"})
@@ -53,12 +55,13 @@ class Answers:
         self._over = False
         self._usage = [0, 0]
 
-    async def start(self, prompts: Sequence[list[int]], params: GenerationParams) -> None:
-        """Raises ApiError."""
+    async def start(self, prompts: Sequence[list[int]], params: Sequence[GenerationParams],
+                    restricts: str) -> None:
+        """params: of each prompt. restricts: the field that restricts the answers, if any. Raises ApiError."""
         self._usage[0] = sum(map(len, prompts))
-        for i, prompt in enumerate(prompts):
-            with told():
-                stream = await self._desk.llm.asubmit(prompt, params)
+        for i, (prompt, how) in enumerate(zip(prompts, params, strict=True)):
+            with told(restricts=restricts):
+                stream = await self._desk.llm.asubmit(prompt, how)
             if self._over:  # by the server's end, which has freed the place
                 return stream.cancel()
             self._streams.append(stream)

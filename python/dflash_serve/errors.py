@@ -8,7 +8,14 @@ from starlette.responses import JSONResponse
 from dflash_decode.inputs import shown
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_EXPECTED = "Input should be "
+# What a value must be, by the kinds of pydantic's errors.
+_MUST_BE = {
+    "bool_type": "true or false", "dict_type": "an object", "finite_number": "a finite number",
+    "float_type": "a number", "greater_than_equal": "at least {ge}", "int_from_float": "an integer",
+    "int_parsing": "an integer", "int_parsing_size": "an integer of 64 bits", "int_type": "an integer",
+    "less_than_equal": "at most {le}", "list_type": "a list", "literal_error": "{expected}",
+    "model_type": "an object", "string_type": "a text",
+}
 _ALTERNATIVES = {"str", "int", "float", "bool"}  # that pydantic names in the place of an error, beside lists of them
 
 
@@ -45,21 +52,22 @@ def refused(param: str, expected: str, got: object, code: str | None = None) -> 
 
 
 def of_validation(error: ValidationError) -> ApiError:
-    """The first fault that pydantic found, with the alternatives where a field may be of several types."""
-    found, *others = error.errors(include_url=False, include_context=False)
-    if found["type"] == "json_invalid":
-        return ApiError(400, f"the body must be JSON; got {found['msg'].removeprefix('Invalid JSON: ')}")
+    """The first fault that pydantic found, with the alternatives where a field may be of several types. Of a list that
+    may also be a text, it is the element's."""
+    faults = error.errors(include_url=False)
+    if faults[0]["type"] == "json_invalid":
+        return ApiError(400, f"the body must be JSON; got {faults[0]['msg'].removeprefix('Invalid JSON: ')}")
+    first = _place(faults[0]["loc"])
+    found = next((one for one in faults[1:] if first and (_place(one["loc"]) or "").startswith(f"{first}[")), faults[0])
     param = _place(found["loc"])
     if found["type"] == "missing":
         return ApiError(400, f"{param} must be given", param)
-    said = found["msg"].removeprefix("Value error, ")
-    if said.startswith(_EXPECTED):
-        also = [other["msg"].removeprefix(_EXPECTED) for other in others
-                if _place(other["loc"]) == param and other["msg"].startswith(_EXPECTED)]
-        expected = " or ".join(dict.fromkeys([said.removeprefix(_EXPECTED), *also]))
+    if found["type"] in _MUST_BE:
+        alike = [one for one in faults if _place(one["loc"]) == param and one["type"] in _MUST_BE]
+        expected = " or ".join(dict.fromkeys(_MUST_BE[one["type"]].format(**one.get("ctx", {})) for one in alike))
         said = f"must be {expected}; got {shown(found['input'])}"
-    elif found["type"] == "too_short":
-        said = "must not be empty"
+    else:
+        said = "must not be empty" if found["type"] == "too_short" else found["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param or 'the body'} {said}", param)
 
 

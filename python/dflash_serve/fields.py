@@ -29,6 +29,15 @@ class ResponseFormat(_Fields):
     json_schema: JsonSchema | None = None
 
 
+class StructuredOutputs(_Fields):
+    """vLLM's: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    json_object: bool | None = None
+
+
 class Part(_Fields):
     """A piece of a message."""
 
@@ -40,6 +49,7 @@ class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -67,6 +77,7 @@ class Asked(_Fields):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def choices(self) -> int:
@@ -129,18 +140,3 @@ class CompletionAsked(Asked):
     def has_many(self) -> bool:
         return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
 
-
-# Fields that are not served: what they can be without changing the answer. Other fields that are not above are ignored.
-_OFF = (None, False)
-NOT_SERVED: dict[str, tuple[object, ...]] = {
-    "audio": (None,), "functions": (None, []), "function_call": (None, "none"), "modalities": (None, ["text"]),
-    "verbosity": (None, "medium"), "web_search_options": (None,),  # OpenAI's
-    "best_of": (None, 1), "echo": _OFF, "suffix": (None, ""),  # of completions
-    "add_generation_prompt": (None, True), "allowed_token_ids": (None, []), "bad_words": (None, []),  # vLLM's
-    "chat_template": (None,), "continue_final_message": _OFF, "documents": (None, []),
-    "guided_choice": (None,), "guided_grammar": (None,), "guided_json": (None,), "guided_regex": (None,),
-    "include_stop_str_in_output": _OFF, "length_penalty": (None, 1), "prompt_logprobs": (None,),
-    "skip_special_tokens": (None, True), "spaces_between_special_tokens": (None, True), "structured_outputs": (None,),
-    "truncate_prompt_tokens": (None,), "use_beam_search": _OFF,
-    "grammar": (None, ""), "json_schema": (None,), "mirostat": (None, 0), "typical_p": (None, 1),  # llama.cpp's
-}

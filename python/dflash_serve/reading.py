@@ -10,10 +10,13 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from dflash_decode import LLM, GenerationParams
+from dflash_decode.messages import read_message
 from dflash_decode.prompts import Reading, read_prompt
 
+from .constraints import constraint
 from .errors import ApiError, of_validation, refused
-from .fields import NOT_SERVED, Asked, ChatAsked, CompletionAsked, Message
+from .fields import Asked, ChatAsked, CompletionAsked, Message
+from .others import unread
 
 Kind = TypeVar("Kind", bound=Asked)
 _AT_ONCE = 1 << 16  # bytes that are parsed in less than a millisecond
@@ -33,10 +36,8 @@ async def read(http: Request, kind: type[Kind], model: str, most: int) -> Kind:
     asked = _parse(kind, body) if len(body) <= _AT_ONCE else await asyncio.to_thread(_parse, kind, body)
     if asked.model not in (None, model):
         raise ApiError(404, f"model must be {model!r}; got {str(asked.model)[:80]!r}", "model", "model_not_found")
-    for name, value in (asked.model_extra or {}).items():
-        if name in NOT_SERVED and value not in NOT_SERVED[name]:
-            raise ApiError(400, f"{name} must be left out: this server does not support it", name,
-                           "unsupported_parameter")
+    if found := unread(asked.model_extra or {}):
+        raise ApiError(400, f"{found[0][:80]} must be left out: {found[1]}", found[0][:80], "unsupported_parameter")
     return asked
 
 
@@ -61,16 +62,17 @@ def _parse(kind: type[Kind], body: bytes) -> Kind:
 
 
 @contextmanager
-def told(where: str | None = None) -> Iterator[None]:
-    """Errors of `LLM` in a client's request, as the client's. where: the field that they are about."""
+def told(where: str | None = None, restricts: str = "") -> Iterator[None]:
+    """Errors of `LLM` in a client's request, as the client's. where: the field that they are about. restricts: the one
+    that restricts the answer, if any."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ApiError(400, f"response_format cannot be followed: {_plain(error)}", "response_format") from None
+        raise ApiError(400, f"{restricts} cannot be followed: {_plain(error)}", restricts) from None
     except (TypeError, ValueError) as error:
         text = _plain(error)
         first = text.partition(" ")[0]
-        named = "response_format" if first == "json_schema" else first if first in _SAMPLING else None
+        named = restricts if first in ("json_schema", "regex") else first if first in _SAMPLING else None
         raise ApiError(400, text, where or named) from None
     except RuntimeError as error:
         raise ApiError(503, f"the decoder has ended: {_plain(error)}") from None
@@ -122,58 +124,54 @@ def tools(asked: ChatAsked) -> list[dict[str, Any]] | None:
 
 
 def _message(message: Message, i: int, developers: bool) -> dict[str, Any]:
-    """A message as templates read it: one text, and the arguments of calls as objects."""
-    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    """A message as templates read it."""
+    _check_calls(message.tool_calls or [], i)
+    calls = {"tool_calls": message.tool_calls} if message.tool_calls else {}
+    content = message.content
+    parts = content if isinstance(content, str) or content is None else [part.model_dump() for part in content]
+    try:
+        found = read_message({"role": message.role, "content": parts} | calls, "it")
+    except (TypeError, ValueError) as error:
+        param = f"messages[{i}].content"
+        raise ApiError(400, str(error).replace("it: content", param, 1), param) from None
+    found["content"] = found["content"] or ""
     if message.role == "developer" and not developers:
         found["role"] = "system"
-    if not isinstance(message.content, str):
-        for part in message.content or []:
-            if part.type != "text" or part.text is None:
-                raise refused(f"messages[{i}].content", "texts alone", part.type, "unsupported_value")
-        found["content"] = "\n".join(part.text or "" for part in message.content or [])
     for name in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, name)) is not None:
             found[name] = value
-    if message.tool_calls:
-        found["tool_calls"] = [_call(call, i) for call in message.tool_calls]
+    if message.reasoning is not None:
+        found.setdefault("reasoning_content", message.reasoning)
     return found
 
 
-def _call(call: dict[str, Any], i: int) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise refused(f"messages[{i}].tool_calls", 'calls {"function": {"name": ..., "arguments": ...}}', call)
-    try:
-        arguments = json.loads(function.get("arguments") or "{}")
-    except (TypeError, ValueError, RecursionError):  # of no JSON, or an object already
-        return call
-    return call | {"function": function | {"arguments": arguments}}
+def _check_calls(calls: list[dict[str, Any]], i: int) -> None:
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise refused(f"messages[{i}].tool_calls", 'calls {"function": {"name": ..., "arguments": ...}}', call)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-def params(asked: Asked, found: list[list[int]], context: int) -> GenerationParams:
-    """The parameters of an answer to prompts, which must fit into the context with it."""
+def params(asked: Asked, found: list[list[int]], context: int) -> list[GenerationParams]:
+    """The parameters of the answers to each prompt. They end where the context does, as in vLLM and llama.cpp."""
     longest, most = max(map(len, found)), asked.max_tokens
-    if isinstance(asked, ChatAsked):
-        most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    elif most is None:
-        most = _COMPLETION_TOKENS
+    if isinstance(asked, ChatAsked) and asked.max_completion_tokens is not None:
+        most = asked.max_completion_tokens
     if most is not None and most < 1:
         raise refused("max_tokens", "an integer of at least 1", most)
-    if longest + (most or 1) > context:
-        given = f"{longest} and max_tokens {most}" if most else f"a prompt of {longest}"
-        param = "max_tokens" if most and longest < context else _prompt_of(asked)
-        raise ApiError(400, f"prompt and answer must have at most {context} tokens together; got {given}", param,
-                       "context_length_exceeded")
+    least = max(asked.min_tokens or 0, 1)
+    if longest + least > context:
+        prompt = "messages" if isinstance(asked, ChatAsked) else "prompt"
+        raise ApiError(400, f"{prompt} must leave room for an answer of {least} in the context of {context} tokens; "
+                       f"got {longest}", prompt, "context_length_exceeded")
+    if most is None:
+        most = context if isinstance(asked, ChatAsked) else _COMPLETION_TOKENS
     settings = {name: value for name in _SAMPLING if (value := getattr(asked, name)) is not None}
-    return GenerationParams(max_tokens=context - longest if most is None else most, logprobs=_logprobs(asked),
-                            json_schema=_schema(asked), **settings)
-
-
-def _prompt_of(asked: Asked) -> str:
-    return "messages" if isinstance(asked, ChatAsked) else "prompt"
+    settings |= {"logprobs": _logprobs(asked)} | constraint(asked)
+    return [GenerationParams(max_tokens=min(most, context - len(prompt)), **settings) for prompt in found]
 
 
 def _logprobs(asked: Asked) -> int | None:
@@ -183,17 +181,6 @@ def _logprobs(asked: Asked) -> int | None:
     if asked.top_logprobs and not asked.logprobs:
         raise refused("logprobs", "true where top_logprobs is given", asked.logprobs)
     return asked.top_logprobs or 0 if asked.logprobs else None
-
-
-def _schema(asked: Asked) -> dict[str, Any] | None:
-    form = asked.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return {"type": "object"}
-    if form.json_schema is None:
-        raise ApiError(400, "response_format.json_schema must be given", "response_format.json_schema")
-    return form.json_schema.schema_
 
 
 async def left(http: Request) -> None:

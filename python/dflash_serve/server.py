@@ -4,14 +4,19 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from copy import deepcopy
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.config import LOGGING_CONFIG
 
 from dflash_decode.cli.streams import UsageError, reason
 
 from .desk import Desk
 
+# uvicorn's own, with a line for each request, but without those for its start and end.
+_LOGS = deepcopy(LOGGING_CONFIG)
+_LOGS["loggers"]["uvicorn"]["level"] = _LOGS["loggers"]["uvicorn.error"]["level"] = "WARNING"
 _KEPT_ALIVE = 75  # seconds: longer than clients keep an idle connection, which they would else find closed
 _LAST_WORDS = 5.0  # seconds in which clients are told that their answers ended
 
@@ -36,10 +41,11 @@ def address(bound_to: socket.socket) -> str:
 
 class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT: it takes no more requests, and gives those that run `patience` seconds. ready: is
-    called once it listens."""
+    called once it listens. access_log: a line for each request, on standard output."""
 
-    def __init__(self, app: ASGIApp, desk: Desk, patience: float, ready: Callable[[], None] = lambda: None):
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none",
+    def __init__(self, app: ASGIApp, desk: Desk, patience: float, ready: Callable[[], None] = lambda: None,
+                 access_log: bool = False):
+        super().__init__(uvicorn.Config(app, log_config=_LOGS, access_log=access_log, lifespan="off", ws="none",
                                         server_header=False, timeout_keep_alive=_KEPT_ALIVE,
                                         timeout_graceful_shutdown=int(patience + _LAST_WORDS) + 1))
         self._desk, self._patience, self._ready = desk, patience, ready

@@ -30,8 +30,8 @@ def test_help_shows_the_form_of_a_prompt_whole(call, command):
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_bench_decode(call, models, tmp_path, concurrency):
     out_file = tmp_path / "out.json"
-    code, out, err = call("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
-                          prompts_file(tmp_path, "alpha", "beta"), "--max-new-tokens", 7, "--concurrency", concurrency,
+    code, out, err = call("bench", "decode", "--model", models["model"], "--drafter", models["draft"], "--prompts",
+                          prompts_file(tmp_path, "alpha", "beta"), "--max-tokens", 7, "--concurrency", concurrency,
                           "--json", out_file)
     assert code == 0 and err == "" and "alpha" in out and "identical" in out
     found = json.loads(out_file.read_text())
@@ -41,14 +41,14 @@ def test_bench_decode(call, models, tmp_path, concurrency):
         assert part["speedup"] == pytest.approx(part["tokens_per_s"] / part["baseline_tokens_per_s"], rel=0.05)
     assert found["requests"] == 6 and found["tokens"] == sum(t["tokens"] for t in found["tasks"].values())
     assert found["concurrency"] == concurrency and found["kind"] == "decode" and found["differences"] == []
-    for key in ("cpu", "threads", "isa", "versions", "commit", "model", "draft", "prompts", "limit"):
+    for key in ("cpu", "threads", "isa", "versions", "commit", "model", "drafter", "prompts", "limit"):
         assert key in found
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("kind", ["decode", "protocol"])
 def test_a_task_may_be_called_anything(call, models, tmp_path, kind):
-    code, out, err = call("bench", kind, "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", 3,
+    code, out, err = call("bench", kind, "--model", models["model"], "--drafter", models["draft"], "--max-tokens", 3,
                           "--prompts", prompts_file(tmp_path, "a [/b] [red]"), "--concurrency", 1, "--block-size", 4,
                           *(["--journal", tmp_path / "journal.jsonl"] if kind == "protocol" else []))
     assert code == 0 and "a [/b] [red]" in out, err
@@ -56,8 +56,8 @@ def test_a_task_may_be_called_anything(call, models, tmp_path, kind):
 
 def test_bench_decode_by_temperature(call, models, tmp_path):
     out_file = tmp_path / "out.json"
-    arguments = ["bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
-                 prompts_file(tmp_path, "alpha"), "--max-new-tokens", 7, "--concurrency", 2, "--json", out_file]
+    arguments = ["bench", "decode", "--model", models["model"], "--drafter", models["draft"], "--prompts",
+                 prompts_file(tmp_path, "alpha"), "--max-tokens", 7, "--concurrency", 2, "--json", out_file]
     code, out, err = call(*arguments, "--temperature", 0, "--temperature", 0.5, "--temperature", 1.25, "--seed", 3)
     found = json.loads(out_file.read_text())
     assert code == 0 and err == "" and found["kind"] == "decode by temperature" and "1.25 alpha" in out
@@ -74,8 +74,8 @@ def test_bench_decode_by_temperature(call, models, tmp_path):
 def test_bench_decode_by_instruction_set(call, models, tmp_path):
     """Every set and concurrency in one file: figures, and what the choice of widths expected of its steps."""
     out_file = tmp_path / "out.json"
-    arguments = ["bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
-                 prompts_file(tmp_path, "alpha"), "--max-new-tokens", 9, "--json", out_file]
+    arguments = ["bench", "decode", "--model", models["model"], "--drafter", models["draft"], "--prompts",
+                 prompts_file(tmp_path, "alpha"), "--max-tokens", 9, "--json", out_file]
     code, out, err = call(*arguments, "--isa", "generic", "--concurrency", 1, "--concurrency", 3)
     found = json.loads(out_file.read_text())
     assert code == 0 and err == "" and found["kind"] == "decode by instruction set" and "generic" in out
@@ -103,7 +103,7 @@ def test_bench_reports_differences(models, monkeypatch):
 
     monkeypatch.setattr(session.Session, "run", planted)
     rows = [bench.Prompt("t", f"t/{i}", ("x",)) for i in range(2)]
-    found = bench.bench_decode(loaded, rows, concurrency=2, max_new_tokens=5)
+    found = bench.bench_decode(loaded, rows, concurrency=2, max_tokens=5)
     assert found["identical_to_baseline"] is False and found["different_requests"] == 1
     assert [d["id"] for d in found["differences"]] == ["t/1"] and found["differences"][0]["got"] is None
 
@@ -151,13 +151,13 @@ def scripts(monkeypatch):
 
 def test_bench_decode_with_peers(call, models, tmp_path, scripts):
     file, out = prompts_file(tmp_path, "a"), tmp_path / "out.json"
-    words = ("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts", file, "--peers",
-             "dflash,vllm", "--max-new-tokens", 5, "--limit", 2, "--concurrency", 32)
+    words = ("bench", "decode", "--model", models["model"], "--drafter", models["draft"], "--prompts", file, "--peers",
+             "dflash,vllm", "--max-tokens", 5, "--limit", 2, "--concurrency", 32)
     assert call(*words, "--json", out) == (3, "", "")
     ran, = scripts
     assert ran == ["-m", "bench.peers", "--only", "dflash,vllm", "--prompts", str(file),
-                   "--model", models["model"], "--draft", models["draft"], "--limit", "2", "--concurrency", "32",
-                   "--max-new-tokens", "5", "--dtype", "bfloat16", "--json", str(out)]
+                   "--model", models["model"], "--drafter", models["draft"], "--limit", "2", "--concurrency", "32",
+                   "--max-tokens", "5", "--dtype", "bfloat16", "--json", str(out)]
     call(*words)
     assert scripts[1][-1] == "--no-write"
 
@@ -165,7 +165,7 @@ def test_bench_decode_with_peers(call, models, tmp_path, scripts):
 def test_the_driver_takes_what_the_command_gives_it(call, models, tmp_path, scripts, monkeypatch):
     from bench.peers import compare as driver
 
-    call("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
+    call("bench", "decode", "--model", models["model"], "--drafter", models["draft"], "--prompts",
          prompts_file(tmp_path, "a"), "--peers", "all", "--threads", 1, "--block-size", 2)
     monkeypatch.setattr(sys, "argv", scripts[0][1:])
     taken = driver.parsed()
@@ -174,7 +174,7 @@ def test_the_driver_takes_what_the_command_gives_it(call, models, tmp_path, scri
 
 @pytest.mark.parametrize("more", [("--temperature", 0.5), ("--dtype", "float16")])
 def test_peers_are_compared_greedily_in_bfloat16(call, models, tmp_path, scripts, more):
-    code, _, err = call("bench", "decode", "--model", models["model"], "--draft", models["draft"], "--prompts",
+    code, _, err = call("bench", "decode", "--model", models["model"], "--drafter", models["draft"], "--prompts",
                         prompts_file(tmp_path, "a"), "--peers", "all", *more)
     assert code == 2 and "greedy, in bfloat16 or float32" in err and one_line(err) and scripts == []
 

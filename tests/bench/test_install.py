@@ -196,7 +196,7 @@ def test_the_extra_decode_is_enough_for_text(built, models, tmp_path):
     extra = needs(built["wheel"], "decode")
     made = installed.Environment(tmp_path / "decode", "torch", *extra)
     made.install(f"dflash-kernels[decode,bench] @ {built['wheel'].as_uri()}")
-    done = made.run("dflash-kernels", "generate", "--model", models["model"], "--prompt", "hi", "--max-new-tokens", "2",
+    done = made.run("dflash-kernels", "generate", "--model", models["model"], "--prompt", "hi", "--max-tokens", "2",
                     "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["num_tokens"] == 2, done.stderr
     assert done.stderr.startswith("note: decoding without speculation, which is slower: no drafter is installed for ")

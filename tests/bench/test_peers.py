@@ -193,8 +193,8 @@ def load(job):
         if question.watched:
             for i in range(3):
                 forward()
-        return Reply(0.5, [len(p[:question.max_new_tokens]) for p in question.prompts],
-                     [p[:question.max_new_tokens] for p in question.prompts])
+        return Reply(0.5, [len(p[:question.max_tokens]) for p in question.prompts],
+                     [p[:question.max_tokens] for p in question.prompts])
     return answering, {"fake": "1"}, watch
 
 def forward():
@@ -223,7 +223,7 @@ def fakes(tmp_path, monkeypatch):
     prompts.write_text("".join(json.dumps({"task": t, "turns": [f"{t} {i}"]}) + "\n" for t in "ab" for i in range(2)))
 
     def run(**more):
-        options = {"prompts": [prompts], "draft": str(draft), "model": str(model), "limit": None, "max_new_tokens": 5,
+        options = {"prompts": [prompts], "drafter": str(draft), "model": str(model), "limit": None, "max_tokens": 5,
                    "block_size": None, "threads": 1, "only": ["ours", "vllm", "llama"], "timeout": 60,
                    "concurrency": [1, 3], "rounds": 2, "dtype": "bfloat16", "json": tmp_path / "out.json"}
         return driver.measure(argparse.Namespace(**options | more))
@@ -245,8 +245,8 @@ def test_a_run(fakes, tmp_path, capsys):
         ("ours", "baseline", "all", 1, 4, 20, 2),
         ("ours", "baseline", "all", 3, 3, 15, 2),
     ]
-    assert result["header"]["command"] == "python -m bench.peers --prompts prompts.jsonl --draft draft " \
-        "--max-new-tokens 5 --concurrency 1 3 --rounds 2 --threads 1"
+    assert result["header"]["command"] == "python -m bench.peers --prompts prompts.jsonl --drafter draft " \
+        "--max-tokens 5 --concurrency 1 3 --rounds 2 --threads 1"
     assert result["header"]["block_size"] == 4 and result["header"]["versions"] == {"ours": {"fake": "1"}}
     parts, = result["parts"]
     assert [parts[name] for name in ("peer", "mode", "threads", "prompts", "steps")] == ["ours", "baseline", 1, 2, 2]
@@ -259,7 +259,7 @@ def test_a_run(fakes, tmp_path, capsys):
 
 
 def test_a_peer_that_breaks_on_the_way_keeps_its_rounds(fakes, capsys):
-    result = fakes(threads=2, only=["ours"], draft=None, concurrency=[1])
+    result = fakes(threads=2, only=["ours"], drafter=None, concurrency=[1])
     # A warm-up, then a question for the prompts' passes and one for the answers in each round of each task.
     assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
     assert result["missing"]["ours, baseline, 2 threads"].startswith(
@@ -268,19 +268,19 @@ def test_a_peer_that_breaks_on_the_way_keeps_its_rounds(fakes, capsys):
 
 
 def test_a_peer_that_breaks_when_it_is_watched_keeps_its_rows(fakes, capsys):
-    result = fakes(threads=3, only=["ours"], draft=None, concurrency=[1], rounds=1)
+    result = fakes(threads=3, only=["ours"], drafter=None, concurrency=[1], rounds=1)
     assert [(r["task"], r["rounds"]) for r in result["rows"]] == [("a", 1), ("b", 1), ("all", 1)]
     assert result["parts"] == [] and result["missing"]["ours, baseline, 3 threads"].startswith("OSError: no more")
 
 
 def test_many_concurrent_have_no_parts(fakes, capsys):
-    result = fakes(only=["ours"], draft=None, concurrency=[2], rounds=1)
+    result = fakes(only=["ours"], drafter=None, concurrency=[2], rounds=1)
     driver.show(result)
     assert result["rows"] and result["parts"] == []
 
 
 def test_a_peer_without_the_dtype_is_missing(fakes, capsys):
-    result = fakes(dtype="float32", only=["ours", "llama"], draft=None, rounds=1)
+    result = fakes(dtype="float32", only=["ours", "llama"], drafter=None, rounds=1)
     assert result["header"]["dtype"] == "float32" and result["header"]["command"].endswith("--dtype float32")
     assert result["missing"] == {"llama, baseline, 1 thread": "it does not run in float32"} and result["rows"]
 

@@ -77,9 +77,9 @@ def test_a_decoder_is_watched_from_the_first_such_question_on():
         model.forward = passes.part(VERIFY, model.forward, opens=True)
 
     def answering(asked):
-        for _ in range(asked.max_new_tokens):
+        for _ in range(asked.max_tokens):
             model.forward()
-        return job.Reply(1.0, [asked.max_new_tokens])
+        return job.Reply(1.0, [asked.max_tokens])
 
     watched = job.Watched(answering, watch)
     counts = [len(watched(job.Question([[1]], n, watched=True)).parts) for n in (5, 1, 4)]
@@ -120,7 +120,7 @@ def ours(monkeypatch, files, clock, mode=job.DFLASH, plant=lambda session: None,
     plant(session)
 
     def answer():
-        return [(a.tokens, a.steps) for a in session.run(prompts, max_new_tokens=TOKENS).answers]
+        return [(a.tokens, a.steps) for a in session.run(prompts, max_tokens=TOKENS).answers]
 
     before, passes = answer(), Passes(clock)
     watched_step.watch(passes)

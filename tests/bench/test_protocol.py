@@ -60,7 +60,7 @@ def test_the_answer_is_in_the_history_of_our_loop(loaded, tmp_path, monkeypatch)
     measured(OurLoop(loaded, 6), TWO[:1], [1], tmp_path / "j")
     first, second = asked[-2:]
     assert first == [{"role": "user", "content": "first 0"}]
-    run = loaded.run([loaded.prompt_ids("first 0")], max_new_tokens=6)
+    run = loaded.run([loaded.prompt_ids("first 0")], max_tokens=6)
     said = loaded.tokenizer.decode(run.answers[0].tokens)
     assert second == [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "second 0"}]
 
@@ -158,16 +158,16 @@ def prompts_file(tmp_path):
 
 def test_the_command_with_our_loop(models, tmp_path, capfd):
     out = tmp_path / "out.json"
-    words = ["bench", "protocol", "--prompts", prompts_file(tmp_path), "--model", models["model"], "--draft",
-             models["draft"], "--block-size", 4, "--max-new-tokens", 5, "--concurrency", 1, "--concurrency", 3,
+    words = ["bench", "protocol", "--prompts", prompts_file(tmp_path), "--model", models["model"], "--drafter",
+             models["draft"], "--block-size", 4, "--max-tokens", 5, "--concurrency", 1, "--concurrency", 3,
              "--journal", tmp_path / "j", "--json", out]
     assert cli.run([str(w) for w in words]) == 0
     shown, err = capfd.readouterr()
     assert "Throughput, tokens/s" in shown and "Acceptance length" in shown and "Math500" in shown
     assert "331.1" in shown and "3.561" in shown and "MT-Bench, 3 concurrent: 3 prompts" in err and "\x1b" not in shown
     found = json.loads(out.read_text())
-    assert found["kind"] == "protocol" and len(found["rows"]) == 4 and found["max_new_tokens"] == 5
-    assert [found[name] for name in ("model", "draft")] == [Path(models[name]).name for name in ("model", "draft")]
+    assert found["kind"] == "protocol" and len(found["rows"]) == 4 and found["max_tokens"] == 5
+    assert [found[name] for name in ("model", "drafter")] == [Path(models[name]).name for name in ("model", "draft")]
     assert found["prompts"] == ["prompts.jsonl"] and found["block_size"] == 4 and "cpu" in found
     assert cli.run([str(w) for w in words]) == 0
     assert "14 of 14 prompts are in" in capfd.readouterr().err
@@ -191,9 +191,9 @@ def test_the_command_with_a_server(tmp_path, capfd, monkeypatch):
     (["--extra-body", "[1]", "--base-url", "http://x"], "--extra-body must be a JSON object"),
     (["--extra-body", "{}x"], "--extra-body must be a JSON object"),
     (["--extra-body", '{"a": 1}'], "--extra-body needs --base-url"),
-    (["--base-url", "http://x", "--draft", "none"], "--draft is for our loop"),
+    (["--base-url", "http://x", "--drafter", "none"], "--drafter is for our loop"),
     (["--base-url", "http://x", "--block-size", "8"], "--block-size is for our loop"),
-    (["--base-url", "http://x", "--draft-weights", "auto"], "--draft-weights is for our loop"),
+    (["--base-url", "http://x", "--drafter-weights", "auto"], "--drafter-weights is for our loop"),
     (["--journal", "/no/such/folder/j"], "--journal must be a file in a directory")])
 def test_commands_written_wrongly(tmp_path, capfd, words, message):
     assert cli.run(["bench", "protocol", "--prompts", str(prompts_file(tmp_path)), *words]) == 2
@@ -205,7 +205,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     go = threading.Event()
     with FakeChat(VLLM, wait=lambda request: len(fake.seen) > 4 and go.wait()) as fake:  # one is the warm-up's
         words = ["bench", "protocol", "--prompts", str(prompts_file(tmp_path)), "--base-url", fake.url, "--journal",
-                 str(tmp_path / "j"), "--concurrency", "2", "--max-new-tokens", "30"]
+                 str(tmp_path / "j"), "--concurrency", "2", "--max-tokens", "30"]
         first = subprocess.Popen([sys.executable, "-m", "dflash_decode.cli", *words], stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
                                  env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})

@@ -20,8 +20,8 @@ from tests.support.protocol_runs import ONE, TWO, measured
 HANGS = 60.0  # seconds after which a test that waits for what does not come fails
 
 
-def served(fake, max_new_tokens=100, **options):
-    return Server(chat.ChatServer(fake.url, timeout=10 * HANGS), max_new_tokens, {}, **({"patience": 0.0} | options))
+def served(fake, max_tokens=100, **options):
+    return Server(chat.ChatServer(fake.url, timeout=10 * HANGS), max_tokens, {}, **({"patience": 0.0} | options))
 
 
 # ---- a server ------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_stopping_does_not_wait_for_streams(tmp_path):
             go.wait(HANGS)
 
     with FakeChat(wait=wait) as fake:
-        server = served(fake, max_new_tokens=20, tries=1)
+        server = served(fake, max_tokens=20, tries=1)
         answers = server._stream(ONE, 4)
 
         def abort():

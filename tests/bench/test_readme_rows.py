@@ -77,8 +77,8 @@ def test_prose_agrees_with_the_tables():
 @pytest.mark.parametrize("recorded, today", [
     ("python bench/run.py linear --runs 15 --device cpu", 'make bench ARGS="linear --runs 15 --device cpu"'),
     ("python -m bench.ops linear --runs 15", 'make bench ARGS="linear --runs 15"'),
-    ("python bench/peers/run.py --prompts a.jsonl b.jsonl --draft auto", 'make peers PROMPTS="a.jsonl b.jsonl" '
-                                                                         'ARGS="--draft auto"'),
+    ("python bench/peers/run.py --prompts a.jsonl b.jsonl --drafter auto", 'make peers PROMPTS="a.jsonl b.jsonl" '
+                                                                         'ARGS="--drafter auto"'),
     ("python -m bench.peers --prompts a.jsonl --limit 2", 'make peers PROMPTS="a.jsonl" ARGS="--limit 2"'),
     ("python x", "python x")])
 def test_a_recorded_command_is_shown_as_it_runs_today(recorded, today):

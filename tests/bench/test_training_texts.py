@@ -23,7 +23,7 @@ def test_answers_are_those_of_decoding_alone(session):
     assert sorted(row["prompt"] for row in rows) == ["and then?", "one", "three", "two"]
     for row in rows:
         messages = texts.messages_of(row["prompt"], row.get("before", ()))
-        alone = session.run([messages], max_new_tokens=8).answers[0]
+        alone = session.run([messages], max_tokens=8).answers[0]
         ends = alone.finish == "stop"
         assert (row["answer"], row["finish"]) == (session.tokenizer.decode(alone.tokens[:-1 if ends else None]),
                                                   alone.finish)

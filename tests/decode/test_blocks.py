@@ -71,7 +71,7 @@ def test_exact_blocks_give_the_output_of_the_expanded_model(tmp_path):
 def test_speculative_text_is_the_same_model_s_baseline_text(tmp_path, weights):
     session = Session.load(model(tmp_path), "random", weights=weights, block_size=4)
     prompts = [PROMPT, [5], [9, 9, 2]]
-    drafted, baseline = (session.run(prompts, max_new_tokens=20, speculative=s, concurrency=2) for s in (True, False))
+    drafted, baseline = (session.run(prompts, max_tokens=20, speculative=s, concurrency=2) for s in (True, False))
     assert [a.tokens for a in drafted.answers] == [a.tokens for a in baseline.answers]
 
 

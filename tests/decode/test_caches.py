@@ -134,7 +134,7 @@ def test_a_model_is_loaded_beside_a_home_that_cannot_be_written(tmp_path, no_fol
     write_gguf(tmp_path / "m.gguf")
     chosen = ("TRITON_CACHE_DIR", "TRITON_HOME", "DFLASH_CACHE", "XDG_CACHE_HOME")
     bare = {name: value for name, value in environment(HOME=str(no_folder)).items() if name not in chosen}
-    words = ["--model", str(tmp_path / "m.gguf"), "--draft", "none", "--prompt", "ab", "--max-new-tokens", "3"]
+    words = ["--model", str(tmp_path / "m.gguf"), "--drafter", "none", "--prompt", "ab", "--max-tokens", "3"]
     done = subprocess.run([sys.executable, "-m", "dflash_decode.cli", "generate", *words], capture_output=True,
                           text=True, env=bare)
     assert done.returncode == 0 and "tokens: 3" in done.stdout and done.stderr.count("\n") <= 1, done.stderr

@@ -78,8 +78,8 @@ def test_info_says_what_is_missing_and_how_to_get_it(call, monkeypatch):
     (["generate", "--prompt", "x", "--nonsense"], 2, "No such option"),
     (["frobnicate"], 2, "No such command 'frobnicate'"),
     (["generate", "--prompt", "", "--model", "MODEL"], 2, "--prompt must not be empty"),
-    (["generate", "--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
-    (["generate", "--prompt", "x", "--max-new-tokens", "many"], 2, "--max-new-tokens"),
+    (["generate", "--prompt", "x", "--max-tokens", "0"], 2, "--max-tokens"),
+    (["generate", "--prompt", "x", "--max-tokens", "many"], 2, "--max-tokens"),
     (["generate", "--prompt", "x", "--threads", "0"], 2, "--threads"),
     (["generate", "--prompt", "x", "--dtype", "int4"], 2, "--dtype"),
     (["generate", "--prompt", "x", "--block-size", "33"], 2, "--block-size"),
@@ -101,18 +101,18 @@ def test_info_says_what_is_missing_and_how_to_get_it(call, monkeypatch):
     (["generate", "--prompt", "x", "--model", "no/such"], 2, "got 'no/such', which does not exist"),
     pytest.param(["generate", "--prompt", "x", "--model", "MODEL", "--device", "cuda"], 2, "--device cuda needs a GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
-    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "no/such"], 2,
-     "draft must be a drafter's directory, 'auto', 'random' or 'none'; got 'no/such', which does not exist"),
-    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT", "--block-size", "5"], 1,
+    (["generate", "--prompt", "x", "--model", "MODEL", "--drafter", "no/such"], 2,
+     "drafter must be a drafter's directory, 'auto', 'random' or 'none'; got 'no/such', which does not exist"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--drafter", "DRAFT", "--block-size", "5"], 1,
      "block_size must be at most the drafter's 4; got 5"),
     (["generate", "--prompt", "x" * 200, "--model", "MODEL"], 1, "shorter than the context of 128 tokens"),
     (["generate", "--prompt", "x", "--model", "DRAFT"], 1, "model must be a target model; got a drafter"),
-    (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "MODEL"], 1, "draft must be a DFlash drafter"),
+    (["generate", "--prompt", "x", "--model", "MODEL", "--drafter", "MODEL"], 1, "drafter must be a DFlash drafter"),
     (["bench", "decode"], 2, "Missing option '--prompts'"),
     (["bench", "decode", "--prompts", "no/such"], 2, "--prompts must be a file; got 'no/such', which does not exist"),
     (["bench", "decode", "--prompts", "MODEL"], 2, "which is a directory"),
-    (["bench", "decode", "--prompts", "GOOD", "--draft", "none"], 2, "--draft must be a drafter's directory"),
-    (["bench", "decode", "--prompts", "GOOD", "--model", "MODEL"], 2, "; draft must name a drafter's directory"),
+    (["bench", "decode", "--prompts", "GOOD", "--drafter", "none"], 2, "--drafter must be a drafter's directory"),
+    (["bench", "decode", "--prompts", "GOOD", "--model", "MODEL"], 2, "; drafter must name a drafter's directory"),
     (["bench", "decode", "--prompts", "GOOD", "--json", "/no/such/dir/x.json"], 2, "--json must be a file in a dir"),
     (["bench", "decode", "--prompts", "GOOD", "--json", "-"], 2, "got '-': it does not mean standard output here"),
     (["bench", "decode", "--prompts", "GOOD", "--concurrency", "0"], 2, "--concurrency"),
@@ -154,7 +154,7 @@ def test_damaged_model(call, tmp_path, file, content, message):
 ])
 def test_drafter_config_fields_are_named(call, models, tmp_path, changes, message):
     folder = tiny.write_drafter(tmp_path / "d", **changes)
-    code, _, err = call("generate", "--prompt", "x", "--model", models["model"], "--draft", folder)
+    code, _, err = call("generate", "--prompt", "x", "--model", models["model"], "--drafter", folder)
     assert code == 1 and message in err and str(folder) in err and one_line(err)
 
 
@@ -190,7 +190,7 @@ def test_interrupt_in_a_stream(call, models, monkeypatch):
 
     monkeypatch.setattr(report, "write", write)
     monkeypatch.setattr(tokenizer.TextStream, "push", lambda self, tokens: "x")
-    code, out, err = call("generate", "--prompt", "x", "--model", models["model"], "--max-new-tokens", 50)
+    code, out, err = call("generate", "--prompt", "x", "--model", models["model"], "--max-tokens", 50)
     assert code == 130 and err == "dflash-kernels: interrupted\n" and "tokens" not in out
     assert written == ["x", "x", "x", "\n"]
 
@@ -198,7 +198,7 @@ def test_interrupt_in_a_stream(call, models, monkeypatch):
 def test_interrupt_in_a_bench_writes_nothing(call, models, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "bench_decode", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     code, out, err = call("bench", "decode", "--prompts", prompts_file(tmp_path, "t"), "--model", models["model"],
-                          "--draft", models["draft"], "--json", tmp_path / "x.json")
+                          "--drafter", models["draft"], "--json", tmp_path / "x.json")
     assert code == 130 and err == "dflash-kernels: interrupted\n" and out == ""
     assert [f.name for f in tmp_path.iterdir()] == ["prompts.jsonl"]
 
@@ -226,7 +226,7 @@ cli.main()
 def test_interrupt_of_the_process(models, tmp_path):
     rows = prompts_file(tmp_path, *(f"t{i}" for i in range(5000)))
     process = subprocess.Popen([sys.executable, "-c", TELLS_WHEN_IT_DECODES, "bench", "decode", "--prompts", str(rows),
-                                "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", "100",
+                                "--model", models["model"], "--drafter", models["draft"], "--max-tokens", "100",
                                 "--json", str(tmp_path / "x.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env=environment(), preexec_fn=heed_interrupts)
     assert process.stderr.readline() == "decoding\n"
@@ -251,10 +251,10 @@ def test_a_closed_output_is_no_crash():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["info"], ["--version"], ["generate", "--prompt", "hi", "--max-new-tokens", "2"]],
+@pytest.mark.parametrize("words", [["info"], ["--version"], ["generate", "--prompt", "hi", "--max-tokens", "2"]],
                          ids=lambda words: words[0])
 def test_a_full_disk_under_the_output_is_one_line_in_plain_words(models, words):
-    words += ["--model", models["model"], "--draft", models["draft"]] * (words[0] == "generate")
+    words += ["--model", models["model"], "--drafter", models["draft"]] * (words[0] == "generate")
     with open("/dev/full", "w") as full:
         ran = subprocess.run([sys.executable, "-m", "dflash_decode.cli", *words], stdout=full, stderr=subprocess.PIPE,
                              env=environment(PYTHONUNBUFFERED="1" if words[0] == "info" else ""), text=True)
@@ -265,7 +265,7 @@ def test_a_full_disk_under_the_output_is_one_line_in_plain_words(models, words):
 @pytest.mark.slow
 def test_an_output_that_is_not_unicode_gets_the_text_escaped(models):
     ran = subprocess.run([sys.executable, "-m", "dflash_decode.cli", "generate", "--prompt", "hi", "--model",
-                          models["model"], "--draft", models["draft"], "--max-new-tokens", "4", "--compare"],
+                          models["model"], "--drafter", models["draft"], "--max-tokens", "4", "--compare"],
                          env=environment(PYTHONIOENCODING="ascii"), capture_output=True, text=True)
     assert ran.returncode == 0 and "\\u2588" in ran.stdout, ran.stderr
 

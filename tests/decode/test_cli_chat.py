@@ -21,7 +21,7 @@ HI = {"role": "user", "content": "hi"}
 
 @pytest.fixture(scope="module")
 def words(models):
-    return "--model", models["model"], "--draft", models["draft"], "--max-new-tokens", 6, "--dtype", "float32"
+    return "--model", models["model"], "--drafter", models["draft"], "--max-tokens", 6, "--dtype", "float32"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def test_the_ways_to_ask_the_same(call, words, llm, tmp_path):
     (tmp_path / "hi.json").write_text(json.dumps([HI]))
     want = llm.chat("hi", max_tokens=6)
     for asked in (("--prompt", "hi"), ("--file", tmp_path / "hi.txt"), ("--messages", tmp_path / "hi.json"),
-                  ("--messages", json.dumps([HI]))):
+                  ("--messages", json.dumps([HI])),
+                  ("--messages", json.dumps([HI | {"content": [{"type": "text", "text": "hi"}]}]))):
         found = json.loads(call("generate", *words, *asked, "--json")[1])
         assert (found["text"], found["tokens"]) == (want.text, want.token_ids)
     want = llm.chat([{"role": "system", "content": "be"}, HI], max_tokens=6)
@@ -99,8 +100,11 @@ def test_generate_is_greedy_whatever_the_model_s_file_says(call, models, words, 
     (("--messages", "no/such"), "--messages must be a file of text; got 'no/such', which does not exist"),
     (("--messages", "[1"), "--messages must be a JSON list of messages; got "),
     (("--messages", "[]"), "--messages must be a JSON list of at least one message; got '[]'"),
-    (("--messages", "[5]"), '--messages must have messages {"role": ..., "content": ...}; got \'5\''),
-    (("--messages", '[{"role": "system"}]', "--system", "x"), "must not be given where --messages begin with a system"),
+    (("--messages", "[5]"), "--messages: message 1 must be {'role': ..., 'content': ...}; got 5"),
+    (("--messages", '[{"role": "user", "content": [{"type": "image_url"}]}]'), "got a part of type 'image_url'"),
+    (("--messages", '[{"role": "user", "content": 5}]'), "--messages: message 1: content must be a text or a list of"),
+    (("--messages", '[{"role": "system", "content": "a"}]', "--system", "x"),
+     "must not be given where --messages begin with a system"),
     (("--prompt", "x", "--system", ""), "--system must not be empty"),
     (("--prompt", "x", "--stop", ""), "--stop must not be empty"),
     (("--prompt", "x", "--template-kwargs", "[]"), "--template-kwargs must be a JSON object; got '[]'"),
@@ -188,11 +192,12 @@ def test_each_answer_of_a_seed_has_a_seed_of_its_own(call, words, llm, lines):
 
 
 def test_lines_of_json(call, words, llm, lines):
-    lines('"one"', '{"role": "user", "content": "two"}', "x", "5", '"' + "x" * 200 + '"', "null", '"two"')
+    two = '{"role": "user", "content": [{"type": "text", "text": "two"}]}'
+    lines('"one"', two, "x", "5", '"' + "x" * 200 + '"', "null", '"two"')
     code, out, _ = call("chat", *words, "--json")
     found = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(found) == 6
     assert [found[i]["text"] for i in (0, 1, 5)] == [*answers(llm, "one", "two"), *answers(llm, "two")]
     assert found[2]["error"].startswith("a line must be JSON: a text or a message; got 'x'")
-    assert "must have messages" in found[3]["error"] and "shorter than the context of 128" in found[4]["error"]
+    assert "a line must be {" in found[3]["error"] and "shorter than the context of 128" in found[4]["error"]
     assert {"tokens", "finish", "seconds", "acceptance_length"} <= found[0].keys()

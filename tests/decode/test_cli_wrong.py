@@ -20,18 +20,18 @@ from dflash_decode import session
 from dflash_decode.cli import options
 
 LONG = "x" * 5000
-GENERATE = ["generate", "--prompt", "x", "--model", "MODEL", "--draft", "DRAFT"]
-CHAT = ["chat", "--model", "MODEL", "--draft", "DRAFT"]
-DECODE = ["bench", "decode", "--prompts", "FILE", "--model", "MODEL", "--draft", "DRAFT"]
-PROTOCOL = ["bench", "protocol", "--prompts", "FILE", "--model", "MODEL", "--draft", "DRAFT", "--journal", "NEW"]
+GENERATE = ["generate", "--prompt", "x", "--model", "MODEL", "--drafter", "DRAFT"]
+CHAT = ["chat", "--model", "MODEL", "--drafter", "DRAFT"]
+DECODE = ["bench", "decode", "--prompts", "FILE", "--model", "MODEL", "--drafter", "DRAFT"]
+PROTOCOL = ["bench", "protocol", "--prompts", "FILE", "--model", "MODEL", "--drafter", "DRAFT", "--journal", "NEW"]
 # What is wrong with every command that has the option: (option, values).
 DRAWING = [("--temperature", ["-1", "nan", "inf", "1e39", "hot", ""]), ("--top-k", ["-2", "2147483648", "1.5", "nan"]),
            ("--top-p", ["-0.1", "1.1", "nan", "inf", "all"]), ("--min-p", ["-0.1", "1.1", "nan", "many"]),
            ("--seed", ["-1", "9223372036854775808", "x"]), ("--rule", ["row", ""]), ("--sample-from", ["target"])]
 LOADING = [("--dtype", ["int4", "float64", "", "torch"]), ("--device", ["gpu", "cuda:0", ""]),
-           ("--threads", ["0", "-1", "100000", "1e3", "all"]), ("--weights", ["int4"]), ("--draft-weights", ["fp8"]),
-           ("--block-size", ["0", "33", "four"]), ("--max-new-tokens", ["0", "-1", "2.5", "many"]),
-           ("--draft", ["~nobody-of-that-name", LONG, "a\0b", "no/such", ""]),
+           ("--threads", ["0", "-1", "100000", "1e3", "all"]), ("--weights", ["int4"]), ("--drafter-weights", ["fp8"]),
+           ("--block-size", ["0", "33", "four"]), ("--max-tokens", ["0", "-1", "2.5", "many"]),
+           ("--drafter", ["~nobody-of-that-name", LONG, "a\0b", "no/such", ""]),
            ("--model", ["no/such", "a\0b", ""])]
 COUNTS = [("--limit", ["0", "x"]), ("--concurrency", ["0", "-1", "all"])]
 OUTPUTS = ["-", "FOLDER", "no/such/x.json", "FILE/x.json", "~nobody-of-that-name/x.json", LONG, f"a/{LONG}", "x" * 255,
@@ -59,8 +59,8 @@ def lines():
     yield from (["bench", "ops", "--runs", "0"], ["bench", "ops", "--device", "tpu"],
                 ["bench", "ops", "--threads", "65535"], ["bench", "ops", "no-such-op"], ["bench", "speed"], ["generte"],
                 ["--nonsense"], ["info", "--yaml"], ["info", "x"],
-                [*DECODE, "--peers", "all", "--temperature", "1"], [*DECODE[:-2], "--draft", "none"],
-                [*GENERATE[:-2], "--draft", "none", "--block-size", "4"], [*CHAT, "--system", ""],
+                [*DECODE, "--peers", "all", "--temperature", "1"], [*DECODE[:-2], "--drafter", "none"],
+                [*GENERATE[:-2], "--drafter", "none", "--block-size", "4"], [*CHAT, "--system", ""],
                 [*CHAT, "--stop", ""], [*CHAT, "--template-kwargs", "[]"], [*CHAT, "--prompt", "x"])
 
 

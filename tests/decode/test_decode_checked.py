@@ -19,7 +19,7 @@ def decoder_of():
 
 def asked():
     lens = (1, 2, 13, 9, 5, 7, 3, 8)
-    return [type(r)(r.id, r.prompt, r.max_new_tokens, (), SAMPLINGS[r.id % 3]) for r in requests(lens)]
+    return [type(r)(r.id, r.prompt, r.max_tokens, (), SAMPLINGS[r.id % 3]) for r in requests(lens)]
 
 
 def test_texts_are_the_same_while_values_are_checked(monkeypatch):

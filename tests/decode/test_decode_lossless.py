@@ -140,7 +140,7 @@ def test_one_bad_request_does_not_disturb_the_others():
         "empty": "request 'empty': prompt must have at least 1 token; got 0",
         "long": "request 'long': prompt must be shorter than the context of 80 tokens; got 80",
         "id": f"request 'id': prompt must hold token ids in [0, {VOCAB}); got {VOCAB}",
-        "none": "request 'none': max_new_tokens must be an integer of at least 1; got 0",
+        "none": "request 'none': max_tokens must be an integer of at least 1; got 0",
         "text": "request 'text': prompt must be a sequence of token ids, or a tensor or array of one dimension; "
                 "got 'hello'",
     }

@@ -96,13 +96,13 @@ BAD = [
     (prompted([10**5000]), f"prompt must hold token ids in [0, {VOCAB}); got "),
     (prompted(range(10**12)), "prompt must be shorter than the context of 80 tokens; got 1000000000000"),
     (prompted(Unreadable([1])), "OSError: the file is gone"),
-    (prompted([1], 0), "max_new_tokens must be an integer of at least 1; got 0"),
-    (prompted([1], True), "max_new_tokens must be an integer of at least 1; got True"),
-    (prompted([1], 2.0), "max_new_tokens must be an integer of at least 1; got 2.0"),
-    (prompted([1], None), "max_new_tokens must be an integer of at least 1; got None"),
-    (Request("bad", [1], 4, logprobs=-1), f"logprobs must be None or an integer from 0 to {VOCAB}; got -1"),
-    (Request("bad", [1], 4, logprobs=VOCAB + 1), f"logprobs must be None or an integer from 0 to {VOCAB}; got 98"),
-    (Request("bad", [1], 4, logprobs=True), f"logprobs must be None or an integer from 0 to {VOCAB}; got True"),
+    (prompted([1], 0), "max_tokens must be an integer of at least 1; got 0"),
+    (prompted([1], True), "max_tokens must be an integer of at least 1; got True"),
+    (prompted([1], 2.0), "max_tokens must be an integer of at least 1; got 2.0"),
+    (prompted([1], None), "max_tokens must be an integer of at least 1; got None"),
+    (Request("bad", [1], 4, logprobs=-1), f"logprobs must be an integer from 0 to {VOCAB}; got -1"),
+    (Request("bad", [1], 4, logprobs=VOCAB + 1), f"logprobs must be an integer from 0 to {VOCAB}; got 98"),
+    (Request("bad", [1], 4, logprobs=True), f"logprobs must be an integer from 0 to {VOCAB}; got True"),
     (prompted([1], 4, 5), "stop_tokens must be a collection of token ids; got 5"),
     (prompted([1], 4, None), "stop_tokens must be a collection of token ids; got None"),
     (prompted([1], 4, "end"), "stop_tokens must be a collection of token ids; got 'end'"),
@@ -189,7 +189,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_prompts_come_as_users_have_them(target, texts, form):
-    wanted = [Request(r.id, FORMS[form](r.prompt), np.int64(r.max_new_tokens), np.array([VOCAB + 5]),
+    wanted = [Request(r.id, FORMS[form](r.prompt), np.int64(r.max_tokens), np.array([VOCAB + 5]),
                       SamplingParams(np.float32(0.0), np.int64(0), np.float64(1.0), seed=np.int64(3)))
               for r in requests()]
     assert {key: value[0] for key, value in run(target, None, wanted, max_context=80).items()} == texts

@@ -122,7 +122,7 @@ def test_sampled_text_is_baseline_sampling_for_every_seed_and_block_size(target,
         SamplingParams(1.0, seed=11),
         GREEDY,
     ]
-    wanted = [dataclasses.replace(r, prompt=r.prompt[:40], max_new_tokens=14, sampling=s)
+    wanted = [dataclasses.replace(r, prompt=r.prompt[:40], max_tokens=14, sampling=s)
               for r, s in zip(requests, samplings, strict=False)]
     baseline = run(target, None, wanted, max_batch=1, page_size=16)
     accepted = []

@@ -38,7 +38,7 @@ def texts_of(found):
 
 
 def mixed():
-    return [Request(r.id, r.prompt, r.max_new_tokens, (), s) for r, s in zip(requests(), SAMPLINGS, strict=True)]
+    return [Request(r.id, r.prompt, r.max_tokens, (), s) for r, s in zip(requests(), SAMPLINGS, strict=True)]
 
 
 @pytest.mark.parametrize("drafted", [True, False])
@@ -136,7 +136,7 @@ def test_a_session_decodes_no_prompt_twice(models, monkeypatch):
     run = Prefill.run
     monkeypatch.setattr(Prefill, "run", lambda self: (passes.append(self.block_lens.tolist()), run(self)))
     monkeypatch.setattr(StepGraph, "available", staticmethod(lambda device="cpu": False))
-    session.run([PROMPTS[1], PROMPTS[2]], max_new_tokens=4, concurrency=2)
+    session.run([PROMPTS[1], PROMPTS[2]], max_tokens=4, concurrency=2)
     assert passes == [[len(PROMPTS[1])], [len(PROMPTS[2])]]
 
 

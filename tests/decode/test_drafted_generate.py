@@ -6,6 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from transformers import StoppingCriteria, StoppingCriteriaList  # noqa: E402
+from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from dflash_decode import DraftedGenerate  # noqa: E402
 from tests.support import tiny  # noqa: E402
@@ -25,6 +26,17 @@ def drafted(tmp_path_factory):
 PROMPT = torch.tensor([[72, 5, 90, 33, 7, 18]])
 PADDED = torch.tensor([[0, 0, 72, 5, 90], [9, 8, 7, 6, 5], [0, 0, 0, 0, 44]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.said = []
+
+    def put(self, value):
+        self.said.append(value.tolist())
+
+    def end(self):
+        self.said.append(None)
 
 
 @pytest.mark.parametrize("options", [
@@ -88,6 +100,10 @@ def test_sampling_follows_torch_s_seed_and_its_filters(model, drafted):
 
 @pytest.mark.parametrize("options,words", [
     ({"num_beams": 2}, "num_beams must be 1; got 2"),
+    ({"use_cache": False}, "use_cache must be True; got False"),
+    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens must be off; got 3"),
+    ({"speculation_type": "dflash"}, "speculation_type must be off; got .dflash."),
+    ({"inputs": PADDED, "attention_mask": MASK, "streamer": Heard()}, "streamer must be given with one prompt; got 3"),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores must be off; got True"),
     ({"no_repeat_ngram_size": 2}, "logits processors must be .*; got NoRepeatNGramLogitsProcessor"),
     ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])}, "attention_mask must have its zeros on the left"),
@@ -95,8 +111,22 @@ def test_sampling_follows_torch_s_seed_and_its_filters(model, drafted):
 def test_what_it_cannot_follow_is_refused_before_decoding(model, drafted, options, words):
     attention = model.config._attn_implementation
     with pytest.raises(ValueError, match=f"DraftedGenerate: {words}"):
-        model.generate(PROMPT, max_new_tokens=4, custom_generate=drafted, **options)
+        model.generate(**{"inputs": PROMPT} | options, max_new_tokens=4, custom_generate=drafted)
     assert model.config._attn_implementation == attention
+
+
+def test_an_assistant_model_is_refused(model, drafted):
+    with pytest.raises(ValueError, match="DraftedGenerate: assistant_model must be None, as .*; got a Ll"):
+        model.generate(PROMPT, max_new_tokens=4, custom_generate=drafted, assistant_model=model)
+
+
+def test_a_streamer_hears_what_it_hears_in_generate(model, drafted):
+    heard = []
+    for how in ({}, {"custom_generate": drafted}):
+        streamer = Heard()
+        model.generate(PROMPT, max_new_tokens=9, do_sample=False, streamer=streamer, **how)
+        heard.append(streamer.said)
+    assert heard[0] == heard[1] and len(heard[0]) == 11 and heard[0][-1] is None
 
 
 def test_a_drafter_s_mask_token_can_be_a_text(model, tmp_path):
@@ -113,7 +143,7 @@ def test_a_drafter_s_mask_token_can_be_a_text(model, tmp_path):
 def test_wrong_arguments_and_files_are_errors_and_leave_the_model_as_it_was(model, tmp_path):
     for given, words in (({"drafter": 3}, "drafter must be a path or a name"),
                          ({"drafter": "x", "max_batch": 0}, "max_batch must be"),
-                         ({"drafter": "x", "draft_weights": "4"}, "draft_weights must be one of")):
+                         ({"drafter": "x", "drafter_weights": "4"}, "drafter_weights must be one of")):
         with pytest.raises((TypeError, ValueError), match=words):
             DraftedGenerate(**given)
     attention = model.config._attn_implementation

@@ -139,7 +139,7 @@ def test_p48_a_session_takes_one_as_draft_and_not_as_model(tmp_path):
                  attention__key_length=64, attention__value_length=64, rope__dimension_count=64, block_size=4,
                  context_length=tiny.CONTEXT, vocab_size=tiny.VOCAB, target_layers=[1, 3],
                  attention__layer_norm_rms_epsilon=1e-6)
-    texts = [Session.load(target, draft, block_size=4).run([[1, 2, 3]], max_new_tokens=8) for draft in (path, folder)]
+    texts = [Session.load(target, draft, block_size=4).run([[1, 2, 3]], max_tokens=8) for draft in (path, folder)]
     assert texts[0].answers[0].tokens == texts[1].answers[0].tokens
     with pytest.raises(CheckpointError, match="model must be a target model; got a drafter, which belongs in draft"):
         _target(str(path), None, torch.bfloat16, torch.device("cpu"), "model")

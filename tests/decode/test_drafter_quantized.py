@@ -120,5 +120,5 @@ def test_p15_an_fp8_drafter_on_disk_loads(tmp_path):
     for tensors, more in ((kept, {"quantization_config": FORMS["fp8 by row"][3]}), (exact, {})):
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config | more))
-        runs.append(Session.load(target, folder, block_size=4).run([[1, 2, 3]], max_new_tokens=12).answers[0])
+        runs.append(Session.load(target, folder, block_size=4).run([[1, 2, 3]], max_tokens=12).answers[0])
     assert (runs[0].tokens, runs[0].steps) == (runs[1].tokens, runs[1].steps)

@@ -144,4 +144,4 @@ def test_p46_sessions_warn_too(tmp_path):
     pair = tiny.write_target(tmp_path / "m"), tiny.write_drafter(tmp_path / "d", max_position_embeddings=16)
     session = Session.load(*pair, dtype="float32", block_size=4)
     with pytest.warns(UserWarning, match="max_position_embeddings"):
-        session.run([[1] * 20], max_new_tokens=2)
+        session.run([[1] * 20], max_tokens=2)

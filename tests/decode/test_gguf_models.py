@@ -62,7 +62,7 @@ def test_text_equals_transformers(tmp_path, kind):
     want = baseline_text(model, PROMPT, 24)
     session = Session.load(tmp_path / "m.gguf", "random", dtype="float32", block_size=4)
     for speculative in (False, True):
-        found = session.run([PROMPT], max_new_tokens=24, speculative=speculative).answers[0].tokens
+        found = session.run([PROMPT], max_tokens=24, speculative=speculative).answers[0].tokens
         assert found == want[:len(found)] and (len(found) == 24 or found[-1] == 0)
     assert isinstance(session.target, NativeTarget if KINDS[kind][3] else HFTarget)
     assert session.weights == "model"

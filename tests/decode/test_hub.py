@@ -31,7 +31,7 @@ def test_models_are_found_by_their_ids_in_the_cache(hub, models):
     tiny.write_target(hub("some/target"))
     tiny.write_drafter(hub("some/draft-b4"))
     with LLM("some/target", "some/draft-b4") as llm, LLM(models["model"], models["draft"]) as same:
-        assert llm.session.drafter is not None and llm.session.draft == "some/draft-b4"
+        assert llm.session.drafter is not None and llm.session.drafter_name == "some/draft-b4"
         assert llm.chat("abc", max_tokens=5).token_ids == same.chat("abc", max_tokens=5).token_ids
 
 

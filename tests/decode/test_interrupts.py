@@ -213,7 +213,7 @@ def places(models, decode, **options):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
     texts, replayed = streamed(decoder_of(models)), some_graph()
-    assert {key: len(text) for key, text in texts.items()} == {r.id: r.max_new_tokens for r in REQUESTS}
+    assert {key: len(text) for key, text in texts.items()} == {r.id: r.max_tokens for r in REQUESTS}
     lines = places(models, WAYS[way])
     assert len(lines) > 300 and {file for file, _ in lines} == FILES
     for (file, line), times in lines.items():

@@ -1,5 +1,6 @@
 """`LLM`: the answers are the decoder's, whoever asks, from wherever, with or without a drafter."""
 
+import warnings
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def tokens(found):
 @pytest.mark.parametrize("how", SETTINGS, ids=str)
 def test_an_answer_is_that_of_the_decoder_and_of_the_baseline(llm, baseline, session, how):
     """Of a session's run, on which the command line's promises are proven."""
-    want = session.run("hello", max_new_tokens=24, sampling=SamplingParams(**how)).answers[0]
+    want = session.run("hello", max_tokens=24, sampling=SamplingParams(**how)).answers[0]
     for each in (llm, baseline):
         found = each.chat("hello", max_tokens=24, **how)
         assert (found.text, found.token_ids, found.finish_reason) == (want.text, want.tokens, want.finish)
@@ -57,6 +58,10 @@ def test_a_text_is_continued_and_a_message_answered(llm):
     assert [found.prompt_token_ids for found in (llm.chat("hello"), llm.chat(asked), llm.generate(asked))] == \
         [templated] * 3
     assert templated != ids
+    parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
+    joined = llm.chat("he\nllo", max_tokens=1).prompt_token_ids  # as vLLM joins them
+    assert llm.chat([{"role": "user", "content": parts}], max_tokens=1).prompt_token_ids == joined
+    assert asked == [{"role": "user", "content": "hello"}] and len(parts) == 2
 
 
 def test_several_prompts_have_an_answer_each_and_parameters_of_their_own(llm):
@@ -106,6 +111,9 @@ def test_the_model_s_own_stop_token_is_heeded_ignored_or_put_off(llm, baseline):
     always = {"logit_bias": {EOS: 1e4}, "max_tokens": 9}
     for each in (llm, baseline):
         assert each.generate("abc", **always).token_ids == [EOS] and each.generate("abc", **always).text == ""
+        assert each.generate("abc", **always).finish_reason == "stop"
+        assert each.generate("abc", **always).stop_reason is None  # vLLM's sign for the model's own
+        assert each.generate("abc", ignore_eos=True, stop_token_ids=[EOS], **always).stop_reason == EOS
         assert each.generate("abc", ignore_eos=True, **always).token_ids == [EOS] * 9
         later = each.generate("abc", min_tokens=4, **always)
         assert later.token_ids[4:] == [EOS] and EOS not in later.token_ids[:4] and later.finish_reason == "stop"
@@ -138,6 +146,19 @@ def test_a_stop_string_ends_the_text_before_it(llm, baseline, temperature):
     assert llm.generate("abc", max_tokens=24, stop="never there", **how).text == whole.text
 
 
+def test_the_end_of_the_context_ends_an_answer_and_who_named_a_length_is_told(models):
+    with LLM(models["model"], "none", max_context=16) as made:
+        prompt, no_end = [5] * 10, {"logit_bias": {EOS: -np.inf}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(made.generate(prompt, max_tokens=6, **no_end).token_ids) == 6
+            found = made.generate(prompt, **no_end)  # 256 by default, which nobody named
+            assert (len(found.token_ids), found.finish_reason, found.stop_reason) == (6, "length", None)
+        words = "^max_tokens is 7, but the context of 16 tokens has room for 6 after the prompt: .* 'length'$"
+        with pytest.warns(UserWarning, match=words):
+            assert made.generate(prompt, max_tokens=7, **no_end).token_ids == found.token_ids
+
+
 # ---- log probabilities -----------------------------------------------------------------------------------------------
 
 
@@ -149,7 +170,10 @@ def test_log_probabilities_are_the_target_s(llm, baseline, session, how):
     assert found.token_ids == llm.chat("hello", max_tokens=8, **how).token_ids
     check_logprobs(session, found)
     if not how:
-        assert all(one.top[0] == (one.token, one.logprob) for one in found.logprobs)
+        assert all(one.top[0] == (one.token, one.logprob, one.text) for one in found.logprobs)
+    for one in found.logprobs:
+        assert [one.text, *(top.text for top in one.top)] == [
+            llm.tokenizer.decode([token], False) for token in (one.token, *(top.token for top in one.top))]
     assert [one.top for one in llm.chat("hello", max_tokens=2, logprobs=0).logprobs] == [(), ()]
 
 
@@ -168,8 +192,8 @@ def check_logprobs(session, found):
         want = _next_logits(session.target, text).log_softmax(-1)
         assert one.logprob == pytest.approx(float(want[one.token]), abs=1e-5)
         best = want.topk(3)
-        assert [token for token, _ in one.top] == best.indices.tolist()
-        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert [top.token for top in one.top] == best.indices.tolist()
+        assert [top.logprob for top in one.top] == pytest.approx(best.values.tolist(), abs=1e-5)
         text.append(one.token)
 
 

@@ -15,6 +15,7 @@ from dflash_decode import (
 )
 from dflash_decode.llm.defaults import Defaults, read_defaults
 from dflash_decode.llm.text import AnswerText, StopStrings
+from dflash_decode.messages import read_message
 from tests.support import tiny
 
 
@@ -27,6 +28,7 @@ def llm(models):
 # ---- what is wrong is said before anything runs ----------------------------------------------------------------------
 
 
+HI = {"role": "user", "content": "hi"}
 WRONG = [
     ({"max_token": 5}, "parameters must be among max_tokens, temperature, .*, grammar; got max_token$"),
     ({"max_tokens": 0}, "max_tokens must be an integer of at least 1; got 0"),
@@ -56,10 +58,19 @@ WRONG = [
     ({"params": {"n": 1}}, "params must be GenerationParams, SamplingParams, or a list of them; got {'n': 1}"),
     ({"params": "greedy"}, "params must be GenerationParams"),
     ({"params": [GenerationParams()] * 2}, "params must be one for all prompts or a list of 1, one for each; got 2"),
-    ({"prompts": 5}, "token ids must|must be a text|prompts must be"), ({"prompts": ""}, "prompt 1 must have at least"),
+    ({"prompts": 5}, "prompts must be one prompt or a list of them, each a text, .*; got 5, of type int"),
+    ({"prompts": ""}, "prompt 1 must have at least"),
     ({"prompts": [264]}, r"prompt 1 must hold token ids in \[0, 264\); got 264"),
     ({"prompts": ["a" * 64]}, "prompt 1 must be shorter than the context of 64 tokens; got 64"),
-    ({"prompts": [{"role": "user"}, 5]}, "prompt 1: message 2 must be {'role': ..., 'content': ...}; got 5"),
+    ({"prompts": [HI, 5]}, "prompt 1: message 2 must be {'role': ..., 'content': ...}; got 5"),
+    ({"prompts": [{"role": "user"}]}, "prompt 1: message 1: content must be a text or a list of .*; got None"),
+    ({"prompts": [HI, HI | {"content": []}]}, r"prompt 1: message 2: content must be .*; got \[\]"),
+    ({"prompts": [HI | {"content": [{"type": "image_url"}]}]}, "prompt 1: message 1: content must be texts alone; got "
+                                                               "a part of type 'image_url'"),
+    ({"prompts": [HI | {"content": ["hi"]}]}, "prompt 1: message 1: content must have parts .*; got 'hi'"),
+    ({"prompts": [HI | {"content": [{"type": "text"}]}]}, "prompt 1: message 1: content must have parts"),
+    ({"prompts": "a" * 60, "min_tokens": 5, "max_tokens": 5}, "prompt 1 and min_tokens must fit into the context of 64 "
+                                                              "tokens; got 60 and 5"),
 ]
 
 
@@ -70,6 +81,28 @@ def test_wrong_arguments_are_named_before_anything_is_decoded(llm, monkeypatch, 
     with pytest.raises((TypeError, ValueError), match=r"^LLM\.generate: " + message):
         llm.generate(given.pop("prompts"), **given)
     assert llm.workload().running == llm.workload().waiting == 0
+
+
+NUMBERS = ("temperature", "top_p", "min_p", "top_k", "seed", "n", "max_tokens", "min_tokens", "logprobs",
+           "repetition_penalty", "presence_penalty")
+
+
+@pytest.mark.parametrize("name, value", [
+    *((name, "1") for name in NUMBERS), ("stop", {}), ("regex", 1), ("stop_token_ids", ["a"]), ("logit_bias", {"a": 1}),
+    ("logit_bias", {1: "a"}), ("prompts", ["a", [None]]), ("prompts", [HI | {"content": 5}])], ids=str)
+def test_a_value_of_another_kind_is_a_type_error_whatever_the_field(llm, name, value):
+    with pytest.raises(TypeError, match=r"^LLM\.generate: "):
+        llm.generate(**{"prompts": "abc", name: value})
+
+
+@pytest.mark.parametrize("arguments, read", [
+    ('{"city": "Rome"}', {"city": "Rome"}), ("", {}), ({"city": "Rome"}, {"city": "Rome"}), ("{", "{"), (None, None)])
+def test_calls_in_messages_are_openai_s_or_a_template_s(arguments, read):
+    call = {"id": "c", "function": {"name": "weather", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call, {"name": "x", "arguments": "{}"}]}
+    assert read_message(message, "it") == message | {"tool_calls": [
+        {"id": "c", "function": {"name": "weather", "arguments": read}}, {"name": "x", "arguments": "{}"}]}
+    assert call["function"]["arguments"] == arguments  # the caller's is left alone
 
 
 @pytest.mark.parametrize("kwargs, got", [(5, "5"), ({5: 1}, "5"), ({"messages": []}, "'messages'")], ids=str)
@@ -149,7 +182,7 @@ def test_what_generation_config_json_says(tmp_path, file, want):
 
 def test_a_call_goes_before_the_model_s_file_and_that_before_greedy(tmp_path):
     folder = tiny.write_target(tmp_path)
-    greedy = Session.load(folder, "none").run([[1, 2, 3]], max_new_tokens=9).answers[0].tokens
+    greedy = Session.load(folder, "none").run([[1, 2, 3]], max_tokens=9).answers[0].tokens
     (folder / "generation_config.json").write_text(json.dumps({
         "do_sample": True, "temperature": 99.0, "top_k": 30, "max_new_tokens": 9, "eos_token_id": greedy[5]}))
     with LLM(folder, "none") as llm:

@@ -30,7 +30,7 @@ def test_the_examples_run(thing, monkeypatch):
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}], ids=["greedy", "sampled"])
 def test_the_answer_is_the_command_line_s_and_the_baseline_s(call, how):
     words = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", value)]
-    told = json.loads(call("generate", "--prompt", PROMPT, "--max-new-tokens", 48, "--block-size", 4, "--compare",
+    told = json.loads(call("generate", "--prompt", PROMPT, "--max-tokens", 48, "--block-size", 4, "--compare",
                            "--json", *words)[1])
     with LLM("smollm2", block_size=4) as ours, ours.without_drafter() as baseline:
         found = [each.chat(PROMPT, max_tokens=48, **how) for each in (ours, baseline)]

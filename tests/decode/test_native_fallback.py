@@ -40,7 +40,7 @@ def test_transformers_layers_run_it_and_one_warning_says_so(foreign):
         "differ from output without one at a near tie: target config: hidden_act = 'gelu' changes the model into one "
         "that is not supported"]
     assert isinstance(session.target, HFTarget)
-    assert session.run([PROMPT], max_new_tokens=16).answers[0].tokens == baseline_text(model, PROMPT, 16)
+    assert session.run([PROMPT], max_tokens=16).answers[0].tokens == baseline_text(model, PROMPT, 16)
 
 
 @pytest.mark.parametrize("how", [{"native": True}, {"weights": "int8"}])

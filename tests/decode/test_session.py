@@ -78,7 +78,7 @@ def test_a_model_without_a_template_takes_text_and_no_messages(loaded, monkeypat
 
 def test_run_takes_one_prompt_or_a_list_of_any_kinds(loaded):
     def answers(prompts):
-        return [(a.tokens, a.text) for a in loaded.run(prompts, max_new_tokens=4).answers]
+        return [(a.tokens, a.text) for a in loaded.run(prompts, max_tokens=4).answers]
 
     text, = answers([loaded.prompt_ids("hi")])
     assert text[1] == loaded.tokenizer.decode(text[0])
@@ -92,10 +92,10 @@ def test_run_takes_one_prompt_or_a_list_of_any_kinds(loaded):
 
 
 @pytest.mark.parametrize("prompts, message", [
-    (None, "prompts must be a list, each of them a text"), (5, "prompts must be a list"),
-    (b"x", "prompts must be a list"),
+    (None, "prompts must be one prompt or a list of them, each a text"), (5, "prompts must be one prompt"),
+    (b"x", "prompts must be one prompt"),
     ([None], "prompt 1 " + KINDS + "None"), ([[]], "prompt 1 must have at least 1 token"),
-    ({1, 2}, r"prompts must be a list, .*; got \{1, 2\}, of type set"), ({"a"}, "prompts .* of type set"),
+    ({1, 2}, r"prompts must be one prompt .*; got \{1, 2\}, of type set"), ({"a"}, "prompts .* of type set"),
     ((i for i in [1]), "token ids must be in a list, a tensor or an array; got <generator .*, of type generator"),
     ("\ud800", "prompt 1: text must be valid Unicode"), (["hi", "\ud800"], "prompt 2: text must be valid Unicode"),
     ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]},
@@ -105,7 +105,7 @@ def test_run_takes_one_prompt_or_a_list_of_any_kinds(loaded):
     ids=lambda value: str(value)[:20])
 def test_prompts_that_are_none(loaded, prompts, message):
     with pytest.raises((TypeError, ValueError), match=r"^Session\.run: " + message) as error:
-        loaded.run(prompts, max_new_tokens=4)
+        loaded.run(prompts, max_tokens=4)
     assert len(re.findall(r"prompt \d", str(error.value))) < 2 and "request" not in str(error.value)
 
 
@@ -115,17 +115,17 @@ def test_what_ends_a_request_is_told_of_its_prompt(loaded, monkeypatch):
             raise OSError("no grammar")
 
     with pytest.raises(ValueError, match=r"^Session\.run: prompt 1: grammar: OSError: no grammar$"):
-        loaded.run([[1]], max_new_tokens=2, sampling=SamplingParams(grammar=Broken()))
+        loaded.run([[1]], max_tokens=2, sampling=SamplingParams(grammar=Broken()))
     monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
     monkeypatch.setattr(loaded.tokenizer, "encode", lambda text, add_special_tokens: [])
     with pytest.raises(ValueError, match=r"^Session\.run: prompt 1 must have at least 1 token; got ''$"):
-        loaded.run("", max_new_tokens=2)
+        loaded.run("", max_tokens=2)
 
 
 @pytest.mark.parametrize("seed", [np.int64(4), np.int32(2**31 - 1), np.uint8(255), np.int64(2**63 - 1)], ids=repr)
 def test_a_seed_of_numpys_counts_on_from_prompt_to_prompt(loaded, seed):
     run = loaded.run(
-        [[1], [2]], max_new_tokens=1, sampling=SamplingParams(temperature=1, seed=seed, top_k=np.int64(-1))
+        [[1], [2]], max_tokens=1, sampling=SamplingParams(temperature=1, seed=seed, top_k=np.int64(-1))
     )
     assert [answer.seed for answer in run.answers] == [int(seed), (int(seed) + 1) % 2**63]
 
@@ -133,9 +133,9 @@ def test_a_seed_of_numpys_counts_on_from_prompt_to_prompt(loaded, seed):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1; got 0"),
-        ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer of at least 1; got 2.0"),
-        ({"max_new_tokens": None}, "max_new_tokens must be an integer"),
+        ({"max_tokens": 0}, "max_tokens must be an integer of at least 1; got 0"),
+        ({"max_tokens": 2.0}, "max_tokens must be an integer of at least 1; got 2.0"),
+        ({"max_tokens": None}, "max_tokens must be an integer"),
         ({"concurrency": 0}, "concurrency must be"),
         ({"concurrency": "all"}, "concurrency must be an integer of at least 1; got 'all'"),
         ({"speculative": None}, "speculative must be True or False; got None"),
@@ -150,7 +150,7 @@ def test_a_seed_of_numpys_counts_on_from_prompt_to_prompt(loaded, seed):
 )
 def test_options_of_run(loaded, options, message):
     with pytest.raises((TypeError, ValueError), match=r"^Session\.run: " + message):
-        loaded.run("hi", **{"max_new_tokens": 4} | options)
+        loaded.run("hi", **{"max_tokens": 4} | options)
 
 
 def test_a_run_uses_the_decoder_of_one_before(models, monkeypatch):
@@ -159,7 +159,7 @@ def test_a_run_uses_the_decoder_of_one_before(models, monkeypatch):
     loaded, prompts = Session.load(models["model"], models["draft"]), ([[1, 2, 3], [4]], [[5, 6], [7, 8]])
 
     def run(of, i=0, **options):
-        found = of.run(prompts[i], **{"max_new_tokens": 6, "concurrency": 2} | options)
+        found = of.run(prompts[i], **{"max_tokens": 6, "concurrency": 2} | options)
         return [answer.tokens for answer in found.answers], list(of._decoders.values())[-1]
 
     texts, first = run(loaded)
@@ -170,7 +170,7 @@ def test_a_run_uses_the_decoder_of_one_before(models, monkeypatch):
     with use_isa("generic"):
         assert run(loaded)[1] is not first
     assert run(loaded)[1] is first
-    second = run(loaded, max_new_tokens=30)[1]  # the first has no room for it
+    second = run(loaded, max_tokens=30)[1]  # the first has no room for it
     assert second is not first and run(loaded, concurrency=1)[1].max_batch == 1 and run(loaded)[1] is second
     assert len(loaded._decoders) == 4
     loaded.adapts = False
@@ -187,14 +187,14 @@ def test_a_run_uses_the_decoder_of_one_before(models, monkeypatch):
 def test_nothing_is_decoded_before_every_prompt_is_read(loaded):
     told = []
     with pytest.raises(ValueError, match="prompt 2"):
-        loaded.run([[1, 2], []], max_new_tokens=2, on_tokens=lambda *news: told.append(news))
+        loaded.run([[1, 2], []], max_tokens=2, on_tokens=lambda *news: told.append(news))
     assert told == []
 
 
 def test_top_k_of_minus_1_is_off(loaded):
     def drawn(top_k):
         return [a.tokens for a in loaded.run(
-            [[1, 2], [3]], max_new_tokens=8, sampling=SamplingParams(temperature=2.0, seed=5, top_k=top_k)).answers]
+            [[1, 2], [3]], max_tokens=8, sampling=SamplingParams(temperature=2.0, seed=5, top_k=top_k)).answers]
 
     assert SamplingParams(top_k=-1) == SamplingParams() and drawn(-1) == drawn(0) != drawn(1)
 
@@ -231,12 +231,12 @@ def test_auto_is_what_the_models_config_says(tmp_path, fields, want):
     *(({"device": device}, "device must be 'cpu' or a CUDA device, 'cuda' or 'cuda:N'; got ")
       for device in ("gpu", "mps", "meta", None, True)),
     ({"weights": "int4"}, "weights must be one of auto, model, int8, file, exact; got 'int4'"),
-    ({"draft_weights": None}, "draft_weights must be one of auto, int8, model; got None"),
+    ({"drafter_weights": None}, "drafter_weights must be one of auto, int8, model; got None"),
     ({"block_size": 0}, "block_size must be an integer of at least 1; got 0"),
     ({"block_size": "4"}, "block_size must be an integer"), ({"model": ""}, "model must be a path"),
     ({"status": 5}, "status must be a function of a text .*; got 5"),
-    ({"draft": 5}, "draft must be a path or a name; got 5"), ({"model": 5}, "model must be a path or a name"),
-    ({"draft": ""}, "draft must be a path or a name; got an empty text")], ids=str)
+    ({"drafter": 5}, "drafter must be a path or a name; got 5"), ({"model": 5}, "model must be a path or a name"),
+    ({"drafter": ""}, "drafter must be a path or a name; got an empty text")], ids=str)
 def test_options_of_load_are_checked_before_anything_is_read(monkeypatch, options, message):
     monkeypatch.setattr("dflash_decode.session.find_model", None)
     with pytest.raises((TypeError, ValueError), match=r"^Session\.load: " + message):
@@ -244,7 +244,7 @@ def test_options_of_load_are_checked_before_anything_is_read(monkeypatch, option
 
 
 def test_no_drafter_is_none(models):
-    assert (found := Session.load(models["model"], None)).drafter is None and found.draft == "none"
+    assert (found := Session.load(models["model"], None)).drafter is None and found.drafter_name == "none"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -255,15 +255,15 @@ def test_a_gpu_that_is_not_there(models):
 
 @pytest.mark.parametrize("draft", ["no/such", "~nobody-of-that-name/x", "x" * 5000, "a\0b"], ids=lambda text: text[:9])
 def test_a_drafter_that_is_not_there(models, draft):
-    with pytest.raises(CheckpointError, match="draft must be a drafter's directory, .* which does not exist") as error:
+    with pytest.raises(CheckpointError, match="drafter must be a drafter's .* which does not exist") as error:
         Session.load(models["model"], draft)
     assert len(str(error.value)) < 250
 
 
 def test_a_drafter_and_a_model_that_changed_places(models):
-    with pytest.raises(CheckpointError, match="model must be a target model; got a drafter, which belongs in draft"):
+    with pytest.raises(CheckpointError, match="model must be a target model; got a drafter, which belongs in drafter"):
         Session.load(models["draft"])
-    with pytest.raises(CheckpointError, match="draft must be a DFlash drafter, .* got a model with model_type 'llama'"):
+    with pytest.raises(CheckpointError, match="drafter must be a DFlash drafter, .* a model with model_type 'llama'"):
         Session.load(models["model"], models["model"])
 
 

@@ -75,7 +75,7 @@ def test_a_directory_loads(tmp_path):
     want = model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=12, do_sample=False)[0, len(PROMPTS[1]):].tolist()
     model.save_pretrained(folder)
     session = Session.load(folder, "random", dtype="float32", block_size=4)
-    assert session.run([PROMPTS[1]], max_new_tokens=12).answers[0].tokens == want
+    assert session.run([PROMPTS[1]], max_tokens=12).answers[0].tokens == want
 
 
 def test_a_step_is_one_pass_of_the_model():

@@ -272,4 +272,4 @@ def test_how_to_get_a_drafter(monkeypatch):
     monkeypatch.setattr(find, "entry_points", lambda group, name: ())
     assert drafter_of("smollm2") == "none" and drafter_of("smollm2", "here") == "here"
     assert find.no_drafter("smollm2").endswith("get one: in a clone, pip install ./drafters/smollm2-135m-instruct")
-    assert find.no_drafter("mine").endswith("draft must name a drafter's directory")
+    assert find.no_drafter("mine").endswith("drafter must name a drafter's directory")

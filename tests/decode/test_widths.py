@@ -269,7 +269,7 @@ SAMPLINGS = [SamplingParams(), SamplingParams(0.8, seed=1), SamplingParams(0.7, 
 
 @pytest.mark.parametrize("kinds", [1, 2, 3], ids=["greedy", "sampled", "adjusted"])
 def test_no_choice_of_widths_changes_a_text(target, kinds):
-    wanted = [Request(r.id, r.prompt, r.max_new_tokens, (), SAMPLINGS[r.id % kinds]) for r in requests()]
+    wanted = [Request(r.id, r.prompt, r.max_tokens, (), SAMPLINGS[r.id % kinds]) for r in requests()]
     options = {"max_context": 80, "page_size": 4, "prefill_rows": 16}
     baseline = {key: value[:2] for key, value in collect(
         Decoder(target, None, max_batch=1, **options).stream(wanted)).items()}

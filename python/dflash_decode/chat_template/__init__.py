@@ -26,7 +26,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's 
 def render(template: str, source: str, messages: Iterable, tools: Iterable | None, documents: Iterable | None,
            add_generation_prompt: bool, variables: Mapping) -> str:
     """The text that `template` makes of `messages`. source: named in errors. variables: special tokens and further
-    names for the template. Raises ValueError for malformed messages and CheckpointError for a template that fails."""
+    names for the template. Raises TypeError and ValueError for malformed messages, and CheckpointError for a template
+    that fails."""
     values = {"messages": _messages(messages), "tools": _dicts("tools", tools),
               "documents": _dicts("documents", documents), "add_generation_prompt": bool(add_generation_prompt)}
     values = _plain("variables", variables) | values
@@ -59,11 +60,11 @@ def _said(error: BaseException) -> str:
 def _messages(messages: object) -> list[dict]:
     """The messages without keys that are None, and with the reasoning under each of its names."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise ValueError(f'messages must be a list of {{"role": ..., "content": ...}}; got {type(messages).__name__}')
+        raise TypeError(f'messages must be a list of {{"role": ..., "content": ...}}; got {type(messages).__name__}')
     made = []
     for message in _plain("messages", [*messages]):
         if not isinstance(message, dict):
-            raise ValueError(f'a message must be a mapping of "role" and "content"; got {message!r:.60}')
+            raise TypeError(f'a message must be a mapping of "role" and "content"; got {message!r:.60}')
         message = {key: value for key, value in message.items() if value is not None}
         reasoning = next((message[key] for key in _REASONING if key in message), None)
         if reasoning is not None:
@@ -79,7 +80,7 @@ def _dicts(name: str, values: object) -> list[dict] | None:
         return None
     found = [*values] if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)) else None
     if found is None or not all(isinstance(value, Mapping) for value in found):
-        raise ValueError(f"{name} must be a list of dicts; got {brief(ValueError(repr(values)[:200]))}")
+        raise TypeError(f"{name} must be a list of dicts; got {brief(ValueError(repr(values)[:200]))}")
     return _plain(name, found)
 
 

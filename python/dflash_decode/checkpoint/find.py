@@ -72,17 +72,17 @@ def _refuse_odd_files(folder: Path) -> None:
             regular(file)
 
 
-def drafter_of(model: str, draft: str = AUTO) -> str:
-    """The drafter for `model`: `draft` itself, or for "auto" the directory of an installed drafter, or "none"."""
-    if draft != AUTO:
-        return draft
+def drafter_of(model: str, drafter: str = AUTO) -> str:
+    """The drafter for `model`: `drafter` itself, or for "auto" the directory of an installed drafter, or "none"."""
+    if drafter != AUTO:
+        return drafter
     found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
     return found[0] if found else NONE
 
 
 def no_drafter(model: str) -> str:
     """What to say where "auto" finds none."""
-    how = f"to get one: {KNOWN[model].get_drafter}" if model in KNOWN else "draft must name a drafter's directory"
+    how = f"to get one: {KNOWN[model].get_drafter}" if model in KNOWN else "drafter must name a drafter's directory"
     return f"no drafter is installed for {model}; {how}"
 
 

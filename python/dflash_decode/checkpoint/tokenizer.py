@@ -38,6 +38,7 @@ class Tokenizer:
         self.bos_token, self.eos_token = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
         self.eos_id = backend.token_to_id(self.eos_token) if self.eos_token else None
         self.stop_ids = tuple(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *stop_ids]))
+        self._texts: dict[int, str] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -50,12 +51,12 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The token ids of `text`. Special tokens in the text are recognised.
 
-        add_special_tokens: puts BOS first where the model wants one (a chat template writes its own). Raises ValueError
-        for a lone surrogate, which Python uses for bytes that are not text, and CheckpointError where the model's
-        tokenizer fails.
+        add_special_tokens: puts BOS first where the model wants one (a chat template writes its own). Raises TypeError
+        for what is no text, ValueError for a lone surrogate, which Python uses for bytes that are not text, and
+        CheckpointError where the model's tokenizer fails.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text must be a string; got {type(text).__name__}")
+            raise TypeError(f"text must be a string; got {type(text).__name__}")
         if bad := re.search("[\ud800-\udfff]", text):
             at = bad.start()
             raise ValueError(f"text must be valid Unicode; got {text[at]!r} in {text[max(at - 20, 0):at + 20]!r}")
@@ -65,6 +66,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         with _library(self.source):
             return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token inside of a text: some tokenizers drop the space before the first one. A part of a
+        character is the character U+FFFD."""
+        if token not in self._texts:
+            alone, twice = (self.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
+            self._texts[token] = twice[len(alone):]
+        return self._texts[token]
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
         """A decoder that takes tokens as they arrive."""
@@ -79,8 +88,8 @@ class Tokenizer:
         documents: entries with "title" and "text".
         variables: further names for the template ("enable_thinking"), which take precedence over the special tokens.
 
-        Raises ValueError for malformed arguments. Raises CheckpointError if the model has no template, or its template
-        fails, exceeds the budget of chat_template/budget.py, or loops forever.
+        Raises TypeError and ValueError for malformed arguments. Raises CheckpointError if the model has no template, or
+        its template fails, exceeds the budget of chat_template/budget.py, or loops forever.
         """
         for name in _ELSEWHERE:
             if variables.pop(name, None):

@@ -16,13 +16,13 @@ from .options import (
     By,
     Debug,
     Device,
-    Draft,
+    DrafterName,
     DraftersWeights,
-    DraftWeights,
+    DrafterWeights,
     Dtype,
     File,
     From,
-    MaxNewTokens,
+    MaxTokens,
     Messages,
     MinP,
     Model,
@@ -86,12 +86,12 @@ def generate(
     messages: Messages = None,
     system: System = None,
     model: Model = "smollm2",
-    draft: Draft = "auto",
+    drafter: DrafterName = "auto",
     weights: ModelWeights = Weights.auto,
-    draft_weights: DraftWeights = DraftersWeights.auto,
+    drafter_weights: DrafterWeights = DraftersWeights.auto,
     native: Native = False,
     block_size: BlockSize = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_tokens: MaxTokens = 256,
     stop: Stop = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -114,12 +114,12 @@ def generate(
     """
     conversation, names = read_conversation(prompt, file, messages, system), read_names(template_kwargs)
     stops = check_stops(stop)
-    llm = _load(model, draft, block_size, compare, threads, device, dtype=dtype, weights=weights.value,
-                draft_weights=draft_weights.value, native=native, sample_from=sample_from.value, rule=rule.value)
+    llm = _load(model, drafter, block_size, compare, threads, device, dtype=dtype, weights=weights.value,
+                drafter_weights=drafter_weights.value, native=native, sample_from=sample_from.value, rule=rule.value)
     from ..llm.params import GenerationParams
     from . import generate as command
 
-    params = GenerationParams(max_new_tokens, temperature, top_k, top_p, min_p,
+    params = GenerationParams(max_tokens, temperature, top_k, top_p, min_p,
                               secrets.randbits(31) if seed is None else seed, stops, repetition_penalty=1.0)
     command.answer(llm, conversation, params, names, compare=compare, as_json=as_json, sample_from=sample_from.value,
                    rule=rule.value)
@@ -129,12 +129,12 @@ def generate(
 def chat(
     system: System = None,
     model: Model = "smollm2",
-    draft: Draft = "auto",
+    drafter: DrafterName = "auto",
     weights: ModelWeights = Weights.auto,
-    draft_weights: DraftWeights = DraftersWeights.auto,
+    drafter_weights: DrafterWeights = DraftersWeights.auto,
     native: Native = False,
     block_size: BlockSize = None,
-    max_new_tokens: MaxNewTokens = 1024,
+    max_tokens: MaxTokens = 1024,
     stop: Stop = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -155,28 +155,28 @@ def chat(
     """
     names, stops = read_names(template_kwargs), check_stops(stop)
     first = None if system is None else system_message(system)
-    llm = _load(model, draft, block_size, False, threads, device, dtype=dtype, weights=weights.value,
-                draft_weights=draft_weights.value, native=native)
+    llm = _load(model, drafter, block_size, False, threads, device, dtype=dtype, weights=weights.value,
+                drafter_weights=drafter_weights.value, native=native)
     from ..llm.params import GenerationParams
     from .chat import Chat, talk, talk_json
 
-    params = GenerationParams(max_new_tokens, temperature, top_k, top_p, min_p, seed, stops, repetition_penalty=1.0)
+    params = GenerationParams(max_tokens, temperature, top_k, top_p, min_p, seed, stops, repetition_penalty=1.0)
     (talk_json if as_json else talk)(Chat(llm, first, params, names))
 
 
-def _load(model: str, draft: str, block_size: int | None, compare: bool, threads: int | None, device: Device,
+def _load(model: str, drafter: str, block_size: int | None, compare: bool, threads: int | None, device: Device,
           **options: Any) -> "LLM":
     from ..checkpoint import drafter_of
 
-    if (block_size is not None or compare) and drafter_of(model, draft) == NONE:
+    if (block_size is not None or compare) and drafter_of(model, drafter) == NONE:
         option = "--compare" if block_size is None else "--block-size"
-        raise UsageError(f"{option} needs a drafter: --draft DIRECTORY or --draft random")
+        raise UsageError(f"{option} needs a drafter: --drafter DIRECTORY or --drafter random")
     set_threads(threads)
     check_device(device)
     from ..llm.api import LLM
     from . import report
 
-    return LLM(model, draft, block_size=block_size, device=device.value, max_batch=1, status=report.status, **options)
+    return LLM(model, drafter, block_size=block_size, device=device.value, max_batch=1, status=report.status, **options)
 
 
 # What other packages register: a function is a command, an app of typer's a group of them.

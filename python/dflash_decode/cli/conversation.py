@@ -6,6 +6,7 @@ import stat
 import sys
 from typing import Any
 
+from ..messages import read_message
 from .options import short
 from .streams import UsageError, reason
 
@@ -54,14 +55,16 @@ def read_messages(given: str) -> list[dict[str, Any]]:
         raise UsageError(f"--messages must be a JSON list of messages; got {short(error)}") from None
     if not isinstance(found, list) or not found:
         raise UsageError(f"--messages must be a JSON list of at least one message; got {short(found)}")
-    for message in found:
-        check_message("--messages", message)
+    for i, message in enumerate(found, 1):
+        check_message(f"--messages: message {i}", message)
     return found
 
 
 def check_message(what: str, message: object) -> None:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise UsageError(f'{what} must have messages {{"role": ..., "content": ...}}; got {short(message)}')
+    try:
+        read_message(message, what)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
 
 
 def read_names(given: str | None) -> dict[str, Any]:

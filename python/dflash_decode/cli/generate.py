@@ -28,7 +28,7 @@ def answer(llm: LLM, conversation: Conversation, params: GenerationParams, names
         report.print_answer(llm.session, found, baseline, params, sample_from)
         return
     settings = {name: value for name, value in asdict(params).items() if name in report.SETTINGS}
-    value = report.header(llm.session, prompt=conversation, max_new_tokens=params.max_tokens,
+    value = report.header(llm.session, prompt=conversation, max_tokens=params.max_tokens,
                           sample_from=sample_from, rule=rule, stop=list(params.stop), **settings)
     print(json.dumps(value | {"kind": "generate"} | report.answer_json(llm.session, found, baseline), indent=1,
                      ensure_ascii=False))

@@ -45,16 +45,17 @@ MOST_THREADS = max(os.cpu_count() or 1, 64)  # more are no faster, and some thou
 MOST_TEMPERATURE, MOST_SEED = 3.4e38, 2**63 - 1  # float32 and int64 have room for no more
 Model = Annotated[str, typer.Option(help="Target: a directory with config.json and safetensors, a .gguf file, the "
                                          "id of a model that `hf download` has fetched, or smollm2.")]
-Draft = Annotated[str, typer.Option(help="Drafter: its directory, file or id, 'auto' (the installed one for the "
-                                         "target, or none), 'random' (random weights) or 'none' (baseline decoding).")]
+DrafterName = Annotated[str, typer.Option(help="Drafter: its directory, file or id, 'auto' (the installed one for the "
+                                               "target, or none), 'random' (random weights) or 'none' (baseline "
+                                               "decoding).")]
 ModelWeights = Annotated[Weights, typer.Option("--weights", help="Target weights: in the target's dtype; in 8 bits, "
                                                "which halve the bytes read; or in a GGUF file's own blocks, rounding "
                                                "what is multiplied with them to int8 ('file', and 'auto' on a CPU) or "
                                                "not ('exact': the output of 'model'). With and without a drafter the "
                                                "output is identical.")]
-DraftWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the target's dtype, or "
-                                                            "'auto' (8 bits on a CPU). The output does not "
-                                                            "change.")]
+DrafterWeights = Annotated[DraftersWeights, typer.Option(help="Drafter weights: 8 bits, the target's dtype, or "
+                                                              "'auto' (8 bits on a CPU). The output does not "
+                                                              "change.")]
 Native = Annotated[bool, typer.Option("--native", help="An error, not slower layers of transformers', where ours "
                                                          "lack what the target's config asks for.")]
 Prompt = Annotated[str | None, typer.Option(help="The user's message; '-' reads standard input.")]
@@ -67,7 +68,7 @@ TemplateKwargs = Annotated[str | None, typer.Option(metavar="JSON", help="Names 
                                                     'JSON object: \'{"enable_thinking": false}\'.')]
 BlockSize = Annotated[int | None, typer.Option(min=1, max=32, help="Tokens of every block; by default what "
                                                                    "is worth its time, up to the drafter's.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
 Dtype = Annotated[str, typer.Option(parser=read_dtype, metavar="[auto|bfloat16|float16|float32]",
                                     help="Dtype of weights and activations; 'auto' follows the target's "
                                          "config.json.")]

@@ -48,7 +48,7 @@ def start_text(session: Session) -> None:
     if not session.target.graph_safe:
         notice("this model runs on transformers' layers, whose results can change in the last bits with the number of "
                "rows: a near tie can make the output differ from baseline decoding's")
-    if session.draft == RANDOM:
+    if session.drafter_name == RANDOM:
         notice(RANDOM_NOTICE)
 
 
@@ -104,7 +104,8 @@ def print_answer(session: Session, found: Completion, baseline: Completion | Non
     if drawn:
         line("sampling", how(params) + f", seed {found.seed}")
     if session.drafter:
-        line("drafter", "random weights (untrained)" if session.draft == RANDOM else escape(Path(session.draft).name))
+        named = session.drafter_name
+        line("drafter", "random weights (untrained)" if named == RANDOM else escape(Path(named).name))
         line("acceptance length", f"{found.acceptance_length:.2f} of {session.block_size}, {len(found.steps)} steps")
         counts = _counts(found.steps, session.block_size)
         for n, count in enumerate(counts, 1):
@@ -161,8 +162,9 @@ def header(session: Session, **options) -> dict:
     """The machine, versions and settings of a measurement."""
     info = build_info()
     return {
-        "kind": "decode", "model": session.model, "draft": Path(session.draft).name, "block_size": session.block_size,
-        "weights": session.weights, "draft_int8": session.drafter is not None and session.drafter.int8,
+        "kind": "decode", "model": session.model, "drafter": Path(session.drafter_name).name,
+        "block_size": session.block_size,
+        "weights": session.weights, "drafter_int8": session.drafter is not None and session.drafter.int8,
         "adapts": session.adapts and options.get("sample_from") != SampleFrom.request,  # drawn drafts fill whole blocks
         "dtype": str(session.target.dtype).removeprefix("torch."), **options,
         "cpu": info["cpu"], "threads": torch.get_num_threads(), "isa": info["isa"],

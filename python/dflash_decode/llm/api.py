@@ -11,6 +11,7 @@ import torch
 
 from ..arguments import choice, of_type, whole
 from ..checkpoint import find_model
+from ..checkpoint.errors import warn
 from ..checkpoint.tokenizer import Tokenizer
 from ..choices import AUTO, Rule, SampleFrom
 from ..inputs import shown
@@ -45,7 +46,7 @@ class LLM:
         baseline decoding, which gives the same answers.
     tokenizer : str, path or Tokenizer, optional
         Another model's tokenizer, or a loaded one.
-    dtype, device, weights, draft_weights, native, block_size
+    dtype, device, weights, drafter_weights, native, block_size
         As for Session.load.
     max_batch : int
         Answers that are decoded at the same time.
@@ -73,7 +74,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike, drafter: str | os.PathLike | None = AUTO, *,
                  tokenizer: str | os.PathLike | Tokenizer | None = None, dtype: str | torch.dtype = "bfloat16",
-                 device: str | torch.device = "cpu", weights: str = "auto", draft_weights: str = "auto",
+                 device: str | torch.device = "cpu", weights: str = "auto", drafter_weights: str = "auto",
                  native: bool = False, block_size: int | None = None, max_batch: int = _MOST_AT_ONCE,
                  max_context: int | None = None, sample_from: str = "greedy", rule: str = "token",
                  status: Callable[[str], AbstractContextManager] = lambda text: nullcontext()):
@@ -81,7 +82,7 @@ class LLM:
                "max_context": None if max_context is None else whole("LLM", "max_context", max_context, 1),
                "sample_from": choice("LLM", "sample_from", sample_from, SampleFrom)}
         session = Session.load(model, drafter, block_size=block_size, dtype=dtype, device=device, weights=weights,
-                               draft_weights=draft_weights, tokenizer=tokenizer, native=native, status=status)
+                               drafter_weights=drafter_weights, tokenizer=tokenizer, native=native, status=status)
         self._set_up(session, True, how)
 
     def _set_up(self, session: Session, speculative: bool, how: dict[str, Any]) -> None:
@@ -329,16 +330,29 @@ class LLM:
               reading: Reading) -> list[tuple[list[int], Plan]]:
         """Prompts and plans, all checked."""
         found = read_prompts(self.tokenizer, self.session.target.vocab_size, prompts, what, reading)
-        plans = [self._plan(what, one) for one in read_params(what, params, fields, len(found))]
-        pool, room = self._decoder.pool, self._decoder.max_context
+        asked = read_params(what, params, fields, len(found))
+        plans = [self._plan(what, one) for one in asked]
         for i, (ids, planned) in enumerate(zip(found, plans, strict=True), 1):
-            if len(ids) >= room:
-                raise ValueError(f"{what}: prompt {i} must be shorter than the context of {room} tokens; "
-                                 f"got {len(ids)}")
-            if pool.pages_for(needed := min(len(ids) + planned.max_tokens, room)) > pool.num_pages:
-                raise ValueError(f"{what}: prompt {i} and its answer must fit into the cache of "
-                                 f"{pool.num_pages * pool.page_size} tokens; got {needed}")
+            self._check_room(f"{what}: prompt {i}", len(ids), planned)
+        room = self._decoder.max_context
+        short = [(one.max_tokens, room - len(ids)) for ids, one in zip(found, asked, strict=True)
+                 if one.max_tokens is not None and len(ids) + one.max_tokens > room]
+        if short:
+            warn(f"max_tokens is {short[0][0]}, but the context of {room} tokens has room for {short[0][1]} after the "
+                 "prompt: an answer that gets there ends with the finish reason 'length'")
         return list(zip(found, plans, strict=True))
+
+    def _check_room(self, where: str, prompt: int, planned: Plan) -> None:
+        """Raises ValueError for a prompt of so many tokens whose answer can never fit."""
+        pool, room = self._decoder.pool, self._decoder.max_context
+        if prompt >= room:
+            raise ValueError(f"{where} must be shorter than the context of {room} tokens; got {prompt}")
+        if prompt + planned.min_tokens > room:
+            raise ValueError(f"{where} and min_tokens must fit into the context of {room} tokens; got {prompt} and "
+                             f"{planned.min_tokens}")
+        if pool.pages_for(needed := min(prompt + planned.max_tokens, room)) > pool.num_pages:
+            raise ValueError(f"{where} and its answer must fit into the cache of {pool.num_pages * pool.page_size} "
+                             f"tokens; got {needed}")
 
     def _plan(self, what: str, params: GenerationParams) -> Plan:
         return plan(what, params, self._defaults, self._constraints, self.tokenizer.stop_ids,

@@ -24,6 +24,7 @@ class Job:
         self.request = Request(id(self), prompt, plan.max_tokens, plan.stop_tokens, plan.samplings[choice],
                                plan.logprobs)
         self.choice, self.deliver, self.ended = choice, deliver, False
+        self._tokenizer, self._own_stops = tokenizer, plan.own_stops
         self._whole, self._at_once = whole, whole and not plan.stops
         self._new: list[int] = []  # that are no text yet
         self._text = AnswerText(tokenizer, plan.stops, plan.stop_tokens, plan.min_tokens)
@@ -43,7 +44,7 @@ class Job:
         if not self.ended:
             self._new += event.tokens
             if self._logprobs is not None:
-                self._logprobs += event.logprobs
+                self._logprobs += (each.spelt(self._tokenizer) for each in event.logprobs)
         if event.finish or self._new and not self._at_once:
             self._speak(event)
         return self.ended
@@ -73,6 +74,8 @@ class Job:
     def _completion(self, event: Event) -> Completion:
         reason = self._text.reason
         finish = str(event.finish) if reason is None else "stop"
+        if reason in self._own_stops:  # it ended by itself, which engines report as no reason
+            reason = None
         return Completion("".join(self._pieces), self._tokens, finish, reason, self._logprobs, event.seed,
                           list(self.request.prompt), event.acceptance_lengths, event.widths, self._first,
                           time.perf_counter() - self._started)

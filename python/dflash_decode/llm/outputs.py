@@ -22,9 +22,9 @@ class Completion:
     finish_reason : str
         "stop" for a stop token or string, "length" for max_tokens or the end of the context, or "cancelled".
     stop_reason : str or int, optional
-        The stop string or token that ended the answer.
+        The stop string, or the token of stop_token_ids, that ended the answer; None for the model's own stop tokens.
     logprobs : list of TokenLogprobs, optional
-        One for each token, if they were asked for.
+        One for each token, with the texts of the tokens, if they were asked for.
     seed : int, optional
         Gives this answer again; None where it was greedy.
     prompt_token_ids : list of int

@@ -22,7 +22,8 @@ class GenerationParams:
     Parameters
     ----------
     max_tokens : int, optional
-        The most tokens of the answer; by default 256, unless the model's file has max_new_tokens.
+        The most tokens of the answer; by default 256, unless the model's file has max_new_tokens. Where the context
+        has room for fewer, the answer ends there, and a warning says so if this was named.
     temperature : float, optional
         0 is greedy: always the most likely token.
     top_k : int, optional
@@ -96,6 +97,7 @@ class Plan(NamedTuple):
     samplings: tuple[SamplingParams, ...]  # of each of the n answers
     max_tokens: int
     stop_tokens: frozenset[int]
+    own_stops: frozenset[int]  # those of them that are the model's
     logprobs: int | None
     stops: tuple[str, ...]
     min_tokens: int
@@ -134,7 +136,8 @@ def plan(what: str, params: GenerationParams, defaults: Defaults, constraints: C
         raise ValueError(f"{what}: min_tokens must be at most max_tokens, {max_tokens}; got {min_tokens}")
     logprobs = None if params.logprobs is None else whole(what, "logprobs", params.logprobs, 0, vocab)
     of_type(what, "ignore_eos", params.ignore_eos, bool, "True or False")
-    stop_tokens = _stop_tokens(what, params.stop_token_ids, vocab) | ({*own_stops} if not params.ignore_eos else set())
+    own = frozenset(() if params.ignore_eos else own_stops)
+    stop_tokens = own.union(_stop_tokens(what, params.stop_token_ids, vocab))
     grammar = constraints.grammar(what, params.json_schema, params.regex, params.grammar)
     for name in _SAMPLING:
         merged.setdefault(name, getattr(params, name))
@@ -142,7 +145,7 @@ def plan(what: str, params: GenerationParams, defaults: Defaults, constraints: C
     seeds = [None if sampling.seed is None else (sampling.seed + i) % 2**63 for i in range(n)]
     samplings = tuple(replace(sampling, seed=seed, grammar=_of_one_answer(grammar, min_tokens, stop_tokens))
                       for seed in seeds)
-    return Plan(samplings, max_tokens, frozenset(stop_tokens), logprobs, _stops(what, params.stop), min_tokens)
+    return Plan(samplings, max_tokens, stop_tokens, own, logprobs, _stops(what, params.stop), min_tokens)
 
 
 def _of_one_answer(grammar: Grammar | None, min_tokens: int, stop_tokens: Collection[int]) -> Grammar | None:
@@ -166,6 +169,7 @@ def _stop_tokens(what: str, given: Any, vocab: int) -> set[int]:
     found = set()
     for one in [] if given is None else items(given):
         if (token := integer(one)) is None or not 0 <= token < vocab:
-            raise ValueError(f"{what}: stop_token_ids must be token ids in [0, {vocab}); got {shown(one)}")
+            raise (TypeError if token is None else ValueError)(
+                f"{what}: stop_token_ids must be token ids in [0, {vocab}); got {shown(one)}")
         found.add(token)
     return found
