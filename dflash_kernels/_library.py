@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch.torch_version import TorchVersion
 
 from . import _gpu
 from ._namespace import NATIVE, OPS
@@ -27,8 +28,10 @@ def _load(module: str, language: str):
     try:
         return importlib.import_module(module, __package__)
     except Exception as error:
-        raise ImportError(f"dflash_kernels: the {language} library is built but does not load: {error}. It is for "
-                          f"torch 2.10 or newer; this is torch {torch.__version__}") from error
+        why = f"the {language} library is built but does not load: {error}"
+        if TorchVersion(torch.__version__) < "2.10":
+            why += f". It is for torch 2.10 or newer; this is torch {torch.__version__}"
+        raise ImportError(f"dflash_kernels: {why}") from error
 
 
 def _load_cuda():

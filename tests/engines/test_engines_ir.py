@@ -137,6 +137,7 @@ def test_a_row_has_the_same_bits_in_every_batch(ops):
             assert same_bits(found, expected[one])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.exists(), reason="no vLLM is installed there: `make engine-vllm`")
 def test_on_the_real_engines_ops():
     run = subprocess.run([PYTHON, "-m", "tests.support.vllm_ir"], capture_output=True, text=True, cwd=ROOT, env={
