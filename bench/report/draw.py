@@ -39,7 +39,8 @@ def plots(results: Path) -> dict[str, Plot]:
     """The plots that have results, by file name."""
     found = {}
     for folder in sorted(f for f in results.iterdir() if f.is_dir()):
-        files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
+        files = {f.stem: json.loads(f.read_text(encoding="utf-8"))
+                 for f in sorted(folder.glob("*.json"), key=lambda f: f.stem)}
         for name, make in (("bandwidth", bandwidth), ("peers", peers), ("acceptance", acceptance), ("step", steps),
                            ("overview", overview)):
             if plot := make(files):
@@ -93,11 +94,11 @@ def overview(files: dict) -> Plot | None:
         if not (isinstance(header, dict) and header.get("kind") == "peers" and is_timed(header)):
             continue
         best: dict[tuple, float] = {}
-        for r in (r for r in peer_tables.whole(f["rows"])
-                  if r["concurrency"] == 1 and r["peer"] not in peer_tables.OURS_TOO):
+        for r in (r for r in peer_tables.whole(f["rows"]) if r["concurrency"] == 1):
             best[r["peer"], r["mode"]] = max(best.get((r["peer"], r["mode"]), 0.0), round(r["tokens_per_s"], 1))
         if (peer_tables.OURS, peer_tables.DFLASH) in best:
-            names = {**peer_tables.NAMES, peer_tables.OURS: "dflash_kernels"}
+            names = peer_tables.NAMES | {peer: peer_tables.NAMES.get(peer, "ours").replace("ours", "dflash_kernels")
+                                         for peer in (peer_tables.OURS, *peer_tables.OURS_TOO)}
             bars = [[names.get(peer, peer), mode, rate]
                     for (peer, mode), rate in best.items()]
             where = f"{header['model']}, greedy, one request; {header['cpu']}, {header['threads']} threads"
@@ -111,7 +112,7 @@ def draw_overview(figure, data) -> None:
     draw_step(left, data["step"])
     rows = data["bars"]
     for y, (name, mode, rate) in enumerate(rows):
-        ours, drafted = name == "dflash_kernels", mode == peer_tables.DFLASH
+        ours, drafted = name.startswith("dflash_kernels"), mode == peer_tables.DFLASH
         right.barh(y, rate, color=TONES[0] if ours else TONES[1], edgecolor="black",
                    hatch="" if drafted else "//", alpha=0.75 if ours and not drafted else 1.0)
         right.text(rate, y, f" {rate:.0f}", va="center")

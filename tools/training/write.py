@@ -94,7 +94,7 @@ def main() -> None:
     p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered: those of "
                    "the evaluation, and of texts that are there already")
     p.add_argument("--sampled", type=float, default=0.1, help="share of the answers written at temperature 0.8")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer")
+    p.add_argument("--max-tokens", type=int, default=256, help="maximum length of an answer")
     p.add_argument("--concurrency", type=int, help="texts written concurrently; by default 32 on a CPU, 512 on a GPU")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--seed", type=int, default=0)
@@ -103,7 +103,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     write_texts(args.model, args.out, args.tokens, args.prompts, args.without, weights=args.weights,
-                device=args.device, concurrency=args.concurrency, seed=args.seed, budget=args.max_new_tokens,
+                device=args.device, concurrency=args.concurrency, seed=args.seed, budget=args.max_tokens,
                 sampled=args.sampled)
 
 
