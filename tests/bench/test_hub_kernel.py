@@ -69,6 +69,13 @@ def test_every_kernel_is_compiled_once_for_each_set(folders):
                      for isa, flags in setup.instruction_sets(file.stem, "x86_64").items()}
 
 
+def test_every_binding_registers_under_the_copys_own_namespace():
+    files = [file for file in (ROOT / "csrc/bindings").glob("*.cpp") if "m.impl(" in file.read_text()]
+    assert len(files) > 8
+    for file in files:
+        assert "DFLASH_CPU_OPS(m)" in file.read_text() and "STABLE_TORCH_LIBRARY" not in file.read_text(), file
+
+
 @pytest.mark.parametrize("kernel", source.KERNELS, ids=lambda kernel: kernel.name)
 def test_it_imports_torch_triton_and_itself_relatively(folders, kernel):
     package = folders[kernel] / "torch-ext" / kernel.name.replace("-", "_")

@@ -33,7 +33,7 @@ def test_every_op_is_entered_once_and_can_be_called(sglang, caplog):
     names = dflash_kernels.build_info()["ops"]
     assert sorted(ours(kernels)) == [f"dflash.{op}" for op in names] and list(registry.OPS) == names
     assert len(kernels.registry.all_specs()) == len(before) + len(names)
-    assert "registry: 19 ops entered\n" in caplog.text + "\n"
+    assert f"registry: {len(names)} ops entered\n" in caplog.text + "\n"
     for op in names:
         assert kernels.get_kernel(f"dflash.{op}", kernels.KernelBackend.PLUGIN) is getattr(dflash_kernels, op)
 
