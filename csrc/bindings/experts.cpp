@@ -31,7 +31,7 @@ void expert_mlp(const Tensor& x, const Tensor& gate_up, const Tensor& down, cons
          {x, gate_up, down, gate_up_scales, down_scales, ids, weights, gate_up_bias, down_bias, out});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("expert_mlp", TORCH_BOX(&expert_mlp)); }
+DFLASH_CPU_OPS(m) { m.impl("expert_mlp", TORCH_BOX(&expert_mlp)); }
 
 }  // namespace
 }  // namespace dflash

@@ -25,7 +25,7 @@ void route_experts(const Tensor& logits, const std::optional<Tensor>& bias, int6
   launch(route_experts_kernels, p, {logits, bias, out_ids, out_weights});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) { m.impl("route_experts", TORCH_BOX(&route_experts)); }
+DFLASH_CPU_OPS(m) { m.impl("route_experts", TORCH_BOX(&route_experts)); }
 
 }  // namespace
 }  // namespace dflash

@@ -17,7 +17,7 @@ from bench import ROOT
 
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 WORK, SYSTEM = ROOT / "build" / "cross", "/usr/aarch64-linux-gnu"
-PROBED = ("activation", "attention", "linear", "norm", "quant", "verify")  # quant is part of linear
+PROBED = ("activation", "attention", "gemm", "linear", "norm", "quant", "verify")  # gemm and quant are parts of linear
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-DDFLASH_ISA=generic", f"-I{ROOT / 'csrc'}")
 
 
