@@ -25,10 +25,10 @@ READ = "0.5.23"
 NAMES = ("registry", "shared_ops")  # in DFLASH_SGLANG_ENABLE and _DISABLE
 API_VERSION = 1  # of plugin_kernels, in that release
 FIELDS = ("op", "backend", "target", "capabilities")
-OPS = ("add_rms_norm", "block_attention", "combine_argmax", "combine_topk", "embed_tokens", "expert_mlp", "grouped_conv",
-       "grouped_conv_add_rms_norm", "linear", "lm_head_argmax", "lm_head_topk", "prepare_block", "qk_norm_rope",
-       "rms_norm", "route_experts", "sample_draft", "select_candidates", "silu_and_mul", "verify_greedy",
-       "verify_sample", "write_context_kv")
+OPS = ("add_rms_norm", "block_attention", "combine_argmax", "combine_topk", "embed_tokens", "expert_mlp",
+       "grouped_conv", "grouped_conv_add_rms_norm", "linear", "lm_head_argmax", "lm_head_topk", "prepare_block",
+       "qk_norm_rope", "rms_norm", "route_experts", "sample_draft", "select_candidates", "silu_and_mul",
+       "verify_greedy", "verify_sample", "write_context_kv")
 SHARED = ("speculative.compute_dflash_correct_drafts_and_bonus", "activation.silu_and_mul")
 # Integers, and rows that are copied: equal to SGLang's to the bit. Sums of floats are taken in another order or rounded
 # at another place than SGLang's, so that their bits do not depend on the batch but need not be SGLang's.
