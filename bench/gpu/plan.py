@@ -62,7 +62,7 @@ def steps(part: str, out: Path, dry: bool, peers: bool) -> list[Step]:
     if part == "e":
         return [tests("the other tests", "tests/gpu", "-k", others, seconds=40),
                 *(sanitizer(tool, dry) for tool in CHECKS)]
-    return [bench("memory", "small", "sample", more=alone),
+    return [bench("memory", "small", "sample", more=alone), bench("experts"),
             *([bench("linear", "attention", more=alone)] if peers else [])]
 
 
