@@ -1,12 +1,11 @@
 """Log probabilities of the target where it chose the tokens of an answer, for the requests that ask for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from .checkpoint.tokenizer import Tokenizer
 from .model import Target
 
 
@@ -33,10 +32,10 @@ class TokenLogprobs:
     top: tuple[TopLogprob, ...] = ()
     text: str = ""
 
-    def spelt(self, tokenizer: Tokenizer) -> "TokenLogprobs":
+    def spelt(self, text_of: Callable[[int], str]) -> "TokenLogprobs":
         """The same with the texts."""
-        top = tuple(one._replace(text=tokenizer.token_text(one.token)) for one in self.top)
-        return replace(self, top=top, text=tokenizer.token_text(self.token))
+        top = tuple(one._replace(text=text_of(one.token)) for one in self.top)
+        return replace(self, top=top, text=text_of(self.token))
 
 
 def logprobs_of(target: Target, rows: torch.Tensor, tokens: Sequence[int], most: int) -> list[TokenLogprobs]:

@@ -79,10 +79,10 @@ def test_parts_run_alone_and_without_peers(monkeypatch, tmp_path):
     only, = names("c")
     assert "bench.gpu.sweep" in only
     assert all("--no-peers" in words for words in names("a") if "bench.ops" in words)
-    with_peers, beside = names("f")
+    with_peers, experts, beside = names("f")
     assert "memory small sample" in with_peers and "linear attention" in beside and "--no-peers" not in with_peers
-    alone, = names("f", "--no-peers")
-    assert "--no-peers" in alone
+    assert "experts" in experts and names("f", "--no-peers")[1:] == [experts]
+    assert "--no-peers" in names("f", "--no-peers")[0]
 
 
 def test_every_part_has_its_share_and_all_end_within_nine_minutes(monkeypatch, tmp_path):

@@ -174,7 +174,7 @@ def test_a_panic_of_the_library_is_a_checkpoint_error(tmp_path):
 
 @pytest.mark.parametrize("text", [None, 5, ["hello"], b"hello"])
 def test_text_of_another_type(tmp_path, text):
-    with pytest.raises(ValueError, match="text must be a string; got"):
+    with pytest.raises(TypeError, match="text must be a string; got"):
         load_tokenizer(small_directory(tmp_path)).encode(text)
 
 

@@ -44,7 +44,7 @@ class Job:
         if not self.ended:
             self._new += event.tokens
             if self._logprobs is not None:
-                self._logprobs += (each.spelt(self._tokenizer) for each in event.logprobs)
+                self._logprobs += (each.spelt(self._tokenizer.token_text) for each in event.logprobs)
         if event.finish or self._new and not self._at_once:
             self._speak(event)
         return self.ended
