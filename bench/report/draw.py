@@ -97,12 +97,12 @@ def overview(files: dict) -> Plot | None:
         for r in (r for r in peer_tables.whole(f["rows"]) if r["concurrency"] == 1):
             best[r["peer"], r["mode"]] = max(best.get((r["peer"], r["mode"]), 0.0), round(r["tokens_per_s"], 1))
         if (peer_tables.OURS, peer_tables.DFLASH) in best:
-            names = peer_tables.NAMES | {peer: peer_tables.NAMES.get(peer, "ours").replace("ours", "dflash_kernels")
-                                         for peer in (peer_tables.OURS, *peer_tables.OURS_TOO)}
+            names = peer_tables.NAMES | {peer_tables.OURS: "dflash_kernels", "ours8": "dflash_kernels, 8 bits",
+                                         "oursfile": "dflash_kernels, 4 bits"}
             bars = [[names.get(peer, peer), mode, rate]
                     for (peer, mode), rate in best.items()]
             where = f"{header['model']}, greedy, one request; {header['cpu']}, {header['threads']} threads"
-            return Plot({"step": STEP, "bars": bars, "where": where}, draw_overview, (9.5, 4.2),
+            return Plot({"step": STEP, "bars": bars, "where": where}, draw_overview, (10.0, 4.2),
                         f"Left: a DFlash step and its ops. Right: tokens a second, {where}.")
     return None
 
