@@ -128,6 +128,31 @@ def _own(data: torch.Tensor) -> torch.Tensor:
     return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
 
 
+def _check_sizes(what: str, n: int, k: int) -> None:
+    for name, size in (("out_features", n), ("in_features", k)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{what}: {name} must be a positive int; got {size!r}")
+
+
+def _check_elements(what: str, data: torch.Tensor, scales: torch.Tensor | None) -> None:
+    dtypes = FLOATS if scales is None else (torch.int8,)
+    if not isinstance(data, torch.Tensor) or data.dtype not in dtypes:
+        want = listed(FLOATS) if scales is None else "int8, as there are scales"
+        got = data.dtype if isinstance(data, torch.Tensor) else repr(data)
+        raise TypeError(f"{what}: data must be a tensor of {want}; got {got}")
+
+
+def _check_scales(what: str, scales: torch.Tensor | None, shape: tuple[int, ...], data: torch.Tensor) -> None:
+    if scales is None:
+        return
+    if not isinstance(scales, torch.Tensor) or scales.dtype != torch.float32:
+        got = scales.dtype if isinstance(scales, torch.Tensor) else repr(scales)
+        raise TypeError(f"{what}: scales must be a tensor of float32; got {got}")
+    if scales.shape != shape or not scales.is_contiguous() or scales.device != data.device:
+        raise ValueError(f"{what}: scales must be contiguous {shape} on {data.device}; got {tuple(scales.shape)} with "
+                         f"strides {scales.stride()} on {scales.device}")
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A linear layer's (N, K) weight in the layout that `linear` and the LM heads stream. `pack_weight` makes it.
@@ -181,19 +206,13 @@ class PackedWeight:
 
     def __post_init__(self):
         n, k = self.out_features, self.in_features
-        for name, size in (("out_features", n), ("in_features", k)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"PackedWeight: {name} must be a positive int; got {size!r}")
+        _check_sizes("PackedWeight", n, k)
         if not isinstance(self.exact, bool) or self.exact and self.format is None:
             raise ValueError(f"PackedWeight: exact must be False, or True where there is a format; got {self.exact!r}")
         if self.format is not None:
             return self._check_blocks()
-        dtypes = FLOATS if self.scales is None else (torch.int8,)
-        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in dtypes:
-            want = "float32, bfloat16 or float16" if self.scales is None else "int8, as there are scales"
-            got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
-            raise TypeError(f"PackedWeight: data must be a tensor of {want}; got {got}")
-        self._check_scales()
+        _check_elements("PackedWeight", self.data, self.scales)
+        _check_scales("PackedWeight", self.scales, (n,), self.data)
         shape = _packed_shape(n, k, self.data.dtype, self.data.device)
         if self.data.shape != shape or not self.data.is_contiguous():
             raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
@@ -218,17 +237,6 @@ class PackedWeight:
         if self.data.shape != shape or not self.data.is_contiguous():
             raise ValueError(f"PackedWeight: data must be contiguous {shape}, as pack_weight lays it out; "
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
-
-    def _check_scales(self):
-        t = self.scales
-        if t is None:
-            return
-        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
-            got = t.dtype if isinstance(t, torch.Tensor) else repr(t)
-            raise TypeError(f"PackedWeight: scales must be a tensor of float32; got {got}")
-        if t.shape != (self.out_features,) or not t.is_contiguous() or t.device != self.data.device:
-            raise ValueError(f"PackedWeight: scales must be contiguous ({self.out_features},) on {self.data.device}; "
-                             f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
 
     def __reduce__(self):
         return PackedWeight, (_own(self.data), self.out_features, self.in_features, self.scales, self.format,
@@ -323,28 +331,14 @@ class PackedExperts:
 
     def __post_init__(self):
         n, k = self.out_features, self.in_features
-        for name, size in (("out_features", n), ("in_features", k)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"PackedExperts: {name} must be a positive int; got {size!r}")
-        dtypes = FLOATS if self.scales is None else (torch.int8,)
-        if not isinstance(self.data, torch.Tensor) or self.data.dtype not in dtypes:
-            want = listed(FLOATS) if self.scales is None else "int8, as there are scales"
-            got = self.data.dtype if isinstance(self.data, torch.Tensor) else repr(self.data)
-            raise TypeError(f"PackedExperts: data must be a tensor of {want}; got {got}")
+        _check_sizes("PackedExperts", n, k)
+        _check_elements("PackedExperts", self.data, self.scales)
         shape = _packed_shape(n, k, self.data.dtype, self.data.device)
         if self.data.shape[1:] != shape or not self.data.is_contiguous() or not len(self.data):
             raise ValueError(f"PackedExperts: data must be contiguous (E, {', '.join(map(str, shape))}), as "
                              f"pack_experts lays it out; got {tuple(self.data.shape)} with strides "
                              f"{self.data.stride()}")
-        t = self.scales
-        if t is None:
-            return
-        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
-            raise TypeError("PackedExperts: scales must be a tensor of float32; got "
-                            f"{t.dtype if isinstance(t, torch.Tensor) else repr(t)}")
-        if t.shape != (len(self.data), n) or not t.is_contiguous() or t.device != self.data.device:
-            raise ValueError(f"PackedExperts: scales must be contiguous ({len(self.data)}, {n}) on {self.data.device}; "
-                             f"got {tuple(t.shape)} with strides {t.stride()} on {t.device}")
+        _check_scales("PackedExperts", self.scales, (len(self.data), n), self.data)
 
     @property
     def dtype(self) -> torch.dtype:

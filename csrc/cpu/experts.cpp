@@ -60,12 +60,16 @@ Plan plan_of(const ExpertMlpParams& p, int64_t row0, int64_t rows, int32_t* memo
   return {pairs, chosen, experts, starts, of, places};
 }
 
+// Of a packed weight.
+template <class T>
+int64_t block_bytes(const ExpertWeights& w) {
+  return w.scales ? block_elements<int8_t>(w.k) : block_elements<T>(w.k) * int64_t(sizeof(T));
+}
+
 // One expert's weight, as gemm.h takes it.
 template <class T>
 GemmParams gemm_of(const ExpertWeights& w, int64_t expert, Dtype dtype) {
-  const int64_t bytes = !w.packed ? w.n * w.k * int64_t(sizeof(T))
-                        : ceil_div(w.n, kBlock) * (w.scales ? block_elements<int8_t>(w.k)
-                                                            : block_elements<T>(w.k) * int64_t(sizeof(T)));
+  const int64_t bytes = w.packed ? ceil_div(w.n, kBlock) * block_bytes<T>(w) : w.n * w.k * int64_t(sizeof(T));
   GemmParams g{};
   g.K = w.k, g.N = w.n, g.dtype = dtype;
   g.weight = static_cast<const char*>(w.data) + expert * bytes;
@@ -79,8 +83,7 @@ GemmParams gemm_of(const ExpertWeights& w, int64_t expert, Dtype dtype) {
 template <class T>
 void product(const Plan& plan, const ExpertWeights& w, Dtype dtype, const RowOf<T>* x, int64_t ld, float* sums,
              int64_t sums_stride) {
-  const int64_t blocks = ceil_div(w.n, kBlock);
-  const int64_t bytes = w.scales ? block_elements<int8_t>(w.k) : block_elements<T>(w.k) * int64_t(sizeof(T));
+  const int64_t blocks = ceil_div(w.n, kBlock), bytes = block_bytes<T>(w);
   const int64_t length = ceil_div(ceil_div(kPortionBytes, bytes), kStreams) * kStreams;
   const int64_t portions = ceil_div(blocks, length), threads = num_threads();
   std::atomic<int64_t> next{0};

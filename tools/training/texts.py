@@ -36,10 +36,13 @@ CONTEXT = 768  # tokens of a conversation
 PROMPT = 128   # tokens of a prompt that the target writes
 
 
-def read_jsonl(file: Path) -> list[dict]:
+def read_text(file: Path) -> str:
     data = file.read_bytes()
-    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]
+    return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+
+
+def read_jsonl(file: Path) -> list[dict]:
+    return [json.loads(line) for line in read_text(file).split("\n") if line]
 
 
 def messages_of(prompt: str, before: Iterable[tuple[str, str]] = ()) -> list[dict]:

@@ -19,7 +19,7 @@ from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import Features, write_features
 from tools.training.optimise import Recipe, Training
 from tools.training.target import Target
-from tools.training.write import parts, write_texts
+from tools.training.write import read_parts, write_texts
 
 
 def arguments() -> argparse.Namespace:
@@ -59,13 +59,12 @@ def arguments() -> argparse.Namespace:
 
 def collect_texts(args: argparse.Namespace) -> list[dict]:
     """The conversations of --answers, and those that the target writes."""
-    files = [file for path in args.answers for file in (parts(path) if path.is_dir() else [path])]
-    found = [row for file in files for row in texts.read_jsonl(file)]
+    found = [row for path in args.answers for row in (read_parts if path.is_dir() else texts.read_jsonl)(path)]
     if args.write_tokens:
         folder = args.work / "texts"
         write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
                     seed=args.seed)
-        found += [row for file in parts(folder) for row in texts.read_jsonl(file)]
+        found += read_parts(folder)
     if not found:
         raise SystemExit("no training text: give --answers or --write-tokens")
     return found[:args.limit]

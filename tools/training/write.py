@@ -8,7 +8,6 @@ A part is a file of 500 conversations and is kept whole or not at all. The same 
 import argparse
 import gzip
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,31 +15,31 @@ import torch
 from tqdm import tqdm
 
 from dflash_decode import Session
-from tools.training.texts import Writer, read_jsonl
+from dflash_decode.cache import write_whole
+from tools.training.texts import Writer, read_jsonl, read_text
 
 PART = 500  # conversations in a file
 
 
 def read_prompts(file: Path) -> list[str]:
     """The prompts of JSON lines with `turns` or `prompt`, or of a JSON list of texts; either may be gzipped."""
-    data = file.read_bytes()
-    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
-    if text.lstrip().startswith("["):
+    if (text := read_text(file)).lstrip().startswith("["):
         return json.loads(text)
-    rows = [json.loads(line) for line in text.split("\n") if line]
-    return [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
+    return [row["prompt"] if "prompt" in row else row["turns"][0] for row in read_jsonl(file)]
 
 
 def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("texts-*.jsonl.gz"))
 
 
+def read_parts(folder: Path) -> list[dict]:
+    return [row for file in parts(folder) for row in read_jsonl(file)]
+
+
 def keep_part(folder: Path, rows: list[dict]) -> None:
     file = folder / f"texts-{len(parts(folder)):04d}.jsonl.gz"
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    part = file.with_suffix(".part")
-    part.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
-    os.replace(part, file)
+    write_whole(file, gzip.compress(lines.encode(), 9, mtime=0))
 
 
 def write(session: Session, folder: Path, tokens: int, given: list[tuple[str, str]], without: list[str], *,
@@ -48,7 +47,7 @@ def write(session: Session, folder: Path, tokens: int, given: list[tuple[str, st
     """Adds parts to `folder` until its answers have `tokens` tokens. without: prompts that are never asked.
     how: of Writer."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [row for file in parts(folder) for row in read_jsonl(file)]
+    kept = read_parts(folder)
     have = sum(row["tokens"] for row in kept)
     writer = Writer(session, given, {row["prompt"] for row in kept} | set(without), concurrency=concurrency,
                     seed=seed + len(kept), **how)
