@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def pytest_addoption(parser):
 def is_fast(item):
     given = item.callspec.params if hasattr(item, "callspec") else {}
     return not item.get_closest_marker("slow") and not any(given.get(n) in left for n, left in _REPEATS.items())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays until the end: the garbage collector need not look through it each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -59,9 +59,10 @@ constexpr int64_t kChunk = 64;
 // As in gemm_rows.h: how many lines ahead of its loads a thread asks for.
 inline int64_t ahead_lines(int64_t rows) { return rows > 1 ? 128 : 32; }
 
-// Rows in one group beside S blocks, of 32 registers or 16.
-constexpr int rows_beside(int blocks) {
-  if (DFLASH_VEC == 512) return blocks == 4 ? 4 : 8;
+// Rows in one group beside S blocks, of 32 registers or 16. Without VNNI a row takes one more, unless its products do not
+// wait to be folded. One block alone is what is left over of a thread's.
+constexpr int rows_beside(Format format, int blocks) {
+  if (DFLASH_VEC == 512) return blocks == 2 && (!kSignedCodes || format == Format::q8_0) ? 8 : 4;
   return DFLASH_VEC ? 4 / blocks : 1 / blocks;
 }
 
@@ -75,7 +76,7 @@ inline void group(const QuantSums& p, int64_t row, int rows, int64_t begin, int6
 
 template <Format F, int S>
 inline void row_groups(const QuantSums& p) {
-  constexpr int most = rows_beside(S);
+  constexpr int most = rows_beside(F, S);
   const int64_t groups = ceil_div(p.rows, most), chunk = groups > 1 && p.pieces > kChunk ? kChunk : p.pieces;
   for (int64_t r = 0; r < p.rows; ++r) std::memset(p.c + r * p.ldc, 0, S * kBlock * sizeof(float));
   for (int64_t b = 0; b < p.pieces; b += chunk) {
@@ -92,9 +93,9 @@ inline void row_groups(const QuantSums& p) {
 
 template <Format F>
 void sums_of(const QuantSums& p) {
-  if constexpr (rows_beside(4) > 0)
-    if (p.blocks == 4 && p.rows <= rows_beside(4)) return row_groups<F, 4>(p);
-  if constexpr (rows_beside(2) > 0) {
+  if constexpr (rows_beside(F, 4) > 0)
+    if (p.blocks == 4 && p.rows <= rows_beside(F, 4)) return row_groups<F, 4>(p);
+  if constexpr (rows_beside(F, 2) > 0) {
     if (p.blocks == 4) {
       QuantSums half = p;
       half.blocks = 2;
@@ -103,7 +104,7 @@ void sums_of(const QuantSums& p) {
       half.c += 2 * kBlock;
       return sums_of<F>(half);
     }
-    if (p.blocks == 2 && (DFLASH_VEC == 512 || p.rows <= rows_beside(2))) return row_groups<F, 2>(p);
+    if (p.blocks == 2 && (DFLASH_VEC == 512 || p.rows <= rows_beside(F, 2))) return row_groups<F, 2>(p);
   }
   for (int s = 0; s < p.blocks; ++s) {
     QuantSums one = p;

@@ -20,6 +20,7 @@ def prepare() -> None:
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _remember_shapes(triton.language.core)
 
 
 def _accept_newer_numpy(interpreter) -> None:
@@ -43,3 +44,27 @@ def _known(types, of, dtype):
     if name not in types:
         types[name] = of(dtype)
     return types[name]
+
+
+def _remember_shapes(core) -> None:
+    """Every value makes its shape anew, checks it and writes it out as the name of its type: a third of the
+    interpreter's time. Few shapes occur, and hardly any name is read."""
+    make_block, make_tensor = core.block_type.__init__, core.tensor.__init__
+    blocks, tensors = {}, {}  # (shape, numel) by the sizes
+
+    def block(self, element_ty, shape):
+        sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
+        if sizes not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[sizes] = self.shape, self.numel
+        self.element_ty, (self.shape, self.numel) = element_ty, blocks[sizes]
+
+    def tensor(self, handle, type):
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in tensors:
+            make_tensor(self, handle, type)
+            tensors[sizes] = self.shape, self.numel
+        self.handle, self.type, self.dtype, (self.shape, self.numel) = handle, type, type.scalar, tensors[sizes]
+
+    core.block_type.__init__, core.tensor.__init__ = block, tensor
+    core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
