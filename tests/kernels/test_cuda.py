@@ -1,6 +1,7 @@
 """The library of CUDA C++ kernels: what it is compiled to, what it needs of torch, and when it is loaded."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from dflash_kernels import _gpu, build_info
 from setup import ROOT, find_cutlass, find_nvcc
-from tests.kernels.test_registry import LINKER, PYTHON_LIMITED_API, SYSTEM, TORCH_STABLE, needs_nm, python, symbols
+from tests.kernels.test_registry import LINKER, PYTHON_LIMITED_API, SYSTEM, TORCH_STABLE, needs_nm, symbols
 from tools.aot import ptxas
 
 BUILT = importlib.util.find_spec("dflash_kernels._cuda")
@@ -123,7 +124,8 @@ def said(tmp_path, before=""):
         source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
         subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(stand_in)], check=True)
         environment["LD_PRELOAD"] = str(stand_in)
-    ran = python(SAY.format(before=before), cwd=ROOT, **environment)
+    ran = subprocess.run([sys.executable, "-c", SAY.format(before=before)], capture_output=True, text=True, cwd=ROOT,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip().split("; ")
 

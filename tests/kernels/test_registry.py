@@ -3,7 +3,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import dflash_kernels
 from dflash_kernels import _library, reference
 from dflash_kernels.limits import FP8
 from dflash_kernels.testing import same_bits
-from tests.support import ROOT
+from tests.support import ROOT, fresh
 from tests.support.op_samples import SAMPLES, RawCalls, tensors_in
 
 PACKAGE = Path(dflash_kernels.__file__).parent
@@ -25,10 +24,9 @@ functions = [n for n, f in public.items() if f.__module__.startswith("dflash_ker
 
 
 def python(code, cwd=PACKAGE.parent, **env):
-    """Runs code in a fresh interpreter that finds the package in cwd."""
+    """Runs code in an interpreter that has imported torch, and finds the package in cwd."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("DFLASH_")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=120,
-                          env=kept | {"PYTHONPATH": str(cwd)} | env)
+    return fresh.run(code, cwd, kept | {"PYTHONPATH": str(cwd)} | env)
 
 
 # ---- every op ------------------------------------------------------------------------------------------------------
