@@ -31,6 +31,7 @@ from .inputs import shown
 from .loop import Decoder
 from .model import Target
 from .model.calibration import read_calibration
+from .model.dflash2 import read_selector
 from .model.drafter import Drafter
 from .model.families import FAMILIES
 from .model.layouts import with_mask_token
@@ -365,9 +366,11 @@ def drafter_for(target: Target, found: Checkpoint, drafter_weights: str,
         raise CheckpointError(f"{found.source}: drafter must be a DFlash drafter, whose config.json has dflash_config "
                               f"or block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:
-        tensors = {**cast(Mapping[str, torch.Tensor], found.tensors), **read_mask_embedding(found.source)}
-        config = with_mask_token(found.config, token_id)
-        drafter = Drafter(config, tensors, target, read_vocabulary(found.source), int8=_int8(drafter_weights, target))
+        vocabulary = read_vocabulary(found.source)
+        selector, fields = read_selector(found.source, vocabulary, target.vocab_size)
+        tensors = {**cast(Mapping[str, torch.Tensor], found.tensors), **read_mask_embedding(found.source), **selector}
+        config = {**with_mask_token(found.config, token_id), **fields}
+        drafter = Drafter(config, tensors, target, vocabulary, int8=_int8(drafter_weights, target))
         drafter.calibration = read_calibration(found.source, drafter.block_size - 1)
         return drafter
     except (ValueError, NotImplementedError) as error:

@@ -1,15 +1,23 @@
 """DFlash2 drafters, with convolutions and a selector, against the dflash package's DFlash2DraftModel step by step."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dflash_decode import Request, SamplingParams
+from dflash_decode.checkpoint import CheckpointError, load_checkpoint
 from dflash_decode.loop import Decoder
+from dflash_decode.model.dflash2 import write_selector
 from dflash_decode.model.drafter import Drafter
+from dflash_decode.model.native import NativeTarget
+from dflash_decode.session import drafter_for
 from dflash_kernels import SamplingTensors, StepGraph
 from dflash_kernels.testing import assert_within_budget, same_bits
 
 pytest.importorskip("transformers")
+from tests.support import tiny  # noqa: E402
 from tests.support.decode_models import VOCAB, make_target  # noqa: E402
 from tests.support.decode_runs import collect  # noqa: E402
 from tests.support.drafters import PAGE, Served, draft_config, embedded, make, random_tensors  # noqa: E402
@@ -180,3 +188,40 @@ def test_misshapen_and_missing_tensors_are_refused_by_name(name, shape):
         Drafter(config, tensors | {name: torch.zeros(shape)}, target)
     with pytest.raises(ValueError, match=f"tensor {name} must be there"):
         Drafter(config, {key: t for key, t in tensors.items() if key != name}, target)
+
+
+def test_a_selector_beside_the_weights_of_another_drafter(tmp_path):
+    """It chooses as one in the checkpoint does; a folder without one drafts the most likely tokens."""
+    stored, folder = load_checkpoint(tiny.write_target(tmp_path / "target")), tiny.write_drafter(tmp_path / "draft")
+    target = NativeTarget(stored.config, stored.tensors)
+    generator, vocabulary = torch.Generator().manual_seed(5), torch.arange(1, target.vocab_size, 2)
+    (folder / "draft_vocabulary.json").write_text(json.dumps({"token_ids": vocabulary.tolist()}))
+
+    def random(*shape):
+        return (torch.randn(shape, generator=generator) * 2).bfloat16()
+
+    before, after, hidden = random(len(vocabulary), 6), random(len(vocabulary), 6), random(6, target.hidden_size)
+    plain = drafter_for(target, load_checkpoint(folder), "model", lambda text: None)
+    file = write_selector(folder, before, after, hidden, 5)
+    beside = drafter_for(target, load_checkpoint(folder), "model", lambda text: None)
+    whole = torch.zeros(2, target.vocab_size, 6).bfloat16()
+    whole[:, vocabulary] = torch.stack((before, after))
+    found = load_checkpoint(folder)
+    inside = Drafter(found.config | {"selector_rank": 6, "selector_top_k": 5}, dict(found.tensors) | {
+        "candidate_selector.predecessor_codebook": whole[0], "candidate_selector.successor_codebook": whole[1],
+        "candidate_selector.hidden_projection.weight": hidden}, target, vocabulary)
+    drafts = [Served(drafter, LENGTHS).commit_all().draft([3, 5, 6], width=4)[1] for drafter in (beside, inside, plain)]
+    assert torch.equal(drafts[0], drafts[1]) and not torch.equal(drafts[0], drafts[2])
+    kept = load_file(file)
+    for changes, message in (
+            ({"candidates": torch.tensor([1.5])}, "candidates must be one integer; got"),
+            ({"candidates": torch.tensor([70])}, "selector_top_k must be between 1 and"),
+            ({"more": torch.ones(1)}, "tensors must be candidate_selector.hidden_projection.weight, .*; got .*more"),
+            ({"candidate_selector.hidden_projection.weight": torch.ones(6)}, r"must be \(rank, hidden_size\); got \(6"),
+            ({"candidate_selector.successor_codebook": torch.ones(7, 6)}, r"must be \(\d+, 6\), .* got \(7, 6")):
+        save_file(kept | changes, file)
+        with pytest.raises(CheckpointError, match=message):
+            drafter_for(target, load_checkpoint(folder), "model", lambda text: None)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="expected a safetensors file"):
+        drafter_for(target, load_checkpoint(folder), "model", lambda text: None)

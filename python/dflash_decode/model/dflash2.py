@@ -6,12 +6,16 @@ The projection of a sublayer's normed input gives the coefficients of both convo
 the addition and the norm that follow it.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dflash_kernels import PackedWeight, grouped_conv, grouped_conv_add_rms_norm, linear
 
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.safetensors import read_safetensors
 from .config import Convolution, DraftConfig
 from .tensors import Packer, Tensors
 
@@ -47,6 +51,58 @@ def take_selector(tensors: Tensors, c: DraftConfig, pack: Packer) -> CandidateSe
         for name in ("predecessor_codebook", "successor_codebook"))
     hidden = tensors.take("candidate_selector.hidden_projection.weight", c.selector.rank, c.hidden_size)
     return CandidateSelector(predecessor, successor, pack(hidden))
+
+
+# A selector that was trained for a drafter without one. Engines that load every file beside the weights do not see it.
+FILE = Path("candidate_selector", "model.safetensors")
+_PREFIX, _BOOKS = "candidate_selector.", ("predecessor_codebook", "successor_codebook")
+_HIDDEN = "hidden_projection.weight"
+
+
+def write_selector(folder: Path, predecessor: torch.Tensor, successor: torch.Tensor, hidden: torch.Tensor,
+                   candidates: int) -> Path:
+    """predecessor, successor (n, rank): one row a token of the draft vocabulary. hidden (rank, H)."""
+    from safetensors.torch import save_file  # here: reading a drafter's config needs no such package
+
+    file = folder / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = dict(zip((*_BOOKS, _HIDDEN), (predecessor, successor, hidden), strict=True))
+    save_file({_PREFIX + name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}
+              | {"candidates": torch.tensor([candidates])}, file)
+    return file
+
+
+def read_selector(folder: str | os.PathLike, vocabulary: torch.Tensor | None, vocab_size: int,
+                  ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The selector in candidate_selector/ beside a drafter's weights, as what a checkpoint with one has of it: tensors,
+    and fields of the config. Empty if there is no such file. Raises CheckpointError.
+
+    vocabulary (n,): the tokens of the codebooks' rows; None: all.
+    """
+    file = Path(folder) / FILE
+    if not os.path.lexists(file):
+        return {}, {}
+    tensors = read_safetensors(file)
+    wanted = {*(_PREFIX + name for name in (*_BOOKS, _HIDDEN)), "candidates"}
+    if tensors.keys() != wanted:
+        raise CheckpointError(f"{file}: tensors must be {', '.join(sorted(wanted))}; got {', '.join(sorted(tensors))}")
+    count = tensors.pop("candidates")
+    if count.numel() != 1 or count.is_floating_point():
+        raise CheckpointError(f"{file}: candidates must be one integer; got {tuple(count.shape)} of {count.dtype}")
+    hidden = tensors[_PREFIX + _HIDDEN]
+    if hidden.dim() != 2:
+        raise CheckpointError(f"{file}: {_PREFIX + _HIDDEN} must be (rank, hidden_size); got {tuple(hidden.shape)}")
+    if vocabulary is not None and int(vocabulary.max()) >= vocab_size:
+        return {}, {}  # which the drafter refuses
+    rows, rank = vocab_size if vocabulary is None else len(vocabulary), hidden.shape[0]
+    for name in _BOOKS:
+        book = tensors[_PREFIX + name]
+        if tuple(book.shape) != (rows, rank):
+            raise CheckpointError(f"{file}: {_PREFIX + name} must be ({rows}, {rank}), a row for each token of the "
+                                  f"draft vocabulary; got {tuple(book.shape)}")
+        if vocabulary is not None:
+            tensors[_PREFIX + name] = book.new_zeros(vocab_size, rank).index_copy_(0, vocabulary, book)
+    return tensors, {"selector_rank": rank, "selector_top_k": int(count)}
 
 
 class ConvMemory:

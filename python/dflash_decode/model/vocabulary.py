@@ -75,7 +75,7 @@ def _take_embedding(tensors: Tensors, c: DraftConfig, target: Target) -> tuple[
     else:
         table = target.embedding
         if scale is None:  # DFlash2 drafters are trained on the rows as they are stored
-            scale = 1.0 if c.conv or c.selector else target.embedding_scale
+            scale = 1.0 if c.conv else target.embedding_scale
     if c.mask_token_id >= table.shape[0]:  # such a row would be read as zeros
         raise ValueError(f"draft config: mask_token_id must be below the {table.shape[0]} rows of embed_tokens.weight; "
                          f"got {c.mask_token_id}")

@@ -1,0 +1,115 @@
+"""Drafts over texts that are there already: the blocks that decoding would draft, without decoding.
+
+A block is drafted after each place where decoding the text would go on: after the accepted drafts and the token that
+the target puts in place of the first rejected one. So places where drafts are rejected occur as often as they do in
+decoding, which random places do not.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from dflash_decode import Session
+from dflash_decode.model.drafter import DraftPass
+from dflash_decode.step import Prefill, prefill_sizes
+from dflash_kernels import lm_head_topk
+
+from .texts import CONTEXT, chat_ids
+
+PAGE, ROWS = 64, 256
+
+
+class Text(NamedTuple):
+    """ids: of prompt and answer. start: where the answer begins."""
+
+    number: int
+    ids: list[int]
+    start: int
+
+
+class Blocks(NamedTuple):
+    """N drafted blocks of Q tokens: texts (N,), the text's number; anchors (N,), their first tokens; hidden (N, Q - 1,
+    H), the drafter's final hidden states; values, ids (N, Q - 1, K), the candidates, most likely first; truth (N,
+    Q - 1), the text's tokens, -1 after its end; accepted (N,), how many of the most likely tokens are the text's."""
+
+    texts: torch.Tensor
+    anchors: torch.Tensor
+    hidden: torch.Tensor
+    values: torch.Tensor
+    ids: torch.Tensor
+    truth: torch.Tensor
+    accepted: torch.Tensor
+
+
+def greedy_texts(session: Session, rows: Iterable[dict]) -> Iterator[Text]:
+    """The conversations that were written greedily, as ids."""
+    tokenizer = session.tokenizer
+    for number, row in enumerate(rows):
+        prompt = chat_ids(tokenizer, row["prompt"], row.get("before", ()))
+        ids = prompt + tokenizer.encode(row["answer"]) + list(tokenizer.stop_ids[:1]) * (row["finish"] == "stop")
+        if row["temperature"] == 0 and len(prompt) + 2 <= len(ids) <= CONTEXT:
+            yield Text(number, ids, len(prompt))
+
+
+class Replay:
+    """Runs `batch` texts next to each other. session: with the drafter."""
+
+    def __init__(self, session: Session, batch: int, candidates: int):
+        target, self.drafter = session.target, session.drafter
+        self.width, self.candidates, pages = self.drafter.block_size, candidates, CONTEXT // PAGE + 1
+        self.kv = [model.cache.allocate(batch * pages, PAGE) for model in (target, self.drafter)]
+        self.prefill = lambda rows: Prefill(target, self.drafter, *self.kv, rows, PAGE, pages)
+        self.prefills: dict[int, Prefill] = {}
+        self.draft = DraftPass(self.drafter, batch, self.width, self.kv[1], PAGE)
+        self.tables = torch.arange(batch * pages, dtype=torch.int32).view(batch, pages)
+        self.lens, self.block = (torch.zeros(batch, dtype=torch.int32) for _ in range(2))
+
+    def _read(self, text: Text, table: torch.Tensor) -> None:
+        """Writes the text's K/V of the drafter to the pages of `table`."""
+        done = 0
+        for rows in prefill_sizes(len(text.ids), ROWS, self.draft.drafter.device):
+            if rows not in self.prefills:
+                self.prefills[rows] = self.prefill(rows)
+            part = text.ids[done:done + rows]
+            self.prefills[rows](part, done, table)
+            done += len(part)
+
+    def blocks(self, texts: Iterable[Text]) -> Iterator[Blocks]:
+        """The blocks of all texts, those of a pass at a time."""
+        waiting = iter(texts)
+        live: list[tuple[Text, int] | None] = [None] * len(self.tables)  # and the place of its next anchor
+        while True:
+            for i, table in enumerate(self.tables):
+                if live[i] is None and (text := next(waiting, None)):
+                    self._read(text, table)
+                    live[i] = text, text.start
+            which = [i for i, one in enumerate(live) if one]
+            if not which:
+                return
+            yield (found := self._draft(live, which))
+            for i, accepted in zip(which, found.accepted.tolist(), strict=True):
+                text, place = live[i]
+                place += accepted + 1
+                live[i] = (text, place) if place < len(text.ids) - 1 else None
+
+    def _draft(self, live, which: list[int]) -> Blocks:
+        for i, one in enumerate(live):
+            text, place = one or (None, 0)
+            self.draft.anchors[i], self.lens[i] = text.ids[place] if text else 0, place
+            self.block[i] = self.width if text else 0
+        d, draft = self.drafter, self.draft
+        draft.run(self.lens, self.tables, self.block)
+        shape = (len(live), self.width - 1, -1)
+        ids, values, _ = lm_head_topk(draft.masked, d.head, self.candidates, bias=d.head_bias, num_valid=d.num_valid,
+                                      scale=d.config.output_multiplier, softcap=d.config.final_logit_softcapping)
+        ids = ids if d.ids_of_draft is None else d.ids_of_draft[ids]
+        truth = torch.full((len(which), self.width - 1), -1)
+        for row, i in zip(truth, which, strict=True):
+            text, place = live[i]
+            after = text.ids[place + 1:place + self.width]
+            row[:len(after)] = torch.tensor(after)
+        ids = ids.view(shape)[which]
+        accepted = (ids[..., 0] == truth).long().cumprod(-1).sum(-1)
+        return Blocks(torch.tensor([live[i][0].number for i in which]), draft.anchors[which].clone(),
+                      draft.masked.view(shape)[which], values.view(shape)[which], ids, truth, accepted)

@@ -1,0 +1,180 @@
+"""Trains DFlash2's selector for a drafter that stays as it is.
+
+    python -m tools.training.selector --drafter DIR --answers build/texts --out DIR
+
+The drafter fills its positions independently of each other, so two drafts that are likely alone may not follow each
+other. The selector takes one of a position's candidates in view of the draft before it. Its codebooks are products of
+the target's embedding, E Pa and E Pb, so a pair of tokens is judged by pairs like it, and a hundred thousand blocks are
+enough. It is trained on the blocks that decoding drafts (tools/training/replay.py), each up to a little beyond its
+first rejected draft.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+
+import torch
+from tqdm import tqdm
+
+from dflash_decode import Session
+from dflash_decode.model.dflash2 import write_selector
+from dflash_kernels import PackedWeight
+
+from .replay import Blocks, Replay, greedy_texts
+from .texts import read_jsonl
+from .write import read_parts
+
+HELD_OUT = 12  # one text in so many
+BEYOND = 2.0   # rejected drafts after which a position's weight has fallen to 1 / e
+
+
+def collect(blocks: Iterable[Blocks], most: int) -> Blocks:
+    """At least `most` blocks, if there are so many."""
+    parts, have = [], 0
+    with tqdm(total=most, unit="block", desc="drafting") as bar:
+        for part in blocks:
+            parts.append(part)
+            have += len(part.texts)
+            bar.update(len(part.texts))
+            if have >= most:
+                break
+    return Blocks(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def take(blocks: Blocks, which: torch.Tensor) -> Blocks:
+    return Blocks(*(column[which] for column in blocks))
+
+
+class Selector(torch.nn.Module):
+    """embedding (n, H): of the draft vocabulary's tokens. place (V,): a token's row of it, -1 for the others, which are
+    rows of zeros."""
+
+    def __init__(self, embedding: torch.Tensor, place: torch.Tensor, rank: int, seed: int = 0):
+        super().__init__()
+        hidden, random = embedding.shape[1], torch.Generator().manual_seed(seed)
+        self.embedding = embedding.float() / embedding.float().pow(2).mean().sqrt()
+        self.place = place
+
+        def matrix(gain):
+            return torch.nn.Parameter(torch.randn(hidden, rank, generator=random) * gain * hidden ** -0.5)
+
+        self.before, self.after, self.hidden = matrix(1.0), matrix(0.1), matrix(1.0)
+
+    def codebooks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.embedding @ self.before, self.embedding @ self.after
+
+    def scores(self, books, hidden, values, ids, before) -> torch.Tensor:
+        """hidden (..., H), values, ids (..., K), before (...) -> (..., K)."""
+        predecessor, successor = books
+        place = self.place[before]
+        wanted = predecessor[place.clamp_min(0)] * (place >= 0)[..., None] * (hidden @ self.hidden)
+        return values + torch.einsum("...r,...kr->...k", wanted, successor[self.place[ids]])
+
+
+def before_each(blocks: Blocks) -> torch.Tensor:
+    """(N, Q - 1): the text's token before each drafted position."""
+    return torch.cat((blocks.anchors[:, None], blocks.truth[:, :-1].clamp_min(0)), 1)
+
+
+def weights_of(blocks: Blocks) -> torch.Tensor:
+    """(N, Q - 1): 1 up to the first rejected draft, less and less after it, and 0 from where the text's token is not
+    among the candidates."""
+    found = (blocks.ids == blocks.truth[..., None]).any(-1)
+    late = torch.arange(blocks.truth.shape[1]) - blocks.accepted[:, None]
+    return found.long().cumprod(-1) * torch.exp(-late.clamp_min(0) / BEYOND)
+
+
+def loss_of(selector: Selector, blocks: Blocks) -> torch.Tensor:
+    scores = selector.scores(selector.codebooks(), blocks.hidden.float(), blocks.values, blocks.ids,
+                             before_each(blocks))
+    right, weight = blocks.ids == blocks.truth[..., None], weights_of(blocks)
+    return -((torch.log_softmax(scores, -1) * right).sum(-1) * weight).sum() / weight.sum()
+
+
+@torch.no_grad()
+def accepted_by(selector: Selector | None, blocks: Blocks) -> torch.Tensor:
+    """(N,): the drafts that are accepted with the selector, or of the most likely tokens."""
+    if selector is None:
+        return blocks.accepted
+    books, before, run = selector.codebooks(), blocks.anchors, torch.ones_like(blocks.accepted)
+    accepted = torch.zeros_like(run)
+    for at in range(blocks.truth.shape[1]):
+        ids = blocks.ids[:, at]
+        scores = selector.scores(books, blocks.hidden[:, at].float(), blocks.values[:, at], ids, before)
+        before = ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+        run = run * (before == blocks.truth[:, at])
+        accepted += run
+    return accepted
+
+
+def train(selector: Selector, blocks: Blocks, epochs: int, rate: float, size: int = 256) -> None:
+    """Adam, with a rate that rises for 50 steps and falls to 0."""
+    optimiser = torch.optim.Adam(selector.parameters(), lr=rate, betas=(0.9, 0.99))
+    steps = epochs * (len(blocks.texts) // size)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min(1.0, (n + 1) / 50) * (1 - n / steps))
+    with tqdm(total=steps, desc="training", unit="step") as bar:
+        for _ in range(epochs):
+            for which in torch.randperm(len(blocks.texts)).split(size):
+                if len(which) < size:
+                    continue
+                optimiser.zero_grad()
+                loss = loss_of(selector, take(blocks, which))
+                loss.backward()
+                optimiser.step()
+                rates.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss is {loss.item()}")
+
+
+def report(name: str, selector: Selector | None, blocks: Blocks) -> None:
+    accepted = accepted_by(selector, blocks)
+    reached = [int((accepted >= at).sum()) for at in range(blocks.truth.shape[1] + 1)]
+    rates = " ".join(f"{after / max(before, 1):.3f}" for before, after in zip(reached, reached[1:], strict=False))
+    print(f"{name}: acceptance length {1 + accepted.float().mean().item():.3f}, by position {rates}", flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="smollm2", help="the target, as `dflash-kernels generate` takes it")
+    p.add_argument("--drafter", default="auto", help="the drafter, likewise")
+    p.add_argument("--answers", type=Path, nargs="+", required=True,
+                   help="conversations that the target has written: files, or folders of tools.training.write")
+    p.add_argument("--out", type=Path, required=True, help="the drafter's folder, which gets candidate_selector/")
+    p.add_argument("--blocks", type=int, default=300_000, help="blocks to draft for training")
+    p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--candidates", type=int, default=16, help="most likely tokens that the selector chooses from")
+    p.add_argument("--epochs", type=int, default=2)
+    p.add_argument("--rate", type=float, default=3e-3, help="Adam's learning rate")
+    p.add_argument("--concurrency", type=int, default=16, help="texts that are drafted next to each other")
+    p.add_argument("--threads", type=int, help="CPU threads")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    session = Session.load(args.model, args.drafter)
+    drafter, target = session.drafter, session.target
+    rows = [row for path in args.answers for row in (read_parts if path.is_dir() else read_jsonl)(path)]
+    Random(args.seed).shuffle(rows)
+    blocks = collect(Replay(session, args.concurrency, args.candidates).blocks(greedy_texts(session, rows)),
+                     args.blocks)
+    ids = drafter.ids_of_draft if drafter.ids_of_draft is not None else torch.arange(drafter.num_valid)
+    place = torch.full((target.vocab_size,), -1)
+    place[ids] = torch.arange(len(ids))
+    table = target.embedding
+    selector = Selector(table.rows(ids) if isinstance(table, PackedWeight) else table[ids], place, args.rank, args.seed)
+    held_out = blocks.texts % HELD_OUT == 0
+    seen, new = (take(blocks, which.nonzero()[:, 0]) for which in (~held_out, held_out))
+    report("most likely", None, new)
+    train(selector, seen, args.epochs, args.rate)
+    report("selected", selector, new)
+    predecessor, successor = (book.detach() for book in selector.codebooks())
+    print(write_selector(args.out, predecessor, successor, selector.hidden.detach().T, args.candidates))
+
+
+if __name__ == "__main__":
+    main()
