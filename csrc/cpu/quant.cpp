@@ -59,8 +59,8 @@ constexpr int64_t kChunk = 64;
 // As in gemm_rows.h: how many lines ahead of its loads a thread asks for.
 inline int64_t ahead_lines(int64_t rows) { return rows > 1 ? 128 : 32; }
 
-// Rows in one group beside S blocks, of 32 registers or 16. Without VNNI a row takes one more, unless its products do not
-// wait to be folded. One block alone is what is left over of a thread's.
+// Rows in one group beside S blocks, of 32 registers or 16. Without VNNI a row takes one more, unless its products do
+// not wait to be folded. One block alone is what is left over of a thread's.
 constexpr int rows_beside(Format format, int blocks) {
   if (DFLASH_VEC == 512) return blocks == 2 && (!kSignedCodes || format == Format::q8_0) ? 8 : 4;
   return DFLASH_VEC ? 4 / blocks : 1 / blocks;
