@@ -33,7 +33,7 @@ from .model import Target
 from .model.calibration import read_calibration
 from .model.dflash2 import read_selector
 from .model.drafter import Drafter
-from .model.families import FAMILIES
+from .model.families import FAMILIES, no_family
 from .model.layouts import with_mask_token
 from .model.native import NativeTarget
 from .model.vocabulary import read_mask_embedding, read_vocabulary
@@ -329,11 +329,10 @@ def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.de
 def _not_ours(where: Path, model_type: object, weights: str, native: bool) -> str:
     """What needs transformers' layers. Raises CheckpointError if they must not run the model."""
     if native:
-        raise CheckpointError(f"{where}: native layers need a model_type of {', '.join(FAMILIES)}; "
-                              f"got {shown(model_type)}")
+        raise CheckpointError(f"{where}: native layers need a model_type of {no_family(model_type)}")
     if weights != Weights.model:
         what = "weights in 8 bits" if weights == Weights.int8 else f"weights {weights!r}"
-        raise CheckpointError(f"{where}: {what} need a model_type of {', '.join(FAMILIES)}; got {shown(model_type)}")
+        raise CheckpointError(f"{where}: {what} need a model_type of {no_family(model_type)}")
     return f"model_type {shown(model_type)} "
 
 

@@ -21,6 +21,7 @@ KINDS = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "minimax_m2": ("MiniMaxM2", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16,
                                  "intermediate_size": 48}),
+    "cohere2": ("Cohere2", {"sliding_window": 16}),
     "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}),
     "gpt_oss": ("GptOss", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
 }

@@ -113,6 +113,7 @@ def test_in_8_bits_it_is_the_model_whose_weights_are_rounded(family):
 
 @pytest.mark.parametrize(("changes", "match"), [
     ({"model_type": "klingon"}, "model_type must be one of cwm, .*, llama, .*, smollm3; got 'klingon'"),
+    ({"model_type": "cohere2"}, "got 'cohere2', whose norms subtract the mean, which no op does"),
     ({"model_type": None}, "model_type must be .* got nothing"),
     ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types must all be full_attention in a llama"),
     ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "sliding_attention or full_attention; got 'ch"),

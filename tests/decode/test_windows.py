@@ -16,17 +16,19 @@ from tests.support.decode_models import COMMON, VOCAB, make_target  # noqa: E402
 F, S = "full_attention", "sliding_attention"
 
 
-def test_no_width_of_a_pass_changes_a_bit_past_the_windows_edge():
+@pytest.mark.parametrize(("family", "widths"), [("ministral-window", range(2, 17)), ("ministral3", (5, 8))])
+def test_no_width_of_a_pass_changes_a_bit_past_the_windows_edge(family, widths):
     """Blocks shorter and longer than the window of 12, most of them across its edge."""
-    _, target = make_target("ministral-window", torch.bfloat16)
+    _, target = make_target(family, torch.bfloat16)
     ids = torch.randint(0, VOCAB, (24,), generator=torch.Generator().manual_seed(0))
     alone = forward(target, ids, (0, 3), [1] * 24)
-    for width in range(2, 17):
+    for width in widths:
         found = forward(target, ids, (0, 3), [width] * (24 // width) + [24 % width] * (24 % width > 0))
         assert same_bits(found[0], alone[0]) and same_bits(found[1], alone[1]), width
 
 
-@pytest.mark.parametrize(("family", "block_size"), [("mistral-window", 16), ("smollm3-window", 6)])
+@pytest.mark.parametrize(("family", "block_size"), [("ministral3", 5), ("ministral3", 8), ("mistral-window", 16),
+                                                     ("smollm3-window", 6)])
 def test_speculative_text_is_baseline_text(family, block_size):
     _, target = make_target(family, torch.bfloat16)
     baseline = run(target, None, requests(), max_context=80)

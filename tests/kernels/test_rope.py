@@ -116,6 +116,16 @@ def test_strided_rows_and_untouched_neighbours(isa, dtype):
     assert (wide[:, :30] == 7).all() and (wide[:, 158:] == 7).all()
 
 
+def test_queries_and_keys_apart_have_the_bits_of_one_call(isa, dtype):
+    """As where queries have a table of their own."""
+    qkv, args = make(dtype, 4, 3, 2, 32, 32)
+    both, apart = qk_norm_rope(qkv.clone(), **args), qkv.clone()
+    qk_norm_rope(apart[:, :96], **args | dict(num_kv_heads=0))
+    assert same_bits(apart[:, 96:], qkv[:, 96:]) and same_bits(apart[:, :96], both[:, :96])
+    qk_norm_rope(apart[:, 96:], **args | dict(num_heads=0))
+    assert same_bits(apart, both) and not same_bits(both, qkv)
+
+
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa, dtype):
     qkv, args = make(dtype, 40, 5, 2, 64, 64)
     whole = qk_norm_rope(qkv.clone(), **args)

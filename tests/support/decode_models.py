@@ -32,6 +32,8 @@ FAMILIES = {
     "minimax-m2": ("MiniMaxM2", {"head_dim": 32, "num_local_experts": 16, "num_experts_per_tok": 3, "rotary_dim": 16,
                                  "intermediate_size": 48}),
     "ministral-window": ("Ministral", {"head_dim": 16, "sliding_window": 12, "layer_types": [S, F, S, S]}),
+    "ministral3": ("Ministral3", {"head_dim": 32, "sliding_window": 12, "rope_parameters": YARN | {
+        "original_max_position_embeddings": 6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": 16}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12}),

@@ -51,6 +51,14 @@ def test_one_weight_alone_and_no_rotation(dtype):
     assert_within_budget(both, by_reference(qkv, **args, double=True), by_reference(qkv, **args))
 
 
+def test_queries_and_keys_apart_have_the_bits_of_one_call(dtype):
+    qkv, args = make(dtype, 2, 3, 2, 32, 32)
+    both, apart = run(qkv.clone(), **args), qkv.clone()
+    run(apart[:, :96], **args | dict(num_kv_heads=0))
+    run(apart[:, 96:], **args | dict(num_heads=0))
+    assert same_bits(apart, both) and not same_bits(both, qkv)
+
+
 def test_p13_positions_are_absolute(dtype):
     qkv, args = make(dtype, 2, 2, 1, 64, 64)
     args |= dict(cos_sin=rotary_table(64, 10_100), positions=torch.tensor([10_000, 10_099]))

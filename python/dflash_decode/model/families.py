@@ -17,7 +17,8 @@ class Family:
 
     qk_norm: of queries and keys: "each" head, "all" heads as one vector, "field" (each, if use_qk_norm is true) or "".
     windows: what puts a window on layers: "set" (sliding_window is a number), "asked" (use_sliding_window is true
-    beside it) or "". partial: a part of a head can be left unrotated. sinks: each head has a learned sink.
+    beside it) or "". partial: a part of a head can be left unrotated. sinks: each head has a learned sink. growing:
+    queries grow with their position.
     """
 
     qkv_bias: str = ""
@@ -27,6 +28,7 @@ class Family:
     windows: str = ""
     partial: bool = False
     sinks: bool = False
+    growing: bool = False
     experts: Callable[[Fields, int], ExpertsConfig] | None = None
 
 
@@ -77,6 +79,7 @@ FAMILIES = {
     "llama": Family(qkv_bias="field", o_bias=True, mlp_bias=True),
     "minimax_m2": Family(qk_norm="all", partial=True, experts=_minimax),
     "ministral": Family(windows="set"),
+    "ministral3": Family(windows="set", growing=True),
     "mistral": Family(windows="set"),
     "mixtral": Family(windows="set", experts=_mixtral),
     "qwen2": Family(qkv_bias="always", windows="asked"),
@@ -84,3 +87,12 @@ FAMILIES = {
     "qwen3_moe": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked", experts=_qwen3),
     "smollm3": Family(qkv_bias="field", o_bias=True, mlp_bias=True, windows="asked"),
 }
+
+# Families that stay in transformers' layers, and why.
+_ELSEWHERE = dict.fromkeys(("cohere", "cohere2"), "whose norms subtract the mean, which no op does")
+
+
+def no_family(name: object) -> str:
+    """The end of an error about a model_type that is none of FAMILIES."""
+    why = _ELSEWHERE.get(name) if isinstance(name, str) else None
+    return f"{', '.join(FAMILIES)}; got {shown(name)}{', ' + why if why else ''}"

@@ -76,14 +76,16 @@ class NativeTarget:
         self._norm = taker.take("model.norm.weight", g.hidden)
         taker.finish()
         self._tables = RopeTables(c.ropes, self.max_context, self.device)
+        self._query_tables = RopeTables(c.query_ropes, self.max_context, self.device) if c.query_ropes else None
 
     def make_pass(
         self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),
         rows: int | None = None
     ) -> "NativePass":
-        tables = self._tables.reaching(caches, width)
+        tables, others = self._tables.reaching(caches, width), self._query_tables
         layers = LayersPass(self.geometry, self._layers, self._norm, tables, False, batch, width, caches,
-                            target_layer_ids=target_layer_ids, rows=rows)
+                            target_layer_ids=target_layer_ids, rows=rows,
+                            query_cos_sin=others.reaching(caches, width) if others else None)
         return NativePass(self.embedding, layers)
 
     def next_ids(self, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:

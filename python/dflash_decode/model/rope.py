@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,33 +23,43 @@ _KEYS = {
     "longrope": {"short_factor": True, "long_factor": True, "attention_factor": True, _LENGTH: False, "factor": False},
 }
 _HARMLESS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+_BETA = "llama_4_scaling_beta"
 
 
 @dataclass(frozen=True)
 class Rope:
     """rotary_dim: the leading part of a head that is rotated; 0 is none (NoPE). kind: default, linear, llama3, yarn,
-    longrope, or dynamic (which is default up to max_position_embeddings), with its parameters."""
+    longrope, or dynamic (which is default up to max_position_embeddings), with its parameters. growth: (beta, tokens)
+    of a rope that also multiplies position p by 1 + beta * log(1 + p // tokens), as Ministral 3 does its queries."""
 
     theta: float
     rotary_dim: int
     kind: str = "default"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
+    growth: tuple[float, float] | None = None
 
     def table(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(length, rotary_dim) float32: the cosines of each position, then the sines, both times the yarn factor.
+        """(length, rotary_dim) float32: the cosines of each position, then the sines, both times the yarn factor and
+        the growth.
 
         The frequencies are computed in float32 in the order of operations of transformers, which checkpoints were
         trained with: at position 10,000 a more exact frequency is another angle.
         """
         inverse, factor = self._frequencies()
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse
-        return torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1).to(device)
+        positions = torch.arange(length, dtype=torch.float32)[:, None]
+        angles = positions * inverse
+        table = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1)
+        if self.growth is not None:
+            beta, tokens = self.growth
+            table *= 1 + beta * (1 + (positions / tokens).floor()).log()
+        return table.to(device)
 
     def check(self, what: str) -> None:
         """Raises ValueError for parameters that are valid one by one but give no angle together."""
         inverse, factor = self._frequencies()
-        if not bool(torch.isfinite(inverse).all()) or not FLOAT_MIN <= factor <= FLOAT_MAX:
+        most = factor if self.growth is None else factor * (1 + self.growth[0] * math.log(1 + 2**31 / self.growth[1]))
+        if not bool(torch.isfinite(inverse).all()) or not FLOAT_MIN <= factor <= most <= FLOAT_MAX:
             raise ValueError(f"{what}: rope of type {self.kind!r} must give finite frequencies; got theta "
                              f"{self.theta:g} with {shown(dict(self.parameters))}")
 
@@ -163,12 +173,13 @@ def _by_type(parameters: Mapping) -> bool:
 
 
 def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 10000.0,
-              bounded: bool = False) -> Rope:
+              bounded: bool = False, more: frozenset[str] = frozenset()) -> Rope:
     """The Rope of a config.json: rope_parameters (new) or rope_theta + rope_scaling (old), full or partial.
 
     what: names the config in errors. theta: where the config has none; None: it must have one. bounded: no position
-    reaches max_position_embeddings, beyond which the angles of a dynamic rope depend on the whole length. Raises
-    ValueError for a wrong or missing value or two that differ, and NotImplementedError for an unsupported kind or key.
+    reaches max_position_embeddings, beyond which the angles of a dynamic rope depend on the whole length. more: other
+    fields that may be there. Raises ValueError for a wrong or missing value or two that differ, and
+    NotImplementedError for an unsupported kind or key.
     """
     f = Fields(what, config)
     new, old = f.table("rope_parameters", {}), f.table("rope_scaling", {})
@@ -180,7 +191,8 @@ def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 1
     kinds = [name for name in _KEYS if bounded or name != "dynamic"]
     if not isinstance(kind, str) or kind not in kinds:
         raise NotImplementedError(f"{what}: rope type must be one of {', '.join(kinds)}; got {shown(kind)}")
-    unknown = {k for place in (new, old) for k, v in place.items() if v is not None} - set(_KEYS[kind]) - _HARMLESS
+    given = {k for place in (new, old) for k, v in place.items() if v is not None}
+    unknown = given - set(_KEYS[kind]) - _HARMLESS - more
     if unknown:
         raise NotImplementedError(f"{what}: rope field {shown(sorted(unknown, key=str)[0])} of type {kind!r} is not "
                                   "supported")
@@ -197,6 +209,16 @@ def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 1
     rope = Rope(base, rotary_dim, kind, parameters, interleaved)
     rope.check(what)
     return rope
+
+
+def read_growing_ropes(config: Mapping, head_dim: int, what: str) -> tuple[Rope, Rope]:
+    """The ropes of keys and of queries, which grow with their position. Raises as read_rope."""
+    rope = read_rope(config, head_dim, what, bounded=True, more=frozenset((_BETA, "max_position_embeddings")))
+    f = Fields(what, config)
+    scaling = Fields(what, f.table("rope_parameters", {}), f.table("rope_scaling", {}), rope.parameters)
+    queries = replace(rope, growth=(scaling.number(_BETA, least=0.0), scaling.number(_LENGTH, above=0.0)))
+    queries.check(what)
+    return rope, queries
 
 
 def _parameters(kind: str, config: Mapping, scaling: Fields) -> dict[str, Any]:

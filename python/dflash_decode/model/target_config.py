@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, no_family
 from .masks import FULL, SLIDING, LayerMask
 from .quantized import Quantization, read_quantization
-from .rope import Rope, read_rope
+from .rope import Rope, read_growing_ropes, read_rope
 from .transformer import Geometry
 
 _WHAT = "target config"
@@ -28,14 +28,16 @@ _WHOLE_ONLY = {"partial_rotary_factor": (1.0,)}
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A target's geometry and rules; masks and ropes: one for each layer. extra: layers that follow these in the file
-    and predict further tokens, which decoding does not use."""
+    """A target's geometry and rules; masks and ropes: one for each layer. query_ropes: of queries alone, where they
+    turn in another way than keys. extra: layers that follow these in the file and predict further tokens, which
+    decoding does not use."""
 
     geometry: Geometry
     vocab_size: int
     max_context: int
     masks: tuple[LayerMask, ...]
     ropes: tuple[Rope, ...]
+    query_ropes: tuple[Rope, ...] | None
     tied: bool
     quantization: Quantization | None
     extra: int = 0
@@ -54,16 +56,19 @@ def read_target_config(config: Mapping) -> TargetConfig:
     f = Fields(_WHAT, config)
     name = f.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise NotImplementedError(f"{_WHAT}: model_type must be one of {', '.join(FAMILIES)}; got {shown(name)}")
+        raise NotImplementedError(f"{_WHAT}: model_type must be one of {no_family(name)}")
     family = FAMILIES[name]
     _refuse_others(f, family)
     layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
     g, rotated = _geometry(f, family, layers), _rotated(f, name, layers)
-    # Families of experts have no usual theta; their classes differ.
-    rope = read_rope(config, g.head_dim, _WHAT, None if family.experts else 10000.0, bounded=True)
+    if family.growing:
+        rope, of_queries = read_growing_ropes(config, g.head_dim, _WHAT)
+    else:  # families of experts have no usual theta; their classes differ
+        rope = read_rope(config, g.head_dim, _WHAT, None if family.experts else 10000.0, bounded=True)
     return TargetConfig(
         g, vocab_size=f.whole("vocab_size"), max_context=f.whole("max_position_embeddings"),
         masks=_masks(f, name, rotated), ropes=tuple(rope if turns else Rope(1.0, 0) for turns in rotated),
+        query_ropes=(of_queries,) * layers if family.growing else None,
         tied=f.flag("tie_word_embeddings", False), quantization=_quantization(f, name),
         extra=max(f.whole(field, 0, least=0, most=MOST_LAYERS) for field in _EXTRA),
     )
@@ -101,7 +106,7 @@ def _geometry(f: Fields, family: Family, layers: int) -> Geometry:
     return Geometry(
         hidden=hidden, intermediate=f.whole("intermediate_size"), num_heads=heads, num_kv_heads=kv_heads,
         head_dim=head_dim_of(f, hidden, heads),
-        eps=f.number("rms_norm_eps", ... if family.experts else 1e-6, above=0.0, most=1.0),
+        eps=f.number("rms_norm_eps", ... if family.experts or family.growing else 1e-6, above=0.0, most=1.0),
         qkv_bias=family.qkv_bias == "always" or bias and family.qkv_bias == "field", o_bias=bias and family.o_bias,
         mlp_bias=f.flag("mlp_bias", False) and family.mlp_bias, qk_norm=norms, norm_of_heads=family.qk_norm == "all",
         sinks="sinks", experts=family.experts(f, layers) if family.experts else None,
@@ -128,8 +133,10 @@ def _masks(f: Fields, name: str, rotated: list[bool]) -> tuple[LayerMask, ...]:
     """What each layer sees. A window counts the token itself, so `left` is one less."""
     family, window = FAMILIES[name], f.whole("sliding_window", None, least=0)
     types = f.items("layer_types", None, str, f"{len(rotated)} layers")
-    if types is not None and not family.windows and set(types) != {FULL}:
-        raise NotImplementedError(f"{_WHAT}: layer_types must all be {FULL} in a {name} model; got {shown(types)}")
+    if types is not None and (not family.windows or name == "ministral3"):  # whose class does not read them
+        kind = SLIDING if family.windows and window else FULL
+        if set(types) != {kind}:
+            raise NotImplementedError(f"{_WHAT}: layer_types must all be {kind} in a {name} model; got {shown(types)}")
     asked = family.windows == "set" or family.windows == "asked" and f.flag("use_sliding_window", False)
     slides = _sliding(f, name, rotated)
     if types is None:

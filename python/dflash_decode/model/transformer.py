@@ -8,6 +8,7 @@ pass over B requests of Q tokens is allocated when the pass is made, so that it 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -109,7 +110,7 @@ class LayersPass:
     """A pass of some layers over B blocks of Q tokens, in memory of its own: T = B * Q rows, or `rows` if packed.
 
     x (T, H): an input, the embedded tokens; run() overwrites it.
-    cos_sin: the rotary table of each layer.
+    cos_sin: the rotary table of each layer. query_cos_sin: of its queries, where they have another.
     features (T, F * H): after run(), the outputs of the target layers side by side, in the order of `target_layer_ids`.
         The last layer's output is taken after the final norm, as in transformers' hidden_states[-1].
     """
@@ -127,8 +128,10 @@ class LayersPass:
         *,
         target_layer_ids: Sequence[int] = (),
         rows: int | None = None,
+        query_cos_sin: Sequence[torch.Tensor | None] | None = None,
     ):
         self.g, self.layers, self.final_norm, self.cos_sin = g, layers, final_norm, cos_sin
+        self.query_cos_sin = query_cos_sin or [None] * len(layers)
         self.interleaved, self.shape, self.caches = interleaved, (batch, width), caches
         rows = batch * width if rows is None else rows
 
@@ -150,7 +153,8 @@ class LayersPass:
         """Returns the rows (T, H) after the final norm. slots: where this block's K/V are written; None writes none."""
         where = (page_table, context_lens, block_lens, block_starts)
         x, stream, conv = self.x, self.x, None
-        for index, (layer, cache, table) in enumerate(zip(self.layers, self.caches, self.cos_sin, strict=True)):
+        tables = zip(self.cos_sin, self.query_cos_sin, strict=True)
+        for index, (layer, cache, table) in enumerate(zip(self.layers, self.caches, tables, strict=True)):
             if index == 0:
                 rms_norm(x, layer.input_norm, self.g.eps, out=self.normed)
             else:
@@ -179,16 +183,12 @@ class LayersPass:
         else:
             self.conv.finish(conv, self.added, stream, weight, self.g.eps, out, residual_out)
 
-    def _attend(self, rows, layer, cache, table, positions, slots, page_table, context_lens, block_lens, block_starts):
+    def _attend(self, rows, layer, cache, tables, positions, slots, page_table, context_lens, block_lens, block_starts):
         g = self.g
         layer.qkv.product(rows, layer.qkv_bias, self.qkv)
-        q_norm, k_norm = layer.q_norm, layer.k_norm
         if g.norm_of_heads:
-            self._norm_heads(q_norm, k_norm)
-            q_norm = k_norm = None
-        qk_norm_rope(self.qkv, positions, table, num_heads=g.num_heads, num_kv_heads=g.num_kv_heads,
-                     head_dim=g.head_dim, q_weight=q_norm, k_weight=k_norm, eps=g.eps,
-                     interleaved=self.interleaved, cache=None if slots is None else cache, slots=slots)
+            self._norm_heads(layer.q_norm, layer.k_norm)
+        self._turn(layer, tables, positions, None if slots is None else cache, slots)
         shape = self.shape if block_starts is None else (len(self.qkv),)
         heads = self.qkv.view(*shape, -1, g.head_dim)
         q, k, v = heads.split((g.num_heads, g.num_kv_heads, g.num_kv_heads), -2)
@@ -196,6 +196,19 @@ class LayersPass:
                         max_block=None if block_starts is None else self.shape[1], causal=layer.mask.causal,
                         window=layer.mask.window, sinks=layer.sinks, out=self.mixed.view(*shape, -1, g.head_dim))
         layer.o.product(self.mixed, layer.o_bias, self.added)
+
+    def _turn(self, layer, tables, positions, cache, slots):
+        """Norms and turns queries and keys, and stores keys and values. Queries with a table of their own turn apart.
+        """
+        g, (table, of_queries), rows, heads = self.g, tables, self.qkv, self.g.num_heads
+        q_norm, k_norm = (None, None) if g.norm_of_heads else (layer.q_norm, layer.k_norm)
+        turn = partial(qk_norm_rope, head_dim=g.head_dim, q_weight=q_norm, k_weight=k_norm, eps=g.eps,
+                       interleaved=self.interleaved)
+        if of_queries is not None:
+            queries, rows = rows.tensor_split((heads * g.head_dim,), -1)
+            turn(queries, positions, of_queries, num_heads=heads, num_kv_heads=0)
+            heads = 0
+        turn(rows, positions, table, num_heads=heads, num_kv_heads=g.num_kv_heads, cache=cache, slots=slots)
 
     def _norm_heads(self, q_norm, k_norm):
         """Norms the queries in place as one vector of all heads, and the keys as another."""
