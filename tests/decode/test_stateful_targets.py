@@ -1,13 +1,16 @@
 """Models with recurrent or convolution states as targets: a rejected draft enters no state, and a step is one pass."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
 from dflash_decode.loop import Decoder  # noqa: E402
-from dflash_decode.model.hf import HFTarget  # noqa: E402
-from dflash_decode.model.hf_states import mixers  # noqa: E402
+from dflash_decode.model.hf import HFTarget, refuse_model  # noqa: E402
+from dflash_decode.model.hf_states import UNBOUNDED, _fresh, _Mixer, mixers  # noqa: E402
 from dflash_decode.requests import Request  # noqa: E402
 from dflash_decode.session import Session  # noqa: E402
 from dflash_kernels.testing import same_bits  # noqa: E402
@@ -21,34 +24,73 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
            "shared_expert_intermediate_size": 32}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 CONV = ["conv", "full_attention", "conv", "full_attention"]
+HYBRID = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_d_state": 16}
 KINDS = {
+    "bamba": ("Bamba", {**MAMBA, "attn_layer_indices": [1, 3]}),
     "falcon_h1": ("FalconH1", {**MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 64, "head_dim": 16}),
     "granitemoehybrid": ("GraniteMoeHybrid", {
         **MAMBA, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2,
         "shared_intermediate_size": 32}),
-    "jamba": ("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_dt_rank": 8,
-                        "use_mamba_kernels": False}),
+    "jamba": ("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_dt_rank": 8}),
     "lfm2": ("Lfm2", {"layer_types": CONV}),
+    "lfm2_moe": ("Lfm2Moe", {"layer_types": CONV, "num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 1,
+                             "moe_intermediate_size": 32}),
     "lfm3": ("Lfm3", {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"], "sliding_window": 8}),
     "nemotron_h": ("NemotronH", {
         "layer_types": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 16,
         "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16, "head_dim": 16}),
+    "olmo_hybrid": ("OlmoHybrid", {**DELTA, "layer_types": ["linear_attention", "full_attention"] * 2}),
     "qwen3_5": ("Qwen3_5", {**DELTA, "head_dim": 32}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "head_dim": 32}),
     "qwen3_next": ("Qwen3Next", {**DELTA, **EXPERTS, "head_dim": 32}),
+    "zamba": ("Zamba", {**HYBRID, "n_mamba_heads": 2, "mamba_dt_rank": 8}),
+    "zamba2": ("Zamba2", {**HYBRID, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 16, "use_mem_rope": True,
+                          "num_mem_blocks": 2, "num_key_value_heads": 4}),
 }
+LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16}
+SHORT = {"head_dim": 16, "swa_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ELSEWHERE = "keeps state other than keys and values that is not in transformers' cache"
+REFUSED = {
+    "bailing_hybrid": ("BailingHybrid", {**LATENT, "n_group": 2, "topk_group": 1}, "keeps latent vectors, not keys"),
+    "deepseek_v4": ("DeepseekV4", {}, "has layers of a kind that is not supported, compressed_sparse_attention"),
+    "falcon_mamba": ("FalconMamba", {}, "has no layer that attends, and so no pages"),
+    "inkling": ("InklingText", SHORT, "has layers of a kind that is not supported, hybrid_sliding"),
+    "inkling2": ("Inkling2Text", SHORT, "has layers of a kind that is not supported, hybrid_sliding"),
+    "kimi_linear": ("KimiLinear", LATENT, "keeps latent vectors, not keys and values"),
+    "mamba": ("Mamba", {}, "has no layer that attends, and so no pages"),
+    "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 32, "n_groups": 1}, "has no layer that attends"),
+    "minimax": ("MiniMax", {"head_dim": 16}, _ELSEWHERE),
+    "qwen4_exp": ("Qwen4ExpText", {
+        **DELTA, **EXPERTS, "head_dim": 32, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32,
+        "indexer_budget": 16, "indexer_compress_ratio": 4}, "has layers of a kind that is not supported, indexed_att"),
+    "recurrent_gemma": ("RecurrentGemma", {"lru_width": 64}, _ELSEWHERE),
+    "rwkv": ("Rwkv", {}, "does not use transformers' attention interface"),
+    "xlstm": ("xLSTM", {}, _ELSEWHERE),
+}
+# Multimodal models: their text model is of another family, or is not offered alone.
+WITHIN = {"glm5_next", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron3_5_transcribe", "nemotron_h_omni"}
 PROMPTS = [[5], list(range(1, 40)), [7] * 17]
 
 
-def make(kind):
-    name, changes = KINDS[kind]
+def made(name, changes, device="cpu"):
     torch.manual_seed(0)
-    text = "Text" if name == "Qwen3_5" else ""
-    config = getattr(transformers, f"{name}{text}Config")(**{**COMMON, **changes})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.device(device):
+        config = getattr(transformers, f"{name}Config")(**{**COMMON, **changes})
+        return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
+def make(kind, floor=False):
+    """floor: with what transformers puts under some time steps. Its own text then depends on how tokens are cut."""
+    name, changes = KINDS[kind]
+    model = made(f"{name}Text" if name.startswith("Qwen3_5") else name, changes)
     randomise(model)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("A_log"):  # a state that neither vanishes nor grows
             parameter.data = torch.rand_like(parameter)
+    for module in () if floor else model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = UNBOUNDED
     return model
 
 
@@ -62,12 +104,11 @@ def test_text_is_that_of_generate_with_and_without_drafts(kind):
     want = {i: model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
             for i, prompt in enumerate(PROMPTS)}
     target = HFTarget(model)
-    assert {i: got[0] for i, got in run(target, None, asked(16), max_batch=2, max_context=64).items()} == want
-    for batch in (1, 3):
-        oracle = Oracle.knowing(target, want, 0.3, block_size=5)
-        got = run(target, oracle, asked(16), max_batch=batch, max_context=64)
-        assert {i: text for i, (text, *_) in got.items()} == want
-        assert {1, 5} < {length for *_, lengths in got.values() for length in lengths}
+    assert {i: got[0] for i, got in run(target, None, asked(16), max_batch=3, max_context=64).items()} == want
+    oracle = Oracle.knowing(target, want, 0.3, block_size=5)
+    got = run(target, oracle, asked(16), max_batch=2, max_context=64)
+    assert {i: text for i, (text, *_) in got.items()} == want
+    assert {1, 5} < {length for *_, lengths in got.values() for length in lengths}
 
 
 def test_a_directory_loads(tmp_path):
@@ -126,15 +167,59 @@ def test_mixers_that_begin_anew_run_token_by_token():
     assert found == {"jamba": {False}, "lfm2": {True}, "qwen3_5": {True}}
 
 
-def test_mixers_and_attention_of_other_forms_are_named():
-    zaya = transformers.ZayaForCausalLM(transformers.ZayaConfig(**{**COMMON, "head_dim": 16}))
+def test_mixers_of_other_forms_are_named():
     with pytest.raises(NotImplementedError, match="ZayaCCAProjection must return hidden states alone.*; got a tuple"):
-        HFTarget(zaya)
-    zamba = transformers.ZambaForCausalLM(transformers.ZambaConfig(**{
-        **COMMON, "layer_types": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 16,
-        "use_mamba_kernels": False, "mamba_dt_rank": 8})).eval()
-    with pytest.raises(NotImplementedError, match="attention of layer None is not among those of the config's layer"):
-        passes(HFTarget(zamba))(0, [1, 2])
+        HFTarget(made("Zaya", {"head_dim": 16}))
+    with pytest.raises(NotImplementedError, match="InklingShortConvolution must take hidden states alone.*; got Given"):
+        HFTarget(made("InklingText", {**SHORT, "layer_types": ["hybrid"] * 4}))
+
+
+@torch.inference_mode()
+def forms_apart(model):
+    """How far a mixer's output for tokens one by one is from that for all at once, at most."""
+    config, most = model.config.get_text_config(), 0.0
+    for module in mixers(model):
+        mixer = module.forward if isinstance(module.forward, _Mixer) else _Mixer(module)
+        inputs = torch.randn(1, 24, config.hidden_size, generator=torch.Generator().manual_seed(1))
+        alone, together = (_fresh(config)[module.layer_idx] for _ in range(2))
+        want, got = mixer._run(inputs, together), [mixer._run(part, alone) for part in inputs.split(1, 1)]
+        most = max(most, float((torch.cat(got, 1) - want).abs().max() / want.abs().max()))
+    return most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_one_by_one_leave_the_state_of_all_at_once(kind):
+    assert forms_apart(make(kind)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "zamba2"])
+def test_a_floor_that_only_several_tokens_have_is_removed(kind):
+    model = make(kind, floor=True)
+    assert forms_apart(model) > 1e-3
+    HFTarget(model)
+    assert forms_apart(model) < 1e-5
+
+
+def test_bounds_of_time_steps_that_a_config_asks_for_are_refused():
+    with pytest.raises(NotImplementedError, match=r"time_step_limit of a BambaForCausalLM must be \(0.0, inf\), as "
+                                                  r"transformers bounds .*; got \(0.0, 0.1\)"):
+        HFTarget(made("Bamba", KINDS["bamba"][1] | {"time_step_limit": (0.0, 0.1)}))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_states_that_are_not_supported_are_refused_in_one_sentence(kind):
+    name, changes, words = REFUSED[kind]
+    with pytest.raises(NotImplementedError, match=rf"^HFTarget: {name.removesuffix('Text')}ForCausalLM {words}") as got:
+        refuse_model(made(name, changes, "meta"))
+    assert "\n" not in str(got.value)
+
+
+def test_every_family_of_transformers_with_a_state_is_among_these():
+    """A new one must be tried before it is a target."""
+    folder = Path(transformers.__file__).parent / "models"
+    keeps = re.compile(r"update_conv_state\(|_is_stateful = True|class MiniMaxCache")
+    found = {file.parent.name for file in folder.glob("*/modeling_*.py") if keeps.search(file.read_text("utf-8"))}
+    assert found == {*KINDS, *REFUSED, *WITHIN, "zaya"}
 
 
 def test_outside_of_the_target_mixers_are_transformers_own():
@@ -150,10 +235,3 @@ def test_pages_are_those_of_layers_that_attend():
     target = HFTarget(make("lfm2"))
     assert (target.num_layers, target.cache.layers) == (4, 2)
     assert Decoder(target, max_batch=1, max_context=32).kv[0][1].k.shape[0] > 0
-
-
-def test_a_model_that_never_attends_is_refused():
-    config = transformers.Mamba2Config(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB, num_heads=4, head_dim=16,
-                                       n_groups=1, state_size=16)
-    with pytest.raises(NotImplementedError, match="HFTarget: Mamba2ForCausalLM"):
-        HFTarget(transformers.Mamba2ForCausalLM(config))

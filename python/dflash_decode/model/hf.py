@@ -13,7 +13,7 @@ import torch
 from dflash_kernels import PackedWeight, PagedKV, block_attention, linear, lm_head_argmax, pack_weight
 
 from ..kv import CacheShape
-from .hf_states import KINDS, States, current, mixers
+from .hf_states import KINDS, UNBOUNDED, States, current, mixers
 
 IMPLEMENTATION = "paged_block_attention"  # a name with "flash" in it would be taken for a FlashAttention
 _ATTENDS = ("full_attention", "sliding_attention", "chunked_attention")  # kinds of layers
@@ -110,6 +110,8 @@ class HFPass:
 
     def attend(self, layer, q, k, v, *, scaling, window, sinks, softcap, causal):
         """q, k, v (B, heads, Q, D), after RoPE -> (B, Q, Hq, D); K and V of rows with a slot go to their pages."""
+        if layer in (None, -1):  # of a module that several layers share (Zamba), and layers run in order
+            layer = next((one for one in self.target.cache_of if one not in self.seen), layer)
         if layer not in self.target.cache_of:
             raise NotImplementedError(f"HFTarget: attention of layer {layer} is not among those of the config's "
                                       "layer_types, and has no pages")
@@ -170,6 +172,10 @@ def refuse_model(model) -> None:
     if found != stateful or getattr(model, "_is_stateful", False) and not types:
         raise NotImplementedError(f"HFTarget: {name} keeps state other than keys and values that is not in "
                                   "transformers' cache")
+    limit = getattr(config, "time_step_limit", None) or UNBOUNDED
+    if stateful and tuple(limit) != UNBOUNDED:
+        raise NotImplementedError(f"HFTarget: time_step_limit of a {name} must be {UNBOUNDED}, as transformers bounds "
+                                  f"the time steps of several tokens and not of one; got {tuple(limit)}")
     if not _attending(config):
         raise NotImplementedError(f"HFTarget: {name} has no layer that attends, and so no pages")
     if any(getattr(module, "is_causal", None) is False for module in model.get_decoder().modules()):

@@ -20,7 +20,10 @@ import torch
 
 from dflash_kernels import PagedKV
 
+from ..checkpoint.errors import brief
+
 KINDS = ("linear_attention", "conv", "hybrid")  # of layers with a state; a hybrid one attends too
+UNBOUNDED = (0.0, float("inf"))  # time steps
 _NOISE = 0.1  # of what a lost state changes: more is no rounding
 current = threading.local()  # its `value` is the pass that runs in this thread
 
@@ -103,9 +106,15 @@ class _Mixer:
         weight = next(self.module.parameters())
         inputs = torch.randn((1, 8, config.hidden_size), generator=torch.Generator().manual_seed(0)).to(weight)
         whole, anew, both = (_fresh(config)[self.module.layer_idx] for _ in range(3))
-        want, lost = (self._run(part, state)[:, -4:] for part, state in ((inputs, whole), (inputs[:, 4:], anew)))
-        self._run(inputs[:, :4], both)
-        got = self._run(inputs[:, 4:], both)
+        try:
+            want, lost = (self._run(part, state)[:, -4:] for part, state in ((inputs, whole), (inputs[:, 4:], anew)))
+            self._run(inputs[:, :4], both)
+            got = self._run(inputs[:, 4:], both)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            raise NotImplementedError(f"HFTarget: {type(self.module).__name__} must take hidden states alone, to keep "
+                                      f"a state; got {brief(error)}") from error
         self.continues = bool((got - want).abs().max() < _NOISE * (lost - want).abs().max())
 
 
@@ -117,13 +126,20 @@ def _fresh(config: Any) -> Sequence[Any]:
 
 
 class States:
-    """The states of all requests of a model. Its mixers' forward functions are replaced, once and permanently."""
+    """The states of all requests of a model. Its mixers' forward functions are replaced, once and permanently.
+
+    The classes of Nemotron-H and Zamba2 put a floor under the time steps of several tokens at once and not of one
+    (https://github.com/huggingface/transformers/pull/48989). It is removed, as in vLLM: output would depend on how
+    tokens are cut into passes.
+    """
 
     def __init__(self, model: Any):
         self._config = model.config.get_text_config()
         self._blocks: weakref.WeakKeyDictionary[PagedKV, dict[int, Block]] = weakref.WeakKeyDictionary()
         found: dict[type, bool] = {}
         for module in mixers(model):
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = UNBOUNDED
             if not isinstance(module.forward, _Mixer):
                 module.forward = mixer = _Mixer(module)
                 if type(module) not in found:
