@@ -17,6 +17,7 @@ from bench.report import (
     perplexity_table,
     rows_table,
     servers_table,
+    states_table,
     summary_table,
     values,
 )
@@ -57,7 +58,7 @@ def pages() -> dict[Path, str]:
                 "summary": summary_table.summary(results),
                 "limits": kernel_tables.limits_block(results), "rows": rows_table.rows_block(results),
                 "perplexity": perplexity_table.perplexity_block(results),
-                "servers": servers_table.servers_block(results),
+                "servers": servers_table.servers_block(results), "states": states_table.states_block(results),
                 "decode": decode_tables.decode_block(results),
                 "peers": peer_tables.peers_block(results), "protocol": decode_tables.protocol_block(results),
                 "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results),

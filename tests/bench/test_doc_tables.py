@@ -13,6 +13,7 @@ from bench.report import (
     perplexity_table,
     rows_table,
     servers_table,
+    states_table,
     summary_table,
 )
 from tests.support import ROOT
@@ -265,6 +266,20 @@ def test_perplexity_is_shown_against_the_first_row(tmp_path):
     lines = perplexity_table.perplexity_block(tmp_path).splitlines()
     assert "| weights | perplexity | standard error | against llama.cpp |" in lines
     assert "| file | 6.783 | 0.141 | +0.19 % |" in lines
+
+
+def test_passes_over_states_are_shown_in_baseline_steps(tmp_path):
+    assert states_table.states_block(tmp_path) == states_table.EMPTY
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "states.json").write_text(json.dumps({
+        "header": {"device": "A CPU", "threads": 2, "torch": "2.13.0", "transformers": "5.23.0"}, "block": 8,
+        "command": "python -m bench.states", "models": [{
+            "model": "LFM2", "weights": 14_200_000, "generate_ms": 8.04, "one_ms": 8.0, "block_8_ms": 12.0,
+            "block_4_ms": 16.0, "block_1_ms": 15.2}]}), encoding="utf-8")
+    lines = states_table.states_block(tmp_path).split("\n")
+    assert lines[0] == "A CPU, 2 threads, torch 2.13.0, transformers 5.23.0: `python -m bench.states`."
+    assert lines[2].endswith("| block of 8, 8 accepted | block of 8, 4 accepted | block of 8, 1 accepted |")
+    assert lines[4] == "| LFM2 | 14 million | 8.0 ms | 8.0 ms | 1.5 steps | 2.0 steps | 1.9 steps |"
 
 
 def test_products_are_shown_by_set_and_number_of_rows(tmp_path):
