@@ -35,6 +35,7 @@ from .model.dflash2 import read_selector
 from .model.drafter import Drafter
 from .model.families import FAMILIES, no_family
 from .model.layouts import with_mask_token
+from .model.multimodal import kind_of_text, text_part
 from .model.native import NativeTarget
 from .model.vocabulary import read_mask_embedding, read_vocabulary
 from .prompts import read_prompt, read_prompts
@@ -172,7 +173,7 @@ class Session:
         with status(f"loading {model}"):
             if not isinstance(tokenizer, Tokenizer):
                 tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
-            target = _target(model, config.get("model_type"), dtype, device, weights, native)
+            target = _target(model, kind_of_text(config), dtype, device, weights, native)
         made: Drafter | None = None
         if named == RANDOM:
             with status("making a drafter of random weights"):
@@ -299,12 +300,12 @@ def _weights(where: Path, device: torch.device, weights: str) -> str:
 
 def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.device, weights: str,
             native: bool = False) -> Target:
-    """Loads our own layers where they support the model, and transformers' for all others. model_type: of its
+    """Loads our own layers where they support the model, and transformers' for all others. model_type: of its text, in
     config.json; None where that has none, and for a GGUF file."""
     where = find_model(model)
     if model_type not in (None, *FAMILIES):
         return _hf_target(where, None, _not_ours(where, model_type, weights, native), dtype, device)
-    found = load_checkpoint(model, dtype, blocks=weights in (Weights.file, Weights.exact))
+    found = text_part(load_checkpoint(model, dtype, blocks=weights in (Weights.file, Weights.exact)))
     if "dflash_config" in found.config:
         raise CheckpointError(f"{found.source}: model must be a target model; got a drafter, which belongs in drafter")
     if where.is_file() and (kind := found.config["model_type"]) not in FAMILIES:

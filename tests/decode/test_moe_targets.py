@@ -202,6 +202,7 @@ def test_experts_are_read_once_and_one_at_a_time():
      r"layers.0.block_sparse_moe.experts.13.w2.weight must have shape \(64, 48\); got \(64, 47\)"),
     ("minimax-m2", ("block_sparse_moe.e_score_correction_bias", None), "e_score_correction_bias must be there"),
     ("minimax-m2", ("self_attn.q_norm.weight", lambda t: t[:32]), r"q_norm.weight must have shape \(128,\); got \(32,"),
+    ("gpt-oss", ("mlp.experts.gate_up_proj", None), r"gate_up_proj must be there with shape \(8, 64, 96\); got no"),
     ("gpt-oss", ("mlp.experts.gate_up_proj", lambda t: t[1:]), r"\(8, 64, 96\); got \(7, 64, 96\)"),
     ("gpt-oss", ("self_attn.sinks", None), "self_attn.sinks must be there"),
 ])

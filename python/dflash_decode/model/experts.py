@@ -65,7 +65,7 @@ def take_weights(tensors: Tensors, at: str, layout: Layout, sizes: tuple[int, in
     if f"{at}.gate_up_proj_blocks" in tensors:
         wide, narrow = (_of_mxfp4(tensors, f"{at}.{name}", experts, *shape) for name, shape in (
             ("gate_up_proj", (2 * width, hidden)), ("down_proj", (hidden, width))))
-    elif f"{at}.gate_up_proj" in tensors:
+    elif f"{at}.gate_up_proj" in tensors or layout.alternating:
         wide, narrow = (_of_all(tensors, f"{at}.{name}", experts, *shape, layout.alternating) for name, shape in (
             ("gate_up_proj", (2 * width, hidden)), ("down_proj", (hidden, width))))
     else:

@@ -15,7 +15,8 @@ _METHODS = ("compressed-tensors", "fp8", "modelopt")
 _STORED = (torch.float8_e4m3fn, torch.int8)
 _SCALES = ("_scale", "_scale_inv")
 # Beside a weight, or of it: for activations, for an engine's cache in 8 bits, or with the scales already.
-_UNUSED = (".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".kv_cache_scale")
+_UNUSED = (".activation_scale", ".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale",
+           ".q_scale", ".kv_cache_scale")
 _FOUR_BITS = (".weight_packed", ".qweight", ".weight_scale_2")
 
 
