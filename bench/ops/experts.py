@@ -6,6 +6,7 @@ chosen. On a CPU a layer of MiniMax-M2.7 has 64 of its 256 experts, to fit in me
 would among 256.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import torch
@@ -94,12 +95,34 @@ def experts_case(sizes, name, rows, skew, chosen, plain, packed):
     return Case("expert_mlp", f"{name}, {rows} rows", run,
                 cost.experts_bytes(read, rows, hidden, inner, chosen, 2, packed[0].data.element_size()), COPIES,
                 cost.experts_flops(rows, hidden, inner, chosen),
-                {} if sizes.device == "cuda" or not sizes.peers else peers_of(x, plain, routes),
+                peers_of(sizes.device, x, plain, routes) if sizes.peers else {},
                 agreeing(lambda: grouped(x.float(), *plain, *routes[0]), lambda: grouped(x, *plain, *routes[0])),
                 headline=rows == 8 and name.endswith("random") and not eight)
 
 
-def peers_of(x, plain, routes):
+def peers_of(device, x, plain, routes):
+    if device == "cuda":
+        return {} if isinstance(plain[1], Eight) else {
+            name: engine_s(name, x, plain, routes) for name in ENGINES}
+    return cpu_peers_of(x, plain, routes)
+
+
+# Where an engine is installed: the module, and the function of rows, weights of both products, and what was chosen.
+ENGINES = {"vllm": ("vllm.model_executor.layers.fused_moe.fused_moe", "fused_experts_impl"),
+           "sglang": ("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe", "fused_experts_impl")}
+
+
+def engine_s(name, x, plain, routes):
+    module, function = ENGINES[name]
+    try:
+        fused = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        return f"left out: {error}"
+    routes = [(weights, ids.int()) for ids, weights in routes]
+    return lambda i: (fused(x, *plain, *routes[i]),)
+
+
+def cpu_peers_of(x, plain, routes):
     """Torch grouped by expert, and transformers' layer as it chooses for a model on a CPU."""
     found = {"torch": lambda i: grouped(x, *plain, *routes[i]),
              "torch.compile": "left out: the shapes of expert_mlp's expression depend on what was chosen"}

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import dflash_kernels
 from bench import case as cases
 from bench import cost
+from bench.ops import experts
 from bench.peers import cpu_peers
 from tests.support.clocks import Clock
 
@@ -135,3 +137,19 @@ def test_a_time_is_of_one_copy(monkeypatch):
     case = cases.Case("op", "c", lambda i: torch.zeros(1), 4, copies=8, peers={"torch": lambda i: torch.zeros(1)})
     row, = cases.measure([case], 1, TINY)
     assert row["us"] == 1e6 and row["peers"]["torch"] == 2e6
+
+
+def test_an_engine_s_experts_take_the_same_layer(monkeypatch):
+    """Where the engine is installed: rows, weights of both products, weights of the choice, ids in 32 bits."""
+    def fused(hidden, w1, w2, topk_weights, topk_ids):
+        assert topk_ids.dtype == torch.int32
+        return experts.grouped(hidden, w1, w2, topk_ids, topk_weights)[0]
+
+    monkeypatch.setitem(sys.modules, experts.ENGINES["vllm"][0], SimpleNamespace(fused_experts_impl=fused))
+    monkeypatch.setitem(sys.modules, experts.ENGINES["sglang"][0], None)
+    x, plain = torch.randn(5, 32), (torch.randn(6, 48, 32), torch.randn(6, 32, 24))
+    routes = experts.routes_of(5, 6, 2, 0.0)
+    peers = experts.peers_of("cuda", x, plain, routes)
+    want = dflash_kernels.expert_mlp(x, *(dflash_kernels.pack_experts(w) for w in plain), *routes[1])
+    torch.testing.assert_close(peers["vllm"](1)[0], want, atol=1e-3, rtol=1e-3)
+    assert peers["sglang"].startswith("left out: ")
