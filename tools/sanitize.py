@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "sanitize"
-COPIED = ("setup.py", "pyproject.toml", "csrc", "dflash_kernels", "python", "tests")
+COPIED = ("setup.py", "pyproject.toml", "csrc", "dflash_kernels", "python", "tests", "tools")
 
 
 def copy() -> None:

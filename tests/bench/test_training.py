@@ -187,7 +187,7 @@ def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path,
     first = make()
     assert not first.resume()
     assert not set(first.held_out) & set(first.used) and all(features.greedy[i] for i in first.held_out)
-    losses = [first.advance(first.used[:4], 0.2) for _ in range(30)]
+    losses = [first.advance(optimise.Group(first.used[:4]), 0.2) for _ in range(30)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     first.run(evaluations=1)
     assert first.step == 31 and 1 <= first.history[-1]["acceptance"] <= 4
@@ -195,10 +195,51 @@ def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path,
     assert second.resume() and (second.step, second.seconds) == (first.step, first.seconds)
     for name, weight in second.drafter.state_dict().items():
         assert torch.equal(weight, first.drafter.state_dict()[name])
-    after = [training.advance(first.used[:4], 0.2) for training in (first, second)]
+    after = [training.advance(optimise.Group(first.used[:4]), 0.2) for training in (first, second)]
     assert after[0] == after[1]
     plots.plot(second.history * 2, tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_group_s_next_blocks_begin_where_decoding_would_go_on(target, written, tmp_path):
+    _, features = written
+    recipe = optimise.Recipe(texts=4, blocks=6, vocabulary=40, negatives=0, early_share=0.0, noise=0.0, visits=3)
+    drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
+    training = optimise.Training(drafter, target, features, recipe, tmp_path)
+    for _ in range(60):  # some drafts are right
+        training.advance(optimise.Group(training.used[:4]), 0.5)
+    group = optimise.Group(training.used[:4], torch.tensor([features.starts[i] for i in training.used[:4]])[:, None]
+                           + torch.arange(6) * 3)
+    walked, moved = set(), set()
+    for _ in range(4):
+        before = group.anchors
+        with torch.no_grad():
+            batch = optimise.Batch(features, group.which, 6, 4, training.vocabulary, 0.5, random.Random(1), "cpu",
+                                   before)
+            hidden = drafter(batch.states, batch.anchors, batch.anchor_ids, 4, target.embedding)
+            drafts = training.vocabulary.ids[(hidden.flatten(0, 2) @ training.head.T).argmax(-1)].view(4, 6, 3)
+        training.advance(group, 1.0)  # at the end of the time the rates are zero
+        for row, i in enumerate(group.which):
+            text = features.ids[features.offsets[i]:features.offsets[i + 1]].tolist()
+            for block in range(6):
+                place, accepted = int(before[row, block]), 0
+                while accepted < 3 and text[place + 1 + accepted:][:1] == [int(drafts[row, block, accepted])]:
+                    accepted += 1
+                at = place + accepted + 1
+                moved.add(accepted)
+                assert group.anchors[row, block] == (at if at < len(text) - 1 else features.starts[i])
+                walked.add(at < len(text) - 1)
+    assert walked == {True, False} and len(moved) > 1
+    groups, seen = training._groups(), []
+    for _ in range(3 * optimise.OPEN):
+        seen.append(next(groups))
+        seen[-1].visits += 1
+    assert max(map(seen.count, seen)) <= 3 and len(set(seen)) > optimise.OPEN
+
+
+def test_weights_are_whole_up_to_the_first_rejected_draft():
+    weights = optimise.weights_to_rejection(torch.tensor([[0, 2, 3]]), 4)
+    assert torch.allclose(weights, torch.exp(-torch.tensor([[[0.0, 0.5, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])))
 
 
 def test_negatives_stand_for_every_token_outside_the_vocabulary(target, written, tmp_path):

@@ -17,6 +17,7 @@ from .features import Features
 from .target import Target
 
 WARM_UP = 50  # steps
+OPEN = 32  # groups of texts between whose visits the others come
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Recipe:
     hard: float = 0.5  # share of the loss on the text's own token; the rest on the target's most likely
     noise: float = 0.1  # normal, added to the features, whose size is 1: a text is seen several times
     start_share: float = 0.0  # of the weights that the run started from in its result
+    visits: int = 1  # of a group of texts: after the first, blocks begin where decoding would go on
     seed: int = 0
 
 
@@ -49,11 +51,21 @@ class Vocabulary:
         self.place[self.ids] = torch.arange(len(self.ids))
 
 
+@dataclass(eq=False)
+class Group:
+    """Texts of a step. anchors (len(which), A): the places of their blocks, None for random ones."""
+
+    which: list[int]
+    anchors: torch.Tensor | None = None
+    visits: int = 0
+
+
 class Batch:
-    """`which` texts with `blocks` random anchors each, blocks of `width`."""
+    """`which` texts with `blocks` anchors each, blocks of `width`. places (len(which), blocks): the anchors; random if
+    None."""
 
     def __init__(self, f: Features, which: list[int], blocks: int, width: int, vocabulary: Vocabulary, hard: float,
-                 draw: random.Random, device):
+                 draw: random.Random, device, places: torch.Tensor | None = None):
         t = max(f.length(i) for i in which)
         states = torch.zeros((len(which), t, f.states.shape[1]), dtype=f.states.dtype)
         anchors = torch.empty((len(which), blocks), dtype=torch.long)
@@ -62,9 +74,12 @@ class Batch:
         for r, i in enumerate(which):
             start, end = f.offsets[i], f.offsets[i + 1]
             states[r, :end - start] = f.states[start:end]
-            places = range(f.starts[i], end - start - 1)
-            chosen = draw.sample(places, blocks) if len(places) >= blocks else draw.choices(places, k=blocks)
-            anchors[r] = torch.tensor(sorted(chosen))
+            if places is None:
+                free = range(f.starts[i], end - start - 1)
+                chosen = draw.sample(free, blocks) if len(free) >= blocks else draw.choices(free, k=blocks)
+                anchors[r] = torch.tensor(sorted(chosen))
+            else:
+                anchors[r] = places[r]
             at[r], ends[r] = anchors[r] + start, end
         after = at[..., None] + torch.arange(1, width)
         inside = after < ends
@@ -78,8 +93,16 @@ class Batch:
         self.shares = (share * inside[..., None]).to(device)
         self.labels = torch.cat((own[..., None], likely), -1).clamp_min(0).to(device)
         self.known = (own >= 0).to(device)
+        self.first = torch.tensor([f.starts[i] for i in which]).to(device)[:, None]
+        self.last = (ends[..., 0] - torch.tensor([f.offsets[i] for i in which])[:, None] - 2).to(device)
         self.states, self.anchors = states.to(device), anchors.to(device)
         self.anchor_ids = f.ids[at].long().to(device)
+
+
+def weights_to_rejection(accepted: torch.Tensor, width: int) -> torch.Tensor:
+    """accepted (B, A) -> (B, A, width - 1): 1 up to the first rejected draft, less and less after it."""
+    late = torch.arange(width - 1, device=accepted.device) - accepted[..., None]
+    return torch.exp(-late.clamp_min(0) / 2.0)
 
 
 def block_weights(width: int, device) -> torch.Tensor:
@@ -151,6 +174,18 @@ class Training:
                 self.draw.shuffle(groups)
                 yield from groups
 
+    def _groups(self) -> Iterator[Group]:
+        """Groups of texts, each recipe.visits times, with those of other groups in between."""
+        batches, open_groups = self._batches(), []
+        while True:
+            if len(open_groups) < (OPEN if self.recipe.visits > 1 else 1):
+                open_groups.append(Group(next(batches)))
+                continue
+            group = self.draw.choice(open_groups)
+            yield group
+            if group.visits >= self.recipe.visits:
+                open_groups.remove(group)
+
     def _negatives(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """LM-head rows of random tokens outside the vocabulary, and the log of the number of tokens that each stands
         for (sampled softmax). Without them a reader with the whole LM head drafts tokens that training never made
@@ -162,17 +197,29 @@ class Training:
         chosen = torch.tensor(self.draw.sample(range(len(self.others)), n), device=self.device)
         return self.others[chosen], torch.tensor(math.log(len(self.others) / n))
 
-    def _forward(self, batch: Batch, width: int):
+    @torch.no_grad()
+    def _accepted(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, A): the drafts of each block that are the text's, up to the first that is not."""
+        right = hits(hidden.flatten(0, 2), self.head, batch.labels[..., 0].flatten()).view(batch.counts.shape)
+        return (right & batch.counts & batch.known).long().cumprod(-1).sum(-1)
+
+    def _forward(self, batch: Batch, width: int, walked: bool = False):
         hidden = self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding)
-        weight = block_weights(width, self.device) * batch.counts
+        weight = block_weights(width, self.device)
+        if self.recipe.visits > 1:
+            accepted = self._accepted(batch, hidden.detach())
+            following = batch.anchors + accepted + 1
+            self.following = torch.where(following > batch.last, batch.first, following).cpu()
+            weight = weights_to_rejection(accepted, width) if walked else weight
+        weight = weight * batch.counts
         return hidden.flatten(0, 2), (batch.labels.flatten(0, 2), batch.shares.flatten(0, 2),
                                       (weight / weight.sum()).flatten())
 
-    def _loss(self, batch: Batch, width: int) -> torch.Tensor:
+    def _loss(self, batch: Batch, width: int, walked: bool) -> torch.Tensor:
         if self.recipe.noise:
             batch.states.add_(torch.randn(batch.states.shape, generator=self.noise, device=self.device,
                                           dtype=batch.states.dtype), alpha=self.recipe.noise)
-        hidden, targets = self._forward(batch, width)
+        hidden, targets = self._forward(batch, width, walked)
         head, bias = self.head, None
         if (others := self._negatives()) is not None:
             head, bias = torch.cat((head, others[0])), torch.zeros(len(head) + len(others[0])).to(head)
@@ -190,8 +237,8 @@ class Training:
             batch = Batch(self.features, ranked[start:start + 16], 32, width, self.vocabulary, 1.0, draw, self.device)
             hidden, targets = self._forward(batch, width)
             losses.append(HeadLoss.apply(hidden, self.head, None, *targets)[0].item())
-            right = hits(hidden, self.head, targets[0][:, 0]).view(batch.counts.shape) & batch.counts & batch.known
-            run = right.long().cumprod(-1)
+            accepted = self._accepted(batch, hidden.view(*batch.counts.shape, -1))
+            run = (torch.arange(width - 1, device=self.device) < accepted[..., None]).long()
             before = torch.cat((torch.ones_like(run[..., :1]), run[..., :-1]), -1) * batch.counts
             runs += run.sum((0, 1)).float().cpu()
             tried += before.sum((0, 1)).float().cpu()
@@ -200,23 +247,29 @@ class Training:
                 "acceptance": 1 + float(runs.sum()) / blocks,
                 "by_position": (runs / tried.clamp_min(1)).tolist()}
 
-    def advance(self, which: list[int], share: float) -> float:
-        """One step on the texts `which`, after a `share` of the time; returns its loss."""
+    def advance(self, group: Group, share: float) -> float:
+        """One step on a group, after a `share` of the time; returns its loss. Moves the group's anchors to where
+        decoding would go on, if it is visited again: rejected drafts then come as often as in decoding, which they do
+        not at random places. There, only drafts up to the first rejected one count in full."""
         r, block = self.recipe, self.drafter.shape.block
         width = r.early_block if share < r.early_share else block
         falling = min(1.0, max(0.0, (1 - share) / (1 - r.decay_from)))
         for optimiser, rate in zip(self.optimisers, self.rates, strict=True):
-            for group in optimiser.param_groups:
-                group["lr"] = rate * falling * min(1.0, (self.step + 1) / WARM_UP)
+            for parameters in optimiser.param_groups:
+                parameters["lr"] = rate * falling * min(1.0, (self.step + 1) / WARM_UP)
         blocks = r.blocks * block // width
-        loss = self._loss(Batch(self.features, which, blocks, width, self.vocabulary, r.hard, self.draw, self.device),
-                          width)
+        walked = group.anchors is not None and group.anchors.shape[1] == blocks
+        loss = self._loss(Batch(self.features, group.which, blocks, width, self.vocabulary, r.hard, self.draw,
+                                self.device, group.anchors if walked else None), width, walked)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
+        group.visits += 1
+        if r.visits > 1:
+            group.anchors = self.following
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(f"step {self.step}: the loss is {value}")
         return value
@@ -235,11 +288,11 @@ class Training:
     def run(self, evaluations: int = 24) -> None:
         """Trains until `recipe.minutes` of training are reached, including those of earlier runs."""
         total = self.recipe.minutes * 60
-        batches, due, saved, losses = self._batches(), self.seconds, time.perf_counter(), []
+        groups, due, saved, losses = self._groups(), self.seconds, time.perf_counter(), []
         bar = tqdm(total=round(total), initial=round(self.seconds), desc="training", unit="s")
         while self.seconds < total:
             begun = time.perf_counter()
-            losses.append(self.advance(next(batches), self.seconds / total))
+            losses.append(self.advance(next(groups), self.seconds / total))
             self.seconds += time.perf_counter() - begun
             if self.seconds >= due or self.seconds >= total:
                 due = self.seconds + total / evaluations

@@ -48,6 +48,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--decay-from", type=float, default=Recipe.decay_from, help="share of the time with full rates")
     p.add_argument("--start-share", type=float, default=Recipe.start_share,
                    help="share of the weights of --start in the averaged result")
+    p.add_argument("--visits", type=int, default=Recipe.visits, help="steps on a group of texts; after the first, "
+                   "blocks begin where decoding would go on")
     p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
     p.add_argument("--negatives", type=int, default=Recipe.negatives, help="random other tokens per step")
     p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, which have unit size")
@@ -87,7 +89,7 @@ def main() -> None:
     recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
                     vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
                     noise=args.noise, early_share=args.early_share, vector_rate=args.vector_rate,
-                    decay_from=args.decay_from, start_share=args.start_share)
+                    decay_from=args.decay_from, start_share=args.start_share, visits=args.visits)
     shape = Shape.of(target, args.layers, features.target_layer_ids, args.block_size, mask)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:
