@@ -7,7 +7,17 @@ from dflash_decode import Session
 from dflash_decode.model.dflash2 import read_selector, write_selector
 from dflash_kernels import select_candidates
 from tools.training.replay import Blocks, Replay, Text
-from tools.training.selector import Selector, accepted_by, before_each, collect, loss_of, take, train, weights_of
+from tools.training.selector import (
+    Selector,
+    before_each,
+    calibration_of,
+    collect,
+    loss_of,
+    take,
+    train,
+    walk,
+    weights_of,
+)
 
 N, Q, K, H, V = 2048, 4, 3, 8, 40
 
@@ -56,7 +66,7 @@ def learned():
 
 def test_it_learns_which_token_follows_which(learned):
     new = planted(2)
-    assert accepted_by(None, new).float().mean() < 0.8 < 2.5 < accepted_by(learned, new).float().mean()
+    assert new.accepted.float().mean() < 0.8 < 2.5 < walk(learned, new)[0].float().mean()
 
 
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(0, 3 * V, 3)])
@@ -75,7 +85,7 @@ def test_the_op_chooses_what_was_learned(learned, vocabulary, tmp_path):
                                      name[blocks.anchors], before, after, torch.zeros(N, dtype=torch.int32))
     accepted = (drafts == name[blocks.truth]).long().cumprod(-1).sum(-1)
     # The file has bfloat16, so a close choice may fall otherwise.
-    assert (accepted == accepted_by(learned, blocks)).float().mean() > 0.99
+    assert (accepted == walk(learned, blocks)[0]).float().mean() > 0.99
 
 
 def test_the_loss_counts_what_a_walk_can_reach():
@@ -91,3 +101,14 @@ def test_the_loss_counts_what_a_walk_can_reach():
     assert weights_of(lost)[:, 1:].eq(0).all() and weights_of(lost)[:, 0].gt(0).all()
     assert torch.isfinite(loss_of(Selector(torch.randn(V, 32), torch.arange(V), 4), blocks._replace(
         hidden=torch.randn(N, Q - 1, 32))))
+
+
+def test_the_calibration_is_how_often_drafts_are_accepted():
+    """Drafts are right as often as sigmoid(0.5 * logit(sure) + 1) says at the first place, and never at the third."""
+    random = torch.Generator().manual_seed(4)
+    sure = torch.rand(200_000, 3, generator=random)
+    right = torch.rand(sure.shape, generator=random) < torch.sigmoid(
+        0.5 * torch.logit(sure) + torch.tensor([1.0, -0.5, -9.0]))
+    found = calibration_of(right.long().cumprod(-1).sum(-1), sure)
+    assert found["slope"] == pytest.approx(0.5, abs=0.03)
+    assert found["bias"][:2] == pytest.approx([1.0, -0.5], abs=0.05) and found["bias"][2] < -6

@@ -10,6 +10,7 @@ first rejected draft.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from dflash_decode import Session
+from dflash_decode.model.calibration import FILE as CALIBRATION
 from dflash_decode.model.dflash2 import write_selector
 from dflash_kernels import PackedWeight
 
@@ -94,19 +96,39 @@ def loss_of(selector: Selector, blocks: Blocks) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accepted_by(selector: Selector | None, blocks: Blocks) -> torch.Tensor:
-    """(N,): the drafts that are accepted with the selector, or of the most likely tokens."""
-    if selector is None:
-        return blocks.accepted
+def walk(selector: Selector, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,): the drafts that are accepted with the selector. (N, Q - 1): its probability of each draft among the
+    candidates."""
     books, before, run = selector.codebooks(), blocks.anchors, torch.ones_like(blocks.accepted)
-    accepted = torch.zeros_like(run)
+    accepted, sure = torch.zeros_like(run), []
     for at in range(blocks.truth.shape[1]):
         ids = blocks.ids[:, at]
-        scores = selector.scores(books, blocks.hidden[:, at].float(), blocks.values[:, at], ids, before)
-        before = ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+        odds = selector.scores(books, blocks.hidden[:, at].float(), blocks.values[:, at], ids, before).softmax(-1)
+        best = odds.max(-1, keepdim=True)
+        before = ids.gather(1, best.indices)[:, 0]
         run = run * (before == blocks.truth[:, at])
         accepted += run
-    return accepted
+        sure.append(best.values[:, 0])
+    return accepted, torch.stack(sure, 1)
+
+
+def calibration_of(accepted: torch.Tensor, sure: torch.Tensor) -> dict:
+    """How far `sure` (N, Q - 1) is to be trusted: a logistic fit to the drafts that were verified, all up to the first
+    rejected one, as chances.Calibration starts with."""
+    places = torch.arange(sure.shape[1]).expand_as(sure)
+    verified = places <= accepted[:, None]
+    x, y, at = torch.logit(sure[verified], 1e-4), (places < accepted[:, None])[verified].float(), places[verified]
+    slope, bias = torch.ones((), requires_grad=True), torch.zeros(sure.shape[1], requires_grad=True)
+    fit = torch.optim.LBFGS([slope, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        fit.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(slope * x + bias[at], y)
+        value.backward()
+        return value
+
+    fit.step(loss)
+    return {"slope": round(slope.item(), 3), "bias": [round(b, 3) for b in bias.tolist()]}
 
 
 def train(selector: Selector, blocks: Blocks, epochs: int, rate: float, size: int = 256) -> None:
@@ -130,8 +152,7 @@ def train(selector: Selector, blocks: Blocks, epochs: int, rate: float, size: in
                     raise FloatingPointError(f"the loss is {loss.item()}")
 
 
-def report(name: str, selector: Selector | None, blocks: Blocks) -> None:
-    accepted = accepted_by(selector, blocks)
+def report(name: str, accepted: torch.Tensor, blocks: Blocks) -> None:
     reached = [int((accepted >= at).sum()) for at in range(blocks.truth.shape[1] + 1)]
     rates = " ".join(f"{after / max(before, 1):.3f}" for before, after in zip(reached, reached[1:], strict=False))
     print(f"{name}: acceptance length {1 + accepted.float().mean().item():.3f}, by position {rates}", flush=True)
@@ -143,7 +164,8 @@ def main() -> None:
     p.add_argument("--drafter", default="auto", help="the drafter, likewise")
     p.add_argument("--answers", type=Path, nargs="+", required=True,
                    help="conversations that the target has written: files, or folders of tools.training.write")
-    p.add_argument("--out", type=Path, required=True, help="the drafter's folder, which gets candidate_selector/")
+    p.add_argument("--out", type=Path, required=True,
+                   help="the drafter's folder, which gets candidate_selector/ and calibration.json")
     p.add_argument("--blocks", type=int, default=300_000, help="blocks to draft for training")
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--candidates", type=int, default=16, help="most likely tokens that the selector chooses from")
@@ -169,11 +191,13 @@ def main() -> None:
     selector = Selector(table.rows(ids) if isinstance(table, PackedWeight) else table[ids], place, args.rank, args.seed)
     held_out = blocks.texts % HELD_OUT == 0
     seen, new = (take(blocks, which.nonzero()[:, 0]) for which in (~held_out, held_out))
-    report("most likely", None, new)
+    report("most likely", new.accepted, new)
     train(selector, seen, args.epochs, args.rate)
-    report("selected", selector, new)
+    accepted, sure = walk(selector, new)
+    report("selected", accepted, new)
     predecessor, successor = (book.detach() for book in selector.codebooks())
-    print(write_selector(args.out, predecessor, successor, selector.hidden.detach().T, args.candidates))
+    write_selector(args.out, predecessor, successor, selector.hidden.detach().T, args.candidates)
+    (args.out / CALIBRATION).write_text(json.dumps(calibration_of(accepted, sure)) + "\n")
 
 
 if __name__ == "__main__":
