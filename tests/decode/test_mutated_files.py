@@ -12,7 +12,7 @@ from tests.support import ROOT
 pytest.importorskip("safetensors")
 pytest.importorskip("gguf")
 
-KINDS = {"config", "weights", "index", "draft", "vocabulary", "gguf"}
+KINDS = {"config", "weights", "index", "draft", "vocabulary", "selector", "gguf"}
 
 
 @pytest.mark.slow

@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from dflash_decode.checkpoint import CheckpointError, load_checkpoint
 from dflash_decode.checkpoint.gguf.file import load as load_gguf
 from dflash_decode.loop import Decoder
+from dflash_decode.model.dflash2 import FILE as SELECTOR
+from dflash_decode.model.dflash2 import write_selector
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
-from dflash_decode.model.vocabulary import read_vocabulary
 from dflash_decode.requests import Request
+from dflash_decode.session import drafter_for
 from tests.support import tiny
 from tests.support.gguf_files import write_gguf
 
@@ -130,6 +132,8 @@ class Bases:
         self._shard(target, folder / "shards")
         vocabulary = {"token_ids": list(range(0, tiny.VOCAB, 3))}
         (draft / "draft_vocabulary.json").write_text(json.dumps(vocabulary))
+        books = torch.randn(3, len(vocabulary["token_ids"]), 6)
+        write_selector(draft, books[0], books[1], torch.randn(6, tiny.HIDDEN), 5)
         for arch in ("llama", "qwen3"):
             write_gguf(folder / f"{arch}.gguf", arch, ARCH__rope__scaling__type="yarn", ARCH__rope__scaling__factor=2.0)
         good = load_checkpoint(target)
@@ -154,9 +158,7 @@ class Bases:
 
     def load_draft(self, folder: Path) -> None:
         found = load_checkpoint(folder)
-        with documented():
-            drafter = Drafter(found.config, found.tensors, self.target, read_vocabulary(folder))
-        self._decode(self.target, drafter)
+        self._decode(self.target, drafter_for(self.target, found, "model", lambda text: None))
 
     def load_gguf(self, folder: Path) -> None:
         found = load_gguf(folder / "m.gguf", torch.float32)
@@ -173,16 +175,16 @@ class Bases:
 
     def attempt(self, dice: random.Random, folder: Path) -> tuple[str, object]:
         """(what is mutated, a call that loads it), written to `folder`."""
-        kind = dice.choice(["config", "config", "weights", "index", "draft", "draft", "vocabulary", "gguf", "gguf",
-                            "gguf"])
+        kind = dice.choice(["config", "config", "weights", "index", "draft", "draft", "vocabulary", "selector",
+                            "gguf", "gguf", "gguf"])
         if kind == "gguf":
             content = (self.folder / f"{dice.choice(('llama', 'qwen3'))}.gguf").read_bytes()
             (folder / "m.gguf").write_bytes(mutate_bytes(dice, content, 3200))
             return kind, self.load_gguf
-        base = {"index": "shards", "draft": "draft", "vocabulary": "draft"}.get(kind, "target")
+        base = {"index": "shards", "draft": "draft", "vocabulary": "draft", "selector": "draft"}.get(kind, "target")
         shutil.copytree(self.folder / base, folder, dirs_exist_ok=True)
-        if kind == "weights":
-            write_safetensors(dice, folder / "model.safetensors")
+        if kind in ("weights", "selector"):
+            write_safetensors(dice, folder / SELECTOR if kind == "selector" else folder / "model.safetensors")
         else:
             file = folder / {"index": "model.safetensors.index.json", "vocabulary": "draft_vocabulary.json"}.get(
                 kind, "config.json")
