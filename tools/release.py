@@ -4,7 +4,7 @@
 
 TOOLS is an environment with requirements/release.txt (`make release`). The wheel has the C++ kernels for a CPU and the
 Triton kernels. With --cuda the CUDA C++ library is built too, with this machine's compiler, into dist/cuda; that wheel
-is for this machine's glibc or newer.
+is tagged for the oldest glibc that has what it uses.
 
 CXX: a compiler for glibc 2.28, as in the image manylinux_2_28. Without it zig's is used, which is clang.
 """
@@ -42,11 +42,12 @@ def made(folder: Path, kind: str, out: Path, **more: str) -> Path:
 
 
 def compiler(tools: Path) -> str:
-    """Of CXX, or a script that calls zig's: setup.py takes one word."""
+    """Of CXX, or a script that calls zig's: setup.py takes one word. zig would add symbols for debuggers, which are
+    stripped in the end."""
     if "CXX" in os.environ:
         return os.environ["CXX"]
     script = WORK / "zig-c++"
-    script.write_text(f'#!/bin/sh\nexec {tools / "bin" / "python"} -m ziglang c++ -target {GLIBC} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {tools / "bin" / "python"} -m ziglang c++ -g0 -target {GLIBC} "$@"\n')
     script.chmod(0o755)
     return str(script)
 
@@ -67,6 +68,16 @@ def wheel(folder: Path, out: Path, libraries: tuple[str, ...], **more: str) -> P
     return built
 
 
+def repaired(raw: Path, platform: str, out: Path, programs: Path) -> None:
+    """Tags the wheel for the platform ("auto": the oldest that it fits) and checks it."""
+    # torch's libraries are torch's: the library is loaded after torch is imported.
+    run(programs / "auditwheel", "repair", "--plat", platform, "--only-plat", "--strip", "--exclude", "libtorch*.so",
+        "--exclude", "libc10.so", "--wheel-dir", out, raw, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
+    file, = out.glob("*.whl")
+    run(programs / "abi3audit", "--strict", file)
+    run(programs / "twine", "check", "--strict", file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.release", description=__doc__.partition("\n")[0])
     parser.add_argument("tools", type=Path)
@@ -78,17 +89,12 @@ def main() -> None:
     for folder in (DIST, WORK):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     sdist, folder = source()
+    run(programs / "twine", "check", "--strict", sdist)
     raw = wheel(folder, WORK, LIBRARIES[:1], DFLASH_NO_CUDA="1", CXX=compiler(options.tools.resolve()))
-    # torch's libraries are torch's: the library is loaded after torch is imported.
-    run(programs / "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--strip", "--exclude", "libtorch*.so",
-        "--exclude", "libc10.so", "--wheel-dir", DIST, raw, PATH=path)
-    repaired, = DIST.glob("*.whl")
-    run(programs / "abi3audit", "--strict", repaired)
-    run(programs / "twine", "check", "--strict", sdist, repaired)
+    repaired(raw, PLATFORM, DIST, programs)
     if options.cuda:
-        wheel(folder, DIST / "cuda", LIBRARIES)
+        repaired(wheel(folder, WORK / "cuda", LIBRARIES), "auto", DIST / "cuda", programs)
     for file in sorted(DIST.rglob("*.*")):
         if file.is_file():
             print(f"{file.relative_to(ROOT)}: {file.stat().st_size / 1e6:.1f} MB")

@@ -46,4 +46,4 @@ def test_the_compiler_is_one_for_an_old_glibc(tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\necho "$@"\n')
     program.chmod(0o755)
     said = subprocess.run([release.compiler(tmp_path), "-c", "a b.cpp"], capture_output=True, text=True, check=True)
-    assert said.stdout == "-m ziglang c++ -target x86_64-linux-gnu.2.28 -c a b.cpp\n"
+    assert said.stdout == "-m ziglang c++ -g0 -target x86_64-linux-gnu.2.28 -c a b.cpp\n"
