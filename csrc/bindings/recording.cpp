@@ -186,8 +186,8 @@ PyObject* py_replay(PyObject*, PyObject* capsule) {
 bool add_capture(PyObject* module) {
   PyObject* type = PyType_FromSpec(&kCaptureSpec);
   if (!type) return false;
-  const bool added = PyModule_AddObjectRef(module, "Capture", type) == 0;
-  Py_DECREF(type);
+  const bool added = PyModule_AddObject(module, "Capture", type) == 0;  // AddObjectRef is newer than the hub's Python
+  if (!added) Py_DECREF(type);
   return added;
 }
 

@@ -134,6 +134,14 @@ def test_the_package_kernels_takes_metadata_and_digest(folders):
         rust.Build.open(folders[kernel])
 
 
+def test_the_bindings_are_for_the_python_that_kernel_builder_checks(folders):
+    """It compiles with a limited API of its own, which lacks functions that the bindings call."""
+    checker = pytest.importorskip("kernel_abi_check")
+    told = tomllib.loads((folders[CPU] / "build.toml").read_text())
+    assert told["torch"]["cxx-flags"][-2:] == ["-UPy_LIMITED_API", "-DPy_LIMITED_API=0x03090000"]
+    assert checker.ObjectFile(ROOT / "dflash_kernels/_C.abi3.so").check_python_abi("3.9") == []
+
+
 def test_without_the_objects_of_a_build_it_says_so(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(variant, "ROOT", tmp_path)
     (tmp_path / "csrc/cpu").mkdir(parents=True)

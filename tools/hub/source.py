@@ -12,6 +12,8 @@ from dflash_kernels import __version__
 PACKAGE, TEMPLATE = "dflash_kernels", Path(__file__).parent / "template"
 LEFT_OUT = ("_cuda.abi3.so", "_C.abi3.so", "_namespace.py", "py.typed")
 FLAGS = ["-ffp-contract=off", "-fvisibility=hidden"]
+# kernel-builder's own -DPy_LIMITED_API=3 stands for Python 3.2; its check of the ABI allows 3.9.
+PYTHON = ["-UPy_LIMITED_API", "-DPy_LIMITED_API=0x03090000"]
 HUB_VERSION = 0  # by the hub's convention, of kernels that are not final yet; else a number for each change of the API
 
 
@@ -79,7 +81,7 @@ def general(kernel: Kernel) -> str:
 def bindings(folder: Path) -> str:
     found = [f"csrc/bindings/{file.name}" for file in sorted((folder / "csrc/bindings").iterdir())]
     return (f'[torch]\nminver = "2.10"\ninclude = ["csrc"]\nsrc = {listed(found)}\n'
-            f'cxx-flags = {listed(FLAGS)}\n\n[torch.stable-abi]\ncpu = "2.10"\n')
+            f'cxx-flags = {listed([*FLAGS, *PYTHON])}\n\n[torch.stable-abi]\ncpu = "2.10"\n')
 
 
 def instruction_sets(folder: Path) -> list[str]:
