@@ -142,6 +142,7 @@ inline void load_keys<float, bf16>(const bf16* const* rows, const bf16* const* a
   int d = 0;
   for (; d + 2 * W <= D; d += 2 * W) {
     Vec r[W];
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       if (ahead) prefetch(ahead[i] + d);
       r[i] = load(reinterpret_cast<const float*>(rows[i] + d));
@@ -162,6 +163,7 @@ __attribute__((noinline)) inline void load_keys<Pair, bf16>(const bf16* const* r
                                                             float* kt) {
   for (int d = 0; d < D; d += 2 * W) {
     Vec r[W];
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       if (ahead) prefetch(ahead[i] + d);
       r[i] = load(reinterpret_cast<const float*>(rows[i] + d));
