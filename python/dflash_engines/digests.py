@@ -14,10 +14,13 @@ from .sources import of_folder
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    for engine, hooks in (("vllm", vllm.hooks()), ("sglang", sglang.hooks())):
-        for hook in hooks if (folder / engine).is_dir() else ():
-            print(f"{engine} {hook.name}: {of_folder(folder, hook.sources)}")
+    folder, engines = " ".join(sys.argv[1:]) or "none", {"vllm": vllm.hooks(), "sglang": sglang.hooks()}
+    found = [engine for engine in engines if (Path(folder) / engine).is_dir()]
+    if not found:
+        sys.exit(f"digests: the folder must have {' or '.join(engines)} in it; got {folder}")
+    for engine in found:
+        for hook in engines[engine]:
+            print(f"{engine} {hook.name}: {of_folder(Path(folder), hook.sources)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dflash_engines import digests as digests_command
 from dflash_engines import sources
 from dflash_engines.hooks import LEFT, Choice, Hook, install, platform_of
 
@@ -188,6 +189,14 @@ def test_sources_are_the_same_by_file_and_by_function(engine, tmp_path):
     (tmp_path / "nosuchengine").mkdir()
     (tmp_path / "nosuchengine" / "kernels.py").write_text(ENGINE)
     assert sources.of_folder(tmp_path, ["nosuchengine.kernels:scale"]) == digests("scale")
+
+
+def test_digests_of_a_folder_without_an_engine_are_refused(tmp_path, monkeypatch):
+    for given, said in (([str(tmp_path)], str(tmp_path)), ([], "none")):
+        monkeypatch.setattr(sys, "argv", ["digests", *given])
+        with pytest.raises(SystemExit) as refused:
+            digests_command.main()
+        assert str(refused.value) == f"digests: the folder must have vllm or sglang in it; got {said}"
 
 
 def test_sources_of_what_triton_and_torch_were_given(tmp_path):
