@@ -146,8 +146,17 @@ def test_without_the_objects_of_a_build_it_says_so(folders, monkeypatch, tmp_pat
     monkeypatch.setattr(variant, "ROOT", tmp_path)
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/cpu/norm.cpp").touch()
-    with pytest.raises(SystemExit, match="hub-kernel: build must have the objects of [13] kernels; got 0: make build"):
+    (tmp_path / "build/temp.here").mkdir(parents=True)
+    (tmp_path / "build/temp.here/cpu.gone.generic.o").touch()  # of a file that is no longer there
+    (tmp_path / "build/temp.here/cpu.norm.generic.o").touch()
+    monkeypatch.setattr(variant.setup, "instruction_sets", lambda noun: {"generic": "", "best": ""})
+    with pytest.raises(SystemExit, match="hub-kernel: build must have the objects of 2 kernels; got 1: make build"):
         variant.library("_x", tmp_path / "_x.abi3.so")
+    (tmp_path / "build/temp.here/cpu.norm.best.o").touch()
+    monkeypatch.setattr(variant.subprocess, "run", lambda command, check: None)
+    variant.library("_x", tmp_path / "_x.abi3.so")
+    linked, = re.findall("^build .*: link (.*)$", (tmp_path / "build/hub-objects/build.ninja").read_text(), re.M)
+    assert {Path(file).name for file in linked.split()} == {"cpu.norm.generic.o", "cpu.norm.best.o"}
     monkeypatch.setattr(variant.platform, "machine", lambda: "aarch64")
     with pytest.raises(SystemExit, match="the processor must be x86_64, as build.toml's flags are; got aarch64"):
         variant.build(CPU, folders[CPU])
