@@ -31,8 +31,8 @@ def _load(module: str, language: str):
         why = f"the {language} library is built but does not load: {error}"
         if TorchVersion(torch.__version__) < "2.10":
             why += f". It is for torch 2.10 or newer; this is torch {torch.__version__}"
-        elif str(error).startswith("libtorch"):  # linked to PyPI's torch; Debian's has numbers in its libraries' names
-            why += f". torch {torch.__version__} has its libraries under other names; build from source with it"
+        elif str(error).startswith("libtorch"):  # Debian's have numbers
+            why += f". It is linked to PyPI's torch; torch {torch.__version__} has its libraries under other names"
         raise ImportError(f"dflash_kernels: {why}") from error
 
 

@@ -124,7 +124,7 @@ def test_a_cuda_library_that_does_not_load_stops_nobody_from_importing(tmp_path)
     ("2.10.0", "built for another machine", ""),
     ("2.9.1+cu128", "undefined symbol: torch_library_impl", "It is for torch 2.10 or newer; this is torch 2.9.1+cu128"),
     ("2.14.1+debian", "libtorch_cpu.so: cannot open shared object file",
-     "torch 2.14.1+debian has its libraries under other names; build from source with it"),
+     "It is linked to PyPI's torch; torch 2.14.1+debian has its libraries under other names"),
 ])
 def test_a_cpu_library_that_raises_anything_is_an_error_that_the_user_sees(tmp_path, version, said, why):
     home = copy_of_the_package(tmp_path)
