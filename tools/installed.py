@@ -1,6 +1,8 @@
 """Runs the ops' tests on the installed wheel, in a folder that has the tests and not the library's sources.
 
-    python -m tools.installed [TEST...]      with an interpreter that has the wheel, torch, numpy and pytest
+    python -m tools.installed [TEST...]
+
+The interpreter must have the wheel, torch, numpy, hypothesis, pytest and pytest-timeout.
 """
 
 import os

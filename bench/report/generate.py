@@ -20,6 +20,7 @@ from bench.report import (
     states_table,
     summary_table,
     values,
+    wheel_table,
 )
 from bench.report.ops_page import ops_page
 
@@ -52,6 +53,7 @@ def pages() -> dict[Path, str]:
     results = ROOT / "bench" / "results"
     docs = ROOT / "docs"
     made = {ROOT / "README.md": {"results": summary_table.headline(results), "picture": picture_block(results)},
+            docs / "channels.md": {"wheel": wheel_table.wheel_block(results)},
             docs / "drafters.md": {"drafters": drafters_table.drafters_block()},
             docs / "engines.md": {"results": engine_tables.engines_block(results)},
             docs / "performance.md": {
