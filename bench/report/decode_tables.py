@@ -1,6 +1,7 @@
 """Tables of decoding, from the results of `dflash-kernels bench decode` and `bench protocol`."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from dflash_bench.protocol import CARD_ACCEPTANCE, NOT_REPORTED, TASKS
@@ -128,11 +129,11 @@ def decode_block(folder: Path) -> str:
     return "\n".join(lines or [EMPTY])
 
 
-def card_block(folder: Path, drafter: str) -> str:
-    """The results of one drafter, for its model card."""
-    found = [r for r in decode_results(folder) if r["drafter"] == drafter]
+def card_block(folder: Path, names: Collection[str]) -> str:
+    """The results of one drafter, for its model card. names: of its folder, and of its package in it."""
+    found = [r for r in decode_results(folder) if r["drafter"] in names]
     lines = decode_table(found) + temperature_table([r for r in decode_results(folder, "decode by temperature")
-                                                     if r["drafter"] == drafter])
+                                                     if r["drafter"] in names])
     if found:
         lines += ["Acceptance rate by position in the block, given that all earlier drafts were accepted "
                   f"(concurrency {found[0]['concurrency']}).", "", *position_table(found[0])]

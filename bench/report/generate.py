@@ -66,7 +66,8 @@ def pages() -> dict[Path, str]:
                 "model": "\n".join(step_tables.tables(results)), "plots": plots_block(results),
                 "loops": (results / "aot" / "loops.md").read_text(encoding="utf-8")}}
     for card in (ROOT / "drafters").glob("*/README.md"):
-        made[card] = {"results": decode_tables.card_block(results, card.parent.name)}
+        names = {card.parent.name, *(package.parent.name for package in card.parent.glob("*/config.json"))}
+        made[card] = {"results": decode_tables.card_block(results, names)}
     found = {docs / "ops.md": ops_page(), docs / "cases.md": kernel_tables.cases_page(results)}
     known = values.values(results)
     for page, blocks in made.items():

@@ -76,7 +76,7 @@ def test_tables_of_planted_texts(tmp_path):
     assert "| avx2 | 2 | 2.50 | 2.25 | 6.12 | 7.00 |" in block_of_cells and block_of_cells.count("| amx |") == 1
     page = "x\n<!-- n:begin -->\nold\n<!-- n:end -->\ny"
     assert generate.with_block(page, "n", block) == f"x\n<!-- n:begin -->\n{block}\n<!-- n:end -->\ny"
-    card = decode_tables.card_block(tmp_path, "d")
+    card = decode_tables.card_block(tmp_path, {"d"})
     # 12 steps: 6 committed one token, so half of the first drafts were accepted, then 4 of 6, then none of 4
     summary = summary_table.summary(tmp_path)
     assert summary.count("| decoding, concurrency 2 | m, 9 prompts, 1.25 tokens a step | 12.3 tokens/s | | "

@@ -85,8 +85,9 @@ def test_there_is_one_version(built):
 
 def test_the_drafters_wheel_has_weights_card_and_licence(built):
     found, head = names(built["drafter"]), about(built["drafter"])
-    package = {f"dflash_drafter_smollm2/{name}" for name in ("__init__.py", "calibration.json", "config.json",
-                                                             "draft_vocabulary.json", "model.safetensors")}
+    package = {f"dflash_drafter_smollm2/{name}" for name in (
+        "__init__.py", "calibration.json", "candidate_selector/model.safetensors", "config.json",
+        "draft_vocabulary.json", "model.safetensors")}
     assert {name for name in found if ".dist-info/" not in name} == package
     assert head["License-Expression"] == "Apache-2.0" and any(name.endswith("licenses/LICENSE") for name in found)
     assert head.get_payload(decode=True) == (ROOT / installed.DRAFTER / "README.md").read_bytes()
