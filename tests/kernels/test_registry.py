@@ -189,7 +189,7 @@ PYTHON_LIMITED_API = {
     "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_ImportError", "PyExc_RuntimeError", "PyExc_TypeError",
     "PyExc_ValueError", "PyImport_GetModule", "PyList_Append", "PyList_New", "PyList_SetItem", "PyLong_AsLong",
     "PyLong_AsLongLong", "PyLong_AsSsize_t", "PyLong_FromLong", "PyLong_FromLongLong", "PyLong_FromSize_t",
-    "PyLong_FromUnsignedLongLong", "PyModule_AddObjectRef", "PyModule_Create2", "PyObject_CallMethod",
+    "PyLong_FromUnsignedLongLong", "PyModule_AddObject", "PyModule_Create2", "PyObject_CallMethod",
     "PyObject_SetAttrString", "PyTuple_New", "PyTuple_SetItem", "PyType_FromSpec", "PyType_GenericAlloc",
     "PyType_GetSlot", "PyUnicode_FromString", "Py_BuildValue", "Py_DecRef", "Py_IncRef", "_Py_Dealloc",
     "_Py_FalseStruct", "_Py_NoneStruct", "_Py_TrueStruct",

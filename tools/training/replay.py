@@ -31,7 +31,7 @@ class Text(NamedTuple):
 class Blocks(NamedTuple):
     """N drafted blocks of Q tokens: texts (N,), the text's number; anchors (N,), their first tokens; hidden (N, Q - 1,
     H), the drafter's final hidden states; values, ids (N, Q - 1, K), the candidates, most likely first; truth (N,
-    Q - 1), the text's tokens, -1 after its end; accepted (N,), how many of the most likely tokens are the text's."""
+    Q - 1), the text's tokens, -1 after its end; accepted (N,), how many of the drafts are the text's."""
 
     texts: torch.Tensor
     anchors: torch.Tensor
@@ -99,7 +99,7 @@ class Replay:
             self.draft.anchors[i], self.lens[i] = text.ids[place] if text else 0, place
             self.block[i] = self.width if text else 0
         d, draft = self.drafter, self.draft
-        draft.run(self.lens, self.tables, self.block)
+        drafts = draft.run(self.lens, self.tables, self.block)[which, 1:]
         shape = (len(live), self.width - 1, -1)
         ids, values, _ = lm_head_topk(draft.masked, d.head, self.candidates, bias=d.head_bias, num_valid=d.num_valid,
                                       scale=d.config.output_multiplier, softcap=d.config.final_logit_softcapping)
@@ -109,7 +109,7 @@ class Replay:
             text, place = live[i]
             after = text.ids[place + 1:place + self.width]
             row[:len(after)] = torch.tensor(after)
-        ids = ids.view(shape)[which]
-        accepted = (ids[..., 0] == truth).long().cumprod(-1).sum(-1)
+        accepted = (drafts == truth).long().cumprod(-1).sum(-1)
         return Blocks(torch.tensor([live[i][0].number for i in which]), draft.anchors[which].clone(),
-                      draft.masked.view(shape)[which], values.view(shape)[which], ids, truth, accepted)
+                      draft.masked.view(shape)[which], values.view(shape)[which], ids.view(shape)[which], truth,
+                      accepted)

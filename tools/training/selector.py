@@ -191,7 +191,7 @@ def main() -> None:
     selector = Selector(table.rows(ids) if isinstance(table, PackedWeight) else table[ids], place, args.rank, args.seed)
     held_out = blocks.texts % HELD_OUT == 0
     seen, new = (take(blocks, which.nonzero()[:, 0]) for which in (~held_out, held_out))
-    report("most likely", new.accepted, new)
+    report("as it was", new.accepted, new)
     train(selector, seen, args.epochs, args.rate)
     accepted, sure = walk(selector, new)
     report("selected", accepted, new)
