@@ -104,7 +104,11 @@ def mark_source(build: Path) -> Path:
 
 
 class NinjaBuildExt(build_ext):
-    """Writes one build.ninja for each extension and runs it."""
+    """Writes one build.ninja for each extension and runs it, both at a time: nvcc has one file, for one core."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or 2
 
     def build_extension(self, ext):
         compiler = os.environ.get("CXX", "g++")

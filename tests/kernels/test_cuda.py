@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dflash_kernels import _gpu, build_info
-from setup import ROOT, find_cutlass, find_nvcc
+from setup import CUDA_ARCHITECTURES, ROOT, find_cutlass, find_nvcc
 from tests.kernels.test_registry import LINKER, PYTHON_LIMITED_API, SYSTEM, TORCH_STABLE, needs_nm, symbols
 from tools.aot import ptxas
 
@@ -37,11 +37,9 @@ def test_kernels_compile_for_every_architecture_without_spills(capsys, tell):
 @needs_nvcc
 @pytest.mark.skipif(not find_cutlass(), reason="the package nvidia-cutlass is not installed")
 @pytest.mark.timeout(1200)
-def test_cute_compiles_for_every_architecture(capsys):
-    reports = ptxas.report_all([ptxas.PROBE])
-    with capsys.disabled():
-        print("\n" + ptxas.table(reports))
-    assert {r.arch for r in reports} == {80, 90, 100, 120} and not any(r.complaint() for r in reports)
+def test_cute_compiles_for_the_oldest_and_the_newest_architecture():
+    reports = ptxas.report_all([ptxas.PROBE], architectures=(CUDA_ARCHITECTURES[0], CUDA_ARCHITECTURES[-1]))
+    assert {r.arch for r in reports} == {80, 120} and not any(r.complaint() for r in reports)
 
 
 LOG = """ptxas info    : 0 bytes gmem

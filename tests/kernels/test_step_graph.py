@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dflash_kernels as dk
 from dflash_kernels import _library
 from dflash_kernels.testing import same_bits
+from tests.support import ROOT, fresh
 from tests.support.op_samples import SAMPLES
 
 pytestmark = pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
@@ -45,8 +47,8 @@ with graph.capture():
     dk.silu_and_mul(x, out=out)
 print(len(graph), "torch._dynamo" in sys.modules)
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert ran.stdout.split() == ["1", "False"]
+    ran = fresh.run(code, ROOT, dict(os.environ))
+    assert ran.stdout.split() == ["1", "False"], ran.stderr
 
 
 def test_temporaries_of_the_step_stay_alive():

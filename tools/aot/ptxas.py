@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,8 +78,9 @@ def _readable(name: str) -> str:
     return re.search(r"(\w+(<[^>]*>)?)$", full.replace("(anonymous namespace)::", "").split("(")[0])[1]
 
 
-def report_all(sources: list[Path], workers: int = 2) -> list[Report]:
-    jobs = [(source, arch) for source in sources for arch in CUDA_ARCHITECTURES]
+def report_all(sources: list[Path], workers: int = 2, architectures: Sequence[str] = CUDA_ARCHITECTURES,
+               ) -> list[Report]:
+    jobs = [(source, arch) for source in sources for arch in architectures]
     with ThreadPoolExecutor(workers) as pool:
         return [r for found in pool.map(report, *zip(*jobs, strict=True)) for r in found]
 
