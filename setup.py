@@ -108,7 +108,7 @@ class NinjaBuildExt(build_ext):
 
     def finalize_options(self):
         super().finalize_options()
-        self.parallel = self.parallel or 2
+        self.parallel = self.parallel or (1 if os.environ.get("MAX_JOBS") == "1" else 2)
 
     def build_extension(self, ext):
         compiler = os.environ.get("CXX", "g++")

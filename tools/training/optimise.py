@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .drafter import HeadLoss, TrainedDrafter, hits
 from .features import Features
+from .replay import weights_to_rejection
 from .target import Target
 
 WARM_UP = 50  # steps
@@ -92,17 +93,11 @@ class Batch:
         self.counts = inside.to(device)
         self.shares = (share * inside[..., None]).to(device)
         self.labels = torch.cat((own[..., None], likely), -1).clamp_min(0).to(device)
-        self.known = (own >= 0).to(device)
+        self.known, self.walked = (own >= 0).to(device), places is not None
         self.first = torch.tensor([f.starts[i] for i in which]).to(device)[:, None]
         self.last = (ends[..., 0] - torch.tensor([f.offsets[i] for i in which])[:, None] - 2).to(device)
         self.states, self.anchors = states.to(device), anchors.to(device)
         self.anchor_ids = f.ids[at].long().to(device)
-
-
-def weights_to_rejection(accepted: torch.Tensor, width: int) -> torch.Tensor:
-    """accepted (B, A) -> (B, A, width - 1): 1 up to the first rejected draft, less and less after it."""
-    late = torch.arange(width - 1, device=accepted.device) - accepted[..., None]
-    return torch.exp(-late.clamp_min(0) / 2.0)
 
 
 def block_weights(width: int, device) -> torch.Tensor:
@@ -200,31 +195,33 @@ class Training:
     @torch.no_grad()
     def _accepted(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """(B, A): the drafts of each block that are the text's, up to the first that is not."""
-        right = hits(hidden.flatten(0, 2), self.head, batch.labels[..., 0].flatten()).view(batch.counts.shape)
+        right = hits(hidden, self.head, batch.labels[..., 0].flatten()).view(batch.counts.shape)
         return (right & batch.counts & batch.known).long().cumprod(-1).sum(-1)
 
-    def _forward(self, batch: Batch, width: int, walked: bool = False):
-        hidden = self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding)
-        weight = block_weights(width, self.device)
+    def _forward(self, batch: Batch, width: int) -> torch.Tensor:
+        """(B * A * (width - 1), H): the hidden states of the masked positions."""
+        return self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding).flatten(0, 2)
+
+    @staticmethod
+    def _targets(batch: Batch, weight: torch.Tensor):
+        weight = weight * batch.counts
+        return batch.labels.flatten(0, 2), batch.shares.flatten(0, 2), (weight / weight.sum()).flatten()
+
+    def _loss(self, batch: Batch, width: int) -> torch.Tensor:
+        if self.recipe.noise:
+            batch.states.add_(torch.randn(batch.states.shape, generator=self.noise, device=self.device,
+                                          dtype=batch.states.dtype), alpha=self.recipe.noise)
+        hidden, weight = self._forward(batch, width), block_weights(width, self.device)
         if self.recipe.visits > 1:
             accepted = self._accepted(batch, hidden.detach())
             following = batch.anchors + accepted + 1
             self.following = torch.where(following > batch.last, batch.first, following).cpu()
-            weight = weights_to_rejection(accepted, width) if walked else weight
-        weight = weight * batch.counts
-        return hidden.flatten(0, 2), (batch.labels.flatten(0, 2), batch.shares.flatten(0, 2),
-                                      (weight / weight.sum()).flatten())
-
-    def _loss(self, batch: Batch, width: int, walked: bool) -> torch.Tensor:
-        if self.recipe.noise:
-            batch.states.add_(torch.randn(batch.states.shape, generator=self.noise, device=self.device,
-                                          dtype=batch.states.dtype), alpha=self.recipe.noise)
-        hidden, targets = self._forward(batch, width, walked)
+            weight = weights_to_rejection(accepted, width) if batch.walked else weight
         head, bias = self.head, None
         if (others := self._negatives()) is not None:
             head, bias = torch.cat((head, others[0])), torch.zeros(len(head) + len(others[0])).to(head)
             bias[len(self.head):] = others[1]
-        return HeadLoss.apply(hidden, head, bias, *targets)[0]
+        return HeadLoss.apply(hidden, head, bias, *self._targets(batch, weight))[0]
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -235,9 +232,9 @@ class Training:
         ranked = sorted(self.held_out, key=self.features.length)
         for start in range(0, len(ranked), 16):
             batch = Batch(self.features, ranked[start:start + 16], 32, width, self.vocabulary, 1.0, draw, self.device)
-            hidden, targets = self._forward(batch, width)
+            hidden, targets = self._forward(batch, width), self._targets(batch, block_weights(width, self.device))
             losses.append(HeadLoss.apply(hidden, self.head, None, *targets)[0].item())
-            accepted = self._accepted(batch, hidden.view(*batch.counts.shape, -1))
+            accepted = self._accepted(batch, hidden)
             run = (torch.arange(width - 1, device=self.device) < accepted[..., None]).long()
             before = torch.cat((torch.ones_like(run[..., :1]), run[..., :-1]), -1) * batch.counts
             runs += run.sum((0, 1)).float().cpu()
@@ -258,9 +255,9 @@ class Training:
             for parameters in optimiser.param_groups:
                 parameters["lr"] = rate * falling * min(1.0, (self.step + 1) / WARM_UP)
         blocks = r.blocks * block // width
-        walked = group.anchors is not None and group.anchors.shape[1] == blocks
+        walks = group.anchors is not None and group.anchors.shape[1] == blocks
         loss = self._loss(Batch(self.features, group.which, blocks, width, self.vocabulary, r.hard, self.draw,
-                                self.device, group.anchors if walked else None), width, walked)
+                                self.device, group.anchors if walks else None), width)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         for optimiser in self.optimisers:

@@ -6,6 +6,7 @@ decoding, which random places do not.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,12 @@ def greedy_texts(session: Session, rows: Iterable[dict]) -> Iterator[Text]:
             yield Text(number, ids, len(prompt))
 
 
+def weights_to_rejection(accepted: torch.Tensor, width: int) -> torch.Tensor:
+    """accepted (...) -> (..., width - 1): 1 up to the first rejected draft, less and less after it."""
+    late = torch.arange(width - 1, device=accepted.device) - accepted[..., None]
+    return torch.exp(-late.clamp_min(0) / 2.0)
+
+
 class Replay:
     """Runs `batch` texts next to each other. session: with the drafter."""
 
@@ -59,8 +66,7 @@ class Replay:
         target, self.drafter = session.target, session.drafter
         self.width, self.candidates, pages = self.drafter.block_size, candidates, CONTEXT // PAGE + 1
         self.kv = [model.cache.allocate(batch * pages, PAGE) for model in (target, self.drafter)]
-        self.prefill = lambda rows: Prefill(target, self.drafter, *self.kv, rows, PAGE, pages)
-        self.prefills: dict[int, Prefill] = {}
+        self.prefill = cache(lambda rows: Prefill(target, self.drafter, *self.kv, rows, PAGE, pages))
         self.draft = DraftPass(self.drafter, batch, self.width, self.kv[1], PAGE)
         self.tables = torch.arange(batch * pages, dtype=torch.int32).view(batch, pages)
         self.lens, self.block = (torch.zeros(batch, dtype=torch.int32) for _ in range(2))
@@ -68,11 +74,9 @@ class Replay:
     def _read(self, text: Text, table: torch.Tensor) -> None:
         """Writes the text's K/V of the drafter to the pages of `table`."""
         done = 0
-        for rows in prefill_sizes(len(text.ids), ROWS, self.draft.drafter.device):
-            if rows not in self.prefills:
-                self.prefills[rows] = self.prefill(rows)
+        for rows in prefill_sizes(len(text.ids), ROWS, self.drafter.device):
             part = text.ids[done:done + rows]
-            self.prefills[rows](part, done, table)
+            self.prefill(rows)(part, done, table)
             done += len(part)
 
     def blocks(self, texts: Iterable[Text]) -> Iterator[Blocks]:

@@ -24,12 +24,10 @@ from dflash_decode.model.calibration import FILE as CALIBRATION
 from dflash_decode.model.dflash2 import write_selector
 from dflash_kernels import PackedWeight
 
-from .replay import Blocks, Replay, greedy_texts
-from .texts import read_jsonl
-from .write import read_parts
+from .replay import Blocks, Replay, greedy_texts, weights_to_rejection
+from .write import read_answers
 
 HELD_OUT = 12  # one text in so many
-BEYOND = 2.0   # rejected drafts after which a position's weight has fallen to 1 / e
 
 
 def collect(blocks: Iterable[Blocks], most: int) -> Blocks:
@@ -84,8 +82,7 @@ def weights_of(blocks: Blocks) -> torch.Tensor:
     """(N, Q - 1): 1 up to the first rejected draft, less and less after it, and 0 from where the text's token is not
     among the candidates."""
     found = (blocks.ids == blocks.truth[..., None]).any(-1)
-    late = torch.arange(blocks.truth.shape[1]) - blocks.accepted[:, None]
-    return found.long().cumprod(-1) * torch.exp(-late.clamp_min(0) / BEYOND)
+    return found.long().cumprod(-1) * weights_to_rejection(blocks.accepted, blocks.truth.shape[1] + 1)
 
 
 def loss_of(selector: Selector, blocks: Blocks) -> torch.Tensor:
@@ -180,7 +177,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     session = Session.load(args.model, args.drafter)
     drafter, target = session.drafter, session.target
-    rows = [row for path in args.answers for row in (read_parts if path.is_dir() else read_jsonl)(path)]
+    rows = read_answers(args.answers)
     Random(args.seed).shuffle(rows)
     blocks = collect(Replay(session, args.concurrency, args.candidates).blocks(greedy_texts(session, rows)),
                      args.blocks)

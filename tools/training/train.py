@@ -14,12 +14,12 @@ import torch
 
 from dflash_decode.checkpoint import read_directory
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
-from tools.training import checkpoint, plots, texts
+from tools.training import checkpoint, plots
 from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import Features, write_features
 from tools.training.optimise import Recipe, Training
 from tools.training.target import Target
-from tools.training.write import read_parts, write_texts
+from tools.training.write import read_answers, read_parts, write_texts
 
 
 def arguments() -> argparse.Namespace:
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 
 def collect_texts(args: argparse.Namespace) -> list[dict]:
     """The conversations of --answers, and those that the target writes."""
-    found = [row for path in args.answers for row in (read_parts if path.is_dir() else texts.read_jsonl)(path)]
+    found = read_answers(args.answers)
     if args.write_tokens:
         folder = args.work / "texts"
         write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,

@@ -8,7 +8,7 @@ A part is a file of 500 conversations and is kept whole or not at all. The same 
 import argparse
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +34,11 @@ def parts(folder: Path) -> list[Path]:
 
 def read_parts(folder: Path) -> list[dict]:
     return [row for file in parts(folder) for row in read_jsonl(file)]
+
+
+def read_answers(paths: Iterable[Path]) -> list[dict]:
+    """The conversations of files, and of folders of parts."""
+    return [row for path in paths for row in (read_parts if path.is_dir() else read_jsonl)(path)]
 
 
 def keep_part(folder: Path, rows: list[dict]) -> None:

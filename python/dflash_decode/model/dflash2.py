@@ -19,6 +19,9 @@ from ..checkpoint.safetensors import read_safetensors
 from .config import Convolution, DraftConfig
 from .tensors import Packer, Tensors
 
+_PREFIX, _BOOKS = "candidate_selector.", ("predecessor_codebook", "successor_codebook")
+_HIDDEN = "hidden_projection.weight"
+
 
 @dataclass(frozen=True)
 class Conv:
@@ -47,16 +50,13 @@ def take_selector(tensors: Tensors, c: DraftConfig, pack: Packer) -> CandidateSe
     if c.selector is None:
         return None
     predecessor, successor = (
-        tensors.take(f"candidate_selector.{name}", c.vocab_size, c.selector.rank).contiguous()
-        for name in ("predecessor_codebook", "successor_codebook"))
-    hidden = tensors.take("candidate_selector.hidden_projection.weight", c.selector.rank, c.hidden_size)
+        tensors.take(_PREFIX + name, c.vocab_size, c.selector.rank).contiguous() for name in _BOOKS)
+    hidden = tensors.take(_PREFIX + _HIDDEN, c.selector.rank, c.hidden_size)
     return CandidateSelector(predecessor, successor, pack(hidden))
 
 
 # A selector that was trained for a drafter without one. Engines that load every file beside the weights do not see it.
 FILE = Path("candidate_selector", "model.safetensors")
-_PREFIX, _BOOKS = "candidate_selector.", ("predecessor_codebook", "successor_codebook")
-_HIDDEN = "hidden_projection.weight"
 
 
 def write_selector(folder: Path, predecessor: torch.Tensor, successor: torch.Tensor, hidden: torch.Tensor,
