@@ -6,6 +6,8 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -25,18 +27,15 @@ class Curve:
     def __init__(self, measured: Mapping[int, float]):
         if not measured or not all(n > 0 and 0 < s < math.inf for n, s in measured.items()):
             raise ValueError(f"Curve: measured must have positive sizes and seconds; got {dict(measured)}")
-        self._log = {n: math.log(measured[n]) for n in sorted(measured)}
-        self._settle()
+        sizes = sorted(measured)
+        self._set(sizes, [math.log(measured[n]) for n in sizes])
 
-    def _settle(self) -> None:
-        seconds, highest = [], 0.0
-        for log in self._log.values():
-            highest = max(highest, math.exp(log))
-            seconds.append(highest)
-        self._now = list(self._log), seconds  # at once: an interrupt leaves the one before
+    def _set(self, sizes: list[int], logs: list[float]) -> None:
+        # At once: an interrupt leaves the one before.
+        self._now = sizes, logs, list(accumulate(map(math.exp, logs), max))
 
     def __call__(self, size: int) -> float:
-        sizes, seconds = self._now
+        sizes, _, seconds = self._now
         at = bisect_left(sizes, size)
         if at == len(sizes):
             return seconds[-1] * size / sizes[-1]
@@ -47,19 +46,26 @@ class Curve:
 
     def observe(self, size: int, seconds: float) -> None:
         """Takes one more time into the estimate."""
-        off = max(-_MOST, min(_MOST, math.log(max(seconds, 1e-9) / self(size))))
-        log = self._log | {size: math.log(self(size))}
-        self._log = {n: log[n] + off * (_OTHERS + (_OWN - _OTHERS) * _closeness(n, size)) for n in sorted(log)}
-        self._settle()
+        expected = math.log(self(size))
+        off = max(-_MOST, min(_MOST, math.log(max(seconds, 1e-9)) - expected))
+        sizes, logs, _ = self._now
+        at = bisect_left(sizes, size)
+        if at < len(sizes) and sizes[at] == size:
+            logs = [*logs[:at], expected, *logs[at + 1:]]
+        else:
+            sizes, logs = [*sizes[:at], size, *sizes[at:]], [*logs[:at], expected, *logs[at:]]
+        self._set(sizes, [log + off * _pull(n, size) for n, log in zip(sizes, logs, strict=True)])
 
     def table(self) -> dict[int, float]:
         """The estimate at every size that was measured or observed."""
-        return dict(zip(*self._now, strict=True))
+        sizes, _, seconds = self._now
+        return dict(zip(sizes, seconds, strict=True))
 
 
-def _closeness(a: int, b: int) -> float:
-    """1 of equal sizes, 1/16 an octave away."""
-    return (min(a, b) / max(a, b)) ** 4
+@lru_cache(4096)
+def _pull(size: int, observed: int) -> float:
+    """How far a time of one size moves another's estimate: sizes an octave apart are 1/16 as close as equal ones."""
+    return _OTHERS + (_OWN - _OTHERS) * (min(size, observed) / max(size, observed)) ** 4
 
 
 class StepCosts:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Forecast:
     """Sums over steps: tokens of all requests, and seconds of drafts and verify passes."""
 
@@ -12,9 +12,6 @@ class Forecast:
     tokens: int = 0
     expected_seconds: float = 0.0
     seconds: float = 0.0
-
-    def __add__(self, other: "Forecast") -> "Forecast":
-        return Forecast(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __sub__(self, other: "Forecast") -> "Forecast":
         return Forecast(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-import torch
-
 from dflash_kernels import build_info
 
 from .costs import Times
@@ -76,7 +74,7 @@ def _passes(runner: Stages, few: bool) -> dict[tuple[str, int], Callable[[], obj
             stage = runner.verify_stage(min(-(-rows // s.width), most), rows, s.width, GreedyVerifier)
             stage.fill([])
             # Rows of one token would go through the same experts, and read the weights of a single row.
-            stage.ids.view(-1).copy_(torch.arange(stage.ids.numel()) * _APART % s.target.vocab_size)
+            stage.ids.set([i * _APART % s.target.vocab_size for i in range(stage.ids.tensor.numel())])
             works["verify", rows] = stage
     sizes = [(1, width) for width in draft_widths(s.width)] + [(n, s.width) for n in buckets(s.max_batch)]
     for batch, width in sizes:

@@ -55,9 +55,21 @@ class Tables:
         self._now = list(pages)
 
 
-def _fill(into: torch.Tensor, values: Sequence[int], rest: int = 0) -> None:
-    flat = into.view(-1)
-    flat.copy_(torch.tensor([*values, *[rest] * (len(flat) - len(values))], dtype=into.dtype))
+class Input:
+    """A tensor of integers that the host fills before a pass: a dozen in a step, so through NumPy's view of the memory,
+    which takes far less time than torch's copy of so few numbers."""
+
+    def __init__(self, tensor: torch.Tensor, rest: int = 0):
+        """rest: what follows the values that are set."""
+        self.tensor, self.rest, self._flat = tensor, rest, tensor.view(-1).numpy()
+
+    @classmethod
+    def of(cls, *shape: int, dtype: torch.dtype = torch.int64, rest: int = 0) -> "Input":
+        return cls(torch.full(shape, rest, dtype=dtype), rest)
+
+    def set(self, values: Sequence[int]) -> None:
+        self._flat[:len(values)] = values
+        self._flat[len(values):] = self.rest
 
 
 class DraftStage:
@@ -68,16 +80,20 @@ class DraftStage:
         self.tables, self.width = tables, width
         self.work = Recorded(drafter.device, drafter)
         self.draft = drafter.make_draft(batch, width, kv, page_size)
-        self.context_lens, self.block_lens = (torch.zeros(batch, dtype=torch.int32) for _ in range(2))
+        self.anchors = Input(self.draft.anchors)
+        self.context_lens, self.block_lens = (Input.of(batch, dtype=torch.int32) for _ in range(2))
 
     def __call__(self, anchors: Sequence[int], contexts: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
         """Drafts and their confidences, for each request."""
         n = len(anchors)
-        _fill(self.draft.anchors, anchors)
-        _fill(self.context_lens, contexts)
-        _fill(self.block_lens, [self.width] * n)
-        self.work.done(lambda: self.draft.run(self.context_lens, self.tables.rows, self.block_lens))
+        self.anchors.set(anchors)
+        self.context_lens.set(contexts)
+        self.block_lens.set([self.width] * n)
+        self.work.done(self.run)
         return self.draft.ids[:n, 1:].tolist(), self.draft.confidences()[:n].tolist()
+
+    def run(self) -> None:
+        self.draft.run(self.context_lens.tensor, self.tables.rows, self.block_lens.tensor)
 
 
 class VerifyStage:
@@ -94,11 +110,11 @@ class VerifyStage:
         self.packed, self.rows = rows is not None, batch * width if rows is None else rows
         self.work = Recorded(target.device, target, verifier)
         self.forward = target.make_pass(batch, width, kv, target_layer_ids, rows)
-        self.blocks, self.order = (torch.zeros((batch, width), dtype=torch.int64) for _ in range(2))
+        self.blocks, self.order = Input.of(batch, width), Input.of(batch, width, rest=-1)
         shape = (self.rows,) if self.packed else (batch, width)
-        self.ids = torch.zeros(shape, dtype=torch.int64) if self.packed else self.blocks
-        self.positions, self.slots = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-        self.context_lens, self.block_lens, self.starts = (torch.zeros(batch, dtype=torch.int32) for _ in range(3))
+        self.ids = Input.of(*shape) if self.packed else self.blocks
+        self.positions, self.slots = Input.of(*shape), Input.of(*shape, rest=-1)
+        self.context_lens, self.block_lens, self.starts = (Input.of(batch, dtype=torch.int32) for _ in range(3))
         self.hidden: torch.Tensor = torch.empty(0)
         self.features: torch.Tensor = torch.empty(0)
 
@@ -124,15 +140,15 @@ class VerifyStage:
                 positions += [0] * gap
                 slots += [-1] * gap
             at += n if self.packed else width
-        _fill(self.blocks, padded)
-        _fill(self.positions, positions)
-        _fill(self.slots, slots, -1)
-        _fill(self.context_lens, [block.context for block in blocks])
-        _fill(self.block_lens, [len(block.tokens) for block in blocks])
+        self.blocks.set(padded)
+        self.positions.set(positions)
+        self.slots.set(slots)
+        self.context_lens.set([block.context for block in blocks])
+        self.block_lens.set([len(block.tokens) for block in blocks])
         if self.packed:
-            _fill(self.ids, ids)
-            _fill(self.order, order, -1)
-            _fill(self.starts, starts)
+            self.ids.set(ids)
+            self.order.set(order)
+            self.starts.set(starts)
         return starts
 
     def __call__(self) -> Verified:
@@ -140,11 +156,11 @@ class VerifyStage:
         return self.verifier.out
 
     def run(self) -> None:
-        where = (self.tables.rows, self.context_lens, self.block_lens)
-        self.hidden, self.features = self.forward.run(self.ids, self.positions, self.slots, *where,
-                                                      self.starts if self.packed else None)
-        self.verifier.run(self.hidden, self.blocks, self.context_lens, self.block_lens,
-                          order=self.order if self.packed else None)
+        lens = self.context_lens.tensor, self.block_lens.tensor
+        self.hidden, self.features = self.forward.run(
+            self.ids.tensor, self.positions.tensor, self.slots.tensor, self.tables.rows, *lens,
+            self.starts.tensor if self.packed else None)
+        self.verifier.run(self.hidden, self.blocks.tensor, *lens, order=self.order.tensor if self.packed else None)
 
 
 class ContextStage:
@@ -153,13 +169,17 @@ class ContextStage:
     def __init__(self, drafter: Drafter, kv: Sequence[PagedKV], rows: int):
         self.work, self.context = Recorded(drafter.device, drafter), drafter.make_context(1, rows, kv)
         self.features = torch.zeros((rows, drafter.config.features), dtype=drafter.dtype)
-        self.positions, self.slots = (torch.zeros((1, rows), dtype=torch.int64) for _ in range(2))
-        self.count = torch.zeros(1, dtype=torch.int32)
+        self.positions, self.slots = Input.of(1, rows), Input.of(1, rows, rest=-1)
+        self.count = Input.of(1, dtype=torch.int32)
 
-    def __call__(self, features: torch.Tensor, positions: Sequence[int], slots: Sequence[int]) -> None:
-        """features (n, F * H)."""
-        self.features[:len(features)].copy_(features)
-        _fill(self.positions, positions)
-        _fill(self.slots, slots, -1)
-        self.count.fill_(len(features))
-        self.work.done(lambda: self.context.run(self.features, self.positions, self.slots, self.count))
+    def __call__(self, features: Sequence[torch.Tensor], positions: Sequence[int], slots: Sequence[int]) -> None:
+        """features: parts (n, F * H) whose rows are those of the positions."""
+        if features:
+            torch.cat(tuple(features), out=self.features[:len(positions)])
+        self.positions.set(positions)
+        self.slots.set(slots)
+        self.count.set([len(positions)])
+        self.work.done(self.run)
+
+    def run(self) -> None:
+        self.context.run(self.features, self.positions.tensor, self.slots.tensor, self.count.tensor)

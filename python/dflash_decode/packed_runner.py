@@ -178,18 +178,19 @@ class PackedRunner(Runner):
         positions: list[int] = []
         slots: list[int] = []
         for live in requests:
-            for position, features, start, count in live.features:
+            for position, states, start, count in live.features:
                 block = Block(range(count), position, live.pages, self.setting.pool.page_size)
-                rows.append(features[start:start + count])
+                rows.append(states[start:start + count])
                 positions += block.positions()
                 slots += block.slots()
-        if rows:
-            features = torch.cat(rows)
-            for at in range(0, len(features), _CONTEXT_ROWS):
-                part = slice(at, at + _CONTEXT_ROWS)
-                stage = self.context_stage(len(features[part]))
-                records |= stage.work.records
-                stage(features[part], positions[part], slots[part])
+        passes = [rows] if rows else []
+        if len(positions) > _CONTEXT_ROWS:
+            passes = [[part] for part in torch.cat(rows).split(_CONTEXT_ROWS)]
+        for i, features in enumerate(passes):
+            part = slice(i * _CONTEXT_ROWS, (i + 1) * _CONTEXT_ROWS)
+            stage = self.context_stage(len(positions[part]))
+            records |= stage.work.records
+            stage(features, positions[part], slots[part])
         for live in requests:
             live.features = []
         return None if records else time.perf_counter() - started
@@ -252,7 +253,7 @@ class PackedRunner(Runner):
 
     def record_context(self, rows: int) -> None:
         if (stage := self.context_stage(rows)).work.records:
-            stage(stage.features[:0], (), ())
+            stage((), (), ())
 
     def unseat(self) -> None:
         for tables in self.tables.values():

@@ -17,7 +17,7 @@ knows. Where it was not as expected, the next trial comes soon.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .chances import Calibration
@@ -87,8 +87,13 @@ class WidthPolicy:
         self.narrow = 0  # drafts since one of a whole block
         self._trial = self._astonished = False  # whether the last draft was one, and the last trial a surprise
         self.context = 0.0  # seconds in which a request's tokens of a step become the drafter's context
-        self.forecast = Forecast()
+        self._sums = Forecast()
         self._expected = 0.0  # tokens of the step
+
+    @property
+    def forecast(self) -> Forecast:
+        """Of all steps so far."""
+        return replace(self._sums)
 
     def rate(self, requests: int) -> float:
         """Tokens a second that a step of so many requests should bring."""
@@ -214,7 +219,8 @@ class WidthPolicy:
         curve = self.costs.verify if part == "verify" else self.costs.draft
         expected = curve(size)
         off = seconds / expected
-        self.forecast += Forecast(expected_seconds=expected, seconds=seconds)
+        self._sums.expected_seconds += expected
+        self._sums.seconds += seconds
         if part == "verify":
             self.surprised = not 1 / _SURPRISE < off < _SURPRISE
         curve.observe(size, seconds)
@@ -222,7 +228,9 @@ class WidthPolicy:
     def verified(self, requests: Sequence[Outlook], confidences: Sequence[Sequence[float]], widths: Sequence[int],
                  accepted: Sequence[int]) -> None:
         n, drafted = len(requests), sum(map(bool, confidences))
-        self.forecast += Forecast(1, self._expected, n + sum(accepted))
+        self._sums.steps += 1
+        self._sums.expected_tokens += self._expected
+        self._sums.tokens += n + sum(accepted)
         for confidence, width, count in zip(confidences, widths, accepted, strict=True) if drafted else ():
             for j in range(min(count + 1, width - 1, len(confidence))):
                 self.calibration.observe(j, confidence[j], j < count)

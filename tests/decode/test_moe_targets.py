@@ -151,7 +151,7 @@ def test_what_a_pass_costs_is_measured_over_tokens_that_choose_other_experts(mon
     decoder, seen = Decoder(target, Drafter.random(target, num_layers=1, block_size=4), max_batch=2, max_context=64), {}
 
     def run(stage):
-        seen[stage.rows] = stage.ids.tolist()
+        seen[stage.rows] = stage.ids.tensor.tolist()
 
     monkeypatch.setattr(VerifyStage, "__call__", run)
     measure(decoder.runner, few=False)
