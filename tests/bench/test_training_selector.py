@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dflash_decode import Session
-from dflash_decode.model.dflash2 import read_selector, write_selector
+from dflash_decode.model.dflash2 import NAMES, PREFIX, read_selector, write_selector
 from dflash_kernels import select_candidates
 from tools.training.replay import Blocks, Replay, Text
 from tools.training.selector import (
@@ -67,6 +67,16 @@ def learned():
 def test_it_learns_which_token_follows_which(learned):
     new = planted(2)
     assert new.accepted.float().mean() < 0.8 < 2.5 < walk(learned, new)[0].float().mean()
+
+
+def test_it_goes_on_from_what_was_written(learned, tmp_path):
+    write_selector(tmp_path, *learned.codebooks(), learned.hidden.T, K)
+    books, _ = read_selector(tmp_path, None, V)
+    later = Selector(learned.embedding, torch.arange(V), rank=16, seed=1)
+    later.hidden = torch.nn.Parameter(torch.randn(H, 16))
+    later.start_from(*(books[PREFIX + name] for name in NAMES))
+    new = planted(3)
+    assert (walk(later, new)[0] == walk(learned, new)[0]).float().mean() > 0.99  # the file has bfloat16
 
 
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(0, 3 * V, 3)])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dflash_decode import Session
 from dflash_decode.model.calibration import FILE as CALIBRATION
-from dflash_decode.model.dflash2 import write_selector
+from dflash_decode.model.dflash2 import NAMES, PREFIX, read_selector, write_selector
 from dflash_kernels import PackedWeight
 
 from .replay import Blocks, Replay, greedy_texts, weights_to_rejection
@@ -64,6 +64,13 @@ class Selector(torch.nn.Module):
 
     def codebooks(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.embedding @ self.before, self.embedding @ self.after
+
+    @torch.no_grad()
+    def start_from(self, predecessor: torch.Tensor, successor: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Takes the weights of a selector whose codebooks (n, rank) are those, for the same vocabulary."""
+        for matrix, book in ((self.before, predecessor), (self.after, successor)):
+            matrix.copy_(torch.linalg.lstsq(self.embedding, book.float()).solution)
+        self.hidden.copy_(hidden.float().T)
 
     def scores(self, books, hidden, values, ids, before) -> torch.Tensor:
         """hidden (..., H), values, ids (..., K), before (...) -> (..., K)."""
@@ -163,6 +170,7 @@ def main() -> None:
                    help="conversations that the target has written: files, or folders of tools.training.write")
     p.add_argument("--out", type=Path, required=True,
                    help="the drafter's folder, which gets candidate_selector/ and calibration.json")
+    p.add_argument("--start", type=Path, help="a drafter's folder, whose selector of this rank is trained further")
     p.add_argument("--blocks", type=int, default=300_000, help="blocks to draft for training")
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--candidates", type=int, default=16, help="most likely tokens that the selector chooses from")
@@ -186,6 +194,10 @@ def main() -> None:
     place[ids] = torch.arange(len(ids))
     table = target.embedding
     selector = Selector(table.rows(ids) if isinstance(table, PackedWeight) else table[ids], place, args.rank, args.seed)
+    if args.start:
+        books, _ = read_selector(args.start, ids, target.vocab_size)
+        before, after, hidden = (books[PREFIX + name] for name in NAMES)
+        selector.start_from(before[ids], after[ids], hidden)
     held_out = blocks.texts % HELD_OUT == 0
     seen, new = (take(blocks, which.nonzero()[:, 0]) for which in (~held_out, held_out))
     report("as it was", new.accepted, new)

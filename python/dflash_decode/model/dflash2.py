@@ -19,8 +19,9 @@ from ..checkpoint.safetensors import read_safetensors
 from .config import Convolution, DraftConfig
 from .tensors import Packer, Tensors
 
-_PREFIX, _BOOKS = "candidate_selector.", ("predecessor_codebook", "successor_codebook")
-_HIDDEN = "hidden_projection.weight"
+# Names of a selector's tensors.
+PREFIX, NAMES = "candidate_selector.", ("predecessor_codebook", "successor_codebook", "hidden_projection.weight")
+_BOOKS, _HIDDEN = NAMES[:2], NAMES[2]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def take_selector(tensors: Tensors, c: DraftConfig, pack: Packer) -> CandidateSe
     if c.selector is None:
         return None
     predecessor, successor = (
-        tensors.take(_PREFIX + name, c.vocab_size, c.selector.rank).contiguous() for name in _BOOKS)
-    hidden = tensors.take(_PREFIX + _HIDDEN, c.selector.rank, c.hidden_size)
+        tensors.take(PREFIX + name, c.vocab_size, c.selector.rank).contiguous() for name in _BOOKS)
+    hidden = tensors.take(PREFIX + _HIDDEN, c.selector.rank, c.hidden_size)
     return CandidateSelector(predecessor, successor, pack(hidden))
 
 
@@ -66,8 +67,8 @@ def write_selector(folder: Path, predecessor: torch.Tensor, successor: torch.Ten
 
     file = folder / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = dict(zip((*_BOOKS, _HIDDEN), (predecessor, successor, hidden), strict=True))
-    save_file({_PREFIX + name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}
+    tensors = dict(zip(NAMES, (predecessor, successor, hidden), strict=True))
+    save_file({PREFIX + name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}
               | {"candidates": torch.tensor([candidates])}, file)
     return file
 
@@ -83,25 +84,25 @@ def read_selector(folder: str | os.PathLike, vocabulary: torch.Tensor | None, vo
     if not os.path.lexists(file):
         return {}, {}
     tensors = read_safetensors(file)
-    wanted = {*(_PREFIX + name for name in (*_BOOKS, _HIDDEN)), "candidates"}
+    wanted = {*(PREFIX + name for name in NAMES), "candidates"}
     if tensors.keys() != wanted:
         raise CheckpointError(f"{file}: tensors must be {', '.join(sorted(wanted))}; got {', '.join(sorted(tensors))}")
     count = tensors.pop("candidates")
     if count.numel() != 1 or count.is_floating_point():
         raise CheckpointError(f"{file}: candidates must be one integer; got {tuple(count.shape)} of {count.dtype}")
-    hidden = tensors[_PREFIX + _HIDDEN]
+    hidden = tensors[PREFIX + _HIDDEN]
     if hidden.dim() != 2:
-        raise CheckpointError(f"{file}: {_PREFIX + _HIDDEN} must be (rank, hidden_size); got {tuple(hidden.shape)}")
+        raise CheckpointError(f"{file}: {PREFIX + _HIDDEN} must be (rank, hidden_size); got {tuple(hidden.shape)}")
     if vocabulary is not None and int(vocabulary.max()) >= vocab_size:
         return {}, {}  # which the drafter refuses
     rows, rank = vocab_size if vocabulary is None else len(vocabulary), hidden.shape[0]
     for name in _BOOKS:
-        book = tensors[_PREFIX + name]
+        book = tensors[PREFIX + name]
         if tuple(book.shape) != (rows, rank):
-            raise CheckpointError(f"{file}: {_PREFIX + name} must be ({rows}, {rank}), a row for each token of the "
+            raise CheckpointError(f"{file}: {PREFIX + name} must be ({rows}, {rank}), a row for each token of the "
                                   f"draft vocabulary; got {tuple(book.shape)}")
         if vocabulary is not None:
-            tensors[_PREFIX + name] = book.new_zeros(vocab_size, rank).index_copy_(0, vocabulary, book)
+            tensors[PREFIX + name] = book.new_zeros(vocab_size, rank).index_copy_(0, vocabulary, book)
     return tensors, {"selector_rank": rank, "selector_top_k": int(count)}
 
 
