@@ -14,7 +14,7 @@ from tests.support import ROOT, tiny
 
 WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/alternatives.md", "docs/channels.md",
            "docs/decoding.md", "docs/design.md", "docs/engines.md", "docs/glossary.md", "docs/performance.md",
-           "docs/quickstart.md", "docs/regressions.md", "docs/serving.md"]
+           "docs/quickstart.md", "docs/regressions.md", "docs/serving.md", "docs/training.md"]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GENERATED = re.compile(r"<!-- ([\w-]+):begin -->.*?<!-- \1:end -->", re.DOTALL)
 # A rate, a share, a time or a size: what a benchmark finds, or what follows from one.

@@ -12,53 +12,18 @@ import torch
 import torch.nn.functional as F
 
 from dflash_decode.checkpoint import drafter_of, load_checkpoint
-from dflash_decode.checkpoint.tokenizer import load_tokenizer
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
+from tests.bench.conftest import MASK
 from tests.support import ROOT
 from tests.support.clocks import Ticks
-from tests.support.tiny import VOCAB, write_target
+from tests.support.tiny import VOCAB
 from tools.training import checkpoint, optimise, plots, texts
 from tools.training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention, hits
-from tools.training.features import write_features
-from tools.training.target import Target
 
 SHARED = ROOT.parent / "shared" / "data"
 SHIPPED = Path(drafter_of("smollm2"))
-MASK = 5
-
-
-@pytest.fixture(autouse=True)
-def eager():
-    """Compiling the training's functions would take longer than all of these tests."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def target(folder):
-    return Target.load(str(folder), max_positions=512)
-
-
-@pytest.fixture
-def drafter(target):
-    shape = Shape.of(target, 2, (0, 2), 4, MASK)
-    made = TrainedDrafter(shape, target.norm, torch.rand(2 * target.hidden) + 0.5, seed=3)
-    for weight in made.parameters():  # o and down start at zero, which would hide the layers
-        weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.1
-    return made
-
-
-@pytest.fixture(scope="module")
-def written(folder, target, tmp_path_factory):
-    rows = [{"source": "t", "prompt": "p" * (1 + i % 5), "answer": "".join(chr(97 + (i * j) % 26) for j in range(20)),
-             "temperature": 0.0 if i % 4 else 0.8, "finish": "stop" if i % 2 else "length"} for i in range(48)]
-    return rows, write_features(target, load_tokenizer(folder), rows, (0, 2), tmp_path_factory.mktemp("f"), rows=64)
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def test_target_is_transformers_llama(folder, target):

@@ -36,9 +36,8 @@ class Shape:
     @classmethod
     def of(cls, target: Target, layers: int, target_layer_ids: tuple[int, ...], block: int, mask_id: int,
            intermediate: int | None = None) -> "Shape":
-        c = target.config
-        return cls(target.hidden, intermediate or c["intermediate_size"], layers, target.heads, target.kv_heads,
-                   target.head_dim, tuple(target_layer_ids), block, mask_id, target.eps, float(c["rope_theta"]))
+        return cls(target.hidden, intermediate or target.intermediate, layers, target.heads, target.kv_heads,
+                   target.head_dim, tuple(target_layer_ids), block, mask_id, target.eps, float(target.theta))
 
     def config(self, target: Target) -> dict:
         """config.json as the z-lab collection writes it."""
@@ -47,11 +46,11 @@ class Shape:
             "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
             "vocab_size": target.vocab, "rms_norm_eps": self.eps, "rope_theta": self.theta, "rope_scaling": None,
-            "max_position_embeddings": target.config["max_position_embeddings"], "attention_bias": False,
+            "max_position_embeddings": target.max_positions, "attention_bias": False,
             "attention_dropout": 0.0, "tie_word_embeddings": False, "use_sliding_window": False,
             "sliding_window": None, "layer_types": ["full_attention"] * self.layers, "torch_dtype": "bfloat16",
-            "bos_token_id": target.config.get("bos_token_id"), "eos_token_id": target.config.get("eos_token_id"),
-            "block_size": self.block, "num_target_layers": len(target.layers),
+            "bos_token_id": target.bos_id, "eos_token_id": target.eos_id,
+            "block_size": self.block, "num_target_layers": target.layers,
             "dflash_config": {"mask_token_id": self.mask_id, "target_layer_ids": list(self.target_layer_ids)},
         }
 

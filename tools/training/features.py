@@ -1,9 +1,15 @@
-"""Computes the target's features of each training text and stores them: hidden states at the target layers, and the
-most likely next tokens."""
+"""The target's features of training texts: hidden states at the target layers, and the most likely next tokens.
+
+They are stored once, or computed again whenever a text is visited. Storing takes 2 F * H bytes of disk a token, and
+saves the target's pass over the texts of every step.
+"""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +22,120 @@ from .target import Target
 from .texts import CONTEXT, chat_ids
 
 TEACHER = 8  # most likely tokens kept for each position
+CHUNK = 2048  # rows of logits at a time
 
 
-class Features:
-    """All texts end to end, N tokens: ids (N,), states (N, F * H) bfloat16 divided by scale (F * H,), likely and odds
-    (N, TEACHER): the target's most likely tokens FOR this place and their probabilities. Text i is
-    offsets[i]:offsets[i + 1], its answer begins at starts[i], greedy[i] tells whether it was written greedily."""
+class Padded(NamedTuple):
+    """B texts, padded on the right: ids (B, T) int64, states (B, T, F * H) bfloat16 divided by the scale, likely and
+    odds (B, T, TEACHER): the target's most likely tokens FOR a place, and their probabilities; of answers alone."""
+
+    ids: torch.Tensor
+    states: torch.Tensor
+    likely: torch.Tensor
+    odds: torch.Tensor
+
+
+class Texts(ABC):
+    """All texts end to end, N tokens: ids (N,) int32. Text i is offsets[i]:offsets[i + 1], its answer begins at
+    starts[i], greedy[i] tells whether it was written greedily. scale (F * H,): the size of the states' elements."""
+
+    ids: torch.Tensor
+    offsets: list[int]
+    starts: list[int]
+    greedy: list[bool]
+    sources: list[str]
+    prompts: list[str]
+    scale: torch.Tensor
+    target_layer_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def length(self, i: int) -> int:
+        return self.offsets[i + 1] - self.offsets[i]
+
+    def text(self, i: int) -> torch.Tensor:
+        return self.ids[self.offsets[i]:self.offsets[i + 1]]
+
+    def padded_ids(self, which: Sequence[int]) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([self.text(i).long() for i in which], batch_first=True)
+
+    @abstractmethod
+    def batch(self, which: Sequence[int]) -> Padded:
+        """Texts as a batch."""
+
+
+class Coded(NamedTuple):
+    """Texts as tokens, cut to a length. kept: which of the given ones have an answer then."""
+
+    ids: list[list[int]]
+    starts: list[int]
+    kept: list[int]
+
+    def offsets(self) -> list[int]:
+        return [0, *accumulate(map(len, self.ids))]
+
+
+def code(tokenizer: Tokenizer, texts: Sequence[dict], longest: int = CONTEXT) -> Coded:
+    ids, starts = [], []
+    for text in texts:
+        prompt = chat_ids(tokenizer, text["prompt"], text.get("before", ()))
+        whole = prompt + tokenizer.encode(text["answer"]) + list(tokenizer.stop_ids[:1]) * (text["finish"] == "stop")
+        ids.append(whole[:longest])
+        starts.append(len(prompt))
+    kept = [i for i in range(len(texts)) if len(ids[i]) >= starts[i] + 2]
+    return Coded([ids[i] for i in kept], [starts[i] for i in kept], kept)
+
+
+def scale_of(states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """states (B, T, F * H). The first position is an attention sink with hidden states of another size."""
+    rows = torch.cat([states[r, 1:n] for r, n in enumerate(lengths)])
+    return rows.float().pow(2).mean(0).sqrt().clamp_min(1e-3)
+
+
+def teacher(target: Target, final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """final (N, H) -> the most likely tokens after each row, and their probabilities, (N, TEACHER)."""
+    tops = [torch.softmax(F.linear(rows, target.head), -1).topk(TEACHER) for rows in final.split(CHUNK)]
+    return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
+
+
+class LiveTexts(Texts):
+    """Texts whose features the target computes when they are asked for. sample: texts that the scale is taken from."""
+
+    def __init__(self, target: Target, tokenizer: Tokenizer, texts: Sequence[dict], target_layer_ids: Sequence[int],
+                 longest: int = CONTEXT, sample: int = 16):
+        coded = code(tokenizer, texts, longest)
+        self.target, self.target_layer_ids = target, tuple(target_layer_ids)
+        self.ids = torch.tensor([token for ids in coded.ids for token in ids], dtype=torch.int32)
+        self.offsets, self.starts = coded.offsets(), coded.starts
+        self.greedy = [texts[i]["temperature"] == 0 for i in coded.kept]
+        self.sources, self.prompts = ([texts[i][name] for i in coded.kept] for name in ("source", "prompt"))
+        some = list(range(len(self)))[::max(len(self) // sample, 1)][:sample]
+        self.scale = scale_of(self._run(self.padded_ids(some))[1], [self.length(i) for i in some]).cpu()
+
+    def _run(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        final, seen = self.target.forward(ids.to(self.target.device), self.target_layer_ids)
+        return final, torch.cat(seen, -1)
+
+    @torch.no_grad()
+    def batch(self, which: Sequence[int]) -> Padded:
+        ids = self.padded_ids(which)
+        final, states = self._run(ids)
+        states = states / self.scale.to(states)
+        # The tokens for a place come from the row before it, for all places of the answers.
+        places = torch.arange(ids.shape[1])
+        inside = (places >= torch.tensor([self.starts[i] for i in which])[:, None]) & (
+            places < torch.tensor([self.length(i) for i in which])[:, None])
+        row, place = (at.to(final.device) for at in inside.nonzero(as_tuple=True))
+        likely = torch.zeros((*ids.shape, TEACHER), dtype=torch.int64, device=final.device)
+        odds = torch.zeros((*ids.shape, TEACHER), device=final.device)
+        found = teacher(self.target, final[row, place - 1])
+        likely[row, place], odds[row, place] = found[0], found[1].float()
+        return Padded(ids, states, likely, odds)
+
+
+class Features(Texts):
+    """Stored features, of all texts end to end: states (N, F * H), likely and odds (N, TEACHER)."""
 
     def __init__(self, folder: Path):
         meta = json.loads((folder / "features.json").read_text())
@@ -31,21 +145,22 @@ class Features:
             return torch.from_numpy(np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape))
 
         self.target_layer_ids, self.sources, self.prompts = (
-            tuple(meta["target_layer_ids"]),
-            meta["sources"],
-            meta["prompts"],
-        )
+            tuple(meta["target_layer_ids"]), meta["sources"], meta["prompts"])
         self.ids, self.likely = array("ids", np.int32, n), array("likely", np.int32, n, TEACHER)
         self.states = array("states", np.int16, n, width).view(torch.bfloat16)
         self.odds = array("odds", np.float16, n, TEACHER)
         self.scale = torch.tensor(meta["scale"])
         self.offsets, self.starts, self.greedy = meta["offsets"], meta["starts"], meta["greedy"]
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def length(self, i: int) -> int:
-        return self.offsets[i + 1] - self.offsets[i]
+    def batch(self, which: Sequence[int]) -> Padded:
+        shape = len(which), max(self.length(i) for i in which)
+        found = Padded(self.padded_ids(which), self.states.new_zeros(*shape, self.states.shape[1]),
+                       torch.zeros((*shape, TEACHER), dtype=torch.int64), torch.zeros((*shape, TEACHER)))
+        for r, i in enumerate(which):
+            at = slice(self.offsets[i], self.offsets[i + 1])
+            for into, stored in zip(found[1:], (self.states, self.likely, self.odds), strict=True):
+                into[r, :self.length(i)] = stored[at]
+        return found
 
 
 def batches_of_like_lengths(coded: list[list[int]], rows: int) -> list[list[int]]:
@@ -60,25 +175,13 @@ def batches_of_like_lengths(coded: list[list[int]], rows: int) -> list[list[int]
 
 
 def write_features(
-    target: Target,
-    tokenizer: Tokenizer,
-    texts: Sequence[dict],
-    target_layer_ids: Sequence[int],
-    folder: Path,
-    longest: int = CONTEXT,
-    rows: int = 8192,
+    target: Target, tokenizer: Tokenizer, texts: Sequence[dict], target_layer_ids: Sequence[int], folder: Path,
+    longest: int = CONTEXT, rows: int = 8192,
 ) -> Features:
     """Computes and stores the features of `texts`, each cut to `longest` tokens, about `rows` tokens at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    coded, starts = [], []
-    for text in texts:
-        prompt = chat_ids(tokenizer, text["prompt"], text.get("before", ()))
-        ids = prompt + tokenizer.encode(text["answer"]) + list(tokenizer.stop_ids[:1]) * (text["finish"] == "stop")
-        coded.append(ids[:longest])
-        starts.append(len(prompt))
-    kept = [i for i in range(len(texts)) if len(coded[i]) >= starts[i] + 2]
-    coded, starts = [coded[i] for i in kept], [starts[i] for i in kept]
-    offsets = np.concatenate(([0], np.cumsum([len(c) for c in coded]))).tolist()
+    found = code(tokenizer, texts, longest)
+    (coded, starts, kept), offsets = found, found.offsets()
     n, width = offsets[-1], len(target_layer_ids) * target.hidden
 
     def array(name, dtype, *shape):
@@ -95,31 +198,18 @@ def write_features(
             row[:len(coded[i])] = torch.tensor(coded[i])
         final, seen = target.forward(padded.to(target.device), target_layer_ids)
         seen = torch.cat(seen, -1)
-        if scale is None:  # the first position is an attention sink with hidden states of another size
-            scale = torch.cat([seen[r, 1:len(coded[i])] for r, i in enumerate(batch)]).float().pow(2).mean(0).sqrt()
-            scale = scale.clamp_min(1e-3)
+        if scale is None:
+            scale = scale_of(seen, [len(coded[i]) for i in batch])
         seen = (seen / scale.to(seen.dtype)).cpu()
         for r, i in enumerate(batch):
             end, at = len(coded[i]), offsets[i]
             states[at:at + end] = seen[r, :end].contiguous().view(torch.int16).numpy()
-            top = torch.softmax(F.linear(final[r, starts[i] - 1:end - 1], target.head), -1).topk(TEACHER)
-            likely[at + starts[i]:at + end] = top.indices.cpu().numpy()
-            odds[at + starts[i]:at + end] = top.values.float().cpu().numpy()
+            tokens, shares = teacher(target, final[r, starts[i] - 1:end - 1])
+            likely[at + starts[i]:at + end], odds[at + starts[i]:at + end] = tokens.cpu(), shares.float().cpu()
     for kept_array in (ids, states, likely, odds):
         kept_array.flush()
-    (folder / "features.json").write_text(
-        json.dumps(
-            {
-                "tokens": n,
-                "width": width,
-                "target_layer_ids": list(target_layer_ids),
-                "scale": scale.tolist(),
-                "offsets": offsets,
-                "starts": starts,
-                "greedy": [texts[i]["temperature"] == 0 for i in kept],
-                "sources": [texts[i]["source"] for i in kept],
-                "prompts": [texts[i]["prompt"] for i in kept],
-            }
-        )
-    )
+    (folder / "features.json").write_text(json.dumps({
+        "tokens": n, "width": width, "target_layer_ids": list(target_layer_ids), "scale": scale.tolist(),
+        "offsets": offsets, "starts": starts, "greedy": [texts[i]["temperature"] == 0 for i in kept],
+        "sources": [texts[i]["source"] for i in kept], "prompts": [texts[i]["prompt"] for i in kept]}))
     return Features(folder)

@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .drafter import HeadLoss, TrainedDrafter, hits
-from .features import Features
+from .features import Texts
 from .replay import weights_to_rejection
 from .target import Target
 
@@ -43,10 +43,10 @@ class Recipe:
 class Vocabulary:
     """The `size` most frequent tokens of the training answers: ids (size,) sorted, and place (V,), -1 for the rest."""
 
-    def __init__(self, features: Features, which: list[int], size: int, total: int):
+    def __init__(self, features: Texts, which: list[int], size: int, total: int):
         counts = Counter()
         for i in which:
-            counts.update(features.ids[features.offsets[i] + features.starts[i]:features.offsets[i + 1]].tolist())
+            counts.update(features.text(i)[features.starts[i]:].tolist())
         self.ids = torch.tensor(sorted(t for t, _ in counts.most_common(size)))
         self.place = torch.full((total,), -1)
         self.place[self.ids] = torch.arange(len(self.ids))
@@ -65,29 +65,26 @@ class Batch:
     """`which` texts with `blocks` anchors each, blocks of `width`. places (len(which), blocks): the anchors; random if
     None."""
 
-    def __init__(self, f: Features, which: list[int], blocks: int, width: int, vocabulary: Vocabulary, hard: float,
+    def __init__(self, f: Texts, which: list[int], blocks: int, width: int, vocabulary: Vocabulary, hard: float,
                  draw: random.Random, device, places: torch.Tensor | None = None):
-        t = max(f.length(i) for i in which)
-        states = torch.zeros((len(which), t, f.states.shape[1]), dtype=f.states.dtype)
+        texts, place = f.batch(which), vocabulary.place
+        device, rows = torch.device(device), torch.arange(len(which))[:, None]
         anchors = torch.empty((len(which), blocks), dtype=torch.long)
-        at = torch.empty_like(anchors)
-        ends = torch.empty((len(which), 1, 1), dtype=torch.long)
         for r, i in enumerate(which):
-            start, end = f.offsets[i], f.offsets[i + 1]
-            states[r, :end - start] = f.states[start:end]
             if places is None:
-                free = range(f.starts[i], end - start - 1)
+                free = range(f.starts[i], f.length(i) - 1)
                 chosen = draw.sample(free, blocks) if len(free) >= blocks else draw.choices(free, k=blocks)
                 anchors[r] = torch.tensor(sorted(chosen))
             else:
                 anchors[r] = places[r]
-            at[r], ends[r] = anchors[r] + start, end
-        after = at[..., None] + torch.arange(1, width)
-        inside = after < ends
-        after = torch.where(inside, after, at[..., None])
-        own = vocabulary.place[f.ids[after].long()]
-        likely = vocabulary.place[f.likely[after].long()]
-        odds = f.odds[after].float() * (likely >= 0)
+        lengths = torch.tensor([f.length(i) for i in which])[:, None]
+        after = anchors[..., None] + torch.arange(1, width)
+        inside = after < lengths[..., None]
+        after = torch.where(inside, after, anchors[..., None])
+        own = place[texts.ids[rows[..., None], after]]
+        likely, odds = (found.cpu()[rows[..., None], after] for found in (texts.likely, texts.odds))
+        likely = place[likely]
+        odds = odds * (likely >= 0)
         odds = odds / odds.sum(-1, keepdim=True).clamp_min(1e-6)
         share = torch.cat(((own >= 0).float()[..., None] * hard, odds * (1 - hard)), -1)
         self.counts = inside.to(device)
@@ -95,9 +92,9 @@ class Batch:
         self.labels = torch.cat((own[..., None], likely), -1).clamp_min(0).to(device)
         self.known, self.walked = (own >= 0).to(device), places is not None
         self.first = torch.tensor([f.starts[i] for i in which]).to(device)[:, None]
-        self.last = (ends[..., 0] - torch.tensor([f.offsets[i] for i in which])[:, None] - 2).to(device)
-        self.states, self.anchors = states.to(device), anchors.to(device)
-        self.anchor_ids = f.ids[at].long().to(device)
+        self.last = (lengths - 2).to(device)
+        self.states, self.anchors = texts.states.to(device), anchors.to(device)
+        self.anchor_ids = texts.ids[rows, anchors].to(device)
 
 
 def block_weights(width: int, device) -> torch.Tensor:
@@ -108,7 +105,7 @@ def block_weights(width: int, device) -> torch.Tensor:
 class Training:
     """The state of a run: parameters, optimisers, measurements. `folder` stores it, so that a run can be resumed."""
 
-    def __init__(self, drafter: TrainedDrafter, target: Target, features: Features, recipe: Recipe, folder: Path,
+    def __init__(self, drafter: TrainedDrafter, target: Target, features: Texts, recipe: Recipe, folder: Path,
                  seen: Collection[str] = ()):
         """seen: prompts that the drafter was trained on before, which cannot be held out."""
         self.drafter, self.features, self.recipe, self.folder = drafter.to(target.device), features, recipe, folder
@@ -282,10 +279,11 @@ class Training:
                     weight.copy_(torch.lerp(trained[name], weight, self.recipe.start_share))
         self.history.append(self.evaluate() | {"loss": self.history[-1]["loss"]})
 
-    def run(self, evaluations: int = 24) -> None:
-        """Trains until `recipe.minutes` of training are reached, including those of earlier runs."""
+    def run(self, evaluations: int = 24, save_every: float = 120.0, saved: Callable[[], None] = lambda: None) -> None:
+        """Trains until `recipe.minutes` of training are reached, including those of earlier runs. The state is kept
+        every `save_every` seconds, after which saved() is called."""
         total = self.recipe.minutes * 60
-        groups, due, saved, losses = self._groups(), self.seconds, time.perf_counter(), []
+        groups, due, last, losses = self._groups(), self.seconds, time.perf_counter(), []
         bar = tqdm(total=round(total), initial=round(self.seconds), desc="training", unit="s")
         while self.seconds < total:
             begun = time.perf_counter()
@@ -296,9 +294,10 @@ class Training:
                 self.history.append(self.evaluate() | {"loss": sum(losses) / len(losses)})
                 tqdm.write(json.dumps(self.history[-1]))
                 losses = losses[-1:]
-            if time.perf_counter() - saved > 120:
+            if time.perf_counter() - last > save_every:
                 self.save()
-                saved = time.perf_counter()
+                saved()
+                last = time.perf_counter()
             bar.n = min(round(self.seconds), bar.total)
             bar.set_postfix(step=self.step, loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update(0)

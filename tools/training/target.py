@@ -1,13 +1,16 @@
-"""The target in PyTorch: a dense Llama-like model that returns its hidden states for thousands of rows, on any device,
-with torch's own operators."""
+"""The target in PyTorch: a causal model that returns its hidden states for thousands of rows, on any device, with
+torch's own operators. A Llama is written out, as GGUF files have them; any other is transformers' model."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dflash_decode.checkpoint import Checkpoint, load_checkpoint
+from dflash_decode.checkpoint import Checkpoint, find_model, load_checkpoint
 from dflash_decode.model.rope import Rope
 
 
@@ -33,36 +36,79 @@ class Layer:
     down: torch.Tensor
 
 
-class Target:
-    """checkpoint: config and tensors of a Llama-like model without biases, with tied embeddings or its own head."""
+class Target(ABC):
+    """What training needs of a target.
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", max_positions: int = 2048):
+    embedding, head (vocab, H); norm (H,), the weight of the final norm. layers: how many. theta: RoPE's, and
+    max_positions: the longest context, which the drafter takes over. logits are hidden @ head.T, and rows of the
+    embedding are the inputs of the first layer: a target that scales either is refused.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    embedding: torch.Tensor
+    head: torch.Tensor
+    norm: torch.Tensor
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    eps: float
+    theta: float
+    max_positions: int
+    bos_id: int | None
+    eos_id: int | None
+
+    @abstractmethod
+    def forward(self, ids: torch.Tensor, target_layer_ids: Iterable[int] = ()) -> tuple[torch.Tensor,
+                                                                                      list[torch.Tensor]]:
+        """ids (B, T) padded on the right -> the final normed hidden states (B, T, H) and the outputs of the layers
+        `target_layer_ids` in rising order, each (B, T, H)."""
+
+
+def load_target(model: str, device: str | torch.device = "cpu") -> Target:
+    """A target by the name, file or directory that `dflash-kernels generate` takes."""
+    where = find_model(model)
+    if where.is_dir():
+        return TransformersTarget(where, device)
+    return LlamaTarget(load_checkpoint(model, torch.bfloat16), device)
+
+
+class LlamaTarget(Target):
+    """checkpoint: config and tensors of a Llama without biases, with tied embeddings or its own head. positions: of
+    the longest text."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", positions: int = 2048):
         c, take = checkpoint.config, lambda name: checkpoint.tensor(name).to(device)
-        if c.get("model_type") != "llama" or c.get("attention_bias"):
-            raise ValueError(f"target: model_type must be llama without biases; got {c.get('model_type')}")
-        self.config, self.device = c, torch.device(device)
+        if c.get("model_type") != "llama" or c.get("attention_bias") or c.get("rope_scaling"):
+            raise ValueError("target: a GGUF file must be of a Llama without biases and RoPE scaling (a Hugging Face "
+                             f"directory can be of any family); got model_type {c.get('model_type')}, rope_scaling "
+                             f"{c.get('rope_scaling')}")
+        self.device = torch.device(device)
         self.hidden, self.eps, self.vocab = c["hidden_size"], c["rms_norm_eps"], c["vocab_size"]
         self.heads, self.kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
         self.head_dim = c.get("head_dim") or self.hidden // self.heads
+        self.intermediate, self.layers, self.theta = c["intermediate_size"], c["num_hidden_layers"], c["rope_theta"]
+        self.max_positions = c["max_position_embeddings"]
+        self.bos_id, self.eos_id = c.get("bos_token_id"), c.get("eos_token_id")
         self.embedding, self.norm = take("model.embed_tokens.weight"), take("model.norm.weight")
         self.head = take("lm_head.weight") if "lm_head.weight" in checkpoint.tensors else self.embedding
         self.dtype = self.embedding.dtype
-        self.layers = []
-        for i in range(c["num_hidden_layers"]):
+        self.weights = []
+        for i in range(self.layers):
             at = f"model.layers.{i}."
-            self.layers.append(Layer(
+            self.weights.append(Layer(
                 input_norm=take(at + "input_layernorm.weight"),
                 qkv=torch.cat([take(f"{at}self_attn.{n}_proj.weight") for n in "qkv"]),
                 o=take(at + "self_attn.o_proj.weight"),
                 post_norm=take(at + "post_attention_layernorm.weight"),
                 gate_up=torch.cat([take(f"{at}mlp.{n}_proj.weight") for n in ("gate", "up")]),
                 down=take(at + "mlp.down_proj.weight")))
-        table = rope_table(self.head_dim, float(c["rope_theta"]), max_positions, self.device)
+        table = rope_table(self.head_dim, float(self.theta), positions, self.device)
         self.cos, self.sin = (t.to(self.dtype) for t in table)
-
-    @classmethod
-    def load(cls, model: str, device: str | torch.device = "cpu", max_positions: int = 2048) -> "Target":
-        return cls(load_checkpoint(model, torch.bfloat16), device, max_positions)
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (self.hidden,), weight, self.eps)
@@ -80,11 +126,9 @@ class Target:
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, target_layer_ids: Iterable[int] = ()):
-        """ids (B, T) padded on the right -> the final normed hidden states (B, T, H) and the outputs of the layers
-        `target_layer_ids`, each (B, T, H)."""
         x, target_layer_ids, seen = F.embedding(ids, self.embedding), set(target_layer_ids), {}
         cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.weights):
             q, k, v = self._qkv(layer, x, cos, sin)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = x + F.linear(out.transpose(1, 2).flatten(2), layer.o)
@@ -92,3 +136,59 @@ class Target:
             if i in target_layer_ids:
                 seen[i] = x
         return self.normed(x, self.norm), [seen[i] for i in sorted(seen)]
+
+
+class TransformersTarget(Target):
+    """The model of a Hugging Face directory, of any family whose text decodes through our loop."""
+
+    def __init__(self, folder: Path, device: str | torch.device = "cpu"):
+        import transformers
+
+        from dflash_decode.model.hf import refuse_model
+
+        transformers.utils.logging.disable_progress_bar()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True).to(device).eval()
+        refuse_model(model)
+        c, embeddings = model.config.get_text_config(), model.get_input_embeddings()
+        head = model.get_output_embeddings()
+        _refuse_scales(c, embeddings, head)
+        self.base, self.device, self.dtype = model.base_model, torch.device(device), torch.bfloat16
+        self.embedding, self.head = embeddings.weight.detach(), head.weight.detach()
+        self.vocab, self.hidden = self.embedding.shape
+        self.heads, self.layers = c.num_attention_heads, c.num_hidden_layers
+        self.kv_heads = getattr(c, "num_key_value_heads", None) or self.heads
+        self.head_dim = getattr(c, "head_dim", None) or self.hidden // self.heads
+        self.intermediate, self.eps = c.intermediate_size, getattr(c, "rms_norm_eps", 1e-6)
+        self.theta = float((getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0))
+        self.max_positions, self.bos_id, self.eos_id = c.max_position_embeddings, c.bos_token_id, c.eos_token_id
+        self.norm = _norm_of(getattr(model.get_decoder(), "norm", None), self.embedding[:64], self.eps)
+
+    @torch.inference_mode()
+    def forward(self, ids: torch.Tensor, target_layer_ids: Iterable[int] = ()):
+        # Padding is on the right, so no token sees it, and a mask would only cost time.
+        found = self.base(input_ids=ids, use_cache=False, output_hidden_states=True)
+        return found.last_hidden_state, [found.hidden_states[i + 1] for i in sorted(target_layer_ids)]
+
+
+@torch.inference_mode()
+def _norm_of(module, rows: torch.Tensor, eps: float) -> torch.Tensor:
+    """The weight of the final norm, where it is an RMS norm as the drafter's is; otherwise ones."""
+    weight = getattr(module, "weight", None)
+    if weight is not None:
+        like = F.rms_norm(rows, weight.shape, weight, eps)
+        if (module(rows) - like).abs().max() <= 0.02 * like.abs().max():
+            return weight.detach()
+    return torch.ones_like(rows[0])
+
+
+def _refuse_scales(config, embeddings, head) -> None:
+    from dflash_decode.model.hf import embedding_scale, logit_scale
+
+    if head.bias is not None:
+        raise ValueError("target: the LM head must have no bias, as the drafter uses it; got one")
+    for what, got, neutral in (("the embedding's scale", embedding_scale(embeddings), 1.0),
+                               ("the logits' scale", logit_scale(config), 1.0),
+                               ("final_logit_softcapping", getattr(config, "final_logit_softcapping", None), None)):
+        if got != neutral:
+            raise ValueError(f"target: {what} must be {neutral}, as a drafter has none; got {got}")

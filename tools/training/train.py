@@ -1,42 +1,53 @@
-"""Trains a DFlash drafter for a small Llama-like target: texts, features, training, checkpoint, one command.
+"""Trains a DFlash drafter for a target: texts, features, training, checkpoint, one command.
 
     python -m tools.training --model smollm2 --answers build/texts --work build/drafter --minutes 85
+    python -m tools.training --config recipe.toml
 
 Each stage keeps what it made under --work and is skipped when that is complete; training goes on from its last state,
 so a run that was cut off, or whose --minutes is raised, is continued by the same command. The result is
-<work>/checkpoint: config.json and safetensors in z-lab's format, the draft vocabulary, the list of training prompts.
+<work>/checkpoint: config.json and safetensors in z-lab's format, the draft vocabulary, the list of training prompts,
+and a plot. A file of --config names options and their values in TOML; the command line goes before it.
 """
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import tomllib
 import torch
 
 from dflash_decode.checkpoint import read_directory
-from dflash_decode.checkpoint.tokenizer import load_tokenizer
+from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tools.training import checkpoint, plots
 from tools.training.drafter import Shape, TrainedDrafter
-from tools.training.features import Features, write_features
+from tools.training.features import Features, LiveTexts, Texts, write_features
 from tools.training.optimise import Recipe, Training
-from tools.training.target import Target
+from tools.training.target import Target, load_target
 from tools.training.write import read_answers, read_parts, write_texts
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="smollm2", help="the target: smollm2, a .gguf file or a checkpoint's directory")
+    p.add_argument("--config", type=Path, help="a TOML file of these options, without the dashes")
+    p.add_argument("--model", default="smollm2", help="the target: smollm2, a Llama's .gguf file or the "
+                   "Hugging Face directory of any family")
     p.add_argument("--work", type=Path, default=Path("build/drafter"), help="folder of all stages and of the result")
     p.add_argument("--answers", type=Path, nargs="*", default=[],
                    help="conversations that the target has written: files, or folders of tools.training.write")
     p.add_argument("--write-tokens", type=int, default=0, help="have the target write so many tokens of answers first")
+    p.add_argument("--write-minutes", type=float, default=math.inf, help="but for at most so long")
     p.add_argument("--prompts", type=Path, nargs="*", default=[], help="prompts to answer before the target's own")
     p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered")
     p.add_argument("--limit", type=int, help="use only this many texts, for a rehearsal")
+    p.add_argument("--features", choices=("stored", "live"), help="keep the target's hidden states on disk, or compute "
+                   "them for every step; by default stored on a CPU, live on a GPU")
     p.add_argument("--layers", type=int, default=3)
-    p.add_argument("--target-layer-ids", type=int, nargs="+", default=[1, 10, 19, 28],
-                   help="target layers whose outputs the drafter reads")
+    p.add_argument("--target-layer-ids", type=int, nargs="+", help="target layers whose outputs the drafter reads; by "
+                   "default four, from the second to the last but one")
     p.add_argument("--block-size", type=int, default=8)
-    p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes")
+    p.add_argument("--intermediate", type=int, help="size of the drafter's MLPs; by default the target's")
+    p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes, or its id")
     p.add_argument("--start", type=Path, help="a checkpoint of the same shape to start from; held-out texts "
                    "are chosen among those that it was not trained on")
     p.add_argument("--early-share", type=float, default=Recipe.early_share, help="share of the time with short blocks")
@@ -53,10 +64,37 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
     p.add_argument("--negatives", type=int, default=Recipe.negatives, help="random other tokens per step")
     p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, which have unit size")
+    p.add_argument("--save-seconds", type=float, default=120.0, help="how often the state and a checkpoint are written")
     p.add_argument("--shard-mb", type=int, help="write the weights in shards of at most this size")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return p.parse_args()
+    args = p.parse_args(given)
+    if args.config:
+        # A second reading: what the command line names goes before the file, and the file before the defaults.
+        p.set_defaults(**from_file(p, args.config))
+        args = p.parse_args(given)
+    return args
+
+
+def from_file(parser: argparse.ArgumentParser, file: Path) -> dict[str, object]:
+    """The options that a TOML file names, as the command line would give them."""
+    actions = {action.dest: action for action in parser._actions}
+    found: dict[str, object] = {}
+    for name, value in tomllib.loads(file.read_text(encoding="utf-8")).items():
+        action = actions.get(name.replace("-", "_"))
+        if action is None or action.dest in ("help", "config"):
+            parser.error(f"{file}: option must be one of --help's; got {name}")
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, list) != (action.nargs is not None):
+            parser.error(f"{file}: {name} must be {'a list' if action.nargs else 'one value'}; got {value!r}")
+        try:
+            made = [action.type(one if isinstance(one, str) else repr(one)) if action.type else one for one in values]
+        except (ValueError, TypeError):
+            parser.error(f"{file}: {name} must be of type {action.type.__name__}; got {value!r}")
+        if action.choices and any(one not in action.choices for one in made):
+            parser.error(f"{file}: {name} must be one of {', '.join(action.choices)}; got {value!r}")
+        found[action.dest] = made if action.nargs else made[0]
+    return found
 
 
 def collect_texts(args: argparse.Namespace) -> list[dict]:
@@ -65,43 +103,68 @@ def collect_texts(args: argparse.Namespace) -> list[dict]:
     if args.write_tokens:
         folder = args.work / "texts"
         write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
-                    seed=args.seed)
+                    seed=args.seed, minutes=args.write_minutes)
         found += read_parts(folder)
     if not found:
         raise SystemExit("no training text: give --answers or --write-tokens")
     return found[:args.limit]
 
 
+def mask_of(tokenizer: Tokenizer, target: Target, name: str) -> int:
+    mask = int(name) if name.isdigit() else tokenizer.token_id(name)
+    if mask is None or mask >= target.vocab:
+        raise SystemExit(f"--mask-token must be one of the tokenizer's, or an id below {target.vocab}; got {name!r}")
+    return mask
+
+
+def layers_of(target: Target, given: Sequence[int] | None) -> list[int]:
+    """The layers whose outputs are features. The last layer's would be normed by some models, so it is none of them."""
+    last = target.layers - 2
+    layers = sorted(given or {1 + i * (last - 1) // 3 for i in range(4)})
+    if not 0 <= layers[0] <= layers[-1] <= last:
+        raise SystemExit(f"--target-layer-ids must be between 0 and {last}, the last layer but one; got {layers}")
+    return layers
+
+
+def features_of(args: argparse.Namespace, target: Target, tokenizer: Tokenizer, texts: list[dict],
+                layers: list[int]) -> Texts:
+    how, kept = args.features or ("live" if target.device.type == "cuda" else "stored"), args.work / "features"
+    if how == "live":
+        return LiveTexts(target, tokenizer, texts, layers)
+    return Features(kept) if (kept / "features.json").is_file() else write_features(
+        target, tokenizer, texts, layers, kept)
+
+
 def main() -> None:
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    tokenizer, target = load_tokenizer(args.model), Target.load(args.model, args.device)
-    mask = tokenizer.backend.token_to_id(args.mask_token)
-    if mask is None:
-        raise SystemExit(f"--mask-token must be one of the tokenizer's tokens; got {args.mask_token!r}")
+    tokenizer, target = load_tokenizer(args.model), load_target(args.model, args.device)
+    mask, layers = mask_of(tokenizer, target, args.mask_token), layers_of(target, args.target_layer_ids)
     written = collect_texts(args)
     print(f"{len(written)} texts", flush=True)
-    kept = args.work / "features"
-    features = Features(kept) if (kept / "features.json").is_file() else write_features(
-        target, tokenizer, written, sorted(args.target_layer_ids), kept)
-    print(f"{len(features)} texts, {len(features.ids)} tokens with features", flush=True)
+    features = features_of(args, target, tokenizer, written, layers)
+    print(f"{len(features)} texts of {len(features.ids)} tokens", flush=True)
     recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
                     vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
                     noise=args.noise, early_share=args.early_share, vector_rate=args.vector_rate,
                     decay_from=args.decay_from, start_share=args.start_share, visits=args.visits)
-    shape = Shape.of(target, args.layers, features.target_layer_ids, args.block_size, mask)
+    shape = Shape.of(target, args.layers, features.target_layer_ids, args.block_size, mask, args.intermediate)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:
         drafter.load_tensors(read_directory(args.start).tensors)
     training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start))
     if training.resume():
         print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
-    training.run()
+    out = args.work / "checkpoint"
+
+    def keep() -> None:
+        checkpoint.write(out, drafter, target, training.vocabulary.ids, args.shard_mb)
+
+    training.run(save_every=args.save_seconds, saved=keep)
     if args.start and args.start_share:
         training.average(read_directory(args.start).tensors)
-    out = args.work / "checkpoint"
-    checkpoint.write(out, drafter, target, training.vocabulary.ids, args.shard_mb)
+    keep()
     checkpoint.write_record(out, training, (row["prompt"] for row in written), args.start)
     plots.plot(training.history, out / "training.png")
     print(f"{out}: acceptance length {training.history[-1]['acceptance']:.3f} at random places of held-out answers")

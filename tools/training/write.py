@@ -8,6 +8,8 @@ A part is a file of 500 conversations and is kept whole or not at all. The same 
 import argparse
 import gzip
 import json
+import math
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -48,27 +50,27 @@ def keep_part(folder: Path, rows: list[dict]) -> None:
 
 
 def write(session: Session, folder: Path, tokens: int, given: list[tuple[str, str]], without: list[str], *,
-          concurrency: int, seed: int = 0, part: int = PART, **how) -> None:
-    """Adds parts to `folder` until its answers have `tokens` tokens. without: prompts that are never asked.
-    how: of Writer."""
+          concurrency: int, seed: int = 0, part: int = PART, minutes: float = math.inf, **how) -> None:
+    """Adds parts to `folder` until its answers have `tokens` tokens, or for so many minutes. without: prompts that are
+    never asked. how: of Writer."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = read_parts(folder)
     have = sum(row["tokens"] for row in kept)
     writer = Writer(session, given, {row["prompt"] for row in kept} | set(without), concurrency=concurrency,
                     seed=seed + len(kept), **how)
     with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc=f"writing {folder}", smoothing=0.05) as bar:
-        for rows in _batches(writer, bar, tokens - have, part):
+        for rows in _batches(writer, bar, tokens - have, part, time.perf_counter() + 60 * minutes):
             keep_part(folder, rows)
 
 
-def _batches(writer: Writer, bar: tqdm, tokens: int, part: int) -> Iterator[list[dict]]:
+def _batches(writer: Writer, bar: tqdm, tokens: int, part: int, until: float) -> Iterator[list[dict]]:
     rows: list[dict] = []
     if tokens > 0:
         for row in writer.conversations():
             rows.append(row)
             tokens -= row["tokens"]
             bar.update(row["tokens"])
-            if tokens <= 0:
+            if tokens <= 0 or time.perf_counter() > until:
                 break
             if len(rows) == part:
                 yield rows
@@ -93,6 +95,7 @@ def main() -> None:
     p.add_argument("--weights", default="auto", help="how its weights are kept, likewise")
     p.add_argument("--out", type=Path, default=Path("build/texts"), help="folder of the parts")
     p.add_argument("--tokens", type=int, default=1_000_000, help="tokens of answers that the folder shall have")
+    p.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, however many there are")
     p.add_argument("--prompts", type=Path, nargs="*", default=[], help="prompts to answer before the target's own: "
                    "JSON lines with `turns` or `prompt`, or a JSON list")
     p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered: those of "
@@ -108,7 +111,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     write_texts(args.model, args.out, args.tokens, args.prompts, args.without, weights=args.weights,
                 device=args.device, concurrency=args.concurrency, seed=args.seed, budget=args.max_tokens,
-                sampled=args.sampled)
+                sampled=args.sampled, minutes=args.minutes)
 
 
 if __name__ == "__main__":

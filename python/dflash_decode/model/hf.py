@@ -45,14 +45,15 @@ class HFTarget:
         _register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.base = model.eval(), model.base_model
-        self.embedding, self.embedding_scale = model.get_input_embeddings().weight.detach(), _embedding_scale(model)
+        self.embedding, self.embedding_scale = model.get_input_embeddings().weight.detach(), embedding_scale(
+            model.get_input_embeddings())
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.num_layers = config.num_hidden_layers
         self.max_context = min(max_context or longest, longest)
         self.head: torch.Tensor | PackedWeight = pack_weight(head.weight.detach())
         self.head_bias = None if head.bias is None else head.bias.detach()
-        self._scale = _logit_scale(config)
+        self._scale = logit_scale(config)
         self._softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -214,13 +215,12 @@ def _attending(config) -> list[int]:
     return [i for i, kind in enumerate(types) if kind in (*_ATTENDS, "hybrid")]
 
 
-def _embedding_scale(model) -> float:
-    """The factor that the embedding's module applies to its rows (Gemma), in the model's dtype."""
-    module = model.get_input_embeddings()
+def embedding_scale(module) -> float:
+    """The factor that an embedding's module applies to its rows (Gemma), in the model's dtype."""
     return float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
 
 
-def _logit_scale(config) -> float:
+def logit_scale(config) -> float:
     """The scale that the model's own class applies to the logits, which sampling with a temperature depends on."""
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
         if getattr(config, name, None):
