@@ -139,17 +139,22 @@ def experts_entries() -> list[Entry]:
     """A layer of Qwen3-Coder-30B-A3B in 16 bits."""
     hidden, inner, experts, stored, chosen = bench_experts.QWEN
 
-    def made(sizes):
-        plain = bench_experts.weights_of(sizes, stored, hidden, inner)
-        return [bench_experts.experts_case(sizes, "qwen3-coder-30b-a3b, random", rows, 0.0, chosen, plain, [
-            dk.pack_experts(w) for w in plain]) for rows in (1, 16, 64)]
+    def made(*some):
+        def of(sizes):
+            plain = bench_experts.weights_of(sizes, stored, hidden, inner)
+            return [bench_experts.experts_case(sizes, "qwen3-coder-30b-a3b, random", rows, 0.0, chosen, plain, [
+                dk.pack_experts(w) for w in plain]) for rows in some]
+        return of
 
     def routed(sizes):
         return [bench_experts.router_case(sizes, "minimax-m2.7", rows, 256, chosen) for rows in (8, 64)]
 
-    numbers = ("SCHEDULE_BLOCK", "SCHEDULE_WARPS", "SUM_BLOCK", "SUM_WARPS")
-    return [*(Entry("experts", name, (2,), made) for name in ("GATE_UP", "DOWN")),
-            *(Entry("experts", name, (), made) for name in numbers), Entry("router", "WARPS", (256,), routed)]
+    # Rows of which the tiles are found in gate_up, in either place as FOUND_WITHIN varies, and by a launch.
+    few, between, many = made(1, 16, 64), made(192, 384), made(512)
+    return [*(Entry("experts", name, (2,), few) for name in ("GATE_UP", "DOWN")),
+            Entry("experts", "FIND_BLOCK", (), few), Entry("experts", "FOUND_WITHIN", (), between),
+            *(Entry("experts", name, (), many) for name in ("SCHEDULE_BLOCK", "SCHEDULE_WARPS")),
+            Entry("router", "WARPS", (256,), routed)]
 
 
 def products(sizes: Sizes, rows: int, sides: dict) -> list[Case]:

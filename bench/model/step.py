@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 # activation, attention and the combination of its splits, four products, and for three of them the sum of K's chunks.
 # Outside the layers a pass has the block's ids, embedding, last norm, head (2), verification; drafting eleven more.
 KERNELS_A_LAYER, KERNELS_A_PASS, KERNELS_OF_DRAFTING = 13, 6, 11
-# A dense MLP has four of them. With experts there are the router's product and its sum, the choice, and four.
-MORE_KERNELS_OF_EXPERTS = 7 - 4
+# A dense MLP has four of them. With experts there are the router's product and its sum, the choice, and two, with one
+# before them that sorts more than so many pairs of a row and an expert.
+MORE_KERNELS_OF_EXPERTS, SORTED_APART = 5 - 4, 2048
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,13 @@ def step(g: Geometry, machine: Machine, batch: int, context: int, block: int | N
         draft_kv=drafted * cache(d),
         draft_head=drafted * us(2 * g.draft_head, 2 * rows * g.draft_head),
         draft_context=drafted * us(2 * projected, 2 * rows * projected), all_reduce=reduce(t) + drafted * reduce(d),
-        gaps=launches(g, drafting) * machine.gap_us)
+        gaps=launches(g, drafting, rows) * machine.gap_us)
 
 
-def launches(g: Geometry, drafting: bool = True) -> int:
-    """The number of kernels in a step."""
-    layers = g.target.layers + drafting * g.draft.layers
-    more = MORE_KERNELS_OF_EXPERTS * g.target.layers if g.target.experts else 0
+def launches(g: Geometry, drafting: bool = True, rows: int = 1) -> int:
+    """The number of kernels in a step whose passes have `rows` tokens."""
+    layers, t = g.target.layers + drafting * g.draft.layers, g.target
+    more = t.layers * (MORE_KERNELS_OF_EXPERTS + (rows * t.chosen > SORTED_APART)) if t.experts else 0
     return layers * KERNELS_A_LAYER + more + KERNELS_A_PASS + drafting * KERNELS_OF_DRAFTING
 
 

@@ -1,15 +1,22 @@
 """expert_mlp: the weights of the experts that were chosen, 3 H I itemsize bytes each, are read once, and 6 H I
 operations are done for each row and expert. On an H100 the bytes decide up to about 180 rows an expert.
 
-    1  schedule_kernel  a program an expert: its pairs (a row and one of its slots), in order, behind those of the
-                        experts before it
-    2  gate_up_kernel   ROWS pairs of one expert and BLOCK_N of I a program: both products, the activation, one rounding
-    3  down_kernel      the same pairs and BLOCK_N of H: float32 products, 4 H bytes a pair
-    4  sum_kernel       a row's products in the order of its slots, one rounding
+    gate_up_kernel  a tile, ROWS pairs of one expert (a row and one of its slots), and BLOCK_N of I a program: both
+                    products, the activation, one rounding
+    down_kernel     the same pairs and BLOCK_N of H: float32 products, 4 H bytes a pair. Of the programs with a row's
+                    products the last to arrive adds them, weighted, in the order of the row's slots, one rounding
 
-Which experts have how many pairs is known on the device alone. So launches 2 and 3 have as many programs as the pairs
-could need, and each finds its expert by the experts' counts; those left over do nothing. The sum has a launch of its
-own because its terms come from programs in no order. At 8 experts a row it moves 0.3 % of the bytes of the weights.
+Which experts have how many pairs is known on the device alone. So there are as many programs as the pairs could need,
+and those left over do nothing. gate_up's find their tiles, each from all ids, and write them down for down_kernel. For
+256 pairs that is some 800 instructions, 1 to 2 us, which delay only the first programs: later ones scan while others
+read. A launch of its own (schedule_kernel) takes 2 to 3 us before it scans, of the 22 us in which one row reads 8
+experts of Qwen3-30B-A3B. For 2,048 pairs, 256 rows of 8, the scan is 4,300 instructions and takes as long as a launch
+that scans: more have one. The sum needs none, because whoever comes last adds. All times estimated, for an H100.
+
+Arrivals are counted for each row and BLOCK_N of H. gate_up sets the counts to zero in every call: nothing is left over
+from a call before, in the same graph or one that failed, and streams share nothing. A pair whose expert is elsewhere
+arrives too, with nothing to add, so that a row has as many arrivals as slots. Nobody waits for one. The counts' atomic
+additions acquire and release, and barriers on either side extend that to all threads of a program.
 
 Programs of one expert and the same outputs are neighbours, so that an expert of more than ROWS rows is read from memory
 once and from the second-level cache again. ROWS is 16 or 32, whose products are the same instruction (linear.py), and a
@@ -40,8 +47,9 @@ class Config(NamedTuple):
 # By bytes of an element. All estimated: some 70 KB in flight a block, as linear has, of two weights in gate_up.
 GATE_UP = {2: Config(64, 64, 4, 4), 4: Config(32, 32, 4, 4)}
 DOWN = {2: Config(64, 128, 4, 4), 4: Config(32, 32, 4, 4)}
-SCHEDULE_BLOCK, SCHEDULE_WARPS = 1024, 4  # pairs at a time. Estimated: 8 a thread
-SUM_BLOCK, SUM_WARPS = 512, 4  # outputs of a program. Estimated: 16-byte accesses
+FOUND_WITHIN = 2048  # pairs of which gate_up's programs find their tiles, FIND_BLOCK at a time. Estimated
+FIND_BLOCK, SCHEDULE_BLOCK, SCHEDULE_WARPS = 256, 512, 4  # Estimated: 2 a thread, and 4
+AT_ONCE = tl.constexpr(4)  # slots whose products are on their way from the second-level cache together
 
 
 def rows_of_tile(pairs: int, experts: int) -> int:
@@ -49,37 +57,45 @@ def rows_of_tile(pairs: int, experts: int) -> int:
     return 16 if pairs <= 16 * experts else 32
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def schedule_kernel(ids, order, starts, counts, pairs, first_expert, BLOCK: tl.constexpr):
-    """order: pairs by expert. starts, counts: where an expert's begin in it, and how many they are."""
-    e = tl.program_id(0)
-    before = tl.zeros((BLOCK,), tl.int32)
-    for at0 in range(0, pairs, BLOCK):
-        at = at0 + tl.arange(0, BLOCK)
-        place = tl.load(ids + at, at < pairs, -1) - first_expert
-        before += ((place >= 0) & (place < e)).to(tl.int32)
-    start = tl.sum(before, 0)
-    count = start * 0
-    for at0 in range(0, pairs, BLOCK):
-        at = at0 + tl.arange(0, BLOCK)
-        own = (tl.load(ids + at, at < pairs, -1) - first_expert == e) & (at < pairs)
-        rank = tl.cumsum(own.to(tl.int32), 0)
-        tl.store(order + start + count + rank - 1, at, own)
-        count += tl.sum(own.to(tl.int32), 0)
-    tl.store(starts + e, start)
-    tl.store(counts + e, count)
+@triton.jit
+def local(ids, at, mask, first_expert, experts):
+    """Places among the experts that are here; `experts` for one that is not. A difference that wraps is far beyond."""
+    place = tl.load(ids + at, mask, None if mask is None else -1) - first_expert
+    return tl.where((place >= 0) & (place < experts), place, experts)
 
 
 @triton.jit
-def tile_of(starts, counts, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """The expert of this program's tile, and its first place and the end in `order`; past the last tile no place."""
+def find_tile(ids, pairs, first_expert, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The expert of this program's tile, and its pairs in order, -1 past the last. Behind the experts' tiles are those
+    of the pairs whose expert is elsewhere, `experts` in its place: every row has all its pairs in some tile."""
     item, e = tl.program_id(0), tl.arange(0, EXPERTS)
-    tiles = (tl.load(counts + e, e < experts, 0) + ROWS - 1) // ROWS
-    found = tl.sum((tl.cumsum(tiles, 0) <= item).to(tl.int32), 0)
-    own = tl.minimum(found, experts - 1)
-    start = tl.load(starts + own)
-    first = start + (item - tl.sum(tl.where(e < own, tiles, 0), 0)) * ROWS
-    return own, first, tl.where(found < experts, start + tl.load(counts + own), first)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    for at0 in range(0, pairs, BLOCK):
+        at = at0 + tl.arange(0, BLOCK)
+        place = local(ids, at, at < pairs, first_expert, experts)
+        counts += tl.histogram(place, EXPERTS, place < experts)
+    tiles = (counts + ROWS - 1) // ROWS
+    own = tl.minimum(tl.sum((tl.cumsum(tiles, 0) <= item).to(tl.int32), 0), experts)
+    # Of the expert's pairs that come before the tile's, those not seen yet.
+    before = (item - tl.sum(tl.where(e < own, tiles, 0), 0)) * ROWS
+    found = tl.full((ROWS,), -1, tl.int32)
+    for at0 in range(0, pairs, BLOCK):
+        at = at0 + tl.arange(0, BLOCK)
+        mine = (local(ids, at, at < pairs, first_expert, experts) == own) & (at < pairs)
+        rank = tl.cumsum(mine.to(tl.int32), 0) - 1 - before
+        here = mine[None, :] & (rank[None, :] == tl.arange(0, ROWS)[:, None])
+        found = tl.maximum(found, tl.max(tl.where(here, at[None, :], -1), 1))
+        before -= tl.sum(mine.to(tl.int32), 0)
+    return own, found
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def schedule_kernel(ids, owners, members, pairs, first_expert, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    item = tl.program_id(0)
+    own, pair = find_tile(ids, pairs, first_expert, experts, ROWS, EXPERTS, BLOCK)
+    tl.store(owners + item, own)
+    tl.store(members + item * ROWS + tl.arange(0, ROWS), pair)
 
 
 @triton.jit
@@ -106,23 +122,35 @@ def times_sigmoid(gate, x):
     return tl.div_rn(gate, 1.0 + e)
 
 
-@triton.jit
-def gate_up_kernel(x, weight, scales, bias, order, starts, counts, hidden, experts, slots, k, inner, x_stride,
-                   CLAMPED: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr):
-    own, first, end = tile_of(starts, counts, experts, ROWS, EXPERTS)
+@triton.jit(do_not_specialize=["pairs"])
+def gate_up_kernel(x, weight, scales, bias, ids, owners, members, arrivals, hidden, pairs, first_expert, experts, slots,
+                   columns, k, inner, x_stride, CLAMPED: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+                   BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """ids: None where schedule_kernel has written owners and members."""
+    item = tl.program_id(0)
+    place = item * ROWS + tl.arange(0, ROWS)
+    if ids is None:
+        own, pair = tl.load(owners + item), tl.load(members + place)
+    else:
+        own, pair = find_tile(ids, pairs, first_expert, experts, ROWS, EXPERTS, BLOCK)
+        if tl.program_id(1) == 0:
+            tl.store(owners + item, own)
+            tl.store(members + place, pair)
+    row = tl.maximum(pair, 0) // slots
+    for column in range(tl.program_id(1), columns, tl.num_programs(1)):
+        tl.store(arrivals + row * columns + column, tl.zeros((ROWS,), tl.int32), (pair >= 0) & (pair % slots == 0))
+
     dtype: tl.constexpr = x.dtype.element_ty
-    place, n = first + tl.arange(0, ROWS), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = place < end
-    x += (tl.load(order + place, live, 0) // slots).to(tl.int64)[:, None] * x_stride
-    own = own.to(tl.int64)
+    end, live = tl.where(own < experts, k, 0), (pair >= 0) & (own < experts)
+    own, n = tl.minimum(own, experts - 1).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += row.to(tl.int64)[:, None] * x_stride
     weight += own * 2 * inner * k
     gate, up = tl.zeros((ROWS, BLOCK_N), tl.float32), tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for at0 in range(0, tl.where(first < end, k, 0), BLOCK_K):
+    for at0 in range(0, end, BLOCK_K):
         at = at0 + tl.arange(0, BLOCK_K)
         rows = tl.load(x + at[None, :], live[:, None] & (at < k)[None, :], 0.0)
         gate = tl.dot(rows, weight_at(weight, n, at, inner, k, dtype), gate, input_precision="ieee")
-        up = tl.dot(rows, weight_at(weight + inner.to(tl.int64) * k, n, at, inner, k, dtype), up,
+        up = tl.dot(rows, weight_at(weight + tl.cast(inner, tl.int64) * k, n, at, inner, k, dtype), up,
                     input_precision="ieee")
     to = own * 2 * inner
     gate = finished(gate, None if scales is None else scales + to, None if bias is None else bias + to, n, inner)
@@ -140,42 +168,49 @@ def gate_up_kernel(x, weight, scales, bias, order, starts, counts, hidden, exper
 
 
 @triton.jit
-def down_kernel(hidden, weight, scales, bias, order, starts, counts, products, experts, k, outputs,
-                ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    own, first, end = tile_of(starts, counts, experts, ROWS, EXPERTS)
+def down_kernel(hidden, weight, scales, bias, ids, weights, owners, members, arrivals, products, out, first_expert,
+                experts, slots, k, outputs, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr):
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dtype: tl.constexpr = hidden.dtype.element_ty
-    place, n = first + tl.arange(0, ROWS), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live, own = place < end, own.to(tl.int64)
+    own, pair = tl.load(owners + tl.program_id(0)), tl.load(members + place)
+    end, live = tl.where(own < experts, k, 0), (pair >= 0) & (own < experts)
+    own, n = tl.minimum(own, experts - 1).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight += own * outputs * k
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for at0 in range(0, tl.where(first < end, k, 0), BLOCK_K):
+    for at0 in range(0, end, BLOCK_K):
         at = at0 + tl.arange(0, BLOCK_K)
         rows = tl.load(hidden + place.to(tl.int64)[:, None] * k + at[None, :], live[:, None] & (at < k)[None, :], 0.0)
         total = tl.dot(rows, weight_at(weight, n, at, outputs, k, dtype), total, input_precision="ieee")
     to = own * outputs
     total = finished(total, None if scales is None else scales + to, None if bias is None else bias + to, n, outputs)
-    pair = tl.load(order + place, live, 0)
-    tl.store(products + pair.to(tl.int64)[:, None] * outputs + n[None, :], total,
-             live[:, None] & (n < outputs)[None, :])
+    inside = (n < outputs)[None, :]
+    tl.store(products + pair.to(tl.int64)[:, None] * outputs + n[None, :], total, live[:, None] & inside)
 
-
-@triton.jit
-def sum_kernel(products, ids, weights, out, slots, first_expert, experts, outputs, out_stride, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(slots):
-        pair = row * slots + s
-        place = tl.load(ids + pair) - first_expert
-        here = (place >= 0) & (place < experts)
-        found = tl.load(products + pair * outputs + at, tl.where(here, at < outputs, False), 0.0)
-        total = tl.where(here, total + tl.load(weights + pair) * found, total)
-    tl.store(out + row * out_stride + at, total.to(out.dtype.element_ty), at < outputs)
+    # All threads have stored before one says so; none reads before all have heard.
+    tl.debug_barrier()
+    row = tl.maximum(pair, 0) // slots
+    arrived = tl.atomic_add(arrivals + row * tl.num_programs(1) + tl.program_id(1), 1, pair >= 0, sem="acq_rel")
+    last = (pair >= 0) & (arrived == slots - 1)
+    tl.debug_barrier()
+    if tl.max(last.to(tl.int32), 0) > 0:
+        total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for s in tl.range(0, slots, loop_unroll_factor=AT_ONCE):
+            of = row * slots + s
+            here = (local(ids, of, None, first_expert, experts) < experts)[:, None]
+            found = tl.load(products + of.to(tl.int64)[:, None] * outputs + n[None, :], last[:, None] & inside & here,
+                            0.0, cache_modifier=".cg")
+            total = tl.where(here, total + tl.load(weights + of)[:, None] * found, total)
+        tl.store(out + row.to(tl.int64)[:, None] * out_stride + n[None, :], total.to(dtype), last[:, None] & inside)
 
 
 def expert_mlp(x, gate_up, down, gate_up_scales, down_scales, ids, weights, gate_up_bias, down_bias, inner, activation,
                first_expert, out):
     """What lies between its launches it allocates, as a graph may: it belongs to its pool."""
-    most = max(1, PAIRS // max(1, ids.shape[1]))
+    if ids.shape[1] == 0:
+        out.zero_()
+        return
+    most = max(1, PAIRS // ids.shape[1])
     for begin in range(0, len(x), most):
         rows = slice(begin, begin + most)
         _some_rows(x[rows], gate_up, down, gate_up_scales, down_scales, ids[rows], weights[rows], gate_up_bias,
@@ -186,24 +221,24 @@ def _some_rows(x, gate_up, down, gate_up_scales, down_scales, ids, weights, gate
                first_expert, out):
     (rows, outputs), slots, experts, device = x.shape, ids.shape[1], len(gate_up), x.device
     pairs = rows * slots
-    order = torch.empty(pairs, dtype=torch.int32, device=device)
-    starts, counts = torch.empty(2, experts, dtype=torch.int32, device=device)
-    hidden = torch.empty(pairs, inner, dtype=x.dtype, device=device)
+    tile, some = rows_of_tile(pairs, experts), triton.next_power_of_2(experts)
+    owned = min(pairs, experts + 1)  # at most so many experts have a first tile; one more takes ROWS more pairs
+    tiles = owned + (pairs - owned) // tile
+    wide, narrow = GATE_UP[x.element_size()], DOWN[x.element_size()]
+    columns = triton.cdiv(outputs, narrow.BLOCK_N)
+    owners, members = (torch.empty(tiles * n, dtype=torch.int32, device=device) for n in (1, tile))
+    arrivals = torch.empty(rows * columns, dtype=torch.int32, device=device)
+    hidden = torch.empty(tiles * tile, inner, dtype=x.dtype, device=device)
     products = torch.empty(pairs, outputs, dtype=torch.float32, device=device)
-    if pairs:
-        schedule_kernel[experts,](ids, order, starts, counts, pairs, first_expert, BLOCK=SCHEDULE_BLOCK,
-                                  num_warps=SCHEDULE_WARPS, **PLAIN)
-        tile, some = rows_of_tile(pairs, experts), triton.next_power_of_2(experts)
-        tiles = min(pairs, min(experts, pairs) + pairs // tile)
-        c = GATE_UP[x.element_size()]
-        gate_up_kernel[tiles, triton.cdiv(inner, c.BLOCK_N)](
-            x, gate_up, gate_up_scales, gate_up_bias, order, starts, counts, hidden, experts, slots, outputs, inner,
-            x.stride(0), activation == 1, tile, some, c.BLOCK_N, c.BLOCK_K, num_warps=c.warps, num_stages=c.stages,
-            **NO_SPILLS)
-        c = DOWN[x.element_size()]
-        down_kernel[tiles, triton.cdiv(outputs, c.BLOCK_N)](
-            hidden, down, down_scales, down_bias, order, starts, counts, products, experts, inner, outputs, tile, some,
-            c.BLOCK_N, c.BLOCK_K, num_warps=c.warps, num_stages=c.stages, **NO_SPILLS)
-    sum_kernel[rows, triton.cdiv(outputs, SUM_BLOCK)](
-        products, ids, weights, out, slots, first_expert, experts, outputs, out.stride(0), BLOCK=SUM_BLOCK,
-        num_warps=SUM_WARPS, **PLAIN)
+    apart = pairs > FOUND_WITHIN
+    if apart:
+        schedule_kernel[tiles,](ids, owners, members, pairs, first_expert, experts, tile, some, SCHEDULE_BLOCK,
+                                num_warps=SCHEDULE_WARPS, **PLAIN)
+    gate_up_kernel[tiles, triton.cdiv(inner, wide.BLOCK_N)](
+        x, gate_up, gate_up_scales, gate_up_bias, None if apart else ids, owners, members, arrivals, hidden, pairs,
+        first_expert, experts, slots, columns, outputs, inner, x.stride(0), activation == 1, tile, some, FIND_BLOCK,
+        wide.BLOCK_N, wide.BLOCK_K, num_warps=wide.warps, num_stages=wide.stages, **NO_SPILLS)
+    down_kernel[tiles, columns](
+        hidden, down, down_scales, down_bias, ids, weights, owners, members, arrivals, products, out, first_expert,
+        experts, slots, inner, outputs, out.stride(0), tile, narrow.BLOCK_N, narrow.BLOCK_K, num_warps=narrow.warps,
+        num_stages=narrow.stages, **NO_SPILLS)

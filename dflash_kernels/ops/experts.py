@@ -155,9 +155,9 @@ def expert_mlp(x: torch.Tensor, gate_up: torch.Tensor | PackedExperts, down: tor
     -----
     Graph-safe. Source: Shazeer et al. 2017, arXiv 1701.06538, section 2; reference/experts.py. Between its products it
     has memory of its own, for 2,048 pairs of a row and an expert at a time on a CPU and 32,768 on a GPU; more rows read
-    the weights again.
+    the weights again. On a GPU a launch of its own sorts more than 2,048 pairs.
 
-    Cost: `3 * w * X * H * I + T * (2 * e * H + 8 * k)` bytes. Launches on a GPU: 4.
+    Cost: `3 * w * X * H * I + T * (2 * e * H + 8 * k)` bytes. Launches on a GPU: 2 or 3.
 
     Examples
     --------

@@ -117,10 +117,10 @@ def test_launches_of_an_mlp_and_of_experts():
         return torch.empty(shape, dtype=dtype, device="meta")
 
     t = MINIMAX.target
-    x, wide, counts = empty(8, t.hidden), empty(2 * t.mlp, t.hidden), []
+    x, counts = empty(8, t.hidden), []
+    weights = empty(t.experts, 2 * t.mlp, t.hidden), empty(t.experts, t.hidden, t.mlp)
     with launches() as noted:
-        routed = dk.route_experts(dk.linear(x, empty(t.experts, t.hidden)), t.chosen)
-        dk.expert_mlp(x, wide.expand(t.experts, -1, -1).contiguous(), empty(t.experts, t.hidden, t.mlp), *routed)
+        dk.expert_mlp(x, *weights, *dk.route_experts(dk.linear(x, empty(t.experts, t.hidden)), t.chosen))
         counts.append(len(noted))
     q = QWEN.target
     with launches() as noted:
@@ -128,7 +128,12 @@ def test_launches_of_an_mlp_and_of_experts():
         dk.linear(dk.silu_and_mul(dk.linear(x, empty(2 * q.mlp, q.hidden))), empty(q.hidden, q.mlp))
         counts.append(len(noted))
     assert counts[0] - counts[1] == m.MORE_KERNELS_OF_EXPERTS
-    assert m.launches(MINIMAX, False) == 62 * (13 + 3) + 6
+    assert m.launches(MINIMAX, False) == 62 * (13 + 1) + 6
+    for rows in (256, 257):
+        pairs = [empty(rows, t.chosen, dtype=dtype) for dtype in (torch.int32, torch.float32)]
+        with launches() as noted:
+            dk.expert_mlp(empty(rows, t.hidden), *weights, *pairs)
+        assert len(noted) - 2 == (m.launches(MINIMAX, False, rows) - m.launches(MINIMAX, False)) / t.layers
 
 
 def test_the_experts_that_a_benchmark_read_are_as_many_as_the_model_expects():

@@ -1,4 +1,4 @@
-"""On the GPU: a row of linear, of the head and of attention has the same bits whatever stands beside it."""
+"""On the GPU: a row of linear, of the head, of experts and of attention has the same bits whatever stands beside it."""
 
 import pytest
 import torch
@@ -39,6 +39,26 @@ def test_linear_and_the_head_give_a_row_one_answer(dtype, n, k):
         assert torch.equal(ids, (best == values[:, None]).int().argmax(-1)), (start, rows)
         got = dk.lm_head_topk(part, w, 16, bias=b)
         assert all(same_bits(a, t[start:start + rows]) for a, t in zip(got, firsts, strict=True)), (start, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 24, 300])  # whose tiles have 16 rows, and 32 that a launch of its own finds
+def test_experts_give_a_row_one_answer_whoever_arrives_last(dtype, rows):
+    """And in a graph, whose counts hold what the replay before left."""
+    experts, hidden, inner = 16, 1000, 200
+    make = lambda *shape: torch.randn(shape, device="cuda").to(dtype)  # noqa: E731
+    x, weights = make(rows, hidden), (make(experts, 2 * inner, hidden) / 30, make(experts, hidden, inner) / 14)
+    routed = dk.route_experts(make(rows, experts), 8)
+    whole = dk.expert_mlp(x, *weights, *routed)
+    for part in (slice(1), slice(rows - 1, rows), slice(rows // 3, rows // 3 + (rows + 1) // 2)):
+        got = dk.expert_mlp(x[part], *weights, *(t[part].contiguous() for t in routed))
+        assert same_bits(got, whole[part]), part
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dk.expert_mlp(x, *weights, *routed)
+    for _ in range(100):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(out, whole)
 
 
 def on_gpu(case):

@@ -43,6 +43,10 @@ def wide(op):
     if op == "grouped_conv_add_rms_norm":  # rows that are wider than a program
         x, base = torch.zeros(1, 2, 8208), torch.zeros(2, 8208)
         return [{"x": x, "delta": torch.zeros(1, 2, 2, 513), "base": base, "residual": x, "weight": base[0]}]
+    if op == "expert_mlp":  # more pairs than gate_up's programs sort
+        x, ids = torch.zeros(2049, 8), torch.zeros(2049, 1, dtype=torch.int32)
+        return [{"x": x, "gate_up": torch.zeros(1, 8, 8), "down": torch.zeros(1, 8, 4), "ids": ids,
+                 "weights": torch.zeros(2049, 1)}]
     return []
 
 

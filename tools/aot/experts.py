@@ -10,6 +10,7 @@ from .launched import DTYPES, FLOATS, Case, case, empty, launches
 from .products import products
 
 EXPERTS, CHOSEN, HIDDEN, INNER = 256, 8, 3072, 1536  # as MiniMax-M2 has them
+FEW = 3  # experts, so few that each has many rows of a small batch
 
 
 def floats(*shape: int) -> torch.Tensor:
@@ -17,29 +18,29 @@ def floats(*shape: int) -> torch.Tensor:
 
 
 def experts() -> Iterator[Case]:
-    """Few rows, and as many as fill tiles of 32."""
+    """Tiles of 16 rows and of 32, which gate_up finds itself of few pairs, and reads of many."""
     from dflash_kernels._triton.experts import expert_mlp, rows_of_tile
 
-    def launched(rows: int, dtype: torch.dtype, weight: torch.dtype, activation: int):
+    def launched(rows: int, count: int, dtype: torch.dtype, weight: torch.dtype, activation: int):
         def scales(n: int) -> torch.Tensor | None:
-            return floats(EXPERTS, n) if weight == torch.int8 else None
+            return floats(count, n) if weight == torch.int8 else None
 
         x = empty(rows, HIDDEN, dtype=dtype)
         return launches(
-            expert_mlp, x, empty(EXPERTS, 2 * INNER, HIDDEN, dtype=weight), empty(EXPERTS, HIDDEN, INNER, dtype=weight),
+            expert_mlp, x, empty(count, 2 * INNER, HIDDEN, dtype=weight), empty(count, HIDDEN, INNER, dtype=weight),
             scales(2 * INNER), scales(HIDDEN), empty(rows, CHOSEN, dtype=torch.int32), floats(rows, CHOSEN),
-            empty(EXPERTS, 2 * INNER, dtype=dtype), empty(EXPERTS, HIDDEN, dtype=dtype), INNER, activation, 0, x)
+            empty(count, 2 * INNER, dtype=dtype), empty(count, HIDDEN, dtype=dtype), INNER, activation, 0, x)
 
     for name, dtype, weight in products():
-        for rows in (8, 1024):
-            schedule, gate_up, down, total = launched(rows, dtype, weight, 0)
-            tile = rows_of_tile(rows * CHOSEN, EXPERTS)
-            yield case(f"expert_mlp gate_up {tile} {name}", gate_up)
-            yield case(f"expert_mlp down {tile} {name}", down)
-        if weight == dtype:
-            yield case(f"expert_mlp sum {name}", total)
-    yield case("expert_mlp schedule", schedule)
-    yield case("expert_mlp gate_up 16 bf16 clamped", launched(8, torch.bfloat16, torch.bfloat16, 1)[1])
+        for rows, count in ((8, EXPERTS), (8, FEW), (512, EXPERTS), (1024, EXPERTS)):
+            *schedule, gate_up, down = launched(rows, count, dtype, weight, 0)
+            tile = rows_of_tile(rows * CHOSEN, count)
+            yield case(f"expert_mlp gate_up {tile} {name}" + " scheduled" * len(schedule), gate_up)
+            if schedule:
+                yield case(f"expert_mlp down {tile} {name}", down)
+            if schedule and weight == dtype == torch.float16:
+                yield case(f"expert_mlp schedule {tile}", *schedule)
+    yield case("expert_mlp gate_up 16 bf16 clamped", launched(8, EXPERTS, torch.bfloat16, torch.bfloat16, 1)[0])
 
 
 def router() -> Iterator[Case]:
