@@ -32,7 +32,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--config", type=Path, help="a TOML file of these options, without the dashes")
     p.add_argument("--model", default="smollm2", help="the target: smollm2, a Llama's .gguf file or the "
                    "Hugging Face directory of any family")
-    p.add_argument("--work", type=Path, default=Path("build/drafter"), help="folder of all stages and of the result")
+    p.add_argument("--work", type=Path, default=Path("build/drafter"), help="folder of all stages")
+    p.add_argument("--checkpoint", type=Path, help="folder of the result; by default <work>/checkpoint")
     p.add_argument("--answers", type=Path, nargs="*", default=[],
                    help="conversations that the target has written: files, or folders of tools.training.write")
     p.add_argument("--write-tokens", type=int, default=0, help="have the target write so many tokens of answers first")
@@ -156,7 +157,7 @@ def main() -> None:
     training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start))
     if training.resume():
         print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
-    out = args.work / "checkpoint"
+    out = args.checkpoint or args.work / "checkpoint"
 
     def keep() -> None:
         checkpoint.write(out, drafter, target, training.vocabulary.ids, args.shard_mb)
