@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from dflash_decode import packed_runner
 from dflash_decode.chances import Calibration
 from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.costs import StepCosts
@@ -291,9 +292,11 @@ def test_events_tell_the_widths_that_were_verified(target):
     assert all(1 <= length <= width <= 5 for width, length in pairs) and len({width for width, _ in pairs}) > 2
 
 
-@pytest.mark.parametrize("fault", [False, True])
-def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target, fault, monkeypatch):
-    """Where nothing was drafted for a while, the drafter's context is written late, and is the same."""
+@pytest.mark.parametrize("fault, rows", [(False, 256), (True, 256), (False, 8)])
+def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target, fault, rows, monkeypatch):
+    """Where nothing was drafted for a while, the drafter's context is written late, in passes of so many rows, and is
+    the same."""
+    monkeypatch.setattr(packed_runner, "_CONTEXT_ROWS", rows)
     if fault:
         remember = PackedRunner.remember
         monkeypatch.setattr(PackedRunner, "remember", lambda self, live, kept: remember(
