@@ -22,9 +22,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bench.case import results_folder  # noqa: E402
+from bench.peers import gguf_8bit, gguf_drafter  # noqa: E402
 from bench.peers import peer as peers  # noqa: E402
 from bench.peers.export import export  # noqa: E402
-from bench.peers.gguf_drafter import write  # noqa: E402
 from bench.peers.job import BASELINE, Job, Question, Reply  # noqa: E402
 from bench.peers.sums import ALL, STEP_PARTS, Key, Rows, parts_row  # noqa: E402
 from dflash_bench.decode import read_prompts  # noqa: E402
@@ -69,14 +69,18 @@ def forms(model: str, draft: str | None, needed: set[str]) -> tuple[dict[str, st
     where, found = find_model(model), {"model": model}
     if where.suffix == ".gguf":
         found["gguf"] = str(where)
+        if "gguf8" in needed:
+            eight = peers.ENVIRONMENTS / "models" / f"{where.stem}-q8_0.gguf"
+            found["gguf8"] = str(eight if eight.is_file() else gguf_8bit.write(str(where), eight))
         if "folder" in needed:
             folder = peers.ENVIRONMENTS / "models" / where.stem
             found["folder"] = str(folder if (folder / "config.json").is_file() else export(model, folder))
     else:
         found["folder"] = str(where)
     drafts = {} if draft is None else {"model": draft, "folder": draft}
-    if drafts and "gguf" in found and "gguf" in needed:
-        drafts["gguf"] = str(write(draft, found["gguf"], peers.ENVIRONMENTS / "models" / f"{Path(draft).name}.gguf"))
+    if drafts and "gguf" in found and needed & {"gguf", "gguf8"}:
+        file = peers.ENVIRONMENTS / "models" / f"{Path(draft).name}.gguf"
+        drafts["gguf"] = drafts["gguf8"] = str(gguf_drafter.write(draft, found["gguf"], file))
     return found, drafts
 
 

@@ -23,7 +23,7 @@ class Peer:
     reads: the form of the models that it loads.
     also_one_thread: whether baseline decoding also runs on one thread, which need not be slower with 4-bit weights.
     batches: whether it answers concurrent requests.
-    script: of peer_<script>.py; empty for the name.
+    script: of peer_<script>.py, and the folder where it is installed; empty for the name.
     weights: how our loop keeps the model's weights.
     """
 
@@ -39,8 +39,12 @@ class Peer:
 
     @property
     def python(self) -> Path:
-        own = ENVIRONMENTS / self.name / "bin" / "python"
+        own = self.home / "bin" / "python"
         return own if own.exists() else Path(sys.executable)
+
+    @property
+    def home(self) -> Path:
+        return ENVIRONMENTS / (self.script or self.name)
 
 
 PEERS = (Peer("ours", "model", batches=True),
@@ -48,7 +52,8 @@ PEERS = (Peer("ours", "model", batches=True),
          Peer("oursfile", "model", dtypes=("bfloat16",), batches=True, script="ours", weights="file"),
          Peer("dflash", "folder", modes=(DFLASH,)),
          Peer("transformers", "folder", modes=(BASELINE,)), Peer("vllm", "folder", own=True, batches=True),
-         Peer("llama", "gguf", own=True, also_one_thread=True, dtypes=("bfloat16",)))
+         Peer("llama", "gguf", own=True, also_one_thread=True, dtypes=("bfloat16",)),
+         Peer("llama8", "gguf8", own=True, dtypes=("bfloat16",), script="llama"))
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,9 @@ class Running:
             raise RuntimeError(f"it does not run in {job.dtype}")
         if not job.model:
             raise RuntimeError(f"the model must be there as a {turn.peer.reads} file; it is not")
-        if turn.peer.own and not (ENVIRONMENTS / turn.peer.name / "installed").is_file():
-            raise RuntimeError("not installed: "
-                               f"{last_line(ENVIRONMENTS / (turn.peer.name + '.log')) or 'make peers does'}")
+        home = turn.peer.home
+        if turn.peer.own and not (home / "installed").is_file():
+            raise RuntimeError(f"not installed: {last_line(home.with_name(home.name + '.log')) or 'make peers does'}")
         self.log, self.timeout = ENVIRONMENTS / f"last-{turn.peer.name}-{turn.mode}-{turn.threads}.log", timeout
         ours, theirs = socket.socketpair()
         ours.settimeout(timeout)

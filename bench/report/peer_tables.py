@@ -7,7 +7,7 @@ from bench.report.commands import command_of
 
 ALL, OURS, DFLASH = "all", "ours", "dflash"
 NAMES = {"ours8": "ours, 8 bits", "oursfile": "ours, the file's 4 bits", "dflash": "dflash's own loop",
-         "llama": "llama.cpp, 4 bits", "vllm": "vLLM's CPU build"}
+         "llama": "llama.cpp, 4 bits", "llama8": "llama.cpp, 8 bits", "vllm": "vLLM's CPU build"}
 OURS_TOO = ("ours8", "oursfile")  # our loop on other weights
 EMPTY = "No results yet: `make peers` measures them."
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +155,33 @@ def test_export(tmp_path):
     assert load_tokenizer(made).chat_template == tiny.TEMPLATE
     assert load_tokenizer(made).encode("<u>hi<a>") == load_tokenizer(source).encode("<u>hi<a>")
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+def test_weights_in_8_bits_for_llama(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from bench.peers import gguf_8bit
+
+    kinds, random = gguf.GGMLQuantizationType, np.random.default_rng(0)
+    matrix, norm = random.standard_normal((3, 64), np.float32), random.standard_normal(5, np.float32)
+    stored = {kind: gguf.quants.quantize(matrix, kind) for kind in (kinds.Q4_1, kinds.Q8_0)}
+    source = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    source.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    source.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    for kind, data in stored.items():
+        source.add_tensor(kind.name, data, raw_dtype=kind)
+    source.add_tensor("norm", norm)
+    for write in (source.write_header_to_file, source.write_kv_data_to_file, source.write_tensors_to_file,
+                  source.close):
+        write()
+    made = gguf.GGUFReader(gguf_8bit.write(str(tmp_path / "a.gguf"), tmp_path / "b.gguf"))
+    assert {name: made.fields[name].contents() for name in made.fields if not name.startswith("GGUF.")} == {
+        "general.architecture": "llama", "general.file_type": 7, "tokenizer.ggml.tokens": ["a", "b"]}
+    found = {t.name: t for t in made.tensors}
+    assert found["norm"].tensor_type == kinds.F32 and (found["norm"].data == norm).all()
+    for kind, data in stored.items():
+        was, now = gguf.dequantize(data, kind), found[kind.name]
+        assert now.tensor_type == kinds.Q8_0
+        assert np.abs(gguf.dequantize(now.data, kinds.Q8_0) - was).max() <= np.abs(was).max() / 250
 
 
 def test_a_drafter_for_llama(tmp_path):
@@ -307,4 +335,4 @@ def test_an_unknown_peer_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--prompts", "x", "--only", "tgi"])
     with pytest.raises(SystemExit):
         driver.parsed()
-    assert "must be of ours,ours8,oursfile,dflash,transformers,vllm,llama; got tgi" in capsys.readouterr().err
+    assert "must be of ours,ours8,oursfile,dflash,transformers,vllm,llama,llama8; got tgi" in capsys.readouterr().err
