@@ -8,9 +8,10 @@
 // minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core with one
 // unit for dot products and multiply-adds reaches 8 / 9 or 8 / 10 of its rate of dot products.
 //
-// Integer sums are in registers, and float sums in the first-level cache: a load and a store of one, beside more than
-// ten operations on 512 bits. In registers they would bound rows times blocks. So a thread walks all of its blocks side
-// by side, whatever the number of rows: streams that never pause are what the hardware's prefetchers follow.
+// Integer sums are in registers. Float sums are too for few rows, and else in the first-level cache: a load and a store
+// of one, beside more than ten operations on 512 bits. In registers they would bound rows times blocks. So a thread
+// walks all of its blocks side by side, whatever the number of rows: streams that never pause are what the hardware's
+// prefetchers follow.
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -26,15 +27,19 @@ inline DFLASH_INLINE void ask([[maybe_unused]] const uint8_t* line) {
 #endif
 }
 
-// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next.
-template <Format F, int R>
+// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next. S:
+// blocks whose sums are in registers; 0: `blocks` of them, in memory.
+template <Format F, int R, int S>
 DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* const* w, int blocks, int64_t begin,
                                  int64_t end, Ahead ahead, float* c, int64_t ldc) {
   constexpr int V = kBlockVectors, H = kHalves<F>, N = kPieceRegisters / H, lines = ceil_lines(layout_of(F).piece);
+  const auto at_sum = [&](int s, int r, int v) { return c + s * ldc + r * kBlock + v * Vec::W; };
+  Vec held[S ? S * V * R : 1];
+  times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
   x += begin * ldx;
   for (int64_t b = begin; b < end; ++b, x += ldx) {
-    float* sums = c;
-    for (int s = 0; s < blocks; ++s, sums += ldc) {
+    // update(r, v, f): f of that sum is its next value.
+    const auto piece = [&](int s, auto update) DFLASH_HERE {
       const uint8_t *record = record_of<F>(w[s], b), *head = head_of<F>(w[s], b), *next = w[s] + ahead.at;
       times<V>([&](auto v) DFLASH_HERE {
         asm volatile("" : "+r"(x));  // x is loaded for each vector: kept for the next one, it would fill the registers
@@ -53,16 +58,23 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
         times<H>([&](auto half) DFLASH_HERE { d[half] = scale_of<F>(record, head, half, v); });
         if constexpr (kHasMinimum<F>) m = minimum_of<F>(record, head, v);
         times<R>([&](auto r) DFLASH_HERE {
-          float* to = sums + r * kBlock + v * Vec::W;
-          Vec sum = load(to);
-          times<H>([&](auto half) DFLASH_HERE { sum = fma(d[half], ints[half].finish(r) - set1(x[r].base), sum); });
-          if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
-          store(to, sum);
+          update(r, v, [&](Vec sum) DFLASH_HERE {
+            times<H>([&](auto half) DFLASH_HERE { sum = fma(d[half], ints[half].finish(r) - set1(x[r].base), sum); });
+            if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
+            return sum;
+          });
         });
       });
-    }
+    };
+    times<S>([&](auto s) DFLASH_HERE {
+      piece(s, [&](auto r, auto v, auto f) DFLASH_HERE { held[(s * R + r) * V + v] = f(held[(s * R + r) * V + v]); });
+    });
+    if constexpr (S == 0)
+      for (int s = 0; s < blocks; ++s)
+        piece(s, [&](auto r, auto v, auto f) DFLASH_HERE { store(at_sum(s, r, v), f(load(at_sum(s, r, v)))); });
     ahead.at += lines * ahead.step;
   }
+  times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i / (V * R), i / V % R, i % V), held[i]); });
 }
 
 // Rows in one group: its integer sums fill at most half of 32 registers or of 16, and q6_k has two for a row.
@@ -70,6 +82,9 @@ constexpr int group_rows(Format format) {
   if (DFLASH_VEC == 512) return format == Format::q6_k ? 8 : 12;
   return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
 }
+
+// Rows whose float sums fit the other half, for all of a thread's blocks: there a load and a store are not hidden.
+constexpr int kFewRows = DFLASH_VEC == 512 ? 4 : DFLASH_VEC ? 1 : 0;
 
 // Several groups take turns over as many pieces, which the second-level cache keeps meanwhile.
 constexpr int64_t kChunk = 64;
@@ -82,12 +97,12 @@ inline int64_t ahead_lines(int64_t rows) {
   return rows * kPieceRegisters < hidden * ceil_lines(layout_of(F).piece) ? 32 : 128;
 }
 
-template <Format F, int R>
+template <Format F, int S, int R>
 inline void group(const QuantSums& p, int64_t row, int rows, int64_t begin, int64_t end, Ahead ahead) {
   if (rows == R)
-    return micro_quant<F, R>(p.x + row, p.rows, p.weights, p.blocks, begin, end, ahead, p.c + row * kBlock,
-                             p.rows * kBlock);
-  if constexpr (R > 1) group<F, R - 1>(p, row, rows, begin, end, ahead);
+    return micro_quant<F, R, S>(p.x + row, p.rows, p.weights, p.blocks, begin, end, ahead, p.c + row * kBlock,
+                                p.rows * kBlock);
+  if constexpr (R > 1) group<F, S, R - 1>(p, row, rows, begin, end, ahead);
 }
 
 template <Format F>
@@ -102,7 +117,12 @@ inline void sums_of(const QuantSums& p) {
       const int64_t at = format_bytes(F, b);
       Ahead ahead{at + ahead_lines<F>(p.rows) * kLine / p.blocks, kLine};
       if (groups > 1) ahead = {at + format_bytes(F, chunk) * (groups + g) / groups, ceil_div(kLine, groups)};
-      group<F, most>(p, r, int(m), b, end, ahead);
+      if constexpr (kFewRows > 0)
+        if (m <= kFewRows && p.blocks == kStreams) {
+          group<F, kStreams, kFewRows>(p, r, int(m), b, end, ahead);
+          continue;
+        }
+      group<F, 0, most>(p, r, int(m), b, end, ahead);
     }
   }
 }

@@ -142,12 +142,16 @@ inline void round_four(const T* const* x, int offset, int halves, RowPiece* cons
     }
     e = e < kLowest ? kLowest : e;
     const float inverse = bits_to_float(uint32_t(kOne - e * (1 << 23)));
-    int32_t sums[2] = {};
-    for (int k = 0; k < kPiece; ++k) {
-      const int32_t q = int32_t(std::nearbyint(to_float(x[i][k]) * inverse));
-      to[i]->q[k] = int8_t(q);
-      sums[k / (kPiece / 2)] += q;
-    }
+    const auto half = [&](int first) {
+      int32_t sum = 0;
+      for (int k = first; k < first + kPiece / 2; ++k) {
+        const int32_t q = int32_t(std::nearbyint(to_float(x[i][k]) * inverse));
+        to[i]->q[k] = int8_t(q);
+        sum += q;
+      }
+      return sum;
+    };
+    const int32_t sums[2] = {half(0), half(kPiece / 2)};
     const int32_t base = kBase + e * (1 << 23);
     to[i]->init[0] = base - offset * (halves == 2 ? sums[0] : sums[0] + sums[1]);
     to[i]->init[1] = base - offset * sums[1];
