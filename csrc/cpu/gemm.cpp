@@ -187,8 +187,8 @@ void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, int64_t unit,
     walk_blocks(begin, end, unit, [&](const int64_t* blocks, int count) {
       const uint8_t* w[kStreams];
       for (int s = 0; s < count; ++s) w[s] = static_cast<const uint8_t*>(p.weight) + blocks[s] * bytes;
-      quant_sums({p.format, x, rows, pieces, w, count, c, count * kBlock});
-      for (int s = 0; s < count; ++s) epilogue(c + s * kBlock, count * kBlock, r0, int(rows), blocks[s] * kBlock);
+      quant_sums({p.format, x, rows, pieces, w, count, c});
+      for (int s = 0; s < count; ++s) epilogue(c + s * rows * kBlock, kBlock, r0, int(rows), blocks[s] * kBlock);
     });
   }
 }

@@ -4,9 +4,14 @@
 #include "cpu/quant_sums.h"
 #include "cpu/quant_widen.h"
 
-// The inner loops. A piece of one row takes eight dot products, a subtraction and one multiply-add, or two with a
-// minimum, on 512 bits with VNNI; unpacking codes, 16 operations, is shared by the rows of a group. A core with one
-// unit for both reaches 8 / 9 or 8 / 10 of its rate of dot products.
+// The inner loop. A piece of one row takes eight dot products, a subtraction and one multiply-add, or two with a
+// minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core with one
+// unit for dot products and multiply-adds reaches 8 / 9 or 8 / 10 of its rate of dot products.
+//
+// Integer sums are in registers. Float sums are too for few rows, and else in the first-level cache: a load and a store
+// of one, beside more than ten operations on 512 bits. In registers they would bound rows times blocks. So a thread
+// walks all of its blocks side by side, whatever the number of rows: streams that never pause are what the hardware's
+// prefetchers follow.
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -14,104 +19,111 @@ namespace {
 // A function in place, whatever the compiler thinks of its size: its arrays are to be registers.
 #define DFLASH_HERE __attribute__((always_inline))
 
-// x: the first of the group's rows, of ldx in a piece.
+// Into the second-level cache, as Ahead::ask; one line after a few dot products, as many requests at once would wait
+// for one another and hold up the loads. In place, or the compiler drops a function that only asks.
+inline DFLASH_INLINE void ask([[maybe_unused]] const uint8_t* line) {
+#if DFLASH_VEC
+  _mm_prefetch((const char*)line, _MM_HINT_T1);
+#endif
+}
+
+// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next. S:
+// blocks whose sums are in registers; 0: `blocks` of them, in memory.
 template <Format F, int R, int S>
-DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* const* w, int64_t begin, int64_t end,
-                                 Ahead ahead, float* c, int64_t ldc) {
-  constexpr int V = kBlockVectors, H = kHalves<F>, N = kPieceRegisters / H;
-  Sums<R, S * V> sums(c, ldc);
+DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* const* w, int blocks, int64_t begin,
+                                 int64_t end, Ahead ahead, float* c, int64_t ldc) {
+  constexpr int V = kBlockVectors, H = kHalves<F>, N = kPieceRegisters / H, lines = ceil_lines(layout_of(F).piece);
+  const auto at_sum = [&](int s, int r, int v) { return c + s * ldc + r * kBlock + v * Vec::W; };
+  Vec held[S ? S * V * R : 1];
+  times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
   x += begin * ldx;
   for (int64_t b = begin; b < end; ++b, x += ldx) {
-    times<ceil_lines(layout_of(F).piece)>([&](auto) DFLASH_HERE { ahead.template ask<S>(w); });
-    times<S>([&](auto s) DFLASH_HERE {
-      const uint8_t *record = record_of<F>(w[s], b), *head = head_of<F>(w[s], b);
+    // update(r, v, f): f of that sum is its next value.
+    const auto piece = [&](int s, auto update) DFLASH_HERE {
+      const uint8_t *record = record_of<F>(w[s], b), *head = head_of<F>(w[s], b), *next = w[s] + ahead.at;
       times<V>([&](auto v) DFLASH_HERE {
         asm volatile("" : "+r"(x));  // x is loaded for each vector: kept for the next one, it would fill the registers
-        times<H>([&](auto half) DFLASH_HERE {
-          IntSums<F, R> ints;
-          times<R>([&](auto r) DFLASH_HERE { ints.start(r, x[r].init[half]); });
-          times<N>([&](auto i) DFLASH_HERE {
-            const Codes codes = codes_of<F, half * N + i>(record, v);
-            times<R>([&](auto r) DFLASH_HERE { ints.template add<i>(r, codes, x[r].q + (half * N + i) * 4); });
+        IntSums<F, R> ints[H];
+        times<kPieceRegisters>([&](auto i) DFLASH_HERE {
+          constexpr int half = i / N, at = v * kPieceRegisters + i, of = V * kPieceRegisters;
+          if constexpr (i % N == 0) times<R>([&](auto r) DFLASH_HERE { ints[half].start(r, x[r].init[half]); });
+          times<(at + 1) * lines / of - at * lines / of>([&](auto) DFLASH_HERE {
+            ask(next);
+            next += ahead.step;
           });
-          const Vec d = scale_of<F>(record, head, half, v);
-          times<R>([&](auto r) DFLASH_HERE {
-            Vec& sum = sums.v[(r * S + s) * V + v];
-            sum = fma(d, ints.finish(r) - set1(x[r].base), sum);
+          const Codes codes = codes_of<F, i>(record, v);
+          times<R>([&](auto r) DFLASH_HERE { ints[half].template add<i % N>(r, codes, x[r].q + i * 4); });
+        });
+        Vec d[H], m;
+        times<H>([&](auto half) DFLASH_HERE { d[half] = scale_of<F>(record, head, half, v); });
+        if constexpr (kHasMinimum<F>) m = minimum_of<F>(record, head, v);
+        times<R>([&](auto r) DFLASH_HERE {
+          update(r, v, [&](Vec sum) DFLASH_HERE {
+            times<H>([&](auto half) DFLASH_HERE { sum = fma(d[half], ints[half].finish(r) - set1(x[r].base), sum); });
+            if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
+            return sum;
           });
         });
-        if constexpr (kHasMinimum<F>) {
-          const Vec m = minimum_of<F>(record, head, v);
-          times<R>([&](auto r) DFLASH_HERE {
-            Vec& sum = sums.v[(r * S + s) * V + v];
-            sum = fma(m, set1(x[r].sum), sum);
-          });
-        }
       });
+    };
+    times<S>([&](auto s) DFLASH_HERE {
+      piece(s, [&](auto r, auto v, auto f) DFLASH_HERE { held[(s * R + r) * V + v] = f(held[(s * R + r) * V + v]); });
     });
+    if constexpr (S == 0)
+      for (int s = 0; s < blocks; ++s)
+        piece(s, [&](auto r, auto v, auto f) DFLASH_HERE { store(at_sum(s, r, v), f(load(at_sum(s, r, v)))); });
+    ahead.at += lines * ahead.step;
   }
-  sums.store_to(c, ldc);
+  times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i / (V * R), i / V % R, i % V), held[i]); });
 }
+
+// Rows in one group: its integer sums fill at most half of 32 registers or of 16, and q6_k has two for a row.
+constexpr int group_rows(Format format) {
+  if (DFLASH_VEC == 512) return format == Format::q6_k ? 8 : 12;
+  return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
+}
+
+// Rows whose float sums fit the other half, for all of a thread's blocks: there a load and a store are not hidden.
+constexpr int kFewRows = DFLASH_VEC == 512 ? 4 : DFLASH_VEC ? 1 : 0;
 
 // Several groups take turns over as many pieces, which the second-level cache keeps meanwhile.
 constexpr int64_t kChunk = 64;
 
-// As in gemm_rows.h: how many lines ahead of its loads a thread asks for.
-inline int64_t ahead_lines(int64_t rows) { return rows > 1 ? 128 : 32; }
-
-// Rows in one group beside S blocks, of 32 registers or 16. Without VNNI a row takes one more, unless its products do
-// not wait to be folded. One block alone is what is left over of a thread's.
-constexpr int rows_beside(Format format, int blocks) {
-  if (DFLASH_VEC == 512) return blocks == 2 && (!kSignedCodes || format == Format::q8_0) ? 8 : 4;
-  return DFLASH_VEC ? 4 / blocks : 1 / blocks;
+// How many lines ahead of its loads a thread asks for. Where a line's dot products take less time than reading it, the
+// hardware's own prefetchers ask for more at once than a thread can, and do not see what it asks for far ahead.
+template <Format F>
+inline int64_t ahead_lines(int64_t rows) {
+  constexpr int hidden = DFLASH_VEC == 512 && !kSignedCodes ? 3 : 2;  // vectors of dot products
+  return rows * kPieceRegisters < hidden * ceil_lines(layout_of(F).piece) ? 32 : 128;
 }
 
 template <Format F, int S, int R>
 inline void group(const QuantSums& p, int64_t row, int rows, int64_t begin, int64_t end, Ahead ahead) {
   if (rows == R)
-    return micro_quant<F, R, S>(p.x + row, p.rows, p.weights, begin, end, ahead,
-                                p.c + row * p.ldc, p.ldc);
+    return micro_quant<F, R, S>(p.x + row, p.rows, p.weights, p.blocks, begin, end, ahead, p.c + row * kBlock,
+                                p.rows * kBlock);
   if constexpr (R > 1) group<F, S, R - 1>(p, row, rows, begin, end, ahead);
 }
 
-template <Format F, int S>
-inline void row_groups(const QuantSums& p) {
-  constexpr int most = rows_beside(F, S);
+template <Format F>
+inline void sums_of(const QuantSums& p) {
+  constexpr int most = group_rows(F);
   const int64_t groups = ceil_div(p.rows, most), chunk = groups > 1 && p.pieces > kChunk ? kChunk : p.pieces;
-  for (int64_t r = 0; r < p.rows; ++r) std::memset(p.c + r * p.ldc, 0, S * kBlock * sizeof(float));
+  std::memset(p.c, 0, p.blocks * p.rows * kBlock * sizeof(float));
   for (int64_t b = 0; b < p.pieces; b += chunk) {
     const int64_t end = p.pieces - b < chunk ? p.pieces : b + chunk;
     for (int64_t g = 0, r = 0, m; g < groups; ++g, r += m) {
       m = ceil_div(p.rows - r, groups - g);
       const int64_t at = format_bytes(F, b);
-      Ahead ahead{at + ahead_lines(p.rows) * kLine / S, kLine};
+      Ahead ahead{at + ahead_lines<F>(p.rows) * kLine / p.blocks, kLine};
       if (groups > 1) ahead = {at + format_bytes(F, chunk) * (groups + g) / groups, ceil_div(kLine, groups)};
-      group<F, S, most>(p, r, int(m), b, end, ahead);
+      if constexpr (kFewRows > 0)
+        if (m <= kFewRows && p.blocks == kStreams) {
+          group<F, kStreams, kFewRows>(p, r, int(m), b, end, ahead);
+          continue;
+        }
+      group<F, 0, most>(p, r, int(m), b, end, ahead);
     }
-  }
-}
-
-template <Format F>
-void sums_of(const QuantSums& p) {
-  if constexpr (rows_beside(F, 4) > 0)
-    if (p.blocks == 4 && p.rows <= rows_beside(F, 4)) return row_groups<F, 4>(p);
-  if constexpr (rows_beside(F, 2) > 0) {
-    if (p.blocks == 4) {
-      QuantSums half = p;
-      half.blocks = 2;
-      sums_of<F>(half);
-      half.weights += 2;
-      half.c += 2 * kBlock;
-      return sums_of<F>(half);
-    }
-    if (p.blocks == 2 && (DFLASH_VEC == 512 || p.rows <= rows_beside(F, 2))) return row_groups<F, 2>(p);
-  }
-  for (int s = 0; s < p.blocks; ++s) {
-    QuantSums one = p;
-    one.blocks = 1;
-    one.weights += s;
-    one.c += s * kBlock;
-    row_groups<F, 1>(one);
   }
 }
 

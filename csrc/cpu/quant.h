@@ -68,15 +68,14 @@ struct QuantRows {
   RowPiece* out;
 };
 
-// c[r * ldc + s * 16 + j] = the sums of `rows` rows against `blocks` blocks of 16 outputs.
+// c[(s * rows + r) * 16 + j] = the sums of `rows` rows against `blocks` blocks of 16 outputs.
 struct QuantSums {
   Format format;
   const RowPiece* x;  // of `rows` rows
   int64_t rows, pieces;
   const uint8_t* const* weights;
-  int blocks;  // 1, 2 or 4
+  int blocks;
   float* c;
-  int64_t ldc;
 };
 
 // A packed block of 16 outputs as elements of `dtype`, packed as pack_weight does.

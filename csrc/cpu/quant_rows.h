@@ -1,4 +1,7 @@
 // Rounds rows of x to int8, a piece at a time, with a power of two as its scale.
+//
+// Every thread rounds all rows for itself, so that this counts beside a thread's share of the sums. Four pieces at a
+// time share the arithmetic on what each has one of.
 #pragma once
 
 #include "cpu/memory.h"
@@ -7,85 +10,172 @@
 namespace dflash::DFLASH_ISA {
 namespace {
 
+// The largest magnitude becomes 64 to 127: the next power of two where 127.5 would be reached. It has e = (its upper
+// half + 1) >> 7, less this:
+constexpr int kExponentOffset = 127 + 6;
 constexpr int kLowest = -100, kHighest = 100;  // exponents e
-constexpr int kHalfPiece = int(kPiece) / 2;
+constexpr int32_t kOne = 0x3f800000, kBase = 0x4b400000, kNan = 0x7fc00000;  // bits of 1, 1.5 * 2^23 and NaN
 
+inline void not_finite(RowPiece& to) {
+  std::memset(&to, 0, sizeof(to));
+  to.init[0] = to.init[1] = kNan;
+}
+
+#if DFLASH_VEC
+// Four numbers of which the largest has the largest magnitude's upper half.
+template <class T>
+inline __m128i magnitudes(const T* x) {
 #if DFLASH_VEC == 512
-// The upper half of the largest magnitude's bits.
-inline uint32_t largest(__m256i upper) {
-  const __m128i most = _mm_max_epu16(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
-  return 0xffff & ~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(most, _mm_set1_epi32(-1))));
+  const auto of = [&](int i) {
+    return _mm512_and_si512(_mm512_castps_si512(load(x + i * Vec::W).v), _mm512_set1_epi32(0x7fffffff));
+  };
+  const __m512i all = _mm512_max_epu32(of(0), of(1));
+  const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+#else
+  const auto of = [&](int i) {
+    return _mm256_and_si256(_mm256_castps_si256(load(x + i * Vec::W).v), _mm256_set1_epi32(0x7fffffff));
+  };
+  const __m256i half = _mm256_max_epu32(_mm256_max_epu32(of(0), of(1)), _mm256_max_epu32(of(2), of(3)));
+#endif
+  return _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
-inline uint32_t top_of(const bf16* x) {
-  const __m512i m = _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi16(0x7fff));
-  return largest(_mm256_max_epu16(_mm512_castsi512_si256(m), _mm512_extracti64x4_epi64(m, 1)));
-}
-template <class T>
-inline uint32_t top_of(const T* x) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  const __m512i a = _mm512_and_si512(_mm512_castps_si512(load(x).v), magnitude),
-                b = _mm512_and_si512(_mm512_castps_si512(load(x + kHalfPiece).v), magnitude);
-  return largest(_mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_max_epu32(a, b), 16)));
+inline __m128i magnitudes(const bf16* x) {
+  const auto of = [&](int i) {
+    return _mm256_and_si256(_mm256_loadu_si256((const __m256i*)x + i), _mm256_set1_epi16(0x7fff));
+  };
+  const __m256i half = _mm256_max_epu16(of(0), of(1));
+  const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return _mm_max_epu16(eight, _mm_slli_epi32(eight, 16));
 }
 
-// Rounds half a piece times `inverse`, and returns the sum.
+// A piece times `inverse`, rounded.
 template <class T>
-inline int32_t round_half(const T* x, float inverse, int8_t* to) {
-  const __m128i q = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((load(x) * set1(inverse)).v));
-  _mm_store_si128((__m128i*)to, q);
-  const __m128i sums = _mm_sad_epu8(_mm_xor_si128(q, _mm_set1_epi8(char(0x80))), _mm_setzero_si128());
-  return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 128 * kHalfPiece;
+inline __m256i rounded_piece(const T* x, float inverse) {
+#if DFLASH_VEC == 512
+  const auto of = [&](int i) {
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((load(x + i * Vec::W) * set1(inverse)).v));
+  };
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(of(0)), of(1), 1);
+#else
+  const auto of = [&](int i) { return _mm256_cvtps_epi32((load(x + i * Vec::W) * set1(inverse)).v); };
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(of(0), of(1)), _mm256_packs_epi32(of(2), of(3)));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#endif
+}
+// Zeros below make floats of bf16, in an order that packing undoes.
+inline __m256i rounded_piece(const bf16* x, float inverse) {
+#if DFLASH_VEC == 512
+  const auto round = [&](__m512i v) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(v), _mm512_set1_ps(inverse)));
+  };
+  const __m512i all = _mm512_loadu_si512(x), zero = _mm512_setzero_si512();
+  return _mm512_cvtepi16_epi8(
+      _mm512_packs_epi32(round(_mm512_unpacklo_epi16(zero, all)), round(_mm512_unpackhi_epi16(zero, all))));
+#else
+  const auto round = [&](__m256i v) {
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(v), _mm256_set1_ps(inverse)));
+  };
+  const auto words = [&](int i) {
+    const __m256i half = _mm256_loadu_si256((const __m256i*)x + i), zero = _mm256_setzero_si256();
+    return _mm256_packs_epi32(round(_mm256_unpacklo_epi16(zero, half)), round(_mm256_unpackhi_epi16(zero, half)));
+  };
+  return _mm256_permute4x64_epi64(_mm256_packs_epi16(words(0), words(1)), 0xd8);
+#endif
+}
+
+// Lanes of the vectors from here on: a piece each.
+template <class T>
+inline void round_four(const T* const* x, int offset, int halves, RowPiece* const* to) {
+  const auto number = [](int32_t i) { return _mm_set1_epi32(i); };
+  __m128i most[4];
+  for (int i = 0; i < 4; ++i) most[i] = magnitudes(x[i]);
+  for (int i = 0; i < 4; i += 2)
+    most[i] = _mm_max_epu32(_mm_unpacklo_epi32(most[i], most[i + 1]), _mm_unpackhi_epi32(most[i], most[i + 1]));
+  const __m128i top = _mm_srli_epi32(
+      _mm_max_epu32(_mm_unpacklo_epi64(most[0], most[2]), _mm_unpackhi_epi64(most[0], most[2])), 16);
+  const __m128i e = _mm_sub_epi32(_mm_srli_epi32(_mm_add_epi32(top, number(1)), 7), number(kExponentOffset));
+  const int bad = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpgt_epi32(e, number(kHighest))));
+  const __m128i scale = _mm_slli_epi32(_mm_max_epi32(e, number(kLowest)), 23);
+
+  alignas(16) float inverse[4];
+  _mm_store_si128((__m128i*)inverse, _mm_sub_epi32(number(kOne), scale));
+  __m256i sums[4];  // of eight bytes, each 128 too large
+  for (int i = 0; i < 4; ++i) {
+    const __m256i q = rounded_piece(x[i], inverse[i]);
+    _mm256_storeu_si256((__m256i*)to[i]->q, q);
+    sums[i] = _mm256_sad_epu8(_mm256_xor_si256(q, _mm256_set1_epi8(char(0x80))), _mm256_setzero_si256());
+  }
+  const auto pair = [&](int i) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(sums[i]), _mm256_castsi256_ps(sums[i + 1]), 0x88));
+  };
+  const __m256i both = _mm256_sub_epi32(_mm256_hadd_epi32(pair(0), pair(2)), _mm256_set1_epi32(128 * int(kPiece) / 2));
+  const __m128i first = _mm256_castsi256_si128(both), second = _mm256_extracti128_si256(both, 1);
+  const __m128i sum = _mm_add_epi32(first, second), base = _mm_add_epi32(number(kBase), scale);
+  const auto init = [&](__m128i q) { return _mm_sub_epi32(base, _mm_mullo_epi32(number(offset), q)); };
+  const __m128i scaled = _mm_castps_si128(
+      _mm_mul_ps(_mm_castsi128_ps(_mm_add_epi32(number(kOne), scale)), _mm_cvtepi32_ps(sum)));
+
+  const __m128i init0 = init(halves == 2 ? first : sum), init1 = init(second);
+  const __m128i inits[2] = {_mm_unpacklo_epi32(init0, init1), _mm_unpackhi_epi32(init0, init1)};
+  const __m128i rest[2] = {_mm_unpacklo_epi32(base, scaled), _mm_unpackhi_epi32(base, scaled)};
+  for (int i = 0; i < 4; i += 2) {
+    _mm_store_si128((__m128i*)to[i]->init, _mm_unpacklo_epi64(inits[i / 2], rest[i / 2]));
+    _mm_store_si128((__m128i*)to[i + 1]->init, _mm_unpackhi_epi64(inits[i / 2], rest[i / 2]));
+  }
+  if (bad)
+    for (int i = 0; i < 4; ++i)
+      if (bad >> i & 1) not_finite(*to[i]);
 }
 #else
 template <class T>
-inline uint32_t top_of(const T* x) {
-  uint32_t top = 0;
-  for (int i = 0; i < kPiece; ++i) {
-    const uint32_t bits = float_to_bits(to_float(x[i])) & 0x7fffffff;
-    top = bits > top ? bits : top;
+inline void round_four(const T* const* x, int offset, int halves, RowPiece* const* to) {
+  for (int i = 0; i < 4; ++i) {
+    uint32_t top = 0;
+    for (int k = 0; k < kPiece; ++k) {
+      const uint32_t bits = float_to_bits(to_float(x[i][k])) & 0x7fffffff;
+      top = bits > top ? bits : top;
+    }
+    int e = int(((top >> 16) + 1) >> 7) - kExponentOffset;
+    if (e > kHighest) {
+      not_finite(*to[i]);
+      continue;
+    }
+    e = e < kLowest ? kLowest : e;
+    const float inverse = bits_to_float(uint32_t(kOne - e * (1 << 23)));
+    const auto half = [&](int first) {
+      int32_t sum = 0;
+      for (int k = first; k < first + kPiece / 2; ++k) {
+        const int32_t q = int32_t(std::nearbyint(to_float(x[i][k]) * inverse));
+        to[i]->q[k] = int8_t(q);
+        sum += q;
+      }
+      return sum;
+    };
+    const int32_t sums[2] = {half(0), half(kPiece / 2)};
+    const int32_t base = kBase + e * (1 << 23);
+    to[i]->init[0] = base - offset * (halves == 2 ? sums[0] : sums[0] + sums[1]);
+    to[i]->init[1] = base - offset * sums[1];
+    to[i]->base = bits_to_float(uint32_t(base));
+    to[i]->sum = bits_to_float(uint32_t(kOne + e * (1 << 23))) * float(sums[0] + sums[1]);
   }
-  return top >> 16;
-}
-template <class T>
-inline int32_t round_half(const T* x, float inverse, int8_t* to) {
-  int32_t sum = 0;
-  for (int i = 0; i < kHalfPiece; ++i) {
-    const int32_t q = int32_t(std::nearbyint(to_float(x[i]) * inverse));
-    to[i] = int8_t(q);
-    sum += q;
-  }
-  return sum;
 }
 #endif
-
-template <class T>
-inline void round_piece(const T* x, int offset, int halves, RowPiece& to) {
-  // The largest magnitude becomes 64 to 127: the next power of two where 127.5 would be reached.
-  int e = int((top_of(x) + 1) >> 7) - 127 - 6;
-  if (e > kHighest) {
-    std::memset(&to, 0, sizeof(to));
-    to.init[0] = to.init[1] = 0x7fc00000;
-    return;
-  }
-  e = e < kLowest ? kLowest : e;
-  const float inverse = bits_to_float(uint32_t(127 - e) << 23);
-  const int32_t base = 0x4b400000 + e * (1 << 23);
-  const int32_t first = round_half(x, inverse, to.q);
-  const int32_t second = round_half(x + kHalfPiece, inverse, to.q + kHalfPiece);
-  to.init[0] = base - offset * (halves == 2 ? first : first + second);
-  to.init[1] = base - offset * second;
-  to.base = bits_to_float(uint32_t(base));
-  to.sum = bits_to_float(uint32_t(127 + e) << 23) * float(first + second);
-}
 
 template <class T>
 void round_rows(const QuantRows& p) {
   const int offset = kSignedCodes && p.format == Format::q8_0 ? 0 : layout_of(p.format).offset;
   const int halves = p.format == Format::q6_k ? 2 : 1;
   for (int64_t r = 0; r < p.rows; ++r)
-    for (int64_t b = 0; b < p.pieces; ++b)
-      round_piece(static_cast<const T*>(p.x.data) + r * p.x.stride + b * kPiece, offset, halves,
-                  p.out[b * p.rows + r]);
+    for (int64_t b = 0; b < p.pieces; b += 4) {
+      const T* x[4];
+      RowPiece* to[4];
+      for (int i = 0; i < 4; ++i) {  // the last piece comes again where there is none left
+        const int64_t at = b + i < p.pieces ? b + i : p.pieces - 1;
+        x[i] = static_cast<const T*>(p.x.data) + r * p.x.stride + at * kPiece;
+        to[i] = p.out + at * p.rows + r;
+      }
+      round_four(x, offset, halves, to);
+    }
 }
 
 }  // namespace

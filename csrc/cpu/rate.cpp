@@ -95,9 +95,11 @@ Done byte_rounds(int64_t rounds) {
   Bytes sums[kByteSums], a = all_bytes(1), b = a;
   for (Bytes& s : sums) s = a;
   for (int64_t i = 0; i < rounds; ++i) {
-    asm volatile("" : "+v"(a), "+v"(b));
 #pragma GCC unroll 12
-    for (int s = 0; s < kByteSums; ++s) sums[s] = add_products(sums[s], a, b);
+    for (int s = 0; s < kByteSums; ++s) {
+      asm volatile("" : "+v"(a), "+v"(b));  // for each sum, or one product would do for all
+      sums[s] = add_products(sums[s], a, b);
+    }
   }
   Bytes all = sums[0];  // not the sums' own memory, which would keep them there
   for (int s = 1; s < kByteSums; ++s) all = both(all, sums[s]);

@@ -10,7 +10,7 @@ import dflash_kernels as dk
 from bench.random_blocks import blocks
 from dflash_kernels import reference
 from dflash_kernels.formats import FORMATS
-from dflash_kernels.testing import same_bits
+from dflash_kernels.testing import every_isa, same_bits, use_isa
 
 FORMAT = pytest.mark.parametrize("name", FORMATS)
 
@@ -88,6 +88,24 @@ def test_a_row_has_the_same_bits_in_every_number_of_rows(isa, name):
         best, values = dk.lm_head_argmax(x[at], packed)
         assert torch.equal(best, ids[at, 0]) and same_bits(values, top[at, 0]), rows
         assert same_bits(dk.lm_head_topk(x[at], packed, 1)[2], lse[at]), rows
+
+
+@FORMAT
+def test_instruction_sets_with_fused_multiply_adds_have_the_same_bits(dtype, name):
+    """Pieces of a row that do not fill a group of four, and more rows than one group has."""
+    k = {32: 160, 256: 1280}[FORMATS[name].block]
+    for rows in (1, 5, 13, 29):
+        x, w, b = problem(name, dtype, rows, 80, k)
+        x[:, 32:64] *= 1000
+        packed, found = dk.pack_weight(w, format=name), {}
+        for isa in every_isa():
+            if isa not in ("generic", "reference"):
+                with use_isa(isa):
+                    found[isa] = dk.linear(x, packed, b)
+        want = torch.empty(rows, 80)
+        reference.linear.linear(x, packed.data, None, FORMATS[name].number, b, 80, want)
+        for isa, got in found.items():
+            assert close(got, want, dtype) and same_bits(got, next(iter(found.values()))), (isa, rows)
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q4_k"])
