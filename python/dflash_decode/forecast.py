@@ -13,5 +13,8 @@ class Forecast:
     expected_seconds: float = 0.0
     seconds: float = 0.0
 
+    def __add__(self, other: "Forecast") -> "Forecast":
+        return Forecast(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
     def __sub__(self, other: "Forecast") -> "Forecast":
         return Forecast(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
