@@ -133,10 +133,12 @@ class PackedRunner(Runner):
             found_to_pay, width = policy.to_draft([active[i].outlook for i in open_ended])
             if chosen := [open_ended[i] for i in found_to_pay]:
                 requests = [active[i] for i in chosen]
-                lately = sum(kept.tokens for live in requests for kept in live.features)
+                kept = [(live, kept) for live in requests for kept in live.features]
+                rows = sum(k.tokens for _, k in kept)
+                decoded = sum(k.tokens for live, k in kept if k.position >= len(live.request.prompt))
                 seconds = self.write_context(requests)
-                if seconds is not None and lately <= self.setting.width * len(requests):
-                    policy.took("context", len(requests), seconds)
+                if seconds is not None and decoded:  # a prompt's part comes once
+                    policy.took("context", len(requests), seconds * decoded / rows)
                 stage = self.draft_stage(len(requests), width)
                 stage.tables.set([live.pages for live in requests])
                 found = self.timed(stage.work, policy, "draft", width * len(requests), lambda: stage(

@@ -11,7 +11,7 @@ drafts (Calibration); it begins as the drafter's own record says, or as the conf
 
 Whether to draft at all, and how many tokens, is decided before confidences are known, from what drafts of each length
 were worth in the request's last steps, tokens less their time at that rate; drafts are made for as many requests as pay
-for them. A request that does not pay is tried again now and then, for about 1 % of the time, and where all drafting
+for them, with the drafter's context of all tokens since their last draft. A request that does not pay is tried again now and then, for about 1 % of the time, and where all drafting
 pays a step drafts nothing now and then, or a whole block: what is never done has a cost, and a worth, that nobody
 knows. Where it was not as expected, the next trial comes soon.
 """
@@ -27,6 +27,7 @@ from .forecast import Forecast
 _NEW, _SHARED = 0.25, 0.02  # how far a step moves what drafting is worth, of its request and of all
 _RATE = 0.05  # and the rate
 _TRIALS, _FIRST_WAIT, _LONGEST_WAIT = 0.01, 4, 64  # share of the time; steps
+_MARGIN = 1.2  # times its cost that a draft must be worth: of several estimates the best one is too good
 _MIDDLING = 0.6  # confidence, before there is any
 _WHOLE_AGAIN = 32  # drafts of fewer tokens, after which a whole block is drafted
 _SURPRISE = 1.2  # times that a step took more or less than was expected
@@ -116,7 +117,7 @@ class WidthPolicy:
             order, total = sorted(range(n), key=lambda i: -worth[i]), 0.0
             for k, i in enumerate(order, 1):
                 total += worth[i]
-                net = total - rate * self.draft_seconds(k, width)
+                net = total - _MARGIN * rate * self.draft_seconds(k, width)
                 if net > best:
                     best, drafted, self.drafting = net, order[:k], width
         self._trial = False
@@ -198,7 +199,7 @@ class WidthPolicy:
             request.worth = _moved(before, worth, _NEW)
             self.worth = of_all = _moved(of_all, worth, _SHARED)
             request.idle = 0
-            request.paid = any(w > rate * self.draft_seconds(1, q)
+            request.paid = any(w > _MARGIN * rate * self.draft_seconds(1, q)
                                for w, q in zip(worth, self.draft_widths, strict=True))
             if request.paid and self._trial:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
