@@ -11,9 +11,10 @@ drafts (Calibration); it begins as the drafter's own record says, or as the conf
 
 Whether to draft at all, and how many tokens, is decided before confidences are known, from what drafts of each length
 were worth in the request's last steps, tokens less their time at that rate; drafts are made for as many requests as pay
-for them, with the drafter's context of all tokens since their last draft. A request that does not pay is tried again now and then, for about 1 % of the time, and where all drafting
-pays a step drafts nothing now and then, or a whole block: what is never done has a cost, and a worth, that nobody
-knows. Where it was not as expected, the next trial comes soon.
+for them, with the drafter's context of all tokens since their last draft. A request that does not pay is tried again
+now and then, for about 1 % of the time, and where all drafting pays a step drafts nothing now and then, or a whole
+block: what is never done has a cost, and a worth, that nobody knows. Where it was not as expected, the next trial comes
+soon.
 """
 
 from collections.abc import Callable, Sequence
