@@ -4,12 +4,12 @@ llama.cpp's own converter needs its source tree and a gguf package newer than th
 embedding and no LM head: they are the target's, in the target's quantisation.
 """
 
-import os
 from pathlib import Path
 
 import gguf
 import torch
 
+from bench.peers.gguf_files import copy_field, writing
 from dflash_decode.checkpoint import load_checkpoint
 from dflash_decode.model.config import read_draft_config
 
@@ -30,41 +30,30 @@ def tensor_name(name: str) -> str:
 
 def write(draft: str, target: str, file: Path) -> Path:
     """Writes the drafter's directory as one file, with the vocabulary of the target's GGUF file, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     found = load_checkpoint(draft, torch.bfloat16)
     c, raw = read_draft_config(found.config), found.config
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    writer = gguf.GGUFWriter(temporary, "dflash")
-    writer.add_block_count(c.num_layers)
-    writer.add_context_length(raw["max_position_embeddings"])
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(c.num_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(raw["rope_theta"])
-    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
-    writer.add_causal_attention(False)
-    writer.add_uint32("dflash.block_size", c.block_size)
-    writer.add_array("dflash.target_layers", [i + 1 for i in c.target_layer_ids])  # a layer's input, not its output
-    writer.add_mask_token_id(c.mask_token_id)
-    for name, field in gguf.GGUFReader(target).fields.items():
-        if name.startswith("tokenizer."):
-            part = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=part)
-    for name, tensor in found.tensors.items():
-        # Norms in float32 and products in bfloat16, as llama.cpp's converter has them.
-        exact, raw_type = tensor.float().numpy(), gguf.GGMLQuantizationType.BF16
-        data = exact if tensor.ndim == 1 else gguf.quants.quantize(exact, raw_type)
-        writer.add_tensor(tensor_name(name), data, raw_dtype=None if tensor.ndim == 1 else raw_type)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(file, "dflash") as writer:
+        writer.add_block_count(c.num_layers)
+        writer.add_context_length(raw["max_position_embeddings"])
+        writer.add_embedding_length(c.hidden_size)
+        writer.add_feed_forward_length(c.intermediate_size)
+        writer.add_head_count(c.num_heads)
+        writer.add_head_count_kv(c.num_kv_heads)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+        writer.add_rope_dimension_count(c.head_dim)
+        writer.add_rope_freq_base(raw["rope_theta"])
+        writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+        writer.add_causal_attention(False)
+        writer.add_uint32("dflash.block_size", c.block_size)
+        writer.add_array("dflash.target_layers", [i + 1 for i in c.target_layer_ids])  # a layer's input, not its output
+        writer.add_mask_token_id(c.mask_token_id)
+        for name, field in gguf.GGUFReader(target).fields.items():
+            if name.startswith("tokenizer."):
+                copy_field(writer, name, field)
+        for name, tensor in found.tensors.items():
+            # Norms in float32 and products in bfloat16, as llama.cpp's converter has them.
+            exact, raw_type = tensor.float().numpy(), gguf.GGMLQuantizationType.BF16
+            data = exact if tensor.ndim == 1 else gguf.quants.quantize(exact, raw_type)
+            writer.add_tensor(tensor_name(name), data, raw_dtype=None if tensor.ndim == 1 else raw_type)
     return file

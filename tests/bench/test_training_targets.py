@@ -99,10 +99,12 @@ def test_a_target_that_a_drafter_cannot_share_is_refused(tmp_path, folder):
 
 def test_options_come_from_a_file_and_the_command_line_goes_before_it(tmp_path):
     file = tmp_path / "recipe.toml"
-    file.write_text('model = "a"\nminutes = 7\ntarget-layer-ids = [1, 5]\nanswers = ["x", "y"]\nfeatures = "live"\n')
+    file.write_text('model = "a"\nminutes = 7\ntarget-layer-ids = [1, 5]\nanswers = ["x", "y"]\nfeatures = "live"\n'
+                    'mask-token = 17\n')
     args = arguments(["--config", str(file), "--minutes", "3"])
     assert (args.model, args.minutes, args.target_layer_ids, args.features) == ("a", 3.0, [1, 5], "live")
     assert args.answers == [Path("x"), Path("y")] and arguments([]).minutes == Recipe.minutes
+    assert args.mask_token == "17"  # as the command line has it
 
 
 @pytest.mark.parametrize("text, said", [

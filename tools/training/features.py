@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dflash_decode.checkpoint.tokenizer import Tokenizer
 
 from .target import Target
-from .texts import CONTEXT, chat_ids
+from .texts import CONTEXT, coded
 
 TEACHER = 8  # most likely tokens kept for each position
 CHUNK = 2048  # rows of logits at a time
@@ -58,7 +58,7 @@ class Texts(ABC):
         return self.ids[self.offsets[i]:self.offsets[i + 1]]
 
     def padded_ids(self, which: Sequence[int]) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([self.text(i).long() for i in which], batch_first=True)
+        return padded([self.text(i) for i in which])
 
     @abstractmethod
     def batch(self, which: Sequence[int]) -> Padded:
@@ -66,25 +66,38 @@ class Texts(ABC):
 
 
 class Coded(NamedTuple):
-    """Texts as tokens, cut to a length. kept: which of the given ones have an answer then."""
+    """Texts as tokens, cut to a length: those that have an answer then."""
 
     ids: list[list[int]]
     starts: list[int]
-    kept: list[int]
+    greedy: list[bool]
+    sources: list[str]
+    prompts: list[str]
 
     def offsets(self) -> list[int]:
         return [0, *accumulate(map(len, self.ids))]
 
 
 def code(tokenizer: Tokenizer, texts: Sequence[dict], longest: int = CONTEXT) -> Coded:
-    ids, starts = [], []
+    found = Coded([], [], [], [], [])
     for text in texts:
-        prompt = chat_ids(tokenizer, text["prompt"], text.get("before", ()))
-        whole = prompt + tokenizer.encode(text["answer"]) + list(tokenizer.stop_ids[:1]) * (text["finish"] == "stop")
-        ids.append(whole[:longest])
-        starts.append(len(prompt))
-    kept = [i for i in range(len(texts)) if len(ids[i]) >= starts[i] + 2]
-    return Coded([ids[i] for i in kept], [starts[i] for i in kept], kept)
+        whole, start = coded(tokenizer, text)
+        if len(ids := whole[:longest]) >= start + 2:
+            row = ids, start, text["temperature"] == 0, text["source"], text["prompt"]
+            for column, value in zip(found, row, strict=True):
+                column.append(value)
+    return found
+
+
+def padded(texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(B, T) int64."""
+    return torch.nn.utils.rnn.pad_sequence([ids.long() for ids in texts], batch_first=True)
+
+
+def run(target: Target, ids: torch.Tensor, target_layer_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (B, T) -> the final hidden states (B, T, H), and the layers' beside each other (B, T, F * H)."""
+    final, seen = target.forward(ids.to(target.device), target_layer_ids)
+    return final, torch.cat(seen, -1)
 
 
 def scale_of(states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -104,23 +117,19 @@ class LiveTexts(Texts):
 
     def __init__(self, target: Target, tokenizer: Tokenizer, texts: Sequence[dict], target_layer_ids: Sequence[int],
                  longest: int = CONTEXT, sample: int = 16):
-        coded = code(tokenizer, texts, longest)
+        found = code(tokenizer, texts, longest)
         self.target, self.target_layer_ids = target, tuple(target_layer_ids)
-        self.ids = torch.tensor([token for ids in coded.ids for token in ids], dtype=torch.int32)
-        self.offsets, self.starts = coded.offsets(), coded.starts
-        self.greedy = [texts[i]["temperature"] == 0 for i in coded.kept]
-        self.sources, self.prompts = ([texts[i][name] for i in coded.kept] for name in ("source", "prompt"))
+        self.ids = torch.tensor([token for ids in found.ids for token in ids], dtype=torch.int32)
+        self.offsets, self.starts, self.greedy = found.offsets(), found.starts, found.greedy
+        self.sources, self.prompts = found.sources, found.prompts
         some = list(range(len(self)))[::max(len(self) // sample, 1)][:sample]
-        self.scale = scale_of(self._run(self.padded_ids(some))[1], [self.length(i) for i in some]).cpu()
-
-    def _run(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        final, seen = self.target.forward(ids.to(self.target.device), self.target_layer_ids)
-        return final, torch.cat(seen, -1)
+        states = run(target, self.padded_ids(some), self.target_layer_ids)[1]
+        self.scale = scale_of(states, [self.length(i) for i in some]).cpu()
 
     @torch.no_grad()
     def batch(self, which: Sequence[int]) -> Padded:
         ids = self.padded_ids(which)
-        final, states = self._run(ids)
+        final, states = run(self.target, ids, self.target_layer_ids)
         states = states / self.scale.to(states)
         # The tokens for a place come from the row before it, for all places of the answers.
         places = torch.arange(ids.shape[1])
@@ -181,7 +190,7 @@ def write_features(
     """Computes and stores the features of `texts`, each cut to `longest` tokens, about `rows` tokens at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     found = code(tokenizer, texts, longest)
-    (coded, starts, kept), offsets = found, found.offsets()
+    coded_ids, starts, offsets = found.ids, found.starts, found.offsets()
     n, width = offsets[-1], len(target_layer_ids) * target.hidden
 
     def array(name, dtype, *shape):
@@ -189,20 +198,16 @@ def write_features(
 
     ids, states = array("ids", np.int32, n), array("states", np.int16, n, width)
     likely, odds = array("likely", np.int32, n, TEACHER), array("odds", np.float16, n, TEACHER)
-    ids[:] = np.concatenate(coded)
-    batches, scale = batches_of_like_lengths(coded, rows), None
+    ids[:] = np.concatenate(coded_ids)
+    batches, scale = batches_of_like_lengths(coded_ids, rows), None
     middle = batches.pop(len(batches) // 2)
     for batch in tqdm([middle, *batches], desc="features", unit="batch"):
-        padded = torch.zeros((len(batch), max(len(coded[i]) for i in batch)), dtype=torch.long)
-        for row, i in zip(padded, batch, strict=True):
-            row[:len(coded[i])] = torch.tensor(coded[i])
-        final, seen = target.forward(padded.to(target.device), target_layer_ids)
-        seen = torch.cat(seen, -1)
+        final, seen = run(target, padded([torch.tensor(coded_ids[i]) for i in batch]), target_layer_ids)
         if scale is None:
-            scale = scale_of(seen, [len(coded[i]) for i in batch])
+            scale = scale_of(seen, [len(coded_ids[i]) for i in batch])
         seen = (seen / scale.to(seen.dtype)).cpu()
         for r, i in enumerate(batch):
-            end, at = len(coded[i]), offsets[i]
+            end, at = len(coded_ids[i]), offsets[i]
             states[at:at + end] = seen[r, :end].contiguous().view(torch.int16).numpy()
             tokens, shares = teacher(target, final[r, starts[i] - 1:end - 1])
             likely[at + starts[i]:at + end], odds[at + starts[i]:at + end] = tokens.cpu(), shares.float().cpu()
@@ -210,6 +215,6 @@ def write_features(
         kept_array.flush()
     (folder / "features.json").write_text(json.dumps({
         "tokens": n, "width": width, "target_layer_ids": list(target_layer_ids), "scale": scale.tolist(),
-        "offsets": offsets, "starts": starts, "greedy": [texts[i]["temperature"] == 0 for i in kept],
-        "sources": [texts[i]["source"] for i in kept], "prompts": [texts[i]["prompt"] for i in kept]}))
+        "offsets": offsets, "starts": starts, "greedy": found.greedy, "sources": found.sources,
+        "prompts": found.prompts}))
     return Features(folder)

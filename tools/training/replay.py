@@ -16,7 +16,7 @@ from dflash_decode.model.drafter import DraftPass
 from dflash_decode.step import Prefill, prefill_sizes
 from dflash_kernels import lm_head_topk
 
-from .texts import CONTEXT, chat_ids
+from .texts import CONTEXT, coded
 
 PAGE, ROWS = 64, 256
 
@@ -47,10 +47,9 @@ def greedy_texts(session: Session, rows: Iterable[dict]) -> Iterator[Text]:
     """The conversations that were written greedily, as ids."""
     tokenizer = session.tokenizer
     for number, row in enumerate(rows):
-        prompt = chat_ids(tokenizer, row["prompt"], row.get("before", ()))
-        ids = prompt + tokenizer.encode(row["answer"]) + list(tokenizer.stop_ids[:1]) * (row["finish"] == "stop")
-        if row["temperature"] == 0 and len(prompt) + 2 <= len(ids) <= CONTEXT:
-            yield Text(number, ids, len(prompt))
+        ids, start = coded(tokenizer, row)
+        if row["temperature"] == 0 and start + 2 <= len(ids) <= CONTEXT:
+            yield Text(number, ids, start)
 
 
 def weights_to_rejection(accepted: torch.Tensor, width: int) -> torch.Tensor:

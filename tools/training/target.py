@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,14 +141,9 @@ class TransformersTarget(Target):
     """The model of a Hugging Face directory, of any family whose text decodes through our loop."""
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu"):
-        import transformers
+        from dflash_decode.model.hf_loading import read_model
 
-        from dflash_decode.model.hf import refuse_model
-
-        transformers.utils.logging.disable_progress_bar()
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True).to(device).eval()
-        refuse_model(model)
+        model = read_model(folder, torch.bfloat16).to(device).eval()
         c, embeddings = model.config.get_text_config(), model.get_input_embeddings()
         head = model.get_output_embeddings()
         _refuse_scales(c, embeddings, head)

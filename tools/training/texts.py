@@ -55,6 +55,13 @@ def chat_ids(tokenizer: Tokenizer, prompt: str, before: Iterable[tuple[str, str]
     return tokenizer.encode(tokenizer.apply_chat_template(messages_of(prompt, before)))
 
 
+def coded(tokenizer: Tokenizer, row: dict) -> tuple[list[int], int]:
+    """The ids of a conversation with its answer, and where the answer begins."""
+    prompt = chat_ids(tokenizer, row["prompt"], row.get("before", ()))
+    stop = list(tokenizer.stop_ids[:1]) * (row["finish"] == "stop")
+    return prompt + tokenizer.encode(row["answer"]) + stop, len(prompt)
+
+
 def open_turn(tokenizer: Tokenizer, before: Iterable[tuple[str, str]], opening: str) -> list[int]:
     """The ids of a conversation up to the user's next turn, which begins with `opening`."""
     text = tokenizer.apply_chat_template(messages_of("\0", before))

@@ -89,7 +89,7 @@ def from_file(parser: argparse.ArgumentParser, file: Path) -> dict[str, object]:
         if isinstance(value, list) != (action.nargs is not None):
             parser.error(f"{file}: {name} must be {'a list' if action.nargs else 'one value'}; got {value!r}")
         try:
-            made = [action.type(one if isinstance(one, str) else repr(one)) if action.type else one for one in values]
+            made = [(action.type or str)(one if isinstance(one, str) else repr(one)) for one in values]
         except (ValueError, TypeError):
             parser.error(f"{file}: {name} must be of type {action.type.__name__}; got {value!r}")
         if action.choices and any(one not in action.choices for one in made):

@@ -45,8 +45,8 @@ class HFTarget:
         _register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.base = model.eval(), model.base_model
-        self.embedding, self.embedding_scale = model.get_input_embeddings().weight.detach(), embedding_scale(
-            model.get_input_embeddings())
+        embeddings = model.get_input_embeddings()
+        self.embedding, self.embedding_scale = embeddings.weight.detach(), embedding_scale(embeddings)
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.num_layers = config.num_hidden_layers

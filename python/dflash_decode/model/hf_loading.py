@@ -13,12 +13,17 @@ from .hf import HFTarget, refuse_model
 
 
 def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
-    """The model of a directory. Raises CheckpointError for one that transformers cannot read, and NotImplementedError
-    for one that cannot be a target."""
+    """The target of a directory. Raises as read_model."""
+    return HFTarget(read_model(folder, dtype).to(device))
+
+
+def read_model(folder: Path, dtype: torch.dtype):
+    """The transformers model of a directory. Raises CheckpointError for one that transformers cannot read, and
+    NotImplementedError for one that cannot be a target."""
     _check(_read_config(folder))
     transformers.utils.logging.disable_progress_bar()
-    return HFTarget(_made(lambda: transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True)).to(device))
+    return _made(lambda: transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True))
 
 
 def load_hf_tensors(found: Checkpoint, dtype: torch.dtype, device: torch.device) -> HFTarget:
