@@ -115,8 +115,8 @@ class VerifyStage:
         self.ids = Input.of(*shape) if self.packed else self.blocks
         self.positions, self.slots = Input.of(*shape), Input.of(*shape, rest=-1)
         self.context_lens, self.block_lens, self.starts = (Input.of(batch, dtype=torch.int32) for _ in range(3))
-        self.hidden: torch.Tensor = torch.empty(0)
-        self.features: torch.Tensor = torch.empty(0)
+        self.hidden: torch.Tensor  # and features: set by the first call
+        self.features: torch.Tensor
 
     def fill(self, blocks: Sequence[Block]) -> list[int]:
         """Sets the blocks, in order; the rest of the batch is empty. Returns the row at which each begins."""

@@ -130,8 +130,8 @@ class Prefill:
         self.tokens = torch.zeros((1, rows), dtype=torch.int64, device=device)
         self.context_lens, self.block_lens = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         self.page_table = torch.full((1, max_pages), NO_PAGE, dtype=torch.int32, device=device)
-        self.out: torch.Tensor | None = None
-        self.features: torch.Tensor = torch.empty(0)
+        self.out: torch.Tensor  # and features: set by the first call
+        self.features: torch.Tensor
 
     def __call__(self, tokens: Sequence[int], done: int, page_table: torch.Tensor) -> torch.Tensor:
         """tokens: at most `rows`, at positions done, done + 1, ...; page_table (max_pages,). Returns the last token's
@@ -142,7 +142,7 @@ class Prefill:
         self.block_lens.fill_(n)
         self.page_table[0].copy_(page_table)
         self.work.done(self.run)
-        return cast(torch.Tensor, self.out)[n - 1:n]
+        return self.out[n - 1:n]
 
     def run(self) -> None:
         lens, live, table = self.context_lens, self.block_lens, self.page_table
