@@ -24,11 +24,12 @@ from .logprobs import TokenLogprobs, logprobs_of
 from .model import Target
 from .model.drafter import Drafter
 from .packed_runner import PackedRunner
+from .past_widths import PastWidths
+from .policy import FixedWidths
 from .requests import Event, Live, Request, admit
 from .runner import GraphRunner, Runner, Setting
 from .sampling import SamplingParams
 from .verify import VERIFIERS, GreedyVerifier, first_token, verifier_for
-from .widths import FixedWidths, PastWidths
 
 _PORTION = 16  # rows of a prompt, or a multiple, that run beside a step
 
@@ -36,9 +37,10 @@ _PORTION = 16  # rows of a prompt, or a multiple, that run beside a step
 class Decoder:
     """Decodes requests in a batch, one block per step.
 
-    block_size: Q, the tokens of every block, at most the drafter's block size. By default blocks are at most that, and
-        the loop chooses for each request and step how many drafts are worth verifying, if any, by measured time and the
-        drafter's confidence (widths.py), unless drafts are sampled; the output does not change.
+    block_size: Q, the tokens of every block, at most the drafter's block size. By default the loop chooses for each
+        request and step how many drafts are worth verifying, if any, by measured time and the drafter's confidence
+        (widths.py), unless drafts are sampled; on a CPU a request's own text has drafts too (lookup.py). The output
+        does not change.
     max_batch: the number of requests decoded concurrently.
     num_pages: by default enough for max_batch requests of max_context tokens, and on a GPU at most what fits in 0.8 of
         its free memory. A request takes its pages when it starts, for all the tokens that it can write.

@@ -21,18 +21,21 @@ class Stages(Protocol):
     """Whose passes are measured: PackedRunner."""
 
     setting: Setting
+    longest: int  # tokens of a block
+
+    def most_rows(self, batch: int) -> int: ...
 
     def verify_stage(self, requests: int, rows: int, width: int, kind: type[GreedyVerifier]) -> VerifyStage: ...
 
     def draft_stage(self, requests: int, width: int) -> DraftStage: ...
 
 
-def identity(s: Setting) -> dict:
+def identity(runner: Stages) -> dict:
     """All that the costs depend on."""
-    facts = build_info()
+    s, facts = runner.setting, build_info()
     machine = {name: facts[name] for name in ("version", "torch", "cpu", "isa", "threads", "compiler")}
     return {**machine, "target": _shape(s.target), "drafter": _shape(s.drafter), "block": s.width,
-            "batch": s.max_batch}
+            "longest": runner.longest, "batch": s.max_batch}
 
 
 def _shape(model) -> list:
@@ -67,11 +70,11 @@ def measure(runner: Stages, few: bool) -> Times:
 
 
 def _passes(runner: Stages, few: bool) -> dict[tuple[str, int], Callable[[], object]]:
-    s, most = runner.setting, bucket(runner.setting.max_batch)
+    s, most = runner.setting, runner.most_rows(bucket(runner.setting.max_batch))
     works: dict[tuple[str, int], Callable[[], object]] = {}
-    for rows in sorted({most * s.width, *(1 << i for i in range((most * s.width).bit_length()))}):
+    for rows in sorted({most, *(1 << i for i in range(most.bit_length()))}):
         if not few or rows <= max(s.width, 2 * s.max_batch):
-            stage = runner.verify_stage(min(-(-rows // s.width), most), rows, s.width, GreedyVerifier)
+            stage = runner.verify_stage(min(-(-rows // s.width), s.max_batch), rows, runner.longest, GreedyVerifier)
             stage.fill([])
             # Rows of one token would go through the same experts, and read the weights of a single row.
             stage.ids.set([i * _APART % s.target.vocab_size for i in range(stage.ids.tensor.numel())])

@@ -11,16 +11,19 @@ import torch
 
 from .costs import pass_size, pass_sizes, remembered
 from .forecast import Forecast
+from .lookup import Draft
 from .measure import identity, measure
 from .model.drafter import Drafter
 from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
+from .policy import FixedWidths, Policy
 from .requests import Features, Live
 from .runner import Committed, Runner, Setting, bucket, buckets, taken
 from .step import Prefill
 from .verify import GreedyVerifier, verifier_for
-from .widths import FixedWidths, Policy, WidthPolicy, draft_widths
+from .widths import WidthPolicy, draft_widths
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
+_LONGEST = 16  # tokens of a block whose drafts are looked up: a drafter's have as many as it was trained for
 _KEPT_ROWS = 1024  # whose features a request keeps at most before they are written
 # What policies know of a drafter, for the next decoder that it works in.
 _LEARNED: weakref.WeakKeyDictionary[Drafter, dict[str, WidthPolicy]] = weakref.WeakKeyDictionary()
@@ -37,6 +40,7 @@ class PackedRunner(Runner):
         self.drafts: dict[tuple[int, int], DraftStage] = {}
         self.contexts: dict[int, ContextStage] = {}
         self.layers = setting.drafter.target_layer_ids if setting.drafter else ()
+        self.longest = setting.width if isinstance(self.policy, FixedWidths) else max(setting.width, _LONGEST)
         self.recording = 0.0  # seconds, of the last verify pass that was recorded
         self.lost: dict[tuple[int, int, type[GreedyVerifier]], float] = {}  # seconds, by what was not recorded
 
@@ -57,7 +61,7 @@ class PackedRunner(Runner):
         own, whose attention is shared out by splits of its context."""
         s = self.setting
         batch = self.batch_of(requests) if rows else bucket(requests)
-        packed = pass_size(rows, batch * width) if rows else 0
+        packed = pass_size(rows, self.most_rows(batch)) if rows else 0
         key = batch, packed, width, kind
         if key not in self.verifies:
             self.verifies[key] = VerifyStage(s.target, self.layers, s.target_kv, batch, width, packed or None,
@@ -68,11 +72,15 @@ class PackedRunner(Runner):
         """Of a packed pass."""
         return bucket(self.setting.max_batch) if requests > 1 else 1
 
+    def most_rows(self, batch: int) -> int:
+        """Of a packed pass: blocks as long as the drafter's, or some longer ones."""
+        return max(self.longest, batch * self.setting.width)
+
     def rows_to_run(self, requests: int, rows: int, kind: type[GreedyVerifier]) -> int:
         """The rows of the packed pass that is to serve so many. To record one takes as long as several steps: a longer
         one that is recorded serves until the time that this has lost would have paid for a recording."""
-        batch, width = self.batch_of(requests), self.setting.width
-        rows = pass_size(rows, batch * width)
+        batch, width = self.batch_of(requests), self.longest
+        rows = pass_size(rows, self.most_rows(batch))
         recorded = [known[1] for known in self.verifies if known == (batch, known[1], width, kind) and known[1] >= rows]
         if not recorded or rows in recorded or not isinstance(self.policy, WidthPolicy):
             return rows
@@ -99,15 +107,17 @@ class PackedRunner(Runner):
     def decode(self, active: list[Live]) -> list[Committed]:
         kind = verifier_for([live.sampling for live in active])
         policy = self.chosen_policy()
-        drafts, confidences = self.draft(active, policy)
         outlooks = [live.outlook for live in active]
-        limits = [live.limit - live.emitted for live in active]
-        widths = policy.widths(outlooks, confidences, limits, not kind.packs)
-        blocks = [self.block(live, [live.anchor, *drafted[:min(width, limit) - 1]])
-                  for live, drafted, width, limit in zip(active, drafts, widths, limits, strict=True)]
-        widths = [len(block.tokens) for block in blocks]
         n = len(active)
-        stage = self.verify_stage(n, self.rows_to_run(n, sum(widths), kind), self.setting.width, kind) if kind.packs \
+        most = self.longest if kind.packs and n * self.longest <= self.most_rows(self.batch_of(n)) else \
+            self.setting.width
+        limits = [min(live.limit - live.emitted, most) for live in active]
+        found = [live.looked_up(limit - 1) if policy.looks_up else Draft() for live, limit in zip(
+            active, limits, strict=True)]
+        drafts = policy.choose(outlooks, self.draft(active, policy, found), found, limits, not kind.packs)
+        blocks = [self.block(live, [live.anchor, *draft.tokens]) for live, draft in zip(active, drafts, strict=True)]
+        widths = [len(block.tokens) for block in blocks]
+        stage = self.verify_stage(n, self.rows_to_run(n, sum(widths), kind), self.longest, kind) if kind.packs \
             else self.verify_stage(n, 0, max(widths), kind)
         stage.tables.set([live.pages for live in active])
         stage.verifier.seat(active)
@@ -118,20 +128,19 @@ class PackedRunner(Runner):
             features = stage.features.clone()
             for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
                 self.remember(live, Features(block.context, features, start, count))
-        policy.verified(outlooks, confidences, widths, [max(count - 1, 0) for count in counts[:n]])
+        policy.verified(outlooks, drafts, [max(count - 1, 0) for count in counts[:n]])
         committed = taken(active, verified, widths, stage.hidden, starts)
         stage.verifier.seat(())
         return committed
 
-    def draft(self, active: Sequence[Live], policy: Policy) -> tuple[list[list[int]], list[list[float]]]:
-        """Drafts and their confidences for each request; none where none are made."""
-        drafts: list[list[int]] = [[] for _ in active]
-        confidences: list[list[float]] = [[] for _ in active]
+    def draft(self, active: Sequence[Live], policy: Policy, found: Sequence[Draft]) -> list[Draft]:
+        """The drafter's drafts for each request; none where none are made."""
+        drafts = [Draft() for _ in active]
         if self.setting.drafter and self.setting.width > 1:
             whole = isinstance(policy, FixedWidths)
             open_ended = [i for i, live in enumerate(active) if whole or live.limit - live.emitted > 1]
-            found_to_pay, width = policy.to_draft([active[i].outlook for i in open_ended])
-            if chosen := [open_ended[i] for i in found_to_pay]:
+            paying, width = policy.to_draft([active[i].outlook for i in open_ended], [found[i] for i in open_ended])
+            if chosen := [open_ended[i] for i in paying]:
                 requests = [active[i] for i in chosen]
                 kept = [(live, kept) for live in requests for kept in live.features]
                 rows = sum(k.tokens for _, k in kept)
@@ -141,11 +150,11 @@ class PackedRunner(Runner):
                     policy.took("context", len(requests), seconds * decoded / rows)
                 stage = self.draft_stage(len(requests), width)
                 stage.tables.set([live.pages for live in requests])
-                found = self.timed(stage.work, policy, "draft", width * len(requests), lambda: stage(
+                made = self.timed(stage.work, policy, "draft", width * len(requests), lambda: stage(
                     [live.anchor for live in requests], [live.context for live in requests]))
-                for i, ids, sure in zip(chosen, *found, strict=True):
-                    drafts[i], confidences[i] = ids, sure
-        return drafts, confidences
+                for i, ids, sure in zip(chosen, *made, strict=True):
+                    drafts[i] = Draft(ids, sure)
+        return drafts
 
     def block(self, live: Live, tokens: list[int]) -> Block:
         return Block(tokens, live.context, live.pages, self.setting.pool.page_size)
@@ -208,10 +217,10 @@ class PackedRunner(Runner):
         and for a batch that fills and empties."""
         s, fixed = self.setting, isinstance(self.chosen_policy(), FixedWidths)
         for requests in sorted({1, s.max_batch}):
-            most = s.width if fixed or requests == 1 else min(2, s.width)  # rows of a request
+            most = self.longest if fixed or requests == 1 else min(2, s.width)  # rows of a request
             counts = range(most, most * requests + 1, most) if fixed else range(1, most * requests + 1)
-            for rows in sorted({pass_size(count, s.width * requests) for count in counts}):
-                _record(self.verify_stage(requests, rows, s.width, GreedyVerifier))
+            for rows in sorted({pass_size(count, self.most_rows(self.batch_of(requests))) for count in counts}):
+                _record(self.verify_stage(requests, rows, self.longest, GreedyVerifier))
             if s.drafter:
                 self.record_drafts(requests)
                 for rows in buckets(most * requests):
@@ -219,9 +228,9 @@ class PackedRunner(Runner):
 
     def chosen_policy(self) -> Policy:
         if self.policy is None:
-            s, drafter, known_by = self.setting, cast(Drafter, self.setting.drafter), identity(self.setting)
+            s, drafter, known_by = self.setting, cast(Drafter, self.setting.drafter), identity(self)
             learned = _LEARNED.setdefault(drafter, {})
-            key, most = json.dumps(known_by), bucket(s.max_batch) * s.width
+            key, most = json.dumps(known_by), self.most_rows(bucket(s.max_batch))
             if key not in learned:
                 learned[key] = WidthPolicy(s.width, remembered(known_by, partial(measure, self)),
                                            partial(pass_size, most=most), drafter.calibration)
@@ -236,7 +245,8 @@ class PackedRunner(Runner):
         for kind in kinds:
             for batch in buckets(s.max_batch):
                 if kind.packs and batch in (1, bucket(s.max_batch)):
-                    stages += [self.verify_stage(batch, rows, s.width, kind) for rows in pass_sizes(batch * s.width)]
+                    stages += [self.verify_stage(batch, rows, self.longest, kind)
+                               for rows in pass_sizes(self.most_rows(batch))]
                 if not kind.packs:
                     stages += [self.verify_stage(batch, 0, width, kind) for width in range(1, s.width + 1)]
         for stage in stages:

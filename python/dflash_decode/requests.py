@@ -12,8 +12,9 @@ from .arguments import whole
 from .inputs import integer, is_token_list, items, shown
 from .kv import PagePool
 from .logprobs import TokenLogprobs
+from .lookup import Draft, Lookup
+from .policy import Outlook
 from .sampling import GREEDY, SamplingParams, check_sampling
-from .widths import Outlook
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Live:
     request: the request in Python values. sampling: its parameters, with a seed. limit: the most tokens it can emit.
     told: the number of tokens that its events have reported. prefilled: the tokens of the prompt in the target's cache.
     features: of tokens from a position on, which the drafter's context lacks. outlook: what is known of its drafts.
+    lookup: prompt and answer, as far as drafts were looked up in them.
 
     `take` commits the tokens of a step with one append, so an interrupt leaves all of them or none.
     """
@@ -87,6 +89,7 @@ class Live:
     prefilled: int = 0
     features: list[Features] = field(default_factory=list)
     outlook: Outlook = field(default_factory=Outlook)
+    lookup: Lookup = field(default_factory=Lookup)
     ended: str | None = None  # set from outside: cancelled or error
     error: str | None = None
     _tokens: list[int] = field(default_factory=list)
@@ -124,6 +127,13 @@ class Live:
     def context(self) -> int:
         """The number of tokens in the target's cache after the prefill."""
         return len(self.request.prompt) + self.emitted - 1
+
+    def looked_up(self, most: int) -> Draft:
+        """Up to so many drafts from the text itself."""
+        prompt, known = self.request.prompt, len(self.lookup.tokens)
+        self.lookup.read(prompt[known:])
+        self.lookup.read(self._tokens[max(known - len(prompt), 0):self.emitted])
+        return self.lookup.draft(most)
 
     @property
     def finish(self) -> str | None:

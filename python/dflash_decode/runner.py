@@ -13,10 +13,10 @@ from .forecast import Forecast
 from .kv import PagePool
 from .model import Target
 from .model.drafter import Drafter
+from .past_widths import PastWidths
 from .requests import Live
 from .step import Prefill, Step, prefill_sizes
 from .verify import GreedyVerifier, verifier_for
-from .widths import PastWidths
 
 
 class Committed(NamedTuple):

@@ -16,7 +16,7 @@ def test_a_pass_is_recorded_once_longer_ones_have_cost_what_that_takes():
     assert runner.rows_to_run(2, 5, GreedyVerifier) == 5  # nothing is recorded that could serve
     runner.policy, runner.recording = WidthPolicy(8, StepCosts({1: 1.1, 16: 2.6}, {8: 0.1})), 1.0
     for rows in (4, 8, 16):
-        runner.verify_stage(2, rows, 8, GreedyVerifier)
+        runner.verify_stage(2, rows, runner.longest, GreedyVerifier)
     assert [runner.rows_to_run(2, rows, GreedyVerifier) for rows in (4, 7, 8, 15)] == [4, 8, 8, 16]
     assert [runner.rows_to_run(2, 5, GreedyVerifier) for _ in range(5)] == [8, 8, 8, 5, 5]  # 0.3 is lost each time
     assert runner.rows_to_run(1, 5, GreedyVerifier) == 5  # one request has its own

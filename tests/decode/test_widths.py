@@ -1,6 +1,5 @@
 """How many drafts are verified: a matter of time alone. Costs and drafters are simulated here; clocks are not read."""
 
-import json
 import math
 import random
 
@@ -8,16 +7,15 @@ import pytest
 import torch
 
 from dflash_decode import packed_runner
-from dflash_decode.chances import Calibration
-from dflash_decode.checkpoint import CheckpointError
 from dflash_decode.costs import StepCosts
+from dflash_decode.lookup import Draft
 from dflash_decode.loop import Decoder
-from dflash_decode.model.calibration import read_calibration
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.packed_runner import PackedRunner
+from dflash_decode.policy import FixedWidths, Outlook
 from dflash_decode.requests import Request
 from dflash_decode.sampling import SamplingParams
-from dflash_decode.widths import FixedWidths, Outlook, PastWidths, WidthPolicy, draft_widths
+from dflash_decode.widths import WidthPolicy, draft_widths
 from tests.support.decode_runs import Oracle, collect, random_target, requests
 
 BLOCK = 8
@@ -29,34 +27,48 @@ def affine(fixed, row, draft=0.1, most=64):
                      {n: draft * (0.9 + 0.1 * n / BLOCK) for n in (1, 8, 16, 32, 64)})
 
 
-class Text:
-    """A drafter whose drafts are accepted with the probabilities that it gives. wrong: they are never."""
+def drafts(confidences):
+    return Draft(list(range(len(confidences))), confidences)
 
-    def __init__(self, sure, seed=0, wrong=False):
-        self.sure, self.dice, self.wrong = sure, random.Random(seed), wrong
+
+class Text:
+    """A drafter whose drafts are accepted with the probabilities that it gives, and a text of whose steps a share
+    `repeats`: then drafts are found, each of which is accepted with the probability `found_sure`. wrong: drafts are
+    never accepted."""
+
+    def __init__(self, sure, seed=0, wrong=False, repeats=0.0, found_sure=0.9):
+        self.sure, self.dice, self.wrong, self.repeats, self.found_sure = (
+            sure, random.Random(seed), wrong, repeats, found_sure)
 
     def confidences(self):
         return [min(max(self.dice.gauss(self.sure, 0.2), 0.001), 0.999) for _ in range(BLOCK - 1)]
 
-    def accepted(self, confidences):
-        return next((i for i, p in enumerate(confidences) if self.wrong or self.dice.random() >= p), len(confidences))
+    def found(self):
+        return Draft([-1] * 15, matched=12) if self.dice.random() < self.repeats else Draft()
+
+    def accepted(self, draft):
+        odds = [self.found_sure] * len(draft.tokens) if draft.matched else draft.confidences
+        return next((i for i, p in enumerate(odds) if self.wrong or self.dice.random() >= p), len(odds))
 
 
 def play(policy, texts, steps, true, block=BLOCK):
     """Tokens a second over that of baseline decoding, step by step: [(tokens, seconds)], and widths."""
     outlooks, found = [Outlook() for _ in texts], []
     for _ in range(steps):
-        n, (chosen, block) = len(texts), policy.to_draft(outlooks)
-        sure = [text.confidences()[:block - 1] if i in chosen else [] for i, text in enumerate(texts)]
-        widths = policy.widths(outlooks, sure, [10**6] * n)
-        assert all(1 <= w <= len(c) + 1 for w, c in zip(widths, sure, strict=True))
-        accepted = [text.accepted(c[:w - 1]) for text, c, w in zip(texts, sure, widths, strict=True)]
+        n, there = len(texts), [text.found() for text in texts]
+        chosen, block = policy.to_draft(outlooks, there)
+        drafted = [drafts(text.confidences()[:block - 1] if i in chosen else []) for i, text in enumerate(texts)]
+        blocks = policy.choose(outlooks, drafted, there, [10**6] * n)
+        assert all(any(draft == whole.cut(len(draft.tokens)) for whole in pair)
+                   for draft, *pair in zip(blocks, drafted, there, strict=True))
+        accepted = [text.accepted(draft) for text, draft in zip(texts, blocks, strict=True)]
+        widths = [1 + len(draft.tokens) for draft in blocks]
         rows = policy.rows(sum(widths))
         seconds = true.verify(rows) + (true.draft(block * len(chosen)) if chosen else 0.0)
         policy.took("verify", rows, true.verify(rows))
         if chosen:
             policy.took("draft", block * len(chosen), true.draft(block * len(chosen)))
-        policy.verified(outlooks, sure, widths, accepted)
+        policy.verified(outlooks, blocks, accepted)
         found.append((n + sum(accepted), seconds, widths))
     return found
 
@@ -77,11 +89,12 @@ def test_no_fixed_block_is_faster(sure, row):
             super().__init__(BLOCK, affine(1.0, row))
             self.width = width
 
-        def to_draft(self, outlooks):
+        def to_draft(self, outlooks, found):
             return list(range(len(outlooks))) if self.width > 1 else [], self.width
 
-        def widths(self, outlooks, confidences, limits, together=False):
-            return [self.width] * len(outlooks)
+        def choose(self, outlooks, drafted, found, limits, together=False):
+            super().choose(outlooks, drafted, found, limits, together)
+            return drafted
 
     fixed = [ratio(play(Fixed(width), [Text(sure)], 2500, true)[20:], true, 1) for width in range(1, BLOCK + 1)]
     assert ours >= 0.97 * max(fixed) and ours >= 0.98
@@ -157,64 +170,47 @@ def test_costs_from_another_day_are_mended(batch, off):
 
 
 def test_one_width_for_all_where_rows_cannot_be_packed():
-    policy, sure = WidthPolicy(BLOCK, affine(1.0, 0.05)), [[0.99] * 7, [0.01] * 7]
-    widths = policy.widths([Outlook(), Outlook()], sure, [8, 8], together=True)
-    assert len(set(widths)) == 1
-    assert policy.widths([Outlook()], [[0.99] * 7], [3])[0] <= 3
+    policy, sure = WidthPolicy(BLOCK, affine(1.0, 0.05)), [drafts([0.99] * 7), drafts([0.01] * 7)]
+    blocks = policy.choose([Outlook(), Outlook()], sure, [Draft()] * 2, [8, 8], together=True)
+    assert len({len(draft.tokens) for draft in blocks}) == 1
+    assert len(policy.choose([Outlook()], [drafts([0.99] * 7)], [Draft()], [3])[0].tokens) == 2
 
 
 def test_drafts_of_nobody_are_not_verified():
     policy = WidthPolicy(BLOCK, affine(1.0, 0.0))
-    assert policy.widths([Outlook(), Outlook()], [[], [0.9] * 7], [8, 8])[0] == 1
+    blocks = policy.choose([Outlook(), Outlook()], [Draft(), drafts([0.9] * 7)], [Draft()] * 2, [8, 8])
+    assert not blocks[0].tokens and blocks[1].tokens
 
 
-# ---- calibration -----------------------------------------------------------------------------------------------------
+# ---- drafts from the text itself -------------------------------------------------------------------------------------
 
 
-def test_a_calibration_follows_what_is_accepted():
-    found, dice = Calibration(3), random.Random(0)
-    assert found(0, 0.5) == pytest.approx(0.5) and found(0, math.nan) == found(0, 0.0) < 0.001 and found(2, 1.0) > 0.999
-    for _ in range(3000):
-        sure = dice.random()
-        found.observe(0, sure, dice.random() < sure**3)
-    for sure in (0.3, 0.5, 0.7, 0.9):
-        assert found(0, sure) == pytest.approx(sure**3, abs=0.12)
-    for _ in range(300):
-        found.observe(1, 0.5, True)
-    assert found(1, 0.5) > 0.9
-    start = Calibration(3, (0.5, [1.0, -1.0]))
-    assert start(0, 0.5) == pytest.approx(1 / (1 + math.exp(-1))) and start(2, 0.5) == start(1, 0.5) < 0.3
-    assert start(0, 0.9) == pytest.approx(1 / (1 + math.exp(-1 - 0.5 * math.log(9))))
+def test_the_likelier_of_two_drafts_is_verified():
+    policy, outlooks, limits = WidthPolicy(BLOCK, affine(1.0, 0.0)), [Outlook()], [16]
+    for sure, matched, want in ((0.99, 2, "drafter"), (0.3, 12, "text"), (0.99, 0, "drafter"), (0.0, 3, "text")):
+        drafted, found = Draft([1, 2, 3], [0.9, sure, sure]), Draft([1, 5, 6] if matched else [], matched=matched)
+        chosen, = policy.choose(outlooks, [drafted], [found], limits)
+        assert chosen.matched == (matched if want == "text" else 0) and chosen.tokens[:1] == [1]
+    longer, = policy.choose(outlooks, [Draft([1], [0.9])], [Draft([1, 5, 6], matched=9)], limits)
+    assert longer.tokens == [1, 5, 6]
 
 
-def test_a_drafter_s_record_is_where_its_calibration_starts(tmp_path):
-    assert read_calibration(tmp_path, 3) is None
-    file = tmp_path / "calibration.json"
-    file.write_text('{"slope": 2, "bias": [0.5, 0, -1]}')
-    assert read_calibration(tmp_path, 3) == (2.0, [0.5, 0.0, -1.0])
-    for slope, bias in ((None, [0, 0, 0]), (True, [0, 0, 0]), ("1", [0, 0, 0]), (101, [0, 0, 0]), (1, [0, 0]),
-                        (1, None), (1, [0, 0, "0"]), (math.nan, [0, 0, 0]), (1, [0, 0, math.inf])):
-        file.write_text(json.dumps({"slope": slope, "bias": bias}))
-        with pytest.raises(CheckpointError, match="calibration.json: (slope|bias) must be a"):
-            read_calibration(tmp_path, 3)
-    file.write_text("[]")
-    with pytest.raises(CheckpointError, match="calibration.json"):
-        read_calibration(tmp_path, 3)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_drafts_from_the_text_are_free(batch):
+    """Where a text repeats itself the drafter is not asked; where it does not, nothing changes."""
+    true = affine(1.0, 0.05, draft=0.3)
 
+    def measured(repeats, found_sure=0.95):
+        texts = [Text(0.6, seed, repeats=repeats, found_sure=found_sure) for seed in range(batch)]
+        policy, asked = WidthPolicy(BLOCK, affine(1.0, 0.05, draft=0.3)), []
+        to_draft = policy.to_draft
+        policy.to_draft = lambda *args: asked.append(to_draft(*args)) or asked[-1]
+        return ratio(play(policy, texts, 1000, true)[200:], true, batch), sum(len(ids) for ids, _ in asked[200:])
 
-# ---- a width for all, from the past ----------------------------------------------------------------------------------
-
-
-def test_the_past_chooses_among_recorded_widths():
-    for row, sure, best in ((0.02, 0.95, 8), (0.5, 0.2, 1), (0.25, 0.8, 4)):
-        past, dice, counts = PastWidths(BLOCK), random.Random(1), {}
-        for i in range(500):
-            width = past.step(1)
-            assert width in past.steps() == (1, 4, 8)
-            accepted = next((j for j in range(width - 1) if dice.random() >= sure), width - 1)
-            past.observe(1, width, 1.0 + row * width + 0.1 * (width > 1), [accepted])
-            counts[width] = counts.get(width, 0) + (i >= 200)
-        assert counts[best] > 250, (row, sure, counts)
+    (never, all_asked), (always, none_asked), (half, _) = measured(0.0), measured(1.0), measured(0.5)
+    assert never < half < always and always > 1.8 * never and none_asked < 0.1 * all_asked
+    wrong, asked = measured(0.5, found_sure=0.0)  # matches that mislead are found out
+    assert wrong > 0.9 * never and asked > 0.8 * all_asked
 
 
 # ---- in the loop -----------------------------------------------------------------------------------------------------
@@ -245,19 +241,21 @@ class AnyWidths:
     def __init__(self, seed):
         self.dice = random.Random(seed)
 
-    def to_draft(self, outlooks):
+    looks_up = True
+
+    def to_draft(self, outlooks, found):
         return [i for i in range(len(outlooks)) if self.dice.random() < 0.7], self.dice.randint(2, 5)
 
-    def widths(self, outlooks, confidences, limits, together=False):
-        most = [min(len(c) + 1, limit) for c, limit in zip(confidences, limits, strict=True)]
-        widths = [self.dice.randint(1, n) for n in most]
-        return [max(widths)] * len(widths) if together else widths
+    def choose(self, outlooks, drafted, found, limits, together=False):
+        blocks = [self.dice.choice(pair) for pair in zip(drafted, found, strict=True)]
+        return [draft.cut(self.dice.randint(0, min(len(draft.tokens), limit - 1)))
+                for draft, limit in zip(blocks, limits, strict=True)]
 
     def took(self, part, size, seconds):
         assert part in ("verify", "draft", "context") and size >= 1 and seconds > 0
 
-    def verified(self, outlooks, confidences, widths, accepted):
-        assert all(0 <= a < w for a, w in zip(accepted, widths, strict=True))
+    def verified(self, outlooks, drafts, accepted):
+        assert all(0 <= a <= len(draft.tokens) for a, draft in zip(accepted, drafts, strict=True))
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -289,7 +287,7 @@ def test_events_tell_the_widths_that_were_verified(target):
     ends = [event for event in decoder.stream([Request(0, [1, 2], 30)]) if event.finish]
     assert len(ends) == 1 and len(ends[0].widths) == len(ends[0].acceptance_lengths)
     pairs = list(zip(ends[0].widths, ends[0].acceptance_lengths, strict=True))
-    assert all(1 <= length <= width <= 5 for width, length in pairs) and len({width for width, _ in pairs}) > 2
+    assert all(1 <= length <= width <= 16 for width, length in pairs) and len({width for width, _ in pairs}) > 2
 
 
 @pytest.mark.parametrize("fault, rows", [(False, 256), (True, 256), (False, 8)])
@@ -314,7 +312,7 @@ def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target,
         return [side.reshape(-1, *side.shape[2:])[slots].clone() for c in decoder.kv[1] for side in (c.k, c.v)]
 
     class Never(FixedWidths):
-        def to_draft(self, outlooks):
+        def to_draft(self, outlooks, found):
             return [], self.block
 
     same = all(torch.equal(a, b) for a, b in zip(drafts(FixedWidths(5), 30), drafts(Never(5), 30), strict=True))

@@ -21,8 +21,8 @@ from ..session import Session
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-RANDOM_NOTICE = ("the drafter's weights are random: its guesses are worthless, so the acceptance length is 1 and "
-                 "decoding is slower than baseline; the output is the same")
+RANDOM_NOTICE = ("the drafter's weights are random: its drafts are worthless, and decoding can be slower than "
+                 "baseline; the output is the same")
 DRAWN_NOTICE = (
     "drafts are sampled: outputs follow the distribution of baseline sampling, but can differ for the same seed"
 )
@@ -82,9 +82,9 @@ def answer_json(session: Session, found: Completion, baseline: Completion | None
     return value
 
 
-def _counts(values: Sequence[int], most: int) -> list[int]:
-    """How many of the values are 1, 2, ... `most`."""
-    return [values.count(n) for n in range(1, most + 1)]
+def _counts(values: Sequence[int], block: int) -> list[int]:
+    """How many of the values are 1, 2, ..., up to the block size or the largest of them."""
+    return [values.count(n) for n in range(1, max(values, default=0) + 1)] + [0] * (block - max(values, default=0))
 
 
 def figures(found: Completion) -> None:
@@ -106,7 +106,7 @@ def print_answer(session: Session, found: Completion, baseline: Completion | Non
     if session.drafter:
         named = session.drafter_name
         line("drafter", "random weights (untrained)" if named == RANDOM else escape(Path(named).name))
-        line("acceptance length", f"{found.acceptance_length:.2f} of {session.block_size}, {len(found.steps)} steps")
+        line("acceptance length", f"{found.acceptance_length:.2f}, {len(found.steps)} steps")
         counts = _counts(found.steps, session.block_size)
         for n, count in enumerate(counts, 1):
             bar = "█" * round(_BAR * count / max(max(counts), 1)) or ("▏" if count else "")
