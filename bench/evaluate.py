@@ -1,7 +1,7 @@
 """Measures speculative and baseline decoding at several concurrencies, into bench/results/<device>/.
 
     python -m bench.evaluate PROMPTS.jsonl ... [--drafter DIR] [--weights int8] [--limit N] [--max-tokens N]
-                             [--concurrency N ...] [--temperature T ...] [--isa SET ...]
+                             [--concurrency N ...] [--temperature T ...] [--rounds N] [--isa SET ...]
 
 --isa, or all: every instruction set and concurrency, into one table.
 """
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--rounds", type=int, default=1, help="how often each task runs, without and with the drafter")
     parser.add_argument("--isa", nargs="+", default=[])
     options = parser.parse_args()
     folder = results_folder()
@@ -33,7 +34,8 @@ def main() -> None:
         file = f"{name}-isa-c{concurrency[-1]}.json" if options.isa else f"{name}-c{concurrency[0]}.json"
         command = [sys.executable, "-m", "dflash_decode.cli", "bench", "decode", "--drafter", options.drafter,
                    "--weights", options.weights,
-                   "--max-tokens", str(options.max_tokens), "--json", str(folder / file)]
+                   "--max-tokens", str(options.max_tokens), "--rounds", str(options.rounds),
+                   "--json", str(folder / file)]
         command += [word for n in concurrency for word in ("--concurrency", str(n))]
         command += [word for each in options.isa for word in ("--isa", each)]
         command += [word for value in options.temperature for word in ("--temperature", str(value))]

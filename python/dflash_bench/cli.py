@@ -53,6 +53,8 @@ def bench_decode(
                            ] = [1],  # noqa: B006
     isa: Annotated[list[str] | None, typer.Option(help="Instruction set of the CPU to run with, or 'all' that it has. "
                                                        "Repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each task runs, without and with the drafter in "
+                                                    "turns.")] = 1,
     max_tokens: MaxTokens = 256,
     weights: ModelWeights = Weights.model,
     drafter_weights: DrafterWeights = DraftersWeights.auto,
@@ -117,7 +119,7 @@ def bench_decode(
     report.start_text(session)
     with _shown_tasks() as on_task:
         how: dict[str, Any] = {"max_tokens": max_tokens, "sample_from": sample_from.value, "rule": rule.value,
-                               "on_task": on_task}
+                               "rounds": rounds, "on_task": on_task}
         if grid:
             results = decode.by_instruction_set(session, rows, sets, concurrency, sampling=samplings[0], **how)
         else:
@@ -128,7 +130,7 @@ def bench_decode(
     print_bench(results)
     if json_out is not None:
         header = decode.header(session, concurrency=concurrency if grid else concurrency[0],
-                              max_tokens=max_tokens,
+                              max_tokens=max_tokens, rounds=rounds,
                               prompts=[file.name for file in prompts], limit=limit,
                               **report.settings(samplings[0], sample_from.value, rule.value))
         many = {"kind": "decode by temperature", "temperatures": results}

@@ -11,7 +11,7 @@ from dflash_decode.cli import report
 from dflash_decode.forecast import Forecast
 from dflash_decode.lossless import Difference, first_difference, first_index
 from dflash_decode.sampling import GREEDY, SamplingParams
-from dflash_decode.session import Session
+from dflash_decode.session import Run, Session
 from dflash_kernels.testing import use_isa
 
 from .results import commit
@@ -59,9 +59,10 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
 
 
 def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_tokens: int,
-                 sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token",
+                 sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token", rounds: int = 1,
                  on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
-    """Results by task and overall. Speculative and baseline decoding alternate task by task, with the same seeds."""
+    """Results by task and overall. Each task runs `rounds` times, with the same seeds: baseline, with the drafter, with
+    the drafter, baseline and so on, as a machine is not always as fast."""
     tasks: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         tasks.setdefault(prompt.task, []).append(prompt)
@@ -70,22 +71,24 @@ def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, m
         ids = [session.prompt_ids(row.text) for row in rows]
         options: dict[str, Any] = {"max_tokens": max_tokens, "concurrency": concurrency, "sampling": sampling,
                    "sample_from": sample_from, "rule": rule}
-        on_task(task, "baseline")
-        baseline = session.run(ids, speculative=False, **options)
-        on_task(task, "with the drafter")
-        ours = session.run(ids, **options)
-        different = 0
-        for row, asked, a, b in zip(rows, ids, ours.answers, baseline.answers, strict=True):
-            found_at = _difference(session, asked, b.tokens, a.tokens, sampling)
-            if found_at is not None:
-                different += 1
-                differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
-                                    "baseline": found_at.baseline, "margin": found_at.margin})
-        found[task] = _Sums(
-            ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps, ours.widths,
-            ours.forecast or Forecast(), len(rows), different
-        )
-    whole = _Sums(*(sum(parts[1:], parts[0]) for parts in zip(*(s.parts() for s in found.values()), strict=True)))
+        runs: dict[bool, list[Run]] = {True: [], False: []}
+        for number in range(2 * rounds):
+            speculative = number % 4 in (1, 2)
+            on_task(task, "with the drafter" if speculative else "baseline")
+            runs[speculative].append(session.run(ids, speculative=speculative, **options))
+        different: set[str] = set()
+        for ours, baseline in zip(runs[True], runs[False], strict=True):
+            for row, asked, a, b in zip(rows, ids, ours.answers, baseline.answers, strict=True):
+                found_at = _difference(session, asked, b.tokens, a.tokens, sampling)
+                if found_at is not None and row.id not in different:
+                    different.add(row.id)
+                    differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
+                                        "baseline": found_at.baseline, "margin": found_at.margin})
+        found[task] = _summed([_Sums(ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps,
+                                     ours.widths, ours.forecast or Forecast(), 0, 0)
+                               for ours, baseline in zip(runs[True], runs[False], strict=True)])
+        found[task].requests, found[task].different = len(rows), len(different)
+    whole = _summed(list(found.values()))
     return {"temperature": sampling.temperature} | whole.figures(session.block_size) | {
         "tasks": {task: sums.figures(session.block_size) for task, sums in found.items()},
         "differences": differences,
@@ -147,6 +150,10 @@ class _Sums:
             "identical_to_baseline": self.different == 0,
             "different_requests": self.different,
         } | forecast
+
+
+def _summed(parts: list[_Sums]) -> _Sums:
+    return _Sums(*(sum(values[1:], values[0]) for values in zip(*(part.parts() for part in parts), strict=True)))
 
 
 def header(session: Session, **options) -> dict:

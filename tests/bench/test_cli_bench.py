@@ -108,6 +108,21 @@ def test_bench_reports_differences(models, monkeypatch):
     assert [d["id"] for d in found["differences"]] == ["t/1"] and found["differences"][0]["got"] is None
 
 
+def test_each_round_turns_the_order(models, monkeypatch):
+    loaded = session.Session.load(models["model"], models["draft"])
+    whole, order = session.Session.run, []
+
+    def noted(self, *args, speculative=True, **options):
+        order.append("drafter" if speculative else "baseline")
+        return whole(self, *args, speculative=speculative, **options)
+
+    monkeypatch.setattr(session.Session, "run", noted)
+    rows = [bench.Prompt("t", f"t/{i}", ("x",)) for i in range(2)]
+    found = bench.bench_decode(loaded, rows, concurrency=1, max_tokens=5, rounds=2)
+    assert order == ["baseline", "drafter", "drafter", "baseline"]
+    assert found["requests"] == 2 and found["tokens"] == 20 and found["identical_to_baseline"]
+
+
 def test_bench_limit(tmp_path):
     file = prompts_file(tmp_path, "a", "b")
     assert [p.id for p in bench.read_prompts(file, 4)] == ["a/0", "a/1", "a/2", "b/0"]
