@@ -1,7 +1,11 @@
-"""How likely a draft is to be accepted: the drafter's confidence, corrected by what became of its drafts."""
+"""How likely a draft is to be accepted, by what became of earlier ones."""
 
 import math
+import operator
 from collections.abc import Sequence
+from itertools import accumulate, chain, repeat
+
+from .lookup import LONGEST
 
 _PRIOR, _MEMORY = 2.0, 60.0  # the certainty of the start values of a calibration, and the most that it gets to
 
@@ -23,6 +27,10 @@ class Calibration:
     def __call__(self, position: int, confidence: float) -> float:
         return _sigmoid(self.shared + self.bias[position] + self.slope * _logit(confidence))
 
+    def together(self, confidences: Sequence[float]) -> list[float]:
+        """The probability that draft 1 ... j are all accepted, for each j."""
+        return list(accumulate(map(self, range(len(confidences)), confidences), operator.mul))
+
     def observe(self, position: int, confidence: float, accepted: bool) -> None:
         x, p = _logit(confidence), self(position, confidence)
         off, curvature = accepted - p, p * (1.0 - p)
@@ -33,6 +41,29 @@ class Calibration:
     def _step(self, name, x, off, curvature):
         certain = self.certain[name] = min(self.certain[name] + curvature * x * x, _MEMORY)
         return off * x / certain
+
+
+class Matches:
+    """The probability that a draft from the text is accepted, given that those before it were, by the number of tokens
+    before it that agree. At first its odds are n**1.25 / 2 for n of them."""
+
+    def __init__(self) -> None:
+        self.known = Calibration(LONGEST, (1.0, [math.log(n**1.25 / 2) for n in range(1, LONGEST + 1)]))
+        self._by_length: list[float] | None = None
+
+    def __call__(self, matched: int) -> float:
+        return self.known(min(matched, LONGEST) - 1, 0.5)
+
+    def together(self, matched: int, count: int) -> list[float]:
+        """The probability that draft 1 ... j are all accepted, for each j up to `count`, after a match of so many."""
+        if self._by_length is None:
+            self._by_length = [self(n) for n in range(1, LONGEST + 1)]
+        odds = self._by_length[matched - 1:matched - 1 + count]
+        return list(accumulate(chain(odds, repeat(self._by_length[-1], count - len(odds))), operator.mul))
+
+    def observe(self, matched: int, accepted: bool) -> None:
+        self.known.observe(min(matched, LONGEST) - 1, 0.5, accepted)
+        self._by_length = None
 
 
 def _sigmoid(z: float) -> float:

@@ -10,7 +10,9 @@ from .lookup import Draft
 class Policy(Protocol):
     """`WidthPolicy` (widths.py) follows measured costs; an engine, or a test, can have another."""
 
-    looks_up: bool  # whether it wants drafts from the texts themselves
+    @property
+    def looks_up(self) -> bool:
+        """Whether the next step is to look drafts up in the texts themselves."""
 
     def to_draft(self, requests: Sequence["Outlook"], found: Sequence[Draft]) -> tuple[list[int], int]:
         """Indices of the requests that the drafter drafts for in this step, and the tokens of their blocks, each anchor

@@ -18,23 +18,26 @@ were worth in the request's last steps, tokens less their time at that rate; dra
 for them, with the drafter's context of all tokens since their last draft. A request that does not pay is tried again
 now and then, for about 1 % of the time, and where all drafting pays a step drafts nothing now and then, or a whole
 block: what is never done has a cost, and a worth, that nobody knows. Where it was not as expected, the next trial comes
-soon.
+soon. Where all drafts together win hardly anything, choosing them costs more: the loop decodes plainly for a while.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .chances import Calibration
+from .chances import Calibration, Matches
 from .costs import StepCosts
 from .forecast import Forecast
-from .lookup import LONGEST, Draft
+from .lookup import Draft
 from .policy import Outlook
 
 _NEW, _SHARED = 0.25, 0.02  # how far a step moves what drafting is worth, of its request and of all
 _RATE = 0.05  # and the rate
 _TRIALS, _FIRST_WAIT, _LONGEST_WAIT = 0.01, 4, 64  # share of the time; steps
 _MARGIN = 1.2  # times its cost that a draft must be worth: of several estimates the best one is too good
+# The share of a step that drafts must win on the average, how far a step moves the average, and the steps without any.
+_PAYS, _WON, _REST = 0.03, 0.02, 64
+_LEAST, _FEW = 0.02, 0.25  # the share of a step that drafts must win, and of a mean row's price that each must
 _MIDDLING = 0.6  # confidence, before there is any
 _WHOLE_AGAIN = 32  # drafts of fewer tokens, after which a whole block is drafted
 _SURPRISE = 1.2  # times that a step took more or less than was expected
@@ -48,13 +51,11 @@ class WidthPolicy:
     holds so many, as passes come in sizes. start: as for Calibration.
     """
 
-    looks_up = True
-
     def __init__(self, block: int, costs: StepCosts, rows: Callable[[int], int] = lambda rows: rows,
                  start: tuple[float, Sequence[float]] | None = None):
         self.block, self.costs, self.rows = block, costs, rows
         self.calibration = Calibration(block - 1, start)
-        self.of_matches = Calibration(LONGEST, (1.0, [math.log(n**1.25 / 2) for n in range(1, LONGEST + 1)]))
+        self.matches = Matches()
         self.tokens = self.seconds = 1.0  # a step's, lately, over those of a baseline step
         self.draft_widths = draft_widths(block)
         self.worth: list[float] | None = None  # of a request's drafts of each length, as it was on the average
@@ -67,12 +68,17 @@ class WidthPolicy:
         self.context = 0.0  # seconds in which a request's tokens of a step become the drafter's context
         self._sums = Forecast()
         self._expected = 0.0  # tokens of the step
+        self.won, self.resting = 0.5, 0  # the share of a step that drafts win; steps without any to come
         self._drafted, self._plain = 0, False  # requests that the step drafts for; whether it is to be a baseline one
 
     @property
     def forecast(self) -> Forecast:
         """Of all steps so far."""
         return replace(self._sums)
+
+    @property
+    def looks_up(self) -> bool:
+        return not self.resting
 
     def rate(self, requests: int) -> float:
         """Tokens a second that a step of so many requests should bring."""
@@ -87,9 +93,20 @@ class WidthPolicy:
         self._trial, self._plain = False, self.since_plain >= self.plain_wait
         if not n or self._plain:
             return [], self.block
-        rate, worth_of_all = self.rate(n), self._worth(n)
-        row = self._row(n)
-        there = [_gain(self._chances(draft, len(draft.tokens) + 1), row) for draft in found]
+        drafted = [] if self.resting else self._paying(requests, found)
+        granted = _GRANTED * self.costs.verify(self.rows(n))
+        if not drafted and self.idle >= self.wait and self.on_trials <= _TRIALS * self.spent + granted:
+            drafted, self.drafting = [max(range(n), key=lambda i: requests[i].idle)], self.block
+            self._trial = True
+        if drafted:
+            self.narrow = 0 if self.drafting == self.block else self.narrow + 1
+        return sorted(drafted), self.drafting
+
+    def _paying(self, requests: Sequence[Outlook], found: Sequence[Draft]) -> list[int]:
+        """The requests that drafts of `drafting` tokens should pay for, which is set."""
+        n = len(requests)
+        rate, worth_of_all, row = self.rate(n), self._worth(n), self._row(n)
+        there = [_gain(self._chances(draft), row) for draft in found]
         best, drafted, self.drafting = 0.0, [], self.block
         narrowest = 0 if self.narrow < _WHOLE_AGAIN else len(self.draft_widths) - 1
         for at in reversed(range(narrowest, len(self.draft_widths))):
@@ -102,13 +119,7 @@ class WidthPolicy:
                 net = total - _MARGIN * rate * self.draft_seconds(k, width)
                 if net > best:
                     best, drafted, self.drafting = net, order[:k], width
-        granted = _GRANTED * self.costs.verify(self.rows(n))
-        if not drafted and self.idle >= self.wait and self.on_trials <= _TRIALS * self.spent + granted:
-            drafted = [max(range(n), key=lambda i: requests[i].idle)]
-            self._trial = True
-        if drafted:
-            self.narrow = 0 if self.drafting == self.block else self.narrow + 1
-        return sorted(drafted), self.drafting
+        return drafted
 
     def _row(self, requests: int) -> float:
         """The tokens that must come of another row of the verify pass."""
@@ -119,8 +130,8 @@ class WidthPolicy:
     def _worth(self, requests: int) -> list[float]:
         """What a request's drafts of each length are worth; at first, with drafts of a middling confidence."""
         if self.worth is None:
-            middling = Draft(confidences=[_MIDDLING] * (self.block - 1))
-            self.worth = self._by_width([], self._chances(middling, self.block), self._row(requests))
+            middling = self.calibration.together([_MIDDLING] * (self.block - 1))
+            self.worth = self._by_width([], middling, self._row(requests))
         return self.worth
 
     def _by_width(self, verified: Sequence[float], others: Sequence[float], row: float) -> list[float]:
@@ -135,31 +146,23 @@ class WidthPolicy:
                 return other if self._chance(other, j) > self._chance(ours, j) else ours
         return other if len(other.tokens) > len(ours.tokens) else ours
 
-    def _source(self, draft: Draft, j: int) -> tuple[Calibration, int, float]:
-        """What knows of draft j, and under which position and confidence."""
-        if draft.matched:
-            return self.of_matches, min(draft.matched + j, LONGEST) - 1, 0.5
-        return self.calibration, j, draft.confidences[j]
-
-    def _chances(self, draft: Draft, limit: int) -> list[float]:
-        """The probability that draft 1 ... j are all accepted, for each j within the limit."""
-        left, chances = 1.0, []
-        for j in range(min(limit - 1, len(draft.tokens if draft.matched else draft.confidences))):
-            left *= self._chance(draft, j)
-            chances.append(left)
-        return chances
-
     def _chance(self, draft: Draft, j: int) -> float:
-        known, position, confidence = self._source(draft, j)
-        return known(position, confidence)
+        """That draft j is accepted if those before it are."""
+        return self.matches(draft.matched + j) if draft.matched else self.calibration(j, draft.confidences[j])
+
+    def _chances(self, draft: Draft, most: int | None = None) -> list[float]:
+        """The probability that draft 1 ... j are all accepted, for each j up to `most`."""
+        if draft.matched:
+            return self.matches.together(draft.matched, len(draft.tokens[:most]))
+        return self.calibration.together(draft.confidences[:most])
 
     def choose(self, requests: Sequence[Outlook], drafted: Sequence[Draft], found: Sequence[Draft],
                limits: Sequence[int], together: bool = False) -> list[Draft]:
         self._drafted, n = sum(bool(draft.tokens) for draft in drafted), len(requests)
         best = [ours if self._trial and ours.tokens else self._better(ours, other)
                 for ours, other in zip(drafted, found, strict=True)]
-        of_drafter = [self._chances(*pair) for pair in zip(drafted, limits, strict=True)]
-        chances = [made if draft is ours else self._chances(draft, limit) for draft, ours, made, limit in zip(
+        of_drafter = [self._chances(draft, limit - 1) for draft, limit in zip(drafted, limits, strict=True)]
+        chances = [made if draft is ours else self._chances(draft, limit - 1) for draft, ours, made, limit in zip(
             best, drafted, of_drafter, limits, strict=True)]
         if self._plain:
             chances = [[] for _ in best]
@@ -183,14 +186,18 @@ class WidthPolicy:
             width = max(range(1, most + 2), key=lambda w: (
                 sum(sum(c[:w - 1]) for c in chances) - rate * verify(self.rows(n * w)), -w))
             return [min(width, len(c) + 1) for c in chances]
-        # A request's chances fall, so the best rows are the largest chances of all.
-        ranked = sorted(((p, -j, i) for i, c in enumerate(chances) for j, p in enumerate(c)), reverse=True)
-        best, chosen, total = -rate * verify(self.rows(n)), 0, 0.0
+        # A request's chances fall, so the best rows are the largest chances of all. Where rows are padded anyway the
+        # next ones are free. Of several estimates the best one is too good: one that is hardly better is not.
+        few = _FEW * self._row(n)
+        ranked = sorted(((p, -j, i) for i, c in enumerate(chances) for j, p in enumerate(c) if p > few), reverse=True)
+        plain = rate * verify(self.rows(n))
+        best, chosen, total, size, cost = _LEAST * plain - plain, 0, 0.0, 0, 0.0
         for extra, (p, _, _) in enumerate(ranked, 1):
             total += p
-            # Where rows are padded anyway the next ones are free.
-            if (net := total - rate * verify(self.rows(n + extra))) > best:
-                best, chosen = net, extra
+            if (rows := self.rows(n + extra)) != size:
+                size, cost = rows, rate * verify(rows)
+            if total - cost > best:
+                best, chosen = total - cost, extra
         widths = [1] * n
         for _, _, i in ranked[:chosen]:
             widths[i] += 1
@@ -247,8 +254,10 @@ class WidthPolicy:
         self._sums.tokens += n + sum(accepted)
         for draft, count in zip(drafts, accepted, strict=True):
             for j in range(min(count + 1, len(draft.tokens))):
-                known, position, confidence = self._source(draft, j)
-                known.observe(position, confidence, j < count)
+                if draft.matched:
+                    self.matches.observe(draft.matched + j, j < count)
+                else:
+                    self.calibration.observe(j, draft.confidences[j], j < count)
         if rows > n:
             self.since_plain += 1
         else:
@@ -258,12 +267,19 @@ class WidthPolicy:
         if self._trial:
             paid = any(r.paid for r in requests if not r.idle)
             self.wait = _FIRST_WAIT if paid or self.surprised else min(2 * self.wait, _LONGEST_WAIT)
+            self.resting = 0 if paid else self.resting
         plain, seconds = self.costs.verify(self.rows(n)), self.costs.verify(self.rows(rows))
         if drafted:
             seconds += self.draft_seconds(drafted, self.drafting)
         self.spent += seconds
         if self._trial:
             self.on_trials, self._astonished = self.on_trials + seconds - plain, self.surprised
+        if self.resting:
+            self.resting -= 1
+        else:
+            self.won += _WON * (sum(accepted) / n - (seconds / plain - 1.0) - self.won)
+            if self.won < _PAYS:
+                self.won, self.resting = 2 * _PAYS, _REST
         self.tokens += _RATE * ((n + sum(accepted)) / n - self.tokens)
         self.seconds += _RATE * (seconds / plain - self.seconds)
 

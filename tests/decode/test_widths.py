@@ -55,7 +55,7 @@ def play(policy, texts, steps, true, block=BLOCK):
     """Tokens a second over that of baseline decoding, step by step: [(tokens, seconds)], and widths."""
     outlooks, found = [Outlook() for _ in texts], []
     for _ in range(steps):
-        n, there = len(texts), [text.found() for text in texts]
+        n, there = len(texts), [text.found() if policy.looks_up else Draft() for text in texts]
         chosen, block = policy.to_draft(outlooks, there)
         drafted = [drafts(text.confidences()[:block - 1] if i in chosen else []) for i, text in enumerate(texts)]
         blocks = policy.choose(outlooks, drafted, there, [10**6] * n)
@@ -211,6 +211,17 @@ def test_drafts_from_the_text_are_free(batch):
     assert never < half < always and always > 1.8 * never and none_asked < 0.1 * all_asked
     wrong, asked = measured(0.5, found_sure=0.0)  # matches that mislead are found out
     assert wrong > 0.9 * never and asked > 0.8 * all_asked
+
+
+def test_where_drafts_win_nothing_the_loop_rests_from_choosing_them():
+    true, policy, rested = affine(1.0, 0.1, draft=0.15), WidthPolicy(BLOCK, affine(1.0, 0.1, draft=0.15)), []
+    text, verified = Text(0.9, wrong=True, repeats=0.3), policy.verified
+    policy.verified = lambda *args: rested.append(not policy.looks_up) or verified(*args)
+    play(policy, [text], 500, true)
+    assert sum(rested[200:]) > 150
+    text.wrong = False
+    play(policy, [text], 500, true)
+    assert sum(rested[-150:]) == 0
 
 
 # ---- in the loop -----------------------------------------------------------------------------------------------------
