@@ -26,7 +26,7 @@ def run_line(r: dict, drawn: str) -> str:
     drafter = "random weights" if r["drafter"] == "random" else r["drafter"]
     drafter += " in 8 bits" if r.get("drafter_int8") else ""
     chosen = r.get("adapts") and (r["concurrency"] > 1 or "verified_rows" in r)
-    block = f"{'blocks of at most' if chosen else 'block'} {r['block_size']}"
+    block = "drafts that pay" if chosen else f"block {r['block_size']}"
     if "verified_rows" in r:
         block += f", {r['verified_rows']:.2f} tokens verified a step"
     model = r["model"] + " in 8 bits" * (r.get("weights") == "int8")

@@ -10,8 +10,8 @@ of a renewal process is maximal where no part of a cycle earns less than the ave
 drafts (Calibration); it begins as the drafter's own record says, or as the confidence itself.
 
 A request whose last tokens stood in its text before has drafts that cost nothing: what followed then (lookup.py). For
-them q depends on how many tokens agree. Of its two drafts a request gets the one that is worth more, and the drafter is
-asked where it can be expected to do better by more than its time.
+them q depends on how many tokens agree. Of these drafts and the drafter's a request gets those that are likelier where
+they first differ, and the drafter is asked where it can be expected to do better by more than its time.
 
 Whether to draft at all, and how many tokens, is decided before confidences are known, from what drafts of each length
 were worth in the request's last steps, tokens less their time at that rate; drafts are made for as many requests as pay
