@@ -99,6 +99,9 @@ def of_texts(machine: Path) -> dict[str, str]:
             at = ("int8-" if r.get("weights") == "int8" else "") + f"c{r['concurrency']}"
             found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
                       f"length-{at}": f"{r['acceptance_length']:.2f}"}
+            if not r["limit"]:
+                found |= {f"all-{at}": f"{r['speedup']:.2f}", f"all-length-{at}": f"{r['acceptance_length']:.2f}",
+                          f"all-prompts-{at}": str(r["requests"]), f"all-machine-{at}": f"{r['cpu']}, {r['isa']}"}
     return found
 
 
