@@ -4,9 +4,12 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+import numpy as np
+
 
 def prepare() -> None:
-    """Changes neither results nor errors, but that Triton 3.6 accepts NumPy 2.4."""
+    """Changes neither results nor errors, but that Triton 3.6 accepts NumPy 2.4, and that the bits of a product depend
+    on its row and column alone."""
     import triton
     from triton.runtime import interpreter
 
@@ -21,6 +24,22 @@ def prepare() -> None:
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _remember_shapes(triton.language.core)
+    _sum_alike(triton.language.float64, interpreter)
+
+
+def _sum_alike(float64, interpreter) -> None:
+    """A BLAS sums a product in an order that depends on how many rows there are, and on the machine. In float64 the
+    order changes a sum by less than float32 keeps."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def dot(self, a, b, d, *options):
+        if d.data.dtype != np.float32:
+            return create_dot(self, a, b, d, *options)
+        nothing = SimpleNamespace(data=np.zeros(d.data.shape), dtype=float64)
+        sums = create_dot(self, a, b, nothing, *options).data.astype(np.float32)
+        return interpreter.TensorHandle(sums + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 def _accept_newer_numpy(interpreter) -> None:
