@@ -4,12 +4,11 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
-import numpy as np
-
 
 def prepare() -> None:
     """Changes neither results nor errors, but that Triton 3.6 accepts NumPy 2.4, and that the bits of a product depend
     on its row and column alone."""
+    import numpy  # here, as a machine with a GPU may have none
     import triton
     from triton.runtime import interpreter
 
@@ -24,10 +23,10 @@ def prepare() -> None:
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _remember_shapes(triton.language.core)
-    _sum_alike(triton.language.float64, interpreter)
+    _sum_alike(numpy, triton.language.float64, interpreter)
 
 
-def _sum_alike(float64, interpreter) -> None:
+def _sum_alike(np, float64, interpreter) -> None:
     """A BLAS sums a product in an order that depends on how many rows there are, and on the machine. In float64 the
     order changes a sum by less than float32 keeps."""
     create_dot = interpreter.InterpreterBuilder.create_dot
