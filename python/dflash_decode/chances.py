@@ -49,21 +49,21 @@ class Matches:
 
     def __init__(self) -> None:
         self.known = Calibration(LONGEST, (1.0, [math.log(n**1.25 / 2) for n in range(1, LONGEST + 1)]))
-        self._by_length: list[float] | None = None
+        self._by_length: list[float] = []  # empty where it must be computed again
 
     def __call__(self, matched: int) -> float:
         return self.known(min(matched, LONGEST) - 1, 0.5)
 
     def together(self, matched: int, count: int) -> list[float]:
         """The probability that draft 1 ... j are all accepted, for each j up to `count`, after a match of so many."""
-        if self._by_length is None:
-            self._by_length = [self(n) for n in range(1, LONGEST + 1)]
+        if not self._by_length:
+            self._by_length[:] = [self(n) for n in range(1, LONGEST + 1)]
         odds = self._by_length[matched - 1:matched - 1 + count]
         return list(accumulate(chain(odds, repeat(self._by_length[-1], count - len(odds))), operator.mul))
 
     def observe(self, matched: int, accepted: bool) -> None:
         self.known.observe(min(matched, LONGEST) - 1, 0.5, accepted)
-        self._by_length = None
+        self._by_length.clear()
 
 
 def _sigmoid(z: float) -> float:
