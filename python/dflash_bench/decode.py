@@ -142,7 +142,7 @@ class _Sums:
             "requests": self.requests,
             "tokens": self.tokens,
             "acceptance_length": round(sum(self.steps) / len(self.steps), 4) if self.steps else 1.0,
-            "acceptance_histogram": [self.steps.count(n) for n in range(1, max([width, *self.steps]) + 1)],
+            "acceptance_histogram": report.counts(self.steps, width),
             "verified_rows": round(sum(self.widths) / len(self.widths), 4) if self.widths else 1.0,
             "tokens_per_s": round(rate, 2),
             "baseline_tokens_per_s": round(baseline, 2),

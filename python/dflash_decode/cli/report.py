@@ -71,8 +71,8 @@ def answer_json(session: Session, found: Completion, baseline: Completion | None
         "num_tokens": len(found.token_ids), "time_to_first_token": round(found.time_to_first_token, 4),
         "seconds": round(found.seconds, 4), "tokens_per_s": round(found.tokens_per_s, 2),
         "acceptance_length": round(found.acceptance_length, 4),
-        "acceptance_histogram": _counts(found.steps, session.block_size),
-        "verified_rows": round(found.verified_rows, 4), "width_histogram": _counts(found.widths, session.block_size),
+        "acceptance_histogram": counts(found.steps, session.block_size),
+        "verified_rows": round(found.verified_rows, 4), "width_histogram": counts(found.widths, session.block_size),
     }
     if baseline:
         at = lossless.first_index(found.token_ids, baseline.token_ids)
@@ -82,9 +82,9 @@ def answer_json(session: Session, found: Completion, baseline: Completion | None
     return value
 
 
-def _counts(values: Sequence[int], block: int) -> list[int]:
+def counts(values: Sequence[int], block: int) -> list[int]:
     """How many of the values are 1, 2, ..., up to the block size or the largest of them."""
-    return [values.count(n) for n in range(1, max(values, default=0) + 1)] + [0] * (block - max(values, default=0))
+    return [values.count(n) for n in range(1, max([block, *values]) + 1)]
 
 
 def figures(found: Completion) -> None:
@@ -107,11 +107,11 @@ def print_answer(session: Session, found: Completion, baseline: Completion | Non
         named = session.drafter_name
         line("drafter", "random weights (untrained)" if named == RANDOM else escape(Path(named).name))
         line("acceptance length", f"{found.acceptance_length:.2f}, {len(found.steps)} steps")
-        counts = _counts(found.steps, session.block_size)
-        for n, count in enumerate(counts, 1):
-            bar = "█" * round(_BAR * count / max(max(counts), 1)) or ("▏" if count else "")
+        committed = counts(found.steps, session.block_size)
+        for n, count in enumerate(committed, 1):
+            bar = "█" * round(_BAR * count / max(max(committed), 1)) or ("▏" if count else "")
             out.print(f"  {n:>3} [cyan]{bar}[/cyan] {count}")
-        counted = ", ".join(f"{n} in {count}" for n, count in enumerate(_counts(found.widths, session.block_size), 1)
+        counted = ", ".join(f"{n} in {count}" for n, count in enumerate(counts(found.widths, session.block_size), 1)
                             if count)
         line("verified", f"{found.verified_rows:.2f} tokens a step ({counted} steps)")
     if baseline:
