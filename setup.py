@@ -36,9 +36,11 @@ X86 = {
     "avx2": "-mavx2 -mfma -mf16c -mbmi2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mbmi2",
 }
+BYTE = {"avx2_vnni": X86["avx2"] + " -mavxvnni"}
 DOT = {"avx512_bf16": X86["avx512"] + " -mavx512bf16 -mavx512vnni"}
 AMX = {"amx": DOT["avx512_bf16"] + " -mamx-tile -mamx-bf16"}
 # Nouns with code of their own for these; the others use the objects of the next lower set there.
+BYTE_NOUNS = {"quant", "rate"}
 DOT_NOUNS = {"attention", "experts", "gemm", "linear", "lm_head", "lm_head_topk", "quant", "rate"}
 AMX_NOUNS = DOT_NOUNS - {"quant"}
 NOT_PEELED_LESS = {"quant"}
@@ -47,7 +49,9 @@ NOT_PEELED_LESS = {"quant"}
 def instruction_sets(noun: str, machine: str = platform.machine()) -> dict[str, str]:
     if machine.lower() not in ("x86_64", "amd64"):
         return {"generic": ""}
-    sets = X86 | (DOT if noun in DOT_NOUNS else {}) | (AMX if noun in AMX_NOUNS else {})
+    sets = X86.copy()
+    for nouns, flags in ((BYTE_NOUNS, BYTE), (DOT_NOUNS, DOT), (AMX_NOUNS, AMX)):
+        sets |= flags if noun in nouns else {}
     return sets | {"generic": ""} if noun in NOT_PEELED_LESS else sets
 
 

@@ -26,14 +26,27 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.prepare()
 
 
-@pytest.fixture(params=every_isa())
+# Sets by what has code of its own there: blocks of 4 to 8 bits, dot products of bf16, everything.
+BYTE_ISAS = every_isa()
+ISAS = [isa for isa in BYTE_ISAS if isa != "avx2_vnni"]
+VECTOR_ISAS = [isa for isa in ISAS if isa not in ("avx512_bf16", "amx")]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     """Runs the test once per instruction set of this machine."""
     with use_isa(request.param):
         yield request.param
 
 
-@pytest.fixture(params=every_isa()[:3])
+@pytest.fixture(params=BYTE_ISAS)
+def byte_isa(request):
+    """As isa, for weights in blocks, which AVX-VNNI has code for."""
+    with use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=VECTOR_ISAS)
 def vector_isa(request):
     """As isa, for kernels that have no code of their own for the bf16 dot products of the higher sets."""
     with use_isa(request.param):
@@ -99,7 +112,8 @@ def interpreted(request):
 
 
 # Of the repeats for instruction sets and dtypes, what `make test-fast` leaves out.
-_REPEATS = {"isa": every_isa()[:-1], "vector_isa": every_isa()[:3][:-1], "dtype": [torch.float32, torch.float16]}
+_REPEATS = {"isa": ISAS[:-1], "byte_isa": BYTE_ISAS[:-1], "vector_isa": VECTOR_ISAS[:-1],
+            "dtype": [torch.float32, torch.float16]}
 
 
 def pytest_addoption(parser):

@@ -81,19 +81,11 @@ class Recorder {
   std::vector<Entry> calls_;
 };
 
-// The best entry of `set` that the active instruction set allows.
-template <class Params>
-Kernel<Params> best_of(const KernelSet<Params>& set) {
-  int isa = static_cast<int>(active_isa());
-  while (set.entry[isa] == nullptr) --isa;
-  return set.entry[isa];
-}
-
 // Runs the best entry of `set`, and records it when a recording is under way.
 template <class Params>
 void launch(const KernelSet<Params>& set, const Params& params, std::initializer_list<std::optional<Tensor>> tensors,
             const std::vector<Tensor>& more = {}) {
-  const Kernel<Params> kernel = best_of(set);
+  const Kernel<Params> kernel = best_of(set, active_isa());
   kernel(params);
   if (Recorder* recorder = Recorder::active()) {
     std::vector<Tensor> keep(more);

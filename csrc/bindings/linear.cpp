@@ -26,7 +26,8 @@ GemmParams gemm_of(const Tensor& x, const Tensor& weight, const std::optional<Te
           bias ? bias->data_ptr() : nullptr,
           dtype_of(x, "x"),
           static_cast<Format>(format % kExact),
-          format >= kExact};
+          format >= kExact,
+          active_isa()};
 }
 
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales, int64_t format,

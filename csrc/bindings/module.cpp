@@ -44,7 +44,7 @@ void out_of_memory(size_t bytes) {
 
 namespace {
 
-constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kIsaNames[] = {"generic", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"};
 
 // The kernel enables the AMX tile registers for a process only on request.
 bool request_amx() {
@@ -56,7 +56,18 @@ bool request_amx() {
 #endif
 }
 
-// By the processor's own word, and the operating system's, which must save the registers. The compilers' functions for
+// AVX-VNNI, which some CPUs with AVX-512 have and others have not.
+bool has_avx_vnni() {
+#if DFLASH_X86
+  constexpr int kAvxVnni = 4;  // leaf 7.1, eax
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> kAvxVnni & 1);
+#else
+  return false;
+#endif
+}
+
+// The highest set, by the processor's own word, and the operating system's, which must save the registers. The compilers' functions for
 // this say no to everything where their runtime is another than they expect.
 Isa detect() {
 #if DFLASH_X86
@@ -73,7 +84,8 @@ Isa detect() {
   unsigned saved, upper;
   __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
   if (!has(saved, {1, 2}) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, {kAvx2, kBmi2})) return Isa::generic;
-  if (!has(saved, {5, 6, 7}) || !has(b, {kF, kDq, kBw, kVl})) return Isa::avx2;
+  const Isa without_avx512 = has_avx_vnni() ? Isa::avx2_vnni : Isa::avx2;
+  if (!has(saved, {5, 6, 7}) || !has(b, {kF, kDq, kBw, kVl})) return without_avx512;
   const bool vnni = has(c, {kVnni}), amx = has(d, {kAmxBf16, kAmxTile});  // every CPU with bf16 has vnni
   if (!vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, {kBf16})) return Isa::avx512;
   return amx && request_amx() ? Isa::amx : Isa::avx512_bf16;
@@ -87,13 +99,20 @@ Isa best_isa() {
   return isa;
 }
 
+bool has_isa(Isa isa) { return isa <= best_isa() && (isa != Isa::avx2_vnni || has_avx_vnni()); }
+
+// The set of that name, where this CPU has it.
 bool parse_isa(const char* name, Isa* isa) {
-  for (int i = 0; i < 5; ++i)
-    if (std::strcmp(name, kIsaNames[i]) == 0) {
-      *isa = static_cast<Isa>(i);
-      return true;
-    }
+  for (int i = 0; i < int(std::size(kIsaNames)); ++i)
+    if (*isa = static_cast<Isa>(i); std::strcmp(name, kIsaNames[i]) == 0) return has_isa(*isa);
   return false;
+}
+
+std::string all_isas() {
+  std::string all;
+  for (int i = 0; i < int(std::size(kIsaNames)); ++i)
+    if (has_isa(static_cast<Isa>(i))) all += (all.empty() ? "" : ", ") + std::string(kIsaNames[i]);
+  return all;
 }
 
 Isa& isa_slot() {
@@ -107,7 +126,8 @@ PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kIsaNames[s
 
 PyObject* py_isas(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
-  for (int i = 0; list && i <= static_cast<int>(best_isa()); ++i) {
+  for (int i = 0; list && i < int(std::size(kIsaNames)); ++i) {
+    if (!has_isa(static_cast<Isa>(i))) continue;
     PyObject* name = PyUnicode_FromString(kIsaNames[i]);
     if (!name || PyList_Append(list, name) < 0) {
       Py_XDECREF(name);
@@ -123,9 +143,9 @@ PyObject* py_set_isa(PyObject*, PyObject* args) {
   const char* name;
   if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
   Isa isa;
-  if (!parse_isa(name, &isa) || isa > best_isa()) {
-    PyErr_Format(PyExc_ValueError, "instruction set must be one that this CPU has (up to %s); got %s",
-                 kIsaNames[static_cast<int>(best_isa())], name);
+  if (!parse_isa(name, &isa)) {
+    PyErr_Format(PyExc_ValueError, "instruction set must be one of %s, which this CPU has; got %s", all_isas().c_str(),
+                 name);
     return nullptr;
   }
   isa_slot() = isa;
@@ -144,7 +164,7 @@ PyObject* py_stream_read(PyObject*, PyObject* args) {
   uint64_t sum = 0;
   const StreamReadParams p{reinterpret_cast<const void*>(address), bytes, far != 0, &sum};
   Py_BEGIN_ALLOW_THREADS
-  best_of(stream_read_kernels)(p);  // not recorded: the sum is on this stack
+  best_of(stream_read_kernels, active_isa())(p);  // not recorded: the sum is on this stack
   Py_END_ALLOW_THREADS
   return PyLong_FromUnsignedLongLong(sum);
 }
@@ -163,7 +183,7 @@ PyObject* py_matrix_rate(PyObject*, PyObject* args) {
   const MatrixRateParams p{is("int8") ? Multiplied::int8 : is("bf16") ? Multiplied::bf16 : Multiplied::f32, rounds,
                            &flops, &sum};
   Py_BEGIN_ALLOW_THREADS
-  best_of(matrix_rate_kernels)(p);  // not recorded, as above
+  best_of(matrix_rate_kernels, active_isa())(p);  // not recorded, as above
   Py_END_ALLOW_THREADS
   return PyLong_FromLongLong(flops);
 }
@@ -201,9 +221,9 @@ Isa active_isa() { return isa_slot(); }
 extern "C" __attribute__((visibility("default"))) PyObject* DFLASH_INIT(DFLASH_MODULE)() {
   if (const char* forced = std::getenv("DFLASH_ISA"); forced && *forced) {
     dflash::Isa isa;
-    if (!dflash::parse_isa(forced, &isa) || isa > dflash::best_isa()) {
-      PyErr_Format(PyExc_ImportError, "DFLASH_ISA must be one of the sets this CPU has (up to %s); got %s",
-                   dflash::kIsaNames[static_cast<int>(dflash::best_isa())], forced);
+    if (!dflash::parse_isa(forced, &isa)) {
+      PyErr_Format(PyExc_ImportError, "DFLASH_ISA must be one of the sets this CPU has (%s); got %s",
+                   dflash::all_isas().c_str(), forced);
       return nullptr;
     }
     dflash::isa_slot() = isa;

@@ -183,11 +183,11 @@ void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, int64_t unit,
     const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
     auto* x = static_cast<RowPiece*>(scratch.get(size_t(rows * pieces) * sizeof(RowPiece)));
     const char* from = static_cast<const char*>(p.x.data) + r0 * p.x.stride * itemsize;
-    quant_rows({p.dtype, {from, p.x.stride}, rows, pieces, p.format, x});
+    best_of(quant_rows_kernels, p.isa)({p.dtype, {from, p.x.stride}, rows, pieces, p.format, x});
     walk_blocks(begin, end, unit, [&](const int64_t* blocks, int count) {
       const uint8_t* w[kStreams];
       for (int s = 0; s < count; ++s) w[s] = static_cast<const uint8_t*>(p.weight) + blocks[s] * bytes;
-      quant_sums({p.format, x, rows, pieces, w, count, c});
+      best_of(quant_sums_kernels, p.isa)({p.format, x, rows, pieces, w, count, c});
       for (int s = 0; s < count; ++s) epilogue(c + s * rows * kBlock, kBlock, r0, int(rows), blocks[s] * kBlock);
     });
   }

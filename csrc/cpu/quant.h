@@ -98,7 +98,7 @@ struct QuantRow {
 
 }  // namespace dflash
 
-DFLASH_DECLARE_DOT_KERNEL(quant_widen, QuantWiden)
-DFLASH_DECLARE_DOT_KERNEL(quant_row, QuantRow)
-DFLASH_DECLARE_DOT_KERNEL(quant_rows, QuantRows)
-DFLASH_DECLARE_DOT_KERNEL(quant_sums, QuantSums)
+DFLASH_DECLARE_BYTE_KERNEL(quant_widen, QuantWiden)
+DFLASH_DECLARE_BYTE_KERNEL(quant_row, QuantRow)
+DFLASH_DECLARE_BYTE_KERNEL(quant_rows, QuantRows)
+DFLASH_DECLARE_BYTE_KERNEL(quant_sums, QuantSums)

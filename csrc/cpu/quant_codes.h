@@ -70,8 +70,15 @@ inline Vec byte_of(const Codes& c) { return each([&](int j) { return float(c.v[4
 
 constexpr int kPieceRegisters = 8;  // of four k
 
-// Codes of 8 bits count as signed where the sums have no instruction for unsigned ones; then there is no offset.
-#if DFLASH_VEC && !defined(__AVX512VNNI__)
+// An instruction for dot products of int8 takes unsigned codes.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define DFLASH_VNNI 1
+#else
+#define DFLASH_VNNI 0
+#endif
+
+// Codes of 8 bits count as signed where the sums have no such instruction; then there is no offset.
+#if DFLASH_VEC && !DFLASH_VNNI
 constexpr bool kSignedCodes = true;
 #else
 constexpr bool kSignedCodes = false;

@@ -13,7 +13,7 @@ inline int32_t four(const int8_t* x) {
   return four;
 }
 
-#if DFLASH_VEC == 512 && defined(__AVX512VNNI__)
+#if DFLASH_VNNI && DFLASH_VEC == 512
 template <Format F, int R>
 struct IntSums {
   __m512i v[R];
@@ -23,6 +23,17 @@ struct IntSums {
   }
   DFLASH_INLINE void start(int r, int32_t init) { v[r] = _mm512_set1_epi32(init); }
   DFLASH_INLINE Vec finish(int r) const { return {_mm512_castsi512_ps(v[r])}; }
+};
+#elif DFLASH_VNNI
+template <Format F, int R>
+struct IntSums {
+  __m256i v[R];
+  template <int AT> DFLASH_INLINE void add(int r, Codes codes, const int8_t* x) {
+    // Not the intrinsic: with it the compiler copies sums about.
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(v[r]) : "x"(codes), "x"(_mm256_set1_epi32(four(x))));
+  }
+  DFLASH_INLINE void start(int r, int32_t init) { v[r] = _mm256_set1_epi32(init); }
+  DFLASH_INLINE Vec finish(int r) const { return {_mm256_castsi256_ps(v[r])}; }
 };
 #elif DFLASH_VEC
 // Without VNNI: products of bytes are added in pairs to 16 bits, FOLD registers of them before they no longer fit. With

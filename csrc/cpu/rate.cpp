@@ -88,7 +88,14 @@ inline Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm512_add_epi16
 using Bytes = __m256i;
 inline Bytes all_bytes(char x) { return _mm256_set1_epi8(x); }
 inline Bytes both(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
+#if defined(__AVXVNNI__)
+inline Bytes add_products(Bytes sum, Bytes a, Bytes b) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+}
+#else
 inline Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
+#endif
 #endif
 constexpr int kByteSums = Vec::W == 16 ? 12 : 8;
 Done byte_rounds(int64_t rounds) {

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dflash_kernels.testing import every_isa
-from tests.conftest import is_fast
+from tests.conftest import BYTE_ISAS, ISAS, VECTOR_ISAS, is_fast
 
 
 def item(slow=False, **params):
@@ -14,10 +13,10 @@ def item(slow=False, **params):
 
 
 def test_the_best_instruction_set_and_bfloat16_are_kept():
-    assert [isa for isa in every_isa() if is_fast(item(isa=isa))] == every_isa()[-1:]
-    assert [isa for isa in every_isa()[:3] if is_fast(item(vector_isa=isa))] == every_isa()[:3][-1:]
+    for name, sets in (("isa", ISAS), ("byte_isa", BYTE_ISAS), ("vector_isa", VECTOR_ISAS)):
+        assert [isa for isa in sets if is_fast(item(**{name: isa}))] == sets[-1:]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    assert [dtype for dtype in dtypes if is_fast(item(isa=every_isa()[-1], dtype=dtype))] == [torch.bfloat16]
+    assert [dtype for dtype in dtypes if is_fast(item(isa=ISAS[-1], dtype=dtype))] == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("one", [SimpleNamespace(get_closest_marker=lambda name: None), item(), item(dtype="fp32"),
@@ -27,4 +26,4 @@ def test_what_is_not_repeated_is_kept(one):
 
 
 def test_what_is_slow_is_not():
-    assert not is_fast(item(slow=True)) and not is_fast(item(slow=True, isa=every_isa()[-1]))
+    assert not is_fast(item(slow=True)) and not is_fast(item(slow=True, isa=ISAS[-1]))

@@ -40,7 +40,7 @@ def test_values_are_the_file_s(name):
 
 
 @FORMAT
-def test_linear_matches_the_reference(isa, dtype, name):
+def test_linear_matches_the_reference(byte_isa, dtype, name):
     for shape in ((1, 16, 256), (8, 130, 256), (19, 33, 768), (70, 32, 512), (0, 16, 256)):
         x, w, b = problem(name, dtype, *shape)
         x[:, :32] *= 100  # pieces of a row have scales of their own
@@ -52,7 +52,7 @@ def test_linear_matches_the_reference(isa, dtype, name):
 
 
 @FORMAT
-def test_integers_are_exact(isa, name):
+def test_integers_are_exact(byte_isa, name):
     """With scales of 1 and sums below 2^24 there is nothing to round: an integer that is off by one shows."""
     n, k, f = 48, 512, FORMATS[name]
     w = torch.randint(0, 256, (n, k // f.block, f.bytes), dtype=torch.uint8)
@@ -78,7 +78,7 @@ def test_integers_are_exact(isa, name):
 
 
 @FORMAT
-def test_a_row_has_the_same_bits_in_every_number_of_rows(isa, name):
+def test_a_row_has_the_same_bits_in_every_number_of_rows(byte_isa, name):
     x, w, b = problem(name, torch.bfloat16, 70, 112, 768)
     packed = dk.pack_weight(w, format=name)
     whole, (ids, top, lse) = dk.linear(x, packed, b), dk.lm_head_topk(x, packed, 1)
@@ -109,7 +109,7 @@ def test_instruction_sets_with_fused_multiply_adds_have_the_same_bits(dtype, nam
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q4_k"])
-def test_groups_of_rows_take_turns_over_a_long_k(isa, name):
+def test_groups_of_rows_take_turns_over_a_long_k(byte_isa, name):
     x, w, _ = problem(name, torch.float32, 19, 33, 2304)
     packed = dk.pack_weight(w, format=name)
     whole, want = dk.linear(x, packed), torch.empty(19, 33)
@@ -119,7 +119,7 @@ def test_groups_of_rows_take_turns_over_a_long_k(isa, name):
         assert same_bits(dk.linear(x[i:i + 1], packed), whole[i:i + 1]), i
 
 
-def test_bits_do_not_depend_on_threads(isa, by_threads):
+def test_bits_do_not_depend_on_threads(byte_isa, by_threads):
     x, w, _ = problem("q4_1", torch.bfloat16, 5, 600, 512)
     packed = dk.pack_weight(w, format="q4_1")
     got = by_threads(lambda: dk.linear(x, packed))
@@ -127,7 +127,7 @@ def test_bits_do_not_depend_on_threads(isa, by_threads):
 
 
 @FORMAT
-def test_exact_weights_have_the_bits_of_their_elements(isa, dtype, name):
+def test_exact_weights_have_the_bits_of_their_elements(byte_isa, dtype, name):
     x, w, b = problem(name, dtype, 20, 50, 512)
     exact = dk.pack_weight(w, format=name, exact=True)
     elements = dk.pack_weight(exact.rows(torch.arange(50)).to(dtype))
@@ -137,7 +137,7 @@ def test_exact_weights_have_the_bits_of_their_elements(isa, dtype, name):
 
 
 @FORMAT
-def test_rows_are_looked_up(isa, dtype, name):
+def test_rows_are_looked_up(byte_isa, dtype, name):
     packed = dk.pack_weight(blocks(name, 40, 256), format=name)
     elements, ids = packed.rows(torch.arange(40)), torch.tensor([[39, 0, 17], [-1, 2**40, 16]])
     out = torch.full((2, 3, 300), 7.0, dtype=dtype)
@@ -151,7 +151,7 @@ def test_rows_are_looked_up(isa, dtype, name):
 
 
 @FORMAT
-def test_rounding_costs_half_a_step_of_each_element(isa, name):
+def test_rounding_costs_half_a_step_of_each_element(byte_isa, name):
     """Against products of unrounded rows: a step is at most 1 / 63.5 of a piece's largest magnitude."""
     x, w, _ = problem(name, torch.float32, 6, 64, 512)
     x[2, 64], x[3, 96] = 127.9, -255.9  # a step less, and they would be 128, which int8 does not have
@@ -162,7 +162,7 @@ def test_rounding_costs_half_a_step_of_each_element(isa, name):
 
 
 @FORMAT
-def test_rows_of_any_size(isa, name):
+def test_rows_of_any_size(byte_isa, name):
     """Zeros, subnormal and huge rows; one that is not finite, or beyond 2^106, is NaN and stays alone."""
     x, w, _ = problem(name, torch.float32, 8, 32, 256)
     packed = dk.pack_weight(w, format=name)
@@ -175,7 +175,7 @@ def test_rows_of_any_size(isa, name):
     assert (dk.linear(torch.full((1, 256), 1e-44), packed).abs() < 1e-25).all()
 
 
-def test_strided_rows_and_untouched_neighbours(isa, dtype):
+def test_strided_rows_and_untouched_neighbours(byte_isa, dtype):
     x, w, b = problem("q4_0", dtype, 6, 40, 64)
     wide_x = torch.full((6, 200), float("nan")).to(dtype)
     wide_x[:, 70:134] = x
