@@ -107,7 +107,7 @@ def shape_rows(name: str, sizes: Sizes, runs: int, isas: list[str], kinds: list[
         f = FORMATS.get(kind)
         if f is not None and k % f.block:
             continue
-        sets = [isa for isa in isas if f is not None or isa != "avx2_vnni"]  # that one is avx2 where there are no blocks
+        sets = [isa for isa in isas if f is not None or isa != "avx2_vnni"]  # avx2 where there are no blocks
         rates = {isa: MatrixRate(isa, "bf16" if f is None else "int8") for isa in sets}
         weights, inputs = made(kind, n, k, sizes)
         for rows in DRAFT_ROWS if name.startswith("draft") else ROWS:

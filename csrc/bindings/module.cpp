@@ -67,8 +67,8 @@ bool has_avx_vnni() {
 #endif
 }
 
-// The highest set, by the processor's own word, and the operating system's, which must save the registers. The compilers' functions for
-// this say no to everything where their runtime is another than they expect.
+// The highest set, by the processor's own word, and the operating system's, which must save the registers. The
+// compilers' functions for this say no to everything where their runtime is another than they expect.
 Isa detect() {
 #if DFLASH_X86
   unsigned a, b, c, d;
