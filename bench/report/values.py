@@ -107,17 +107,21 @@ def of_texts(machine: Path) -> dict[str, str]:
 
 def of_cells(machine: Path) -> dict[str, str]:
     """Speedups over the vector sets of a machine: of all tasks together by concurrency, and the worst of a task."""
+    results = decode_tables.decode_results(machine, "decode by instruction set")
+    cells = [(r, c) for r in results for c in r["cells"] if c["isa"] != "generic"]
+    if not cells:
+        return {}
     found = {}
-    for r in decode_tables.decode_results(machine, "decode by instruction set"):
-        for n in dict.fromkeys(c["concurrency"] for c in r["cells"]):
-            ratios = [c["speedup"] for c in r["cells"] if c["concurrency"] == n and c["isa"] != "generic"]
-            found[f"cells-c{n}"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        worst = min((t["speedup"], c["isa"], c["concurrency"], task) for c in r["cells"] if c["isa"] != "generic"
-                    for task, t in c["tasks"].items())
-        found |= {"cells-worst": f"{worst[0]:.2f}",
-                  "cells-worst-where": f"{worst[3]}, {worst[1]}, concurrency {worst[2]}",
-                  "cells-machine": f"{r['cpu']}, {r['threads']} threads"}
-    return found
+    for n in dict.fromkeys(c["concurrency"] for _, c in cells):
+        of = [(r, c) for r, c in cells if c["concurrency"] == n]
+        ratios = [c["speedup"] for _, c in of]
+        found |= {f"cells-c{n}": f"{min(ratios):.2f} to {max(ratios):.2f}",
+                  f"cells-prompts-c{n}": str(of[0][0]["limit"])}
+    ratio, task, isa, n = min((t["speedup"], task, c["isa"], c["concurrency"]) for _, c in cells
+                              for task, t in c["tasks"].items())
+    r = cells[0][0]
+    return found | {"cells-worst": f"{ratio:.2f}", "cells-worst-where": f"{task}, {isa}, concurrency {n}",
+                    "cells-machine": f"{r['cpu']}, {r['threads']} threads", "cells-tokens": str(r["max_tokens"])}
 
 
 def of_peers(machine: Path) -> dict[str, str]:

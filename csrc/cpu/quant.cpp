@@ -5,8 +5,9 @@
 #include "cpu/quant_widen.h"
 
 // The inner loop. A piece of one row takes eight dot products, a subtraction and one multiply-add, or two with a
-// minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core with one
-// unit for dot products and multiply-adds reaches 8 / 9 or 8 / 10 of its rate of dot products.
+// minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core that adds
+// and multiplies where it takes dot products reaches 8 / 9 or 8 / 10 of its rate of those. One that takes as many as it
+// loads, two a cycle, would be held up by loads, one of x for each and a few more; so two blocks share those of x.
 //
 // Integer sums are in registers. Float sums are too for few rows, and else in the first-level cache: a load and a store
 // of one, beside more than ten operations on 512 bits. In registers they would bound rows times blocks. So a thread
@@ -27,6 +28,9 @@ inline DFLASH_INLINE void ask([[maybe_unused]] const uint8_t* line) {
 #endif
 }
 
+// Blocks that share what is loaded of x.
+template <Format F> constexpr int kTogether = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 ? 2 : 1;
+
 // x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next. S:
 // blocks whose sums are in registers; 0: `blocks` of them, in memory.
 template <Format F, int R, int S>
@@ -38,48 +42,81 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
   times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
   x += begin * ldx;
   for (int64_t b = begin; b < end; ++b, x += ldx) {
-    // update(r, v, f): f of that sum is its next value.
-    const auto piece = [&](int s, auto update) DFLASH_HERE {
-      const uint8_t *record = record_of<F>(w[s], b), *head = head_of<F>(w[s], b), *next = w[s] + ahead.at;
+    // Of `together` blocks from s on. update(block, r, v, f): f of that sum is its next value.
+    const auto piece = [&](auto together, int s, auto update) DFLASH_HERE {
+      constexpr int P = together;
+      const uint8_t *record[P], *head[P], *next[P];
+      times<P>([&](auto p) DFLASH_HERE {
+        record[p] = record_of<F>(w[s + p], b), head[p] = head_of<F>(w[s + p], b), next[p] = w[s + p] + ahead.at;
+      });
       times<V>([&](auto v) DFLASH_HERE {
         asm volatile("" : "+r"(x));  // x is loaded for each vector: kept for the next one, it would fill the registers
-        IntSums<F, R> ints[H];
+        IntSums<F, R> ints[P][H];
         times<kPieceRegisters>([&](auto i) DFLASH_HERE {
           constexpr int half = i / N, at = v * kPieceRegisters + i, of = V * kPieceRegisters;
-          if constexpr (i % N == 0) times<R>([&](auto r) DFLASH_HERE { ints[half].start(r, x[r].init[half]); });
+          if constexpr (i % N == 0)
+            times<R>([&](auto r) DFLASH_HERE {
+              times<P>([&](auto p) DFLASH_HERE { ints[p][half].start(r, x[r].init[half]); });
+            });
           times<(at + 1) * lines / of - at * lines / of>([&](auto) DFLASH_HERE {
-            ask(next);
-            next += ahead.step;
+            times<P>([&](auto p) DFLASH_HERE {
+              ask(next[p]);
+              next[p] += ahead.step;
+            });
           });
-          const Codes codes = codes_of<F, i>(record, v);
-          times<R>([&](auto r) DFLASH_HERE { ints[half].template add<i % N>(r, codes, x[r].q + i * 4); });
+          Codes codes[P];
+          times<P>([&](auto p) DFLASH_HERE { codes[p] = codes_of<F, i>(record[p], v); });
+          times<R>([&](auto r) DFLASH_HERE {
+            const int8_t* k = x[r].q + i * 4;
+            if constexpr (P == 1) {
+              ints[0][half].template add<i % N>(r, codes[0], k);
+            } else {
+              const Codes k4 = of_four(four(k));
+              times<P>([&](auto p) DFLASH_HERE { ints[p][half].template add<i % N>(r, codes[p], k4); });
+            }
+          });
         });
-        Vec d[H], m;
-        times<H>([&](auto half) DFLASH_HERE { d[half] = scale_of<F>(record, head, half, v); });
-        if constexpr (kHasMinimum<F>) m = minimum_of<F>(record, head, v);
-        times<R>([&](auto r) DFLASH_HERE {
-          update(r, v, [&](Vec sum) DFLASH_HERE {
-            times<H>([&](auto half) DFLASH_HERE { sum = fma(d[half], ints[half].finish(r) - set1(x[r].base), sum); });
-            if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
-            return sum;
+        times<P>([&](auto p) DFLASH_HERE {
+          Vec d[H], m;
+          times<H>([&](auto half) DFLASH_HERE { d[half] = scale_of<F>(record[p], head[p], half, v); });
+          if constexpr (kHasMinimum<F>) m = minimum_of<F>(record[p], head[p], v);
+          times<R>([&](auto r) DFLASH_HERE {
+            update(p, r, v, [&](Vec sum) DFLASH_HERE {
+              times<H>([&](auto half) DFLASH_HERE {
+                sum = fma(d[half], ints[p][half].finish(r) - set1(x[r].base), sum);
+              });
+              if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
+              return sum;
+            });
           });
         });
       });
     };
+    constexpr std::integral_constant<int, 1> one{};
     times<S>([&](auto s) DFLASH_HERE {
-      piece(s, [&](auto r, auto v, auto f) DFLASH_HERE { held[(s * R + r) * V + v] = f(held[(s * R + r) * V + v]); });
+      piece(one, s, [&](auto, auto r, auto v, auto f) DFLASH_HERE {
+        held[(s * R + r) * V + v] = f(held[(s * R + r) * V + v]);
+      });
     });
-    if constexpr (S == 0)
-      for (int s = 0; s < blocks; ++s)
-        piece(s, [&](auto r, auto v, auto f) DFLASH_HERE { store(at_sum(s, r, v), f(load(at_sum(s, r, v)))); });
+    if constexpr (S == 0) {
+      constexpr std::integral_constant<int, kTogether<F>> together{};
+      int s = 0;
+      const auto in_memory = [&](auto p, auto r, auto v, auto f) DFLASH_HERE {
+        store(at_sum(s + p, r, v), f(load(at_sum(s + p, r, v))));
+      };
+      for (; s + together <= blocks; s += together) piece(together, s, in_memory);
+      if constexpr (together > 1)
+        for (; s < blocks; ++s) piece(one, s, in_memory);
+    }
     ahead.at += lines * ahead.step;
   }
   times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i / (V * R), i / V % R, i % V), held[i]); });
 }
 
-// Rows in one group: its integer sums fill at most half of 32 registers or of 16, and q6_k has two for a row.
+// Rows in one group: their integer sums, of two blocks or of q6_k's two scales, fill at most half of 32 registers or of
+// 16.
 constexpr int group_rows(Format format) {
-  if (DFLASH_VEC == 512) return format == Format::q6_k ? 8 : 12;
+  if (DFLASH_VEC == 512) return 8;
   return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
 }
 

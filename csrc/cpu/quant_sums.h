@@ -13,15 +13,27 @@ inline int32_t four(const int8_t* x) {
   return four;
 }
 
+// Four bytes of x beside the codes of every output.
+#if DFLASH_VEC == 512
+inline Codes of_four(int32_t x) { return _mm512_set1_epi32(x); }
+#elif DFLASH_VEC == 256
+inline Codes of_four(int32_t x) { return _mm256_set1_epi32(x); }
+#else
+Codes of_four(int32_t x);  // not used: a code is multiplied by a byte of x there
+#endif
+
 #if DFLASH_VNNI && DFLASH_VEC == 512
 template <Format F, int R>
 struct IntSums {
   __m512i v[R];
+  // Not the intrinsic: the compiler would load x into a register of its own, which takes an instruction more.
   template <int AT> DFLASH_INLINE void add(int r, Codes codes, const int8_t* x) {
-    // Not the intrinsic: the compiler would load x into a register of its own, which takes an instruction more.
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(v[r]) : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(x)));
   }
-  DFLASH_INLINE void start(int r, int32_t init) { v[r] = _mm512_set1_epi32(init); }
+  template <int AT> DFLASH_INLINE void add(int r, Codes codes, Codes x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(v[r]) : "v"(codes), "v"(x));
+  }
+  DFLASH_INLINE void start(int r, int32_t init) { v[r] = of_four(init); }
   DFLASH_INLINE Vec finish(int r) const { return {_mm512_castsi512_ps(v[r])}; }
 };
 #elif DFLASH_VNNI
@@ -30,9 +42,9 @@ struct IntSums {
   __m256i v[R];
   template <int AT> DFLASH_INLINE void add(int r, Codes codes, const int8_t* x) {
     // Not the intrinsic: with it the compiler copies sums about.
-    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(v[r]) : "x"(codes), "x"(_mm256_set1_epi32(four(x))));
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(v[r]) : "x"(codes), "x"(of_four(four(x))));
   }
-  DFLASH_INLINE void start(int r, int32_t init) { v[r] = _mm256_set1_epi32(init); }
+  DFLASH_INLINE void start(int r, int32_t init) { v[r] = of_four(init); }
   DFLASH_INLINE Vec finish(int r) const { return {_mm256_castsi256_ps(v[r])}; }
 };
 #elif DFLASH_VEC
@@ -41,7 +53,6 @@ struct IntSums {
 template <Format F> constexpr int kFold = F == Format::q8_0 ? 1 : F == Format::q6_k ? 2 : F == Format::q5_k ? 4 : 8;
 #if DFLASH_VEC == 512
 inline __m512i zero_bits() { return _mm512_setzero_si512(); }
-inline __m512i of_four(int32_t x) { return _mm512_set1_epi32(x); }
 inline __m512i pair_products(__m512i codes, __m512i x) { return _mm512_maddubs_epi16(codes, x); }
 inline __m512i add16(__m512i a, __m512i b) { return _mm512_add_epi16(a, b); }
 inline __m512i fold16(__m512i sum, __m512i pairs) {
@@ -54,7 +65,6 @@ inline __m512i signed_products(__m512i codes, __m512i x) {
 inline Vec as_floats(__m512i x) { return {_mm512_castsi512_ps(x)}; }
 #else
 inline __m256i zero_bits() { return _mm256_setzero_si256(); }
-inline __m256i of_four(int32_t x) { return _mm256_set1_epi32(x); }
 inline __m256i pair_products(__m256i codes, __m256i x) { return _mm256_maddubs_epi16(codes, x); }
 inline __m256i add16(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
 inline __m256i fold16(__m256i sum, __m256i pairs) {
