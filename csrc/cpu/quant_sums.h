@@ -19,7 +19,7 @@ inline Codes of_four(int32_t x) { return _mm512_set1_epi32(x); }
 #elif DFLASH_VEC == 256
 inline Codes of_four(int32_t x) { return _mm256_set1_epi32(x); }
 #else
-Codes of_four(int32_t x);  // not used: a code is multiplied by a byte of x there
+[[maybe_unused]] inline Codes of_four(int32_t) { return {}; }  // a code is multiplied by one byte of x there
 #endif
 
 #if DFLASH_VNNI && DFLASH_VEC == 512
