@@ -32,7 +32,7 @@ def load(job: Job):
     with log.open("wb") as output:
         server = subprocess.Popen([SERVER, *map(str, options(job, port))], stdin=subprocess.DEVNULL, stdout=output,
                                   stderr=output, preexec_fn=end_with_the_peer)
-    atexit.register(server.terminate)
+    atexit.register(server.kill)
     while not ready(base):
         if server.poll() is not None:
             raise RuntimeError(f"llama-server ended with {server.returncode}; see {log}")
@@ -66,8 +66,8 @@ def options(job: Job, port: int) -> list:
 
 
 def end_with_the_peer() -> None:
-    """Ties the server to this process, because a killed peer cannot end its server."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Ties the server to this process, because a killed peer cannot end its server. It may not heed other signals."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def ready(base: str) -> bool:

@@ -15,7 +15,7 @@ from tests.support.tiny import VOCAB
 from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import LiveTexts
 from tools.training.optimise import Recipe
-from tools.training.target import LlamaTarget, TransformersTarget, load_target
+from tools.training.target import DecodedTarget, LlamaTarget, TransformersTarget, load_target
 from tools.training.train import arguments, layers_of, mask_of
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -32,6 +32,23 @@ def test_a_target_of_transformers_is_the_same(folder, target):
     ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
     for got, want in zip(theirs.forward(ids, (2, 0))[1], target.forward(ids, (0, 2))[1], strict=True):
         assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_a_gguf_file_s_hidden_states_on_a_cpu_are_those_of_decoding(tmp_path):
+    pytest.importorskip("gguf")
+    from tests.support import gguf_files
+
+    file = str(tmp_path / "tiny.gguf")
+    gguf_files.write_gguf(file, ARCH__context_length=512, tensors=gguf_files.quantised({}))
+    target = load_target(file)
+    plain, exact = (LlamaTarget(load_checkpoint(file, dtype)) for dtype in (torch.bfloat16, torch.float32))
+    assert isinstance(target, DecodedTarget) and torch.equal(target.head, plain.head)
+    ids = torch.randint(0, gguf_files.VOCAB, (2, 300), generator=torch.Generator().manual_seed(1))
+    found = [model.forward(ids, (0,)) for model in (target, plain, exact)]
+    final = found[0][0]
+    for got, same, want in zip(*((final, *seen) for final, seen in found), strict=True):
+        assert got.shape == want.shape and (got - want).norm() < 2 * (same - want).norm() < 0.1 * want.norm()
+    assert torch.equal(target.forward(ids[1:, :40])[0], final[1:, :40])
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Mixtral", "LFM2"])

@@ -1,16 +1,24 @@
-"""The target in PyTorch: a causal model that returns its hidden states for thousands of rows, on any device, with
-torch's own operators. A Llama is written out, as GGUF files have them; any other is transformers' model."""
+"""The target: a causal model that returns its hidden states for thousands of rows, on any device.
+
+A Llama of a GGUF file is written out with torch's own operators for a GPU, and is the decoding loop's on a CPU, which
+takes less than half of the time there. Any other is transformers' model.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from dflash_decode import Session
 from dflash_decode.checkpoint import Checkpoint, find_model, load_checkpoint
 from dflash_decode.model.rope import Rope
+from dflash_decode.step import Prefill, prefill_sizes
+
+PAGE, ROWS = 64, 256  # of the decoding loop's passes
 
 
 def rope_table(head_dim: int, theta: float, positions: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,14 +81,15 @@ def load_target(model: str, device: str | torch.device = "cpu") -> Target:
     where = find_model(model)
     if where.is_dir():
         return TransformersTarget(where, device)
+    if torch.device(device).type == "cpu":
+        return DecodedTarget(model)
     return LlamaTarget(load_checkpoint(model, torch.bfloat16), device)
 
 
-class LlamaTarget(Target):
-    """checkpoint: config and tensors of a Llama without biases, with tied embeddings or its own head. positions: of
-    the longest text."""
+class Llama(Target):
+    """checkpoint: config and tensors of a Llama without biases, with tied embeddings or its own head."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", positions: int = 2048):
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device):
         c, take = checkpoint.config, lambda name: checkpoint.tensor(name).to(device)
         if c.get("model_type") != "llama" or c.get("attention_bias") or c.get("rope_scaling"):
             raise ValueError("target: a GGUF file must be of a Llama without biases and RoPE scaling (a Hugging Face "
@@ -96,7 +105,46 @@ class LlamaTarget(Target):
         self.embedding, self.norm = take("model.embed_tokens.weight"), take("model.norm.weight")
         self.head = take("lm_head.weight") if "lm_head.weight" in checkpoint.tensors else self.embedding
         self.dtype = self.embedding.dtype
+
+
+class DecodedTarget(Llama):
+    """The model of a GGUF file on a CPU, by the passes of decoding: its weights stay in their blocks, as `generate`
+    keeps them. positions: of the longest text."""
+
+    def __init__(self, model: str, positions: int = 2048):
+        super().__init__(load_checkpoint(model, torch.bfloat16), "cpu")
+        target, pages = Session.load(model, "none").target, -(-positions // PAGE)
+        kv = target.cache.allocate(pages, PAGE)
+        self.table = torch.arange(pages, dtype=torch.int32)
+        self.passes = cache(lambda rows, layers: Prefill(target, None, kv, [], rows, PAGE, pages,
+                                                         target_layer_ids=layers))
+
+    def forward(self, ids: torch.Tensor, target_layer_ids: Iterable[int] = ()):
+        layers, (b, t) = tuple(sorted(set(target_layer_ids))), ids.shape
+        final = torch.empty(b, t, self.hidden, dtype=self.dtype)
+        seen = torch.empty(b, t, len(layers) * self.hidden, dtype=self.dtype)
+        for i, text in enumerate(ids.tolist()):
+            done = 0
+            for rows in prefill_sizes(t, ROWS, self.device):
+                part, found = text[done:done + rows], self.passes(rows, layers)
+                found(part, done, self.table)
+                at, done = slice(done, done + len(part)), done + len(part)
+                final[i, at] = found.out[:len(part)]
+                if layers:
+                    seen[i, at] = found.features[:len(part)]
+        return final, list(seen.split(self.hidden, -1)) if layers else []
+
+
+class LlamaTarget(Llama):
+    """The same in torch's operators. positions: of the longest text."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", positions: int = 2048):
+        super().__init__(checkpoint, device)
         self.weights = []
+
+        def take(name: str) -> torch.Tensor:
+            return checkpoint.tensor(name).to(device)
+
         for i in range(self.layers):
             at = f"model.layers.{i}."
             self.weights.append(Layer(
