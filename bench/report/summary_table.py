@@ -148,7 +148,8 @@ def others(machine: Path) -> list[str]:
                 best[name] = max(best.get(name, 0.0), r["tokens_per_s"])
             elif r["mode"] == peer_tables.DFLASH:
                 ours[name] = r
-        lines += [f"| decoding, other decoders | {header['model']}, {name}, {r['prompts']} prompts in turn | "
+        isa = header["versions"][peer_tables.OURS]["isa"]
+        lines += [f"| decoding, other decoders | {header['model']}, {name}, {isa}, {r['prompts']} prompts in turn | "
                   f"{r['tokens_per_s']:.1f} tokens/s | | "
                   + "; ".join(f"{r['tokens_per_s'] / rate:.2f} x {peer}" for peer, rate in best.items()) + " |"
                   for name, r in ours.items()]
