@@ -174,8 +174,8 @@ def test_blocks_of_planted_results(tmp_path):
     assert "| vLLM's CPU build | dflash | 2 | 8.0 | 22.0 | 2.0 | 32.0 | 41.2 |" in peers
     assert "| llama.cpp, 4 bits | baseline | 1 |  |  |  | 17.4 |  |\n\nllama.cpp, 4 bits: it tells no more.\n" in peers
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
-    assert "| decoding, other decoders | m, ours, amx, 3 prompts in turn | 50.0 tokens/s | | 1.00 x vLLM's CPU build |" in \
-        summary_table.summary(results)
+    assert ("| decoding, other decoders | m, ours, amx, 3 prompts in turn | 50.0 tokens/s | | 1.00 x vLLM's CPU build |"
+            in summary_table.summary(results))
     assert peer_tables.peers_block(tmp_path / "m" / "none") == peer_tables.EMPTY
     for file in results.glob("*/a-peers.json"):
         file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
