@@ -36,13 +36,12 @@ X86 = {
     "avx2": "-mavx2 -mfma -mf16c -mbmi2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mbmi2",
 }
-BYTE = {"avx2_vnni": X86["avx2"] + " -mavxvnni"}
-DOT = {"avx512_bf16": X86["avx512"] + " -mavx512bf16 -mavx512vnni"}
+BYTE = {"avx2_vnni": X86["avx2"] + " -mavxvnni", "avx512_vnni": X86["avx512"] + " -mavx512vnni"}
+DOT = {"avx512_bf16": BYTE["avx512_vnni"] + " -mavx512bf16"}
 AMX = {"amx": DOT["avx512_bf16"] + " -mamx-tile -mamx-bf16"}
 # Nouns with code of their own for these; the others use the objects of the next lower set there.
 BYTE_NOUNS = {"quant", "rate"}
-DOT_NOUNS = {"attention", "experts", "gemm", "linear", "lm_head", "lm_head_topk", "quant", "rate"}
-AMX_NOUNS = DOT_NOUNS - {"quant"}
+DOT_NOUNS = {"attention", "experts", "gemm", "linear", "lm_head", "lm_head_topk", "rate"}
 NOT_PEELED_LESS = {"quant"}
 
 
@@ -50,7 +49,7 @@ def instruction_sets(noun: str, machine: str = platform.machine()) -> dict[str, 
     if machine.lower() not in ("x86_64", "amd64"):
         return {"generic": ""}
     sets = X86.copy()
-    for nouns, flags in ((BYTE_NOUNS, BYTE), (DOT_NOUNS, DOT), (AMX_NOUNS, AMX)):
+    for nouns, flags in ((BYTE_NOUNS, BYTE), (DOT_NOUNS, DOT | AMX)):
         sets |= flags if noun in nouns else {}
     return sets | {"generic": ""} if noun in NOT_PEELED_LESS else sets
 

@@ -28,6 +28,8 @@ SHAPES = {"qkv": ("linear", 960, 576), "o": ("linear", 576, 576), "gate_up": ("l
           "down": ("linear", 576, 1536), "head": ("lm_head_argmax", 49152, 576), "large": ("linear", 4096, 4096),
           "draft head": ("lm_head_argmax", 8192, 576), "draft head, K 1": ("lm_head_topk", 8192, 576)}
 ROWS, DRAFT_ROWS = (1, 2, 4, 8, 16, 32), (7, 14, 28)
+BYTE_SETS = ("avx2", "avx2_vnni", "avx512", "avx512_vnni")  # with code of their own for blocks
+DOT_SETS = ("avx2", "avx512", "avx512_bf16", "amx")
 WEIGHTS = ("bf16", "int8", *FORMATS)
 SECONDS = 5e-4  # about what a timed call of ours takes: longer ones are interrupted more often on a busy machine
 
@@ -107,7 +109,8 @@ def shape_rows(name: str, sizes: Sizes, runs: int, isas: list[str], kinds: list[
         f = FORMATS.get(kind)
         if f is not None and k % f.block:
             continue
-        sets = [isa for isa in isas if f is not None or isa != "avx2_vnni"]  # avx2 where there are no blocks
+        own = BYTE_SETS if f is not None else DOT_SETS
+        sets = [isa for isa in isas if isa in own]
         rates = {isa: MatrixRate(isa, "bf16" if f is None else "int8") for isa in sets}
         weights, inputs = made(kind, n, k, sizes)
         for rows in DRAFT_ROWS if name.startswith("draft") else ROWS:

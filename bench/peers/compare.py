@@ -90,6 +90,11 @@ def block_size(options: argparse.Namespace) -> int:
     return options.block_size or nested.get("block_size") or config.get("block_size", 1)
 
 
+def isa_asked() -> str:
+    isa = os.environ.get("DFLASH_ISA")
+    return f"DFLASH_ISA={isa} " if isa else ""
+
+
 def command(options: argparse.Namespace) -> str:
     """The command that repeats the run, without this machine's folders."""
     def words(name, values):
@@ -202,7 +207,7 @@ def measure(options: argparse.Namespace) -> dict:
               "dtype": options.dtype, "block_size": block_size(options), "max_tokens": options.max_tokens,
               "limit": options.limit, "adapts": options.block_size is None,
               "rounds": options.rounds, "cpu": build_info()["cpu"], "threads": options.threads, "commit": commit(),
-              "versions": {}, "command": command(options)}
+              "versions": {}, "command": isa_asked() + command(options)}
     found = Measurement(options, header, {}, Rows(), {})
     try:
         found.start(order, *forms(options.model, options.drafter, {turn.peer.reads for turn in order}),

@@ -37,8 +37,8 @@ def cases_page(folder: Path) -> str:
 
 
 def machines(folder: Path) -> list[Path]:
-    """The folders of machines, the one with the most results first."""
-    return sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: (-len(list(f.glob("*.json"))), f.name))
+    """The folders of machines: those whose steps were measured first, which prose is about, then by name."""
+    return sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: (not (f / "step.json").is_file(), f.name))
 
 
 def kernel_results(machine: Path) -> list[dict]:

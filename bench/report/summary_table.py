@@ -126,9 +126,14 @@ def texts(machine: Path) -> list[str]:
     for r in found:
         same = "identical output" if r["identical_to_baseline"] else f"{r['different_requests']} outputs differ"
         lines.append(f"| decoding, concurrency {r['concurrency']} | {r['model']}{in_8_bits(r)}, "
-                     f"{r['requests']} prompts, {r['acceptance_length']:.2f} tokens a step | "
-                     f"{r['tokens_per_s']:.1f} tokens/s | | {r['speedup']:.2f} x baseline decoding, {same} |")
+                     f"{r['requests']} prompts, {r['acceptance_length']:.2f} tokens a step"
+                     f"{kept_blocks(r)} | {r['tokens_per_s']:.1f} tokens/s | | "
+                     f"{r['speedup']:.2f} x baseline decoding, {same} |")
     return lines
+
+
+def kept_blocks(r: dict) -> str:
+    return f", blocks kept at {r['block_size']}" if r.get("adapts") is False else ""
 
 
 def in_8_bits(r: dict) -> str:
@@ -143,8 +148,9 @@ def others(machine: Path) -> list[str]:
             continue
         best, ours = {}, {}
         for r in (r for r in peer_tables.whole(rows) if r["concurrency"] == 1):
-            name = peer_tables.NAMES.get(r["peer"], r["peer"]) + ", baseline" * (r["mode"] == "baseline")
+            name = peer_tables.NAMES.get(r["peer"], r["peer"])
             if r["peer"] not in (peer_tables.OURS, *peer_tables.OURS_TOO):
+                name += ", baseline" if r["mode"] == "baseline" else " with DFlash" * (r["peer"] != "dflash")
                 best[name] = max(best.get(name, 0.0), r["tokens_per_s"])
             elif r["mode"] == peer_tables.DFLASH:
                 ours[name] = r

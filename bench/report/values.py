@@ -100,6 +100,7 @@ def of_texts(machine: Path) -> dict[str, str]:
             found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
                       f"length-{at}": f"{r['acceptance_length']:.2f}"}
             if not r["limit"]:
+                found["all-tasks"] = ", ".join(f"{task} {t['requests']}" for task, t in r["tasks"].items())
                 found |= {f"all-{at}": f"{r['speedup']:.2f}", f"all-length-{at}": f"{r['acceptance_length']:.2f}",
                           f"all-prompts-{at}": str(r["requests"]), f"all-machine-{at}": f"{r['cpu']}, {r['isa']}"}
     return found
@@ -117,6 +118,7 @@ def of_cells(machine: Path) -> dict[str, str]:
         ratios = [c["speedup"] for _, c in of]
         found |= {f"cells-c{n}": f"{min(ratios):.2f} to {max(ratios):.2f}",
                   f"cells-prompts-c{n}": str(of[0][0]["limit"])}
+    found["cells-isas"] = ", ".join(dict.fromkeys(c["isa"] for _, c in cells))
     ratio, task, isa, n = min((t["speedup"], task, c["isa"], c["concurrency"]) for _, c in cells
                               for task, t in c["tasks"].items())
     r = cells[0][0]
@@ -137,7 +139,7 @@ def of_peers(machine: Path) -> dict[str, str]:
                       if c in baseline}
         drafted = {r["peer"]: r for r in whole if r["mode"] == peer_tables.DFLASH and r["concurrency"] == 1}
         ours = drafted.get(peer_tables.OURS)
-        if ours and ours["prompts"] > most and header["dtype"] == "bfloat16":
+        if ours and {"dflash", "vllm"} <= {*drafted} and ours["prompts"] > most and header["dtype"] == "bfloat16":
             most = ours["prompts"]
             found |= {"longer-prompts": f"{most}"} | {
                 f"longer-{peer}": f"{100 * (r['acceptance_length'] / ours['acceptance_length'] - 1):.1f} %"

@@ -44,7 +44,7 @@ void out_of_memory(size_t bytes) {
 
 namespace {
 
-constexpr const char* kIsaNames[] = {"generic", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kIsaNames[] = {"generic", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 
 // The kernel enables the AMX tile registers for a process only on request.
 bool request_amx() {
@@ -87,7 +87,8 @@ Isa detect() {
   const Isa without_avx512 = has_avx_vnni() ? Isa::avx2_vnni : Isa::avx2;
   if (!has(saved, {5, 6, 7}) || !has(b, {kF, kDq, kBw, kVl})) return without_avx512;
   const bool vnni = has(c, {kVnni}), amx = has(d, {kAmxBf16, kAmxTile});  // every CPU with bf16 has vnni
-  if (!vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, {kBf16})) return Isa::avx512;
+  if (!vnni) return Isa::avx512;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, {kBf16})) return Isa::avx512_vnni;
   return amx && request_amx() ? Isa::amx : Isa::avx512_bf16;
 #else
   return Isa::generic;

@@ -32,4 +32,4 @@ struct AttentionParams {
 
 }  // namespace dflash
 
-DFLASH_DECLARE_AMX_KERNEL(block_attention, AttentionParams)
+DFLASH_DECLARE_DOT_KERNEL(block_attention, AttentionParams)

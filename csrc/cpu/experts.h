@@ -28,4 +28,4 @@ struct ExpertMlpParams {
 
 }  // namespace dflash
 
-DFLASH_DECLARE_AMX_KERNEL(expert_mlp, ExpertMlpParams)
+DFLASH_DECLARE_DOT_KERNEL(expert_mlp, ExpertMlpParams)

@@ -16,7 +16,7 @@ struct GemmParams {
   Dtype dtype;
   Format format;  // of a packed weight in blocks (quant.h), whose K is a multiple of 32; none: elements
   bool exact;     // blocks become elements of x's type, and the product is theirs; false: rows of x become int8
-  Isa isa;        // whose dot products of int8 those rows take
+  Isa isa;        // whose dot products of int8 are used
 };
 
 }  // namespace dflash

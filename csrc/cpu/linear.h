@@ -13,4 +13,4 @@ struct LinearParams {
 
 }  // namespace dflash
 
-DFLASH_DECLARE_AMX_KERNEL(linear, LinearParams)
+DFLASH_DECLARE_DOT_KERNEL(linear, LinearParams)

@@ -49,7 +49,7 @@ struct CombineTopkParams {
 
 }  // namespace dflash
 
-DFLASH_DECLARE_AMX_KERNEL(lm_head_argmax, LmHeadArgmaxParams)
-DFLASH_DECLARE_AMX_KERNEL(combine_argmax, CombineArgmaxParams)
-DFLASH_DECLARE_AMX_KERNEL(lm_head_topk, LmHeadTopkParams)
-DFLASH_DECLARE_AMX_KERNEL(combine_topk, CombineTopkParams)
+DFLASH_DECLARE_DOT_KERNEL(lm_head_argmax, LmHeadArgmaxParams)
+DFLASH_DECLARE_DOT_KERNEL(combine_argmax, CombineArgmaxParams)
+DFLASH_DECLARE_DOT_KERNEL(lm_head_topk, LmHeadTopkParams)
+DFLASH_DECLARE_DOT_KERNEL(combine_topk, CombineTopkParams)

@@ -6,8 +6,9 @@
 
 // The inner loop. A piece of one row takes eight dot products, a subtraction and one multiply-add, or two with a
 // minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core that adds
-// and multiplies where it takes dot products reaches 8 / 9 or 8 / 10 of its rate of those. One that takes as many as it
-// loads, two a cycle, would be held up by loads, one of x for each and a few more; so two blocks share those of x.
+// and multiplies where it takes dot products reaches 8 / 9 or 8 / 10 of its rate of those. A core with two loads a
+// cycle beside two dot products would wait for loads, one of x for each and a few more: from five rows on, but for
+// q6_k, two blocks share those of x.
 //
 // Integer sums are in registers. Float sums are too for few rows, and else in the first-level cache: a load and a store
 // of one, beside more than ten operations on 512 bits. In registers they would bound rows times blocks. So a thread
@@ -113,8 +114,8 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
   times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i / (V * R), i / V % R, i % V), held[i]); });
 }
 
-// Rows in one group: their integer sums, of two blocks or of q6_k's two scales, fill at most half of 32 registers or of
-// 16.
+// Rows in one group: their integer sums fill at most half of 32 registers or of 16. On 512 bits a row has two, of two
+// blocks, of q6_k's two scales, or without VNNI of 32 and 16 bits.
 constexpr int group_rows(Format format) {
   if (DFLASH_VEC == 512) return 8;
   return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
@@ -188,6 +189,7 @@ void quant_sums(const QuantSums& p) {
   with_format(p.format, [&](auto format) { sums_of<decltype(format)::value>(p); });
 }
 
+#if !DFLASH_VNNI
 void quant_widen(const QuantWiden& p) {
   with_format(p.format, [&](auto format) { widen<decltype(format)::value>(p); });
 }
@@ -195,5 +197,6 @@ void quant_widen(const QuantWiden& p) {
 void quant_row(const QuantRow& p) {
   with_format(p.format, [&](auto format) { row<decltype(format)::value>(p); });
 }
+#endif
 
 }  // namespace dflash::DFLASH_ISA

@@ -98,7 +98,12 @@ struct QuantRow {
 
 }  // namespace dflash
 
-DFLASH_DECLARE_BYTE_KERNEL(quant_widen, QuantWiden)
-DFLASH_DECLARE_BYTE_KERNEL(quant_row, QuantRow)
+DFLASH_DECLARE_KERNEL(quant_widen, QuantWiden)
+DFLASH_DECLARE_KERNEL(quant_row, QuantRow)
 DFLASH_DECLARE_BYTE_KERNEL(quant_rows, QuantRows)
 DFLASH_DECLARE_BYTE_KERNEL(quant_sums, QuantSums)
+
+#if DFLASH_X86
+namespace dflash::avx512_bf16 { using avx512::quant_row, avx512::quant_widen; }
+namespace dflash::amx { using avx512::quant_row, avx512::quant_widen; }
+#endif

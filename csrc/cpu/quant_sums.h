@@ -19,7 +19,11 @@ inline Codes of_four(int32_t x) { return _mm512_set1_epi32(x); }
 #elif DFLASH_VEC == 256
 inline Codes of_four(int32_t x) { return _mm256_set1_epi32(x); }
 #else
-[[maybe_unused]] inline Codes of_four(int32_t) { return {}; }  // a code is multiplied by one byte of x there
+[[maybe_unused]] inline Codes of_four(int32_t x) {
+  Codes c;
+  for (int j = 0; j < Vec::W; ++j) std::memcpy(c.v + 4 * j, &x, 4);
+  return c;
+}
 #endif
 
 #if DFLASH_VNNI && DFLASH_VEC == 512

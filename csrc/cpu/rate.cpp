@@ -97,7 +97,7 @@ inline Bytes add_products(Bytes sum, Bytes a, Bytes b) {
 inline Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
 #endif
 #endif
-constexpr int kByteSums = Vec::W == 16 ? 12 : 8;
+constexpr int kByteSums = 12;
 Done byte_rounds(int64_t rounds) {
   Bytes sums[kByteSums], a = all_bytes(1), b = a;
   for (Bytes& s : sums) s = a;

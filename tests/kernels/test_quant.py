@@ -127,7 +127,7 @@ def test_bits_do_not_depend_on_threads(byte_isa, by_threads):
 
 
 @FORMAT
-def test_exact_weights_have_the_bits_of_their_elements(byte_isa, dtype, name):
+def test_exact_weights_have_the_bits_of_their_elements(isa, dtype, name):
     x, w, b = problem(name, dtype, 20, 50, 512)
     exact = dk.pack_weight(w, format=name, exact=True)
     elements = dk.pack_weight(exact.rows(torch.arange(50)).to(dtype))
@@ -137,7 +137,7 @@ def test_exact_weights_have_the_bits_of_their_elements(byte_isa, dtype, name):
 
 
 @FORMAT
-def test_rows_are_looked_up(byte_isa, dtype, name):
+def test_rows_are_looked_up(isa, dtype, name):
     packed = dk.pack_weight(blocks(name, 40, 256), format=name)
     elements, ids = packed.rows(torch.arange(40)), torch.tensor([[39, 0, 17], [-1, 2**40, 16]])
     out = torch.full((2, 3, 300), 7.0, dtype=dtype)

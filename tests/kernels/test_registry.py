@@ -144,6 +144,21 @@ def test_dflash_isa_chooses_the_instruction_set():
 
 
 @needs_native
+def test_an_instruction_set_that_the_cpu_has_not_is_refused():
+    names = ("generic", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+    there, now = _library.native.isas(), _library.native.isa()
+    assert there == [name for name in names if name in there] and now in there
+    for name in (*names, "sse9", ""):
+        if name in there:
+            _library.native.set_isa(name)
+            assert _library.native.isa() == name
+            _library.native.set_isa(now)
+        else:
+            with pytest.raises(ValueError, match=f"one of {', '.join(there)}, which this CPU has; got {name}"):
+                _library.native.set_isa(name)
+
+
+@needs_native
 @pytest.mark.parametrize("bad", ["sse9", "AVX2"])
 def test_a_bad_dflash_isa_is_an_error_that_the_user_sees(bad):
     ran = python("import dflash_kernels", DFLASH_ISA=bad)
