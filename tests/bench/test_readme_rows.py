@@ -52,6 +52,13 @@ def test_there_are_five_rows_or_none(results, missing):
     assert summary_table.headline(results) == kernel_tables.EMPTY
 
 
+def test_more_files_of_another_machine_change_no_number_in_prose(results):
+    other = kernel_tables.machines(results)[1]
+    for i in range(40):
+        shutil.copy(file_of(results, "small"), other / f"small-{i}.json")
+    assert values.values(results) == values.values(RESULTS)
+
+
 def test_numbers_in_prose_follow_the_results(results):
     before = values.values(results)
     assert before == values.values(RESULTS)
