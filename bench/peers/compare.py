@@ -90,11 +90,6 @@ def block_size(options: argparse.Namespace) -> int:
     return options.block_size or nested.get("block_size") or config.get("block_size", 1)
 
 
-def isa_asked() -> str:
-    isa = os.environ.get("DFLASH_ISA")
-    return f"DFLASH_ISA={isa} " if isa else ""
-
-
 def command(options: argparse.Namespace) -> str:
     """The command that repeats the run, without this machine's folders."""
     def words(name, values):
@@ -102,7 +97,9 @@ def command(options: argparse.Namespace) -> str:
 
     packaged = options.drafter == drafter_of(options.model)
     draft = "none" if options.drafter is None else "auto" if packaged else Path(options.drafter).name
-    return shlex.join(["python", "-m", "bench.peers", *words("prompts", [f.name for f in options.prompts]),
+    isa = os.environ.get("DFLASH_ISA")
+    return shlex.join([*([f"DFLASH_ISA={isa}"] if isa else []), "python", "-m", "bench.peers",
+                       *words("prompts", [f.name for f in options.prompts]),
                        *words("drafter", [draft]),
                        *words("limit", [options.limit] if options.limit else []),
                        *words("max-tokens", [options.max_tokens]), *words("concurrency", options.concurrency),
@@ -207,7 +204,7 @@ def measure(options: argparse.Namespace) -> dict:
               "dtype": options.dtype, "block_size": block_size(options), "max_tokens": options.max_tokens,
               "limit": options.limit, "adapts": options.block_size is None,
               "rounds": options.rounds, "cpu": build_info()["cpu"], "threads": options.threads, "commit": commit(),
-              "versions": {}, "command": isa_asked() + command(options)}
+              "versions": {}, "command": command(options)}
     found = Measurement(options, header, {}, Rows(), {})
     try:
         found.start(order, *forms(options.model, options.drafter, {turn.peer.reads for turn in order}),

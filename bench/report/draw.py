@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.report import peer_tables
-from bench.report.peer_tables import NAMES, is_timed
+from bench.report.peer_tables import is_timed
 
 KEYWORD = "Data"  # of the PNG's text chunk
 # Their greys differ; lines also differ by dash and marker, parts of a bar by hatching.
@@ -191,11 +191,10 @@ def peers(files: dict) -> Plot | None:
     for f in files.values():
         if isinstance(f.get("header"), dict) and f["header"].get("kind") == "peers" and \
                 is_timed(f["header"]):
-            whole = [r for r in f["rows"] if r["task"] == "all"] or f["rows"]
-            isa = f["header"]["versions"]["ours"]["isa"]
-            rows += [[f"{NAMES.get(r['peer'], r['peer'])}{f' on {isa}' * r['peer'].startswith('ours')}, {r['mode']}, "
+            on = f" on {peer_tables.isa_of(f['header'])}"
+            rows += [[f"{peer_tables.named(r['peer'])}{on * (r['peer'] in peer_tables.OUR_LOOP)}, {r['mode']}, "
                       f"{r['threads']} thr., concurrency {r['concurrency']}",
-                      r["tokens_per_s"], r["slowest"], r["fastest"]] for r in whole]
+                      r["tokens_per_s"], r["slowest"], r["fastest"]] for r in peer_tables.whole(f["rows"])]
     return Plot({"rows": rows}, draw_peers, (7.5, 1.0 + 0.3 * len(rows)),
                 "Tokens/s of each peer on the same prompts, greedy: the median round, with the range from the slowest "
                 "to the fastest.") if rows else None

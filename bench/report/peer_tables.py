@@ -8,7 +8,7 @@ from bench.report.commands import command_of
 ALL, OURS, DFLASH = "all", "ours", "dflash"
 NAMES = {"ours8": "ours, 8 bits", "oursfile": "ours, the file's 4 bits", "dflash": "dflash's own loop",
          "llama": "llama.cpp, 4 bits", "llama8": "llama.cpp, 8 bits", "vllm": "vLLM's CPU build"}
-OURS_TOO = ("ours8", "oursfile")  # our loop on other weights
+OUR_LOOP = (OURS, "ours8", "oursfile")  # on the model's weights, and on others
 EMPTY = "No results yet: `make peers` measures them."
 
 
@@ -34,6 +34,15 @@ def results(folder: Path) -> list[tuple[dict, list[dict], list[dict], dict]]:
             if isinstance(r, dict) and isinstance(r.get("header"), dict) and r["header"].get("kind") == "peers"]
 
 
+def named(peer: str) -> str:
+    return NAMES.get(peer, peer)
+
+
+def isa_of(header: dict) -> str:
+    """The instruction set of our loop."""
+    return header["versions"][OURS]["isa"]
+
+
 def whole(rows: list[dict]) -> list[dict]:
     return [r for r in rows if r["task"] == ALL] or rows
 
@@ -45,7 +54,7 @@ def about(h: dict) -> list[str]:
         f"{h['model']} with {h['drafter']}, {h['dtype']}, {blocks(h)}, greedy, at most "
         f"{h['max_tokens']} new tokens. Concurrency 1: {first} of each file; higher concurrency: the first prompts "
         f"of all files. {counted(h['rounds'], 'round')}. {h['cpu']}, {counted(h['threads'], 'thread')}, "
-        f"{h['versions'][OURS]['isa']}; {versions}.",
+        f"{isa_of(h)}; {versions}.",
         "",
         f"`{command_of(h['command'])}`",
         "",
@@ -83,7 +92,7 @@ def rates(rows: list[dict]) -> list[str]:
         of = " | ".join(f"{r['tokens_per_s'] / rate:.2f}" if rate else "" for rate in over)
         same = "" if r["same_as_our_baseline"] is None else f"{r['same_as_our_baseline']} of {r['prompts']}"
         step = "" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}"
-        lines.append(f"| {NAMES.get(r['peer'], r['peer'])} | {r['mode']} | {r['threads']} | {r['concurrency']} | "
+        lines.append(f"| {named(r['peer'])} | {r['mode']} | {r['threads']} | {r['concurrency']} | "
                      f"{r['tokens_per_s']:.1f} | {r['slowest']:.1f} to {r['fastest']:.1f} | {of} | {step} | "
                      f"{r['acceptance_length']:.2f} | {same} |")
     return [*lines, ""]
@@ -103,8 +112,8 @@ def step_parts(parts: list[dict], rows: list[dict]) -> list[str]:
         times = [p[f"{name}_ms"] for name in ("draft", "verify", "rest", "step")]
         cells = " | ".join("" if ms is None else f"{ms:.1f}" for ms in
                            [*times, rounds.get((p["peer"], p["mode"], p["threads"]))])
-        lines.append(f"| {NAMES.get(p['peer'], p['peer'])} | {p['mode']} | {p['threads']} | {cells} |")
-    why = dict.fromkeys((NAMES.get(p["peer"], p["peer"]), p["whole"]) for p in parts if p["whole"])
+        lines.append(f"| {named(p['peer'])} | {p['mode']} | {p['threads']} | {cells} |")
+    why = dict.fromkeys((named(p["peer"]), p["whole"]) for p in parts if p["whole"])
     return [*lines, *(line for name, reason in why for line in ("", f"{name}: {reason}.")), ""]
 
 
@@ -115,7 +124,7 @@ def acceptance(rows: list[dict]) -> list[str]:
     if OURS not in peers or len(peers) < 2:
         return []
     found = {(r["peer"], r["task"]): r["acceptance_length"] for r in drafted}
-    lines = ["| acceptance length | " + " | ".join(NAMES.get(p, p) for p in peers) + " |",
+    lines = ["| acceptance length | " + " | ".join(named(p) for p in peers) + " |",
              "|---" * (len(peers) + 1) + "|"]
     for task in dict.fromkeys(r["task"] for r in drafted):
         ours = found.get((OURS, task))
@@ -127,6 +136,6 @@ def acceptance(rows: list[dict]) -> list[str]:
         same = r["same_text"] if r["task"] == ALL and r["peer"] != OURS else None
         if same and same["prompts"]:
             lines += ["", f"On the {same['prompts']} prompts with output identical to ours, the acceptance length of "
-                      f"{NAMES.get(r['peer'], r['peer'])} is {same['acceptance_length']:.3f} and ours "
+                      f"{named(r['peer'])} is {same['acceptance_length']:.3f} and ours "
                       f"{same['ours']:.3f} ({100 * (same['acceptance_length'] / same['ours'] - 1):+.1f} %)."]
     return [*lines, ""]

@@ -148,13 +148,13 @@ def others(machine: Path) -> list[str]:
             continue
         best, ours = {}, {}
         for r in (r for r in peer_tables.whole(rows) if r["concurrency"] == 1):
-            name = peer_tables.NAMES.get(r["peer"], r["peer"])
-            if r["peer"] not in (peer_tables.OURS, *peer_tables.OURS_TOO):
+            name = peer_tables.named(r["peer"])
+            if r["peer"] not in peer_tables.OUR_LOOP:
                 name += ", baseline" if r["mode"] == "baseline" else " with DFlash" * (r["peer"] != "dflash")
                 best[name] = max(best.get(name, 0.0), r["tokens_per_s"])
             elif r["mode"] == peer_tables.DFLASH:
                 ours[name] = r
-        isa = header["versions"][peer_tables.OURS]["isa"]
+        isa = peer_tables.isa_of(header)
         lines += [f"| decoding, other decoders | {header['model']}, {name}, {isa}, {r['prompts']} prompts in turn | "
                   f"{r['tokens_per_s']:.1f} tokens/s | | "
                   + "; ".join(f"{r['tokens_per_s'] / rate:.2f} x {peer}" for peer, rate in best.items()) + " |"

@@ -109,19 +109,18 @@ def of_texts(machine: Path) -> dict[str, str]:
 def of_cells(machine: Path) -> dict[str, str]:
     """Speedups over the vector sets of a machine: of all tasks together by concurrency, and the worst of a task."""
     results = decode_tables.decode_results(machine, "decode by instruction set")
-    cells = [(r, c) for r in results for c in r["cells"] if c["isa"] != "generic"]
+    cells = [c | {"limit": r["limit"]} for r in results for c in r["cells"] if c["isa"] != "generic"]
     if not cells:
         return {}
     found = {}
-    for n in dict.fromkeys(c["concurrency"] for _, c in cells):
-        of = [(r, c) for r, c in cells if c["concurrency"] == n]
-        ratios = [c["speedup"] for _, c in of]
-        found |= {f"cells-c{n}": f"{min(ratios):.2f} to {max(ratios):.2f}",
-                  f"cells-prompts-c{n}": str(of[0][0]["limit"])}
-    found["cells-isas"] = ", ".join(dict.fromkeys(c["isa"] for _, c in cells))
-    ratio, task, isa, n = min((t["speedup"], task, c["isa"], c["concurrency"]) for _, c in cells
+    for n in dict.fromkeys(c["concurrency"] for c in cells):
+        of = [c for c in cells if c["concurrency"] == n]
+        ratios = [c["speedup"] for c in of]
+        found |= {f"cells-c{n}": f"{min(ratios):.2f} to {max(ratios):.2f}", f"cells-prompts-c{n}": str(of[0]["limit"])}
+    found["cells-isas"] = ", ".join(dict.fromkeys(c["isa"] for c in cells))
+    ratio, task, isa, n = min((t["speedup"], task, c["isa"], c["concurrency"]) for c in cells
                               for task, t in c["tasks"].items())
-    r = cells[0][0]
+    r = results[0]
     return found | {"cells-worst": f"{ratio:.2f}", "cells-worst-where": f"{task}, {isa}, concurrency {n}",
                     "cells-machine": f"{r['cpu']}, {r['threads']} threads", "cells-tokens": str(r["max_tokens"])}
 

@@ -91,6 +91,8 @@ def test_prose_agrees_with_the_tables():
     ("python bench/peers/run.py --prompts a.jsonl b.jsonl --drafter auto", 'make peers PROMPTS="a.jsonl b.jsonl" '
                                                                          'ARGS="--drafter auto"'),
     ("python -m bench.peers --prompts a.jsonl --limit 2", 'make peers PROMPTS="a.jsonl" ARGS="--limit 2"'),
+    ("DFLASH_ISA=avx2 python -m bench.peers --prompts a.jsonl --limit 2",
+     'DFLASH_ISA=avx2 make peers PROMPTS="a.jsonl" ARGS="--limit 2"'),
     ("python x", "python x")])
 def test_a_recorded_command_is_shown_as_it_runs_today(recorded, today):
     assert commands.command_of(recorded) == today

@@ -13,12 +13,11 @@ import torch
 
 from dflash_decode import Session
 from dflash_decode.model.drafter import DraftPass
-from dflash_decode.step import Prefill, prefill_sizes
+from dflash_decode.step import Prefill
 from dflash_kernels import lm_head_topk
 
+from .target import PAGE, passes_over
 from .texts import CONTEXT, coded
-
-PAGE, ROWS = 64, 256
 
 
 class Text(NamedTuple):
@@ -72,11 +71,8 @@ class Replay:
 
     def _read(self, text: Text, table: torch.Tensor) -> None:
         """Writes the text's K/V of the drafter to the pages of `table`."""
-        done = 0
-        for rows in prefill_sizes(len(text.ids), ROWS, self.drafter.device):
-            part = text.ids[done:done + rows]
-            self.prefill(rows)(part, done, table)
-            done += len(part)
+        for _ in passes_over(self.prefill, text.ids, table, self.drafter.device):
+            pass
 
     def blocks(self, texts: Iterable[Text]) -> Iterator[Blocks]:
         """The blocks of all texts, those of a pass at a time."""

@@ -5,9 +5,9 @@ takes less than half of the time there. Any other is transformers' model.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -19,6 +19,17 @@ from dflash_decode.model.rope import Rope
 from dflash_decode.step import Prefill, prefill_sizes
 
 PAGE, ROWS = 64, 256  # of the decoding loop's passes
+
+
+def passes_over(prefill: Callable[[int], Prefill], ids: list[int], table: torch.Tensor,
+                device: torch.device) -> Iterator[tuple[slice, Prefill]]:
+    """Runs a text through prefill(rows), a part at a time: where the part lies, and the pass that has just read it."""
+    done = 0
+    for rows in prefill_sizes(len(ids), ROWS, device):
+        part, found = ids[done:done + rows], prefill(rows)
+        found(part, done, table)
+        yield slice(done, done + len(part)), found
+        done += len(part)
 
 
 def rope_table(head_dim: int, theta: float, positions: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,22 +127,18 @@ class DecodedTarget(Llama):
         target, pages = Session.load(model, "none").target, -(-positions // PAGE)
         kv = target.cache.allocate(pages, PAGE)
         self.table = torch.arange(pages, dtype=torch.int32)
-        self.passes = cache(lambda rows, layers: Prefill(target, None, kv, [], rows, PAGE, pages,
-                                                         target_layer_ids=layers))
+        self.prefill = cache(lambda layers, rows: Prefill(target, None, kv, [], rows, PAGE, pages,
+                                                          target_layer_ids=layers))
 
     def forward(self, ids: torch.Tensor, target_layer_ids: Iterable[int] = ()):
         layers, (b, t) = tuple(sorted(set(target_layer_ids))), ids.shape
         final = torch.empty(b, t, self.hidden, dtype=self.dtype)
         seen = torch.empty(b, t, len(layers) * self.hidden, dtype=self.dtype)
         for i, text in enumerate(ids.tolist()):
-            done = 0
-            for rows in prefill_sizes(t, ROWS, self.device):
-                part, found = text[done:done + rows], self.passes(rows, layers)
-                found(part, done, self.table)
-                at, done = slice(done, done + len(part)), done + len(part)
-                final[i, at] = found.out[:len(part)]
+            for at, found in passes_over(partial(self.prefill, layers), text, self.table, self.device):
+                final[i, at] = found.out[:at.stop - at.start]
                 if layers:
-                    seen[i, at] = found.features[:len(part)]
+                    seen[i, at] = found.features[:at.stop - at.start]
         return final, list(seen.split(self.hidden, -1)) if layers else []
 
 
