@@ -9,7 +9,8 @@ HEAD = ["drafter", "config", "layers", "heads", "block", "aux hidden states", "a
 def drafters_block() -> str:
     rows = [_row(entry, refusal(entry)) for entry in entries()]
     loaded = sum(row[-1].startswith("loads") for row in rows)
-    lines = [f"{loaded} of {len(rows)} load.", "", _line(HEAD), _line(["---"] * len(HEAD)), *map(_line, rows)]
+    lines = [f"{loaded} of {len(rows)} load, by their structure: no published weights were loaded.", "", _line(HEAD),
+             _line(["---"] * len(HEAD)), *map(_line, rows)]
     return "\n".join(lines)
 
 

@@ -52,7 +52,9 @@ def pages() -> dict[Path, str]:
     """The up-to-date text of every generated page."""
     results = ROOT / "bench" / "results"
     docs = ROOT / "docs"
-    made = {ROOT / "README.md": {"results": summary_table.headline(results), "picture": picture_block(results)},
+    known = values.values(results)
+    made = {ROOT / "README.md": {"results": summary_table.headline(results), "picture": picture_block(results),
+                                 "gains": summary_table.gains(known)},
             docs / "channels.md": {"wheel": wheel_table.wheel_block(results)},
             docs / "drafters.md": {"drafters": drafters_table.drafters_block()},
             docs / "engines.md": {"results": engine_tables.engines_block(results)},
@@ -69,7 +71,6 @@ def pages() -> dict[Path, str]:
         names = {card.parent.name, *(package.parent.name for package in card.parent.glob("*/config.json"))}
         made[card] = {"results": decode_tables.card_block(results, names)}
     found = {docs / "ops.md": ops_page(), docs / "cases.md": kernel_tables.cases_page(results)}
-    known = values.values(results)
     for page, blocks in made.items():
         text = page.read_text(encoding="utf-8")
         for name, block in blocks.items():

@@ -55,6 +55,20 @@ def rows_of(commands: list[str], command: str) -> str:
     return f"row{'s' * (len(found) > 1)} {', '.join(found)}"
 
 
+def gains(known: dict[str, str]) -> str:
+    """README's speedups by the target's weights and instruction set, from the numbers of bench.report.values."""
+    rows = [(f"bfloat16, {known['all-machine-c1']}", f"all {known['all-prompts-c1']}", known["all-c1"], known["all-c8"],
+             ""),
+            (f"bfloat16, {known['cells-machine']}: {known['cells-isas']}", f"{known['cells-prompts-c1']} of each task",
+             *(known[f"cells-c{n}"] for n in (1, 8, 32))),
+            (f"4 bits, {known['file-machine']}: {known['file-isas']}", f"{known['file-prompts']} of each task",
+             known["file-c1"], known["file-c8"], ""),
+            (f"bfloat16, {known['machine-c1']}", f"{known['prompts-c1']} of each task", known["ratio-c1"],
+             known["ratio-c8"], "")]
+    return "\n".join(["| weights and machine | prompts | 1 request | 8 | 32 |", "|---|---|---|---|---|",
+                      *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def text_row(machine: Path, concurrency: int) -> tuple[str, str] | None:
     for r in decode_tables.decode_results(machine):
         if (r["concurrency"], r.get("weights", "model"), bool(r.get("temperature"))) == (concurrency, "model", False) \

@@ -1,7 +1,9 @@
 """Numbers in the prose of README and docs, from bench/results: `<!-- value NAME -->78 %<!-- end -->`."""
 
+import json
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 from bench.model.step import GEOMETRIES, KERNELS_A_LAYER, MACHINES
@@ -15,7 +17,7 @@ def values(folder: Path) -> dict[str, str]:
     """By name. Those of results are of the first machine that has them."""
     found = {**of_geometries(), **of_the_model()}
     for machine in kernel_tables.machines(folder):
-        for group in (of_steps, of_experts, of_texts, of_cells, of_peers):
+        for group in (of_steps, of_experts, of_texts, of_cells, of_peers, of_engines):
             for name, value in group(machine).items():
                 found.setdefault(name, value)
     return found
@@ -98,7 +100,8 @@ def of_texts(machine: Path) -> dict[str, str]:
         if not r.get("temperature") and r["drafter"] != "random":
             at = ("int8-" if r.get("weights") == "int8" else "") + f"c{r['concurrency']}"
             found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
-                      f"length-{at}": f"{r['acceptance_length']:.2f}"}
+                      f"length-{at}": f"{r['acceptance_length']:.2f}", f"prompts-{at}": str(r["limit"]),
+                      f"machine-{at}": f"{r['cpu']}, {r['isa']}"}
             if not r["limit"]:
                 found["all-tasks"] = ", ".join(f"{task} {t['requests']}" for task, t in r["tasks"].items())
                 found |= {f"all-{at}": f"{r['speedup']:.2f}", f"all-length-{at}": f"{r['acceptance_length']:.2f}",
@@ -126,8 +129,9 @@ def of_cells(machine: Path) -> dict[str, str]:
 
 
 def of_peers(machine: Path) -> dict[str, str]:
-    """Rates beside our baseline's with as many requests; acceptance lengths beside ours on most prompts."""
-    found, most = {}, 0
+    """Rates beside our baseline's with as many requests; what drafting gains on a file's blocks, over the instruction
+    sets; acceptance lengths beside ours on most prompts."""
+    found, most, gains = {}, 0, defaultdict(dict)
     for header, rows, *_ in peer_tables.results(machine):
         whole = peer_tables.whole(rows)
         rates = {(r["peer"], r["mode"], r["concurrency"]): r["tokens_per_s"] for r in whole}
@@ -136,6 +140,9 @@ def of_peers(machine: Path) -> dict[str, str]:
         if peer_tables.is_timed(header):
             found |= {f"{peer}-{mode}-c{c}": f"{rate / baseline[c]:.2f}" for (peer, mode, c), rate in rates.items()
                       if c in baseline}
+            for (peer, mode, c), rate in rates.items():
+                if (peer, mode) == ("oursfile", peer_tables.DFLASH):
+                    gains[c][peer_tables.isa_of(header)] = rate / rates[peer, "baseline", c]
         drafted = {r["peer"]: r for r in whole if r["mode"] == peer_tables.DFLASH and r["concurrency"] == 1}
         ours = drafted.get(peer_tables.OURS)
         if ours and {"dflash", "vllm"} <= {*drafted} and ours["prompts"] > most and header["dtype"] == "bfloat16":
@@ -143,6 +150,15 @@ def of_peers(machine: Path) -> dict[str, str]:
             found |= {"longer-prompts": f"{most}"} | {
                 f"longer-{peer}": f"{100 * (r['acceptance_length'] / ours['acceptance_length'] - 1):.1f} %"
                 for peer, r in drafted.items()}
+    for c, of in gains.items():
+        found |= {f"file-c{c}": f"{min(of.values()):.2f} to {max(of.values()):.2f}", "file-isas": ", ".join(of),
+                  "file-prompts": str(header["limit"]), "file-machine": f"{header['cpu']}, {header['threads']} threads"}
     return found
 
 
+def of_engines(machine: Path) -> dict[str, str]:
+    """What the plugin adds to an engine's rate."""
+    if not (file := machine / "engine-vllm.json").is_file():
+        return {}
+    rates = json.loads(file.read_text(encoding="utf-8"))["compare"]["tokens_per_s"]
+    return {"engine-gain": f"{100 * (rates['with'] / rates['without'] - 1):.0f} %"}

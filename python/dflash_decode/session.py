@@ -101,10 +101,6 @@ class Run:
         """The mean number of tokens that a step committed."""
         return sum(self.steps) / len(self.steps) if self.steps else 1.0
 
-    def histogram(self, width: int) -> list[int]:
-        """The number of steps that committed 1, 2, ... `width` tokens."""
-        return [self.steps.count(n) for n in range(1, width + 1)]
-
 
 @dataclass
 class Session:

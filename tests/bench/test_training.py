@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from dflash_decode.checkpoint import drafter_of, load_checkpoint
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.vocabulary import read_vocabulary
 from tests.bench.conftest import MASK
 from tests.support import ROOT
 from tests.support.clocks import Ticks
@@ -123,7 +124,7 @@ def test_features_are_the_target_s(target, written):
 
 def test_batch_labels_are_the_tokens_after_the_anchor(written):
     _, features = written
-    vocabulary = optimise.Vocabulary(features, list(range(len(features))), VOCAB, VOCAB)
+    vocabulary = optimise.Vocabulary(optimise.most_frequent(features, range(len(features)), VOCAB), VOCAB)
     batch = optimise.Batch(features, [3, 9], 6, 4, vocabulary, 0.5, random.Random(1), "cpu")
     for row, i in enumerate((3, 9)):
         ids = features.ids[features.offsets[i]:features.offsets[i + 1]].long()
@@ -247,8 +248,11 @@ def test_shards_hold_the_same_weights(target, drafter, tmp_path):
     assert one.keys() == more.keys() and all(torch.equal(one[n], more[n]) for n in one)
 
 
-def test_a_checkpoint_starts_a_run_with_its_weights(target, drafter, tmp_path):
+def test_a_checkpoint_starts_a_run_with_its_weights_and_vocabulary(target, written, drafter, tmp_path):
     checkpoint.write(tmp_path, drafter, target, torch.arange(9))
+    training = optimise.Training(drafter, target, written[1], optimise.Recipe(), tmp_path, (),
+                                 read_vocabulary(tmp_path))
+    assert training.vocabulary.ids.tolist() == list(range(9)) and len(training.head) == 9
     again = TrainedDrafter(drafter.shape, target.norm, torch.rand(2 * target.hidden) + 0.5)
     again.load_tensors(load_checkpoint(tmp_path).tensors)
     for name, tensor in again.tensors().items():

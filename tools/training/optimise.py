@@ -41,15 +41,19 @@ class Recipe:
 
 
 class Vocabulary:
-    """The `size` most frequent tokens of the training answers: ids (size,) sorted, and place (V,), -1 for the rest."""
+    """The tokens that a drafter is trained to draft: ids (n,) sorted, and place (V,), -1 for the rest."""
 
-    def __init__(self, features: Texts, which: list[int], size: int, total: int):
-        counts = Counter()
-        for i in which:
-            counts.update(features.text(i)[features.starts[i]:].tolist())
-        self.ids = torch.tensor(sorted(t for t, _ in counts.most_common(size)))
-        self.place = torch.full((total,), -1)
-        self.place[self.ids] = torch.arange(len(self.ids))
+    def __init__(self, ids: torch.Tensor, total: int):
+        self.ids, self.place = ids, torch.full((total,), -1)
+        self.place[ids] = torch.arange(len(ids))
+
+
+def most_frequent(features: Texts, which: list[int], size: int) -> torch.Tensor:
+    """The ids (at most `size`,), sorted, of the most frequent tokens of these texts' answers."""
+    counts = Counter()
+    for i in which:
+        counts.update(features.text(i)[features.starts[i]:].tolist())
+    return torch.tensor(sorted(t for t, _ in counts.most_common(size)))
 
 
 @dataclass(eq=False)
@@ -106,8 +110,9 @@ class Training:
     """The state of a run: parameters, optimisers, measurements. `folder` stores it, so that a run can be resumed."""
 
     def __init__(self, drafter: TrainedDrafter, target: Target, features: Texts, recipe: Recipe, folder: Path,
-                 seen: Collection[str] = ()):
-        """seen: prompts that the drafter was trained on before, which cannot be held out."""
+                 seen: Collection[str] = (), vocabulary: torch.Tensor | None = None):
+        """seen: prompts that the drafter was trained on before, which cannot be held out. vocabulary (n,): its draft
+        vocabulary, by default the most frequent tokens of the answers."""
         self.drafter, self.features, self.recipe, self.folder = drafter.to(target.device), features, recipe, folder
         self.device, self.embedding = target.device, target.embedding
         order = list(range(len(features)))
@@ -116,7 +121,9 @@ class Training:
         self.held_out = sorted(greedy[:min(96, len(greedy) // 10)])
         hidden = set(self.held_out)
         self.used = [i for i in order if i not in hidden]
-        self.vocabulary = Vocabulary(features, self.used, recipe.vocabulary, target.vocab)
+        if vocabulary is None:
+            vocabulary = most_frequent(features, self.used, recipe.vocabulary)
+        self.vocabulary = Vocabulary(vocabulary, target.vocab)
         self.head = target.head[self.vocabulary.ids.to(target.device)].contiguous()
         self.others = target.head[(self.vocabulary.place < 0).to(target.device)]
         matrices = [p for p in drafter.parameters() if p.ndim == 2]

@@ -19,6 +19,7 @@ import torch
 
 from dflash_decode.checkpoint import read_directory
 from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from dflash_decode.model.vocabulary import read_vocabulary
 from tools.training import checkpoint, plots
 from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import Features, LiveTexts, Texts, write_features
@@ -49,8 +50,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--block-size", type=int, default=8)
     p.add_argument("--intermediate", type=int, help="size of the drafter's MLPs; by default the target's")
     p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes, or its id")
-    p.add_argument("--start", type=Path, help="a checkpoint of the same shape to start from; held-out texts "
-                   "are chosen among those that it was not trained on")
+    p.add_argument("--start", type=Path, help="a checkpoint of the same shape to start from, whose draft "
+                   "vocabulary is kept; held-out texts are chosen among those that it was not trained on")
     p.add_argument("--early-share", type=float, default=Recipe.early_share, help="share of the time with short blocks")
     p.add_argument("--minutes", type=float, default=Recipe.minutes, help="time to train")
     p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
@@ -62,7 +63,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
                    help="share of the weights of --start in the averaged result")
     p.add_argument("--visits", type=int, default=Recipe.visits, help="steps on a group of texts; after the first, "
                    "blocks begin where decoding would go on")
-    p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary, help="tokens that the drafter can draft")
+    p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary,
+                   help="tokens that the drafter can draft, the most frequent ones of the answers")
     p.add_argument("--negatives", type=int, default=Recipe.negatives, help="random other tokens per step")
     p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, which have unit size")
     p.add_argument("--save-seconds", type=float, default=120.0, help="how often the state and a checkpoint are written")
@@ -154,7 +156,8 @@ def main() -> None:
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:
         drafter.load_tensors(read_directory(args.start).tensors)
-    training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start))
+    training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start),
+                        read_vocabulary(args.start) if args.start else None)
     if training.resume():
         print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
     out = args.checkpoint or args.work / "checkpoint"
