@@ -49,6 +49,9 @@ def test_a_gguf_file_s_hidden_states_on_a_cpu_are_those_of_decoding(tmp_path):
     for got, same, want in zip(*((final, *seen) for final, seen in found), strict=True):
         assert got.shape == want.shape and (got - want).norm() < 2 * (same - want).norm() < 0.1 * want.norm()
     assert torch.equal(target.forward(ids[1:, :40])[0], final[1:, :40])
+    (tokens, odds), want = target.likely(final[0], 4), torch.softmax(F.linear(final[0].float(), exact.head), -1)
+    assert (odds - want.gather(-1, tokens)).abs().max() < 0.02 and (odds.diff(dim=-1) <= 0).all()
+    assert (tokens[:, 0] == want.argmax(-1)).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Mixtral", "LFM2"])

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from dflash_decode.checkpoint.tokenizer import Tokenizer
@@ -22,7 +21,6 @@ from .target import Target
 from .texts import CONTEXT, coded
 
 TEACHER = 8  # most likely tokens kept for each position
-CHUNK = 2048  # rows of logits at a time
 
 
 class Padded(NamedTuple):
@@ -106,12 +104,6 @@ def scale_of(states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     return rows.float().pow(2).mean(0).sqrt().clamp_min(1e-3)
 
 
-def teacher(target: Target, final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """final (N, H) -> the most likely tokens after each row, and their probabilities, (N, TEACHER)."""
-    tops = [torch.softmax(F.linear(rows, target.head), -1).topk(TEACHER) for rows in final.split(CHUNK)]
-    return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
-
-
 class LiveTexts(Texts):
     """Texts whose features the target computes when they are asked for. sample: texts that the scale is taken from."""
 
@@ -138,7 +130,7 @@ class LiveTexts(Texts):
         row, place = (at.to(final.device) for at in inside.nonzero(as_tuple=True))
         likely = torch.zeros((*ids.shape, TEACHER), dtype=torch.int64, device=final.device)
         odds = torch.zeros((*ids.shape, TEACHER), device=final.device)
-        found = teacher(self.target, final[row, place - 1])
+        found = self.target.likely(final[row, place - 1], TEACHER)
         likely[row, place], odds[row, place] = found[0], found[1].float()
         return Padded(ids, states, likely, odds)
 
@@ -209,7 +201,7 @@ def write_features(
         for r, i in enumerate(batch):
             end, at = len(coded_ids[i]), offsets[i]
             states[at:at + end] = seen[r, :end].contiguous().view(torch.int16).numpy()
-            tokens, shares = teacher(target, final[r, starts[i] - 1:end - 1])
+            tokens, shares = target.likely(final[r, starts[i] - 1:end - 1], TEACHER)
             likely[at + starts[i]:at + end], odds[at + starts[i]:at + end] = tokens.cpu(), shares.float().cpu()
     for kept_array in (ids, states, likely, odds):
         kept_array.flush()

@@ -17,8 +17,10 @@ from dflash_decode import Session
 from dflash_decode.checkpoint import Checkpoint, find_model, load_checkpoint
 from dflash_decode.model.rope import Rope
 from dflash_decode.step import Prefill, prefill_sizes
+from dflash_kernels import lm_head_topk
 
 PAGE, ROWS = 64, 256  # of the decoding loop's passes
+LOGITS = 2048  # rows of logits at a time
 
 
 def passes_over(prefill: Callable[[int], Prefill], ids: list[int], table: torch.Tensor,
@@ -86,6 +88,11 @@ class Target(ABC):
         """ids (B, T) padded on the right -> the final normed hidden states (B, T, H) and the outputs of the layers
         `target_layer_ids` in rising order, each (B, T, H)."""
 
+    def likely(self, final: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """final (N, H) -> the most likely tokens after each row, and their probabilities, (N, count)."""
+        tops = [torch.softmax(F.linear(rows, self.head), -1).topk(count) for rows in final.split(LOGITS)]
+        return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
+
 
 def load_target(model: str, device: str | torch.device = "cpu") -> Target:
     """A target by the name, file or directory that `dflash-kernels generate` takes."""
@@ -126,7 +133,7 @@ class DecodedTarget(Llama):
         super().__init__(load_checkpoint(model, torch.bfloat16), "cpu")
         target, pages = Session.load(model, "none").target, -(-positions // PAGE)
         kv = target.cache.allocate(pages, PAGE)
-        self.table = torch.arange(pages, dtype=torch.int32)
+        self.table, self.packed_head = torch.arange(pages, dtype=torch.int32), target.head
         self.prefill = cache(lambda layers, rows: Prefill(target, None, kv, [], rows, PAGE, pages,
                                                           target_layer_ids=layers))
 
@@ -140,6 +147,10 @@ class DecodedTarget(Llama):
                 if layers:
                     seen[i, at] = found.features[:at.stop - at.start]
         return final, list(seen.split(self.hidden, -1)) if layers else []
+
+    def likely(self, final: torch.Tensor, count: int):
+        ids, values, lse = lm_head_topk(final, self.packed_head, count)
+        return ids, (values - lse[:, None]).exp()
 
 
 class LlamaTarget(Llama):
