@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dflash_bench.decode import read_prompts
 from dflash_decode import Session
 
 from .replay import Replay, Text
-from .texts import CONTEXT
+from .texts import CONTEXT, read_jsonl
 
 
 def answered(session: Session, prompts: Sequence[str], tokens: int, concurrency: int) -> list[Text]:
@@ -50,14 +49,15 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help="the target, as `dflash-kernels generate` takes it")
     p.add_argument("--drafters", nargs="+", default=["auto"], help="drafters, likewise")
-    p.add_argument("--prompts", type=Path, nargs="+", required=True, help="files of prompts: JSON lines with `turns`")
+    p.add_argument("--prompts", type=Path, nargs="+", required=True, help="files of prompts: JSON lines with `task` "
+                   "and `turns`")
     p.add_argument("--limit", type=int, help="of each file only so many prompts")
     p.add_argument("--max-tokens", type=int, default=256, help="of an answer")
     p.add_argument("--concurrency", type=int, default=16, help="texts that are written or drafted next to each other")
     p.add_argument("--json", type=Path, help="a file for the results")
     args = p.parse_args()
-    prompts = [prompt for file in args.prompts for prompt in read_prompts(file, args.limit)]
-    texts = answered(Session.load(args.model, "none"), [prompt.text for prompt in prompts], args.max_tokens,
+    rows = [row for file in args.prompts for row in read_jsonl(file)[:args.limit]]
+    texts = answered(Session.load(args.model, "none"), [row["turns"][0] for row in rows], args.max_tokens,
                      args.concurrency)
     texts.sort(key=lambda text: -len(text.ids))  # those that end together were begun together
     print(f"{len(texts)} answers of {sum(len(t.ids) - t.start for t in texts)} tokens", flush=True)
@@ -66,7 +66,7 @@ def main() -> None:
         session = Session.load(args.model, name)
         found, by_task = accepted_of(session, texts, args.concurrency), {}
         for number, accepted in found.items():
-            by_task.setdefault(prompts[number].task, []).extend(accepted)
+            by_task.setdefault(rows[number]["task"], []).extend(accepted)
         tasks = {task: figures(accepted, session.block_size) for task, accepted in sorted(by_task.items())}
         mean = sum(t["acceptance_length"] for t in tasks.values()) / len(tasks)
         result["drafters"][name] = {"mean_of_tasks": round(mean, 4), "tasks": tasks}
