@@ -98,14 +98,15 @@ def of_texts(machine: Path) -> dict[str, str]:
     found = {}
     for r in decode_tables.decode_results(machine):
         if not r.get("temperature") and r["drafter"] != "random":
+            on = f"{r['cpu']}, {r['isa']}"
             at = ("int8-" if r.get("weights") == "int8" else "") + f"c{r['concurrency']}"
             found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
                       f"length-{at}": f"{r['acceptance_length']:.2f}", f"prompts-{at}": str(r["limit"]),
-                      f"machine-{at}": f"{r['cpu']}, {r['isa']}"}
+                      f"machine-{at}": on}
             if not r["limit"]:
                 found["all-tasks"] = ", ".join(f"{task} {t['requests']}" for task, t in r["tasks"].items())
                 found |= {f"all-{at}": f"{r['speedup']:.2f}", f"all-length-{at}": f"{r['acceptance_length']:.2f}",
-                          f"all-prompts-{at}": str(r["requests"]), f"all-machine-{at}": f"{r['cpu']}, {r['isa']}"}
+                          f"all-prompts-{at}": str(r["requests"]), f"all-machine-{at}": on}
     return found
 
 
@@ -140,9 +141,11 @@ def of_peers(machine: Path) -> dict[str, str]:
         if peer_tables.is_timed(header):
             found |= {f"{peer}-{mode}-c{c}": f"{rate / baseline[c]:.2f}" for (peer, mode, c), rate in rates.items()
                       if c in baseline}
-            for (peer, mode, c), rate in rates.items():
-                if (peer, mode) == ("oursfile", peer_tables.DFLASH):
-                    gains[c][peer_tables.isa_of(header)] = rate / rates[peer, "baseline", c]
+            for c in (c for peer, mode, c in rates if (peer, mode) == ("oursfile", peer_tables.DFLASH)):
+                gains[c][peer_tables.isa_of(header)] = (rates["oursfile", peer_tables.DFLASH, c]
+                                                        / rates["oursfile", "baseline", c])
+                found |= {"file-prompts": str(header["limit"]),
+                          "file-machine": f"{header['cpu']}, {header['threads']} threads"}
         drafted = {r["peer"]: r for r in whole if r["mode"] == peer_tables.DFLASH and r["concurrency"] == 1}
         ours = drafted.get(peer_tables.OURS)
         if ours and {"dflash", "vllm"} <= {*drafted} and ours["prompts"] > most and header["dtype"] == "bfloat16":
@@ -151,8 +154,7 @@ def of_peers(machine: Path) -> dict[str, str]:
                 f"longer-{peer}": f"{100 * (r['acceptance_length'] / ours['acceptance_length'] - 1):.1f} %"
                 for peer, r in drafted.items()}
     for c, of in gains.items():
-        found |= {f"file-c{c}": f"{min(of.values()):.2f} to {max(of.values()):.2f}", "file-isas": ", ".join(of),
-                  "file-prompts": str(header["limit"]), "file-machine": f"{header['cpu']}, {header['threads']} threads"}
+        found |= {f"file-c{c}": f"{min(of.values()):.2f} to {max(of.values()):.2f}", "file-isas": ", ".join(of)}
     return found
 
 

@@ -8,13 +8,14 @@ Blocks are whole: a loop that verifies fewer drafts, where they do not pay, acce
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from dflash_decode import Session
 
-from .replay import Replay, Text
+from .replay import Replay, Text, rates_by_position
 from .texts import CONTEXT, read_jsonl
 
 
@@ -37,12 +38,10 @@ def accepted_of(session: Session, texts: Iterable[Text], batch: int) -> dict[int
 
 
 def figures(accepted: Sequence[int], block: int) -> dict:
-    """by_position: how often draft i was accepted where those before it were."""
-    counts = Counter(accepted)
-    reached = [sum(n for length, n in counts.items() if length >= at) for at in range(block)]
+    """by_position: as of rates_by_position."""
+    rates = rates_by_position(torch.tensor(accepted), block)
     return {"blocks": len(accepted), "acceptance_length": round(1 + sum(accepted) / len(accepted), 4),
-            "by_position": [round(after / before, 4) if before else None
-                            for before, after in zip(reached, reached[1:], strict=False)]}
+            "by_position": [rate if rate is None else round(rate, 4) for rate in rates]}
 
 
 def main() -> None:

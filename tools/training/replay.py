@@ -57,6 +57,13 @@ def weights_to_rejection(accepted: torch.Tensor, width: int) -> torch.Tensor:
     return torch.exp(-late.clamp_min(0) / 2.0)
 
 
+def rates_by_position(accepted: torch.Tensor, width: int) -> list[float | None]:
+    """accepted (N,) -> how often each of `width` - 1 drafts was accepted where those before it were; None if they never
+    were."""
+    reached = [int((accepted >= at).sum()) for at in range(width)]
+    return [after / before if before else None for before, after in zip(reached, reached[1:], strict=False)]
+
+
 class Replay:
     """Runs `batch` texts next to each other. session: with the drafter."""
 

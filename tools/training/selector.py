@@ -24,7 +24,7 @@ from dflash_decode.model.calibration import FILE as CALIBRATION
 from dflash_decode.model.dflash2 import NAMES, PREFIX, read_selector, write_selector
 from dflash_kernels import PackedWeight
 
-from .replay import Blocks, Replay, greedy_texts, weights_to_rejection
+from .replay import Blocks, Replay, greedy_texts, rates_by_position, weights_to_rejection
 from .write import read_answers
 
 HELD_OUT = 12  # one text in so many
@@ -157,8 +157,7 @@ def train(selector: Selector, blocks: Blocks, epochs: int, rate: float, size: in
 
 
 def report(name: str, accepted: torch.Tensor, blocks: Blocks) -> None:
-    reached = [int((accepted >= at).sum()) for at in range(blocks.truth.shape[1] + 1)]
-    rates = " ".join(f"{after / max(before, 1):.3f}" for before, after in zip(reached, reached[1:], strict=False))
+    rates = " ".join(f"{rate or 0:.3f}" for rate in rates_by_position(accepted, blocks.truth.shape[1] + 1))
     print(f"{name}: acceptance length {1 + accepted.float().mean().item():.3f}, by position {rates}", flush=True)
 
 
