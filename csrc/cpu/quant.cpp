@@ -7,13 +7,14 @@
 // The inner loop. A piece of one row takes eight dot products, a subtraction and one multiply-add, or two with a
 // minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core that adds
 // and multiplies where it takes dot products reaches 8 / 9 or 8 / 10 of its rate of those. A core with two loads a
-// cycle beside two dot products would wait for loads, one of x for each and a few more: from five rows on, but for
-// q6_k, two blocks share those of x.
+// cycle beside two dot products would wait for loads, one of x for each and a few more: two blocks share those of x,
+// but for q6_k, which has two sums of each.
 //
-// Integer sums are in registers. Float sums are too for few rows, and else in the first-level cache: a load and a store
-// of one, beside more than ten operations on 512 bits. In registers they would bound rows times blocks. So a thread
-// walks all of its blocks side by side, whatever the number of rows: streams that never pause are what the hardware's
-// prefetchers follow.
+// Integer sums are in registers. On 512 bits the float sums of all rows of a group are too, for as many blocks as there
+// is room for; the rest of a thread's blocks come after them. In the first-level cache they would cost a load and a
+// store beside more than ten operations, but these hold up the reads: with five rows, two Zen 5 cores read 4-bit weights
+// at 38 GB/s that way and at 58 GB/s this way. On 256 bits more than a few rows have no other choice, and their
+// arithmetic takes longer than the reads.
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -29,8 +30,9 @@ inline DFLASH_INLINE void ask([[maybe_unused]] const uint8_t* line) {
 #endif
 }
 
-// Blocks that share what is loaded of x.
-template <Format F> constexpr int kTogether = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 ? 2 : 1;
+// Blocks of S that share what is loaded of x.
+template <Format F, int S>
+constexpr int kTogether = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 && S > 1 ? 2 : 1;
 
 // x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next. S:
 // blocks whose sums are in registers; 0: `blocks` of them, in memory.
@@ -43,9 +45,9 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
   times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
   x += begin * ldx;
   for (int64_t b = begin; b < end; ++b, x += ldx) {
-    // Of `together` blocks from s on. update(block, r, v, f): f of that sum is its next value.
-    const auto piece = [&](auto together, int s, auto update) DFLASH_HERE {
-      constexpr int P = together;
+    // Of P blocks from s on. update(block, r, v, f): f of that sum is its next value.
+    const auto piece = [&](auto p, int s, auto update) DFLASH_HERE {
+      constexpr int P = p;
       const uint8_t *record[P], *head[P], *next[P];
       times<P>([&](auto p) DFLASH_HERE {
         record[p] = record_of<F>(w[s + p], b), head[p] = head_of<F>(w[s + p], b), next[p] = w[s + p] + ahead.at;
@@ -93,36 +95,36 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
         });
       });
     };
-    constexpr std::integral_constant<int, 1> one{};
-    times<S>([&](auto s) DFLASH_HERE {
-      piece(one, s, [&](auto, auto r, auto v, auto f) DFLASH_HERE {
-        held[(s * R + r) * V + v] = f(held[(s * R + r) * V + v]);
+    constexpr std::integral_constant<int, kTogether<F, S>> together{};
+    if constexpr (S > 0) {
+      times<S / together>([&](auto i) DFLASH_HERE {
+        piece(together, i * together, [&](auto p, auto r, auto v, auto f) DFLASH_HERE {
+          Vec& sum = held[((i * together + p) * R + r) * V + v];
+          sum = f(sum);
+        });
       });
-    });
-    if constexpr (S == 0) {
-      constexpr std::integral_constant<int, kTogether<F>> together{};
-      int s = 0;
-      const auto in_memory = [&](auto p, auto r, auto v, auto f) DFLASH_HERE {
-        store(at_sum(s + p, r, v), f(load(at_sum(s + p, r, v))));
-      };
-      for (; s + together <= blocks; s += together) piece(together, s, in_memory);
-      if constexpr (together > 1)
-        for (; s < blocks; ++s) piece(one, s, in_memory);
+    } else {
+      for (int s = 0; s < blocks; ++s)
+        piece(together, s, [&](auto, auto r, auto v, auto f) DFLASH_HERE {
+          store(at_sum(s, r, v), f(load(at_sum(s, r, v))));
+        });
     }
     ahead.at += lines * ahead.step;
   }
   times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i / (V * R), i / V % R, i % V), held[i]); });
 }
 
-// Rows in one group: their integer sums fill at most half of 32 registers or of 16. On 512 bits a row has two, of two
-// blocks, of q6_k's two scales, or without VNNI of 32 and 16 bits.
+// Rows in one group, and the blocks whose float sums are in registers beside their integer sums; 0: they are in memory.
+// On 512 bits without VNNI a row has two integer sums, of 32 and 16 bits, as it has with q6_k's two scales.
 constexpr int group_rows(Format format) {
-  if (DFLASH_VEC == 512) return 8;
+  if (DFLASH_VEC == 512) return 6;
   return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
 }
-
-// Rows whose float sums fit the other half, for all of a thread's blocks: there a load and a store are not hidden.
-constexpr int kFewRows = DFLASH_VEC == 512 ? 4 : DFLASH_VEC ? 1 : 0;
+constexpr int held_blocks(int rows) {
+  if (DFLASH_VEC == 512) return rows <= 4 ? 4 : 2;
+  if (DFLASH_VEC && DFLASH_VNNI) return rows == 1 ? 4 : rows == 2 ? 2 : rows <= 4 ? 1 : 0;
+  return DFLASH_VEC && rows == 1 ? 4 : 0;
+}
 
 // Several groups take turns over as many pieces, which the second-level cache keeps meanwhile.
 constexpr int64_t kChunk = 64;
@@ -135,12 +137,28 @@ inline int64_t ahead_lines(int64_t rows) {
   return rows * kPieceRegisters < hidden * ceil_lines(layout_of(F).piece) ? 32 : 128;
 }
 
-template <Format F, int S, int R>
-inline void group(const QuantSums& p, int64_t row, int rows, int64_t begin, int64_t end, Ahead ahead) {
-  if (rows == R)
-    return micro_quant<F, R, S>(p.x + row, p.rows, p.weights, p.blocks, begin, end, ahead, p.c + row * kBlock,
-                                p.rows * kBlock);
-  if constexpr (R > 1) group<F, S, R - 1>(p, row, rows, begin, end, ahead);
+// Rows [row, row + R) against the blocks from `from` on, S at once. lead: bytes that a thread is to ask for ahead of its
+// loads, of all the streams that it walks at once.
+template <Format F, int R, int S>
+inline void group_by(const QuantSums& p, int64_t row, int from, int64_t begin, int64_t end, Ahead ahead, int64_t lead) {
+  const auto next = [&](int blocks) {
+    micro_quant<F, R, S>(p.x + row, p.rows, p.weights + from, blocks, begin, end,
+                         {ahead.at + lead / blocks, ahead.step}, p.c + (from * p.rows + row) * kBlock, p.rows * kBlock);
+    from += blocks;
+  };
+  if constexpr (S == 0) {
+    next(p.blocks);
+  } else {
+    while (from + S <= p.blocks) next(S);
+    if constexpr (S > 1)
+      if (from < p.blocks) group_by<F, R, S / 2>(p, row, from, begin, end, ahead, lead);
+  }
+}
+
+template <Format F, int R>
+inline void group(const QuantSums& p, int64_t row, int rows, int64_t begin, int64_t end, Ahead ahead, int64_t lead) {
+  if (rows == R) return group_by<F, R, held_blocks(R)>(p, row, 0, begin, end, ahead, lead);
+  if constexpr (R > 1) group<F, R - 1>(p, row, rows, begin, end, ahead, lead);
 }
 
 template <Format F>
@@ -149,18 +167,15 @@ inline void sums_of(const QuantSums& p) {
   const int64_t groups = ceil_div(p.rows, most), chunk = groups > 1 && p.pieces > kChunk ? kChunk : p.pieces;
   std::memset(p.c, 0, p.blocks * p.rows * kBlock * sizeof(float));
   for (int64_t b = 0; b < p.pieces; b += chunk) {
-    const int64_t end = p.pieces - b < chunk ? p.pieces : b + chunk;
+    const int64_t end = p.pieces - b < chunk ? p.pieces : b + chunk, at = format_bytes(F, b);
     for (int64_t g = 0, r = 0, m; g < groups; ++g, r += m) {
       m = ceil_div(p.rows - r, groups - g);
-      const int64_t at = format_bytes(F, b);
-      Ahead ahead{at + ahead_lines<F>(p.rows) * kLine / p.blocks, kLine};
-      if (groups > 1) ahead = {at + format_bytes(F, chunk) * (groups + g) / groups, ceil_div(kLine, groups)};
-      if constexpr (kFewRows > 0)
-        if (m <= kFewRows && p.blocks == kStreams) {
-          group<F, kStreams, kFewRows>(p, r, int(m), b, end, ahead);
-          continue;
-        }
-      group<F, 0, most>(p, r, int(m), b, end, ahead);
+      if (groups == 1) {
+        group<F, most>(p, r, int(m), b, end, {at, kLine}, ahead_lines<F>(p.rows) * kLine);
+      } else {
+        const Ahead ahead{at + format_bytes(F, chunk) * (groups + g) / groups, ceil_div(kLine, groups)};
+        group<F, most>(p, r, int(m), b, end, ahead, 0);
+      }
     }
   }
 }
