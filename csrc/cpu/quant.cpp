@@ -7,14 +7,14 @@
 // The inner loop. A piece of one row takes eight dot products, a subtraction and one multiply-add, or two with a
 // minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core that adds
 // and multiplies where it takes dot products reaches 8 / 9 or 8 / 10 of its rate of those. A core with two loads a
-// cycle beside two dot products would wait for loads, one of x for each and a few more: two blocks share those of x,
-// but for q6_k, which has two sums of each.
+// cycle beside two dot products would wait for loads, one of x for each and a few more: two vectors share those of x,
+// of two blocks on 512 bits and of one on 256, but for q6_k, which has two sums of each.
 //
-// Integer sums are in registers. On 512 bits the float sums of all rows of a group are too, for as many blocks as there
-// is room for; the rest of a thread's blocks come after them. In the first-level cache they would cost a load and a
-// store beside more than ten operations, but these hold up the reads: with five rows, two Zen 5 cores read 4-bit weights
-// at 38 GB/s that way and at 58 GB/s this way. On 256 bits more than a few rows have no other choice, and their
-// arithmetic takes longer than the reads.
+// Integer sums are in registers. With VNNI the float sums of all rows of a group are too, for as many blocks as there is
+// room for; the rest of a thread's blocks come after them. In the first-level cache they would cost a load and a store
+// beside more than ten operations, but these hold up the reads: with five rows, two Zen 5 cores read 4-bit weights at
+// 38 GB/s that way and at 58 GB/s this way. 256 bits without VNNI have no room, and their arithmetic takes longer than
+// the reads.
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -30,9 +30,10 @@ inline DFLASH_INLINE void ask([[maybe_unused]] const uint8_t* line) {
 #endif
 }
 
-// Blocks of S that share what is loaded of x.
+// Blocks of S, and vectors of a block, that share what is loaded of x.
 template <Format F, int S>
 constexpr int kTogether = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 && S > 1 ? 2 : 1;
+template <Format F> constexpr int kBeside = DFLASH_VNNI && DFLASH_VEC == 256 && kHalves<F> == 1 ? 2 : 1;
 
 // x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next. S:
 // blocks whose sums are in registers; 0: `blocks` of them, in memory.
@@ -47,19 +48,19 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
   for (int64_t b = begin; b < end; ++b, x += ldx) {
     // Of P blocks from s on. update(block, r, v, f): f of that sum is its next value.
     const auto piece = [&](auto p, int s, auto update) DFLASH_HERE {
-      constexpr int P = p;
+      constexpr int P = p, Q = kBeside<F>, U = P * Q;
       const uint8_t *record[P], *head[P], *next[P];
       times<P>([&](auto p) DFLASH_HERE {
         record[p] = record_of<F>(w[s + p], b), head[p] = head_of<F>(w[s + p], b), next[p] = w[s + p] + ahead.at;
       });
-      times<V>([&](auto v) DFLASH_HERE {
-        asm volatile("" : "+r"(x));  // x is loaded for each vector: kept for the next one, it would fill the registers
-        IntSums<F, R> ints[P][H];
+      times<V / Q>([&](auto q) DFLASH_HERE {
+        asm volatile("" : "+r"(x));  // x is loaded again for the next vectors: kept, it would fill the registers
+        IntSums<F, R> ints[U][H];
         times<kPieceRegisters>([&](auto i) DFLASH_HERE {
-          constexpr int half = i / N, at = v * kPieceRegisters + i, of = V * kPieceRegisters;
+          constexpr int half = i / N, at = q * kPieceRegisters + i, of = V / Q * kPieceRegisters;
           if constexpr (i % N == 0)
             times<R>([&](auto r) DFLASH_HERE {
-              times<P>([&](auto p) DFLASH_HERE { ints[p][half].start(r, x[r].init[half]); });
+              times<U>([&](auto u) DFLASH_HERE { ints[u][half].start(r, x[r].init[half]); });
             });
           times<(at + 1) * lines / of - at * lines / of>([&](auto) DFLASH_HERE {
             times<P>([&](auto p) DFLASH_HERE {
@@ -67,26 +68,28 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
               next[p] += ahead.step;
             });
           });
-          Codes codes[P];
-          times<P>([&](auto p) DFLASH_HERE { codes[p] = codes_of<F, i>(record[p], v); });
+          Codes codes[U];
+          times<U>([&](auto u) DFLASH_HERE { codes[u] = codes_of<F, i>(record[u / Q], q * Q + u % Q); });
           times<R>([&](auto r) DFLASH_HERE {
             const int8_t* k = x[r].q + i * 4;
-            if constexpr (P == 1) {
+            if constexpr (U == 1) {
               ints[0][half].template add<i % N>(r, codes[0], k);
             } else {
               const Codes k4 = of_four(four(k));
-              times<P>([&](auto p) DFLASH_HERE { ints[p][half].template add<i % N>(r, codes[p], k4); });
+              times<U>([&](auto u) DFLASH_HERE { ints[u][half].template add<i % N>(r, codes[u], k4); });
             }
           });
         });
-        times<P>([&](auto p) DFLASH_HERE {
+        times<U>([&](auto u) DFLASH_HERE {
+          constexpr std::integral_constant<int, u / Q> p{};
+          constexpr std::integral_constant<int, q * Q + u % Q> v{};
           Vec d[H], m;
           times<H>([&](auto half) DFLASH_HERE { d[half] = scale_of<F>(record[p], head[p], half, v); });
           if constexpr (kHasMinimum<F>) m = minimum_of<F>(record[p], head[p], v);
           times<R>([&](auto r) DFLASH_HERE {
             update(p, r, v, [&](Vec sum) DFLASH_HERE {
               times<H>([&](auto half) DFLASH_HERE {
-                sum = fma(d[half], ints[p][half].finish(r) - set1(x[r].base), sum);
+                sum = fma(d[half], ints[u][half].finish(r) - set1(x[r].base), sum);
               });
               if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
               return sum;
@@ -118,11 +121,12 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
 // On 512 bits without VNNI a row has two integer sums, of 32 and 16 bits, as it has with q6_k's two scales.
 constexpr int group_rows(Format format) {
   if (DFLASH_VEC == 512) return 6;
-  return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
+  if (format == Format::q6_k && DFLASH_VEC) return 4;
+  return DFLASH_VNNI ? 3 : DFLASH_VEC ? 8 : 1;
 }
 constexpr int held_blocks(int rows) {
   if (DFLASH_VEC == 512) return rows <= 4 ? 4 : 2;
-  if (DFLASH_VEC && DFLASH_VNNI) return rows == 1 ? 4 : rows == 2 ? 2 : rows <= 4 ? 1 : 0;
+  if (DFLASH_VNNI) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
   return DFLASH_VEC && rows == 1 ? 4 : 0;
 }
 
