@@ -35,15 +35,20 @@ template <Format F, int S>
 constexpr int kTogether = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 && S > 1 ? 2 : 1;
 template <Format F> constexpr int kBeside = DFLASH_VNNI && DFLASH_VEC == 256 && kHalves<F> == 1 ? 2 : 1;
 
-// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next. S:
-// blocks whose sums are in registers; 0: `blocks` of them, in memory.
+// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next; they
+// are of the pieces before `begin`. S: blocks whose sums are in registers; 0: `blocks` of them, in memory.
 template <Format F, int R, int S>
 DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* const* w, int blocks, int64_t begin,
                                  int64_t end, Ahead ahead, float* c, int64_t ldc) {
   constexpr int V = kBlockVectors, H = kHalves<F>, N = kPieceRegisters / H, lines = ceil_lines(layout_of(F).piece);
   const auto at_sum = [&](int s, int r, int v) { return c + s * ldc + r * kBlock + v * Vec::W; };
   Vec held[S ? S * V * R : 1];
-  times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
+  if (begin == 0) {
+    times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = set1(0.0f); });
+    for (int s = S; s < blocks; ++s) std::memset(c + s * ldc, 0, R * kBlock * sizeof(float));
+  } else {
+    times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
+  }
   x += begin * ldx;
   for (int64_t b = begin; b < end; ++b, x += ldx) {
     // Of P blocks from s on. update(block, r, v, f): f of that sum is its next value.
@@ -169,7 +174,6 @@ template <Format F>
 inline void sums_of(const QuantSums& p) {
   constexpr int most = group_rows(F);
   const int64_t groups = ceil_div(p.rows, most), chunk = groups > 1 && p.pieces > kChunk ? kChunk : p.pieces;
-  std::memset(p.c, 0, p.blocks * p.rows * kBlock * sizeof(float));
   for (int64_t b = 0; b < p.pieces; b += chunk) {
     const int64_t end = p.pieces - b < chunk ? p.pieces : b + chunk, at = format_bytes(F, b);
     for (int64_t g = 0, r = 0, m; g < groups; ++g, r += m) {

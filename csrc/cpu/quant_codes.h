@@ -103,7 +103,13 @@ template <Format F, int R>
 inline DFLASH_INLINE Codes codes_of(const uint8_t* record, int v) {
   constexpr FormatLayout l = layout_of(F);
   const uint8_t* at = record + v * 4 * Vec::W;
-  if constexpr (F == Format::q8_0) return load_codes(at + R * kLine);
+  if constexpr (F == Format::q8_0) {
+    Codes codes = load_codes(at + R * kLine);
+#if DFLASH_VEC
+    asm("" : "+v"(codes));  // or the compiler loads them for every row
+#endif
+    return codes;
+  }
   const Codes low = bits_of<R % 2 * 4, 0x0f>(load_codes(at + R / 2 * kLine));
   if constexpr (F == Format::q5_k) return both(low, bits_of<R - 4, 0x10>(load_codes(at + l.high)));
   if constexpr (F == Format::q6_k)
