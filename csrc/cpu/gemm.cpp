@@ -57,8 +57,7 @@ struct Operand {
   }
 };
 
-// ---- the walk over blocks
-// --------------------------------------------------------------------------------------------
+// ---- the walk over blocks -------------------------------------------------------------------------------------------
 
 template <class T, class Weight, int S>
 inline void tiles_of_blocks(const GemmParams& p, const RowOf<T>* x, int64_t ld, int64_t r0,

@@ -103,8 +103,7 @@ inline void prepare_row(const bf16* x, int64_t K, bf16* to) {
 }
 #endif
 
-// ---- around a product
-// ------------------------------------------------------------------------------------------------
+// ---- around a product -----------------------------------------------------------------------------------------------
 
 // Blocks that each of the streams over [begin, end) walks, a multiple of `unit`; the rest are walked after them.
 inline int64_t stream_length(int64_t begin, int64_t end, int64_t unit) {

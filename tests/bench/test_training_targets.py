@@ -140,6 +140,17 @@ def test_a_wrong_file_of_options_is_refused(text, said, tmp_path, capsys):
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_a_start_s_draft_vocabulary_is_kept(tmp_path, capsys):
+    start = ["--start", str(tmp_path)]
+    assert arguments([]).vocabulary == Recipe.vocabulary == arguments(start).vocabulary
+    assert arguments([*start, "--vocabulary", "5"]).vocabulary == 5
+    (tmp_path / "draft_vocabulary.json").write_text('{"token_ids": [3, 1, 2]}')
+    assert arguments(start).vocabulary == 3
+    with pytest.raises(SystemExit):
+        arguments([*start, "--vocabulary", "5"])
+    assert "--vocabulary must be left out with --start, whose 3 tokens are kept; got 5" in capsys.readouterr().err
+
+
 def test_layers_and_the_mask_are_checked_before_anything_is_made(folder, target):
     assert layers_of(SimpleNamespace(layers=30), None) == [1, 10, 19, 28] and layers_of(target, [2, 0]) == [0, 2]
     with pytest.raises(SystemExit, match="between 0 and 2, the last layer but one; got"):

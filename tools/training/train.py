@@ -63,8 +63,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
                    help="share of the weights of --start in the averaged result")
     p.add_argument("--visits", type=int, default=Recipe.visits, help="steps on a group of texts; after the first, "
                    "blocks begin where decoding would go on")
-    p.add_argument("--vocabulary", type=int, default=Recipe.vocabulary,
-                   help="tokens that the drafter can draft, the most frequent ones of the answers")
+    p.add_argument("--vocabulary", type=int, help="tokens that the drafter can draft, the most frequent ones of the "
+                   f"answers; by default {Recipe.vocabulary:,}, or those of --start")
     p.add_argument("--negatives", type=int, default=Recipe.negatives, help="random other tokens per step")
     p.add_argument("--noise", type=float, default=Recipe.noise, help="added to the features, which have unit size")
     p.add_argument("--save-seconds", type=float, default=120.0, help="how often the state and a checkpoint are written")
@@ -76,6 +76,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         # A second reading: what the command line names goes before the file, and the file before the defaults.
         p.set_defaults(**from_file(p, args.config))
         args = p.parse_args(given)
+    kept = read_vocabulary(args.start) if args.start else None
+    if kept is not None and args.vocabulary is not None:
+        p.error(f"--vocabulary must be left out with --start, whose {len(kept):,} tokens are kept; "
+                f"got {args.vocabulary}")
+    args.vocabulary = len(kept) if kept is not None else args.vocabulary or Recipe.vocabulary
     return args
 
 
