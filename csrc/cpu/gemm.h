@@ -74,8 +74,7 @@ template <class T> inline int64_t block_elements(int64_t K) { return kBlock * K;
 template <> inline int64_t block_elements<bf16>(int64_t K) { return kBlock * padded_k(K); }
 template <> inline int64_t block_elements<int8_t>(int64_t K) { return kBlock * padded_k(K); }
 
-// ---- rows of x, as the micro-kernels want them
-// -----------------------------------------------------------------------
+// ---- rows of x, as the micro-kernels want them ----------------------------------------------------------------------
 
 template <class T> using RowOf = std::conditional_t<std::is_same_v<T, bf16> && DFLASH_BF16_DOT, bf16, float>;
 

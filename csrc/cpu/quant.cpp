@@ -4,17 +4,26 @@
 #include "cpu/quant_sums.h"
 #include "cpu/quant_widen.h"
 
-// The inner loop. A piece of one row takes eight dot products, a subtraction and one multiply-add, or two with a
-// minimum, on 512 bits with VNNI; unpacking codes, 12 operations, is shared by the rows of a group. A core that adds
-// and multiplies where it takes dot products reaches 8 / 9 or 8 / 10 of its rate of those. A core with two loads a
-// cycle beside two dot products would wait for loads, one of x for each and a few more: two vectors share those of x,
-// of two blocks on 512 bits and of one on 256, but for q6_k, which has two sums of each.
+// The inner loop. A thread has four blocks of 16 outputs and a panel of rows. A group of rows meets some of the blocks
+// at once and walks all pieces of K with them, or a chunk of the pieces. In registers are the integer sums of one piece,
+// for one or two vectors of outputs, and the float sums of all pieces before it:
 //
-// Integer sums are in registers. With VNNI the float sums of all rows of a group are too, for as many blocks as there is
-// room for; the rest of a thread's blocks come after them. In the first-level cache they would cost a load and a store
-// beside more than ten operations, but these hold up the reads: with five rows, two Zen 5 cores read 4-bit weights at
-// 38 GB/s that way and at 58 GB/s this way. 256 bits without VNNI have no room, and their arithmetic takes longer than
-// the reads.
+//     bits        rows x blocks        float sums       integer sums             registers
+//     512, VNNI   4 x 4, 6 x 2         16, 12           8, 12: two blocks        32
+//     512         4 x 4, 6 x 2         16, 12           8, 12: 32 and 16 bits    32
+//     256, VNNI   1 x 4, 2 x 2, 3 x 1  8, 8, 6          2, 4, 6: two vectors     16
+//     256         1 x 4, 8 x 4         8, 64 in memory  2, 16: 32 and 16 bits    16
+//
+// For a row and a vector of outputs a piece takes eight dot products, a subtraction and one multiply-add, or two with a
+// minimum. Unpacking the codes, 12 operations, is shared by the rows of a group. A core that multiplies and adds where
+// it takes dot products reaches 8 / 9 or 8 / 10 of their rate. One with two loads a cycle beside two dot products would
+// wait for x, which each of them loads, if two vectors did not share a load. q6_k has two scales in a piece and so two
+// integer sums where others have one, which leaves no room for a second vector.
+//
+// Float sums in the first-level cache would cost a load and a store beside more than ten operations. By count that is
+// little, but the stores hold up the reads of weights: five rows with sums in memory take half as long again as four
+// with sums in registers. 256 bits without VNNI have no room for more than a row's; arithmetic takes longer than the
+// reads there.
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -32,28 +41,31 @@ inline DFLASH_INLINE void ask([[maybe_unused]] const uint8_t* line) {
 
 // Blocks of S, and vectors of a block, that share what is loaded of x.
 template <Format F, int S>
-constexpr int kTogether = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 && S > 1 ? 2 : 1;
-template <Format F> constexpr int kBeside = DFLASH_VNNI && DFLASH_VEC == 256 && kHalves<F> == 1 ? 2 : 1;
+constexpr int kSharedBlocks = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 && S > 1 ? 2 : 1;
+template <Format F> constexpr int kSharedVectors = DFLASH_VNNI && DFLASH_VEC == 256 && kHalves<F> == 1 ? 2 : 1;
 
-// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next; they
-// are of the pieces before `begin`. S: blocks whose sums are in registers; 0: `blocks` of them, in memory.
+// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next; on
+// entry they are of pieces [0, begin), and not read if there are none. S: blocks whose sums are in registers; 0:
+// `blocks` of them, in memory.
 template <Format F, int R, int S>
 DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* const* w, int blocks, int64_t begin,
                                  int64_t end, Ahead ahead, float* c, int64_t ldc) {
   constexpr int V = kBlockVectors, H = kHalves<F>, N = kPieceRegisters / H, lines = ceil_lines(layout_of(F).piece);
+  constexpr int P = kSharedBlocks<F, S>, Q = kSharedVectors<F>, U = P * Q;
+  static_assert(S % P == 0 && V % Q == 0);
   const auto at_sum = [&](int s, int r, int v) { return c + s * ldc + r * kBlock + v * Vec::W; };
   Vec held[S ? S * V * R : 1];
-  if (begin == 0) {
-    times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = set1(0.0f); });
-    for (int s = S; s < blocks; ++s) std::memset(c + s * ldc, 0, R * kBlock * sizeof(float));
-  } else {
+  if (begin != 0) {
     times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
+  } else if constexpr (S > 0) {
+    times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = set1(0.0f); });
+  } else {
+    for (int s = 0; s < blocks; ++s) std::memset(c + s * ldc, 0, R * kBlock * sizeof(float));
   }
   x += begin * ldx;
   for (int64_t b = begin; b < end; ++b, x += ldx) {
     // Of P blocks from s on. update(block, r, v, f): f of that sum is its next value.
-    const auto piece = [&](auto p, int s, auto update) DFLASH_HERE {
-      constexpr int P = p, Q = kBeside<F>, U = P * Q;
+    const auto piece = [&](int s, auto update) DFLASH_HERE {
       const uint8_t *record[P], *head[P], *next[P];
       times<P>([&](auto p) DFLASH_HERE {
         record[p] = record_of<F>(w[s + p], b), head[p] = head_of<F>(w[s + p], b), next[p] = w[s + p] + ahead.at;
@@ -103,17 +115,16 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
         });
       });
     };
-    constexpr std::integral_constant<int, kTogether<F, S>> together{};
     if constexpr (S > 0) {
-      times<S / together>([&](auto i) DFLASH_HERE {
-        piece(together, i * together, [&](auto p, auto r, auto v, auto f) DFLASH_HERE {
-          Vec& sum = held[((i * together + p) * R + r) * V + v];
+      times<S / P>([&](auto i) DFLASH_HERE {
+        piece(i * P, [&](auto p, auto r, auto v, auto f) DFLASH_HERE {
+          Vec& sum = held[((i * P + p) * R + r) * V + v];
           sum = f(sum);
         });
       });
     } else {
       for (int s = 0; s < blocks; ++s)
-        piece(together, s, [&](auto, auto r, auto v, auto f) DFLASH_HERE {
+        piece(s, [&](auto, auto r, auto v, auto f) DFLASH_HERE {
           store(at_sum(s, r, v), f(load(at_sum(s, r, v))));
         });
     }
@@ -122,13 +133,14 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
   times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i / (V * R), i / V % R, i % V), held[i]); });
 }
 
-// Rows in one group, and the blocks whose float sums are in registers beside their integer sums; 0: they are in memory.
-// On 512 bits without VNNI a row has two integer sums, of 32 and 16 bits, as it has with q6_k's two scales.
+// The most rows of a group. q6_k has twice the integer sums.
 constexpr int group_rows(Format format) {
   if (DFLASH_VEC == 512) return 6;
-  if (format == Format::q6_k && DFLASH_VEC) return 4;
-  return DFLASH_VNNI ? 3 : DFLASH_VEC ? 8 : 1;
+  if (DFLASH_VNNI) return 3;
+  return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
 }
+
+// The blocks that so many rows meet at once, their float sums in registers; 0: all blocks, in memory.
 constexpr int held_blocks(int rows) {
   if (DFLASH_VEC == 512) return rows <= 4 ? 4 : 2;
   if (DFLASH_VNNI) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
@@ -146,8 +158,8 @@ inline int64_t ahead_lines(int64_t rows) {
   return rows * kPieceRegisters < hidden * ceil_lines(layout_of(F).piece) ? 32 : 128;
 }
 
-// Rows [row, row + R) against the blocks from `from` on, S at once. lead: bytes that a thread is to ask for ahead of its
-// loads, of all the streams that it walks at once.
+// Rows [row, row + R) against the blocks from `from` on, S at once. lead: bytes that a thread asks for ahead of its
+// loads, in all the streams that it walks at once.
 template <Format F, int R, int S>
 inline void group_by(const QuantSums& p, int64_t row, int from, int64_t begin, int64_t end, Ahead ahead, int64_t lead) {
   const auto next = [&](int blocks) {

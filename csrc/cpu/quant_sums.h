@@ -45,10 +45,10 @@ template <Format F, int R>
 struct IntSums {
   __m256i v[R];
   template <int AT> DFLASH_INLINE void add(int r, Codes codes, const int8_t* x) {
-    // Not the intrinsic: with it the compiler copies sums about.
     add<AT>(r, codes, of_four(four(x)));
   }
   template <int AT> DFLASH_INLINE void add(int r, Codes codes, Codes x) {
+    // Not the intrinsic: with it the compiler copies sums about.
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(v[r]) : "x"(codes), "x"(x));
   }
   DFLASH_INLINE void start(int r, int32_t init) { v[r] = of_four(init); }

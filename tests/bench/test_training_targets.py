@@ -149,6 +149,13 @@ def test_a_start_s_draft_vocabulary_is_kept(tmp_path, capsys):
     with pytest.raises(SystemExit):
         arguments([*start, "--vocabulary", "5"])
     assert "--vocabulary must be left out with --start, whose 3 tokens are kept; got 5" in capsys.readouterr().err
+    (tmp_path / "recipe.toml").write_text("vocabulary = 5")
+    with pytest.raises(SystemExit):
+        arguments([*start, "--config", str(tmp_path / "recipe.toml")])
+    (tmp_path / "draft_vocabulary.json").write_text('{"token_ids": [1, 1]}')
+    with pytest.raises(SystemExit):
+        arguments(start)
+    assert "token_ids must be a list of distinct token ids" in capsys.readouterr().err
 
 
 def test_layers_and_the_mask_are_checked_before_anything_is_made(folder, target):

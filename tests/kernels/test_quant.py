@@ -108,14 +108,15 @@ def test_instruction_sets_with_fused_multiply_adds_have_the_same_bits(dtype, nam
             assert close(got, want, dtype) and same_bits(got, next(iter(found.values()))), (isa, rows)
 
 
-@pytest.mark.parametrize("name", ["q4_1", "q4_k"])
-def test_groups_of_rows_take_turns_over_a_long_k(byte_isa, name):
-    x, w, _ = problem(name, torch.float32, 19, 33, 2304)
+@pytest.mark.parametrize("name", ["q4_1", "q8_0", "q4_k", "q6_k"])
+@pytest.mark.parametrize("rows, n", [(8, 130), (19, 33)])
+def test_groups_of_rows_take_turns_over_a_long_k(byte_isa, name, rows, n):
+    x, w, _ = problem(name, torch.float32, rows, n, 2304)
     packed = dk.pack_weight(w, format=name)
-    whole, want = dk.linear(x, packed), torch.empty(19, 33)
-    reference.linear.linear(x, packed.data, None, FORMATS[name].number, None, 33, want)
+    whole, want = dk.linear(x, packed), torch.empty(rows, n)
+    reference.linear.linear(x, packed.data, None, FORMATS[name].number, None, n, want)
     assert close(whole, want, torch.float32)
-    for i in (0, 9, 18):
+    for i in (0, rows // 2, rows - 1):
         assert same_bits(dk.linear(x[i:i + 1], packed), whole[i:i + 1]), i
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import tomllib
 import torch
 
-from dflash_decode.checkpoint import read_directory
+from dflash_decode.checkpoint import CheckpointError, read_directory
 from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from dflash_decode.model.vocabulary import read_vocabulary
 from tools.training import checkpoint, plots
@@ -76,11 +76,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         # A second reading: what the command line names goes before the file, and the file before the defaults.
         p.set_defaults(**from_file(p, args.config))
         args = p.parse_args(given)
-    kept = read_vocabulary(args.start) if args.start else None
+    try:
+        kept = args.draft_vocabulary = read_vocabulary(args.start) if args.start else None
+    except CheckpointError as error:
+        p.error(str(error))
     if kept is not None and args.vocabulary is not None:
         p.error(f"--vocabulary must be left out with --start, whose {len(kept):,} tokens are kept; "
                 f"got {args.vocabulary}")
-    args.vocabulary = len(kept) if kept is not None else args.vocabulary or Recipe.vocabulary
+    if args.vocabulary is None:
+        args.vocabulary = Recipe.vocabulary if kept is None else len(kept)
     return args
 
 
@@ -162,7 +166,7 @@ def main() -> None:
     if args.start:
         drafter.load_tensors(read_directory(args.start).tensors)
     training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start),
-                        read_vocabulary(args.start) if args.start else None)
+                        args.draft_vocabulary)
     if training.resume():
         print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
     out = args.checkpoint or args.work / "checkpoint"
