@@ -167,6 +167,19 @@ def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path,
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("minutes, steps, made", [(None, 7, 7), (1, 7, 7), (4 / 60, 7, 4)])
+def test_a_run_ends_with_its_minutes_or_its_steps(minutes, steps, made, target, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(optimise, "time", SimpleNamespace(perf_counter=Ticks()))
+    drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, written[1].scale)
+    recipe = optimise.Recipe(texts=2, blocks=2, vocabulary=64, minutes=minutes, steps=steps, decay_from=0.0)
+    training = optimise.Training(drafter, target, written[1], recipe, tmp_path)
+    training.run(evaluations=2)
+    assert (training.step, training.seconds) == (made, made)
+    assert [h["step"] for h in training.history] == ([1, 5, 7] if made == 7 else [1, 3, 4])
+    rates = [o.param_groups[0]["lr"] for o in training.optimisers]
+    assert rates[0] == pytest.approx(recipe.matrix_rate / made * made / optimise.WARM_UP)  # of the last step
+
+
 def test_a_group_s_next_blocks_begin_where_decoding_would_go_on(target, written, tmp_path):
     _, features = written
     recipe = optimise.Recipe(texts=4, blocks=6, vocabulary=40, negatives=0, early_share=0.0, noise=0.0, visits=3)

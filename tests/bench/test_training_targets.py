@@ -124,6 +124,7 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(tmp_path):
     args = arguments(["--config", str(file), "--minutes", "3"])
     assert (args.model, args.minutes, args.target_layer_ids, args.features) == ("a", 3.0, [1, 5], "live")
     assert args.answers == [Path("x"), Path("y")] and arguments([]).minutes == Recipe.minutes
+    assert arguments(["--steps", "9"]).minutes is None  # as long as the steps take
     assert args.mask_token == "17"  # as the command line has it
 
 
@@ -132,6 +133,8 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(tmp_path):
     ('minutes = "long"', "minutes must be of type float; got 'long'"),
     ("layers = [3]", r"layers must be one value; got \[3\]"),
     ("target-layer-ids = 3", "target-layer-ids must be a list; got 3"),
+    ("steps = 0", "--steps must be positive; got 0"),
+    ("minutes = -1", r"--minutes must be positive; got -1\.0"),
     ('features = "some"', "features must be one of stored, live; got 'some'")])
 def test_a_wrong_file_of_options_is_refused(text, said, tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(text)

@@ -19,11 +19,13 @@ from .target import Target
 
 WARM_UP = 50  # steps
 OPEN = 32  # groups of texts between whose visits the others come
+BAR = "{desc}: {percentage:.1f} %|{bar}| {elapsed}, {remaining} left{postfix}"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    minutes: float = 30.0
+    minutes: float | None = 30.0  # None: as long as the steps take
+    steps: int | None = None  # where the run ends if its minutes have not passed by then
     texts: int = 16  # a step
     blocks: int = 32  # a text, of the full block size
     early_block: int = 4  # block size at first
@@ -286,18 +288,27 @@ class Training:
                     weight.copy_(torch.lerp(trained[name], weight, self.recipe.start_share))
         self.history.append(self.evaluate() | {"loss": self.history[-1]["loss"]})
 
+    def share(self) -> float:
+        """How much of the run is done: of its minutes or of its steps, whichever end it."""
+        r = self.recipe
+        done = [part / whole for part, whole in ((self.seconds / 60, r.minutes), (self.step, r.steps)) if whole]
+        if not done:
+            raise ValueError("training: one of minutes and steps must be given; got neither")
+        return max(done)
+
     def run(self, evaluations: int = 24, save_every: float = 120.0, saved: Callable[[], None] = lambda: None) -> None:
-        """Trains until `recipe.minutes` of training are reached, including those of earlier runs. The state is kept
+        """Trains until the recipe's minutes or steps are reached, including those of earlier runs. The state is kept
         every `save_every` seconds, after which saved() is called."""
-        total = self.recipe.minutes * 60
-        groups, due, last, losses = self._groups(), self.seconds, time.perf_counter(), []
-        bar = tqdm(total=round(total), initial=round(self.seconds), desc="training", unit="s")
-        while self.seconds < total:
+        groups, share, last, losses = self._groups(), self.share(), time.perf_counter(), []
+        due = share
+        bar = tqdm(total=100.0, initial=round(100 * share, 1), desc="training", bar_format=BAR)
+        while share < 1:
             begun = time.perf_counter()
-            losses.append(self.advance(next(groups), self.seconds / total))
+            losses.append(self.advance(next(groups), share))
             self.seconds += time.perf_counter() - begun
-            if self.seconds >= due or self.seconds >= total:
-                due = self.seconds + total / evaluations
+            share = self.share()
+            if share >= min(due, 1):
+                due = share + 1 / evaluations
                 self.history.append(self.evaluate() | {"loss": sum(losses) / len(losses)})
                 tqdm.write(json.dumps(self.history[-1]))
                 losses = losses[-1:]
@@ -305,7 +316,7 @@ class Training:
                 self.save()
                 saved()
                 last = time.perf_counter()
-            bar.n = min(round(self.seconds), bar.total)
+            bar.n = min(round(100 * share, 1), bar.total)
             bar.set_postfix(step=self.step, loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update(0)
         self.save()

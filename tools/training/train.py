@@ -4,7 +4,7 @@
     python -m tools.training --config recipe.toml
 
 Each stage keeps what it made under --work and is skipped when that is complete; training goes on from its last state,
-so a run that was cut off, or whose --minutes is raised, is continued by the same command. The result is
+so a run that was cut off, or whose --minutes or --steps is raised, is continued by the same command. The result is
 <work>/checkpoint: config.json and safetensors in z-lab's format, the draft vocabulary, the list of training prompts,
 and a plot. A file of --config names options and their values in TOML; the command line goes before it.
 """
@@ -53,7 +53,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--start", type=Path, help="a checkpoint of the same shape to start from, whose draft "
                    "vocabulary is kept; held-out texts are chosen among those that it was not trained on")
     p.add_argument("--early-share", type=float, default=Recipe.early_share, help="share of the time with short blocks")
-    p.add_argument("--minutes", type=float, default=Recipe.minutes, help="time to train")
+    p.add_argument("--minutes", type=float, help=f"time to train; by default {Recipe.minutes:g}, without --steps")
+    p.add_argument("--steps", type=int, help="end after so many steps, if the minutes have not passed by then")
     p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
     p.add_argument("--blocks-per-text", type=int, default=Recipe.blocks)
     p.add_argument("--matrix-rate", type=float, default=Recipe.matrix_rate, help="Muon's learning rate")
@@ -76,15 +77,25 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         # A second reading: what the command line names goes before the file, and the file before the defaults.
         p.set_defaults(**from_file(p, args.config))
         args = p.parse_args(given)
+    return complete(p, args)
+
+
+def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what depends on other options, and refuses what does not go together."""
     try:
         kept = args.draft_vocabulary = read_vocabulary(args.start) if args.start else None
     except CheckpointError as error:
-        p.error(str(error))
+        parser.error(str(error))
     if kept is not None and args.vocabulary is not None:
-        p.error(f"--vocabulary must be left out with --start, whose {len(kept):,} tokens are kept; "
-                f"got {args.vocabulary}")
+        parser.error(f"--vocabulary must be left out with --start, whose {len(kept):,} tokens are kept; "
+                     f"got {args.vocabulary}")
     if args.vocabulary is None:
         args.vocabulary = Recipe.vocabulary if kept is None else len(kept)
+    for name in ("minutes", "steps"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            parser.error(f"--{name} must be positive; got {value}")
+    if args.minutes is None and args.steps is None:
+        args.minutes = Recipe.minutes
     return args
 
 
@@ -157,9 +168,9 @@ def main() -> None:
     print(f"{len(written)} texts", flush=True)
     features = features_of(args, target, tokenizer, written, layers)
     print(f"{len(features)} texts of {len(features.ids)} tokens", flush=True)
-    recipe = Recipe(minutes=args.minutes, texts=args.texts_per_step, blocks=args.blocks_per_text, seed=args.seed,
-                    vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, negatives=args.negatives,
-                    noise=args.noise, early_share=args.early_share, vector_rate=args.vector_rate,
+    recipe = Recipe(minutes=args.minutes, steps=args.steps, texts=args.texts_per_step, blocks=args.blocks_per_text,
+                    seed=args.seed, vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, noise=args.noise,
+                    negatives=args.negatives, early_share=args.early_share, vector_rate=args.vector_rate,
                     decay_from=args.decay_from, start_share=args.start_share, visits=args.visits)
     shape = Shape.of(target, args.layers, features.target_layer_ids, args.block_size, mask, args.intermediate)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
