@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.torch_version import TorchVersion
@@ -63,7 +64,8 @@ def _warn_reference(device: str) -> None:
         return
     _warned.add(device)
     if device == "cpu":
-        what = "the C++ kernels are not built (dflash_kernels._C is missing); install g++ and reinstall dflash-kernels"
+        what = (f"{Path(__file__).parent} has no C++ kernels (dflash_kernels._C). In a clone Python finds the sources "
+                "before the installed package: run it elsewhere. Otherwise install g++ and reinstall dflash-kernels")
     else:
         what = (_gpu.problem() if device == "cuda" else None) or f"there are no kernels for device {device!r}"
     warnings.warn(f"dflash_kernels runs its float32 reference, which is correct and slow: {what}.", stacklevel=4)

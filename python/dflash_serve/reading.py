@@ -157,11 +157,11 @@ def _check_calls(calls: list[dict[str, Any]], i: int) -> None:
 
 def params(asked: Asked, found: list[list[int]], context: int) -> list[GenerationParams]:
     """The parameters of the answers to each prompt. They end where the context does, as in vLLM and llama.cpp."""
-    longest, most = max(map(len, found)), asked.max_tokens
+    longest, most, name = max(map(len, found)), asked.max_tokens, "max_tokens"
     if isinstance(asked, ChatAsked) and asked.max_completion_tokens is not None:
-        most = asked.max_completion_tokens
+        most, name = asked.max_completion_tokens, "max_completion_tokens"
     if most is not None and most < 1:
-        raise refused("max_tokens", "an integer of at least 1", most)
+        raise refused(name, "an integer of at least 1", most)
     least = max(asked.min_tokens or 0, 1)
     if longest + least > context:
         prompt = "messages" if isinstance(asked, ChatAsked) else "prompt"

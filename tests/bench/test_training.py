@@ -244,10 +244,11 @@ def test_what_a_start_was_trained_on_is_never_held_out(target, written, tmp_path
     training = optimise.Training(drafter, target, features, optimise.Recipe(vocabulary=64), tmp_path, seen)
     assert training.held_out and not seen & {features.prompts[i] for i in training.held_out}
     checkpoint.write(tmp_path / "a", drafter, target, torch.arange(9))
-    checkpoint.write_record(tmp_path / "a", training, ["x", "y"], None)
+    checkpoint.write_record(tmp_path / "a", training, None)
+    checkpoint.write_prompts(tmp_path / "a", ["x", "y"], None)
     assert checkpoint.read_prompts(tmp_path / "a") == {"x", "y"}
-    (tmp_path / "b").mkdir()
-    checkpoint.write_record(tmp_path / "b", training, ["z"], tmp_path / "a")
+    checkpoint.write_prompts(tmp_path / "b", ["z"], tmp_path / "a")
+    checkpoint.write_record(tmp_path / "b", training, tmp_path / "a")
     assert checkpoint.read_prompts(tmp_path / "b") == {"x", "y", "z"}
     assert json.loads((tmp_path / "b" / "training.json").read_text())["start"]["texts"] == len(training.used)
 

@@ -45,10 +45,25 @@ def test_on_a_gpu_nothing_is_on_by_itself(monkeypatch, caplog):
     assert sampler.rejection_sample is fake.rejection_sample and "_greedy_sample" not in vars(proposer)
     assert caplog.messages[-1] == ("dflash-kernels: not replaced, because not measured on sm_90 yet: context_kv, "
                                    "draft_head, verify; enable with DFLASH_VLLM_ENABLE=context_kv,draft_head,verify")
-    assert [line for line in caplog.messages if "replaced (" in line] == []
+    assert caplog.messages[:-1] == [
+        'dflash-kernels: attention: not replaced, "attention_backend": "DFLASH" in the speculative configuration asks '
+        "for it (vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls)"]
     monkeypatch.setenv("DFLASH_VLLM_ENABLE", "draft_head")
     fake.make(proposer, device="cuda:0")
     assert hasattr(proposer._greedy_sample, "dflash_original") and sampler.rejection_sample is fake.rejection_sample
+
+
+@pytest.mark.parametrize("names, asked, others", [
+    (plugin.V1, "draft_head,verify_v2", "verify_v2"), (plugin.V2, "context_kv,verify,draft_head", "draft_head,verify"),
+    (plugin.V2, "verify_v2,grouped_conv", ""), (plugin.DFLASH2, "verify_v2,grouped_conv,verify", "")])
+def test_names_of_the_other_runner_s_hooks_are_warned_of(names, asked, others, monkeypatch, caplog):
+    fake.install(monkeypatch)
+    monkeypatch.setenv("DFLASH_VLLM_ENABLE", asked)
+    plugin.register()
+    seen(names)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "runner" in r.getMessage()] == (
+        others and ["dflash-kernels: DFLASH_VLLM_ENABLE must be names of this model runner's hooks, "
+                    f"{','.join(names)}; got {others}"] or [])
 
 
 def test_nothing_is_replaced_before_a_proposer_of_dflash(monkeypatch, caplog):

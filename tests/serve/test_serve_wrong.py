@@ -78,6 +78,8 @@ WRONG = [
     (CHAT, HELLO | {"n_predict": 5}, 400, "n_predict", "this server does not know it; max_tokens does that here"),
     (CHAT, HELLO | {"guided_json": {}}, 400, "guided_json", "structured_outputs does that here"),
     (CHAT, HELLO | {"tempreature": 0.5}, 400, "tempreature", "must be left out: this server does not know it"),
+    (CHAT, HELLO | {"max_completion_tokens": 0}, 400, "max_completion_tokens",
+     "max_completion_tokens must be an integer of at least 1; got 0"),
     (TEXT, ABC | {"max_completion_tokens": 5}, 400, "max_completion_tokens", "this server does not know it"),
     (TEXT, ABC | {"prompt": ["a"] * 200}, 400, "prompt", "must have at most 132 prompts, of the 132 answers that"),
     (CHAT, HELLO | {"reasoning_effort": "low"}, 400, "reasoning_effort", "does not read it"),

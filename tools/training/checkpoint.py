@@ -44,9 +44,16 @@ def read_prompts(folder: Path | None) -> set[str]:
     return set(json.loads(gzip.decompress(file.read_bytes()))) if file and file.is_file() else set()
 
 
-def write_record(folder: Path, training, prompts: Iterable[str], start: Path | None) -> None:
+def write_prompts(folder: Path, prompts: Iterable[str], start: Path | None) -> None:
+    """Writes training_prompts.json.gz: every prompt of the run and of the checkpoint that it started from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    every = json.dumps(sorted(set(prompts) | read_prompts(start)), ensure_ascii=False, indent=0)
+    (folder / "training_prompts.json.gz").write_bytes(gzip.compress(every.encode(), mtime=0))
+
+
+def write_record(folder: Path, training, start: Path | None) -> None:
     """Writes training.json: the recipe, the data and the progress of the run, and under "start" those of the checkpoint
-    that it started from; and training_prompts.json.gz: every prompt of either."""
+    that it started from."""
     features = training.features
     answered = sum(features.length(i) - features.starts[i] for i in training.used)
     record = {"recipe": asdict(training.recipe), "shape": asdict(training.drafter.shape), "texts": len(training.used),
@@ -56,6 +63,3 @@ def write_record(folder: Path, training, prompts: Iterable[str], start: Path | N
     if before and before.is_file():
         record["start"] = json.loads(before.read_text())
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    every = json.dumps(sorted(set(prompts) | read_prompts(start)), ensure_ascii=False, indent=0)
-    packed = gzip.compress(every.encode(), mtime=0)
-    (folder / "training_prompts.json.gz").write_bytes(packed)

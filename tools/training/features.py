@@ -4,6 +4,7 @@ They are stored once, or computed again whenever a text is visited. Storing take
 saves the target's pass over the texts of every step.
 """
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ class Padded(NamedTuple):
 
 class Texts(ABC):
     """All texts end to end, N tokens: ids (N,) int32. Text i is offsets[i]:offsets[i + 1], its answer begins at
-    starts[i], greedy[i] tells whether it was written greedily. scale (F * H,): the size of the states' elements."""
+    starts[i], greedy[i] tells whether it was written greedily. scale (F * H,): the size of the states' elements.
+    digest: of the conversations."""
 
     ids: torch.Tensor
     offsets: list[int]
@@ -45,6 +47,7 @@ class Texts(ABC):
     prompts: list[str]
     scale: torch.Tensor
     target_layer_ids: tuple[int, ...]
+    digest: str
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -87,6 +90,13 @@ def code(tokenizer: Tokenizer, texts: Sequence[dict], longest: int = CONTEXT) ->
     return found
 
 
+def digest_of(texts: Sequence[dict]) -> str:
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(json.dumps(text, sort_keys=True, ensure_ascii=False).encode())
+    return found.hexdigest()[:24]
+
+
 def padded(texts: Sequence[torch.Tensor]) -> torch.Tensor:
     """(B, T) int64."""
     return torch.nn.utils.rnn.pad_sequence([ids.long() for ids in texts], batch_first=True)
@@ -110,7 +120,7 @@ class LiveTexts(Texts):
     def __init__(self, target: Target, tokenizer: Tokenizer, texts: Sequence[dict], target_layer_ids: Sequence[int],
                  longest: int = CONTEXT, sample: int = 16):
         found = code(tokenizer, texts, longest)
-        self.target, self.target_layer_ids = target, tuple(target_layer_ids)
+        self.target, self.target_layer_ids, self.digest = target, tuple(target_layer_ids), digest_of(texts)
         self.ids = torch.tensor([token for ids in found.ids for token in ids], dtype=torch.int32)
         self.offsets, self.starts, self.greedy = found.offsets(), found.starts, found.greedy
         self.sources, self.prompts = found.sources, found.prompts
@@ -150,7 +160,7 @@ class Features(Texts):
         self.ids, self.likely = array("ids", np.int32, n), array("likely", np.int32, n, TEACHER)
         self.states = array("states", np.int16, n, width).view(torch.bfloat16)
         self.odds = array("odds", np.float16, n, TEACHER)
-        self.scale = torch.tensor(meta["scale"])
+        self.scale, self.digest = torch.tensor(meta["scale"]), meta["digest"]
         self.offsets, self.starts, self.greedy = meta["offsets"], meta["starts"], meta["greedy"]
 
     def batch(self, which: Sequence[int]) -> Padded:
@@ -208,5 +218,5 @@ def write_features(
     (folder / "features.json").write_text(json.dumps({
         "tokens": n, "width": width, "target_layer_ids": list(target_layer_ids), "scale": scale.tolist(),
         "offsets": offsets, "starts": starts, "greedy": found.greedy, "sources": found.sources,
-        "prompts": found.prompts}))
+        "prompts": found.prompts, "digest": digest_of(texts)}))
     return Features(folder)

@@ -146,16 +146,18 @@ class Training:
     def save(self) -> None:
         state = {"weights": self.drafter.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers],
                  "step": self.step, "seconds": self.seconds, "history": self.history, "draw": self.draw.getstate(),
-                 "noise": self.noise.get_state()}
+                 "noise": self.noise.get_state(), "texts": self.features.digest}
         torch.save(state, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
 
     def resume(self) -> bool:
-        """Resumes from `folder` if it has a state."""
+        """Resumes from `folder` if it has a state. ValueError: it is of other texts, of which others are held out."""
         file = self.folder / "state.pt"
         if not file.is_file():
             return False
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["texts"] != self.features.digest:
+            raise ValueError(f"{file} is of a run on other texts: remove it, or use another folder")
         self.drafter.load_state_dict(state["weights"])
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)

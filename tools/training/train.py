@@ -10,6 +10,7 @@ and a plot. A file of --config names options and their values in TOML; the comma
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from dflash_decode.model.vocabulary import read_vocabulary
 from tools.training import checkpoint, plots
 from tools.training.drafter import Shape, TrainedDrafter
-from tools.training.features import Features, LiveTexts, Texts, write_features
+from tools.training.features import Features, LiveTexts, Texts, digest_of, write_features
 from tools.training.optimise import Recipe, Training
 from tools.training.target import Target, load_target
 from tools.training.write import read_answers, read_parts, write_texts
@@ -124,9 +125,12 @@ def collect_texts(args: argparse.Namespace) -> list[dict]:
     """The conversations of --answers, and those that the target writes."""
     found = read_answers(args.answers)
     if args.write_tokens:
-        folder = args.work / "texts"
-        write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
-                    seed=args.seed, minutes=args.write_minutes)
+        folder, asked = args.work / "texts", json.dumps([args.write_tokens, args.write_minutes])
+        done = folder / "written.json"  # what was asked for when the stage ended, by its tokens or by its time
+        if not done.is_file() or done.read_text() != asked:
+            write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
+                        seed=args.seed, minutes=args.write_minutes)
+            done.write_text(asked)
         found += read_parts(folder)
     if not found:
         raise SystemExit("no training text: give --answers or --write-tokens")
@@ -154,8 +158,13 @@ def features_of(args: argparse.Namespace, target: Target, tokenizer: Tokenizer, 
     how, kept = args.features or ("live" if target.device.type == "cuda" else "stored"), args.work / "features"
     if how == "live":
         return LiveTexts(target, tokenizer, texts, layers)
-    return Features(kept) if (kept / "features.json").is_file() else write_features(
-        target, tokenizer, texts, layers, kept)
+    if not (kept / "features.json").is_file():
+        return write_features(target, tokenizer, texts, layers, kept)
+    found = Features(kept)
+    if (found.digest, found.target_layer_ids) != (digest_of(texts), tuple(layers)):
+        raise SystemExit(f"{kept} has features of other texts, or of other layers than {layers}: remove it, or use "
+                         "another --work")
+    return found
 
 
 def main() -> None:
@@ -178,17 +187,21 @@ def main() -> None:
         drafter.load_tensors(read_directory(args.start).tensors)
     training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start),
                         args.draft_vocabulary)
-    if training.resume():
-        print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
+    try:
+        if training.resume():
+            print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     out = args.checkpoint or args.work / "checkpoint"
+    checkpoint.write_prompts(out, (row["prompt"] for row in written), args.start)
 
     def keep() -> None:
         checkpoint.write(out, drafter, target, training.vocabulary.ids, args.shard_mb)
+        checkpoint.write_record(out, training, args.start)
+        plots.plot(training.history, out / "training.png")
 
     training.run(save_every=args.save_seconds, saved=keep)
     if args.start and args.start_share:
         training.average(read_directory(args.start).tensors)
     keep()
-    checkpoint.write_record(out, training, (row["prompt"] for row in written), args.start)
-    plots.plot(training.history, out / "training.png")
     print(f"{out}: acceptance length {training.history[-1]['acceptance']:.3f} at random places of held-out answers")

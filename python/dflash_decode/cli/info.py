@@ -21,7 +21,7 @@ _PARTS = (
     ("llguidance", "answers by a JSON schema or a regular expression", "pip install 'dflash-kernels[grammar]'"),
     *((name, "the command serve", "pip install 'dflash-kernels[serve]'")
       for name in ("starlette", "uvicorn", "pydantic", "prometheus-client")),
-    ("transformers", "any Hugging Face model as target", "pip install 'dflash-kernels[hf]'"),
+    ("transformers", "most other Hugging Face causal LMs as targets", "pip install 'dflash-kernels[hf]'"),
     *(part for name, known in KNOWN.items()
       for part in ((known.distribution, f"the model {name}", known.get),
                    (known.drafter, f"speculation for {name}", known.get_drafter))),

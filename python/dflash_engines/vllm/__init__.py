@@ -1,8 +1,8 @@
 """vLLM's plugin. `vllm.general_plugins` calls register() in each of its processes.
 
-No hook is installed, and nothing of vLLM or torch imported by us, before vLLM creates the proposer of a DFlash
-configuration. Until then the plugin only wraps the initialisers of its proposer classes, once vLLM imports them, and
-registers a name as an attention backend and another for implementations of its IR ops.
+No hook is installed, and nothing of vLLM or torch imported that vLLM has not, before it creates the proposer of a
+DFlash configuration. Until then the plugin only wraps the initialisers of its proposer classes, once vLLM imports them,
+and registers a name as an attention backend and another for implementations of its IR ops.
 """
 
 import logging
@@ -65,6 +65,9 @@ def seen(arguments: Mapping[str, Any], names: tuple[str, ...]) -> list["Outcome"
         verify.RUNNERS.add(arguments["runner"])
     every = hooks()
     choice = Choice.of(os.environ, PREFIX, [hook.name for hook in every], LOG)
+    if names != DFLASH2 and (others := choice.enabled.difference(names, DFLASH2 if names == V2 else ())):
+        LOG.warning("dflash-kernels: %s_ENABLE must be names of this model runner's hooks, %s; got %s", PREFIX,
+                    ",".join(names), ",".join(sorted(others)))
     return install([hook for hook in every if hook.name in names], sys.modules["vllm"].__version__,
                    platform_of(arguments["device"]), choice, LOG)
 
