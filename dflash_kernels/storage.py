@@ -267,6 +267,15 @@ class PackedWeight:
         rows : (n, K) dtype of data
             float32 if the weight has 8 bits or blocks.
 
+        Raises
+        ------
+        TypeError
+            Another dtype of index.
+        ValueError
+            Another shape.
+        IndexError
+            A row that the weight has not.
+
         Examples
         --------
         >>> import torch
@@ -275,9 +284,18 @@ class PackedWeight:
         >>> packed.rows(torch.tensor([1, 0])).tolist()
         [[1.5, 2.0], [1.0, 2.0]]
         """
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
+            got = getattr(index, "dtype", type(index).__name__)
+            raise TypeError(f"PackedWeight.rows: index must be int64 (n,); got {got}")
+        if index.dim() != 1:
+            raise ValueError(f"PackedWeight.rows: index must have shape (n,); got {tuple(index.shape)}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.out_features:
+            raise IndexError(f"PackedWeight.rows: index must be rows in [0, {self.out_features}); "
+                             f"got {int(index.min())} to {int(index.max())}")
         if self.format is not None:
             out = torch.empty(len(index), self.in_features, dtype=torch.float32, device=self.data.device)
-            getattr(torch.ops, OPS).embed_tokens(index[None], self.data, EVERY[self.format].number, out[None])
+            number = EVERY[self.format].number
+            getattr(torch.ops, OPS).embed_tokens(index.contiguous()[None], self.data, number, out[None])
             return out
         if self.data.dim() == 2:
             found = self.data[index]

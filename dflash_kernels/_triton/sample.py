@@ -57,6 +57,7 @@ from .sample_distribution import (
     reciprocal_of,
     scale_of,
     smallest,
+    temperature_of,
     uniform,
     weight,
 )
@@ -80,7 +81,7 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
         row = Row(logits, seen, penalty, bias, bitmask, l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i, b, i)
         x = adjusted(row, v, v < vocab)
         # Each chunk's largest logit, and whether there is something to draw.
-        temp = tl.load(temperature + b)
+        temp = temperature_of(temperature, b)
         top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 1)
         drawn = tl.where(temp < GREEDY, float("-inf"), top) > float("-inf")
         w = weight(x, top[:, None], scale_of(temp), float("-inf"))
@@ -142,7 +143,7 @@ def rows_kernel(logits, seen, penalty, bias, bitmask,
         c = tl.arange(0, CHUNKS)
         tops = tl.load(tops_at + c, c < chunks, float("-inf"))
         sums = tl.load(tops_at + plane + c, c < chunks, 0.0)
-        top, temp = tl.max(tops, 0), tl.load(temperature + b)
+        top, temp = tl.max(tops, 0), temperature_of(temperature, b)
         # The distribution: one token for a greedy request, or where nothing is usable; or a cut, and the sum above it.
         greedy, temp = temp < GREEDY, tl.maximum(temp, GREEDY)
         scale, cut = scale_of(temp), tl.full((), float("-inf"), tl.float32)
@@ -182,7 +183,7 @@ def rows_kernel(logits, seen, penalty, bias, bitmask,
 def drawn(x, n, k, b, i, context_lens, temperature, seeds, top_k, top_p, min_p):
     """Draft i of request b out of its candidates' logits x (K,), of which k are there: the place of one, and the
     distribution that it was drawn from, float64. n: 0 to K - 1."""
-    temp = tl.load(temperature + b)
+    temp = temperature_of(temperature, b)
     top = tl.max(tl.where(x > float("-inf"), x, float("-inf")), 0)
     place = tl.full((), 0, tl.int32)
     # Greedy: the first NaN, or else the first of the largest.

@@ -21,7 +21,7 @@ from ._math import of_order_key, order_key, tree_sum
 
 CHUNK, GREEDY = tl.constexpr(shared.SAMPLE_CHUNK), tl.constexpr(shared.GREEDY)
 SAMPLE, ACCEPT, DRAFT = (tl.constexpr(purpose) for purpose in (shared.SAMPLE, shared.ACCEPT, shared.DRAFT))
-FIXED_POINT = tl.constexpr(2.0**40)
+FIXED_POINT, LARGEST = tl.constexpr(2.0**40), tl.constexpr(1e37)
 LOWEST = tl.constexpr(-(1 << 31))  # below the key of minus infinity
 
 
@@ -114,6 +114,12 @@ def probability(x, v, chunk_top, distribution):
     d = distribution
     p = weight(x, chunk_top, d.scale, d.cut) * weight(chunk_top, d.top, d.scale, float("-inf")) * d.reciprocal
     return tl.where(d.only >= 0, tl.where(v == d.only, 1.0, 0.0), p)
+
+
+@triton.jit
+def temperature_of(temperature, b):
+    """Finite: over an infinite one the distance from +inf would be NaN."""
+    return tl.minimum(tl.load(temperature + b), LARGEST)
 
 
 @triton.jit

@@ -154,7 +154,7 @@ def _blocks(q, context_lens, block_lens, block_starts, max_block):
     _check.tensor("context_lens", context_lens, torch.int32, "(B,)", (None,), q.device)
     if block_lens is None:
         raise ValueError(f"{_check.op}: block_lens must be given with block_starts; got None")
-    return len(context_lens), _check.integer("max_block", max_block, 1)
+    return len(context_lens), min(_check.integer("max_block", max_block, 1), max(len(q), 1))  # no block is longer
 
 
 def _check_keys(q, k, v):

@@ -95,7 +95,8 @@ def grouped_conv_add_rms_norm(x: torch.Tensor, delta: torch.Tensor, base: torch.
     x, delta, base, rounding
         As for `grouped_conv`.
     residual : (B, Q, H) dtype of x
-        Layout as for x. Overwritten with h = round(grouped_conv(x) + residual), unless residual_out is given.
+        Layout as for x. Overwritten with h = round(grouped_conv(x) + residual), unless residual_out is given; it must
+        not overlap x then.
     weight : (H,) dtype of x
         Contiguous.
     eps : float
@@ -117,7 +118,7 @@ def grouped_conv_add_rms_norm(x: torch.Tensor, delta: torch.Tensor, base: torch.
     TypeError
         Wrong dtype.
     ValueError
-        Wrong shape, layout, device or rounding.
+        Wrong shape, layout, device or rounding; x given as the tensor to be written.
 
     Notes
     -----
@@ -141,6 +142,8 @@ def grouped_conv_add_rms_norm(x: torch.Tensor, delta: torch.Tensor, base: torch.
     check.contiguous("weight", weight, x.dtype, "(H,)", (x.shape[2],), x.device)
     out = _output(check, "out", out, x)
     if residual_out is None:
+        if residual is x:  # a row of x is read again for the rows after it
+            raise ValueError(f"{check.op}: residual must not be x; got the same tensor")
         check.apart("residual", residual)
     else:
         _output(check, "residual_out", residual_out, x)

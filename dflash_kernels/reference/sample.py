@@ -19,6 +19,8 @@ import torch
 
 from .._constants import ACCEPT, DRAFT, GREEDY, SAMPLE
 
+LARGEST = 1e37  # temperature: infinity over infinity would be NaN
+
 _WORD = 0xFFFFFFFF
 
 
@@ -77,7 +79,7 @@ def distribution(x, temperature, top_k=None, top_p=None, min_p=None) -> torch.Te
     usable = ~x.isnan() & (x > -math.inf)
     clean = torch.where(usable, x, -math.inf).double()
     top = clean.amax(-1, keepdim=True)
-    temp = row(temperature)
+    temp = row(temperature).clamp_max(LARGEST)
     w = torch.where(clean == top, 1.0, ((clean - top) / temp.clamp_min(GREEDY)).exp())
     w = torch.where(usable, w, 0.0)
     if min_p is not None:

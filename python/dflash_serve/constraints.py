@@ -1,10 +1,11 @@
 """What an answer must be: OpenAI's response_format and vLLM's structured_outputs, as fields of `GenerationParams`."""
 
+import json
 import re
 from typing import Any
 
 from .errors import ApiError
-from .fields import Asked, ResponseFormat, StructuredOutputs
+from .fields import LONGEST_GRAMMAR, Asked, ResponseFormat, StructuredOutputs
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -18,10 +19,16 @@ def constraint(asked: Asked) -> dict[str, Any]:
     """At most one of json_schema and regex, by name. Raises ApiError."""
     schema = None if asked.response_format is None else _schema(asked.response_format)
     if asked.structured_outputs is None:
-        return {} if schema is None else {"json_schema": schema}
-    if schema is not None:
+        found = {} if schema is None else {"json_schema": schema}
+    elif schema is not None:
         raise ApiError(400, "response_format must be left out where structured_outputs is given", "response_format")
-    return _of_vllm(asked.structured_outputs)
+    else:
+        found = _of_vllm(asked.structured_outputs)
+    for text in found.values():
+        if (size := len(text if isinstance(text, str) else json.dumps(text))) > LONGEST_GRAMMAR:
+            name = field_of(asked)
+            raise ApiError(400, f"{name} must have at most {LONGEST_GRAMMAR:,} characters; got {size:,}", name)
+    return found
 
 
 def _schema(form: ResponseFormat) -> dict[str, Any] | None:

@@ -14,9 +14,11 @@ _MUST_BE = {
     "float_type": "a number", "greater_than_equal": "at least {ge}", "int_from_float": "an integer",
     "int_parsing": "an integer", "int_parsing_size": "an integer of 64 bits", "int_type": "an integer",
     "less_than_equal": "at most {le}", "list_type": "a list", "literal_error": "{expected}",
-    "model_type": "an object", "string_type": "a text",
+    "model_type": "an object", "string_too_long": "a text of at most {max_length} characters",
+    "string_type": "a text", "too_long": "a list of at most {max_length}",
 }
-_ALTERNATIVES = {"str", "int", "float", "bool"}  # that pydantic names in the place of an error, beside lists of them
+# What pydantic names in the place of an error, beside lists of them, where a field may be of several types.
+_ALTERNATIVES = {"str", "constrained-str", "int", "float", "bool"}
 
 
 class ErrorBody(BaseModel):

@@ -1,13 +1,41 @@
 """Requests, with OpenAI's field names, and vLLM's for what `GenerationParams` has beside them."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+)
 
 from dflash_decode.inputs import shown
 
 MOST_CHOICES, MOST_LOGPROBS = 128, 20  # OpenAI's
-Tokens: TypeAlias = list[int]
+# Of stop strings, which are looked for in every token's text, and of what is compiled, which takes time and stack.
+MOST_STOPS, LONGEST_STOP, LONGEST_REGEX, LONGEST_GRAMMAR = 128, 1024, 1 << 13, 1 << 16
+_T = TypeVar("_T")
+# Errors end with the first one: a long body of wrong elements would have millions.
+Many: TypeAlias = Annotated[list[_T], Field(fail_fast=True)]
+Tokens: TypeAlias = Many[int]
+Stop: TypeAlias = Annotated[str, Field(max_length=LONGEST_STOP)]
+
+
+def _of_tokens(given: dict[str, Any]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for token, bias in given.items():
+        if not (token.isascii() and token.isdigit()) or isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise ValueError(f"must have numbers, and token ids as their names; got {shown(token)}: {shown(bias)}")
+        found[int(token)] = bias
+    return found
+
+
+Biases: TypeAlias = Annotated[dict[str, Any], AfterValidator(_of_tokens), WithJsonSchema(
+    {"type": "object", "additionalProperties": {"type": "number"}})]
 
 
 class _Fields(BaseModel):
@@ -33,8 +61,8 @@ class StructuredOutputs(_Fields):
     """vLLM's: exactly one of these."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    regex: Annotated[str, Field(max_length=LONGEST_REGEX)] | None = None
+    choice: Annotated[Many[str], Field(min_length=1)] | None = None
     json_object: bool | None = None
 
 
@@ -47,11 +75,11 @@ class Part(_Fields):
 
 class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Many[Part] | None = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Many[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
 
@@ -68,14 +96,14 @@ class Asked(_Fields):
     min_p: float | None = None
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[Many[Stop], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -96,11 +124,11 @@ class Asked(_Fields):
 class ChatAsked(Asked):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -121,7 +149,7 @@ class ChatAsked(Asked):
 class CompletionAsked(Asked):
     """POST /v1/completions"""
 
-    prompt: str | Tokens | list[str] | list[Tokens]
+    prompt: str | Tokens | Many[str] | Many[Tokens]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @field_validator("prompt", mode="wrap")
@@ -139,4 +167,3 @@ class CompletionAsked(Asked):
     @property
     def has_many(self) -> bool:
         return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
-

@@ -75,11 +75,12 @@ class CallReader:
             name, arguments = found["name"], found.get("arguments", {})
             if not isinstance(name, str):
                 raise ValueError
+            written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            (name + written).encode()  # half of an emoji's escape is a text to Python, and to no client
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             gap, self._gap = self._gap, ""
             return f"{gap}{OPEN}{text}{close}", []
         self.count, self._after = self.count + 1, True
         if self._most is not None and self.count > self._most:
             return "", []
-        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return "", [Call(f"call_{secrets.token_hex(12)}", name, written)]

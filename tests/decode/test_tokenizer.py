@@ -59,6 +59,14 @@ def test_equals_transformers_as_it_is(ours, theirs):
 
 
 @needs_smollm2
+def test_a_long_text_is_encoded_as_a_short_one_is(ours):
+    """Long ones in a way that lets other threads run."""
+    text = "".join(TEXTS) * (1 + (1 << 15) // len("".join(TEXTS)))
+    for special in (False, True):
+        assert ours.encode(text, special) == ours.backend.encode(text, add_special_tokens=special).ids
+
+
+@needs_smollm2
 def test_digits_are_single_tokens_as_the_model_was_trained(ours, theirs):
     theirs = with_digits(theirs)
     for text in TEXTS + DIGIT_TEXTS:

@@ -49,3 +49,12 @@ def test_blocks_that_share_rows_are_an_error_while_values_are_checked(monkeypatc
     for starts in (ints(0, 3), ints(0, 5), ints(-1, 4)):
         with pytest.raises(ValueError, match="block_starts must give each block rows of its own"):
             block_attention(*rows, cache, table, contexts, block_lens=ints(4, 4), block_starts=starts, max_block=4)
+
+
+@pytest.mark.parametrize("max_block", [5, 2**25, 2**40, 2**62, 2**63 - 1])
+def test_a_block_has_no_more_than_all_rows(max_block):
+    """Work is counted by max_block: rows that nobody has are none."""
+    q, k, v = torch.randn(4, 4, 16), torch.randn(4, 2, 16), torch.randn(4, 2, 16)
+    given = {"block_lens": ints(4), "block_starts": ints(0)}
+    want = block_attention(q, k, v, None, None, ints(0), max_block=4, **given)
+    assert torch.equal(block_attention(q, k, v, None, None, ints(0), max_block=max_block, **given), want)

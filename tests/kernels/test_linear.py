@@ -40,6 +40,22 @@ def test_rows_of_a_packed_weight(dtype):
     assert same_bits(dk.pack_weight(w).rows(index), w[index])
 
 
+@pytest.mark.parametrize("kind", ["elements", "int8", "blocks"])
+def test_rows_of_a_packed_weight_by_any_index(kind):
+    w = torch.arange(20.0)[:, None].expand(20, 32).contiguous()
+    packed = {"elements": lambda: dk.pack_weight(w), "int8": lambda: dk.pack_weight(*dk.quantize_weight(w)),
+              "blocks": lambda: dk.pack_weight(dk.quantize_blocks(w, "q8_0"), format="q8_0")}[kind]()
+    assert packed.rows(torch.tensor([3, 9, 5, 9, 7, 9])[::2])[:, 0].round().tolist() == [3, 5, 7]
+    assert packed.rows(torch.empty(0, dtype=torch.int64)).shape == (0, 32)
+    with pytest.raises(TypeError, match=r"PackedWeight\.rows: index must be int64 \(n,\); got torch.int32"):
+        packed.rows(torch.tensor([3, 0], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"PackedWeight\.rows: index must have shape \(n,\); got \(1, 2\)"):
+        packed.rows(torch.tensor([[3, 0]]))
+    for wrong in ([0, 20], [-1, 3]):
+        with pytest.raises(IndexError, match=r"index must be rows in \[0, 20\); got "):
+            packed.rows(torch.tensor(wrong))
+
+
 def test_on_cuda_a_packed_weight_is_the_weight_itself(dtype):
     with FakeTensorMode():
         w = torch.empty(45, 70, dtype=dtype, device="cuda")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, verify_sample
+from dflash_kernels import LogitAdjustments, Proposal, SamplingTensors, reference, sample_draft, verify_sample
 from tests.support.sample_inputs import KINDS, block, int32, params, proposal, same, some_params
 from tests.support.sample_margin import agree
 
@@ -30,6 +30,20 @@ def test_nan_and_infinite_logits(vector_isa, filters):
             picked = logits.gather(2, got.tokens.clamp_min(0)[..., None])[..., 0]
             possible = (~logits.isnan() & (logits > -INF)).any(-1)
             assert not (picked.isnan() & possible & (got.tokens >= 0)).any()
+
+
+def test_an_infinite_temperature_and_an_infinite_logit(vector_isa):
+    """Every token of finite logits is equally likely, and +inf takes all the same."""
+    logits = torch.randn(4, 1, 1050)
+    logits[0, 0, [5, 1026]], logits[1, 0, 700], logits[2, 0, 7:], logits[3, 0, 3] = INF, INF, -INF, NAN
+    agree(block(logits), logits, int32(1, 2, 3, 4), params(4, temperature=INF))
+    values, ids = logits[:, :, :12].contiguous(), torch.arange(12).expand(4, 1, 12).contiguous()
+    values[1, 0, 9] = INF
+    hot, lens = params(4, temperature=INF), int32(1, 2, 3, 4)
+    found, want = sample_draft(values, ids, lens, hot), (ids[..., 0].clone(), values.clone())
+    reference.sample.sample_draft(values, ids, lens, hot.temperature, hot.seeds, None, None, None, *want)
+    assert torch.equal(found[0], want[0]) and torch.allclose(found[1], want[1], atol=1e-6)
+    assert found[0][1, 0] == 9 and found[1][1, 0].tolist() == [0.0] * 9 + [1.0, 0.0, 0.0]
 
 
 def test_all_mass_on_one_token(vector_isa, dtype):

@@ -181,7 +181,8 @@ def test_calls_are_read_whatever_the_pieces(text, said, calls):
         range(1, len(text) + 1), (said, calls))
 
 
-@pytest.mark.parametrize("body", ["no json", '{"name": 1}', '{"arguments": {}}', "[1]", "5", "[" * 100_000])
+@pytest.mark.parametrize("body", ["no json", '{"name": "w", "arguments": {"city": "\\ud83d"}}', '{"name": "\\ud83d"}',
+                                  '{"name": 1}', '{"arguments": {}}', "[1]", "5", "[" * 100_000])
 @pytest.mark.parametrize("close", ["</tool_call>", ""])
 def test_what_is_no_call_stays_in_the_text(body, close):
     text = f"a \n<tool_call>{body}{close}"

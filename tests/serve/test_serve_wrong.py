@@ -4,7 +4,9 @@ import json
 import socket
 
 import pytest
+from pydantic import ValidationError
 
+from dflash_serve.fields import ChatAsked
 from dflash_serve.others import HARMLESS, NOT_SERVED
 from tests.support.serving import CONTEXT, WEATHER, request, serving
 
@@ -57,7 +59,12 @@ WRONG = [
     (CHAT, HELLO | {"stop": 5}, 400, "stop", "stop must be a text or a list; got 5"),
     (CHAT, HELLO | {"stop": ["a", 5]}, 400, "stop[1]", "stop[1] must be a text; got 5"),
     (CHAT, message(role="user", content=[{"type": 5}]), 400, "messages[0].content[0].type", "must be a text; got 5"),
-    (CHAT, HELLO | {"logit_bias": {"x": 1}}, 400, "logit_bias.x", "must be an integer; got 'x'"),
+    (CHAT, HELLO | {"logit_bias": {"x": 1}}, 400, "logit_bias", "must have numbers, and token ids as their names; got"),
+    (CHAT, HELLO | {"logit_bias": {"3": "y"}}, 400, "logit_bias", "as their names; got '3': 'y'"),
+    (CHAT, HELLO | {"logit_bias": {"3": True}}, 400, "logit_bias", "as their names; got '3': True"),
+    (CHAT, HELLO | {"stop": ["x"] * 129}, 400, "stop", "must be a text or a list of at most 128; got"),
+    (CHAT, HELLO | {"stop": ["y", "x" * 1025]}, 400, "stop[1]", "must be a text of at most 1024 characters; got"),
+    (CHAT, HELLO | {"stop": "x" * 1025}, 400, "stop", "must be a text of at most 1024 characters"),
     (CHAT, HELLO | {"logit_bias": {"999": 1}}, 400, "logit_bias", "token ids in [0, 264); got 999"),
     (CHAT, HELLO | {"top_logprobs": 2}, 400, "logprobs", "true where top_logprobs is given"),
     (CHAT, HELLO | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "got 21"),
@@ -72,6 +79,12 @@ WRONG = [
     (CHAT, HELLO | {"structured_outputs": {"regex": "a", "choice": ["b"]}}, 400, "structured_outputs", "and choice"),
     (TEXT, ABC | {"structured_outputs": {"choice": []}}, 400, "structured_outputs.choice", "must not be empty"),
     (TEXT, ABC | {"structured_outputs": {"regex": 5}}, 400, "structured_outputs.regex", "must be a text; got 5"),
+    (TEXT, ABC | {"structured_outputs": {"regex": "a" * 8193}}, 400, "structured_outputs.regex",
+     "must be a text of at most 8192 characters; got"),
+    (TEXT, ABC | {"structured_outputs": {"choice": ["a" * 1000] * 70}}, 400, "structured_outputs",
+     "must have at most 65,536 characters; got 70,069"),
+    (CHAT, HELLO | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "a" * 65537}}}}, 400,
+     "response_format", "must have at most 65,536 characters; got 65,550"),
     (TEXT, ABC | {"structured_outputs": {"grammar": "root ::= x"}}, 400, "structured_outputs.grammar", "must be left"),
     (TEXT, ABC | {"structured_outputs": {"json_object": True}, "response_format": {"type": "json_object"}}, 400,
      "response_format", "must be left out where structured_outputs is given"),
@@ -88,6 +101,18 @@ WRONG = [
     ("/v1/nothing", HELLO, 404, None, "POST /v1/nothing: not found"),
     ("/v1/models", HELLO, 405, None, "POST /v1/models: method not allowed"),
 ]
+
+
+@pytest.mark.parametrize("field, wrong", [
+    ("messages", [0]), ("messages", [{"role": "user", "content": [0, 0, 0]}]), ("stop", [0]), ("stop_token_ids", ["x"]),
+    ("tools", [0]), ("structured_outputs", {"choice": [0, 0, 0]}), ("logit_bias", {"x": 0, "y": 0, "z": 0}),
+    ("messages", [{"role": "assistant", "tool_calls": [0, 0, 0]}])], ids=str)
+def test_a_long_list_of_faults_ends_with_the_first(field, wrong):
+    """Millions of them would take gigabytes. A field that may be of several types has a fault of each."""
+    many = wrong * 1000 if isinstance(wrong, list) and len(wrong) == 1 and not isinstance(wrong[0], dict) else wrong
+    with pytest.raises(ValidationError) as found:
+        ChatAsked.model_validate_json(json.dumps(HELLO | {field: many}))
+    assert found.value.error_count() <= 2
 
 
 def error_of(text):

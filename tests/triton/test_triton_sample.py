@@ -141,6 +141,8 @@ def test_p33_rows_with_nan_and_infinities():
     for more in ({}, {"top_k": torch.full((9,), 3).int(), "top_p": torch.full((9,), 0.9)}):
         got = assert_as_reference(problem(1030, b=9, q=1) | {"logits": logits, "temperature": temp} | more)
         assert got.bonus[[0, 1, 2, 6, 7]].tolist() == [0, 0, 1025, 1029, 1027]
+    hot = {"logits": logits, "temperature": torch.where(temp > 0, INF, 0.0)}
+    assert assert_as_reference(problem(1030, b=9, q=1) | hot).bonus[[0, 1, 2, 7]].tolist() == [0, 0, 1025, 1027]
 
 
 @pytest.mark.parametrize("form,rule", [("one_hot", "token"), ("sparse", "token"), ("logits", "block")])

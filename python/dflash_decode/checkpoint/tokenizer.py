@@ -20,6 +20,7 @@ _LARGEST_FILE = 1 << 28  # bytes of tokenizer.json; the largest vocabularies hav
 # Arguments of transformers' apply_chat_template that mean something else than a name for the template.
 _ELSEWHERE = ("chat_template", "continue_final_message", "max_length", "padding", "return_assistant_tokens_mask",
               "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation")
+_LONG = 1 << 14  # characters, which take some milliseconds
 _UNFINISHED = "\ufffd"  # what the decoder puts where a character's bytes are not all there
 
 
@@ -61,7 +62,10 @@ class Tokenizer:
             at = bad.start()
             raise ValueError(f"text must be valid Unicode; got {text[at]!r} in {text[max(at - 20, 0):at + 20]!r}")
         with _library(self.source):
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < _LONG:
+                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Of several texts the library lets other threads run meanwhile, and of one it does not.
+            return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         with _library(self.source):

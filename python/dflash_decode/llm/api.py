@@ -21,7 +21,7 @@ from ..sampling import SamplingParams
 from ..session import Session
 from .defaults import read_defaults
 from .engine import Engine, Workload
-from .grammars import Constraints
+from .grammars import COMPILED, Constraints
 from .params import GenerationParams, Plan, plan, read_params
 from .streams import AsyncStream, Stream
 
@@ -263,7 +263,7 @@ class LLM:
                       chat_template_kwargs: Mapping[str, Any] | None = None, **fields: Any) -> AsyncIterator[str]:
         """stream, for an event loop."""
         reading = _reading("LLM.astream", False, tools, chat_template_kwargs)
-        asked = await asyncio.to_thread(self._one, "LLM.astream", prompt, params, fields, reading, single=True)
+        asked = await self._aside(self._one, "LLM.astream", prompt, params, fields, reading, True)
         stream = AsyncStream(self, self._engine, self.tokenizer, *asked)
         try:
             async for chunk in stream:
@@ -276,7 +276,7 @@ class LLM:
                       chat_template_kwargs: Mapping[str, Any] | None = None, **fields: Any) -> AsyncStream:
         """submit, for an event loop."""
         reading = _reading("LLM.asubmit", False, tools, chat_template_kwargs)
-        asked = await asyncio.to_thread(self._one, "LLM.asubmit", prompt, params, fields, reading)
+        asked = await self._aside(self._one, "LLM.asubmit", prompt, params, fields, reading)
         return AsyncStream(self, self._engine, self.tokenizer, *asked)
 
     # ---- the end ----
@@ -308,13 +308,23 @@ class LLM:
                          reading: Reading) -> Any:
         streams: list[AsyncStream] = []
         try:
-            for ids, planned in await asyncio.to_thread(self._read, what, prompts, params, fields, reading):
+            for ids, planned in await self._aside(self._read, what, prompts, params, fields, reading):
                 streams.append(AsyncStream(self, self._engine, self.tokenizer, ids, planned, whole=True))
             found = [await stream.result() for stream in streams]
         finally:
             for stream in streams:
                 stream.cancel()
         return found[0] if is_single(prompts) else found
+
+    async def _aside(self, read: Callable[..., Any], what: str, prompt: object, params: Params,
+                     fields: Mapping[str, Any], *more: object) -> Any:
+        """read(...) in another thread: in that of grammars where it will compile one, so that those that wait for a
+        slow one leave the event loop's threads to others."""
+        asked = params if isinstance(params, Sequence) else [params]
+        if any(fields.get(name) is not None or any(getattr(one, name, None) is not None for one in asked)
+               for name in COMPILED):
+            return await asyncio.wrap_future(self._constraints.submit(read, what, prompt, params, fields, *more))
+        return await asyncio.to_thread(read, what, prompt, params, fields, *more)
 
     def _one(self, what: str, prompt: object, params: Params, fields: Mapping[str, Any],
              reading: Reading, single: bool = False) -> tuple[list[int], Plan]:

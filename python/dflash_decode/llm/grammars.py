@@ -1,10 +1,12 @@
 """Restricts answers to a JSON schema or a regular expression, with llguidance."""
 
 import json
-from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
-from threading import Lock
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,32 +15,57 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..inputs import said, shown
 from ..sampling import Grammar
 
-_MOST_KEPT = 32  # compiled grammars
+# Characters of a schema or an expression, and the stack of the thread that compiles it: llguidance follows references
+# by recursion, and what is too deep for its thread ends the process. A chain of references in a text of this length
+# takes a quarter of this stack.
+_LONGEST, _STACK = 1 << 18, 256 << 20
+COMPILED = ("json_schema", "regex")  # the fields of GenerationParams that ask for one
+_Found = TypeVar("_Found")
+_here = threading.local()  # deep: whether this is a thread that compiles
 
 
 class Constraint:
-    """A grammar of llguidance. Its matcher is kept where the last answer that it saw ended, and moved from there."""
+    """A grammar of llguidance. Its matcher is kept where the last answer that it saw ended, and moved from there.
 
-    def __init__(self, matcher: Any, tokens: Sequence[int] = ()):
-        self._matcher, self._tokens = matcher, [*tokens]
+    start: a matcher at the start, which stays there. make: another one, which shares nothing with it. stops: tokens
+    that end an answer.
+    """
+
+    def __init__(self, start: Any, make: Callable[[], Any], stops: Collection[int]):
+        self._start, self._make, self._stops = start, make, stops
+        self._matcher, self._tokens, self._failed = start.deep_copy(), list[int](), 0
 
     def fresh(self) -> "Constraint":
         """One for another answer."""
-        return Constraint(self._matcher.deep_copy(), self._tokens)
+        return Constraint(self._start, self._make, self._stops)
 
     def fill_bitmask(self, tokens: Sequence[int], words: torch.Tensor) -> None:
+        if self._failed == 1 and self._matcher.is_error():
+            # Drafts were too much for it, and not the answer, which goes on. Copies share what it ran out of.
+            self._matcher, self._tokens = self._make(), []
+        # An answer that goes on behind its end stays ended, and only stop tokens may follow.
+        end = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
+        self._move_to(tokens[:end])
+        if end < len(tokens) and not self._matcher.is_stopped():
+            self._consume(tokens[end:end + 1])
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
+        if self._matcher.is_error():  # also where the mask was too much to compute, which then has stop tokens alone
+            self._failed += 1
+            raise ValueError(self._matcher.get_error())
+
+    def _move_to(self, tokens: Sequence[int]) -> None:
         same = next((i for i, (a, b) in enumerate(zip(tokens, self._tokens, strict=False)) if a != b),
                     min(len(tokens), len(self._tokens)))
         if same < len(self._tokens):
             self._matcher.rollback(len(self._tokens) - same)
             del self._tokens[same:]
-        new = list(tokens[same:])
-        if new:
-            self._matcher.consume_tokens(new)
-            self._tokens += new
-        if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error())
-        self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
+        if same < len(tokens):
+            self._consume(tokens[same:])
+
+    def _consume(self, tokens: Sequence[int]) -> None:
+        self._matcher.consume_tokens(list(tokens))
+        self._tokens += tokens
 
 
 class MinTokens:
@@ -58,12 +85,25 @@ class MinTokens:
 
 
 class Constraints:
-    """Compiles grammars for one tokenizer, and keeps the last ones. It can be used from several threads."""
+    """Compiles grammars for one tokenizer, one after the other in a thread of its own. Each is compiled anew, mostly in
+    a millisecond: what one request makes a matcher remember is no other's. It can be used from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int):
         self._tokenizer, self._vocab = tokenizer, vocab
-        self._lock, self._library_s = Lock(), None
-        self._kept: OrderedDict[str, Constraint] = OrderedDict()
+        self._lock, self._library_s = threading.Lock(), None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def submit(self, work: Callable[..., _Found], *args: object) -> "Future[_Found]":
+        """work(*args) in the thread that compiles, so that a caller need not block another one until it is free."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, "dflash-grammars", lambda: setattr(_here, "deep", True))
+                weakref.finalize(self, self._thread.shutdown, wait=False)
+            size = threading.stack_size(_STACK)
+            try:
+                return self._thread.submit(work, *args)  # starts the thread, the first time
+            finally:
+                threading.stack_size(size)
 
     def grammar(self, what: str, json_schema: object, regex: object, grammar: Grammar | None) -> Grammar | None:
         """The grammar that these ask for, at most one of them. Raises TypeError, ValueError, and ModuleNotFoundError
@@ -87,20 +127,19 @@ class Constraints:
         except ImportError:
             raise ModuleNotFoundError(f"{what}: {kind} needs the package llguidance: "
                                       "pip install 'dflash-kernels[grammar]'") from None
-        with self._lock:
-            key = f"{kind}:{text}"
-            if key not in self._kept:
-                make = llguidance.LLMatcher.grammar_from_regex if kind == "regex" else \
-                    llguidance.LLMatcher.grammar_from_json_schema
-                matcher = llguidance.LLMatcher(self._library(llguidance), make(text), log_level=0)
-                if matcher.is_error():
-                    raise ValueError(f"{what}: {kind} must be one that llguidance {llguidance.__version__} can follow; "
-                                     f"got {shown(text)}: {brief(matcher.get_error())}")
-                self._kept[key] = Constraint(matcher)
-                if len(self._kept) > _MOST_KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        if len(text) > _LONGEST:
+            raise ValueError(f"{what}: {kind} must have at most {_LONGEST:,} characters; got {len(text):,}")
+        if getattr(_here, "deep", False):
+            return self._made(llguidance, what, kind, text)
+        return self.submit(self._made, llguidance, what, kind, text).result()
+
+    def _made(self, llguidance: Any, what: str, kind: str, text: str) -> Constraint:
+        grammar = getattr(llguidance.LLMatcher, f"grammar_from_{kind}")(text)
+        make = partial(llguidance.LLMatcher, self._library(llguidance), grammar, log_level=0)
+        if (matcher := make()).is_error():
+            raise ValueError(f"{what}: {kind} must be one that llguidance {llguidance.__version__} can follow; "
+                             f"got {shown(text)}: {brief(matcher.get_error())}")
+        return Constraint(matcher, make, self._tokenizer.stop_ids)
 
     def _library(self, llguidance: Any) -> Any:
         """The library's view of the tokenizer, which takes about a second to make."""

@@ -160,7 +160,7 @@ def _stops(what: str, given: object) -> tuple[str, ...]:
         raise TypeError(f"{what}: stop must be a text or a list of texts; got {shown(given)}")
     if not all(stops):
         raise ValueError(f"{what}: stop must be texts of at least 1 character; got {shown(given)}")
-    return tuple(stops)
+    return tuple(dict.fromkeys(stops))
 
 
 def _stop_tokens(what: str, given: Any, vocab: int) -> set[int]:

@@ -5,22 +5,45 @@ from collections.abc import Collection, Sequence
 from ..checkpoint.tokenizer import Tokenizer
 
 
+class _Stop:
+    """How many characters of a stop string a text ends with, by Knuth, Morris and Pratt: each character takes a few
+    operations, whatever the string."""
+
+    def __init__(self, text: str):
+        self.text, self.matched = text, 0
+        self._shorter = [0, 0]  # by the characters that match: how many may match still, if the next one does not
+        for at in range(1, len(text)):
+            self._shorter.append(self._after(self._shorter[at], text[at]))
+
+    def _after(self, matched: int, character: str) -> int:
+        while self.text[matched] != character:
+            if not matched:
+                return 0
+            matched = self._shorter[matched]
+        return matched + 1
+
+    def push(self, character: str) -> bool:
+        """Whether the text ends with all of it now."""
+        self.matched = self._after(self.matched, character)
+        return self.matched == len(self.text)
+
+
 class StopStrings:
     """Looks for stop strings in a text that arrives in pieces, and holds back what may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]):
-        self.stops, self._held = stops, ""
+        self.stops, self._held = [_Stop(stop) for stop in stops], ""
 
     def push(self, piece: str) -> tuple[str, str | None]:
         """The text that is no part of a stop string, and the stop string that was found, if any: that which ends first,
         and of those the longest. Nothing follows it."""
-        text, self._held = self._held + piece, ""
-        found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            _, at, stop = min(found)
-            return text[:at], stop
-        kept = max((n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
-                    if text.endswith(stop[:n])), default=0)
+        text = self._held + piece
+        for end, character in enumerate(piece, len(self._held) + 1):
+            if found := [stop.text for stop in self.stops if stop.push(character)]:
+                longest = max(found, key=len)
+                self._held = ""
+                return text[:end - len(longest)], longest
+        kept = max((stop.matched for stop in self.stops), default=0)
         self._held = text[len(text) - kept:]
         return text[:len(text) - kept], None
 
