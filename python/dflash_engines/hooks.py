@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # imported where it is used: this module is part of what ever
     import torch
 
 MARK = "dflash_original"
+MEASURED = ("amx", "avx512_bf16")  # instruction sets of the CPUs in docs/engines.md
+_KEY = "_dflash_{}"  # of an owner's plan
 LEFT = object()  # a replacement returns this to leave the call to the original; it has then changed nothing
 Placing = Callable[[str, Any, str, Callable, Callable], None]  # target, owner, attribute, original, replacement
 
@@ -44,7 +46,8 @@ class Hook:
     beside: other functions whose work ours also does.
     keep() -> why the original stays on this engine's platform, or None.
     prepare(): called before the replacement is installed.
-    draws: ours draws random numbers of its own, so a rank that falls back alone would diverge from the others.
+    diverges: a rank that falls back alone would go another way than the others: ours draws random numbers of its own,
+        or its results are data of all ranks and can differ from the original's in their last bits.
     finish(result, arguments): turns ours' result into the original's, with the original's collectives. A failure there
         is raised as it would be in the original.
     taker: the function that the engine hands the target's result to. What ours returns goes there as Deferred.
@@ -61,7 +64,7 @@ class Hook:
     beside: tuple[str, ...] = ()
     keep: Callable[[], str | None] = lambda: None
     prepare: Callable[[], None] = lambda: None
-    draws: bool = False
+    diverges: bool = False
     finish: Callable | None = None
     taker: str = ""
     take: Callable | None = None
@@ -124,9 +127,15 @@ def named_in(environment: Mapping[str, str], variable: str) -> frozenset[str]:
 
 
 def platform_of(device: "torch.device") -> str:
-    """"cpu", a GPU's generation ("sm_90"), or the name of another kind of device."""
+    """"cpu" with an instruction set that hooks were measured with, or with its name ("cpu_avx2", "cpu_reference" where
+    there are no kernels); a GPU's generation ("sm_90"); or the name of another kind of device."""
     import torch
 
+    if device.type == "cpu":
+        from dflash_kernels import build_info
+
+        isa = build_info()["isa"]
+        return "cpu" if isa in MEASURED else f"cpu_{isa}"
     if device.type != "cuda":
         return device.type
     if torch.version.hip:
@@ -177,7 +186,7 @@ def _install(hook: Hook, version: str, platform: str, choice: Choice, log: loggi
     if hook.taker:  # first, because it also takes what the original returns
         _replace(hook.taker, _taking(hook, sources.resolve(hook.taker)[2], log), place)
         ours = _deferring(ours, original)
-    _replace(hook.target, guarded(hook.name, ours, original, log, hook.draws, hook.finish), place)
+    _replace(hook.target, guarded(hook.name, ours, original, log, hook.diverges, hook.finish), place)
     return left()
 
 
@@ -208,14 +217,14 @@ def _taking(hook: Hook, original: Callable, log: logging.Logger) -> Callable:
         return original(*given, **{name: value.original() if isinstance(value, Deferred) else value
                                    for name, value in kwargs.items()})
 
-    return guarded(hook.name, ours, theirs, log, hook.draws)
+    return guarded(hook.name, ours, theirs, log, hook.diverges)
 
 
-def guarded(name: str, ours: Callable, theirs: Callable, log: logging.Logger, draws: bool = False,
+def guarded(name: str, ours: Callable, theirs: Callable, log: logging.Logger, diverges: bool = False,
             finish: Callable | None = None) -> Callable:
     """Runs ours, then finish. Runs theirs where ours returns LEFT or raises, and in every call after a failure.
 
-    If ours draws and there are several ranks, a failure is raised instead and ends the engine.
+    If the ways diverge and there are several ranks, a failure is raised instead and ends the engine.
     """
     failed = False
 
@@ -228,7 +237,7 @@ def guarded(name: str, ours: Callable, theirs: Callable, log: logging.Logger, dr
                 failed = True
                 log.warning("dflash-kernels: %s: failed and is now off in this process. %s: %s",
                             name, type(error).__name__, error, exc_info=True)
-                if draws and _ranks() > 1:
+                if diverges and _ranks() > 1:
                     raise
             else:
                 if found is not LEFT:
@@ -264,7 +273,7 @@ def plan(owner: Any, name: str, decide: Callable[[Any], Any], log: logging.Logge
     """
     import torch
 
-    key = f"_dflash_{name}"
+    key = _KEY.format(name)
     kept = owner.__dict__.get(key)
     if kept is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -275,3 +284,8 @@ def plan(owner: Any, name: str, decide: Callable[[Any], Any], log: logging.Logge
                  f"not active for this model, {why}" if why else "active for this model")
         kept = owner.__dict__[key] = (None if why else found,)
     return kept[0]
+
+
+def forget(owner: Any, name: str) -> None:
+    """Has the next call of `plan` decide again."""
+    owner.__dict__.pop(_KEY.format(name), None)

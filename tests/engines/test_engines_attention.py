@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import pickle
 import sys
 import types
 
@@ -38,7 +39,7 @@ def backend(install):
 
 def test_the_drafter_gets_it_and_nobody_else(install):
     engine = install()
-    assert engine.why() == engine.why() == "" and engine.names.__members__["DFLASH"] == attention.CLASS
+    assert engine.why() == engine.why() == "" and engine.names["DFLASH"].value == attention.CLASS
     chosen = types.SimpleNamespace(name="CPU_ATTN")
     ask = engine.platform().get_attn_backend_cls  # the engine asks an instance
     assert ask(None, attn_selector_config=DRAFTER, num_heads=None) == attention.CLASS
@@ -79,15 +80,26 @@ def test_off_by_itself_on_a_cpu_and_by_name_on_a_gpu(install):
     engine = install("cuda", enable="")
     for _ in range(2):  # a process may load plugins twice, and the registry takes a name once
         assert engine.why() == '"attention_backend": "DFLASH" in the speculative configuration asks for it'
-    assert engine.names.__members__["DFLASH"] == attention.CLASS
+    assert engine.names["DFLASH"].value == attention.CLASS
     assert engine.platform.get_attn_backend_cls(None, DRAFTER) == ("CpuPlatform", None)
+
+
+def test_the_name_reaches_processes_that_have_not_loaded_plugins(install):
+    """vLLM pickles the configuration for its workers, which unpickle it first."""
+    engine = install(enable="")
+    plugin.register()
+    packed = pickle.dumps({"backend": engine.names["DFLASH"], "other": 1})
+    other = install(enable="")
+    assert "DFLASH" not in other.names.__members__
+    assert pickle.loads(packed) == {"backend": other.names["DFLASH"], "other": 1}
+    assert other.names["DFLASH"].value == attention.CLASS
 
 
 def test_the_name_is_there_before_a_configuration_is_read(install):
     """It may hold the name, and is read before there is a proposer."""
     engine = install(enable="")
     plugin.register()
-    assert engine.names.__members__["DFLASH"] == attention.CLASS
+    assert engine.names["DFLASH"].value == attention.CLASS
 
 
 def test_a_changed_registry_leaves_it(install, monkeypatch, caplog):

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from dflash_engines import hooks
+from dflash_engines import hooks, sglang, vllm
 from dflash_engines.hooks import LEFT, guarded, plan
 
 LOG = logging.getLogger("tests.engines")
@@ -63,12 +63,18 @@ def test_an_interrupt_passes_through_and_turns_nothing_off(error, caplog):
 
 def test_ranks_that_would_draw_differently_raise_instead(monkeypatch):
     monkeypatch.setattr(hooks, "_ranks", lambda: 2)
-    call, seen = calls(lambda: 1 / 0, draws=True)
+    call, seen = calls(lambda: 1 / 0, diverges=True)
     with pytest.raises(ZeroDivisionError):
         call()
     assert not seen and calls(lambda: 1 / 0)[0]() == "theirs"  # where both ways give the same, nobody parts
     monkeypatch.setattr(hooks, "_ranks", lambda: 1)
-    assert calls(lambda: 1 / 0, draws=True)[0]() == "theirs"
+    assert calls(lambda: 1 / 0, diverges=True)[0]() == "theirs"
+
+
+def test_hooks_whose_ranks_would_part_are_marked():
+    """Those that draw, and those whose results every rank has and that can differ from the original's in a bit."""
+    assert {hook.name for hook in vllm.hooks() if hook.diverges} == {"verify_v2", "grouped_conv", "selector"}
+    assert {hook.name for hook in sglang.hooks() if hook.diverges} == {"sampling", "grouped_conv", "selector"}
 
 
 def test_no_way_back_once_the_collectives_have_begun():

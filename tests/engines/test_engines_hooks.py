@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dflash_kernels
 from dflash_engines import digests as digests_command
 from dflash_engines import sources
 from dflash_engines.hooks import LEFT, Choice, Hook, install, platform_of
@@ -266,7 +267,14 @@ def test_nothing_that_was_not_measured_is_on_by_itself(engine, caplog):
 
 def test_the_platform_is_a_generation(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: {0: (9, 0), 1: (10, 0)}[device.index])
-    assert [platform_of(torch.device(d)) for d in ("cpu", "cuda:0", "cuda:1", "xpu")] == [
-        "cpu", "sm_90", "sm_100", "xpu"]
+    assert [platform_of(torch.device(d)) for d in ("cuda:0", "cuda:1", "xpu")] == ["sm_90", "sm_100", "xpu"]
     monkeypatch.setattr("torch.version.hip", "7.1")
     assert platform_of(torch.device("cuda:0")) == "rocm"
+
+
+@pytest.mark.parametrize("isa, name", [("amx", "cpu"), ("avx512_bf16", "cpu"), ("avx2", "cpu_avx2"),
+                                       ("generic", "cpu_generic"), ("reference", "cpu_reference")])
+def test_a_cpu_is_one_that_was_measured_or_another(monkeypatch, isa, name):
+    """Without kernels, or with those of another instruction set, nobody knows what is faster."""
+    monkeypatch.setattr(dflash_kernels, "build_info", lambda: {"isa": isa})
+    assert platform_of(torch.device("cpu")) == name

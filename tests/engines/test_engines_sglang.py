@@ -50,6 +50,18 @@ def test_the_registry_calls_us(engine):
         utils.compute_dflash_sampling_correct_drafts_and_bonus)
 
 
+def test_hooks_of_other_plugins_are_left_to_the_registry(engine):
+    """It may be applying them when it imports the worker, and would apply what we had applied a second time."""
+    worker, utils, registry = engine
+    worker.step, calls = (lambda: "step"), []
+    registry.register(f"{worker.__name__}.step", lambda *args, **kwargs: calls.append(1),
+                      sys.modules["sglang.srt.plugins.hook_registry"].HookType.BEFORE)
+    loaded(engine)
+    assert worker.step() == "step" and calls == [] and len(registry._patched) == 6
+    registry.apply_hooks()
+    assert worker.step() == "step" and calls == [1] and len(registry._patched) == 7
+
+
 @pytest.mark.parametrize("name", ENABLED)
 def test_a_changed_function_leaves_that_hook_alone(engine, monkeypatch, name):
     worker, utils, registry = engine

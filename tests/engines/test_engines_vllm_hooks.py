@@ -205,6 +205,27 @@ def test_draft_head(engine, dtype, own_vocabulary):
     assert torch.equal(proposer._greedy_sample(hidden), expected)
 
 
+def test_draft_head_is_packed_where_the_drafter_is_loaded_and_again_with_other_weights(engine):
+    """The engine measures memory in between, and can load weights into the same tensor later."""
+    proposer, hidden = fake.make(engine.proposer), torch.randn(9, fake.HIDDEN)
+    proposer.model.lm_head.cpu_linear = object()
+    proposer.load_model("a target")
+    assert proposer.target_model == "a target" and isinstance(proposer._dflash_draft_head[0], head.Plan)
+    first = proposer._greedy_sample(hidden)
+    proposer.model.lm_head.weight.copy_(proposer.model.lm_head.weight.flip(0))
+    proposer.model.lm_head.weight[fake.VOCAB:] = 0
+    proposer.model.lm_head.cpu_linear = object()  # as the engine's own head is made anew
+    expected = proposer.model.compute_logits(hidden).argmax(-1)
+    assert torch.equal(proposer._greedy_sample(hidden), expected) and not torch.equal(first, expected)
+
+
+def test_a_drafter_that_draft_head_cannot_serve_is_loaded_all_the_same(engine):
+    proposer = fake.make(engine.proposer)
+    proposer.model.lm_head.weight = None
+    proposer.load_model("a target")
+    assert proposer.target_model == "a target"
+
+
 @pytest.mark.parametrize("changes, why", [
     ({"model__lm_head__tp_size": 2}, "a vocabulary shared out over 2 ranks"),
     ({"use_heterogeneous_vocab": True}, "a mapping between two tokenizers"),

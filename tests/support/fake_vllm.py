@@ -1,6 +1,7 @@
 """The parts of vLLM's V1 runner that our hooks touch, small enough to read, with its names, layouts and roundings."""
 
 import dataclasses
+import enum
 import sys
 import types
 from typing import NamedTuple
@@ -8,7 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dflash_engines import sources
+import dflash_kernels
+from dflash_engines import hooks, sources
 from dflash_engines import vllm as plugin
 from dflash_engines.vllm import conv
 from tests.support import fake_dflash2
@@ -150,6 +152,9 @@ class SpecDecodeBaseProposer:
         whole[:, torch.arange(VOCAB) + offsets] = found
         return whole
 
+    def load_model(self, target_model):
+        self.target_model = target_model
+
     def _greedy_sample(self, hidden_states):
         return self.model.compute_logits(hidden_states).argmax(-1)
 
@@ -233,12 +238,13 @@ class SelectorConfig(NamedTuple):
 
 def attention_modules(device):
     """vLLM's registry of backends, and the platform that says which one a layer gets."""
-    names = types.SimpleNamespace(__members__={"CPU_ATTN": "CPU_ATTN"})
+    names = enum.Enum("AttentionBackendEnum", {"CPU_ATTN": "CPU_ATTN"}, module="vllm.v1.attention.backends.registry")
 
     def register_backend(backend, class_path=None, is_mamba=False):
         if backend in names.__members__:
             raise ValueError(f"Backend {backend} already exists")
-        names.__members__[backend] = class_path
+        names._member_map_[backend] = member = object.__new__(names)
+        member._name_, member._value_ = backend, class_path
 
     class CpuPlatform:
         @classmethod
@@ -283,6 +289,7 @@ def install(monkeypatch, version="0.32.0+cpu", device="cpu"):
         f"{gpu}.rejection_sampler_utils": {"rejection_sample": v2_rejection_sample},
     } | attention_modules(device) | fake_dflash2.vllm_modules(base)
     monkeypatch.setattr(conv, "LIBRARIES", [])
+    monkeypatch.setattr(hooks, "MEASURED", (dflash_kernels.build_info()["isa"],))
     for name, names in contents.items():
         module = types.ModuleType(name)
         module.__path__ = []

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dflash_kernels
+from dflash_engines import hooks
 from dflash_engines import sglang as plugin
 from tests.support.engine_files import source, take
 
@@ -56,6 +58,7 @@ def install(monkeypatch):
     take("sglang", "srt/models/dflash.py", ["_grouped_conv", "DFlashGroupedConv", "_score_edges", "_follow_maps",
                                             "CandidateSelector"], vars(models))
     monkeypatch.setenv("DFLASH_SGLANG_ENABLE", ",".join(ENABLED))
+    monkeypatch.setattr(hooks, "MEASURED", (dflash_kernels.build_info()["isa"],))
     worker.compute_dflash_sampling_correct_drafts_and_bonus = utils.compute_dflash_sampling_correct_drafts_and_bonus
     return worker, utils, registry.HookRegistry
 

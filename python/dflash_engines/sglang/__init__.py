@@ -52,8 +52,11 @@ def seen(_worker: ModuleType) -> list["Outcome"]:
     from ..hooks import MARK, Choice, install, platform_of
     from .registry import NAMES
 
+    placed: list[str] = []
+
     def place(target: str, _owner: Any, _attribute: str, _original: Callable, replacement: Callable) -> None:
-        HookRegistry.register(target.replace(":", "."), replacement, HookType.REPLACE)
+        placed.append(target.replace(":", "."))
+        HookRegistry.register(placed[-1], replacement, HookType.REPLACE)
 
     if any(hasattr(function, MARK) for given in HookRegistry._hooks.values() for _, function, _ in given):
         return []  # the plugin was loaded before in this process
@@ -61,5 +64,9 @@ def seen(_worker: ModuleType) -> list["Outcome"]:
     choice = Choice.of(os.environ, PREFIX, [*(hook.name for hook in every), *NAMES], LOG)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     outcomes = install(every, sglang.version.__version__, platform_of(device), choice, LOG, place)
-    HookRegistry.apply_hooks()
+    # Ours alone: the worker may be imported while the registry applies, or plugins still register, the hooks of others.
+    for target in placed:
+        if target not in HookRegistry._patched:
+            HookRegistry._apply_target(target, HookRegistry._hooks[target])
+            HookRegistry._patched.add(target)
     return outcomes

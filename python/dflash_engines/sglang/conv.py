@@ -18,4 +18,4 @@ def _convolve(self, hidden_states, delta, side):
 
 MODEL = "sglang.srt.models.dflash"
 HOOK = Hook("grouped_conv", f"{MODEL}:DFlashGroupedConv._convolve", _convolve,
-            read={"0.5.23": "85dae0b015f998d4"}, beside=(f"{MODEL}:_grouped_conv",))
+            read={"0.5.23": "85dae0b015f998d4"}, diverges=True, beside=(f"{MODEL}:_grouped_conv",))

@@ -58,4 +58,4 @@ def compute_dflash_sampling_correct_drafts_and_bonus(
 UTILS = "sglang.srt.speculative.dflash_utils"
 HOOK = Hook("sampling", f"{UTILS}:compute_dflash_sampling_correct_drafts_and_bonus",
             compute_dflash_sampling_correct_drafts_and_bonus, read={"0.5.23": "de2c63ee0548c6c4"},
-            beside=(f"{UTILS}:build_speculative_verify_target_probs",), draws=True)
+            beside=(f"{UTILS}:build_speculative_verify_target_probs",), diverges=True)

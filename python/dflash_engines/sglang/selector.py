@@ -53,7 +53,7 @@ def sample_path(self, *, candidate_ids, scores, uniforms, temperatures, greedy_m
 MODEL, WORKER = "sglang.srt.models.dflash", "sglang.srt.speculative.dflash_worker_v2"
 WALK = "sglang.kernels.ops.speculative.dflash"
 HOOK = Hook("selector", f"{MODEL}:CandidateSelector.build_lattice", build_lattice,
-            read={"0.5.23": "9d97e17163c8ef3e"}, draws=True,
+            read={"0.5.23": "9d97e17163c8ef3e"}, diverges=True,
             taker=f"{MODEL}:CandidateSelector.sample_path", take=sample_path,
             beside=(f"{MODEL}:_score_edges", f"{WALK}:selector_walk_triton", f"{WALK}:_selector_walk_kernel",
                     f"{WORKER}:_selector_lattice", f"{WORKER}:_SelectorDraftSampler.__call__",

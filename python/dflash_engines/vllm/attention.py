@@ -23,6 +23,16 @@ def enter(registry: ModuleType) -> None:
         raise TypeError(f"register_backend takes {', '.join(found)}")
     if NAME not in registry.AttentionBackendEnum.__members__:
         registry.register_backend(NAME, CLASS)
+        registry.AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (restored, ())
+
+
+def restored() -> Any:
+    """The backend's member of vLLM's registry, where it is unpickled. vLLM hands a configuration that names it to
+    processes which have not loaded their plugins yet."""
+    from vllm.v1.attention.backends import registry
+
+    enter(registry)
+    return registry.AttentionBackendEnum[NAME]
 
 
 def is_drafter(config: Any, selected: Any, layer: Any) -> bool:

@@ -39,4 +39,5 @@ def place(_target: str, owner: Any, attribute: str, _original: Callable, replace
 MODEL = "vllm.model_executor.models.qwen3_dflash2"
 HOOK = Hook("grouped_conv", f"{MODEL}:dflash2_grouped_conv_impl", dflash2_grouped_conv_impl,
             read={"0.32.0": "303ecd8702586157", "0.33.0": "303ecd8702586157"}, place=place,
+            diverges=True,
             beside=(f"{MODEL}:_dflash2_grouped_conv_kernel", f"{MODEL}:_grouped_conv"))

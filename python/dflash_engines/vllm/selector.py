@@ -75,7 +75,7 @@ def sample(self, candidate_ids, scores, num_reqs, sample_pos, idx_mapping, tempe
 MODEL = "vllm.model_executor.models.qwen3_dflash2"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash2.speculator"
 HOOK = Hook("selector", f"{SPECULATOR}:DFlash2Speculator._score_candidates", _score_candidates,
-            read={"0.32.0": "902fcabd0c21733d", "0.33.0": "1950c85112e8d84b"},
+            read={"0.32.0": "902fcabd0c21733d", "0.33.0": "1950c85112e8d84b"}, diverges=True,
             taker=f"{SPECULATOR}:CandidateSampler.sample", take=sample,
             beside=(f"{SPECULATOR}:DFlash2Speculator._generate_draft", f"{SPECULATOR}:_selector_walk_kernel",
                     f"{MODEL}:CandidateSelector.forward", f"{MODEL}:_score_edges"))

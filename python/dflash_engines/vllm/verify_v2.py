@@ -75,4 +75,4 @@ def _watch(module: Any) -> None:
 
 
 HOOK = Hook("verify_v2", "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils:rejection_sample", rejection_sample,
-            read={"0.32.0": "d194f0c309af49e7", "0.33.0": "faa739d2e427f323"}, prepare=watch, draws=True)
+            read={"0.32.0": "d194f0c309af49e7", "0.33.0": "faa739d2e427f323"}, prepare=watch, diverges=True)
