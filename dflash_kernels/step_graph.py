@@ -8,6 +8,7 @@ when the step runs, so they are changed in place between replays.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ class _OnlyOurOps(TorchDispatchMode):
         if func.namespace != OPS and func._schema.name.split("::")[1] not in _VIEWS:
             raise RuntimeError(f"StepGraph: only dflash ops and views can be captured; got {func}")
         return func(*args, **(kwargs or {}))
+
+
+@cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    """For all captures on a device, as graphs that share memory have to be captured on one stream."""
+    return torch.cuda.Stream(torch.device("cuda", index))
 
 
 class StepGraph:
@@ -149,14 +156,18 @@ class StepGraph:
     @contextmanager
     def _capture_cuda(self) -> Iterator[None]:
         recording, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
         try:
+            # torch's own stream for captures is of the device where it captured first.
             with torch.cuda.device(self.device), torch.cuda.graph(
-                    recording, pool=self.pool):  # type: ignore[arg-type]  # torch has a NewType of such a pair
+                    recording, pool=self.pool,  # type: ignore[arg-type]  # torch has a NewType of such a pair
+                    stream=_stream_of(index)):
                 yield
         finally:  # torch's own exit does both, unless an interrupt came between its lines
             try:
-                if torch.cuda.is_current_stream_capturing():
-                    recording.capture_end()
+                with torch.cuda.device(self.device):
+                    if torch.cuda.is_current_stream_capturing():
+                        recording.capture_end()
             finally:
                 if torch.cuda.current_stream(self.device) != before:
                     torch.cuda.set_stream(before)

@@ -202,11 +202,13 @@ def linear(x, weight, scales, format, bias, out_features, out):
     width = bytes_per_weight(format) if format else weight.element_size()
     chunks = shared(rows, n, k, x.element_size(), width, x.device, format)
     split = chunks > 0
-    to = torch.empty((chunks, rows, n), dtype=torch.float32, device=x.device) if split else out[None]
+    # A multiple of 16 for any n and number of rows: what is none would be compiled anew.
+    apart = triton.cdiv(rows * n, 16) * 16 if split else 0
+    to = torch.empty(chunks * apart, dtype=torch.float32, device=x.device) if split else out
     linear_kernel[triton.cdiv(rows, c.ROWS * c.TILES), triton.cdiv(n, c.BLOCK_N), max(chunks, 1)](
         x, weight, None if split else scales, None if split else bias, to, rows, n, k, x.stride(0), weight.stride(0),
-        to.stride(1), to.stride(0), CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, format,
-        num_warps=c.warps, num_stages=c.stages, **options(c, scales, format))
+        n if split else out.stride(0), apart, CHUNK if split else k, c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK,
+        format, num_warps=c.warps, num_stages=c.stages, **options(c, scales, format))
     if split:
-        add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, scales, bias, out, n, chunks, rows * n, out.stride(0),
+        add_chunks_kernel[rows, triton.cdiv(n, ADD_BLOCK)](to, scales, bias, out, n, chunks, apart, out.stride(0),
                                                            BLOCK=ADD_BLOCK, num_warps=ADD_WARPS, **PLAIN)

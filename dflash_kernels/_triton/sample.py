@@ -67,12 +67,13 @@ CONFIGS = {"chunks": (4, 8), "rows": (4, 8), "residual": (2, 8), "accept": (1, 4
 KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that are always 0
 
 
-@triton.jit(do_not_specialize=["block", "columns", "plane"])
+@triton.jit(do_not_specialize=["block", "columns", "plane", "first"])
 def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens, planes,
                   l_b, l_i, s_b, s_i, b_b, b_i, m_b, m_i,
-                  block, columns, vocab, chunks, plane, RAGGED: tl.constexpr, TILE: tl.constexpr):
-    """planes: tops, and `plane` elements on, sums. Of chunks with nothing to draw, and of greedy requests, the sum is
-    instead how many NaN there are. The last block - columns live rows of a block have no logits."""
+                  block, columns, vocab, chunks, plane, first, RAGGED: tl.constexpr, TILE: tl.constexpr):
+    """planes: from `first` on tops, and `plane` elements on, sums. Of chunks with nothing to draw, and of greedy
+    requests, the sum is instead how many NaN there are. The last block - columns live rows of a block have no logits.
+    """
     b, i = (tl.program_id(0) // columns).to(tl.int64), (tl.program_id(0) % columns).to(tl.int64)
     if i < width_of(b, block_lens, block, RAGGED) - (block - columns):
         # TILE chunks of the row.
@@ -88,7 +89,7 @@ def chunks_kernel(logits, seen, penalty, bias, bitmask, temperature, block_lens,
         # One sum for both: Triton 3.6 makes a second reduction that meets this one spill 16 KB a thread.
         total = tl.sum(tree_sum(tl.where(drawn[:, None], w, (x != x).to(tl.float32))), 1)
         # Where launch 2 finds the two numbers of a chunk.
-        to = planes + (b * block + i) * chunks + c
+        to = planes + first + (b * block + i) * chunks + c
         tl.store(to, top, c < chunks)
         tl.store(to + plane, total, c < chunks)
 
@@ -255,12 +256,12 @@ def verify_sample(draft_ids, logits, context_lens, temperature, seeds, top_k, to
 
     tile, warps = sizes["chunks"]
     chunks_kernel[rows, triton.cdiv(chunks, tile)](
-        *raw, temperature, block_lens, workspace, *strides, block, block, vocab, chunks, plane, RAGGED=ragged,
+        *raw, temperature, block_lens, workspace, *strides, block, block, vocab, chunks, plane, 0, RAGGED=ragged,
         TILE=tile, num_warps=warps, **PLAIN)
     if draft_logits is not None and block > 1:
         chunks_kernel[rows - requests, triton.cdiv(chunks, tile)](
-            draft_logits, None, None, None, None, temperature, block_lens, workspace[2 * plane:], *d_strides,
-            *(0,) * 6, block, block - 1, vocab, chunks, plane, RAGGED=ragged, TILE=tile, num_warps=warps, **PLAIN)
+            draft_logits, None, None, None, None, temperature, block_lens, workspace, *d_strides, *(0,) * 6, block,
+            block - 1, vocab, chunks, plane, 2 * plane, RAGGED=ragged, TILE=tile, num_warps=warps, **PLAIN)
     tile, warps = sizes["rows"]
     rows_kernel[rows,](
         *raw, draft_ids, context_lens, temperature, seeds, top_k, top_p, min_p, *proposal, block_lens, workspace, stats,

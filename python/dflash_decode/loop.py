@@ -219,11 +219,14 @@ class Decoder:
                 last = self.runner.prefill(live, self.prefill_rows if rows is None else rows)
                 if last is not None:
                     self._take_first(live, last)
+                if self.target.device.type == "cuda":  # a launch returns before its work is done
+                    torch.cuda.current_stream(self.target.device).synchronize()
             except Exception as error:  # it would fail every later step
                 live.fail(said(error))
                 raise
             ran = max(live.prefilled - done, 1)
-            self._row_seconds = (time.perf_counter() - started) / ran
+            if not self.runner.recorded:
+                self._row_seconds = (time.perf_counter() - started) / ran
             rows = None if rows is None else (rows - ran) // _PORTION * _PORTION
 
     def _next_to_start(self) -> Live | None:

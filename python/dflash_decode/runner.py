@@ -80,6 +80,7 @@ class Runner:
     def __init__(self, setting: Setting):
         self.setting = setting
         self.prefills: dict[int, Prefill] = {}
+        self.recorded = False  # whether the last prompt's pass was made for it
         # Passes and steps run one after another, so their graphs can share scratch memory.
         cuda = setting.target.device.type == "cuda"
         self.memory = torch.cuda.graph_pool_handle() if cuda else None
@@ -88,10 +89,14 @@ class Runner:
         """Runs at most `most` more tokens of the prompt. Returns the last token's hidden state (1, H) at its end."""
         s, prompt = self.setting, live.request.prompt
         done = min(live.prefilled, len(prompt) - 1)  # where an interrupt came before the first token
-        rows = prefill_sizes(len(prompt) - done, min(most, s.prefill_rows), s.target.device)[0]
+        most = min(most, s.prefill_rows)
+        if s.target.device.type == "cuda" and most < s.prefill_rows:
+            most = 1 << most.bit_length() - 1  # of few sizes, which warm_up has recorded
+        rows = prefill_sizes(len(prompt) - done, most, s.target.device)[0]
         if rows not in self.prefills:
             self.prefills[rows] = self.make_prefill(rows)
         work, chunk = self.prefills[rows], prompt[done:done + rows]
+        self.recorded = work.work.records
         last = work(chunk, done, s.pool.table_row(live.pages, s.max_pages))
         self.keep(live, done, work.features[:len(chunk)])
         live.prefilled = done + len(chunk)
@@ -108,7 +113,10 @@ class Runner:
         """Makes and records what prompts of these lengths and requests of these kinds need."""
         s, device = self.setting, self.setting.target.device
         nothing = s.pool.table_row([], s.max_pages)
-        for rows in sorted({size for n in prompt_lens for size in prefill_sizes(n, s.prefill_rows, device)}):
+        sizes = {size for n in prompt_lens for size in prefill_sizes(n, s.prefill_rows, device)}
+        if device.type == "cuda" and sizes:  # beside a step a part of a prompt has the largest of these that fits
+            sizes |= {1 << power for power in range(4, (max(sizes) - 1).bit_length())}
+        for rows in sorted(sizes):
             if rows not in self.prefills:
                 prefill = self.make_prefill(rows)
                 prefill([], 0, nothing)

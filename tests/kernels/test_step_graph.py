@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dflash_kernels as dk
-from dflash_kernels import _library
+from dflash_kernels import _library, step_graph
 from dflash_kernels.testing import same_bits
 from tests.support import ROOT, fresh
 from tests.support.op_samples import SAMPLES
@@ -287,3 +288,39 @@ def test_a_capture_of_one_thread_is_none_of_another_s(monkeypatch):
         thread.start()
         thread.join()
     assert not raised
+
+
+def test_a_capture_is_on_a_stream_of_its_own_device(monkeypatch):
+    """torch's default is of the device where it captured first: on another one it would record nothing."""
+    here, streams, captured = [0], [], []
+
+    @contextlib.contextmanager
+    def device(given):
+        before, index = here[0], torch.device(given).index
+        here[0] = before if index is None else index
+        yield
+        here[0] = before
+
+    @contextlib.contextmanager
+    def graph(recording, pool=None, stream=None):
+        captured.append((here[0], pool, stream))
+        yield
+
+    def stream(given):
+        streams.append(given.index)
+        return f"a stream of {given}"
+
+    fakes = {"CUDAGraph": object, "current_stream": lambda given=None: "before", "set_stream": None, "graph": graph,
+             "device": device, "current_device": lambda: here[0], "Stream": stream,
+             "is_current_stream_capturing": lambda: captured.append(here[0])}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(dk.StepGraph, "available", staticmethod(lambda device: True))
+    step_graph._stream_of.cache_clear()
+    for given in ("cuda:1", "cuda:0", "cuda", "cuda:1"):
+        with dk.StepGraph(given, pool=(1, 2)).capture():
+            pass
+    step_graph._stream_of.cache_clear()
+    assert captured[::2] == [(1, (1, 2), "a stream of cuda:1"), (0, (1, 2), "a stream of cuda:0"),
+                             (0, (1, 2), "a stream of cuda:0"), (1, (1, 2), "a stream of cuda:1")]
+    assert captured[1::2] == [1, 0, 0, 1] and streams == [1, 0]

@@ -30,6 +30,7 @@ class Launched(TorchDispatchMode):
 def rows(b, q, pages):
     x = torch.randn(b * q, HIDDEN)
     dk.linear(x, torch.randn(48, HIDDEN))
+    dk.linear(x, torch.randn(8, HIDDEN))
     dk.rms_norm(x, torch.randn(HIDDEN))
     dk.silu_and_mul(x)
     blocks, delta, base = x.view(b, q, HIDDEN), torch.randn(b, q, 2, 2), torch.randn(2, HIDDEN)

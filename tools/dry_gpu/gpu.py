@@ -278,7 +278,8 @@ def install() -> None:
         "get_device_capability": lambda device=None: (9, 0), "Event": Event, "CUDAGraph": Graph, "graph": _capture,
         "device": lambda device: contextlib.nullcontext(), "is_current_stream_capturing": lambda: bool(_capturing),
         "get_device_properties": lambda device=None: SimpleNamespace(name=NAME, multi_processor_count=4),
-        "current_stream": lambda device=None: _STREAM, "set_stream": lambda stream: None,
+        "current_stream": lambda device=None: _STREAM, "Stream": lambda device=None: _STREAM,
+        "set_stream": lambda stream: None,
         "graph_pool_handle": lambda: (0, next(_pools)), "mem_get_info": lambda device=None: (8 << 30, 16 << 30)}
     for name, stand_in in stand_ins.items():
         _put(torch.cuda, name, stand_in)
