@@ -5,6 +5,7 @@ import torch
 
 from dflash_decode.checkpoint import Blocks
 from dflash_decode.kv import NO_PAGE, PagePool
+from dflash_decode.model import families
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.step import Prefill
 from dflash_kernels import quantize_blocks
@@ -125,6 +126,15 @@ def test_what_changes_the_arithmetic_is_refused_by_name(changes, match):
     model, _ = make_target("llama")
     with pytest.raises(NotImplementedError, match=match):
         NativeTarget({**model.config.to_dict(), **changes}, model.state_dict())
+
+
+def test_a_config_that_does_not_say_is_as_the_family_s_class_has_it():
+    """transformers leaves out of a config.json what its class has by default."""
+    for name, family in families.FAMILIES.items():
+        if name in transformers.CONFIG_MAPPING:
+            config = transformers.CONFIG_MAPPING[name]()
+            assert family.tied == config.get_text_config().tie_word_embeddings, name
+    assert families.FAMILIES["smollm3"].tied
 
 
 def test_missing_and_wrong_fields_and_tensors_are_named():

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from dflash_decode.checkpoint.fields import Fields
 from dflash_decode.model.config import read_draft_config
 from dflash_decode.model.drafter import Drafter
+from dflash_decode.model.quantized import dequantized, read_quantization
 from dflash_kernels.testing import same_bits
 
 pytest.importorskip("transformers")
@@ -122,3 +124,13 @@ def test_p15_an_fp8_drafter_on_disk_loads(tmp_path):
         (folder / "config.json").write_text(json.dumps(config | more))
         runs.append(Session.load(target, folder, block_size=4).run([[1, 2, 3]], max_tokens=12).answers[0])
     assert (runs[0].tokens, runs[0].steps) == (runs[1].tokens, runs[1].steps)
+
+
+def test_scales_in_uint8_are_exponents():
+    """MXFP8: a power of two for 32 columns."""
+    w, exponents = torch.randn(4, 64).to(FP8), torch.randint(100, 140, (4, 2), dtype=torch.uint8)
+    config = read_quantization(Fields("x", {"quantization_config": grouped(strategy="group", group_size=32)}))
+    found = dequantized(config, {"w": w, "w_scale": exponents}, torch.float32, "x")["w"]
+    assert torch.equal(found, w.float() * (2.0 ** (exponents.double() - 127)).float().repeat_interleave(32, 1))
+    with pytest.raises(ValueError, match="the scale of w must be of floating point, or exponents .*; got torch.int32"):
+        dequantized(config, {"w": w, "w_scale": exponents.int()}, torch.float32, "x")["w"]

@@ -2,6 +2,7 @@
 native, it is an error."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -41,6 +42,18 @@ def test_transformers_layers_run_it_and_one_warning_says_so(foreign):
         "that is not supported"]
     assert isinstance(session.target, HFTarget)
     assert session.run([PROMPT], max_tokens=16).answers[0].tokens == baseline_text(model, PROMPT, 16)
+
+
+def test_the_attention_that_a_config_names_is_not_fetched(foreign, tmp_path):
+    """transformers would take it from the Hub, and refuse a model whose backend is not installed."""
+    model, folder = foreign
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("kernels-community/flash-attn2", "flash_attention_2"):
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"_attn_implementation": name}))
+        with pytest.warns(UserWarning, match="transformers' own layers run this model"):
+            session = Session.load(tmp_path / "m", None, dtype="float32")
+        assert session.run([PROMPT], max_tokens=4).answers[0].tokens == baseline_text(model, PROMPT, 4)
 
 
 @pytest.mark.parametrize("how", [{"native": True}, {"weights": "int8"}])

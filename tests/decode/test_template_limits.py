@@ -30,7 +30,8 @@ def test_a_template_that_grows_or_loops_is_stopped(small_limits, name):
         ours(template, [user("x")])
 
 
-@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", template_attacks.LOOPS["nested loops"]])
+@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", *(template_attacks.LOOPS[name] for name in (
+    "nested loops", "searching from the right", "splitting from the right", "stripping many characters"))])
 def test_the_limits_as_they_are_stop_a_template(template):
     with pytest.raises(CheckpointError, match=ENDED):
         ours(template, [user("x")])

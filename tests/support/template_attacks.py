@@ -101,6 +101,9 @@ LOOPS = {
     "a condition of a loop": "{% for j in range(100000) if j < 0 %}{% endfor %}",
     "a long text that is set": "{% set x %}{% for i in range(400) %}" + "x" * 10000 + "{% endfor %}{% endset %}",
     "namespaces of namespaces": _times("1", "namespace(a=ns.x, b=ns.x)", "{{ ns.x }}" + LOOP + END),
+    "searching from the right": "{% set x = 'a' * 1000000 %}{% set y = 'ab' ~ 'a' * 500000 %}{{ x.rfind(y) }}",
+    "splitting from the right": "{% set x = 'a' * 1000000 %}{% set y = 'ab' ~ 'a' * 500000 %}{{ x.rsplit(y) }}",
+    "stripping many characters": "{% set x = 'a' * 1000000 %}{% set y = 'b' * 500000 ~ 'a' %}{{ x.strip(y) }}",
     "keeping what is made": "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}"
                             "{% set ns.l = ns.l + ['x' * 1000 ~ i] %}{% endfor %}",
 }
@@ -133,4 +136,7 @@ FAULTS = {
     "lists 200 deep": (_times("1", "[[[[ns.x]]]]"), "nested at most 100 deep"),
     "JSON of what is none": ("{{ namespace()|tojson }}", "TypeError"),
     "a date that is no text": ("{{ strftime_now(1) }}", "TypeError"),
+    "an encoding of bytes by search": ("{{ ('ä' * 1000).encode('punycode') }}", "an encoding must be one of ascii, "),
+    "a range of numbers with one hash": ("{% set p = 2305843009213693951 %}{{ {}.fromkeys(range(0, p * 9, p)) }}",
+                                         "a range must be of numbers below 1152921504606846976"),
 }

@@ -72,7 +72,7 @@ def _most(args: tuple, kwargs: dict) -> int:
 
 
 def _texts(args: tuple, kwargs: dict) -> int:
-    return sum(len(a) for a in (*args, *kwargs.values()) if isinstance(a, str))
+    return sum(len(a) for a in (*args, *kwargs.values()) if isinstance(a, (str, bytes)))
 
 
 def _replaced(text, args: tuple, kwargs: dict) -> int:
@@ -96,6 +96,10 @@ _FUNCTIONS: dict[str, Callable[[tuple, dict], int]] = {
     "strftime_now": lambda args, kwargs: 256 * _texts(args, kwargs),
     "generate_lorem_ipsum": lambda args, kwargs: 8 * max(100, _most(args, kwargs)) ** 2,
 }
+# Methods that take as long as the product of both texts' lengths.
+_PRODUCTS = frozenset(("strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition"))
+_ENCODINGS = frozenset(("utf-8", "utf8", "ascii", "us-ascii", "latin-1", "latin1", "iso-8859-1"))
+_LARGEST = 1 << 60  # bounds of a range: Python's hashes of larger numbers can all be the same
 _AT_ONCE = frozenset(("get", "keys", "values", "items", "startswith", "endswith"))
 
 
@@ -106,6 +110,13 @@ def pay_call(function, args: tuple, kwargs: dict) -> None:
     if name in _AT_ONCE and isinstance(owner, (str, dict)) and all(isinstance(a, (str, int)) for a in args[:1]):
         return
     spent.spend(spent.sizes(args, kwargs) + spent.size(owner))
+    if name in _PRODUCTS and isinstance(owner, (str, bytes)):
+        spent.spend(len(owner) * _texts(args, kwargs) // STEP)
+    elif name in ("encode", "decode") and isinstance(owner, (str, bytes)):
+        if (named := str((*args, kwargs.get("encoding", "utf-8"))[0]).lower().replace("_", "-")) not in _ENCODINGS:
+            raise TooMuch(f"an encoding must be one of {', '.join(sorted(_ENCODINGS))}; got {named[:60]!r}")
+    elif name in ("range", "safe_range") and _most(args, kwargs) >= _LARGEST:
+        raise TooMuch(f"a range must be of numbers below {_LARGEST}; got {_most(args, kwargs)}"[:200])
     if name in _METHODS and isinstance(owner, (str, bytes, int)):
         spent.spend(spent.allow(_METHODS[name](owner, args, kwargs)))
     elif name in _FUNCTIONS:

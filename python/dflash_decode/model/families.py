@@ -18,7 +18,7 @@ class Family:
     qk_norm: of queries and keys: "each" head, "all" heads as one vector, "field" (each, if use_qk_norm is true) or "".
     windows: what puts a window on layers: "set" (sliding_window is a number), "asked" (use_sliding_window is true
     beside it) or "". partial: a part of a head can be left unrotated. sinks: each head has a learned sink. growing:
-    queries grow with their position.
+    queries grow with their position. tied: whether the LM head is the embedding where the config does not say.
     """
 
     qkv_bias: str = ""
@@ -29,6 +29,7 @@ class Family:
     partial: bool = False
     sinks: bool = False
     growing: bool = False
+    tied: bool = False
     experts: Callable[[Fields, int], ExpertsConfig] | None = None
 
 
@@ -85,7 +86,7 @@ FAMILIES = {
     "qwen2": Family(qkv_bias="always", windows="asked"),
     "qwen3": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked"),
     "qwen3_moe": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked", experts=_qwen3),
-    "smollm3": Family(qkv_bias="field", o_bias=True, mlp_bias=True, windows="asked"),
+    "smollm3": Family(qkv_bias="field", o_bias=True, mlp_bias=True, windows="asked", tied=True),
 }
 
 # Families that stay in transformers' layers, and why.

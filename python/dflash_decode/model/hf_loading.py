@@ -20,10 +20,11 @@ def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> HFTarget:
 def read_model(folder: Path, dtype: torch.dtype):
     """The transformers model of a directory. Raises CheckpointError for one that transformers cannot read, and
     NotImplementedError for one that cannot be a target."""
-    _check(_read_config(folder))
+    config = _read_config(folder)
+    _check(config)
     transformers.utils.logging.disable_progress_bar()
     return _made(lambda: transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True))
+        folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True))
 
 
 def load_hf_tensors(found: Checkpoint, dtype: torch.dtype, device: torch.device) -> HFTarget:
@@ -71,10 +72,16 @@ def _config(read):
     """Reads the config. For bad fields transformers raises many kinds of errors, including those of its validation
     libraries."""
     try:
-        return read()
+        config = read()
     except Exception as error:
         raise CheckpointError(f"transformers {transformers.__version__} cannot read config.json: "
                               f"{brief(error)}") from error
+    # What a file names there, transformers may fetch and run; attention is ours.
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = None
+    return config
 
 
 def _made(make):

@@ -88,7 +88,16 @@ class _Widened(Mapping):
                              "got nothing")
         zero = self._tensors.get(f"{name}_zero_point")
         exact = t.float() if zero is None else t.float() - self._spread(name, zero.float(), t.shape)
-        return (exact * self._spread(name, scale.float(), t.shape)).to(self._dtype)
+        return (exact * self._spread(name, self._factors(name, scale), t.shape)).to(self._dtype)
+
+    def _factors(self, name, scale):
+        """float32: a scale in uint8 is a power of two by its exponent (MX)."""
+        if scale.dtype == torch.uint8:
+            return torch.exp2(scale.float() - 127)
+        if not scale.is_floating_point():
+            raise ValueError(f"{self._what}: the scale of {name} must be of floating point, or exponents in uint8; "
+                             f"got {scale.dtype}")
+        return scale.float()
 
     def _spread(self, name, scale, shape):
         """One scale for the whole weight, for each row, or for each block of rows and columns -> one that broadcasts.

@@ -69,7 +69,7 @@ def read_target_config(config: Mapping) -> TargetConfig:
         g, vocab_size=f.whole("vocab_size"), max_context=f.whole("max_position_embeddings"),
         masks=_masks(f, name, rotated), ropes=tuple(rope if turns else Rope(1.0, 0) for turns in rotated),
         query_ropes=(of_queries,) * layers if family.growing else None,
-        tied=f.flag("tie_word_embeddings", False), quantization=_quantization(f, name),
+        tied=f.flag("tie_word_embeddings", family.tied), quantization=_quantization(f, name),
         extra=max(f.whole(field, 0, least=0, most=MOST_LAYERS) for field in _EXTRA),
     )
 

@@ -28,7 +28,7 @@ from ..errors import CheckpointError, brief, read_json, regular, warn
 from .shards import files_of
 
 WEIGHTS = "model.safetensors"
-_FORMAT = 4  # raise it when the conversion changes: it is part of the cache key
+_FORMAT = 5  # raise it when the conversion changes: it is part of the cache key
 _MANIFEST, _HALF_MADE, _LOCK = "converted-from", ".new-", ".lock"
 _HASHED = 8 << 20  # bytes of a file that are hashed, beside its size: all but the weights, and their header
 

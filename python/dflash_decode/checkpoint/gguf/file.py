@@ -20,6 +20,9 @@ from .reader import field, metadata, open_file
 from .rope import read_rope
 
 _CACHE_LIMIT = 2 << 30  # bytes of bfloat16; larger models are dequantised each time, not copied into the home folder
+# Texts of tokens that end an answer or a turn.
+_ENDS = frozenset(("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>",
+                   "<|end_of_text|>", "<|return|>", "<|call|>", "<EOT>"))
 _FORMATS = "block_formats"  # in a cached config.json: the format of every weight that is kept in blocks
 
 
@@ -120,9 +123,14 @@ def _common(path: Path, f: Fields, arch: str, family: Family, reader) -> dict:
 
 
 def stop_ids(path: Path, reader) -> list[int]:
-    """The tokens that end an answer: end of sequence, and end of turn if the file names one."""
-    found = [field(path, reader, f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot")]
-    return list(dict.fromkeys(token for token in found if token is not None))
+    """The tokens that end an answer: those that the file names, and those that end one by their text in any model, as
+    in llama.cpp: files name the end of sequence alone where a turn has an end of its own."""
+    named = [field(path, reader, f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
+    tokens = field(path, reader, "tokenizer.ggml.tokens", list, [])
+    by_text = {text: token for token, text in enumerate(tokens) if text in _ENDS}
+    if {"<|return|>", "<|call|>"} <= {*by_text}:
+        by_text.pop("<|end|>", None)  # gpt-oss ends messages with it, of which an answer has several
+    return list(dict.fromkeys([*(token for token in named if token is not None), *by_text.values()]))
 
 
 def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype,

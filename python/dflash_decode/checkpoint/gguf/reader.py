@@ -30,9 +30,12 @@ def _reader(path: str):
 
     check_header(Path(path))
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
     except Exception as error:  # the reader meets damage with whatever numpy raised
         raise CheckpointError(f"{path}: expected a GGUF file; got {brief(error)}") from None
+    if reader.byte_order == "S":
+        raise CheckpointError(f"{path}: expected a GGUF file in this machine's byte order; got the other")
+    return reader
 
 
 def open_file(path: Path):

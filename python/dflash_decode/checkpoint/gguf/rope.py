@@ -17,7 +17,10 @@ def read_rope(f: Fields, arch: str, head_dim: int, stored: Mapping = {}) -> dict
     """rope_parameters of the Hugging Face config; their reader checks the ranges. stored: a file's tensors by their
     names, as its reader has them."""
     rope = {"rope_type": "default", "rope_theta": f.number(f"{arch}.rope.freq_base", 10000.0, above=1.0)}
-    scaling = f.text(f"{arch}.rope.scaling.type", "none")
+    # Old files have another name for a linear factor, or give a factor without a type.
+    factor = f.number(f"{arch}.rope.scaling.factor", f.number(f"{arch}.rope.scale_linear", 0.0, least=0.0) or 1.0,
+                      above=0.0)
+    scaling = f.text(f"{arch}.rope.scaling.type", "none" if factor == 1.0 else "linear")
     rotary = f.whole(f"{arch}.rope.dimension_count", head_dim, most=MOST_HEAD_DIM)
     if rotary != head_dim:
         rope["partial_rotary_factor"] = rotary / head_dim
@@ -28,7 +31,7 @@ def read_rope(f: Fields, arch: str, head_dim: int, stored: Mapping = {}) -> dict
     if scaling == "longrope":
         raise CheckpointError(f"{f.what}: expected a tensor {_LONG} for rope.scaling.type longrope; got none")
     if scaling != "none":
-        rope |= {"rope_type": scaling, "factor": f.number(f"{arch}.rope.scaling.factor", 1.0, above=0.0)}
+        rope |= {"rope_type": scaling, "factor": factor}
     if scaling == "yarn":
         rope["original_max_position_embeddings"] = f.whole(f"{arch}.rope.scaling.original_context_length",
                                                            f.whole(f"{arch}.context_length"))

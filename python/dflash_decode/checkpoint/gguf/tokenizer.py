@@ -41,8 +41,7 @@ def tokenizer_files(path: Path, reader) -> dict[str, str]:
     added = [AddedToken(t, special=kind == _CONTROL, normalized=False) for t, kind in zip(tokens, types, strict=False)
              if kind in (_CONTROL, _USER_DEFINED) and t]
     tokenizer.add_tokens(added)
-    config = {"chat_template": field(path, reader, "tokenizer.chat_template", str, None),
-              "add_bos_token": get("add_bos_token", bool, add_bos)}
+    config = {"chat_template": _chat_templates(path, reader), "add_bos_token": get("add_bos_token", bool, add_bos)}
     for name, key in _SPECIAL.items():
         token = get(key, int, None)
         if token is not None and not 0 <= token < len(tokens):
@@ -53,6 +52,16 @@ def tokenizer_files(path: Path, reader) -> dict[str, str]:
         bos = {"id": "bos", "ids": [get("bos_token_id", int)], "tokens": [config["bos_token"]]}
         tokenizer.post_processor = processors.TemplateProcessing(single="bos:0 $A:0", special_tokens=[bos])
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=1)}
+
+
+def _chat_templates(path: Path, reader) -> str | list[dict[str, str]] | None:
+    """The template, or with those that have names ("tool_use") as tokenizer_config.json lists them."""
+    default = field(path, reader, "tokenizer.chat_template", str, None)
+    names = _list(path, "chat_templates", field(path, reader, "tokenizer.chat_templates", list, []), str)
+    if not names:
+        return default
+    found = {name: field(path, reader, f"tokenizer.chat_template.{name}", str) for name in names if name != "default"}
+    return [{"name": name, "template": text} for name, text in ({"default": default} | found).items() if text]
 
 
 def _merges(path: Path, get: Callable) -> list[tuple[str, str]]:
