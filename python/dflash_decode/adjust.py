@@ -39,7 +39,6 @@ class Adjuster:
         self.bitmask = torch.full((batch, width, words), -1, dtype=torch.int32, device=device)
         self.adjustments = LogitAdjustments(self.seen, self.penalty, self.bias, self.bitmask)
         self.width, self.vocab = width, vocab
-        self._wanted: list[tuple[SamplingParams, torch.Tensor] | None] = [None] * batch  # the row of a logit_bias
 
     def fill(self, b: int, sampling: SamplingParams, prompt: Sequence[int], text: Sequence[int],
              drafts: Sequence[int], stops: Collection[int] = ()) -> int:
@@ -51,7 +50,7 @@ class Adjuster:
         width = self.width
         drafts = list(takewhile(range(self.vocab).__contains__, drafts))  # where verify_sample ends the block too
         self.penalty[b] = sampling.repetition_penalty
-        counts, bias = Counter(text), self._bias(b, sampling).repeat(width, 1)
+        counts, bias = Counter(text), torch.zeros((width, self.vocab))
         seen = torch.zeros((width, self.vocab), dtype=torch.bool)
 
         def value(token):
@@ -60,6 +59,9 @@ class Adjuster:
             # Penalties that float32 holds may be more together, or many times over; infinities are as they were asked.
             return wanted if math.isinf(wanted) else max(-FLOAT32.max, min(wanted, FLOAT32.max))
 
+        if sampling.logit_bias:
+            tokens, biases = map(torch.from_numpy, sampling.biases)
+            bias[:, tokens] = biases
         if sampling.frequency_penalty or sampling.presence_penalty:
             bias[:, list(counts)] = torch.tensor([value(token) for token in counts])
         seen[:, list({*prompt, *counts})] = True
@@ -72,15 +74,6 @@ class Adjuster:
         words, rows = self._mask(sampling, text, drafts, stops, bias > -math.inf)
         self.bitmask[b].copy_(words)
         return rows
-
-    def _bias(self, b: int, sampling: SamplingParams) -> torch.Tensor:
-        """(V,): what logit_bias adds, which is made once for the request in b."""
-        known = self._wanted[b]
-        if known is None or known[0] is not sampling:
-            row, asked = torch.zeros(self.vocab), sampling.logit_bias
-            row[list(asked)] = torch.tensor([*asked.values()], dtype=torch.float32)
-            known = self._wanted[b] = sampling, row
-        return known[1]
 
     def _mask(self, sampling, text, drafts, stops, wanted):
         """wanted (width, V) bool: the tokens that logit_bias does not ban."""

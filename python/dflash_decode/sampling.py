@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from .inputs import integer, number, shown
@@ -66,6 +68,11 @@ class SamplingParams:
         """Whether the logits are adjusted before a token is chosen."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
                     or self.grammar is not None)
+
+    @cached_property
+    def biases(self) -> tuple[np.ndarray, np.ndarray]:
+        """logit_bias as tokens (N,) int64 and their float32 (N,), made once for all steps."""
+        return np.array([*self.logit_bias], dtype=np.int64), np.array([*self.logit_bias.values()], dtype=np.float32)
 
 
 GREEDY = SamplingParams()

@@ -19,14 +19,14 @@ IDS = "a sequence of token ids, or a tensor or array of one dimension"
 
 
 class Grammar:
-    """Allows everything, and raises the error when it is asked for the `at`-th time."""
+    """Allows everything, and raises the error when it is asked for the `at`-th time, and from then on."""
 
     def __init__(self, error, at=1):
         self.error, self.left = error, at
 
     def fill_bitmask(self, tokens, words):
         self.left -= 1
-        if self.left == 0:
+        if self.left <= 0:
             raise self.error
 
 

@@ -97,7 +97,7 @@ def test_chat_template_and_stops(ours, theirs):
     for prompt in (True, False):
         assert ours.apply_chat_template(talk, prompt) == theirs.apply_chat_template(
             talk, tokenize=False, add_generation_prompt=prompt)
-    assert ours.stop_ids == (theirs.eos_token_id,) and ours.eos_token == theirs.eos_token
+    assert ours.stop_ids == (theirs.eos_token_id, ours.token_id("<|endoftext|>")) and ours.eos_token == theirs.eos_token
     assert ours.vocab_size == len(theirs)
 
 
