@@ -60,8 +60,8 @@ class Adjuster:
             return wanted if math.isinf(wanted) else max(-FLOAT32.max, min(wanted, FLOAT32.max))
 
         if sampling.logit_bias:
-            tokens, biases = map(torch.from_numpy, sampling.biases)
-            bias[:, tokens] = biases
+            tokens, biases = sampling.biases
+            bias[:, torch.frombuffer(tokens, dtype=torch.int64)] = torch.frombuffer(biases, dtype=torch.float32)
         if sampling.frequency_penalty or sampling.presence_penalty:
             bias[:, list(counts)] = torch.tensor([value(token) for token in counts])
         seen[:, list({*prompt, *counts})] = True

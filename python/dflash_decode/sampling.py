@@ -1,12 +1,12 @@
 """Sampling parameters of a request."""
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from .inputs import integer, number, shown
@@ -70,9 +70,9 @@ class SamplingParams:
                     or self.grammar is not None)
 
     @cached_property
-    def biases(self) -> tuple[np.ndarray, np.ndarray]:
-        """logit_bias as tokens (N,) int64 and their float32 (N,), made once for all steps."""
-        return np.array([*self.logit_bias], dtype=np.int64), np.array([*self.logit_bias.values()], dtype=np.float32)
+    def biases(self) -> tuple[array, array]:
+        """logit_bias as tokens (N,) in 64 bits and their values (N,) in float32, made once for all steps."""
+        return array("q", self.logit_bias), array("f", self.logit_bias.values())
 
 
 GREEDY = SamplingParams()
