@@ -11,7 +11,7 @@ namespace dflash::DFLASH_ISA {
 namespace {
 
 constexpr double kGreedy = 1e-5;  // temperatures below are 0; as in dflash_kernels/_constants.py
-constexpr float kLargest = 1e37f;  // an infinite temperature must not make NaN of -inf
+constexpr float kHottest = 1e37;  // an infinite temperature must not make NaN of -inf
 
 struct Filters {
   float temperature;
@@ -21,7 +21,7 @@ struct Filters {
 
 // What is off is 0, 1 and 0.
 inline Filters filters_of(const SamplingRecord& s, int64_t b) {
-  const float temp = s.temperature[b] > kLargest ? kLargest : s.temperature[b];
+  const float temp = s.temperature[b] > kHottest ? kHottest : s.temperature[b];
   return {temp, s.top_k ? s.top_k[b] : 0, s.top_p ? s.top_p[b] : 1.0f, s.min_p ? s.min_p[b] : 0.0f};
 }
 

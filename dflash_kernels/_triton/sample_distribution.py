@@ -21,7 +21,7 @@ from ._math import of_order_key, order_key, tree_sum
 
 CHUNK, GREEDY = tl.constexpr(shared.SAMPLE_CHUNK), tl.constexpr(shared.GREEDY)
 SAMPLE, ACCEPT, DRAFT = (tl.constexpr(purpose) for purpose in (shared.SAMPLE, shared.ACCEPT, shared.DRAFT))
-FIXED_POINT, LARGEST = tl.constexpr(2.0**40), tl.constexpr(1e37)
+FIXED_POINT, LARGEST = tl.constexpr(2.0**40), tl.constexpr(shared.HOTTEST)
 LOWEST = tl.constexpr(-(1 << 31))  # below the key of minus infinity
 
 

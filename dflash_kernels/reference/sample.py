@@ -17,9 +17,7 @@ import math
 
 import torch
 
-from .._constants import ACCEPT, DRAFT, GREEDY, SAMPLE
-
-LARGEST = 1e37  # temperature: infinity over infinity would be NaN
+from .._constants import ACCEPT, DRAFT, GREEDY, HOTTEST, SAMPLE
 
 _WORD = 0xFFFFFFFF
 
@@ -79,7 +77,7 @@ def distribution(x, temperature, top_k=None, top_p=None, min_p=None) -> torch.Te
     usable = ~x.isnan() & (x > -math.inf)
     clean = torch.where(usable, x, -math.inf).double()
     top = clean.amax(-1, keepdim=True)
-    temp = row(temperature).clamp_max(LARGEST)
+    temp = row(temperature).clamp_max(HOTTEST)
     w = torch.where(clean == top, 1.0, ((clean - top) / temp.clamp_min(GREEDY)).exp())
     w = torch.where(usable, w, 0.0)
     if min_p is not None:

@@ -13,6 +13,7 @@ from tests.support import ROOT
 # Name in Python: where C++ has it, as csrc's file and name.
 SHARED = {
     "GREEDY": ("cpu/sample_distribution.h", "kGreedy"),
+    "HOTTEST": ("cpu/sample_distribution.h", "kHottest"),
     "SAMPLE_CHUNK": ("cpu/sample.h", "kSampleChunk"),
     "CHUNK_SUMS": ("cpu/sample.h", "kChunkSums"),
     "ROW_STATS": ("cpu/sample.h", "kRowStats"),
@@ -80,6 +81,7 @@ def test_triton_takes_them_from_the_same_place():
 
     (chunk,), (greedy,), (stats,), (widest,) = map(in_python, ("SAMPLE_CHUNK", "GREEDY", "ROW_STATS", "MAX_HEAD_DIM"))
     assert (sample_distribution.CHUNK.value, sample_distribution.GREEDY.value) == (chunk, greedy)
+    assert [sample_distribution.LARGEST.value] == in_python("HOTTEST")
     assert [[p.value] for p in (sample_distribution.SAMPLE, sample_distribution.ACCEPT, sample_distribution.DRAFT)] == [
         in_python(name) for name in ("SAMPLE", "ACCEPT", "DRAFT")]
     assert sample_accept.STATS.value == stats
