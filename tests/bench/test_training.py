@@ -1,29 +1,22 @@
-"""The training recipe: its model is the one that our ops run, its losses are torch's, its data is not the test data."""
+"""The training recipe: its model is the one that our ops run, and its losses are torch's."""
 
-import gzip
-import json
 import math
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dflash_decode.checkpoint import drafter_of, load_checkpoint
+from dflash_decode.checkpoint import load_checkpoint
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
-from dflash_decode.model.vocabulary import read_vocabulary
 from tests.bench.conftest import MASK
-from tests.support import ROOT
 from tests.support.clocks import Ticks
 from tests.support.tiny import VOCAB
-from tools.training import checkpoint, optimise, plots, texts
-from tools.training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention, hits
+from tools.training import checkpoint, optimise, plots
+from tools.training.drafter import HeadLoss, Shape, TrainedDrafter, _Attention
 
-SHARED = ROOT.parent / "shared" / "data"
-SHIPPED = Path(drafter_of("smollm2"))
 pytestmark = pytest.mark.usefixtures("eager")
 
 
@@ -72,14 +65,13 @@ def test_head_loss_and_its_gradient_are_cross_entropy():
     shares = shares / shares.sum(-1, keepdim=True)
     shares[7], shares[8], weight[9] = 0, shares[8] / 3, 0
     bias = torch.randn(40, generator=generator)
-    total, losses = HeadLoss.apply(hidden, head, bias, labels, shares, weight)
-    got, = torch.autograd.grad(total, hidden)
+    losses, best = HeadLoss.apply(hidden, head, bias, labels, shares, 30)
+    got, = torch.autograd.grad((losses * weight).sum(), hidden)
     logs = F.linear(hidden, head, bias).log_softmax(-1)
     want = -(logs.gather(1, labels) * shares).sum(-1)
     expected, = torch.autograd.grad((want * weight).sum(), hidden)
     assert torch.allclose(losses, want, atol=1e-5) and torch.allclose(got, expected, atol=1e-5)
-    best = F.linear(hidden, head).argmax(-1)
-    assert torch.equal(hits(hidden, head, labels[:, 0]), best == labels[:, 0])
+    assert torch.equal(best, F.linear(hidden, head, bias)[:, :30].argmax(-1))
 
 
 def test_trained_model_is_the_one_that_our_ops_run(folder, target, drafter, tmp_path):
@@ -141,6 +133,23 @@ def test_batch_labels_are_the_tokens_after_the_anchor(written):
     assert torch.allclose(shares, torch.ones_like(shares), atol=1e-2)
 
 
+def test_blocks_begin_rather_where_the_target_was_unsure(written, monkeypatch):
+    """Here it is sure of every even place and of no odd one."""
+    _, features = written
+    whole, which = type(features).batch, range(len(features))
+    monkeypatch.setattr(features, "batch", lambda chosen: (found := whole(features, chosen))._replace(
+        odds=((torch.arange(found.odds.shape[1]) + 1) % 2)[None, :, None].expand(found.odds.shape).float()))
+    vocabulary, draw, unsure = optimise.Vocabulary(torch.arange(VOCAB), VOCAB), random.Random(0), {}
+    for evenly in (True, False):
+        anchors = torch.cat([optimise.Batch(features, which, 3, 4, vocabulary, 0.5, draw, "cpu", evenly=evenly).anchors
+                             for _ in range(20)])
+        assert (anchors.diff() > 0).all()
+        for places, i in zip(anchors, list(which) * 20, strict=True):
+            assert features.starts[i] <= places[0] and places[-1] < features.length(i) - 1
+        unsure[evenly] = (anchors % 2).float().mean()
+    assert 0.4 < unsure[True] < 0.6 and unsure[False] > 0.75
+
+
 def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path, monkeypatch):
     _, features = written
     monkeypatch.setattr(optimise, "time", SimpleNamespace(perf_counter=Ticks()))  # a step takes a second
@@ -153,10 +162,10 @@ def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path,
     first = make()
     assert not first.resume()
     assert not set(first.held_out) & set(first.used) and all(features.greedy[i] for i in first.held_out)
-    losses = [first.advance(optimise.Group(first.used[:4]), 0.2) for _ in range(30)]
+    losses = [first.advance(optimise.Group(first.used[:4]), 0.2) for _ in range(40)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     first.run(evaluations=1)
-    assert first.step == 31 and 1 <= first.history[-1]["acceptance"] <= 4
+    assert first.step == 41 and 1 <= first.history[-1]["acceptance"] <= 4
     second = make()
     assert second.resume() and (second.step, second.seconds) == (first.step, first.seconds)
     for name, weight in second.drafter.state_dict().items():
@@ -165,6 +174,34 @@ def test_training_learns_and_goes_on_where_it_stopped(target, written, tmp_path,
     assert after[0] == after[1]
     plots.plot(second.history * 2, tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_was_cut_off_is_the_run_that_was_not(target, written, tmp_path):
+    recipe = optimise.Recipe(texts=2, blocks=4, vocabulary=64, minutes=None, steps=70, visits=2, early_share=0.0)
+
+    def made(folder):
+        folder.mkdir(exist_ok=True)
+        drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, written[1].scale)
+        return optimise.Training(drafter, target, written[1], recipe, folder)
+
+    whole = made(tmp_path / "whole")
+    for _ in range(70):
+        whole.advance(whole.group(), 0.5)
+    for steps in (33, 37):
+        part = made(tmp_path / "parts")
+        assert part.resume() == (steps == 37)
+        for _ in range(steps):
+            part.advance(part.group(), 0.5)
+        part.save()
+    assert part.step == 70 and all(torch.equal(a, b) for a, b in zip(
+        part.drafter.parameters(), whole.drafter.parameters(), strict=True))
+
+
+def test_too_few_texts_are_an_error(target, written, tmp_path):
+    for recipe, seen in ((optimise.Recipe(texts=1000), ()), (optimise.Recipe(texts=2), set(written[1].prompts))):
+        drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, written[1].scale)
+        with pytest.raises(ValueError, match="training: texts must be at least .* for a step and some to hold out"):
+            optimise.Training(drafter, target, written[1], recipe, tmp_path, seen)
 
 
 @pytest.mark.parametrize("minutes, steps, made", [(None, 7, 7), (1, 7, 7), (4 / 60, 7, 4)])
@@ -209,9 +246,9 @@ def test_a_group_s_next_blocks_begin_where_decoding_would_go_on(target, written,
                 assert group.anchors[row, block] == (at if at < len(text) - 1 else features.starts[i])
                 walked.add(at < len(text) - 1)
     assert walked == {True, False} and len(moved) > 1
-    groups, seen = training._groups(), []
+    seen = []
     for _ in range(3 * optimise.OPEN):
-        seen.append(next(groups))
+        seen.append(training.group())
         seen[-1].visits += 1
     assert max(map(seen.count, seen)) <= 3 and len(set(seen)) > optimise.OPEN
 
@@ -235,70 +272,3 @@ def test_negatives_stand_for_every_token_outside_the_vocabulary(target, written,
     whole = (target.head.float() @ hidden)[sorted(outside)].exp().sum()
     part = sum((training._negatives()[0].float() @ hidden).exp().sum() * log_share.exp() for _ in range(50)) / 50
     assert math.isclose(part, whole, rel_tol=0.05)
-
-
-def test_what_a_start_was_trained_on_is_never_held_out(target, written, tmp_path):
-    _, features = written
-    seen = {"p", "ppp"}
-    drafter = TrainedDrafter(Shape.of(target, 1, (0, 2), 4, MASK), target.norm, features.scale)
-    training = optimise.Training(drafter, target, features, optimise.Recipe(vocabulary=64), tmp_path, seen)
-    assert training.held_out and not seen & {features.prompts[i] for i in training.held_out}
-    checkpoint.write(tmp_path / "a", drafter, target, torch.arange(9))
-    checkpoint.write_record(tmp_path / "a", training, None)
-    checkpoint.write_prompts(tmp_path / "a", ["x", "y"], None)
-    assert checkpoint.read_prompts(tmp_path / "a") == {"x", "y"}
-    checkpoint.write_prompts(tmp_path / "b", ["z"], tmp_path / "a")
-    checkpoint.write_record(tmp_path / "b", training, tmp_path / "a")
-    assert checkpoint.read_prompts(tmp_path / "b") == {"x", "y", "z"}
-    assert json.loads((tmp_path / "b" / "training.json").read_text())["start"]["texts"] == len(training.used)
-
-
-def test_shards_hold_the_same_weights(target, drafter, tmp_path):
-    checkpoint.write(tmp_path / "one", drafter, target, torch.arange(9))
-    size = (tmp_path / "one" / "model.safetensors").stat().st_size
-    drafter_mb = -(-size // 2_000_000) or 1
-    checkpoint.write(tmp_path / "more", drafter, target, torch.arange(9), drafter_mb)
-    one, more = load_checkpoint(tmp_path / "one").tensors, load_checkpoint(tmp_path / "more").tensors
-    assert one.keys() == more.keys() and all(torch.equal(one[n], more[n]) for n in one)
-
-
-def test_a_checkpoint_starts_a_run_with_its_weights_and_vocabulary(target, written, drafter, tmp_path):
-    checkpoint.write(tmp_path, drafter, target, torch.arange(9))
-    training = optimise.Training(drafter, target, written[1], optimise.Recipe(), tmp_path, (),
-                                 read_vocabulary(tmp_path))
-    assert training.vocabulary.ids.tolist() == list(range(9)) and len(training.head) == 9
-    again = TrainedDrafter(drafter.shape, target.norm, torch.rand(2 * target.hidden) + 0.5)
-    again.load_tensors(load_checkpoint(tmp_path).tensors)
-    for name, tensor in again.tensors().items():
-        torch.testing.assert_close(tensor, drafter.tensors()[name], rtol=1e-2, atol=0)
-
-
-def test_a_result_keeps_a_share_of_its_start(target, written, drafter, tmp_path):
-    _, features = written
-    checkpoint.write(tmp_path / "start", drafter, target, torch.arange(9))
-    start = load_checkpoint(tmp_path / "start").tensors
-    trained = TrainedDrafter(drafter.shape, target.norm, features.scale, seed=5)
-    before = {name: t.clone().float() for name, t in trained.tensors().items()}
-    recipe = optimise.Recipe(vocabulary=64, start_share=0.25)
-    training = optimise.Training(trained, target, features, recipe, tmp_path)
-    training.history = [{"loss": 1.5}]
-    training.average(start)
-    for name, tensor in trained.tensors().items():
-        torch.testing.assert_close(tensor.float(), 0.75 * before[name] + 0.25 * start[name].float(), rtol=2e-2,
-                                   atol=1e-3)
-    assert training.history[-1]["loss"] == 1.5 and training.history[-1]["acceptance"] >= 1
-
-
-def _normal(text):
-    return " ".join(text.split())
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the prompts beside the repository")
-def test_no_evaluation_prompt_was_trained_on():
-    packed = (SHIPPED.parent / "training_prompts.json.gz").read_bytes()
-    trained = {_normal(p) for p in json.loads(gzip.decompress(packed))}
-    assert len(trained) == len(trained - {""}) > 1000
-    for name in ("gsm8k", "math500", "humaneval", "mt_bench"):
-        for row in texts.read_jsonl(SHARED / f"{name}.jsonl"):
-            for turn in row["turns"]:
-                assert _normal(turn) not in trained, row["id"]

@@ -47,8 +47,10 @@ def test_the_same_command_goes_on_where_it_ended(run, capsys):
     same = "--write-tokens", 240, "--write-minutes", 2, "--steps", 6
     with pytest.raises(SystemExit, match=r"has features of other texts, or of other layers than \[0, 1\]: remove it"):
         run(*same, "--target-layer-ids", 0, 1)
-    with pytest.raises(SystemExit, match="state.pt is of a run on other texts: remove it, or use another folder"):
-        run(*same, "--features", "live", "--limit", 9)
+    with pytest.raises(SystemExit, match="state.pt is of a run that differs in texts, .*: remove it, or use another"):
+        run(*same, "--features", "live", "--limit", 11)
+    with pytest.raises(SystemExit, match="state.pt is of a run that differs in seed, .*held-out texts: remove it"):
+        run(*same, "--seed", 1)
     with pytest.raises(SystemExit, match="has features of other texts"):
         run("--write-tokens", 480, "--steps", 6)
     assert run.asked == [(240, 2.0), (480, float("inf"))]

@@ -1,6 +1,8 @@
 """Training for any target: transformers' models, and the options of the command."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import LiveTexts
 from tools.training.optimise import Recipe
 from tools.training.target import DecodedTarget, LlamaTarget, TransformersTarget, load_target
-from tools.training.train import arguments, layers_of, mask_of
+from tools.training.train import arguments, check_shape, layers_of, mask_of
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -120,12 +122,16 @@ def test_a_target_that_a_drafter_cannot_share_is_refused(tmp_path, folder):
 def test_options_come_from_a_file_and_the_command_line_goes_before_it(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('model = "a"\nminutes = 7\ntarget-layer-ids = [1, 5]\nanswers = ["x", "y"]\nfeatures = "live"\n'
-                    'mask-token = 17\n')
+                    'mask-token = 17\ntemplate = {enable_thinking = false}\n')
     args = arguments(["--config", str(file), "--minutes", "3"])
     assert (args.model, args.minutes, args.target_layer_ids, args.features) == ("a", 3.0, [1, 5], "live")
     assert args.answers == [Path("x"), Path("y")] and arguments([]).minutes == Recipe.minutes
     assert arguments(["--steps", "9"]).minutes is None  # as long as the steps take
     assert args.mask_token == "17"  # as the command line has it
+    want = {"enable_thinking": False}
+    assert args.template == want == arguments(["--template", json.dumps(want)]).template
+    assert (arguments([]).early_share, arguments(["--start", "x"]).early_share) == (Recipe.early_share, 0.0)
+    assert arguments(["--start", "x", "--early-share", "0.2"]).early_share == 0.2
 
 
 @pytest.mark.parametrize("text, said", [
@@ -133,6 +139,8 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(tmp_path):
     ('minutes = "long"', "minutes must be of type float; got 'long'"),
     ("layers = [3]", r"layers must be one value; got \[3\]"),
     ("target-layer-ids = 3", "target-layer-ids must be a list; got 3"),
+    ("answer-tokens = 5000", "answer-tokens must be between 16 and 3,072; got 5000"),
+    ("block-size = 1", "--block-size must be at least 2; got 1"),
     ("steps = 0", "--steps must be positive; got 0"),
     ("minutes = -1", r"--minutes must be positive; got -1\.0"),
     ('features = "some"', "features must be one of stored, live; got 'some'")])
@@ -159,6 +167,25 @@ def test_a_start_s_draft_vocabulary_is_kept(tmp_path, capsys):
     with pytest.raises(SystemExit):
         arguments(start)
     assert "token_ids must be a list of distinct token ids" in capsys.readouterr().err
+
+
+def test_a_drafter_that_no_loop_would_read_is_refused(target, tmp_path):
+    shape = Shape.of(target, 1, (0, 2), 4, 5)
+    check_shape(shape, target, None)
+    with pytest.raises(SystemExit, match="the drafter: .*block_size"):
+        check_shape(replace(shape, block=2000), target, None)
+    config = shape.config(target)
+    for changes, named in (({}, None), ({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "num_hidden_"),
+                           ({"block_size": 3}, "block_size"),
+                           ({"dflash_config": config["dflash_config"] | {"mask_token_id": 6}}, "dflash_config")):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        if named is None:
+            check_shape(shape, target, tmp_path)
+        else:
+            with pytest.raises(SystemExit, match=f"--start must have the shape of the run; .* has another .*{named}"):
+                check_shape(shape, target, tmp_path)
+    with pytest.raises(SystemExit, match="the drafter: .*No such file"):
+        check_shape(shape, target, tmp_path / "none")
 
 
 def test_layers_and_the_mask_are_checked_before_anything_is_made(folder, target):

@@ -1,6 +1,7 @@
 """Training texts: what the target writes, and that writing goes on where it stopped."""
 
 import gzip
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,23 @@ def test_writing_goes_on_where_it_stopped(session, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     write.write(session, tmp_path, 10, given, [], **how)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+
+def test_an_answer_is_the_tokens_that_the_target_wrote(session):
+    """Also special ones, which its text has not, and with variables of the template."""
+    tokenizer = session.tokenizer
+    special = {tokenizer.token_id(f"<x{i}>"): 30.0 for i in range(5)}
+    writer = texts.Writer(session, [("g", "one"), ("g", "x" * 600)], (), concurrency=1, seed=0, own=False, budget=8,
+                          sampled=0.0, follow=0, template={"bos_token": "!"})
+    requests = writer._requests
+    writer._requests = lambda: (request and replace(request, sampling=replace(request.sampling, logit_bias=special))
+                                for request in requests())
+    row, = writer.conversations()
+    assert len(row["ids"]) == 8 and set(row["ids"]) <= set(special) and row["answer"] == "" and writer.skipped == 1
+    ids, start = texts.coded(tokenizer, row)
+    assert ids[start:] == row["ids"] and row["template"] == {"bos_token": "!"}
+    assert texts.coded(tokenizer, {"prompt": "p", "answer": "abc", "finish": "stop"})[0][-4:] == [
+        *tokenizer.encode("abc"), tokenizer.eos_id]
 
 
 def test_prompts_are_read_from_every_kind_of_file(tmp_path):

@@ -2,23 +2,26 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from dflash_decode.cache import write_whole
 
 from .drafter import TrainedDrafter
 from .target import Target
 
 
 def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: torch.Tensor,
-          shard_mb: int | None = None) -> None:
+          shard_mb: float | None = None) -> None:
     """Writes config.json, model.safetensors (or shards with an index) and draft_vocabulary.json: the ids of the trained
-    tokens, which our loop uses as the rows of the draft head. Other readers ignore it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(drafter.shape.config(target), indent=2) + "\n")
+    tokens, which our loop uses as the rows of the draft head. Other readers ignore it. Each file is whole at any time.
+    What else there was of other weights is removed, a selector and its calibration included."""
+    write_whole(folder / "config.json", json.dumps(drafter.shape.config(target), indent=2) + "\n")
     tensors, kept = drafter.tensors(), {"format": "pt"}
     shards: list[dict[str, torch.Tensor]] = [{}]
     for name, tensor in tensors.items():
@@ -27,15 +30,20 @@ def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: tor
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        save_file(tensors, folder / "model.safetensors", kept)
+        files = ["model.safetensors"]
     else:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file, shard in zip(files, shards, strict=True):
-            save_file(shard, folder / file, kept)
+    shutil.rmtree(folder / "candidate_selector", ignore_errors=True)
+    for stale in (*folder.glob("model*.safetensors*"), folder / "calibration.json"):
+        if stale.name not in files:
+            stale.unlink(missing_ok=True)
+    for file, shard in zip(files, shards, strict=True):
+        write_whole(folder / file, save(shard, kept))
+    if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "draft_vocabulary.json").write_text(json.dumps({"token_ids": vocabulary.tolist()}) + "\n")
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_whole(folder / "draft_vocabulary.json", json.dumps({"token_ids": vocabulary.tolist()}) + "\n")
 
 
 def read_prompts(folder: Path | None) -> set[str]:
@@ -46,9 +54,8 @@ def read_prompts(folder: Path | None) -> set[str]:
 
 def write_prompts(folder: Path, prompts: Iterable[str], start: Path | None) -> None:
     """Writes training_prompts.json.gz: every prompt of the run and of the checkpoint that it started from."""
-    folder.mkdir(parents=True, exist_ok=True)
     every = json.dumps(sorted(set(prompts) | read_prompts(start)), ensure_ascii=False, indent=0)
-    (folder / "training_prompts.json.gz").write_bytes(gzip.compress(every.encode(), mtime=0))
+    write_whole(folder / "training_prompts.json.gz", gzip.compress(every.encode(), mtime=0))
 
 
 def write_record(folder: Path, training, start: Path | None) -> None:
@@ -62,4 +69,4 @@ def write_record(folder: Path, training, start: Path | None) -> None:
     before = start and start / "training.json"
     if before and before.is_file():
         record["start"] = json.loads(before.read_text())
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(folder / "training.json", json.dumps(record, indent=1) + "\n")

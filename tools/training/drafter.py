@@ -55,7 +55,7 @@ class Shape:
         }
 
 
-POSITIONS = 2048  # more than a training text and a block have
+POSITIONS = 4096  # more than a training text and a block have
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
          "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm",
          "post_attention_layernorm")
@@ -126,33 +126,30 @@ class HeadLoss(torch.autograd.Function):
     tensor is kept.
 
     hidden (N, H); head (V, H); bias (V,) or None; labels (N, K) int64; shares (N, K) float32 summing to at most 1, the
-    rest being labels that the head does not have; weight (N,). Returns (the weighted sum, the losses (N,)).
+    rest being labels that the head does not have; words: how many of the head's first rows can be drafted. Returns
+    (the losses (N,) float32, the most likely of those rows (N,) int64).
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, labels, shares, weight):
-        grad, losses = torch.empty_like(hidden), []
+    def forward(ctx, hidden, head, bias, labels, shares, words):
+        grad, losses, best = torch.empty_like(hidden), [], []
         for rows in torch.arange(len(hidden)).split(2048):
             at = slice(int(rows[0]), int(rows[-1]) + 1)
-            odds = torch.softmax(F.linear(hidden[at], head, bias), -1)
+            logits = F.linear(hidden[at], head, bias)
+            best.append(logits[:, :words].argmax(-1))
+            odds = torch.softmax(logits, -1)
             found = odds.gather(1, labels[at])
             losses.append(-(found.float().clamp_min(1e-8).log() * shares[at]).sum(-1))
             wanted = F.embedding_bag(labels[at], head, mode="sum", per_sample_weights=shares[at].to(head.dtype))
-            mass = shares[at].sum(-1, keepdim=True).to(odds.dtype)
-            grad[at] = (odds @ head * mass - wanted) * weight[at, None].to(odds.dtype)
+            grad[at] = odds @ head * shares[at].sum(-1, keepdim=True).to(odds.dtype) - wanted
         ctx.save_for_backward(grad)
-        losses = torch.cat(losses)
-        ctx.mark_non_differentiable(losses)
-        return (losses * weight).sum(), losses
+        best = torch.cat(best)
+        ctx.mark_non_differentiable(best)
+        return torch.cat(losses), best
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        return ctx.saved_tensors[0] * grad.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
-
-
-def hits(hidden, head, labels):
-    """Whether the arg max of each row's logits is its label: hidden (N, H), labels (N,) -> (N,)."""
-    return torch.cat([F.linear(part, head).argmax(-1) for part in hidden.split(2048)]) == labels
+    def backward(ctx, weight, _):
+        return ctx.saved_tensors[0] * weight[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None, None
 
 
 class TrainedDrafter(torch.nn.Module):
@@ -200,7 +197,12 @@ class TrainedDrafter(torch.nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Loads the weights of a checkpoint that `tensors` wrote, under any feature scale."""
+        """Loads the weights of a checkpoint that `tensors` wrote, under any feature scale. ValueError: it is of another
+        shape."""
+        mine = {name + ".weight": tuple(weight.shape) for name, weight in self.named().items()}
+        if mine != (given := {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+            name = next(name for name in sorted({*mine, *given}) if mine.get(name) != given.get(name))
+            raise ValueError(f"{name} must be {mine.get(name, 'absent')}; got {given.get(name, 'none')}")
         for name, weight in self.named().items():
             value = tensors[name + ".weight"].float()
             weight.copy_(value * self.feature_scale.to(value.device) if name == "fc" else value)
@@ -250,8 +252,10 @@ class _Attention:
         (B, A * S, heads * D)."""
         b, rows, heads, d = q.shape
         if not self.flash:
-            keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in ((k, k_block), (v, v_block)))
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, self.mask, enable_gqa=True)
+            # Every kernel that takes a mask takes as many key heads as query heads; not all take fewer.
+            keys, values = (torch.cat(pair, 1).transpose(1, 2).repeat_interleave(self.group, 1)
+                            for pair in ((k, k_block), (v, v_block)))
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, self.mask)
             return out.transpose(1, 2).flatten(2)
         hkv, g = self.shape.kv_heads, self.group
         packed = q.view(b, rows, hkv, g, d).transpose(1, 2).reshape(b, hkv, rows * g, d)

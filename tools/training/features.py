@@ -61,6 +61,10 @@ class Texts(ABC):
     def padded_ids(self, which: Sequence[int]) -> torch.Tensor:
         return padded([self.text(i) for i in which])
 
+    def take_scale(self, scale: torch.Tensor) -> bool:
+        """Divides the states by this scale from now on, if that is possible or nothing else."""
+        return torch.equal(self.scale, scale)
+
     @abstractmethod
     def batch(self, which: Sequence[int]) -> Padded:
         """Texts as a batch."""
@@ -127,6 +131,10 @@ class LiveTexts(Texts):
         some = list(range(len(self)))[::max(len(self) // sample, 1)][:sample]
         states = run(target, self.padded_ids(some), self.target_layer_ids)[1]
         self.scale = scale_of(states, [self.length(i) for i in some]).cpu()
+
+    def take_scale(self, scale: torch.Tensor) -> bool:
+        self.scale = scale
+        return True
 
     @torch.no_grad()
     def batch(self, which: Sequence[int]) -> Padded:

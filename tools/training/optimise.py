@@ -1,23 +1,25 @@
 """The training loop: batches, schedule, evaluation and state."""
 
+import heapq
 import json
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .drafter import HeadLoss, TrainedDrafter, hits
+from .drafter import HeadLoss, TrainedDrafter
 from .features import Texts
 from .replay import weights_to_rejection
 from .target import Target
 
 WARM_UP = 50  # steps
+EASY = 0.2  # how often a block begins at a token that the target was sure of, beside 1 + EASY where it was not at all
 OPEN = 32  # groups of texts between whose visits the others come
 BAR = "{desc}: {percentage:.1f} %|{bar}| {elapsed}, {remaining} left{postfix}"
 
@@ -29,7 +31,7 @@ class Recipe:
     texts: int = 16  # a step
     blocks: int = 32  # a text, of the full block size
     early_block: int = 4  # block size at first
-    early_share: float = 0.75  # of the time with early_block
+    early_share: float = 0.3  # of the time with early_block
     vocabulary: int = 8192  # most frequent tokens that the loss sees as labels
     negatives: int = 1024  # other tokens, drawn for each step, that stand for all that are no labels
     matrix_rate: float = 5e-3
@@ -68,21 +70,22 @@ class Group:
 
 
 class Batch:
-    """`which` texts with `blocks` anchors each, blocks of `width`. places (len(which), blocks): the anchors; random if
-    None."""
+    """`which` texts with `blocks` anchors each, blocks of `width`. places (len(which), blocks): the anchors. Without
+    them they are random: evenly, or else rather where the target was unsure, as in decoding, whose blocks begin where
+    drafts were rejected."""
 
     def __init__(self, f: Texts, which: list[int], blocks: int, width: int, vocabulary: Vocabulary, hard: float,
-                 draw: random.Random, device, places: torch.Tensor | None = None):
+                 draw: random.Random, device, places: torch.Tensor | None = None, evenly: bool = True):
         texts, place = f.batch(which), vocabulary.place
         device, rows = torch.device(device), torch.arange(len(which))[:, None]
-        anchors = torch.empty((len(which), blocks), dtype=torch.long)
-        for r, i in enumerate(which):
-            if places is None:
-                free = range(f.starts[i], f.length(i) - 1)
-                chosen = draw.sample(free, blocks) if len(free) >= blocks else draw.choices(free, k=blocks)
-                anchors[r] = torch.tensor(sorted(chosen))
-            else:
-                anchors[r] = places[r]
+        anchors = torch.empty((len(which), blocks), dtype=torch.long) if places is None else places
+        for r, i in enumerate(which if places is None else ()):
+            free = range(f.starts[i], f.length(i) - 1)
+            odds = [0.0] * len(free) if evenly else texts.odds[r, free.start:free.stop, 0].tolist()
+            # Without replacement: the largest of u ** (1 / weight).
+            drawn = {at: draw.random() ** (1 / (EASY + 1 - sure)) for at, sure in zip(free, odds, strict=True)}
+            chosen = heapq.nlargest(blocks, free, key=drawn.__getitem__)
+            anchors[r] = torch.tensor(sorted(chosen + draw.choices(free, k=blocks - len(chosen))))
         lengths = torch.tensor([f.length(i) for i in which])[:, None]
         after = anchors[..., None] + torch.arange(1, width)
         inside = after < lengths[..., None]
@@ -96,7 +99,7 @@ class Batch:
         self.counts = inside.to(device)
         self.shares = (share * inside[..., None]).to(device)
         self.labels = torch.cat((own[..., None], likely), -1).clamp_min(0).to(device)
-        self.known, self.walked = (own >= 0).to(device), places is not None
+        self.known = (own >= 0).to(device)
         self.first = torch.tensor([f.starts[i] for i in which]).to(device)[:, None]
         self.last = (lengths - 2).to(device)
         self.states, self.anchors = texts.states.to(device), anchors.to(device)
@@ -104,8 +107,9 @@ class Batch:
 
 
 def block_weights(width: int, device) -> torch.Tensor:
-    """exp(-(k - 1) / gamma) for the k-th masked position, gamma = 4 at blocks of 8 (DFlash, section 4.2)."""
-    return torch.exp(-torch.arange(width - 1, device=device) / 4.0)
+    """exp(-(k - 1) / gamma) for the k-th masked position, gamma = 4, 5, 7 at blocks of 8, 10, 16 (DFlash, section 4.2
+    and appendix A.1)."""
+    return torch.exp(-torch.arange(width - 1, device=device) / (1 + 3 / 8 * width))
 
 
 class Training:
@@ -123,6 +127,9 @@ class Training:
         self.held_out = sorted(greedy[:min(96, len(greedy) // 10)])
         hidden = set(self.held_out)
         self.used = [i for i in order if i not in hidden]
+        if len(self.used) < recipe.texts or not self.held_out:
+            raise ValueError(f"training: texts must be at least {recipe.texts} for a step and some to hold out, greedy "
+                             f"ones that the start was not trained on; got {len(self.used)} and {len(self.held_out)}")
         if vocabulary is None:
             vocabulary = most_frequent(features, self.used, recipe.vocabulary)
         self.vocabulary = Vocabulary(vocabulary, target.vocab)
@@ -136,6 +143,8 @@ class Training:
         self.rates = [recipe.matrix_rate, recipe.vector_rate]
         self.step, self.seconds, self.history = 0, 0.0, []
         self.draw = random.Random(recipe.seed + 1)
+        self.waiting: list[list[int]] = []  # batches that are left of this pass over the texts
+        self.open: list[Group] = []
         self.noise = torch.Generator(self.device).manual_seed(recipe.seed + 2)
 
     def device_name(self) -> str:
@@ -146,48 +155,58 @@ class Training:
     def save(self) -> None:
         state = {"weights": self.drafter.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers],
                  "step": self.step, "seconds": self.seconds, "history": self.history, "draw": self.draw.getstate(),
-                 "noise": self.noise.get_state(), "texts": self.features.digest}
+                 "noise": self.noise.get_state(), "waiting": self.waiting,
+                 "open": [(group.which, group.anchors, group.visits) for group in self.open], "run": self._run()}
         torch.save(state, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
 
+    def _run(self) -> dict:
+        """What must be the same when a run goes on."""
+        return {"texts": self.features.digest, "shape": asdict(self.drafter.shape), "seed": self.recipe.seed,
+                "draft vocabulary": self.vocabulary.ids.tolist(), "held-out texts": self.held_out,
+                "texts per step": self.recipe.texts}
+
     def resume(self) -> bool:
-        """Resumes from `folder` if it has a state. ValueError: it is of other texts, of which others are held out."""
+        """Goes on from the state that `folder` has, if any, as if the run had not ended. ValueError: it is of another
+        run."""
         file = self.folder / "state.pt"
         if not file.is_file():
             return False
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if state["texts"] != self.features.digest:
-            raise ValueError(f"{file} is of a run on other texts: remove it, or use another folder")
+        now, kept = self._run(), state.get("run", {})
+        if others := [name for name in now if kept.get(name) != now[name]]:
+            raise ValueError(f"{file} is of a run that differs in {', '.join(others)}: remove it, or use another "
+                             "folder")
         self.drafter.load_state_dict(state["weights"])
+        if not self.features.take_scale(self.drafter.feature_scale.cpu()):
+            raise ValueError(f"{file} is of a run that differs in the scale of its features: remove it, or use "
+                             "another folder")
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         version, internal, gauss = state["draw"]
         self.draw.setstate((version, tuple(internal), gauss))
         self.noise.set_state(state["noise"])
+        self.waiting, self.open = state["waiting"], [Group(*group) for group in state["open"]]
         return True
 
-    def _batches(self) -> Iterator[list[int]]:
-        """Batches of texts of similar length, in random order."""
-        while True:
-            order, size = self.draw.sample(self.used, len(self.used)), self.recipe.texts
-            for start in range(0, len(order), size * 32):
-                chunk = sorted(order[start:start + size * 32], key=self.features.length)
-                groups = [chunk[k:k + size] for k in range(0, len(chunk) - size + 1, size)]
-                self.draw.shuffle(groups)
-                yield from groups
+    def _batches(self) -> list[list[int]]:
+        """Batches of texts of similar length, in random order: all texts, but for a few that fill no batch."""
+        order, size, batches = self.draw.sample(self.used, len(self.used)), self.recipe.texts, []
+        for start in range(0, len(order), size * 32):
+            chunk = sorted(order[start:start + size * 32], key=self.features.length)
+            groups = [chunk[k:k + size] for k in range(0, len(chunk) - size + 1, size)]
+            self.draw.shuffle(groups)
+            batches += groups
+        return batches[::-1]
 
-    def _groups(self) -> Iterator[Group]:
-        """Groups of texts, each recipe.visits times, with those of other groups in between."""
-        batches, open_groups = self._batches(), []
-        while True:
-            if len(open_groups) < (OPEN if self.recipe.visits > 1 else 1):
-                open_groups.append(Group(next(batches)))
-                continue
-            group = self.draw.choice(open_groups)
-            yield group
-            if group.visits >= self.recipe.visits:
-                open_groups.remove(group)
+    def group(self) -> Group:
+        """The next group of texts. Each comes recipe.visits times, with those of other groups in between."""
+        self.open = [group for group in self.open if group.visits < self.recipe.visits]
+        while len(self.open) < (OPEN if self.recipe.visits > 1 else 1):
+            self.waiting = self.waiting or self._batches()
+            self.open.append(Group(self.waiting.pop()))
+        return self.draw.choice(self.open)
 
     def _negatives(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """LM-head rows of random tokens outside the vocabulary, and the log of the number of tokens that each stands
@@ -200,36 +219,40 @@ class Training:
         chosen = torch.tensor(self.draw.sample(range(len(self.others)), n), device=self.device)
         return self.others[chosen], torch.tensor(math.log(len(self.others) / n))
 
-    @torch.no_grad()
-    def _accepted(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _accepted(batch: Batch, best: torch.Tensor) -> torch.Tensor:
         """(B, A): the drafts of each block that are the text's, up to the first that is not."""
-        right = hits(hidden, self.head, batch.labels[..., 0].flatten()).view(batch.counts.shape)
+        right = (best == batch.labels[..., 0].flatten()).view(batch.counts.shape)
         return (right & batch.counts & batch.known).long().cumprod(-1).sum(-1)
 
-    def _forward(self, batch: Batch, width: int) -> torch.Tensor:
-        """(B * A * (width - 1), H): the hidden states of the masked positions."""
-        return self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding).flatten(0, 2)
+    def _drafted(self, batch: Batch, width: int,
+                 others: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses (B, A, width - 1) of the masked positions, and how many drafts of each block are accepted (B, A).
+        others: LM-head rows that the loss has beside the vocabulary's, and their bias."""
+        hidden = self.drafter(batch.states, batch.anchors, batch.anchor_ids, width, self.embedding).flatten(0, 2)
+        head, bias = self.head, None
+        if others is not None:
+            head, bias = torch.cat((head, others[0])), torch.zeros(len(head) + len(others[0])).to(head)
+            bias[len(self.head):] = others[1]
+        losses, best = HeadLoss.apply(hidden, head, bias, batch.labels.flatten(0, 2), batch.shares.flatten(0, 2),
+                                      len(self.head))
+        return losses.view(batch.counts.shape), self._accepted(batch, best)
 
     @staticmethod
-    def _targets(batch: Batch, weight: torch.Tensor):
+    def _mean(losses: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
         weight = weight * batch.counts
-        return batch.labels.flatten(0, 2), batch.shares.flatten(0, 2), (weight / weight.sum()).flatten()
+        return (losses * (weight / weight.sum())).sum()
 
     def _loss(self, batch: Batch, width: int) -> torch.Tensor:
         if self.recipe.noise:
             batch.states.add_(torch.randn(batch.states.shape, generator=self.noise, device=self.device,
                                           dtype=batch.states.dtype), alpha=self.recipe.noise)
-        hidden, weight = self._forward(batch, width), block_weights(width, self.device)
-        if self.recipe.visits > 1:
-            accepted = self._accepted(batch, hidden.detach())
-            following = batch.anchors + accepted + 1
-            self.following = torch.where(following > batch.last, batch.first, following).cpu()
-            weight = weights_to_rejection(accepted, width) if batch.walked else weight
-        head, bias = self.head, None
-        if (others := self._negatives()) is not None:
-            head, bias = torch.cat((head, others[0])), torch.zeros(len(head) + len(others[0])).to(head)
-            bias[len(self.head):] = others[1]
-        return HeadLoss.apply(hidden, head, bias, *self._targets(batch, weight))[0]
+        losses, accepted = self._drafted(batch, width, self._negatives())
+        if self.recipe.visits == 1:
+            return self._mean(losses, block_weights(width, self.device), batch)
+        following = batch.anchors + accepted + 1
+        self.following = torch.where(following > batch.last, batch.first, following).cpu()
+        return self._mean(losses, weights_to_rejection(accepted, width), batch)
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -240,9 +263,8 @@ class Training:
         ranked = sorted(self.held_out, key=self.features.length)
         for start in range(0, len(ranked), 16):
             batch = Batch(self.features, ranked[start:start + 16], 32, width, self.vocabulary, 1.0, draw, self.device)
-            hidden, targets = self._forward(batch, width), self._targets(batch, block_weights(width, self.device))
-            losses.append(HeadLoss.apply(hidden, self.head, None, *targets)[0].item())
-            accepted = self._accepted(batch, hidden)
+            found, accepted = self._drafted(batch, width)
+            losses.append(self._mean(found, block_weights(width, self.device), batch).item())
             run = (torch.arange(width - 1, device=self.device) < accepted[..., None]).long()
             before = torch.cat((torch.ones_like(run[..., :1]), run[..., :-1]), -1) * batch.counts
             runs += run.sum((0, 1)).float().cpu()
@@ -255,7 +277,7 @@ class Training:
     def advance(self, group: Group, share: float) -> float:
         """One step on a group, after a `share` of the time; returns its loss. Moves the group's anchors to where
         decoding would go on, if it is visited again: rejected drafts then come as often as in decoding, which they do
-        not at random places. There, only drafts up to the first rejected one count in full."""
+        not at random places. Then only drafts up to the first rejected one count in full."""
         r, block = self.recipe, self.drafter.shape.block
         width = r.early_block if share < r.early_share else block
         falling = min(1.0, max(0.0, (1 - share) / (1 - r.decay_from)))
@@ -265,7 +287,7 @@ class Training:
         blocks = r.blocks * block // width
         walks = group.anchors is not None and group.anchors.shape[1] == blocks
         loss = self._loss(Batch(self.features, group.which, blocks, width, self.vocabulary, r.hard, self.draw,
-                                self.device, group.anchors if walks else None), width)
+                                self.device, group.anchors if walks else None, r.visits == 1), width)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -301,12 +323,12 @@ class Training:
     def run(self, evaluations: int = 24, save_every: float = 120.0, saved: Callable[[], None] = lambda: None) -> None:
         """Trains until the recipe's minutes or steps are reached, including those of earlier runs. The state is kept
         every `save_every` seconds, after which saved() is called."""
-        groups, share, last, losses = self._groups(), self.share(), time.perf_counter(), []
+        share, last, losses = self.share(), time.perf_counter(), []
         due = share
         bar = tqdm(total=100.0, initial=round(100 * share, 1), desc="training", bar_format=BAR)
         while share < 1:
             begun = time.perf_counter()
-            losses.append(self.advance(next(groups), share))
+            losses.append(self.advance(self.group(), share))
             self.seconds += time.perf_counter() - begun
             share = self.share()
             if share >= min(due, 1):

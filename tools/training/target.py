@@ -129,7 +129,7 @@ class DecodedTarget(Llama):
     """The model of a GGUF file on a CPU, by the passes of decoding: its weights stay in their blocks, as `generate`
     keeps them. positions: of the longest text."""
 
-    def __init__(self, model: str, positions: int = 2048):
+    def __init__(self, model: str, positions: int = 4096):
         super().__init__(load_checkpoint(model, torch.bfloat16), "cpu")
         target, pages = Session.load(model, "none").target, -(-positions // PAGE)
         kv = target.cache.allocate(pages, PAGE)
@@ -156,7 +156,7 @@ class DecodedTarget(Llama):
 class LlamaTarget(Llama):
     """The same in torch's operators. positions: of the longest text."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", positions: int = 2048):
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", positions: int = 4096):
         super().__init__(checkpoint, device)
         self.weights = []
 

@@ -2,17 +2,19 @@
 
 A prompt is the target's own continuation of an empty user turn, the idea of Magpie (arXiv 2406.08464). Openings steer a
 share of them to code, mathematics and everyday tasks, and some follow an answer as its second turn. A conversation is a
-JSON object of source, prompt, answer, temperature, finish and tokens (of the answer), with the earlier turns, as
-[prompt, answer] pairs, in `before`.
+JSON object of source, prompt, answer, temperature, finish and tokens (of the answer). It can have the earlier turns, as
+[prompt, answer] pairs, in `before`, the chat template's variables in `template`, and in `ids` the answer's tokens, its
+end included, where its text has others: of special tokens, or cut inside a character.
 """
 
 import gzip
 import json
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dflash_decode import Decoder, Request, SamplingParams, Session
 from dflash_decode.checkpoint.tokenizer import Tokenizer
@@ -32,8 +34,10 @@ OPENINGS = {
                  "Pretend you are"),
 }
 SHARES = {"open": 0.2, "code": 0.3, "mathematics": 0.3, "everyday": 0.2}
-CONTEXT = 768  # tokens of a conversation
-PROMPT = 128   # tokens of a prompt that the target writes
+ROOM = 512  # tokens of a conversation before its answer
+ANSWER = 256  # tokens of an answer
+CONTEXT = ROOM + ANSWER
+PROMPT = 128  # tokens of a prompt that the target writes
 
 
 def read_text(file: Path) -> str:
@@ -50,21 +54,27 @@ def messages_of(prompt: str, before: Iterable[tuple[str, str]] = ()) -> list[dic
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def chat_ids(tokenizer: Tokenizer, prompt: str, before: Iterable[tuple[str, str]] = ()) -> list[int]:
-    """The ids of a conversation up to the start of the answer to `prompt`."""
-    return tokenizer.encode(tokenizer.apply_chat_template(messages_of(prompt, before)))
+def chat_ids(tokenizer: Tokenizer, prompt: str, before: Iterable[tuple[str, str]] = (),
+             template: Mapping[str, Any] | None = None) -> list[int]:
+    """The ids of a conversation up to the start of the answer to `prompt`. template: variables of the chat template."""
+    return tokenizer.encode(tokenizer.apply_chat_template(messages_of(prompt, before), **template or {}))
 
 
 def coded(tokenizer: Tokenizer, row: dict) -> tuple[list[int], int]:
     """The ids of a conversation with its answer, and where the answer begins."""
-    prompt = chat_ids(tokenizer, row["prompt"], row.get("before", ()))
-    stop = list(tokenizer.stop_ids[:1]) * (row["finish"] == "stop")
-    return prompt + tokenizer.encode(row["answer"]) + stop, len(prompt)
+    prompt = chat_ids(tokenizer, row["prompt"], row.get("before", ()), row.get("template"))
+    answer = row.get("ids") or tokenizer.encode(row["answer"]) + ending(tokenizer, row["finish"])
+    return prompt + answer, len(prompt)
 
 
-def open_turn(tokenizer: Tokenizer, before: Iterable[tuple[str, str]], opening: str) -> list[int]:
+def ending(tokenizer: Tokenizer, finish: str) -> list[int]:
+    return list(tokenizer.stop_ids[:1]) * (finish == "stop")
+
+
+def open_turn(tokenizer: Tokenizer, before: Iterable[tuple[str, str]], opening: str,
+              template: Mapping[str, Any] | None = None) -> list[int]:
     """The ids of a conversation up to the user's next turn, which begins with `opening`."""
-    text = tokenizer.apply_chat_template(messages_of("\0", before))
+    text = tokenizer.apply_chat_template(messages_of("\0", before), **template or {})
     return tokenizer.encode(text[:text.rindex("\0")] + opening)
 
 
@@ -83,15 +93,18 @@ class Writer:
     """Prompts and answers in one stream of requests.
 
     given: (source, prompt) pairs to answer first. done: prompts that are never asked (again). own: whether the target
-    writes prompts when those given are used up. sampled, follow: the shares of answers at temperature 0.8, and of
-    finished answers to which the target writes a second prompt.
+    writes prompts when those given are used up. budget: the most tokens of an answer. sampled, follow: the shares of
+    answers at temperature 0.8, and of finished answers to which the target writes a second prompt. skipped: how many
+    prompts were too long.
     """
 
     def __init__(self, session: Session, given: Iterable[tuple[str, str]], done: Collection[str], *, concurrency: int,
-                 seed: int, own: bool = True, budget: int = 256, sampled: float = 0.1, follow: float = 0.15):
-        self.tokenizer, self.own, self.budget, self.sampled, self.follow = (
-            session.tokenizer, own, budget, sampled, follow)
-        self.decoder = Decoder(session.target, max_batch=concurrency, max_context=CONTEXT)
+                 seed: int, own: bool = True, budget: int = ANSWER, sampled: float = 0.1, follow: float = 0.15,
+                 template: Mapping[str, Any] | None = None):
+        self.tokenizer, self.own, self.budget, self.sampled, self.follow, self.template = (
+            session.tokenizer, own, budget, sampled, follow, dict(template or {}))
+        self.context, self.skipped = ROOM + budget, 0
+        self.decoder = Decoder(session.target, max_batch=concurrency, max_context=self.context)
         self.given, self.done, self.draw = iter(given), set(done), random.Random(seed)
         self.ready: deque[Turn] = deque()
         self.turns: dict[int, Turn] = {}
@@ -108,6 +121,7 @@ class Writer:
             turn = self.turns.pop(event.id)
             if event.finish == "error":
                 raise ValueError(f"{turn.source}: {event.error}")
+            whole = list(answer)
             if event.finish == "stop":
                 answer.pop()
             text = self.tokenizer.decode(answer)
@@ -116,10 +130,13 @@ class Writer:
                 continue
             if event.finish == "stop" and not turn.before and self.draw.random() < self.follow:
                 opening = self.draw.choice(("", "Can you", "Now", "What", "How", "Why", "Rewrite", "Explain"))
-                self.ready.append(Turn(turn.source, opening, ((turn.prompt, text),), False))
+                self.ready.append(Turn(f"{turn.source}, next", opening, ((turn.prompt, text),), False))
             row = {"source": turn.source, "prompt": turn.prompt, "answer": text, "temperature": turn.temperature,
                    "finish": event.finish, "tokens": len(answer)}
-            yield row | ({"before": turn.before} if turn.before else {})
+            if whole != self.tokenizer.encode(text) + ending(self.tokenizer, event.finish):
+                row["ids"] = whole
+            yield row | ({"before": turn.before} if turn.before else {}) | (
+                {"template": self.template} if self.template else {})
 
     def _ask(self, prompt: str, turn: Turn, finish: str, tokens: int) -> None:
         """Queues a prompt that the target wrote, if it ended by itself and is new."""
@@ -146,12 +163,12 @@ class Writer:
                 yield None
                 continue
             if turn.answers:
-                ids, budget = chat_ids(self.tokenizer, turn.prompt, turn.before), self.budget
-                turn = Turn(turn.source, turn.prompt, turn.before,
-                            temperature=0.8 if self.draw.random() < self.sampled else 0.0)
+                ids, budget = chat_ids(self.tokenizer, turn.prompt, turn.before, self.template), self.budget
+                turn = replace(turn, temperature=0.8 if self.draw.random() < self.sampled else 0.0)
             else:
-                ids, budget = open_turn(self.tokenizer, turn.before, turn.prompt), PROMPT
-            if len(ids) + budget > CONTEXT:
+                ids, budget = open_turn(self.tokenizer, turn.before, turn.prompt, self.template), PROMPT
+            if len(ids) + budget > self.context:
+                self.skipped += 1
                 continue
             self.turns[number] = turn
             yield Request(number, ids, budget, self.tokenizer.stop_ids,

@@ -20,13 +20,15 @@ import torch
 
 from dflash_decode.checkpoint import CheckpointError, read_directory
 from dflash_decode.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from dflash_decode.model.config import read_draft_config
 from dflash_decode.model.vocabulary import read_vocabulary
 from tools.training import checkpoint, plots
 from tools.training.drafter import Shape, TrainedDrafter
 from tools.training.features import Features, LiveTexts, Texts, digest_of, write_features
 from tools.training.optimise import Recipe, Training
 from tools.training.target import Target, load_target
-from tools.training.write import read_answers, read_parts, write_texts
+from tools.training.texts import ANSWER, ROOM
+from tools.training.write import answer_tokens, read_answers, read_parts, read_prompts, variables, write_texts
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,8 +42,13 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
                    help="conversations that the target has written: files, or folders of tools.training.write")
     p.add_argument("--write-tokens", type=int, default=0, help="have the target write so many tokens of answers first")
     p.add_argument("--write-minutes", type=float, default=math.inf, help="but for at most so long")
+    p.add_argument("--answer-tokens", type=answer_tokens, default=ANSWER, help="longest answer that it writes; texts "
+                   f"are cut to so many tokens and {ROOM} before them")
+    p.add_argument("--template", type=variables, default={}, help="variables of the chat template for what it writes, "
+                   """as JSON: '{"enable_thinking": false}'""")
     p.add_argument("--prompts", type=Path, nargs="*", default=[], help="prompts to answer before the target's own")
-    p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered")
+    p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered; texts with "
+                   "them are left out")
     p.add_argument("--limit", type=int, help="use only this many texts, for a rehearsal")
     p.add_argument("--features", choices=("stored", "live"), help="keep the target's hidden states on disk, or compute "
                    "them for every step; by default stored on a CPU, live on a GPU")
@@ -53,7 +60,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes, or its id")
     p.add_argument("--start", type=Path, help="a checkpoint of the same shape to start from, whose draft "
                    "vocabulary is kept; held-out texts are chosen among those that it was not trained on")
-    p.add_argument("--early-share", type=float, default=Recipe.early_share, help="share of the time with short blocks")
+    p.add_argument("--early-share", type=float, help="share of the time with short blocks; by default "
+                   f"{Recipe.early_share}, and 0 with --start")
     p.add_argument("--minutes", type=float, help=f"time to train; by default {Recipe.minutes:g}, without --steps")
     p.add_argument("--steps", type=int, help="end after so many steps, if the minutes have not passed by then")
     p.add_argument("--texts-per-step", type=int, default=Recipe.texts)
@@ -92,6 +100,10 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
                      f"got {args.vocabulary}")
     if args.vocabulary is None:
         args.vocabulary = Recipe.vocabulary if kept is None else len(kept)
+    if args.early_share is None:
+        args.early_share = 0.0 if args.start else Recipe.early_share
+    if args.block_size < 2:
+        parser.error(f"--block-size must be at least 2; got {args.block_size}")
     for name in ("minutes", "steps"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name} must be positive; got {value}")
@@ -112,7 +124,9 @@ def from_file(parser: argparse.ArgumentParser, file: Path) -> dict[str, object]:
         if isinstance(value, list) != (action.nargs is not None):
             parser.error(f"{file}: {name} must be {'a list' if action.nargs else 'one value'}; got {value!r}")
         try:
-            made = [(action.type or str)(one if isinstance(one, str) else repr(one)) for one in values]
+            made = [(action.type or str)(one if isinstance(one, str) else json.dumps(one)) for one in values]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{file}: {name} {error}")
         except (ValueError, TypeError):
             parser.error(f"{file}: {name} must be of type {action.type.__name__}; got {value!r}")
         if action.choices and any(one not in action.choices for one in made):
@@ -122,17 +136,21 @@ def from_file(parser: argparse.ArgumentParser, file: Path) -> dict[str, object]:
 
 
 def collect_texts(args: argparse.Namespace) -> list[dict]:
-    """The conversations of --answers, and those that the target writes."""
+    """The conversations of --answers, and those that the target writes, but for those with prompts of --without."""
     found = read_answers(args.answers)
     if args.write_tokens:
         folder, asked = args.work / "texts", json.dumps([args.write_tokens, args.write_minutes])
         done = folder / "written.json"  # what was asked for when the stage ended, by its tokens or by its time
         if not done.is_file() or done.read_text() != asked:
             write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
-                        seed=args.seed, minutes=args.write_minutes)
+                        seed=args.seed, minutes=args.write_minutes, budget=args.answer_tokens, template=args.template)
             done.write_text(asked)
         found += read_parts(folder)
-    if not found:
+    never = {prompt for file in args.without for prompt in read_prompts(file)}
+    kept = [row for row in found if not never & {row["prompt"], *(prompt for prompt, _ in row.get("before", ()))}]
+    if len(kept) < len(found):
+        print(f"{len(found) - len(kept)} texts are left out: they have prompts of --without")
+    if not (found := kept):
         raise SystemExit("no training text: give --answers or --write-tokens")
     return found[:args.limit]
 
@@ -147,19 +165,33 @@ def mask_of(tokenizer: Tokenizer, target: Target, name: str) -> int:
 def layers_of(target: Target, given: Sequence[int] | None) -> list[int]:
     """The layers whose outputs are features. The last layer's would be normed by some models, so it is none of them."""
     last = target.layers - 2
-    layers = sorted(given or {1 + i * (last - 1) // 3 for i in range(4)})
+    layers = sorted(set(given or (1 + i * (last - 1) // 3 for i in range(4))))
     if not 0 <= layers[0] <= layers[-1] <= last:
         raise SystemExit(f"--target-layer-ids must be between 0 and {last}, the last layer but one; got {layers}")
     return layers
 
 
+def check_shape(shape: Shape, target: Target, start: Path | None) -> None:
+    """Refuses a drafter that our own loop would, or that is not of the shape of the one that it starts from."""
+    try:
+        made = read_draft_config(config := shape.config(target))
+        if start is not None:
+            before = read_draft_config(kept := json.loads((start / "config.json").read_text()))
+            if before != made:
+                names = [name for name in (*config, "dflash_config") if config[name] != kept.get(name)]
+                raise SystemExit(f"--start must have the shape of the run; {start} has another {', '.join(names)}")
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise SystemExit(f"the drafter: {error}") from None
+
+
 def features_of(args: argparse.Namespace, target: Target, tokenizer: Tokenizer, texts: list[dict],
                 layers: list[int]) -> Texts:
     how, kept = args.features or ("live" if target.device.type == "cuda" else "stored"), args.work / "features"
+    longest = ROOM + args.answer_tokens
     if how == "live":
-        return LiveTexts(target, tokenizer, texts, layers)
+        return LiveTexts(target, tokenizer, texts, layers, longest)
     if not (kept / "features.json").is_file():
-        return write_features(target, tokenizer, texts, layers, kept)
+        return write_features(target, tokenizer, texts, layers, kept, longest)
     found = Features(kept)
     if (found.digest, found.target_layer_ids) != (digest_of(texts), tuple(layers)):
         raise SystemExit(f"{kept} has features of other texts, or of other layers than {layers}: remove it, or use "
@@ -173,7 +205,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer, target = load_tokenizer(args.model), load_target(args.model, args.device)
     mask, layers = mask_of(tokenizer, target, args.mask_token), layers_of(target, args.target_layer_ids)
+    shape = Shape.of(target, args.layers, tuple(layers), args.block_size, mask, args.intermediate)
+    check_shape(shape, target, args.start)
+    if args.write_tokens:  # so that the target is not in memory twice while it writes
+        del target
     written = collect_texts(args)
+    if args.write_tokens:
+        target = load_target(args.model, args.device)
     print(f"{len(written)} texts", flush=True)
     features = features_of(args, target, tokenizer, written, layers)
     print(f"{len(features)} texts of {len(features.ids)} tokens", flush=True)
@@ -181,13 +219,12 @@ def main() -> None:
                     seed=args.seed, vocabulary=args.vocabulary, matrix_rate=args.matrix_rate, noise=args.noise,
                     negatives=args.negatives, early_share=args.early_share, vector_rate=args.vector_rate,
                     decay_from=args.decay_from, start_share=args.start_share, visits=args.visits)
-    shape = Shape.of(target, args.layers, features.target_layer_ids, args.block_size, mask, args.intermediate)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
     if args.start:
         drafter.load_tensors(read_directory(args.start).tensors)
-    training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start),
-                        args.draft_vocabulary)
     try:
+        training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start),
+                            args.draft_vocabulary)
         if training.resume():
             print(f"going on at step {training.step}, minute {training.seconds / 60:.1f}", flush=True)
     except ValueError as error:

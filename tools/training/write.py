@@ -12,15 +12,17 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dflash_decode import Session
 from dflash_decode.cache import write_whole
-from tools.training.texts import Writer, read_jsonl, read_text
+from tools.training.texts import ANSWER, Writer, read_jsonl, read_text
 
 PART = 500  # conversations in a file
+MOST_TOKENS = 3072  # of an answer
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -52,7 +54,7 @@ def keep_part(folder: Path, rows: list[dict]) -> None:
 def write(session: Session, folder: Path, tokens: int, given: list[tuple[str, str]], without: list[str], *,
           concurrency: int, seed: int = 0, part: int = PART, minutes: float = math.inf, **how) -> None:
     """Adds parts to `folder` until its answers have `tokens` tokens, or for so many minutes. without: prompts that are
-    never asked. how: of Writer."""
+    never asked. how: of Writer. Says how many prompts were too long."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = read_parts(folder)
     have = sum(row["tokens"] for row in kept)
@@ -61,6 +63,8 @@ def write(session: Session, folder: Path, tokens: int, given: list[tuple[str, st
     with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc=f"writing {folder}", smoothing=0.05) as bar:
         for rows in _batches(writer, bar, tokens - have, part, time.perf_counter() + 60 * minutes):
             keep_part(folder, rows)
+    if writer.skipped:
+        print(f"{writer.skipped} prompts were skipped: they leave no room for an answer in {writer.context} tokens")
 
 
 def _batches(writer: Writer, bar: tqdm, tokens: int, part: int, until: float) -> Iterator[list[dict]]:
@@ -89,6 +93,18 @@ def write_texts(model: str, folder: Path, tokens: int, prompts: list[Path], with
           concurrency=concurrency or (512 if torch.device(device).type == "cuda" else 32), **how)
 
 
+def answer_tokens(text: str) -> int:
+    if not 16 <= (found := int(text)) <= MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be between 16 and {MOST_TOKENS:,}; got {text}")
+    return found
+
+
+def variables(text: str) -> dict[str, Any]:
+    if not isinstance(found := json.loads(text), dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object; got {text}")
+    return found
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help="the target, as `dflash-kernels generate` takes it")
@@ -101,7 +117,9 @@ def main() -> None:
     p.add_argument("--without", type=Path, nargs="*", default=[], help="prompts that must not be answered: those of "
                    "the evaluation, and of texts that are there already")
     p.add_argument("--sampled", type=float, default=0.1, help="share of the answers written at temperature 0.8")
-    p.add_argument("--max-tokens", type=int, default=256, help="maximum length of an answer")
+    p.add_argument("--max-tokens", type=answer_tokens, default=ANSWER, help="maximum length of an answer")
+    p.add_argument("--template", type=variables, default={}, help="variables of the chat template, as JSON: "
+                   """'{"enable_thinking": false}'""")
     p.add_argument("--concurrency", type=int, help="texts written concurrently; by default 32 on a CPU, 512 on a GPU")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--seed", type=int, default=0)
@@ -111,7 +129,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     write_texts(args.model, args.out, args.tokens, args.prompts, args.without, weights=args.weights,
                 device=args.device, concurrency=args.concurrency, seed=args.seed, budget=args.max_tokens,
-                sampled=args.sampled, minutes=args.minutes)
+                sampled=args.sampled, minutes=args.minutes, template=args.template)
 
 
 if __name__ == "__main__":
