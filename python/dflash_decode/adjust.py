@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,15 @@ class GrammarFailed(Exception):
     """A request's grammar raised, or allowed no token, so its answer cannot continue."""
 
 
+class Usable(NamedTuple):
+    """The rows of a block up to the first that allows no token, all `rows` of them if none. why: what is wrong there.
+    raised: whether the grammar raised."""
+
+    rows: int
+    why: str = ""
+    raised: bool = False
+
+
 class Adjuster:
     """Logit adjustments for `batch` blocks of `width` tokens. Row i adjusts the token after the first i drafts."""
 
@@ -41,11 +51,10 @@ class Adjuster:
         self.width, self.vocab = width, vocab
 
     def fill(self, b: int, sampling: SamplingParams, prompt: Sequence[int], text: Sequence[int],
-             drafts: Sequence[int], stops: Collection[int] = ()) -> int:
+             drafts: Sequence[int], stops: Collection[int] = ()) -> Usable:
         """Fills the rows of request b from its prompt, its answer so far, the drafts of its block and its stop tokens.
 
-        Returns the number of usable rows: those before the first row that allows no token. Raises GrammarFailed if that
-        is the first row, which is used whatever is drafted.
+        Raises GrammarFailed if the first row, which is used whatever is drafted, allows no token.
         """
         width = self.width
         drafts = list(takewhile(range(self.vocab).__contains__, drafts))  # where verify_sample ends the block too
@@ -71,31 +80,33 @@ class Adjuster:
             seen[i:, token] = True
         self.bias[b].copy_(bias)
         self.seen[b].copy_(pack_bits(seen))
-        words, rows = self._mask(sampling, text, drafts, stops, bias > -math.inf)
+        words, usable = self._mask(sampling, text, drafts, stops, bias > -math.inf)
         self.bitmask[b].copy_(words)
-        return rows
+        return usable
 
     def _mask(self, sampling, text, drafts, stops, wanted):
         """wanted (width, V) bool: the tokens that logit_bias does not ban."""
         words = torch.full(self.bitmask.shape[1:], -1, dtype=torch.int32)
         for i in range(len(drafts) + 1 if sampling.grammar else 0):
             try:
-                words[i] = _asked(sampling.grammar, [*text, *drafts[:i]], words[i].clone())
-            except GrammarFailed:
+                answer = _asked(sampling.grammar, [*text, *drafts[:i]], words[i].clone())
+            except GrammarFailed as error:
                 if i:  # of a draft, which may be rejected: an answer that gets there fails there
-                    return words, i
+                    return words, Usable(i, str(error), raised=True)
                 raise
-            allowed = unpack_bits(words[i], self.vocab)
+            allowed = unpack_bits(answer, self.vocab)
             if not (allowed & wanted[i]).any():
+                why = (f"grammar: fill_bitmask must allow a token in [0, {self.vocab}) that logit_bias does not ban; "
+                       f"got none after {len(text) + i} tokens")
                 if i:
-                    return words, i
-                raise GrammarFailed(f"grammar: fill_bitmask must allow a token in [0, {self.vocab}) that logit_bias "
-                                    f"does not ban; got none after {len(text)} tokens")
+                    return words, Usable(i, why)
+                raise GrammarFailed(why)
+            words[i] = answer
             # Nothing comes after a draft that is not allowed, which is rejected, or that ends the answer: a grammar
             # that has ended may refuse to be asked.
             if i < len(drafts) and (drafts[i] in stops or not allowed[drafts[i]]):
                 break
-        return words, self.width
+        return words, Usable(self.width)
 
 
 def _asked(grammar: Grammar, tokens: list[int], words: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,11 @@ _NOT_MADE = ("output_attentions", "output_hidden_states", "output_logits", "outp
              "assistant_early_exit", "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens", "speculation_type")
 
 
+# Of the processors that change a distribution, as verify_sample applies them too.
+_ORDER = ("RepetitionPenaltyLogitsProcessor", "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper",
+          "MinPLogitsWarper")
+
+
 class DraftedGenerate:
     """Makes `model.generate` of a transformers model speculative.
 
@@ -91,17 +96,18 @@ class DraftedGenerate:
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"{_WHAT}: streamer must be given with one prompt; got {len(prompts)}")
-        stops = generation_config.eos_token_id
-        stops = frozenset([stops] if isinstance(stops, int) else stops or ())
-        settings = _settings(logits_processor, bool(generation_config.do_sample), stops, input_ids.shape[1],
-                             [input_ids.shape[1] - len(prompt) for prompt in prompts])
-        others = [one for one in stopping_criteria if type(one).__name__ not in ("EosTokenCriteria",
-                                                                                "MaxLengthCriteria")]
-        room = generation_config.max_length - input_ids.shape[1]
+        lengths, ends, others = _criteria(stopping_criteria)
+        room = min(lengths, default=generation_config.max_length) - input_ids.shape[1]
         with _as_it_was(model), torch.inference_mode():
             target, drafter = self._models(model)
+            if (needed := max(map(len, prompts)) + room) > target.max_context:
+                raise ValueError(f"{_WHAT}: prompts and max_new_tokens must fit into the model's context of "
+                                 f"{target.max_context} tokens; got {needed}")
+            stops = frozenset(stop for stop in ends if 0 <= stop < target.vocab_size)
+            settings = _settings(logits_processor, bool(generation_config.do_sample), stops, input_ids.shape[1],
+                                 [input_ids.shape[1] - len(prompt) for prompt in prompts])
             decoder = Decoder(target, drafter, block_size=self.block_size, max_batch=min(len(prompts), self.max_batch),
-                              max_context=max(map(len, prompts)) + room)
+                              max_context=needed)
             wanted = [Request(i, prompt, room, stops, SamplingParams(**settings, seed=seed))
                       for i, (prompt, seed) in enumerate(zip(prompts, _seeds(len(prompts)), strict=True))]
             found: list[list[int]] = [[] for _ in prompts]
@@ -121,7 +127,9 @@ class DraftedGenerate:
             if streamer is not None:
                 streamer.end()
             answers = [torch.tensor(one, dtype=input_ids.dtype, device=input_ids.device) for one in found]
-        return _result(input_ids, answers, generation_config)
+        pad = generation_config.pad_token_id
+        return _result(input_ids, answers, next(iter(ends), 0) if pad is None else pad,
+                       generation_config.return_dict_in_generate)
 
     def _models(self, model: Any) -> tuple[Target, Drafter]:
         """The target and the drafter; those of the last call, unless the model or its weights are others."""
@@ -133,6 +141,7 @@ class DraftedGenerate:
         now = tuple((one.data_ptr(), one._version, one.dtype, one.device) for one in shared)
         if self._known is not None and self._known[0] is model and self._known[1] == now:
             model.set_attn_implementation(IMPLEMENTATION)
+            model.eval()
             return self._known[2:]
         self._known = None
         target = HFTarget(model)
@@ -198,15 +207,34 @@ def _prompts(ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
     return prompts
 
 
+def _criteria(criteria: Any) -> tuple[list[int], list[int], list[Any]]:
+    """The lengths and the tokens that end an answer, and what else does."""
+    lengths: list[int] = []
+    tokens: list[int] = []
+    others = []
+    for one in criteria:
+        match type(one).__name__:
+            case "MaxLengthCriteria":
+                lengths.append(int(one.max_length))
+            case "EosTokenCriteria":
+                tokens += torch.as_tensor(one.eos_token_id).flatten().tolist()
+            case _:
+                others.append(one)
+    return lengths, tokens, others
+
+
 def _settings(processors: Any, sampled: bool, stops: frozenset[int], length: int,
               padding: list[int]) -> dict[str, Any]:
     """SamplingParams' fields for transformers' logits processors. length: of the prompts with their padding."""
     found: dict[str, Any] = {"temperature": 1.0 if sampled else 0.0}
-    least = 0
+    least, names = 0, [type(one).__name__ for one in processors]
+    order = [_ORDER.index(name) for name in names if name in _ORDER]
+    if order != sorted(order):
+        raise ValueError(f"{_WHAT}: logits processors must be in the order {', '.join(_ORDER)}; got {', '.join(names)}")
     for one in processors:
         match type(one).__name__:
             case "TemperatureLogitsWarper":
-                found["temperature"] = float(one.temperature)
+                found["temperature"] = float(one.temperature) if sampled else 0.0
             case "TopKLogitsWarper":
                 found["top_k"] = int(one.top_k)
             case "TopPLogitsWarper" if one.min_tokens_to_keep == 1:
@@ -224,6 +252,9 @@ def _settings(processors: Any, sampled: bool, stops: frozenset[int], length: int
             case name:
                 raise ValueError(f"{_WHAT}: logits processors must be temperature, top_k, top_p, min_p, "
                                  f"repetition_penalty or min_new_tokens; got {name}")
+    if sampled and found.get("min_p", 0.0) > 0 and found.get("top_p", 1.0) < 1:
+        raise ValueError(f"{_WHAT}: min_p must be 0 with top_p, of what transformers' top_p leaves; got "
+                         f"{found['min_p']} and {found['top_p']}")
     return found | ({"grammar": MinTokens(None, least, stops)} if least > 0 and stops else {})
 
 
@@ -246,14 +277,13 @@ def _token_id(tokenizer: Any, text: str) -> int | None:
     return tokenizer.get_vocab().get(text)
 
 
-def _result(input_ids: torch.Tensor, answers: Sequence[torch.Tensor], config: Any) -> Any:
+def _result(input_ids: torch.Tensor, answers: Sequence[torch.Tensor], pad: int, as_dict: bool) -> Any:
     """The prompts and their answers, padded on the right."""
-    longest, pad = max(map(len, answers)), config.pad_token_id
-    padded = input_ids.new_full((len(answers), longest), 0 if pad is None else pad)
+    padded = input_ids.new_full((len(answers), max(map(len, answers))), pad)
     for row, answer in zip(padded, answers, strict=True):
         row[:len(answer)] = answer
     sequences = torch.cat([input_ids, padded], 1)
-    if not config.return_dict_in_generate:
+    if not as_dict:
         return sequences
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 

@@ -73,11 +73,11 @@ class Input:
 
 
 class DraftStage:
-    """Drafts a block for each of `batch` requests."""
+    """Drafts a block for each of `batch` requests. room: the positions that there are, past which no block goes."""
 
     def __init__(self, drafter: Drafter, kv: Sequence[PagedKV], batch: int, width: int, tables: Tables,
-                 page_size: int):
-        self.tables, self.width = tables, width
+                 page_size: int, room: int):
+        self.tables, self.width, self.room = tables, width, room
         self.work = Recorded(drafter.device, drafter)
         self.draft = drafter.make_draft(batch, width, kv, page_size)
         self.anchors = Input(self.draft.anchors)
@@ -85,12 +85,14 @@ class DraftStage:
 
     def __call__(self, anchors: Sequence[int], contexts: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
         """Drafts and their confidences, for each request."""
-        n = len(anchors)
+        widths = [min(self.width, self.room - context) for context in contexts]
         self.anchors.set(anchors)
         self.context_lens.set(contexts)
-        self.block_lens.set([self.width] * n)
+        self.block_lens.set(widths)
         self.work.done(self.run)
-        return self.draft.ids[:n, 1:].tolist(), self.draft.confidences()[:n].tolist()
+        drafts, confidences = self.draft.ids[:, 1:].tolist(), self.draft.confidences().tolist()
+        return tuple([row[:width - 1] for row, width in zip(rows, widths, strict=False)]  # type: ignore[return-value]
+                     for rows in (drafts, confidences))
 
     def run(self) -> None:
         self.draft.run(self.context_lens.tensor, self.tables.rows, self.block_lens.tensor)

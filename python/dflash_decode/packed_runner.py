@@ -92,7 +92,8 @@ class PackedRunner(Runner):
         s, batch = self.setting, bucket(requests)
         if (batch, width) not in self.drafts:
             drafter, tables = cast(Drafter, s.drafter), self.tables_of("draft", batch)
-            self.drafts[batch, width] = DraftStage(drafter, s.draft_kv, batch, width, tables, s.pool.page_size)
+            self.drafts[batch, width] = DraftStage(drafter, s.draft_kv, batch, width, tables, s.pool.page_size,
+                                                     s.target.max_context)
         return self.drafts[batch, width]
 
     def context_stage(self, rows: int) -> ContextStage:

@@ -76,7 +76,8 @@ class Live:
     request: the request in Python values. sampling: its parameters, with a seed. limit: the most tokens it can emit.
     told: the number of tokens that its events have reported. prefilled: the tokens of the prompt in the target's cache.
     features: of tokens from a position on, which the drafter's context lacks. outlook: what is known of its drafts.
-    lookup: prompt and answer, as far as drafts were looked up in them.
+    lookup: prompt and answer, as far as drafts were looked up in them. wary: its grammar has raised at a draft, and is
+    asked about no more of them.
 
     `take` commits the tokens of a step with one append, so an interrupt leaves all of them or none.
     """
@@ -90,6 +91,7 @@ class Live:
     features: list[Features] = field(default_factory=list)
     outlook: Outlook = field(default_factory=Outlook)
     lookup: Lookup = field(default_factory=Lookup)
+    wary: bool = False
     ended: str | None = None  # set from outside: cancelled or error
     error: str | None = None
     _tokens: list[int] = field(default_factory=list)

@@ -26,6 +26,7 @@ from .checkpoint import (
 from .checkpoint.errors import brief, read_json, warn
 from .checkpoint.tokenizer import Tokenizer, load_tokenizer
 from .choices import AUTO, NONE, RANDOM, DraftersWeights, Rule, SampleFrom, Weights
+from .extras import how_to_get
 from .forecast import Forecast
 from .inputs import shown
 from .loop import Decoder
@@ -54,7 +55,7 @@ class Answer:
     text: the tokens as text.
     steps: the tokens that each step committed, without the one of the prefill.
     widths: the tokens of each step's block that were verified, its anchor included.
-    finish: "stop", "length", "cancelled" or "error".
+    finish: "stop", "length" or "cancelled".
     seed: the seed of the output; None for greedy decoding.
     """
 
@@ -209,7 +210,7 @@ class Session:
         sample_from, rule: as for Decoder.
 
         Raises TypeError and ValueError, before anything is decoded, for wrong arguments and for a prompt that does not
-        fit the model's context.
+        fit the model's context. A grammar that fails while it is decoded ends the run with a ValueError.
         """
         what, room = "Session.run", self.target.max_context
         max_tokens = whole(what, "max_tokens", max_tokens, 1)
@@ -339,7 +340,7 @@ def _hf_target(where: Path, found: Checkpoint | None, why: str, dtype: torch.dty
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise CheckpointError(f"{where}: {why}needs transformers: pip install 'dflash-kernels[hf]'") from None
+        raise CheckpointError(f"{where}: {why}needs transformers: {how_to_get('hf')}") from None
     from .model.hf_loading import load_hf, load_hf_tensors
 
     try:

@@ -18,7 +18,7 @@ from dflash_kernels import (
     verify_sample,
 )
 
-from .adjust import Adjuster, GrammarFailed
+from .adjust import Adjuster, GrammarFailed, Usable
 from .model import Target
 from .requests import Live
 from .sampling import SamplingParams
@@ -117,8 +117,10 @@ class AdjustedVerifier(SampledVerifier):
 
     A row's adjustments depend on the drafts before it, which are read between drafting and verifying, so the step is
     not recorded. A request fails if its grammar raises or allows no token; its row is then ignored. Where the grammar
-    allows no token after some of the drafts, the block ends before them. The request fails only if its answer gets
-    there, in the next step, as it would without drafts.
+    allows no token after some of the drafts, the block ends before them, and the request fails only if its answer gets
+    there, in the next step, as it would without drafts. A drawn draft is offered all the same, since its chance to be
+    offered must not depend on its value; the request fails if it is accepted. A grammar that has raised at a draft is
+    asked about no more drafts of that answer: it may bear only so much.
     """
 
     graph_safe = False
@@ -137,15 +139,28 @@ class AdjustedVerifier(SampledVerifier):
             block_lens: torch.Tensor | None = None, proposal: Proposal | None = None,
             order: torch.Tensor | None = None) -> Verified:
         lens = torch.full_like(context_lens, ids.shape[1]) if block_lens is None else block_lens.clone()
+        ends: list[tuple[int, Live, Usable]] = []
         for b, (live, block) in enumerate(zip(self.requests, ids.tolist(), strict=False)):
             if live.finish is None:
                 asked = live.request
+                if live.wary:
+                    lens[b].clamp_(max=1)
                 try:
-                    lens[b].clamp_(max=self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:],
-                                                          asked.stop_tokens))
+                    usable = self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:int(lens[b])],
+                                                asked.stop_tokens)
                 except GrammarFailed as error:
                     live.fail(str(error))
-        return super().run(rows, ids, context_lens, lens, proposal)
+                    continue
+                live.wary |= usable.raised
+                drawn = proposal is not None and bool(usable.why)
+                lens[b].clamp_(max=usable.rows + drawn)
+                if drawn:
+                    ends.append((b, live, usable))
+        verified = super().run(rows, ids, context_lens, lens, proposal)
+        for b, live, usable in ends:
+            if verified.accept_lens[b] == usable.rows:
+                live.fail(usable.why)
+        return verified
 
 
 VERIFIERS = (GreedyVerifier, SampledVerifier, AdjustedVerifier)

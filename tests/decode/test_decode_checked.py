@@ -32,6 +32,17 @@ def test_texts_are_the_same_while_values_are_checked(monkeypatch):
     assert all(stage.work.graph is None for stage in decoder.runner.verifies.values())
 
 
+@pytest.mark.parametrize("width", [None, 4])
+def test_no_draft_goes_past_the_end_of_the_context(width, monkeypatch):
+    target = random_target("qwen3", torch.float32, "cpu", layers=2)
+    drafter, asked = Drafter.random(target, num_layers=1, block_size=4), requests((200,) * 8)[:3]
+    monkeypatch.setattr(target, "max_context", 48)
+    monkeypatch.setenv("DFLASH_CHECK", "1")
+    plain, drafted = ({key: (text, finish) for key, (text, finish, _) in collect(Decoder(
+        target, with_it, block_size=width, max_batch=4).stream(asked)).items()} for with_it in (None, drafter))
+    assert plain == drafted and {finish for _, finish in plain.values()} == {"length"}
+
+
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_bad_value_is_found_in_every_step(after, monkeypatch):
     monkeypatch.setenv("DFLASH_CHECK", "1")

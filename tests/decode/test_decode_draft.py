@@ -87,6 +87,17 @@ def test_fields_that_dflash_lacks_equal_a_dense_drafter(case, dtype):
 
 
 @torch.no_grad()
+def test_confidences_are_the_drafter_s_own_probabilities():
+    _, _, model, drafter = make({}, torch.float32)
+    served = Served(drafter, LENGTHS).commit_all()
+    hidden, ids = served.draft(ANCHORS)
+    found = served.work.confidences()
+    logits = hidden[:, 1:].flatten(0, 1).double() @ model.lm_head.weight.double().T
+    want = logits.softmax(-1).gather(-1, ids[:, 1:].reshape(-1, 1)).view(found.shape)
+    torch.testing.assert_close(found.double(), want, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_the_dense_drafter_is_dflashs():
     for changes in BY_DFLASH.values():
         config = draft_config(changes)

@@ -8,8 +8,10 @@ import torch
 
 from dflash_decode import adjust
 from dflash_decode.loop import Decoder
-from dflash_decode.requests import Request
+from dflash_decode.requests import Live, Request
 from dflash_decode.sampling import SamplingParams
+from dflash_decode.verify import AdjustedVerifier
+from dflash_kernels import Proposal
 from tests.support.decode_runs import PROMPTS, VOCAB, Oracle, random_target
 
 WORDS = -(-VOCAB // 32)
@@ -104,6 +106,61 @@ def test_nothing_may_follow_a_draft_that_is_not_answered(target, rule):
     oracle = Oracle.knowing(target, {0: drafts}, 0.0)
     assert answers(target, oracle, [request(0, Follows())], rule=rule)[0] == (text, "length", None)
     assert len(asked) >= 2
+
+
+class Breaks:
+    """Raises at every draft that no answer follows, and at everything once it has raised twice, like a matcher that has
+    a limit and is made anew once."""
+
+    def __init__(self, text):
+        self.text, self.raised = text, 0
+
+    def fill_bitmask(self, tokens, words):
+        if list(tokens) != self.text[:len(tokens)] or self.raised > 1:
+            self.raised += 1
+            raise ValueError("too many expressions")
+
+
+def test_a_grammar_that_a_draft_broke_is_asked_about_no_more_drafts(target):
+    text = answers(target, None, [request(0)])[0][0]
+    oracle = Oracle.knowing(target, {0: [token if i % 3 else (token + 1) % VOCAB for i, token in enumerate(text)]}, 0.0)
+    breaks = Breaks(text)
+    assert answers(target, oracle, [request(0, breaks)])[0] == (text, "length", None)
+    assert breaks.raised == 1
+
+
+class Deaf:
+    """The target's logits are those of every row."""
+
+    device, dtype, vocab_size = torch.device("cpu"), torch.float32, 40
+
+    def logits(self, rows, into):
+        into.copy_(rows)
+
+
+def test_a_drawn_draft_after_which_nothing_may_follow_is_accepted_as_often_as_any(target):
+    """Its chance to be offered must not depend on its value: else the other tokens come too often."""
+    n, q = 2000, torch.tensor([0.3, 0.3, 0.4])
+    p = torch.full((40,), -30.0)
+    p[:3] = torch.tensor([0.5, 0.2, 0.3]).log()
+
+    class Ends:
+        def fill_bitmask(self, tokens, words):
+            if tokens == [1]:
+                words.zero_()
+
+    drafts = torch.multinomial(q, n, True, generator=torch.Generator().manual_seed(0))
+    live = [Live(Request(i, [5], 4), 4, SamplingParams(1.0, seed=i, grammar=Ends())) for i in range(n)]
+    verifier = AdjustedVerifier(Deaf(), n, 2)
+    verifier.seat(live)
+    proposal = Proposal(probs=q.expand(n, 1, 3).contiguous(), ids=torch.arange(3).expand(n, 1, 3).contiguous())
+    found = verifier.run(p.expand(2 * n, 40), torch.stack((torch.full((n,), 5), drafts), 1),
+                         torch.ones(n, dtype=torch.int32), proposal=proposal)
+    first = torch.bincount(found.tokens[:, 0], minlength=3)[:3] / n
+    assert (first - p[:3].exp()).abs().max() < 0.04
+    ended = torch.tensor([one.error is not None for one in live])
+    assert torch.equal(ended, (found.accept_lens == 1) & (drafts == 1)) and 0 < ended.sum() < n / 4
+    assert live[int(ended.nonzero()[0])].error.endswith(NONE.replace(f"{VOCAB})", "40)") + "1 tokens")
 
 
 def test_what_a_grammar_does_to_its_words_later_changes_nothing(target):

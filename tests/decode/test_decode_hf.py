@@ -100,10 +100,13 @@ def test_in_bfloat16_any_difference_is_a_near_tie(kind, record_property):
     drafter = Drafter.random(target, num_layers=2, block_size=8)
     baseline = texts(Decoder(target, max_batch=1, max_context=128), PROMPTS, 40)
     spec = texts(Decoder(target, drafter, max_batch=1, max_context=128), PROMPTS, 40)
+    different = 0
     for i, prompt in enumerate(PROMPTS):
         found = first_difference(target, prompt, baseline[i], spec[i])
         record_property(f"difference_{kind}_{i}", str(found))
-        assert found is None or abs(found.margin) < 0.25, str(found)
+        assert found is None or abs(found.margin) < 0.06, str(found)
+        different += found is not None
+    assert different < 2  # near ties are rare
 
 
 def test_the_model_refuses_to_run_outside_the_target():

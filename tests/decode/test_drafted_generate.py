@@ -5,7 +5,14 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import StoppingCriteria, StoppingCriteriaList  # noqa: E402
+from transformers import (  # noqa: E402
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from dflash_decode import DraftedGenerate  # noqa: E402
@@ -83,6 +90,45 @@ def test_criteria_of_the_caller_end_an_answer_where_they_do_in_generate(model, d
                                       custom_generate=drafted), want)
 
 
+@pytest.mark.parametrize("of", [
+    lambda text: MaxLengthCriteria(PROMPT.shape[1] + 7), lambda text: EosTokenCriteria(text[9]),
+], ids=["length", "stop"])
+def test_the_caller_s_criteria_take_the_place_of_generate_s_own(model, drafted, of):
+    whole = model.generate(PROMPT, max_new_tokens=20, do_sample=False)[0, PROMPT.shape[1]:].tolist()
+    how = {"max_new_tokens": 20, "do_sample": False, "stopping_criteria": StoppingCriteriaList([of(whole)])}
+    want = model.generate(PROMPT, **how)
+    assert want.shape[1] < PROMPT.shape[1] + 20
+    assert torch.equal(model.generate(PROMPT, custom_generate=drafted, **how), want)
+
+
+def test_ended_rows_are_padded_as_in_generate(model, drafted):
+    """With the stop token, where there is no token for it."""
+    inputs = {"inputs": PADDED, "attention_mask": MASK}
+    text = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, PADDED.shape[1]:].tolist()
+    how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": text[3]}
+    want = model.generate(**inputs, **how)
+    assert want[0, -1] == text[3] and want.shape[1] > PADDED.shape[1] + 4
+    assert torch.equal(model.generate(**inputs, custom_generate=drafted, **how), want)
+
+
+def test_a_greedy_answer_stays_greedy_with_a_temperature(model, drafted):
+    how = {"max_new_tokens": 20, "do_sample": False, "logits_processor": [TemperatureLogitsWarper(5.0)]}
+    assert torch.equal(model.generate(PROMPT, custom_generate=drafted, **how), model.generate(PROMPT, **how))
+
+
+def test_a_model_in_training_is_evaluated_in_every_call(model, drafted):
+    modes = []
+    hook = model.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    try:
+        model.train()
+        for _ in range(2):
+            model.generate(PROMPT, max_new_tokens=4, do_sample=False, custom_generate=drafted)
+            assert modes and not any(modes) and model.training
+    finally:
+        hook.remove()
+        model.eval()
+
+
 def test_sampling_follows_torch_s_seed_and_its_filters(model, drafted):
     def drawn(seed, **options):
         torch.manual_seed(seed)
@@ -107,11 +153,15 @@ def test_sampling_follows_torch_s_seed_and_its_filters(model, drafted):
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores must be off; got True"),
     ({"no_repeat_ngram_size": 2}, "logits processors must be .*; got NoRepeatNGramLogitsProcessor"),
     ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])}, "attention_mask must have its zeros on the left"),
+    ({"do_sample": True, "top_p": 0.8, "min_p": 0.1}, "min_p must be 0 with top_p, .*; got 0.1 and 0.8"),
+    ({"do_sample": True, "temperature": 0.5, "logits_processor": [TopPLogitsWarper(0.8)]},
+     "logits processors must be in the order Rep.*; got TopPLogitsWarper, TemperatureLogitsWarper"),
+    ({"max_new_tokens": 1000}, "prompts and max_new_tokens must fit into the model's context of .* tokens; got 1006"),
 ])
 def test_what_it_cannot_follow_is_refused_before_decoding(model, drafted, options, words):
     attention = model.config._attn_implementation
     with pytest.raises(ValueError, match=f"DraftedGenerate: {words}"):
-        model.generate(**{"inputs": PROMPT} | options, max_new_tokens=4, custom_generate=drafted)
+        model.generate(**{"inputs": PROMPT, "max_new_tokens": 4} | options, custom_generate=drafted)
     assert model.config._attn_implementation == attention
 
 

@@ -125,10 +125,10 @@ def test_the_model_s_own_stop_token_is_heeded_ignored_or_put_off(llm, baseline):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stop_string_ends_the_text_before_it(llm, baseline, temperature):
     letters = {llm.tokenizer.token_id(letter): 30.0 for letter in "abcdefghijklmnopqrstuvwxyz"}
-    how = {"temperature": temperature, "seed": 3, "logit_bias": letters}
+    how = {"temperature": temperature, "seed": 3, "logit_bias": letters, "frequency_penalty": 20.0}
     whole = llm.generate("abc", max_tokens=24, **how)
     characters = whole.text
-    assert len(characters) == 24 and characters.isalpha()
+    assert len(characters) == 24 and characters.isalpha() and characters.index(characters[5:8]) == 5
     for stop in (characters[5:8], [characters[5:8], characters[4:9]], [characters[7], "never there"]):
         first = min(characters.index(one) + len(one) for one in ([stop] if isinstance(stop, str) else stop)
                     if one in characters)
@@ -144,6 +144,9 @@ def test_a_stop_string_ends_the_text_before_it(llm, baseline, temperature):
             assert sum(found.steps) < len(found.token_ids) + 4  # nothing is decoded after the step that completed it
             assert found.stop_reason not in llm.tokenizer.decode(found.token_ids[:-1])
     assert llm.generate("abc", max_tokens=24, stop="never there", **how).text == whole.text
+    for least in range(10):  # as in vLLM, one that ends behind the least tokens counts, wherever it begins
+        text = llm.generate("abc", max_tokens=24, stop=characters[5:8], min_tokens=least, **how).text
+        assert text == (characters[:5] if least < 8 else characters)
 
 
 def test_the_end_of_the_context_ends_an_answer_and_who_named_a_length_is_told(models):

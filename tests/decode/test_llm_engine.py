@@ -79,6 +79,18 @@ def test_a_stream_that_is_left_frees_its_pages(llm):
     assert 0 < len(found.token_ids) < 100 and found.text == llm.tokenizer.decode(found.token_ids)
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_stream_that_nobody_has_read_ends_with_its_iterator(llm, closed):
+    texts = llm.stream("abc", max_tokens=200, ignore_eos=True)
+    if closed:
+        texts.close()
+        assert list(texts) == []
+    else:
+        del texts
+    llm.generate("abc", max_tokens=2)
+    assert llm.workload() == (0, 0, 0.0)
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dflash_decode import LLM
+from dflash_decode.adjust import pack_bits, unpack_bits
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
-from dflash_decode.llm.grammars import Constraint, Constraints
+from dflash_decode.llm.grammars import Constraint, Constraints, MinTokens
 from tests.support import tiny
 
 
@@ -152,6 +153,24 @@ class Matcher:
 
     def unsafe_compute_mask_ptr(self, *_):
         self.broken[0] |= ord("~") in self.text
+
+
+@pytest.mark.parametrize("before", [-1, "one"])
+def test_stop_tokens_are_kept_out_of_the_first_tokens(before):
+    for stop in (0, 30, 31, 63, 64):
+        words = torch.full((3,), -1, dtype=torch.int32) if before == -1 else pack_bits(torch.arange(96) == stop)
+        want = unpack_bits(words, 96) & (torch.arange(96) != stop)
+        MinTokens(None, 2, {stop}).fill_bitmask([5], words)
+        assert torch.equal(unpack_bits(words, 96), want)
+
+
+def test_stop_tokens_that_the_vocabulary_lacks_are_nobody_s(llm, monkeypatch):
+    """As of a configuration that names more tokens than there are."""
+    pytest.importorskip("llguidance")
+    want = llm.generate("abc", max_tokens=6, min_tokens=2, regex="[a-z ]{8,}").text
+    monkeypatch.setattr(llm.tokenizer, "stop_ids", (*llm.tokenizer.stop_ids, 300, 2**30))
+    monkeypatch.setattr(llm, "_constraints", Constraints(llm.tokenizer, llm.session.target.vocab_size))
+    assert llm.generate("abc", max_tokens=6, min_tokens=2, regex="[a-z ]{8,}").text == want
 
 
 def test_what_drafts_break_does_not_end_an_answer_that_goes_another_way():

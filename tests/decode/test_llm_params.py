@@ -226,6 +226,14 @@ def test_stop_strings_are_found_however_the_text_is_cut():
     assert 500 < stopped < 1900
 
 
+def test_a_stop_string_counts_if_it_ends_where_it_may():
+    search = StopStrings(["aba"])
+    assert [search.push(piece, i > 2) for i, piece in enumerate(("ab", "a", "x", "ab", "aba", "c"))] == [
+        ("", None), ("ab", None), ("ax", None), ("", None), ("", "aba"), ("c", None)]
+    search = StopStrings(["aba"])
+    assert search.push("aba", False) == ("ab", None) and search.push("ba") == ("", "aba")
+
+
 def test_what_is_held_back_is_no_more_than_the_beginning_of_a_stop_string():
     search = StopStrings(["END", "\n\n"])
     assert [search.push(piece) for piece in ("an E", "N", "d\n", "x", "\n", "\n")] == [

@@ -295,17 +295,17 @@ def test_no_choice_of_widths_changes_a_text(target, kinds):
 def test_events_tell_the_widths_that_were_verified(target):
     decoder = Decoder(target, Drafter.random(target, 2, 5), max_context=80, page_size=4)
     decoder.runner.policy = AnyWidths(0)
-    ends = [event for event in decoder.stream([Request(0, [1, 2], 30)]) if event.finish]
-    assert len(ends) == 1 and len(ends[0].widths) == len(ends[0].acceptance_lengths)
-    pairs = list(zip(ends[0].widths, ends[0].acceptance_lengths, strict=True))
+    end, = (event for event in decoder.stream([Request(0, [1, 2], 30)]) if event.finish)
+    pairs = list(zip(end.widths, end.acceptance_lengths, strict=True))
     assert all(1 <= length <= width <= 16 for width, length in pairs) and len({width for width, _ in pairs}) > 2
 
 
-@pytest.mark.parametrize("fault, rows", [(False, 256), (True, 256), (False, 8)])
-def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target, fault, rows, monkeypatch):
-    """Where nothing was drafted for a while, the drafter's context is written late, in passes of so many rows, and is
-    the same."""
+@pytest.mark.parametrize("fault, rows, kept", [(False, 256, 1024), (True, 256, 1024), (False, 8, 1024), (False, 8, 8)])
+def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target, fault, rows, kept, monkeypatch):
+    """Where nothing was drafted for a while, the drafter's context is written late, in passes of so many rows, or when
+    more than `kept` rows wait, and is the same."""
     monkeypatch.setattr(packed_runner, "_CONTEXT_ROWS", rows)
+    monkeypatch.setattr(packed_runner, "_KEPT_ROWS", kept)
     if fault:
         remember = PackedRunner.remember
         monkeypatch.setattr(PackedRunner, "remember", lambda self, live, kept: remember(

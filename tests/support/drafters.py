@@ -151,7 +151,7 @@ class Served:
         return self
 
     def draft(self, anchors, block_lens=None, width=6):
-        work = self.drafter.make_draft(self.batch, width, self.kv, PAGE)
+        self.work = work = self.drafter.make_draft(self.batch, width, self.kv, PAGE)
         work.anchors.copy_(torch.tensor(anchors))
         lens = torch.tensor(block_lens or [width] * self.batch, dtype=torch.int32)
         ids = work.run(self.lens, self.tables, lens)

@@ -86,6 +86,11 @@ def no_drafter(model: str) -> str:
     return f"no drafter is installed for {model}; {how}"
 
 
+def without_one(model: str, drafter: str) -> str:
+    """What to say where a command needs a drafter and has none."""
+    return no_drafter(model) if drafter == AUTO else "--drafter must name one or be auto; got none"
+
+
 def _packaged(name: str) -> Path:
     known = KNOWN[name]
     # The package is found, not imported: importing it would need the program that it is a plugin of.

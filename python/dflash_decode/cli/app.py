@@ -167,10 +167,11 @@ def chat(
 def _load(model: str, drafter: str, block_size: int | None, compare: bool, threads: int | None, device: Device,
           **options: Any) -> "LLM":
     from ..checkpoint import drafter_of
+    from ..checkpoint.find import without_one
 
     if (block_size is not None or compare) and drafter_of(model, drafter) == NONE:
         option = "--compare" if block_size is None else "--block-size"
-        raise UsageError(f"{option} needs a drafter: --drafter DIRECTORY or --drafter random")
+        raise UsageError(f"{option} needs a drafter: {without_one(model, drafter)}")
     set_threads(threads)
     check_device(device)
     from ..llm.api import LLM

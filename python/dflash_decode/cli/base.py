@@ -3,6 +3,7 @@ which extra it needs."""
 
 from importlib.metadata import entry_points, version
 
+from ..extras import how_to_get
 from .streams import UsageError, attempt
 
 EXTRAS = {"bench": "bench", "serve": "serve"}  # of the commands that need another extra than this one:
@@ -39,7 +40,7 @@ def _needs() -> dict[str, str]:
     """What each command that is not here needs."""
     names = ["generate", "chat", *(command.name for command in entry_points(group="dflash_kernels.commands"))]
     extras = {name: EXTRAS.get(name, EXTRA) for name in names}
-    return {name: f"needs the extra {extra}: pip install 'dflash-kernels[{extra}]'" for name, extra in extras.items()}
+    return {name: f"needs the extra {extra}: {how_to_get(extra)}" for name, extra in extras.items()}
 
 
 def _help(needs: dict[str, str]) -> str:

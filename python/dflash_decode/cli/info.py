@@ -6,8 +6,9 @@ import json
 from dflash_kernels import build_info
 
 from ..checkpoint import KNOWN
+from ..extras import how_to_get
 
-_DECODE = "pip install 'dflash-kernels[decode]'"
+_DECODE = how_to_get("decode")
 # Optional parts: distribution, what it is for, how to get it.
 _PARTS = (
     ("typer", "the commands generate, chat and bench", _DECODE),
@@ -18,10 +19,10 @@ _PARTS = (
     ("gguf", "GGUF files", _DECODE),
     ("safetensors", "safetensors checkpoints", _DECODE),
     ("huggingface-hub", "models by their hub ids", _DECODE),
-    ("llguidance", "answers by a JSON schema or a regular expression", "pip install 'dflash-kernels[grammar]'"),
-    *((name, "the command serve", "pip install 'dflash-kernels[serve]'")
+    ("llguidance", "answers by a JSON schema or a regular expression", how_to_get("grammar")),
+    *((name, "the command serve", how_to_get("serve"))
       for name in ("starlette", "uvicorn", "pydantic", "prometheus-client")),
-    ("transformers", "most other Hugging Face causal LMs as targets", "pip install 'dflash-kernels[hf]'"),
+    ("transformers", "most other Hugging Face causal LMs as targets", how_to_get("hf")),
     *(part for name, known in KNOWN.items()
       for part in ((known.distribution, f"the model {name}", known.get),
                    (known.drafter, f"speculation for {name}", known.get_drafter))),

@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from ..extras import how_to_get
+
 INTERRUPTED = 130
 
 
@@ -59,7 +61,7 @@ def describe(error: Exception) -> str:
     if not text and written:
         return ""  # a command group without a command has printed its help
     if isinstance(error, ModuleNotFoundError):
-        text += "; to get it: pip install 'dflash-kernels[decode]'"
+        text += f"; to get it: {how_to_get('decode')}"
     elif not isinstance(error, (ValueError, TypeError, NotImplementedError, ImportError, UsageError)) and not written:
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     return " ".join(text.split()) or type(error).__name__

@@ -233,7 +233,7 @@ class LLM:
         """
         what = "LLM.stream"
         asked = self._one(what, prompt, params, fields, _reading(what, False, tools, chat_template_kwargs), single=True)
-        return _texts(Stream(self, self._engine, self.tokenizer, *asked))
+        return _Texts(Stream(self, self._engine, self.tokenizer, *asked))
 
     def submit(self, prompt: object, params: Params = None, *, tools: Iterable[dict] | None = None,
                chat_template_kwargs: Mapping[str, Any] | None = None, **fields: Any) -> Stream:
@@ -375,13 +375,23 @@ def _reading(what: str, chat: bool, tools: Iterable[dict] | None, variables: Map
         if not isinstance(name, str) or name in _NOT_VARIABLES:
             raise TypeError(f"{what}: chat_template_kwargs must be names for the chat template other than "
                             f"{' and '.join(_NOT_VARIABLES)}; got {shown(name)}")
+    if isinstance(tools, Iterator):
+        tools = list(tools)  # every prompt reads them
     return Reading(chat, tools, variables or {})
 
 
-def _texts(stream: Stream) -> Iterator[str]:
-    try:
-        for chunk in stream:
-            if chunk.text:
-                yield chunk.text
-    finally:
-        stream.cancel()
+class _Texts(Iterator[str]):
+    """The texts of a stream. A generator would not do: closing one that has not started runs nothing."""
+
+    def __init__(self, stream: Stream):
+        self._stream, self._pieces = stream, (chunk.text for chunk in stream if chunk.text)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the request."""
+        self._pieces.close()
+        self._stream.cancel()
+
+    __del__ = close

@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint.errors import brief
 from ..checkpoint.tokenizer import Tokenizer
+from ..extras import how_to_get
 from ..inputs import said, shown
 from ..sampling import Grammar
 
@@ -41,7 +42,8 @@ class Constraint:
 
     def fill_bitmask(self, tokens: Sequence[int], words: torch.Tensor) -> None:
         if self._failed == 1 and self._matcher.is_error():
-            # Drafts were too much for it, and not the answer, which goes on. Copies share what it ran out of.
+            # Drafts were too much for it, and not the answer, which goes on. Copies share what it ran out of. It is
+            # asked about no more drafts (AdjustedVerifier), so it can fail again with the answer alone.
             self._matcher, self._tokens = self._make(), []
         # An answer that goes on behind its end stays ended, and only stop tokens may follow.
         end = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
@@ -79,7 +81,7 @@ class MinTokens:
             self._grammar.fill_bitmask(tokens, words)
         if len(tokens) < self._least:
             kept = words.tolist()
-            for stop in self._stops:
+            for stop in self._stops:  # which the vocabulary has
                 kept[stop // 32] &= ~(1 << stop % 32) if stop % 32 < 31 else 0x7FFFFFFF
             words.copy_(torch.tensor(kept, dtype=words.dtype))
 
@@ -90,6 +92,7 @@ class Constraints:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int):
         self._tokenizer, self._vocab = tokenizer, vocab
+        self._stops = [stop for stop in tokenizer.stop_ids if 0 <= stop < vocab]
         self._lock, self._library_s = threading.Lock(), None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -125,8 +128,7 @@ class Constraints:
         try:
             import llguidance
         except ImportError:
-            raise ModuleNotFoundError(f"{what}: {kind} needs the package llguidance: "
-                                      "pip install 'dflash-kernels[grammar]'") from None
+            raise ModuleNotFoundError(f"{what}: {kind} needs the package llguidance: {how_to_get('grammar')}") from None
         if len(text) > _LONGEST:
             raise ValueError(f"{what}: {kind} must have at most {_LONGEST:,} characters; got {len(text):,}")
         if getattr(_here, "deep", False):
@@ -139,13 +141,13 @@ class Constraints:
         if (matcher := make()).is_error():
             raise ValueError(f"{what}: {kind} must be one that llguidance {llguidance.__version__} can follow; "
                              f"got {shown(text)}: {brief(matcher.get_error())}")
-        return Constraint(matcher, make, self._tokenizer.stop_ids)
+        return Constraint(matcher, make, self._stops)
 
     def _library(self, llguidance: Any) -> Any:
         """The library's view of the tokenizer, which takes about a second to make."""
         if self._library_s is None:
             self._library_s = llguidance.LLTokenizer(self._tokenizer.backend.to_str(), n_vocab=self._vocab,
-                                                     eos_token=list(self._tokenizer.stop_ids))
+                                                     eos_token=self._stops)
         return self._library_s
 
 

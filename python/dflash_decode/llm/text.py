@@ -25,7 +25,9 @@ class _Stop:
     def push(self, character: str) -> bool:
         """Whether the text ends with all of it now."""
         self.matched = self._after(self.matched, character)
-        return self.matched == len(self.text)
+        if whole := self.matched == len(self.text):
+            self.matched = self._shorter[-1]
+        return whole
 
 
 class StopStrings:
@@ -34,12 +36,12 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]):
         self.stops, self._held = [_Stop(stop) for stop in stops], ""
 
-    def push(self, piece: str) -> tuple[str, str | None]:
+    def push(self, piece: str, may_end: bool = True) -> tuple[str, str | None]:
         """The text that is no part of a stop string, and the stop string that was found, if any: that which ends first,
-        and of those the longest. Nothing follows it."""
+        and of those the longest. Nothing follows it. may_end: whether one that ends in this piece counts."""
         text = self._held + piece
         for end, character in enumerate(piece, len(self._held) + 1):
-            if found := [stop.text for stop in self.stops if stop.push(character)]:
+            if (found := [stop.text for stop in self.stops if stop.push(character)]) and may_end:
                 longest = max(found, key=len)
                 self._held = ""
                 return text[:end - len(longest)], longest
@@ -56,8 +58,8 @@ class StopStrings:
 class AnswerText:
     """The text of one answer.
 
-    stops: texts before which it ends. stop_tokens: their text is no part of it. min_tokens: neither ends it before.
-    reason: the stop string or token that ended it, once it has ended.
+    stops: texts before which it ends. stop_tokens: their text is no part of it. min_tokens: no stop string counts that
+    ends in these. reason: the stop string or token that ended it, once it has ended.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), stop_tokens: Collection[int] = (),
@@ -74,11 +76,7 @@ class AnswerText:
         pieces = [] if self._search.stops else [self._stream.push(spoken)]
         for i, token in enumerate(spoken if self._search.stops else (), 1):
             self._count += 1
-            piece = self._stream.push([token])
-            if self._count < self._min_tokens:
-                pieces.append(piece)
-                continue
-            piece, self.reason = self._search.push(piece)
+            piece, self.reason = self._search.push(self._stream.push([token]), self._count > self._min_tokens)
             pieces.append(piece)
             if self.reason is not None:
                 return "".join(pieces), i
@@ -90,7 +88,7 @@ class AnswerText:
         """The rest, at the end: what was held back, and an unfinished character."""
         if isinstance(self.reason, str):
             return ""
-        piece, found = self._search.push(self._stream.flush())
+        piece, found = self._search.push(self._stream.flush(), self._count > self._min_tokens)
         if found is not None:
             self.reason = found
             return piece
