@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -220,8 +221,8 @@ def test_a_run(fakes, tmp_path, capsys):
         ("ours", "baseline", "all", 1, 4, 20, 2),
         ("ours", "baseline", "all", 3, 3, 15, 2),
     ]
-    assert result["header"]["command"] == "python -m bench.peers --prompts prompts.jsonl --drafter draft " \
-        "--max-tokens 5 --concurrency 1 3 --rounds 2 --threads 1"
+    assert result["header"]["command"] == "python -m bench.peers --prompts prompts.jsonl --model model " \
+        "--drafter draft --max-tokens 5 --concurrency 1 3 --rounds 2 --threads 1 --only ours,vllm,llama"
     assert result["header"]["block_size"] == 4 and result["header"]["versions"] == {"ours": {"fake": "1"}}
     parts, = result["parts"]
     assert [parts[name] for name in ("peer", "mode", "threads", "prompts", "steps")] == ["ours", "baseline", 1, 2, 2]
@@ -276,6 +277,19 @@ def test_peers_take_turns(fakes, monkeypatch, capsys):
 def test_the_command_line_of_the_driver(monkeypatch, tmp_path, text, names):
     monkeypatch.setattr(sys, "argv", ["run.py", "--prompts", "x", "--only", text, "--json", str(tmp_path / "o")])
     assert driver.parsed().only == names
+
+
+def test_a_recorded_command_asks_for_the_same_again(monkeypatch, tmp_path):
+    given = ["--prompts", "x", "y", "--model", "m", "--drafter", str(tmp_path), "--limit", "3", "--max-tokens", "9",
+             "--concurrency", "1", "4", "--rounds", "2", "--block-size", "6", "--threads", "5", "--only", "vllm",
+             "--dtype", "float32"]
+    monkeypatch.delenv("DFLASH_ISA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["peers", *given, "--no-write"])
+    asked = vars(driver.parsed())
+    again = shlex.split(driver.command(argparse.Namespace(**asked)))
+    assert again[:3] == ["python", "-m", "bench.peers"]
+    monkeypatch.setattr(sys, "argv", ["peers", *again[3:], "--no-write"])
+    assert vars(driver.parsed()) == asked | {"drafter": tmp_path.name}  # without this machine's folders
 
 
 def test_an_unknown_peer_is_refused(monkeypatch, capsys):

@@ -129,10 +129,6 @@ def test_queries_and_keys_apart_have_the_bits_of_one_call(isa, dtype):
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa, dtype):
     qkv, args = make(dtype, 40, 5, 2, 64, 64)
     whole = qk_norm_rope(qkv.clone(), **args)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert same_bits(qk_norm_rope(qkv.clone(), **args), whole)
-    torch.set_num_threads(threads)
     for start, n in [(0, 1), (39, 1), (5, 3), (8, 8), (20, 16)]:
         part = slice(start, start + n)
         got = qk_norm_rope(qkv[part].clone(), **args | dict(positions=args["positions"][part]))

@@ -86,7 +86,7 @@ def test_a_missing_package_is_named_with_its_extra(call, monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None if wanted == name else real(wanted))
     code, _, err = call("serve", "--port", "0")
     assert code == 2 and err == (f"dflash-kernels: serve needs {name}, of the extra serve: "
-                                 "pip install 'dflash-kernels[serve]'\n")
+                                 "in a clone, pip install --no-build-isolation '.[serve]'\n")
 
 
 def test_the_help_loads_no_heavy_package():
