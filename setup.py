@@ -28,6 +28,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest torch the librar
 PY_LIMITED_API = "0x030a0000"  # 3.10
 CUDA_EXTENSION = "dflash_kernels._cuda"
 OLDEST_NVCC = (12, 8)
+OLDEST_GCC = 11
 CUDA_ARCHITECTURES = ("80", "90a", "100a", "120a")
 
 X86 = {
@@ -65,6 +66,15 @@ def nvcc_release(nvcc: str) -> str:
     """Such as "13.0"."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release (\d+\.\d+)", said)[1]
+
+
+def gcc_release(compiler: str) -> int | None:
+    """None for other compilers, and where it does not say."""
+    command = shlex.split(compiler)
+    if not Path(command[-1]).name.startswith("g++"):
+        return None
+    said = subprocess.run([*command, "-dumpversion"], capture_output=True, text=True).stdout
+    return int(said.split(".")[0]) if said[:1].isdigit() else None
 
 
 def find_cutlass() -> Path | None:
@@ -120,6 +130,9 @@ class NinjaBuildExt(build_ext):
         if shutil.which(shlex.split(compiler)[-1]) is None:
             return self._skip(ext, f"no C++ compiler found ({compiler}); install g++ and reinstall to get the CPU "
                                    "kernels")
+        if (release := gcc_release(compiler)) and release < OLDEST_GCC:
+            return self._skip(ext, f"{compiler} is version {release}, and {OLDEST_GCC} is needed; install a newer one "
+                                   "and name it in CXX")
         try:
             import torch
         except ImportError:

@@ -35,7 +35,8 @@ from dflash_decode.checkpoint.tokenizer import load_tokenizer  # noqa: E402
 from dflash_kernels import build_info
 
 WARM_UP_TOKENS = 16
-BFLOAT16 = "bfloat16"
+BFLOAT16, MODEL = "bfloat16", "smollm2"
+NAMES = [peer.name for peer in peers.PEERS]
 OUT = Console(highlight=False, soft_wrap=True)
 WIDE = 150  # columns of the table, also where the output is a file
 
@@ -97,13 +98,17 @@ def command(options: argparse.Namespace) -> str:
 
     packaged = options.drafter == drafter_of(options.model)
     draft = "none" if options.drafter is None else "auto" if packaged else Path(options.drafter).name
+    named = Path(options.model).name if Path(options.model).exists() else options.model
     isa = os.environ.get("DFLASH_ISA")
     return shlex.join([*([f"DFLASH_ISA={isa}"] if isa else []), "python", "-m", "bench.peers",
                        *words("prompts", [f.name for f in options.prompts]),
+                       *words("model", [named] if named != MODEL else []),
                        *words("drafter", [draft]),
                        *words("limit", [options.limit] if options.limit else []),
                        *words("max-tokens", [options.max_tokens]), *words("concurrency", options.concurrency),
                        *words("rounds", [options.rounds]), *words("threads", [options.threads]),
+                       *words("block-size", [options.block_size] if options.block_size else []),
+                       *words("only", [",".join(options.only)] if options.only != NAMES else []),
                        *words("dtype", [options.dtype] if options.dtype != BFLOAT16 else [])])
 
 
@@ -252,19 +257,17 @@ def parts_table(parts: list[dict]) -> Table:
 
 
 def parsed() -> argparse.Namespace:
-    names = [peer.name for peer in peers.PEERS]
-
     def chosen(text):
-        unknown = set(text.split(",")) - {*names, "all"}
+        unknown = set(text.split(",")) - {*NAMES, "all"}
         if unknown:
-            raise argparse.ArgumentTypeError(f"must be of {','.join(names)}; got {','.join(sorted(unknown))}")
-        return names if "all" in text.split(",") else [n for n in names if n in ("ours", *text.split(","))]
+            raise argparse.ArgumentTypeError(f"must be of {','.join(NAMES)}; got {','.join(sorted(unknown))}")
+        return NAMES if "all" in text.split(",") else [n for n in NAMES if n in ("ours", *text.split(","))]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help='JSON lines: {"task", "id", "turns"}')
     parser.add_argument("--drafter", default="auto", help="a drafter's directory; auto: the installed one for the "
                                                         "model; none: baseline decoding only")
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--limit", type=int, help="the first N prompts of each file, at concurrency 1")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32],
@@ -272,8 +275,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--block-size", type=int, help="tokens per block; by default the drafter's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", type=chosen, default=names, metavar="NAME,...",
-                        help=f"of {','.join(names)}; ours is always included")
+    parser.add_argument("--only", type=chosen, default=NAMES, metavar="NAME,...",
+                        help=f"of {','.join(NAMES)}; ours is always included")
     parser.add_argument("--dtype", choices=[BFLOAT16, "float32"], default=BFLOAT16,
                         help="float32 has no near ties, so outputs and acceptance can be compared; it is slow")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one peer's loading or one answer")

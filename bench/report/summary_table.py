@@ -98,7 +98,8 @@ def many_row(machine: Path) -> tuple[str, str] | None:
     ours, baseline = (rows.get((peer_tables.OURS, mode, most)) for mode in (peer_tables.DFLASH, "baseline"))
     if most == 1 or ours is None or baseline is None:
         return None
-    return (f"{header['model']}, {most} requests, blocks kept at {header['block_size']} | "
+    blocks = "blocks as they pay" if header.get("adapts") else f"blocks kept at {header['block_size']}"
+    return (f"{header['model']}, {most} requests, {blocks} | "
             f"{ours['tokens_per_s']:.0f} tokens/s | baseline decoding, {baseline['tokens_per_s']:.0f} tokens/s | "
             f"{ours['tokens_per_s'] / baseline['tokens_per_s']:.2f} |"), command_of(header["command"])
 

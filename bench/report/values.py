@@ -14,13 +14,22 @@ SPAN = re.compile(r"<!-- value ([\w.-]+) -->(.*?)<!-- end -->", re.DOTALL)
 
 
 def values(folder: Path) -> dict[str, str]:
-    """By name. Those of results are of the first machine that has them."""
+    """By name. Those of results are of the first machine that has them; acceptance beside ours is from all."""
     found = {**of_geometries(), **of_the_model(), **of_engines(folder)}
+    longer: dict[str, list[float]] = defaultdict(list)
     for machine in kernel_tables.machines(folder):
+        for name, value in of_acceptance(machine).items():
+            longer[name].append(value)
         for group in (of_steps, of_experts, of_texts, of_cells, of_peers):
             for name, value in group(machine).items():
                 found.setdefault(name, value)
-    return found
+    return found | {name: spread(values) for name, values in longer.items()}
+
+
+def spread(values: list[float]) -> str:
+    """Of shares in percent, with signs."""
+    least, most = min(values), max(values)
+    return f"{least:+.1f} %" if least == most else f"{least:+.1f} to {most:+.1f} %"
 
 
 def filled(page: str, known: dict[str, str]) -> str:
@@ -131,8 +140,8 @@ def of_cells(machine: Path) -> dict[str, str]:
 
 def of_peers(machine: Path) -> dict[str, str]:
     """Rates beside our baseline's with as many requests; what drafting gains on a file's blocks, over the instruction
-    sets; acceptance lengths beside ours on most prompts."""
-    found, most, gains = {}, 0, defaultdict(dict)
+    sets."""
+    found, gains = {}, defaultdict(dict)
     for header, rows, *_ in peer_tables.results(machine):
         whole = peer_tables.whole(rows)
         rates = {(r["peer"], r["mode"], r["concurrency"]): r["tokens_per_s"] for r in whole}
@@ -146,15 +155,22 @@ def of_peers(machine: Path) -> dict[str, str]:
                                                         / rates["oursfile", "baseline", c])
                 found |= {"file-prompts": str(header["limit"]),
                           "file-machine": f"{header['cpu']}, {header['threads']} threads"}
-        drafted = {r["peer"]: r for r in whole if r["mode"] == peer_tables.DFLASH and r["concurrency"] == 1}
+    for c, of in gains.items():
+        found |= {f"file-c{c}": f"{min(of.values()):.2f} to {max(of.values()):.2f}", "file-isas": ", ".join(of)}
+    return found
+
+
+def of_acceptance(machine: Path) -> dict[str, float]:
+    """Acceptance lengths beside ours on most prompts, in percent."""
+    found, most = {}, 0
+    for header, rows, *_ in peer_tables.results(machine):
+        drafted = {r["peer"]: r for r in peer_tables.whole(rows)
+                   if r["mode"] == peer_tables.DFLASH and r["concurrency"] == 1}
         ours = drafted.get(peer_tables.OURS)
         if ours and {"dflash", "vllm"} <= {*drafted} and ours["prompts"] > most and header["dtype"] == "bfloat16":
             most = ours["prompts"]
-            found |= {"longer-prompts": f"{most}"} | {
-                f"longer-{peer}": f"{100 * (r['acceptance_length'] / ours['acceptance_length'] - 1):.1f} %"
-                for peer, r in drafted.items()}
-    for c, of in gains.items():
-        found |= {f"file-c{c}": f"{min(of.values()):.2f} to {max(of.values()):.2f}", "file-isas": ", ".join(of)}
+            found = {f"longer-{peer}": 100 * (r["acceptance_length"] / ours["acceptance_length"] - 1)
+                     for peer, r in drafted.items()}
     return found
 
 

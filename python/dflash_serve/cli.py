@@ -18,6 +18,7 @@ from dflash_decode.cli.options import (
     Dtype,
     Model,
     ModelWeights,
+    Native,
     Threads,
     UsageError,
     Weights,
@@ -25,6 +26,7 @@ from dflash_decode.cli.options import (
     check_device,
     set_threads,
 )
+from dflash_decode.extras import how_to_get
 
 _NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 _DAY = 24 * 3600
@@ -60,6 +62,7 @@ def serve(
     access_log: Annotated[bool, typer.Option(help="Print a line for each request.")] = True,
     weights: ModelWeights = Weights.auto,
     drafter_weights: DrafterWeights = DraftersWeights.auto,
+    native: Native = False,
     block_size: BlockSize = None,
     dtype: Dtype = "bfloat16",
     device: Where = Device.cpu,
@@ -71,11 +74,12 @@ def serve(
     Concurrent requests are decoded together, and each answer is the one that the request gets alone.
     """
     from dflash_decode.checkpoint import drafter_of
+    from dflash_decode.checkpoint.find import without_one
 
     if missing := [package for package in _NEEDED if importlib.util.find_spec(package) is None]:
-        raise UsageError(f"serve needs {missing[0]}, of the extra serve: pip install 'dflash-kernels[serve]'")
+        raise UsageError(f"serve needs {missing[0]}, of the extra serve: {how_to_get('serve')}")
     if block_size is not None and drafter_of(model, drafter) == NONE:
-        raise UsageError("--block-size needs a drafter: --drafter DIRECTORY or --drafter random")
+        raise UsageError(f"--block-size needs a drafter: {without_one(model, drafter)}")
     for option, value in (("--api-key", api_key), ("--name", name), ("--host", host)):
         if value is not None and not value.strip():
             raise UsageError(f"{option} must not be empty")
@@ -89,8 +93,8 @@ def serve(
 
     listener = bound(host, port)
     with listener, LLM(model, drafter, block_size=block_size, dtype=dtype, device=device.value, weights=weights.value,
-                       drafter_weights=drafter_weights.value, max_batch=max_batch, max_context=max_context,
-                       status=report.status) as llm:
+                       drafter_weights=drafter_weights.value, native=native, max_batch=max_batch,
+                       max_context=max_context, status=report.status) as llm:
         report.start_text(llm.session)
         if device is Device.cuda:
             with report.status("compiling and recording"):
