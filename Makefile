@@ -58,6 +58,7 @@ demo: build $(STAMPS)/model
 	$(VENV)/bin/dflash-kernels generate --model smollm2 --prompt "$(PROMPT)" --compare
 
 test: build $(STAMPS)/dev $(STAMPS)/model
+	@$(MAKE) --no-print-directory $(STAMPS)/kernels || echo "vLLM's and SGLang's files are missing; tests with them will skip."
 	$(PY) -m pytest -n logical --dist worksteal $(ARGS)
 
 test-fast: build $(STAMPS)/dev
@@ -82,12 +83,15 @@ peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llam
 	$(PY) -m bench.report
 
 # The wheels, 375 MB, are fetched for some files and not kept.
-peer-kernels: $(STAMPS)/deps
+peer-kernels: $(STAMPS)/kernels
+
+$(STAMPS)/kernels: bench/peers/requirements-gpu.txt bench/peers/gpu_peers.py $(STAMPS)/deps
 	rm -rf $(PEERS)/wheels && mkdir -p $(PEERS)/wheels
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(PEERS)/wheels \
 	  -r bench/peers/requirements-gpu.txt
 	$(PY) -m bench.peers.gpu_peers $(PEERS)/wheels/*.whl
 	rm -rf $(PEERS)/wheels
+	touch $@
 
 engine-vllm: $(STAMPS)/package $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(OVERLAY)
 	$(PY) -m bench.engines $(ARGS)

@@ -20,12 +20,13 @@ from tools.dry_gpu import interpreter
 # process of their own: test_triton.py starts it, or `TRITON_INTERPRET=1 pytest tests/triton/test_triton_norm.py`.
 _triton_tests = {f"triton/{p.name}" for p in Path(__file__).parent.glob("triton/test_triton*.py")}
 _compiled = {"triton/test_triton.py", "triton/test_triton_aot.py"}
-TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[int]]()
+TOLD, INTERPRETED = pytest.StashKey[list[str]](), pytest.StashKey[list[tuple[int, int]]]()
 collect_ignore = sorted(_compiled if os.environ.get("TRITON_INTERPRET") == "1" else _triton_tests - _compiled)
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.prepare()
 
 
+X86_ISAS = ("avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 # Sets by what has code of its own there: blocks of 4 to 8 bits, dot products of bf16, everything.
 BYTE_ISAS = every_isa()
 ISAS = [isa for isa in BYTE_ISAS if not isa.endswith("_vnni")]
@@ -107,7 +108,7 @@ def tell(request):
 
 @pytest.fixture
 def interpreted(request):
-    """interpreted(n): n more tests ran in Triton's interpreter."""
+    """interpreted((ran, skipped)): more tests in Triton's interpreter."""
     return request.config.stash.setdefault(INTERPRETED, []).append
 
 
@@ -187,7 +188,10 @@ def pytest_terminal_summary(terminalreporter):
     for line in (*stash.get(TOLD, []), *sampling_distribution.summary()):
         terminalreporter.write_line(line)
     if counts := stash.get(INTERPRETED, []):
-        terminalreporter.write_line(f"{sum(counts)} tests in Triton's interpreter")
+        ran, skipped = map(sum, zip(*counts, strict=True))
+        terminalreporter.write_line(f"{ran} tests in Triton's interpreter, {skipped} skipped")
+    if missing := [isa for isa in X86_ISAS if isa not in BYTE_ISAS]:
+        terminalreporter.write_line(f"not run, as this machine lacks them: {', '.join(missing)}")
 
 
 @pytest.fixture(autouse=True)
