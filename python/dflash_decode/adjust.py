@@ -30,11 +30,11 @@ class GrammarFailed(Exception):
 
 
 class Usable(NamedTuple):
-    """The rows of a block up to the first that allows no token, all `rows` of them if none. why: what is wrong there.
-    raised: whether the grammar raised."""
+    """The rows of a block before the first that allows no token. cut: there is such a row. raised: the grammar raised
+    there."""
 
     rows: int
-    why: str = ""
+    cut: bool = False
     raised: bool = False
 
 
@@ -90,17 +90,16 @@ class Adjuster:
         for i in range(len(drafts) + 1 if sampling.grammar else 0):
             try:
                 answer = _asked(sampling.grammar, [*text, *drafts[:i]], words[i].clone())
-            except GrammarFailed as error:
+            except GrammarFailed:
                 if i:  # of a draft, which may be rejected: an answer that gets there fails there
-                    return words, Usable(i, str(error), raised=True)
+                    return words, Usable(i, cut=True, raised=True)
                 raise
             allowed = unpack_bits(answer, self.vocab)
             if not (allowed & wanted[i]).any():
-                why = (f"grammar: fill_bitmask must allow a token in [0, {self.vocab}) that logit_bias does not ban; "
-                       f"got none after {len(text) + i} tokens")
                 if i:
-                    return words, Usable(i, why)
-                raise GrammarFailed(why)
+                    return words, Usable(i, cut=True)
+                raise GrammarFailed(f"grammar: fill_bitmask must allow a token in [0, {self.vocab}) that logit_bias "
+                                    f"does not ban; got none after {len(text)} tokens")
             words[i] = answer
             # Nothing comes after a draft that is not allowed, which is rejected, or that ends the answer: a grammar
             # that has ended may refuse to be asked.

@@ -58,7 +58,8 @@ class DraftedGenerate:
     TypeError, ValueError
         For wrong arguments. When called, also for settings that it cannot follow, before anything is decoded: beams,
         an assistant_model and other ways to draft, use_cache=False, scores, a streamer for several prompts, logits
-        processors and model inputs that it does not know.
+        processors and model inputs that it does not know, processors in an order that generate's own have not, min_p
+        with top_p, and lengths beyond the model's context.
     CheckpointError
         When it is first called, for a drafter that cannot be read.
     NotImplementedError
@@ -97,15 +98,15 @@ class DraftedGenerate:
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"{_WHAT}: streamer must be given with one prompt; got {len(prompts)}")
         lengths, ends, others = _criteria(stopping_criteria)
-        room = min(lengths, default=generation_config.max_length) - input_ids.shape[1]
+        room = max(1, min(lengths, default=generation_config.max_length) - input_ids.shape[1])
         with _as_it_was(model), torch.inference_mode():
             target, drafter = self._models(model)
             if (needed := max(map(len, prompts)) + room) > target.max_context:
                 raise ValueError(f"{_WHAT}: prompts and max_new_tokens must fit into the model's context of "
                                  f"{target.max_context} tokens; got {needed}")
             stops = frozenset(stop for stop in ends if 0 <= stop < target.vocab_size)
-            settings = _settings(logits_processor, bool(generation_config.do_sample), stops, input_ids.shape[1],
-                                 [input_ids.shape[1] - len(prompt) for prompt in prompts])
+            settings = _settings(logits_processor, bool(generation_config.do_sample), target.vocab_size,
+                                 input_ids.shape[1], [input_ids.shape[1] - len(prompt) for prompt in prompts])
             decoder = Decoder(target, drafter, block_size=self.block_size, max_batch=min(len(prompts), self.max_batch),
                               max_context=needed)
             wanted = [Request(i, prompt, room, stops, SamplingParams(**settings, seed=seed))
@@ -127,8 +128,7 @@ class DraftedGenerate:
             if streamer is not None:
                 streamer.end()
             answers = [torch.tensor(one, dtype=input_ids.dtype, device=input_ids.device) for one in found]
-        pad = generation_config.pad_token_id
-        return _result(input_ids, answers, next(iter(ends), 0) if pad is None else pad,
+        return _result(input_ids, answers, _padding(generation_config, ends),
                        generation_config.return_dict_in_generate)
 
     def _models(self, model: Any) -> tuple[Target, Drafter]:
@@ -223,11 +223,19 @@ def _criteria(criteria: Any) -> tuple[list[int], list[int], list[Any]]:
     return lengths, tokens, others
 
 
-def _settings(processors: Any, sampled: bool, stops: frozenset[int], length: int,
+def _padding(config: Any, ends: Sequence[int]) -> int:
+    """As generate takes it: a first stop token where there is none of its own."""
+    own = config.eos_token_id
+    first = own if isinstance(own, int) else next(iter(own or ends), 0)
+    return first if config.pad_token_id is None else config.pad_token_id
+
+
+def _settings(processors: Any, sampled: bool, vocab: int, length: int,
               padding: list[int]) -> dict[str, Any]:
     """SamplingParams' fields for transformers' logits processors. length: of the prompts with their padding."""
     found: dict[str, Any] = {"temperature": 1.0 if sampled else 0.0}
-    least, names = 0, [type(one).__name__ for one in processors]
+    grammar: MinTokens | None = None
+    names = [type(one).__name__ for one in processors]
     order = [_ORDER.index(name) for name in names if name in _ORDER]
     if order != sorted(order):
         raise ValueError(f"{_WHAT}: logits processors must be in the order {', '.join(_ORDER)}; got {', '.join(names)}")
@@ -243,10 +251,11 @@ def _settings(processors: Any, sampled: bool, stops: frozenset[int], length: int
                 found["min_p"] = float(one.min_p)
             case "RepetitionPenaltyLogitsProcessor" if _ignores(one, padding):
                 found["repetition_penalty"] = float(one.penalty)
-            case "MinNewTokensLengthLogitsProcessor":
-                least = max(least, one.min_new_tokens)
-            case "MinLengthLogitsProcessor":
-                least = max(least, one.min_length - length)
+            case "MinNewTokensLengthLogitsProcessor" | "MinLengthLogitsProcessor" as name:
+                needed = one.min_length - length if name == "MinLengthLogitsProcessor" else one.min_new_tokens
+                banned = [token for token in torch.as_tensor(one.eos_token_id).flatten().tolist() if 0 <= token < vocab]
+                if needed > 0 and banned:
+                    grammar = MinTokens(grammar, needed, banned)
             case "LogitNormalization":
                 pass
             case name:
@@ -255,7 +264,7 @@ def _settings(processors: Any, sampled: bool, stops: frozenset[int], length: int
     if sampled and found.get("min_p", 0.0) > 0 and found.get("top_p", 1.0) < 1:
         raise ValueError(f"{_WHAT}: min_p must be 0 with top_p, of what transformers' top_p leaves; got "
                          f"{found['min_p']} and {found['top_p']}")
-    return found | ({"grammar": MinTokens(None, least, stops)} if least > 0 and stops else {})
+    return found | {"grammar": grammar}
 
 
 def _ignores(penalty: Any, padding: list[int]) -> bool:

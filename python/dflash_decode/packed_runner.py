@@ -112,7 +112,7 @@ class PackedRunner(Runner):
         n = len(active)
         most = self.longest if kind.packs and n * self.longest <= self.most_rows(self.batch_of(n)) else \
             self.setting.width
-        limits = [min(live.limit - live.emitted, most) for live in active]
+        limits = [min(live.room, most) for live in active]
         found = [live.looked_up(limit - 1) if policy.looks_up else Draft() for live, limit in zip(
             active, limits, strict=True)]
         drafts = policy.choose(outlooks, self.draft(active, policy, found), found, limits, not kind.packs)
@@ -139,7 +139,7 @@ class PackedRunner(Runner):
         drafts = [Draft() for _ in active]
         if self.setting.drafter and self.setting.width > 1:
             whole = isinstance(policy, FixedWidths)
-            open_ended = [i for i, live in enumerate(active) if whole or live.limit - live.emitted > 1]
+            open_ended = [i for i, live in enumerate(active) if live.room > 1 or whole and not live.wary]
             paying, width = policy.to_draft([active[i].outlook for i in open_ended], [found[i] for i in open_ended])
             if chosen := [open_ended[i] for i in paying]:
                 requests = [active[i] for i in chosen]

@@ -113,6 +113,11 @@ class Live:
         self.ended = "error"
 
     @property
+    def room(self) -> int:
+        """The most tokens that its next step can commit."""
+        return 1 if self.wary else self.limit - self.emitted
+
+    @property
     def emitted(self) -> int:
         return self._ends[-1] if self._ends else 0
 

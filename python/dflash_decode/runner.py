@@ -174,7 +174,7 @@ class GraphRunner(Runner):
         if not known:
             self.steps[key] = self.make_step(*key)
         step = self.steps[key]
-        widths = [min(step.width, live.limit - live.emitted) for live in active]
+        widths = [min(step.width, live.room) for live in active]
         step.fill([(live.anchor, live.context, n) for live, n in zip(active, widths, strict=True)])
         if self.seated != (step, active):
             self.unseat()

@@ -18,7 +18,7 @@ from dflash_kernels import (
     verify_sample,
 )
 
-from .adjust import Adjuster, GrammarFailed, Usable
+from .adjust import Adjuster, GrammarFailed
 from .model import Target
 from .requests import Live
 from .sampling import SamplingParams
@@ -119,8 +119,8 @@ class AdjustedVerifier(SampledVerifier):
     not recorded. A request fails if its grammar raises or allows no token; its row is then ignored. Where the grammar
     allows no token after some of the drafts, the block ends before them, and the request fails only if its answer gets
     there, in the next step, as it would without drafts. A drawn draft is offered all the same, since its chance to be
-    offered must not depend on its value; the request fails if it is accepted. A grammar that has raised at a draft is
-    asked about no more drafts of that answer: it may bear only so much.
+    offered must not depend on its value; if it is accepted, nothing is drawn after it. A grammar that has raised at a
+    draft is asked about no more drafts of that answer: it may bear only so much.
     """
 
     graph_safe = False
@@ -139,27 +139,28 @@ class AdjustedVerifier(SampledVerifier):
             block_lens: torch.Tensor | None = None, proposal: Proposal | None = None,
             order: torch.Tensor | None = None) -> Verified:
         lens = torch.full_like(context_lens, ids.shape[1]) if block_lens is None else block_lens.clone()
-        ends: list[tuple[int, Live, Usable]] = []
+        ends: list[tuple[int, int]] = []
         for b, (live, block) in enumerate(zip(self.requests, ids.tolist(), strict=False)):
             if live.finish is None:
                 asked = live.request
-                if live.wary:
-                    lens[b].clamp_(max=1)
                 try:
-                    usable = self.adjuster.fill(b, live.sampling, asked.prompt, live.text, block[1:int(lens[b])],
-                                                asked.stop_tokens)
+                    drafts = block[1:min(int(lens[b]), live.room)]
+                    usable = self.adjuster.fill(b, live.sampling, asked.prompt, live.text, drafts, asked.stop_tokens)
                 except GrammarFailed as error:
                     live.fail(str(error))
                     continue
                 live.wary |= usable.raised
-                drawn = proposal is not None and bool(usable.why)
+                drawn = proposal is not None and live.sampling.temperature > 0 and usable.cut
                 lens[b].clamp_(max=usable.rows + drawn)
                 if drawn:
-                    ends.append((b, live, usable))
+                    ends.append((b, usable.rows))
         verified = super().run(rows, ids, context_lens, lens, proposal)
-        for b, live, usable in ends:
-            if verified.accept_lens[b] == usable.rows:
-                live.fail(usable.why)
+        for b, drafts in ends:
+            if verified.accept_lens[b] == drafts:
+                verified.commit_lens[b] -= 1
+                verified.new_lens[b] -= 1
+                verified.tokens[b, drafts] = -1
+                verified.bonus[b] = verified.tokens[b, drafts - 1]
         return verified
 
 

@@ -28,7 +28,8 @@ def test_what_a_start_was_trained_on_is_never_held_out(target, written, tmp_path
     checkpoint.write(tmp_path / "a", drafter, target, torch.arange(9))
     checkpoint.write_record(tmp_path / "a", training, None)
     checkpoint.write_prompts(tmp_path / "a", ["x", "y"], None)
-    assert checkpoint.read_prompts(tmp_path / "a") == {"x", "y"}
+    assert checkpoint.read_prompts(tmp_path / "a") == checkpoint.read_prompts(tmp_path / "a" / "weights") == {"x", "y"}
+    assert checkpoint.read_prompts(tmp_path) == set()
     checkpoint.write_prompts(tmp_path / "b", ["z"], tmp_path / "a")
     checkpoint.write_record(tmp_path / "b", training, tmp_path / "a")
     assert checkpoint.read_prompts(tmp_path / "b") == {"x", "y", "z"}

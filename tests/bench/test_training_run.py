@@ -45,7 +45,7 @@ def test_the_same_command_goes_on_where_it_ended(run, capsys):
     assert json.loads((folder / "training.json").read_text())["steps"] == 5
     assert run.asked == [(240, 2.0)] and (run.work / "features" / "states").stat().st_mtime_ns == made
     same = "--write-tokens", 240, "--write-minutes", 2, "--steps", 6
-    with pytest.raises(SystemExit, match=r"has features of other texts, or of other layers than \[0, 1\]: remove it"):
+    with pytest.raises(SystemExit, match=r"has features of other texts, of other layers than \[0, 1\], or cut"):
         run(*same, "--target-layer-ids", 0, 1)
     with pytest.raises(SystemExit, match="state.pt is of a run that differs in texts, .*: remove it, or use another"):
         run(*same, "--features", "live", "--limit", 11)
@@ -54,6 +54,20 @@ def test_the_same_command_goes_on_where_it_ended(run, capsys):
     with pytest.raises(SystemExit, match="has features of other texts"):
         run("--write-tokens", 480, "--steps", 6)
     assert run.asked == [(240, 2.0), (480, float("inf"))]
+    with pytest.raises(SystemExit, match="or cut to another length than 828: remove it"):
+        run("--write-tokens", 480, "--steps", 6, "--answer-tokens", 316)
+
+
+def test_a_selector_stays_until_the_weights_are_others(run):
+    same = "--write-tokens", 240, "--steps"
+    run(*same, 2)
+    selector = run.work / "checkpoint" / "candidate_selector" / "model.safetensors"
+    selector.parent.mkdir()
+    selector.write_bytes(b"1")
+    run(*same, 2)
+    assert selector.is_file()
+    run(*same, 3)
+    assert not selector.exists()
 
 
 def test_every_saved_state_has_a_whole_checkpoint(run, monkeypatch):

@@ -125,8 +125,10 @@ def test_a_grammar_that_a_draft_broke_is_asked_about_no_more_drafts(target):
     text = answers(target, None, [request(0)])[0][0]
     oracle = Oracle.knowing(target, {0: [token if i % 3 else (token + 1) % VOCAB for i, token in enumerate(text)]}, 0.0)
     breaks = Breaks(text)
-    assert answers(target, oracle, [request(0, breaks)])[0] == (text, "length", None)
-    assert breaks.raised == 1
+    decoder = oracle.decoder = Decoder(target, oracle, block_size=oracle.block_size, max_context=80, page_size=4)
+    events = list(decoder.stream([request(0, breaks)]))
+    assert [token for event in events for token in event.tokens] == text and events[-1].error is None
+    assert breaks.raised == 1 and events[-1].widths[-3:] == (1, 1, 1)  # nor is anything drafted
 
 
 class Deaf:
@@ -139,7 +141,8 @@ class Deaf:
 
 
 def test_a_drawn_draft_after_which_nothing_may_follow_is_accepted_as_often_as_any(target):
-    """Its chance to be offered must not depend on its value: else the other tokens come too often."""
+    """Its chance to be offered must not depend on its value: else the other tokens come too often. Nothing is drawn
+    after it, so the request ends in the next step. Without a temperature drafts are not drawn."""
     n, q = 2000, torch.tensor([0.3, 0.3, 0.4])
     p = torch.full((40,), -30.0)
     p[:3] = torch.tensor([0.5, 0.2, 0.3]).log()
@@ -150,7 +153,8 @@ def test_a_drawn_draft_after_which_nothing_may_follow_is_accepted_as_often_as_an
                 words.zero_()
 
     drafts = torch.multinomial(q, n, True, generator=torch.Generator().manual_seed(0))
-    live = [Live(Request(i, [5], 4), 4, SamplingParams(1.0, seed=i, grammar=Ends())) for i in range(n)]
+    live = [Live(Request(i, [5], 4), 4, SamplingParams(float(i > 0), seed=i, grammar=Ends())) for i in range(n)]
+    drafts[0] = 1
     verifier = AdjustedVerifier(Deaf(), n, 2)
     verifier.seat(live)
     proposal = Proposal(probs=q.expand(n, 1, 3).contiguous(), ids=torch.arange(3).expand(n, 1, 3).contiguous())
@@ -158,9 +162,11 @@ def test_a_drawn_draft_after_which_nothing_may_follow_is_accepted_as_often_as_an
                          torch.ones(n, dtype=torch.int32), proposal=proposal)
     first = torch.bincount(found.tokens[:, 0], minlength=3)[:3] / n
     assert (first - p[:3].exp()).abs().max() < 0.04
-    ended = torch.tensor([one.error is not None for one in live])
-    assert torch.equal(ended, (found.accept_lens == 1) & (drafts == 1)) and 0 < ended.sum() < n / 4
-    assert live[int(ended.nonzero()[0])].error.endswith(NONE.replace(f"{VOCAB})", "40)") + "1 tokens")
+    ended = (found.accept_lens == 1) & (drafts == 1)
+    assert 0 < ended.sum() < n / 4 and not any(one.error for one in live)
+    assert (found.commit_lens == torch.where(ended, 1, found.accept_lens + 1)).all()
+    assert (found.new_lens == 1 + found.commit_lens).all() and (found.tokens[ended] == torch.tensor([1, -1])).all()
+    assert (found.bonus[ended] == 1).all() and found.tokens[0].tolist() == [0, -1]
 
 
 def test_what_a_grammar_does_to_its_words_later_changes_nothing(target):

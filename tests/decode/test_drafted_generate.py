@@ -91,13 +91,24 @@ def test_criteria_of_the_caller_end_an_answer_where_they_do_in_generate(model, d
 
 
 @pytest.mark.parametrize("of", [
-    lambda text: MaxLengthCriteria(PROMPT.shape[1] + 7), lambda text: EosTokenCriteria(text[9]),
-], ids=["length", "stop"])
+    lambda text: MaxLengthCriteria(PROMPT.shape[1] + 7), lambda text: MaxLengthCriteria(PROMPT.shape[1]),
+    lambda text: EosTokenCriteria(text[9]),
+], ids=["length", "no length", "stop"])
 def test_the_caller_s_criteria_take_the_place_of_generate_s_own(model, drafted, of):
     whole = model.generate(PROMPT, max_new_tokens=20, do_sample=False)[0, PROMPT.shape[1]:].tolist()
     how = {"max_new_tokens": 20, "do_sample": False, "stopping_criteria": StoppingCriteriaList([of(whole)])}
     want = model.generate(PROMPT, **how)
     assert want.shape[1] < PROMPT.shape[1] + 20
+    assert torch.equal(model.generate(PROMPT, custom_generate=drafted, **how), want)
+
+
+def test_min_new_tokens_holds_back_the_stop_tokens_of_the_call(model, drafted):
+    """Not those of the caller's criterion, as in generate."""
+    whole = model.generate(PROMPT, max_new_tokens=20, do_sample=False)[0, PROMPT.shape[1]:].tolist()
+    how = {"max_new_tokens": 20, "min_new_tokens": 12, "do_sample": False, "eos_token_id": 250,
+           "stopping_criteria": StoppingCriteriaList([EosTokenCriteria(whole[5])])}
+    want = model.generate(PROMPT, **how)
+    assert want.shape[1] < PROMPT.shape[1] + 12
     assert torch.equal(model.generate(PROMPT, custom_generate=drafted, **how), want)
 
 

@@ -91,6 +91,21 @@ def test_a_stream_that_nobody_has_read_ends_with_its_iterator(llm, closed):
     assert llm.workload() == (0, 0, 0.0)
 
 
+def test_an_interrupt_ends_a_stream_that_something_keeps(llm, monkeypatch):
+    texts = llm.stream("abc", max_tokens=200, ignore_eos=True)
+    next(texts)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(texts._stream, "_seen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in texts:
+            pass
+    llm.generate("abc", max_tokens=2)
+    assert llm.workload() == (0, 0, 0.0)
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
 
 

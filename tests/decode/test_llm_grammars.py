@@ -74,7 +74,7 @@ def test_what_llguidance_refuses(llm):
 
 def test_without_llguidance(llm, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^LLM\.chat: regex needs the package llguidance: pip install 'dfla"):
+    with pytest.raises(ModuleNotFoundError, match=r"^LLM\.chat: regex needs the package llguidance: in a clone, pip"):
         llm.chat("abc", regex="a")
 
 

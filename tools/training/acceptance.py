@@ -8,7 +8,7 @@ Blocks are whole: a loop that verifies fewer drafts, where they do not pay, acce
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from dflash_decode import Session
 
 from .replay import Replay, Text, rates_by_position
-from .texts import CONTEXT, read_jsonl
+from .texts import ROOM, read_jsonl
 
 
 def answered(session: Session, prompts: Sequence[str], tokens: int, concurrency: int) -> list[Text]:
@@ -25,13 +25,13 @@ def answered(session: Session, prompts: Sequence[str], tokens: int, concurrency:
     run = session.run(ids, max_tokens=tokens, concurrency=concurrency, speculative=False)
     return [Text(number, [*asked, *answer.tokens], len(asked))
             for number, (asked, answer) in enumerate(zip(ids, run.answers, strict=True))
-            if len(answer.tokens) >= 2 and len(asked) + len(answer.tokens) <= CONTEXT]
+            if len(answer.tokens) >= 2 and len(asked) + len(answer.tokens) <= ROOM + tokens]
 
 
-def accepted_of(session: Session, texts: Iterable[Text], batch: int) -> dict[int, list[int]]:
+def accepted_of(session: Session, texts: Sequence[Text], batch: int) -> dict[int, list[int]]:
     """By the text's number, how many drafts of each of its blocks were accepted."""
     found: dict[int, list[int]] = {}
-    for blocks in Replay(session, batch, 1).blocks(texts):
+    for blocks in Replay(session, batch, 1, max(len(text.ids) for text in texts)).blocks(texts):
         for number, accepted in zip(blocks.texts.tolist(), blocks.accepted.tolist(), strict=True):
             found.setdefault(number, []).append(accepted)
     return found
@@ -59,6 +59,8 @@ def main() -> None:
     texts = answered(Session.load(args.model, "none"), [row["turns"][0] for row in rows], args.max_tokens,
                      args.concurrency)
     texts.sort(key=lambda text: -len(text.ids))  # those that end together were begun together
+    if not texts:
+        raise SystemExit(f"--prompts must have some that leave room for an answer in {ROOM + args.max_tokens} tokens")
     print(f"{len(texts)} answers of {sum(len(t.ids) - t.start for t in texts)} tokens", flush=True)
     result = {"model": args.model, "limit": args.limit, "max_tokens": args.max_tokens, "drafters": {}}
     for name in args.drafters:

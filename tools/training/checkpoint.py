@@ -20,7 +20,7 @@ def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: tor
           shard_mb: float | None = None) -> None:
     """Writes config.json, model.safetensors (or shards with an index) and draft_vocabulary.json: the ids of the trained
     tokens, which our loop uses as the rows of the draft head. Other readers ignore it. Each file is whole at any time.
-    What else there was of other weights is removed, a selector and its calibration included."""
+    What there was of other weights is removed, a selector and its calibration included."""
     write_whole(folder / "config.json", json.dumps(drafter.shape.config(target), indent=2) + "\n")
     tensors, kept = drafter.tensors(), {"format": "pt"}
     shards: list[dict[str, torch.Tensor]] = [{}]
@@ -33,12 +33,15 @@ def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: tor
         files = ["model.safetensors"]
     else:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    shutil.rmtree(folder / "candidate_selector", ignore_errors=True)
-    for stale in (*folder.glob("model*.safetensors*"), folder / "calibration.json"):
+    for stale in folder.glob("model*.safetensors*"):
         if stale.name not in files:
-            stale.unlink(missing_ok=True)
+            stale.unlink()
     for file, shard in zip(files, shards, strict=True):
-        write_whole(folder / file, save(shard, kept))
+        data, old = save(shard, kept), folder / file
+        if not old.is_file() or old.read_bytes() != data:
+            shutil.rmtree(folder / "candidate_selector", ignore_errors=True)
+            (folder / "calibration.json").unlink(missing_ok=True)
+            write_whole(old, data)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
@@ -46,10 +49,16 @@ def write(folder: Path, drafter: TrainedDrafter, target: Target, vocabulary: tor
     write_whole(folder / "draft_vocabulary.json", json.dumps({"token_ids": vocabulary.tolist()}) + "\n")
 
 
-def read_prompts(folder: Path | None) -> set[str]:
+def kept_with(checkpoint: Path | None, name: str) -> Path | None:
+    """A file of a checkpoint's record: in its folder, or in the one above, as in a drafter's package."""
+    found = (folder / name for folder in (checkpoint, checkpoint.absolute().parent)) if checkpoint else ()
+    return next((file for file in found if file.is_file()), None)
+
+
+def read_prompts(checkpoint: Path | None) -> set[str]:
     """The prompts that a checkpoint was trained on; none if it has no record."""
-    file = folder and folder / "training_prompts.json.gz"
-    return set(json.loads(gzip.decompress(file.read_bytes()))) if file and file.is_file() else set()
+    file = kept_with(checkpoint, "training_prompts.json.gz")
+    return set(json.loads(gzip.decompress(file.read_bytes()))) if file else set()
 
 
 def write_prompts(folder: Path, prompts: Iterable[str], start: Path | None) -> None:
@@ -66,7 +75,6 @@ def write_record(folder: Path, training, start: Path | None) -> None:
     record = {"recipe": asdict(training.recipe), "shape": asdict(training.drafter.shape), "texts": len(training.used),
               "held_out": len(training.held_out), "answer_tokens": answered, "steps": training.step,
               "minutes": training.seconds / 60, "device": training.device_name(), "history": training.history}
-    before = start and start / "training.json"
-    if before and before.is_file():
+    if before := kept_with(start, "training.json"):
         record["start"] = json.loads(before.read_text())
     write_whole(folder / "training.json", json.dumps(record, indent=1) + "\n")

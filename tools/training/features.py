@@ -37,7 +37,7 @@ class Padded(NamedTuple):
 class Texts(ABC):
     """All texts end to end, N tokens: ids (N,) int32. Text i is offsets[i]:offsets[i + 1], its answer begins at
     starts[i], greedy[i] tells whether it was written greedily. scale (F * H,): the size of the states' elements.
-    digest: of the conversations."""
+    digest: of the conversations. longest: texts are cut to so many tokens."""
 
     ids: torch.Tensor
     offsets: list[int]
@@ -48,6 +48,7 @@ class Texts(ABC):
     scale: torch.Tensor
     target_layer_ids: tuple[int, ...]
     digest: str
+    longest: int
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -125,6 +126,7 @@ class LiveTexts(Texts):
                  longest: int = CONTEXT, sample: int = 16):
         found = code(tokenizer, texts, longest)
         self.target, self.target_layer_ids, self.digest = target, tuple(target_layer_ids), digest_of(texts)
+        self.longest = longest
         self.ids = torch.tensor([token for ids in found.ids for token in ids], dtype=torch.int32)
         self.offsets, self.starts, self.greedy = found.offsets(), found.starts, found.greedy
         self.sources, self.prompts = found.sources, found.prompts
@@ -168,7 +170,7 @@ class Features(Texts):
         self.ids, self.likely = array("ids", np.int32, n), array("likely", np.int32, n, TEACHER)
         self.states = array("states", np.int16, n, width).view(torch.bfloat16)
         self.odds = array("odds", np.float16, n, TEACHER)
-        self.scale, self.digest = torch.tensor(meta["scale"]), meta["digest"]
+        self.scale, self.digest, self.longest = torch.tensor(meta["scale"]), meta["digest"], meta["longest"]
         self.offsets, self.starts, self.greedy = meta["offsets"], meta["starts"], meta["greedy"]
 
     def batch(self, which: Sequence[int]) -> Padded:
@@ -226,5 +228,5 @@ def write_features(
     (folder / "features.json").write_text(json.dumps({
         "tokens": n, "width": width, "target_layer_ids": list(target_layer_ids), "scale": scale.tolist(),
         "offsets": offsets, "starts": starts, "greedy": found.greedy, "sources": found.sources,
-        "prompts": found.prompts, "digest": digest_of(texts)}))
+        "prompts": found.prompts, "digest": digest_of(texts), "longest": longest}))
     return Features(folder)

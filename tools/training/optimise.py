@@ -107,8 +107,8 @@ class Batch:
 
 
 def block_weights(width: int, device) -> torch.Tensor:
-    """exp(-(k - 1) / gamma) for the k-th masked position, gamma = 4, 5, 7 at blocks of 8, 10, 16 (DFlash, section 4.2
-    and appendix A.1)."""
+    """exp(-(k - 1) / gamma) for the k-th masked position, gamma = 4, about 5, 7 at blocks of 8, 10, 16 (DFlash,
+    section 4.2 and appendix A.1)."""
     return torch.exp(-torch.arange(width - 1, device=device) / (1 + 3 / 8 * width))
 
 
@@ -162,7 +162,8 @@ class Training:
 
     def _run(self) -> dict:
         """What must be the same when a run goes on."""
-        return {"texts": self.features.digest, "shape": asdict(self.drafter.shape), "seed": self.recipe.seed,
+        return {"texts": self.features.digest, "longest text": self.features.longest,
+                "shape": asdict(self.drafter.shape), "seed": self.recipe.seed,
                 "draft vocabulary": self.vocabulary.ids.tolist(), "held-out texts": self.held_out,
                 "texts per step": self.recipe.texts}
 
@@ -173,7 +174,9 @@ class Training:
         if not file.is_file():
             return False
         state = torch.load(file, map_location="cpu", weights_only=True)
-        now, kept = self._run(), state.get("run", {})
+        if "run" not in state:
+            raise ValueError(f"{file} is of an earlier version: remove it, or use another folder")
+        now, kept = self._run(), state["run"]
         if others := [name for name in now if kept.get(name) != now[name]]:
             raise ValueError(f"{file} is of a run that differs in {', '.join(others)}: remove it, or use another "
                              "folder")

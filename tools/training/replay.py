@@ -42,12 +42,12 @@ class Blocks(NamedTuple):
     accepted: torch.Tensor
 
 
-def greedy_texts(session: Session, rows: Iterable[dict]) -> Iterator[Text]:
-    """The conversations that were written greedily, as ids."""
+def greedy_texts(session: Session, rows: Iterable[dict], longest: int = CONTEXT) -> Iterator[Text]:
+    """The conversations that were written greedily, as ids: those of at most `longest` tokens."""
     tokenizer = session.tokenizer
     for number, row in enumerate(rows):
         ids, start = coded(tokenizer, row)
-        if row["temperature"] == 0 and start + 2 <= len(ids) <= CONTEXT:
+        if row["temperature"] == 0 and start + 2 <= len(ids) <= longest:
             yield Text(number, ids, start)
 
 
@@ -65,11 +65,11 @@ def rates_by_position(accepted: torch.Tensor, width: int) -> list[float | None]:
 
 
 class Replay:
-    """Runs `batch` texts next to each other. session: with the drafter."""
+    """Runs `batch` texts of at most `longest` tokens next to each other. session: with the drafter."""
 
-    def __init__(self, session: Session, batch: int, candidates: int):
+    def __init__(self, session: Session, batch: int, candidates: int, longest: int = CONTEXT):
         target, self.drafter = session.target, session.drafter
-        self.width, self.candidates, pages = self.drafter.block_size, candidates, CONTEXT // PAGE + 1
+        self.width, self.candidates, pages = self.drafter.block_size, candidates, longest // PAGE + 1
         self.kv = [model.cache.allocate(batch * pages, PAGE) for model in (target, self.drafter)]
         self.prefill = cache(lambda rows: Prefill(target, self.drafter, *self.kv, rows, PAGE, pages))
         self.draft = DraftPass(self.drafter, batch, self.width, self.kv[1], PAGE)

@@ -25,7 +25,8 @@ from dflash_decode.model.dflash2 import NAMES, PREFIX, read_selector, write_sele
 from dflash_kernels import PackedWeight
 
 from .replay import Blocks, Replay, greedy_texts, rates_by_position, weights_to_rejection
-from .write import read_answers
+from .texts import ANSWER, ROOM
+from .write import answer_tokens, read_answers
 
 HELD_OUT = 12  # one text in so many
 
@@ -40,6 +41,8 @@ def collect(blocks: Iterable[Blocks], most: int) -> Blocks:
             bar.update(len(part.texts))
             if have >= most:
                 break
+    if not parts:
+        raise SystemExit("--answers must have greedy answers of two tokens or more, in texts that are not too long")
     return Blocks(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -171,6 +174,8 @@ def main() -> None:
                    help="the drafter's folder, which gets candidate_selector/ and calibration.json")
     p.add_argument("--start", type=Path, help="a drafter's folder, whose selector of this rank is trained further")
     p.add_argument("--blocks", type=int, default=300_000, help="blocks to draft for training")
+    p.add_argument("--answer-tokens", type=answer_tokens, default=ANSWER, help=f"longer texts than {ROOM} tokens and "
+                   "so many are left out")
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--candidates", type=int, default=16, help="most likely tokens that the selector chooses from")
     p.add_argument("--epochs", type=int, default=2)
@@ -186,8 +191,9 @@ def main() -> None:
     drafter, target = session.drafter, session.target
     rows = read_answers(args.answers)
     Random(args.seed).shuffle(rows)
-    blocks = collect(Replay(session, args.concurrency, args.candidates).blocks(greedy_texts(session, rows)),
-                     args.blocks)
+    longest = ROOM + args.answer_tokens
+    replay = Replay(session, args.concurrency, args.candidates, longest)
+    blocks = collect(replay.blocks(greedy_texts(session, rows, longest)), args.blocks)
     ids = drafter.ids_of_draft if drafter.ids_of_draft is not None else torch.arange(drafter.num_valid)
     place = torch.full((target.vocab_size,), -1)
     place[ids] = torch.arange(len(ids))

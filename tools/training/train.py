@@ -139,8 +139,9 @@ def collect_texts(args: argparse.Namespace) -> list[dict]:
     """The conversations of --answers, and those that the target writes, but for those with prompts of --without."""
     found = read_answers(args.answers)
     if args.write_tokens:
-        folder, asked = args.work / "texts", json.dumps([args.write_tokens, args.write_minutes])
-        done = folder / "written.json"  # what was asked for when the stage ended, by its tokens or by its time
+        folder, asked = args.work / "texts", json.dumps(
+            [args.write_tokens, args.write_minutes, args.answer_tokens, args.template])
+        done = folder / "written.json"  # what had been asked for when the stage ended, by its tokens or by its time
         if not done.is_file() or done.read_text() != asked:
             write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
                         seed=args.seed, minutes=args.write_minutes, budget=args.answer_tokens, template=args.template)
@@ -178,7 +179,7 @@ def check_shape(shape: Shape, target: Target, start: Path | None) -> None:
         if start is not None:
             before = read_draft_config(kept := json.loads((start / "config.json").read_text()))
             if before != made:
-                names = [name for name in (*config, "dflash_config") if config[name] != kept.get(name)]
+                names = [name for name in config | kept if config.get(name) != kept.get(name)]
                 raise SystemExit(f"--start must have the shape of the run; {start} has another {', '.join(names)}")
     except (ValueError, NotImplementedError, OSError) as error:
         raise SystemExit(f"the drafter: {error}") from None
@@ -193,9 +194,9 @@ def features_of(args: argparse.Namespace, target: Target, tokenizer: Tokenizer, 
     if not (kept / "features.json").is_file():
         return write_features(target, tokenizer, texts, layers, kept, longest)
     found = Features(kept)
-    if (found.digest, found.target_layer_ids) != (digest_of(texts), tuple(layers)):
-        raise SystemExit(f"{kept} has features of other texts, or of other layers than {layers}: remove it, or use "
-                         "another --work")
+    if (found.digest, found.target_layer_ids, found.longest) != (digest_of(texts), tuple(layers), longest):
+        raise SystemExit(f"{kept} has features of other texts, of other layers than {layers}, or cut to another length "
+                         f"than {longest}: remove it, or use another --work")
     return found
 
 
@@ -220,9 +221,9 @@ def main() -> None:
                     negatives=args.negatives, early_share=args.early_share, vector_rate=args.vector_rate,
                     decay_from=args.decay_from, start_share=args.start_share, visits=args.visits)
     drafter = TrainedDrafter(shape, target.norm, features.scale, args.seed)
-    if args.start:
-        drafter.load_tensors(read_directory(args.start).tensors)
     try:
+        if args.start:
+            drafter.load_tensors(read_directory(args.start).tensors)
         training = Training(drafter, target, features, recipe, args.work, checkpoint.read_prompts(args.start),
                             args.draft_vocabulary)
         if training.resume():

@@ -94,15 +94,18 @@ def write_texts(model: str, folder: Path, tokens: int, prompts: list[Path], with
 
 
 def answer_tokens(text: str) -> int:
-    if not 16 <= (found := int(text)) <= MOST_TOKENS:
+    if not text.isdecimal() or not 16 <= int(text) <= MOST_TOKENS:
         raise argparse.ArgumentTypeError(f"must be between 16 and {MOST_TOKENS:,}; got {text}")
-    return found
+    return int(text)
 
 
 def variables(text: str) -> dict[str, Any]:
-    if not isinstance(found := json.loads(text), dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object; got {text}")
-    return found
+    try:
+        if isinstance(found := json.loads(text), dict):
+            return found
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a JSON object; got {text}")
 
 
 def main() -> None:

@@ -387,7 +387,11 @@ class _Texts(Iterator[str]):
         self._stream, self._pieces = stream, (chunk.text for chunk in stream if chunk.text)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except BaseException:  # of an interrupt, too, after which a traceback may keep this object
+            self._stream.cancel()
+            raise
 
     def close(self) -> None:
         """Ends the request."""

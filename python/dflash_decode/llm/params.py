@@ -42,7 +42,7 @@ class GenerationParams:
     ignore_eos : bool
         The model's own stop tokens do not end the answer.
     min_tokens : int
-        Before so many tokens, nothing but max_tokens ends the answer.
+        Before so many tokens, nothing but max_tokens ends the answer. A stop string counts if it ends behind them.
     n : int
         The number of answers. Answer i uses seed + i.
     logprobs : int, optional
