@@ -57,8 +57,9 @@ def context_flops(tokens: int, layers: int, num_kv_heads: int, head_dim: int, ro
 
 
 def block_bytes(requests: int, block: int, *, hidden: int = 0, itemsize: int = 0, slots: bool = True) -> int:
-    """Bytes that must move: anchors and lengths in; ids, positions, slots and embedded rows out; table rows in."""
-    return requests * (12 + block * (24 if slots else 16)) + 2 * requests * block * hidden * itemsize
+    """Bytes that must move: anchors and lengths in; ids, positions, slots and embedded rows out; rows of the anchors
+    and one of the mask in."""
+    return requests * (12 + block * (24 if slots else 16)) + (requests * (block + 1) + 1) * hidden * itemsize
 
 
 def embed_bytes(tokens: int, hidden: int, itemsize: int) -> int:
@@ -128,14 +129,15 @@ def combine_bytes(shards: int, rows: int, *, k: int = 1, lse: bool = False) -> i
     return (shards + 1) * rows * (12 * k + 4 * lse)
 
 
-def verify_bytes(requests: int, block: int, *, vocab: int = 0, itemsize: int = 0) -> int:
-    """Bytes that must move: drafted and emitted ids, lengths in and out, and target ids or, with vocab, the logits."""
-    target = vocab * itemsize if vocab else 8
-    return requests * (block * (16 + target) + 24)
+def verify_bytes(requests: int, block: int, *, vocab: int = 0, itemsize: int = 0, rows: int | None = None) -> int:
+    """Bytes that must move: drafted and emitted ids, lengths in and out, and target ids or, with vocab, the logits of
+    `rows` rows (None: all)."""
+    rows = requests * block if rows is None else rows
+    return rows * (vocab * itemsize if vocab else 8) + requests * (16 * block + 24)
 
 
-def verify_flops(requests: int, block: int, *, vocab: int = 0) -> int:
-    return requests * block * max(vocab, 1)
+def verify_flops(requests: int, block: int, *, vocab: int = 0, rows: int | None = None) -> int:
+    return (requests * block if rows is None else rows) * max(vocab, 1)
 
 
 def sample_bytes(requests: int, block: int, vocab: int, itemsize: int, *, rows: int | None = None) -> int:

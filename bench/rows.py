@@ -157,10 +157,12 @@ def main() -> None:
     info = dk.build_info()
     header = {"device": device_name(), "threads": info["threads"], "torch": info["torch"], "commit": commit()}
     before = json.loads(file.read_text(encoding="utf-8"))["products"] if options.add and file.exists() else []
+    for row in before:  # which are of the run that the file was written by, if they do not say
+        row.setdefault("commit", json.loads(file.read_text(encoding="utf-8"))["header"]["commit"])
     kept = [row for row in before if row["shape"] not in options.shapes or row["weights"] not in options.weights]
     for name in options.shapes:
         for row in shape_rows(name, sizes, options.runs, isas, options.weights):
-            kept.append(row)
+            kept.append(row | {"commit": header["commit"]})
             print(f"{name:<16} {row['weights']:<5} {row['rows']:3} rows {row['isa']:<12} {row['us']:9.1f} us "
                   f"{row['gbps']:6.1f} GB/s {row['tflops']:.3f} TFLOP/s {row['pct_of_bound']:4.0f} % of the bound "
                   f"{row['torch_us'] / row['us']:6.2f} x torch", flush=True)

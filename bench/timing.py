@@ -105,7 +105,7 @@ class MatrixRate:
     It is a function for `interleaved`; tflops(timing) gives 1e12 operations per second.
     """
 
-    ROUNDS = 100_000
+    ROUNDS = 500_000  # a millisecond and more, beside which the start of threads is little
 
     def __init__(self, isa: str, what: str = "bf16"):
         self._isa, self._what, self._flops = isa, what, 0

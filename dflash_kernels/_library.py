@@ -10,7 +10,8 @@ is an error, not a slow fallback; what a GPU alone needs, Triton and the CUDA C+
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,6 +78,16 @@ def capturing() -> bool:
         torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
+@contextmanager
+def _alone(device: str) -> Iterator[None]:
+    with torch.no_grad():
+        if not torch.amp.is_autocast_available(device):
+            yield
+        else:
+            with torch.autocast(device, enabled=False):
+                yield
+
+
 def define(schema: str, reference: Callable) -> Callable:
     """Defines op `schema` with `reference` as its answer where nothing faster is built; returns the callable op.
 
@@ -90,7 +101,8 @@ def define(schema: str, reference: Callable) -> Callable:
             raise RuntimeError(f"StepGraph: {name} has no kernel here to capture; only its reference would run")
         first = next(a for a in args if isinstance(a, torch.Tensor))
         _warn_reference(first.device.type)
-        return reference(*args, **kwargs)
+        with _alone(first.device.type):  # as kernels are, which neither autograd nor autocast sees into
+            return reference(*args, **kwargs)
 
     _lib.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{OPS}::{name}", _nothing, lib=_lib)

@@ -14,6 +14,7 @@ from .formats import EVERY, GROUPED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
+FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_HEAD_DIM = 1024  # kMaxHeadDim in csrc/cpu/rope_head.h
 MAX_LAYERS = 64  # kMaxLayers in csrc/params/context.h
 MAX_K = 64

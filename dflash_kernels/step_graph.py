@@ -201,6 +201,10 @@ class StepGraph:
         else:
             native.replay(self._recording)
 
+    def __bool__(self) -> bool:
+        """True: it is a graph, whatever its length."""
+        return True
+
     def __len__(self) -> int:
         """Number of launches in a CPU recording; 0 on CUDA."""
         return 0 if self._recording is None or self.device.type == "cuda" else native.record_size(self._recording)

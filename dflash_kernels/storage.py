@@ -123,9 +123,9 @@ def _packed_shape(n: int, k: int, dtype: torch.dtype, device: torch.device) -> t
     return blocks, k, 16
 
 
-def _own(data: torch.Tensor) -> torch.Tensor:
+def _own(data: torch.Tensor | None) -> torch.Tensor | None:
     """On a CPU weights share memory (_memory.py): a copy or a pickle takes one weight's bytes, not all of them."""
-    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
+    return data if data is None or data.untyped_storage().nbytes() == data.nbytes else data.clone()
 
 
 def _check_sizes(what: str, n: int, k: int) -> None:
@@ -239,7 +239,7 @@ class PackedWeight:
                              f"got {tuple(self.data.shape)} with strides {self.data.stride()}")
 
     def __reduce__(self):
-        return PackedWeight, (_own(self.data), self.out_features, self.in_features, self.scales, self.format,
+        return PackedWeight, (_own(self.data), self.out_features, self.in_features, _own(self.scales), self.format,
                               self.exact)
 
     @property
@@ -363,7 +363,7 @@ class PackedExperts:
         return self.data.dtype
 
     def __reduce__(self):
-        return PackedExperts, (_own(self.data), self.out_features, self.in_features, self.scales)
+        return PackedExperts, (_own(self.data), self.out_features, self.in_features, _own(self.scales))
 
     @property
     def num_experts(self) -> int:

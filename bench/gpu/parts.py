@@ -88,9 +88,10 @@ class Plan:
         end = self.began + (gpu_plan.DRY_BUDGET if self.options.dry else gpu_plan.BUDGET)
         self.note("build", "not needed: the libraries are those of the sources" if gpu_build.prebuilt()
                   else self.jobs.run(gpu_build.command(), end if self.options.dry else self.began + gpu_plan.BUILDING))
-        until = time.monotonic()
+        until = start = time.monotonic()
+        whole = sum(gpu_plan.SHARES[part] for part in self.options.parts)
         for part in self.options.parts:
-            until = min(until + gpu_plan.SHARES[part], end)
+            until = min(until + gpu_plan.SHARES[part] * (end - start) / whole, end)
             for step in gpu_plan.steps(part, self.out, self.options.dry, not self.options.no_peers):
                 stop = end if self.options.dry else min(until, time.monotonic() + step.seconds)
                 self.note(f"{part} {step.name}", step.absent or self.jobs.run(step.words, stop, step.workers,

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SHARES = {"a": 185, "b": 90, "c": 85, "d": 45, "e": 95, "f": 30}  # seconds; what a part leaves, the next ones have
+SHARES = {"a": 185, "b": 90, "c": 85, "d": 45, "e": 95, "f": 30}  # of the time; what a part leaves, the next ones have
 BUDGET, DRY_BUDGET, BUILDING = 530, 3600, 150  # for everything, the build as well; at most for the build
 WORKERS = max(1, min((os.cpu_count() or 1) - 2, 14))  # processes of the tests, whose time is that of compiling kernels
 DRY = [sys.executable, "-m", "tools.dry_gpu"]

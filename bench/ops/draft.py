@@ -17,11 +17,11 @@ from dflash_decode.model.drafter import Drafter, tensor_shapes
 
 PAGE = 64
 CONTEXT = {"cpu": 1024, "cuda": 1024, "tiny": 40}
-# hidden, MLP width, heads, key/value heads, head dim, layers, block, target_layer_ids, vocabulary
-GEOMETRIES = {"cpu": {"smollm2": (576, 1536, 9, 3, 64, 3, 8, 4, 49152)},
-              "cuda": {"qwen3-8b": (4096, 12288, 32, 8, 128, 5, 16, 5, 151936),
-                       "minimax-m2.7": (3072, 8192, 48, 8, 128, 5, 8, 5, 200064)},
-              "tiny": {"tiny": (32, 48, 2, 1, 32, 1, 4, 2, 100)}}
+# hidden, MLP width, heads, key/value heads, head dim, layers, block, target_layer_ids, vocabulary, draft vocabulary
+GEOMETRIES = {"cpu": {"smollm2": (576, 1536, 9, 3, 64, 3, 8, 4, 49152, 8192)},
+              "cuda": {"qwen3-8b": (4096, 12288, 32, 8, 128, 5, 16, 5, 151936, None),
+                       "minimax-m2.7": (3072, 8192, 48, 8, 128, 5, 8, 5, 200064, None)},
+              "tiny": {"tiny": (32, 48, 2, 1, 32, 1, 4, 2, 100, None)}}
 BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 32), "tiny": (1,)}
 
 
@@ -33,7 +33,8 @@ def cases(sizes: Sizes):
 
 
 def random_drafter(geometry, sizes):
-    hidden, inner, heads, kv_heads, dim, layers, block, target_layer_ids, vocab = geometry
+    """On a CPU in 8 bits, as drafters are kept there."""
+    hidden, inner, heads, kv_heads, dim, layers, block, target_layer_ids, vocab, drafted = geometry
     config = read_draft_config({
         "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "head_dim": dim,
         "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "block_size": block, "vocab_size": vocab,
@@ -45,7 +46,8 @@ def random_drafter(geometry, sizes):
     target = SimpleNamespace(dtype=sizes.dtype, device=torch.device(sizes.device), num_layers=8, hidden_size=hidden,
                              vocab_size=vocab, max_context=2 * CONTEXT[sizes.name], embedding=embedding,
                              embedding_scale=1.0, head=dk.pack_weight(embedding), head_bias=None)
-    return Drafter(config, weights, target)
+    return Drafter(config, weights, target, None if drafted is None else torch.arange(drafted),
+                   int8=sizes.name == "cpu")
 
 
 def step_cases(sizes, name, d, batch):

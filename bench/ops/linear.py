@@ -52,13 +52,22 @@ def bytes_of(sizes, rows, n, k, weight_itemsize=2):
     return cost.linear_bytes(rows, n, k, 2, weight_itemsize, chunks)
 
 
+def torch_packed(sizes, x, weights, then=lambda y: y):
+    """torch's product with weights that oneDNN has laid out for it beforehand, as ours are."""
+    if sizes.device != "cpu" or sizes.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return {}
+    laid_out = [torch.ops.mkldnn._reorder_linear_weight(w, len(x)) for w in weights]
+    product = torch.ops.mkldnn._linear_pointwise
+    return {"torch, packed": lambda i: (then(product(x, laid_out[i], None, "none", [], "")),)}
+
+
 def linear_case(sizes, name, rows, weights, packed):
     n, k = weights[0].shape
     x, out = sizes.random(rows, k), torch.empty(rows, n, dtype=sizes.dtype)
     problem = SimpleNamespace(expression=lambda x, w: (F.linear(x, w),), args=lambda i: (x, weights[i]))
     return Case("linear", f"{name} {n}x{k}, {rows} rows", lambda i: dk.linear(x, packed[i], out=out),
                 bytes_of(sizes, rows, n, k), len(packed), cost.linear_flops(rows, n, k),
-                sizes.peers_of("linear", problem),
+                sizes.peers_of("linear", problem) | torch_packed(sizes, x, weights),
                 agreeing(lambda: F.linear(x.float(), weights[0].float()), lambda: F.linear(x, weights[0])),
                 headline=rows == 8 and "gate_up" in name)
 
@@ -97,7 +106,8 @@ def head_case(sizes, name, rows, weights, packed):
     return Case("lm_head_argmax", f"{name} {n}x{k}, {rows} rows",
                 lambda i: dk.lm_head_argmax(x, packed[i], out_ids=ids, out_values=values),
                 cost.lm_head_bytes(rows, n, k, 2), len(packed), cost.lm_head_flops(rows, n, k),
-                sizes.peers_of("lm_head_argmax", problem), check, headline=rows in (8, 128))
+                sizes.peers_of("lm_head_argmax", problem) | torch_packed(sizes, x, weights, lambda y: y.argmax(-1)),
+                check, headline=rows in (8, 128))
 
 
 def top_of(x, w):

@@ -60,10 +60,10 @@ def cases(sizes: Sizes):
 
 
 def norm_case(sizes, rows, width):
+    out = torch.empty(rows, width, dtype=sizes.dtype)
     moved = cost.norm_bytes(rows, width, 2, add=False)
     copies = sizes.copies_of(moved)
     xs, weight = [sizes.random(rows, width) for _ in range(copies)], torch.rand(width).to(sizes.dtype)
-    out = torch.empty_like(xs[0])
 
     def expression(x, weight):
         return (F.rms_norm(x, (width,), weight, EPS),)
@@ -71,13 +71,15 @@ def norm_case(sizes, rows, width):
     problem = SimpleNamespace(expression=expression, args=lambda i: (xs[i], weight))
     return Case("rms_norm", f"{rows} x {width}", lambda i: dk.rms_norm(xs[i], weight, EPS, out=out), moved, copies,
                 cost.norm_flops(rows, width, add=False), sizes.peers_of("rms_norm", problem),
-                agreeing(lambda: expression(xs[0].float(), weight.float()), lambda: expression(xs[0], weight)))
+                agreeing(lambda: expression(xs[0].float(), weight.float()), lambda: expression(xs[0], weight)),
+                cached=sizes.cached(out))
 
 
 def embed_case(sizes, tokens, hidden, vocab):
+    out = torch.empty(tokens, hidden, dtype=sizes.dtype)
     moved = cost.embed_bytes(tokens, hidden, 2)
     table, copies = sizes.random(vocab, hidden), sizes.copies_of(moved)
-    ids, out = torch.randint(0, vocab, (copies, tokens)), torch.empty(tokens, hidden, dtype=sizes.dtype)
+    ids = torch.randint(0, vocab, (copies, tokens))
 
     def expression(ids, table):
         return (F.embedding(ids, table),)
@@ -86,14 +88,16 @@ def embed_case(sizes, tokens, hidden, vocab):
     return Case("embed_tokens", f"{tokens} rows of {vocab} x {hidden}",
                 lambda i: dk.embed_tokens(ids[i], table, out=out), moved, copies,
                 peers=sizes.peers_of("embed_tokens", problem),
-                check=agreeing(lambda: expression(ids[0], table.float()), lambda: expression(ids[0], table)))
+                check=agreeing(lambda: expression(ids[0], table.float()), lambda: expression(ids[0], table)),
+                cached=sizes.cached(out))
 
 
 def add_norm_case(sizes, rows, width):
+    out, sums = (torch.empty(rows, width, dtype=sizes.dtype) for _ in range(2))
     moved = cost.norm_bytes(rows, width, 2, add=True)
     copies = sizes.copies_of(moved)
     xs, residuals = ([sizes.random(rows, width) for _ in range(copies)] for _ in range(2))
-    weight, out, sums = torch.rand(width).to(sizes.dtype), *(torch.empty_like(xs[0]) for _ in range(2))
+    weight = torch.rand(width).to(sizes.dtype)
 
     def expression(x, residual, weight):
         h = x + residual
@@ -109,18 +113,19 @@ def add_norm_case(sizes, rows, width):
     return Case("add_rms_norm", f"{rows} x {width}",
                 lambda i: dk.add_rms_norm(xs[i], residuals[i], weight, out=out, residual_out=sums), moved, copies,
                 cost.norm_flops(rows, width, add=True), sizes.peers_of("add_rms_norm", problem),
-                agreeing(truth, lambda: expression(xs[0], residuals[0], weight)), headline=rows == 8192)
+                agreeing(truth, lambda: expression(xs[0], residuals[0], weight)), headline=rows == 8192,
+                cached=sizes.cached(out, sums))
 
 
 def conv_case(sizes, rows, width, add_norm):
     """Blocks of the drafted width, with the taps and groups of published drafters."""
     block, taps, groups = min(rows, CONV_BLOCK), CONV_TAPS, width // CONV_GROUP
+    out, sums = (torch.empty(rows // block, block, width, dtype=sizes.dtype) for _ in range(2))
     moved = cost.conv_bytes(rows, width, groups, taps, 2, add_norm=add_norm)
     copies = sizes.copies_of(moved)
     xs, residuals = ([sizes.random(rows // block, block, width) for _ in range(copies)] for _ in range(2))
     deltas = [sizes.random(rows // block, block, 2, taps, groups)[:, :, 1] for _ in range(copies)]
     base, weight = sizes.random(taps, width), torch.rand(width).to(sizes.dtype)
-    out, sums = torch.empty_like(xs[0]), torch.empty_like(xs[0])
 
     def convolved(x, delta, base):
         blocks = x.reshape(*x.shape[:-1], groups, -1)
@@ -148,14 +153,15 @@ def conv_case(sizes, rows, width, add_norm):
     problem = SimpleNamespace(expression=expression, args=args)
     return Case(op, f"{rows} x {width}, blocks of {block}", run, moved, copies,
                 cost.conv_flops(rows, width, taps, add_norm=add_norm), sizes.peers_of(op, problem),
-                agreeing(lambda: expression(*(t.float() for t in args(0))), lambda: expression(*args(0))))
+                agreeing(lambda: expression(*(t.float() for t in args(0))), lambda: expression(*args(0))),
+                cached=sizes.cached(out, *[sums] * add_norm))
 
 
 def silu_case(sizes, rows, inner):
+    out = torch.empty(rows, inner, dtype=sizes.dtype)
     moved = cost.activation_bytes(rows, inner, 2)
     copies = sizes.copies_of(moved)
     gates = [sizes.random(rows, 2 * inner) for _ in range(copies)]
-    out = torch.empty(rows, inner, dtype=sizes.dtype)
 
     def expression(x):
         gate, up = x.chunk(2, -1)
@@ -164,7 +170,8 @@ def silu_case(sizes, rows, inner):
     problem = SimpleNamespace(expression=expression, args=lambda i: (gates[i],))
     return Case("silu_and_mul", f"{rows} x {inner}", lambda i: dk.silu_and_mul(gates[i], out=out), moved, copies,
                 cost.activation_flops(rows, inner), sizes.peers_of("silu_and_mul", problem),
-                agreeing(lambda: expression(gates[0].float()), lambda: expression(gates[0])))
+                agreeing(lambda: expression(gates[0].float()), lambda: expression(gates[0])),
+                cached=sizes.cached(out))
 
 
 def rotated(x, cos_sin):
@@ -282,14 +289,17 @@ def block_case(sizes, requests, width, hidden, vocab):
 
 
 def verify_case(sizes, requests, width, vocab):
-    moved = cost.verify_bytes(requests, width, vocab=vocab, itemsize=2)
-    copies = sizes.copies_of(moved)
+    """As many right guesses as the request's number, where the block is as long. A CPU reads the rows up to the first
+    wrong guess, and those alone are counted; torch and a GPU's kernels read all."""
+    copies = sizes.copies_of(cost.verify_bytes(requests, width, vocab=vocab, itemsize=2))
     logits = [sizes.random(requests, width, vocab) for _ in range(copies)]
-    drafts = torch.randint(0, vocab, (requests, width))
-    for b in range(requests):  # as many right guesses as the request's number, where the block is as long
-        drafts[b, 1:b + 1] = logits[0][b, :min(b, width - 1)].argmax(-1)
+    drafts = [torch.randint(0, vocab, (requests, width)) for _ in range(copies)]
+    for guesses, rows in zip(drafts, logits, strict=True):
+        for b in range(requests):
+            guesses[b, 1:b + 1] = rows[b, :min(b, width - 1)].argmax(-1)
     lens = torch.full((requests,), 100, dtype=torch.int32)
-    made = dk.verify_greedy(drafts, None, lens, logits=logits[0])
+    made = dk.verify_greedy(drafts[0], None, lens, logits=logits[0])
+    read = sum(min(b, width - 1) + 1 for b in range(requests)) if sizes.device == "cpu" else None
 
     def expression(drafts, logits, lens):
         target = logits.argmax(-1)
@@ -297,12 +307,13 @@ def verify_case(sizes, requests, width, vocab):
         return accepted, target.gather(1, accepted.long()[:, None])[:, 0], lens + accepted + 1
 
     def run(i):
-        dk.verify_greedy(drafts, None, lens, logits=logits[i], out=made)
+        dk.verify_greedy(drafts[i], None, lens, logits=logits[i], out=made)
         return made.accept_lens, made.bonus, made.new_lens
 
     problem = SimpleNamespace(
-        expression=expression, args=lambda i: (drafts, logits[i], lens), drafts=drafts, logits=logits, lens=lens
+        expression=expression, args=lambda i: (drafts[i], logits[i], lens), drafts=drafts, logits=logits, lens=lens
     )
-    return Case("verify_greedy", f"{requests} x {width} x {vocab} logits", run, moved, copies,
-                cost.verify_flops(requests, width, vocab=vocab), sizes.peers_of("verify_greedy", problem),
-                agreeing(lambda: expression(drafts, logits[0], lens)), headline=True)
+    return Case("verify_greedy", f"{requests} x {width} x {vocab} logits", run,
+                cost.verify_bytes(requests, width, vocab=vocab, itemsize=2, rows=read), copies,
+                cost.verify_flops(requests, width, vocab=vocab, rows=read), sizes.peers_of("verify_greedy", problem),
+                agreeing(lambda: expression(drafts[0], logits[0], lens)), headline=True)

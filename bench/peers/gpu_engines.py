@@ -12,12 +12,12 @@ from bench.peers.gpu_peers import load, peer
 def sglang_verify(p):
     """torch.argmax, then one kernel for acceptance, bonus and lengths."""
     verify = load("sglang", "kernels/ops/speculative/dflash.py")._compute_dflash_accept_bonus_triton_unchecked
-    batch = p.drafts.shape[0]
+    batch = p.lens.shape[0]
     accepted, committed = (torch.empty(batch, dtype=torch.int32) for _ in range(2))
-    bonus, lens, tokens = torch.empty(batch).long(), torch.empty(batch).long(), torch.empty_like(p.drafts)
+    bonus, lens, tokens = torch.empty(batch).long(), torch.empty(batch).long(), torch.empty_like(p.drafts[0])
 
     def call(i):
-        verify(p.drafts, p.logits[i].argmax(-1), accepted, committed, bonus, tokens, p.lens, lens)
+        verify(p.drafts[i], p.logits[i].argmax(-1), accepted, committed, bonus, tokens, p.lens, lens)
         return lambda: (accepted, bonus, lens.int())
 
     return call
@@ -27,15 +27,15 @@ def sglang_verify(p):
 def vllm_verify(p):
     """vLLM's rejection sampler at temperature 0."""
     sample = load("vllm", "v1/worker/gpu/spec_decode/rejection_sampler_utils.py").rejection_sample
-    batch, width = p.drafts.shape
+    batch, width = p.drafts[0].shape
     starts, requests = torch.arange(batch + 1).int() * width, torch.arange(batch).int()
     of_row, in_block = requests[:, None].expand(batch, width).reshape(-1), torch.arange(width).int().repeat(batch)
     positions = (p.lens[:, None] + torch.arange(width)).long().view(-1)
     zeros, seeds = torch.zeros(batch), torch.zeros(batch).long()
 
     def call(i):
-        tokens, counts = sample(p.logits[i].flatten(0, 1), None, p.drafts.view(-1), starts, positions, requests, of_row,
-                                in_block, zeros, seeds, width - 1)
+        tokens, counts = sample(p.logits[i].flatten(0, 1), None, p.drafts[i].view(-1), starts, positions, requests,
+                                of_row, in_block, zeros, seeds, width - 1)
         return lambda: (counts - 1, tokens.gather(1, counts.long()[:, None] - 1)[:, 0], p.lens + counts)
 
     return call

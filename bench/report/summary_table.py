@@ -44,8 +44,8 @@ def headline(folder: Path) -> str:
             return "\n".join([
                 "| | measurement | result | compared with | speedup |", "|---|---|---|---|---|",
                 *(f"| {i + 1} | {row}" for i, row in enumerate(rows)), "",
-                f"{about['device']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, bfloat16. "
-                "Rates count new tokens over the whole time, the prompts' passes included. Commands:", "",
+                f"{about['device']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, bfloat16, "
+                f"commit {about['commit']}. Rates count new tokens over the whole time, the prompts' passes included. Commands:", "",
                 *(f"- {rows_of(commands, command)}: `{command}`" for command in dict.fromkeys(commands))])
     return kernel_tables.EMPTY
 

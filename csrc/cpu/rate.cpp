@@ -94,10 +94,14 @@ inline Bytes add_products(Bytes sum, Bytes a, Bytes b) {
   return sum;
 }
 #else
-inline Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
+inline Bytes add_products(Bytes sum, Bytes a, Bytes b) {
+  Bytes product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
+  return sum;
+}
 #endif
 #endif
-constexpr int kByteSums = 12;
+constexpr int kByteSums = DFLASH_VEC == 512 ? 12 : 8;  // with a, b and a product, no more than there are registers
 Done byte_rounds(int64_t rounds) {
   Bytes sums[kByteSums], a = all_bytes(1), b = a;
   for (Bytes& s : sums) s = a;

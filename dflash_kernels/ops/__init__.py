@@ -10,7 +10,8 @@ These rules hold for every op:
   new values.
 - Cost is what a call must read and write, each byte once, with e, c and w bytes an element. Optional tensors that are
   not in the formula add their own bytes. Launches count kernels.
-- No op has a gradient. Results never require one, even if the inputs do.
+- No op has a gradient: fresh outputs require none, even if the inputs do. What an op writes in place keeps what
+  autograd knew of it, which is then wrong; call those under `torch.no_grad()`.
 """
 
 from . import activation as activation

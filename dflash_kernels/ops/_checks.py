@@ -1,5 +1,6 @@
 """Checks shared by the ops. Each raises with the op's name, what was expected, and what was got."""
 
+import contextlib
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -14,10 +15,10 @@ from ..limits import named as named
 from ..storage import PagedKV
 
 
-def values_checked() -> bool:
-    """True when DFLASH_CHECK=1: ops also check values (page ids, positions), which reads the device. Not in a capture,
-    where nothing can be read: StepGraph refuses to capture then, so that its steps are checked each time."""
-    return checking() and not _library.capturing()
+def values_checked(t: torch.Tensor) -> bool:
+    """True when DFLASH_CHECK=1: ops also check values (page ids, positions), which reads the device of t. Not in a
+    capture, where nothing can be read: StepGraph refuses to capture then, so that its steps are checked each time."""
+    return checking() and t.device.type != "meta" and not _library.capturing()
 
 
 def checking() -> bool:
@@ -82,7 +83,7 @@ class Checker:
         return self.unbroken(name, self.output(name, t, like, shape, dtype))
 
     def dense_last(self, name: str, t: torch.Tensor) -> torch.Tensor:
-        if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
+        if t.dim() and t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(f"{self.op}: {name} must be contiguous in its last dimension; got strides {t.stride()}")
         return t
 
@@ -97,6 +98,15 @@ class Checker:
             raise ValueError(f"{self.op}: {name} must not be an expanded view; got {describe(t)} "
                              f"with strides {t.stride()}")
         return t
+
+    def other(self, name: str, t: torch.Tensor, of: str, x: torch.Tensor) -> None:
+        """t must not begin where x does. Whether a compiled graph's tensors do cannot be known when it is made."""
+        same = t is x
+        if not (same or torch.compiler.is_compiling() or "meta" in (t.device.type, x.device.type)):
+            with contextlib.suppress(RuntimeError):  # a fake tensor has no memory
+                same = t.numel() > 0 and t.data_ptr() == x.data_ptr()
+        if same:
+            raise ValueError(f"{self.op}: {name} must not be {of}; got the same tensor")
 
     def as_rows(self, name: str, t: torch.Tensor) -> torch.Tensor:
         """A (..., N) tensor as (rows, N) without a copy."""

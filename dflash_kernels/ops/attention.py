@@ -26,7 +26,7 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..limits import FP8
+from ..limits import FLOAT32_MAX, FP8
 from ..storage import PagedKV
 from ._checks import Checker, describe, values_checked
 
@@ -78,7 +78,7 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
     softcap : float
         Bound of the scores. 0: none.
     out : (B, Q, Hq, D) dtype of q, optional
-        Written. Last dimension contiguous. It must not overlap k, v or the cache.
+        Written. Last dimension contiguous. It must not overlap q, k, v or the cache.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Pa
             _check.contiguous(name, t, torch.int32, "(B,)", (batch,), q.device)
     softcap = _check.number("softcap", softcap)
     left, right = _check_options(q, window, sinks, softcap)
-    if values_checked():
+    if values_checked(q):
         _check_values(width, cache, page_table, context_lens, block_lens, context_starts)
         _check_starts(len(q), block_lens, block_starts)
     out = _check.output("out", out, q, q.shape)
@@ -188,7 +188,7 @@ def _check_options(q, window, sinks, softcap):
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"{_check.op}: window must be (left, right); got {window!r}")
     left, right = (_check.integer("window", x, -1) for x in window)
-    if not 0 <= softcap < math.inf:
+    if not 0 <= softcap <= FLOAT32_MAX:
         raise ValueError(f"{_check.op}: softcap must be finite and >= 0; got {softcap!r}")
     return left, right
 

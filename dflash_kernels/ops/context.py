@@ -109,7 +109,7 @@ def write_context_kv(kv: torch.Tensor, positions: torch.Tensor, slots: torch.Ten
             raise ValueError(f"{_check.op}: commit_lens must have a length B that divides T = {tokens}; "
                              f"got {describe(commit_lens)}")
     each = check_rounding(_check, rounding)
-    if values_checked():
+    if values_checked(kv):
         _check_written_positions(positions, slots, cos_sin, commit_lens, first)
     _write_context_kv(kv, positions, slots, [c.k for c in caches], [c.v for c in caches],
                       [c.k_scale for c in caches if c.k_scale is not None],
@@ -123,7 +123,7 @@ def _check_caches(caches: Sequence[PagedKV], kv: torch.Tensor) -> PagedKV:
     check_layers(_check.op, len(caches))
     first = caches[0]
     check_cache(_check, "caches[0]", first, kv, None, None)
-    wanted = None if values_checked() else _layout(first)
+    wanted = None if values_checked(kv) else _layout(first)
     for layer, cache in enumerate(caches[1:], 1):
         if type(cache) is PagedKV and _layout(cache) == wanted:  # what costs a call of few rows its time is this loop
             continue

@@ -192,7 +192,7 @@ def expert_mlp(x: torch.Tensor, gate_up: torch.Tensor | PackedExperts, down: tor
     if first_expert + experts > total:
         raise ValueError(f"{check.op}: num_experts must be at least {first_expert + experts} = first_expert + E; got "
                          f"{total}")
-    if values_checked():
+    if values_checked(ids):
         _check_ids(ids, total)
     out = check.output("out", out, x, (rows, hidden))
     _expert_mlp(x, wide, narrow, wide_scales, narrow_scales, ids, weights, gate_up_bias, down_bias, inner,

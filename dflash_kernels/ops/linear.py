@@ -197,8 +197,10 @@ def quantize_blocks(weight: torch.Tensor, format: str) -> torch.Tensor:
         raise ValueError(f"{check.op}: format must be q8_0 or q4_0; got {format!r}")
     if weight.numel() == 0 or weight.shape[1] % 32:
         raise ValueError(f"{check.op}: weight must have K, a multiple of 32, columns; got {describe(weight)}")
-    if weight.device.type != "meta" and not bool(weight.isfinite().all()):
-        raise ValueError(f"{check.op}: weight must be finite; got {describe(weight)}")
+    largest = torch.finfo(torch.float16).max * (127 if format == "q8_0" else 8)
+    if weight.device.type != "meta" and not bool(weight.abs().amax().float() <= largest):  # nor NaN
+        raise ValueError(f"{check.op}: weight must be finite, and at most {largest:,.0f}, for scales in float16; got "
+                         f"{describe(weight)}")
     return reference.quant.quantize(_without_graph(weight), format)
 
 

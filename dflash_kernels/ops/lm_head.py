@@ -14,7 +14,7 @@ import torch
 
 from .. import reference
 from .._library import define
-from ..limits import MAX_K, check_k
+from ..limits import FLOAT32_MAX, MAX_K, check_k
 from ..storage import PackedWeight
 from ._checks import Checker, describe
 from .linear import weight_of
@@ -107,8 +107,8 @@ def _check_logits(check, rows, num_valid, scale, softcap, id_offset):
     scale, softcap = check.number("scale", scale), check.number("softcap", softcap)
     if num_valid > rows:
         raise ValueError(f"{check.op}: num_valid must be between 1 and {rows}; got {num_valid}")
-    if not softcap >= 0:
-        raise ValueError(f"{check.op}: softcap must be 0 (none) or positive; got {softcap}")
+    if not 0 <= softcap <= FLOAT32_MAX:
+        raise ValueError(f"{check.op}: softcap must be 0 (none) or positive, and finite; got {softcap}")
     return num_valid, scale, softcap, id_offset
 
 

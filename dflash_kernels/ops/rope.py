@@ -109,7 +109,7 @@ def qk_norm_rope(qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tens
         check_cache(_check, "cache", cache, qkv, num_kv_heads, head_dim)
         _check.contiguous("slots", slots, torch.int64, "(T,)", (tokens,), qkv.device)
     each = check_rounding(_check, rounding)
-    if values_checked():
+    if values_checked(qkv):
         check_positions(_check, positions, cos_sin)
     k_cache, v_cache, k_scale, v_scale = (None,) * 4 if cache is None else (
         cache.k, cache.v, cache.k_scale, cache.v_scale)
@@ -138,7 +138,7 @@ def check_cache(check: Checker, name: str, cache: PagedKV, rows: torch.Tensor, n
                  (None, None, num_kv_heads, head_dim), rows.device)
     check.apart(f"{name}.k", cache.k)
     check.apart(f"{name}.v", cache.v)
-    if values_checked():
+    if values_checked(rows):
         check.scales(name, cache)
 
 

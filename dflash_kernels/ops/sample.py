@@ -252,7 +252,7 @@ def check_params(check, params, b, device):
         if t is None and name not in ("temperature", "seeds"):
             continue
         t = check.contiguous(f"params.{name}", t, dtype, "(B,)", (b,), device)
-        if values_checked() and t.device.type != "meta" and name != "seeds" and not bool((t >= 0).all()):
+        if values_checked(t) and name != "seeds" and not bool((t >= 0).all()):
             raise ValueError(f"{check.op}: params.{name} must be at least 0; got {t.tolist()}")
 
 

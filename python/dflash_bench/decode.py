@@ -16,6 +16,8 @@ from dflash_kernels.testing import use_isa
 
 from .results import commit
 
+PORTION = 8  # prompts for each concurrent request
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -61,38 +63,45 @@ def read_prompts(file: Path, limit: int | None = None) -> list[Prompt]:
 def bench_decode(session: Session, prompts: list[Prompt], *, concurrency: int, max_tokens: int,
                  sampling: SamplingParams = GREEDY, sample_from: str = "greedy", rule: str = "token", rounds: int = 1,
                  on_task: Callable[[str, str], None] = lambda task, what: None) -> dict:
-    """Results by task and overall. Each task runs `rounds` times, with the same seeds: baseline, with the drafter, with
-    the drafter, baseline and so on, as a machine is not always as fast."""
+    """Results by task and overall. A task runs in portions of a few prompts, `rounds` times and with the same seeds:
+    baseline, with the drafter, with the drafter, baseline and so on, as a machine is not always as fast."""
     tasks: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         tasks.setdefault(prompt.task, []).append(prompt)
     found, differences = {}, []
     for task, rows in tasks.items():
-        ids = [session.prompt_ids(row.text) for row in rows]
         options: dict[str, Any] = {"max_tokens": max_tokens, "concurrency": concurrency, "sampling": sampling,
                    "sample_from": sample_from, "rule": rule}
-        runs: dict[bool, list[Run]] = {True: [], False: []}
-        for number in range(2 * rounds):
-            speculative = number % 4 in (1, 2)
-            on_task(task, "with the drafter" if speculative else "baseline")
-            runs[speculative].append(session.run(ids, speculative=speculative, **options))
-        different: set[str] = set()
-        for ours, baseline in zip(runs[True], runs[False], strict=True):
-            for row, asked, a, b in zip(rows, ids, ours.answers, baseline.answers, strict=True):
+        sums, different = [], set[str]()
+        portions = _portions(rows, PORTION * concurrency)
+        for number, part in ((n + r, p) for r in range(rounds) for n, p in enumerate(portions)):
+            ids = [session.prompt_ids(row.text) for row in part]
+            runs: dict[bool, Run] = {}
+            for speculative in (False, True) if number % 2 == 0 else (True, False):
+                on_task(task, "with the drafter" if speculative else "baseline")
+                runs[speculative] = session.run(ids, speculative=speculative, **options)
+            ours, baseline = runs[True], runs[False]
+            for row, asked, a, b in zip(part, ids, ours.answers, baseline.answers, strict=True):
                 found_at = _difference(session, asked, b.tokens, a.tokens, sampling)
                 if found_at is not None and row.id not in different:
                     different.add(row.id)
                     differences.append({"id": row.id, "token": found_at.index, "got": found_at.speculative,
                                         "baseline": found_at.baseline, "margin": found_at.margin})
-        found[task] = _summed([_Sums(ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps,
-                                     ours.widths, ours.forecast or Forecast(), 0, 0)
-                               for ours, baseline in zip(runs[True], runs[False], strict=True)])
+            sums.append(_Sums(ours.tokens, ours.seconds, baseline.tokens, baseline.seconds, ours.steps, ours.widths,
+                              ours.forecast or Forecast(), 0, 0))
+        found[task] = _summed(sums)
         found[task].requests, found[task].different = len(rows), len(different)
     whole = _summed(list(found.values()))
     return {"temperature": sampling.temperature} | whole.figures(session.block_size) | {
         "tasks": {task: sums.figures(session.block_size) for task, sums in found.items()},
         "differences": differences,
     }
+
+
+def _portions(rows: list[Prompt], size: int) -> list[list[Prompt]]:
+    """Of about this size, and alike."""
+    count = max(1, round(len(rows) / size))
+    return [rows[len(rows) * i // count:len(rows) * (i + 1) // count] for i in range(count)]
 
 
 def by_instruction_set(session: Session, prompts: list[Prompt], sets: list[str], concurrencies: list[int],

@@ -108,19 +108,25 @@ def test_bench_reports_differences(models, monkeypatch):
     assert [d["id"] for d in found["differences"]] == ["t/1"] and found["differences"][0]["got"] is None
 
 
-def test_each_round_turns_the_order(models, monkeypatch):
+def test_each_portion_turns_the_order(models, monkeypatch):
     loaded = session.Session.load(models["model"], models["draft"])
     whole, order = session.Session.run, []
 
-    def noted(self, *args, speculative=True, **options):
-        order.append("drafter" if speculative else "baseline")
-        return whole(self, *args, speculative=speculative, **options)
+    def noted(self, ids, speculative=True, **options):
+        order.append(("drafter" if speculative else "baseline", len(ids)))
+        return whole(self, ids, speculative=speculative, **options)
 
     monkeypatch.setattr(session.Session, "run", noted)
     rows = [bench.Prompt("t", f"t/{i}", ("x",)) for i in range(2)]
     found = bench.bench_decode(loaded, rows, concurrency=1, max_tokens=5, rounds=2)
-    assert order == ["baseline", "drafter", "drafter", "baseline"]
+    assert order == [("baseline", 2), ("drafter", 2), ("drafter", 2), ("baseline", 2)]
     assert found["requests"] == 2 and found["tokens"] == 20 and found["identical_to_baseline"]
+    order.clear()
+    monkeypatch.setattr(bench, "PORTION", 2)
+    rows = [bench.Prompt("t", f"t/{i}", ("x" * (i + 1),)) for i in range(5)]
+    found = bench.bench_decode(loaded, rows, concurrency=1, max_tokens=5)
+    assert order == [("baseline", 2), ("drafter", 2), ("drafter", 3), ("baseline", 3)]
+    assert found["requests"] == 5 and found["tokens"] == 25 and found["tasks"]["t"]["requests"] == 5
 
 
 def test_bench_limit(tmp_path):

@@ -103,7 +103,12 @@ def test_every_part_has_its_share_and_all_end_within_nine_minutes(monkeypatch, t
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     assert gpu.main() == 1
     assert ends[-1] <= gpu_plan.BUDGET and sorted(ends) == ends
-    assert ends[4] <= 60 + gpu_plan.SHARES["a"] + 1
+    share = gpu_plan.SHARES["a"] / sum(gpu_plan.SHARES.values())
+    assert ends[4] <= 60 + share * (gpu_plan.BUDGET - 60) + 1
+    ends.clear()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "f", "--out", str(tmp_path)])
+    now[0] = 0.0
+    assert gpu.main() == 1 and ends[-1] == gpu_plan.BUDGET  # a part alone has all of it
 
 
 def test_memcheck_sees_every_allocation_and_racecheck_the_kernels_that_share_memory(monkeypatch, tmp_path):

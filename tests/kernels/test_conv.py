@@ -188,9 +188,13 @@ def test_bad_input_names_what_was_expected_and_got():
         grouped_conv(x, delta, base, rounding="each")
     with pytest.raises(ValueError, match="grouped_conv: out must not be x; got the same tensor"):
         grouped_conv(x, delta, base, out=x)
+    with pytest.raises(ValueError, match="grouped_conv: out must not be x; got the same tensor"):
+        grouped_conv(x, delta, base, out=x[:])
     with pytest.raises(ValueError, match="grouped_conv_add_rms_norm: residual must have shape"):
         grouped_conv_add_rms_norm(x, delta, base, x[:1], base[0])
     with pytest.raises(ValueError, match="grouped_conv_add_rms_norm: residual_out must not be x"):
         grouped_conv_add_rms_norm(x, delta, base, x.clone(), base[0], residual_out=x)
     with pytest.raises(ValueError, match="grouped_conv_add_rms_norm: residual must not be x; got the same tensor"):
         grouped_conv_add_rms_norm(x, delta, base, x, base[0])
+    with pytest.raises(ValueError, match="grouped_conv_add_rms_norm: residual must not be x; got the same tensor"):
+        grouped_conv_add_rms_norm(x, delta, base, x.view(x.shape), base[0])

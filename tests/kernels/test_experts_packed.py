@@ -45,6 +45,9 @@ def test_a_copy_has_its_own_bytes_alone(copied):
         found = copied(packed)
         assert found.data.untyped_storage().nbytes() == packed.data.nbytes
         assert torch.equal(found.data, packed.data) and found.shape == packed.shape
+        one = copied(packed.expert(1))
+        assert one.scales is None or one.scales.untyped_storage().nbytes() == 20 * 4
+        assert torch.equal(one.rows(torch.arange(20)), packed.expert(1).rows(torch.arange(20)))
 
 
 def test_what_is_packed_does_not_keep_a_parameter_alive():

@@ -144,6 +144,25 @@ def test_bits_do_not_depend_on_threads(isa, dtype, by_threads):
     assert all(same_bits(a, t) for a, t in zip(got[0], again, strict=True))
 
 
+def test_outputs_of_one_row_can_be_given_back(isa):
+    x, w, _ = problem(torch.float32, 1, 100)
+    ids, values = dk.lm_head_argmax(x[0], w)
+    assert ids.shape == values.shape == ()
+    again = torch.zeros_like(ids), torch.zeros_like(values)
+    dk.lm_head_argmax(x[0], w, out_ids=again[0], out_values=again[1])
+    assert (ids, values) == again
+    *_, lse = dk.lm_head_topk(x[0], w, 3)
+    assert dk.lm_head_topk(x[0], w, 3, out_lse=torch.zeros_like(lse))[2] == lse
+
+
+@pytest.mark.parametrize("softcap", [-1.0, float("nan"), float("inf"), 1e39])
+def test_a_soft_cap_is_a_finite_float32(softcap):
+    x, w, _ = problem(torch.float32, 1, 100)
+    for call in (lambda: dk.lm_head_argmax(x, w, softcap=softcap), lambda: dk.lm_head_topk(x, w, 3, softcap=softcap)):
+        with pytest.raises(ValueError, match="softcap must be 0 .none. or positive, and finite; got"):
+            call()
+
+
 @pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
 def test_a_recorded_step_replays_both():
     x, w, _ = problem(torch.bfloat16, 4, 600)

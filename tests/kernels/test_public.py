@@ -313,3 +313,9 @@ def test_the_wheel_says_that_the_packages_have_types(tmp_path):
     assert ran.returncode == 0, ran.stderr
     typed = {file.parent.name for file in tmp_path.glob("*/py.typed")}
     assert typed == {"dflash_kernels", "dflash_decode", "dflash_engines", "dflash_bench", "dflash_serve"}
+
+
+@pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")
+def test_a_graph_is_true_before_it_is_captured():
+    graph = dk.StepGraph()
+    assert len(graph) == 0 and graph

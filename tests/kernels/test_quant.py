@@ -241,5 +241,6 @@ def test_blocks_are_quantised_as_llama_cpp_does(dtype, name):
         dk.quantize_blocks(w[:, :40], name)
     with pytest.raises(ValueError, match="quantize_blocks: format must be q8_0 or q4_0; got 'q4_1'"):
         dk.quantize_blocks(w, "q4_1")
-    with pytest.raises(ValueError, match="quantize_blocks: weight must be finite"):
-        dk.quantize_blocks(torch.full((2, 32), float("nan")), name)
+    for wrong in (float("nan"), float("inf"), 1e9):
+        with pytest.raises(ValueError, match="quantize_blocks: weight must be finite, and at most [58]"):
+            dk.quantize_blocks(torch.full((2, 32), wrong), name)

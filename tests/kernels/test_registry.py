@@ -189,6 +189,11 @@ def test_without_the_library_every_op_answers_and_one_warning_says_why(tmp_path)
                  "    warnings.simplefilter('always')\n"
                  "    for sample in op_samples.SAMPLES.values():\n"
                  "        for _ in range(2): sample.function(**sample.arguments())\n"
+                 "    x = torch.randn(3, 256, requires_grad=True)\n"
+                 "    w = torch.randn(5, 256)\n"
+                 "    with torch.autocast('cpu', torch.bfloat16): y = dflash_kernels.linear(x, w)\n"
+                 "    torch.testing.assert_close(y, torch.nn.functional.linear(x, w).detach())\n"
+                 "    assert not y.requires_grad\n"
                  "for w in caught: print(w.category.__name__, w.message)", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.strip().splitlines()

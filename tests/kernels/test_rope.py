@@ -116,6 +116,13 @@ def test_strided_rows_and_untouched_neighbours(isa, dtype):
     assert (wide[:, :30] == 7).all() and (wide[:, 158:] == 7).all()
 
 
+def test_meta_tensors_pass_while_values_are_checked(monkeypatch):
+    monkeypatch.setenv("DFLASH_CHECK", "1")
+    qkv, args = make(torch.float32, 4, 3, 2, 32, 32)
+    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in args.items()}
+    assert qk_norm_rope(qkv.to("meta"), **meta).shape == qkv.shape
+
+
 def test_queries_and_keys_apart_have_the_bits_of_one_call(isa, dtype):
     """As where queries have a table of their own."""
     qkv, args = make(dtype, 4, 3, 2, 32, 32)
