@@ -45,7 +45,8 @@ def headline(folder: Path) -> str:
                 "| | measurement | result | compared with | speedup |", "|---|---|---|---|---|",
                 *(f"| {i + 1} | {row}" for i, row in enumerate(rows)), "",
                 f"{about['device']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, bfloat16, "
-                f"commit {about['commit']}. Rates count new tokens over the whole time, the prompts' passes included. Commands:", "",
+                f"commit {about['commit']}. Rates count new tokens over the whole time, the prompts' passes included. "
+                "Commands:", "",
                 *(f"- {rows_of(commands, command)}: `{command}`" for command in dict.fromkeys(commands))])
     return kernel_tables.EMPTY
 
@@ -70,7 +71,8 @@ def gains(known: dict[str, str]) -> str:
 
 
 def text_row(machine: Path, concurrency: int) -> tuple[str, str] | None:
-    for r in decode_tables.decode_results(machine):
+    """Of drafts that pay, where they were measured."""
+    for r in sorted(decode_tables.decode_results(machine), key=lambda r: r.get("adapts") is False):
         if (r["concurrency"], r.get("weights", "model"), bool(r.get("temperature"))) == (concurrency, "model", False) \
                 and r["drafter"] != "random":
             same = "identical output" if r["identical_to_baseline"] else f"{r['different_requests']} outputs differ"
