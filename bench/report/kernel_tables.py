@@ -49,8 +49,8 @@ def kernel_results(machine: Path) -> list[dict]:
 
 def about(h: dict) -> str:
     what, limit = hardware(h)
-    return (f"{h['device']}, {what}, torch {h['torch']}, bfloat16, commit {h['commit']}. The limit is the {limit} bandwidth, measured "
-            "between the calls of the same run.")
+    return (f"{h['device']}, {what}, torch {h['torch']}, bfloat16, commit {h['commit']}. The limit is the {limit} "
+            "bandwidth, measured between the calls of the same run.")
 
 
 def against(row: dict) -> str:
