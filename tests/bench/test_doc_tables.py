@@ -22,7 +22,7 @@ from tests.support import ROOT
 def test_a_gpu_s_table_says_why_peers_are_missing(tmp_path):
     row = {"op": "o", "case": "c", "us": 2.0, "p20": 1.5, "p80": 2.5, "gbps": 1.0, "pct_of_limit": 50.0, "tflops": 0.25,
            "headline": True, "peers": {"torch": 4.0}, "without": {"vllm": "vllm: gone"}}
-    header = {"device": "H", "cuda": "13.0", "triton": "3.6", "torch": "2.11"}
+    header = {"commit": "c0ffee1", "device": "H", "cuda": "13.0", "triton": "3.6", "torch": "2.11"}
     (tmp_path / "h").mkdir()
     (tmp_path / "h" / "memory.json").write_text(json.dumps({"header": header, "rows": [
         row, row | {"headline": False, "without": {}}, {"op": "o", "case": "d", "wrong": "result 0"}]}))
@@ -137,7 +137,7 @@ def plant(results):
     folder = results / "m"
     folder.mkdir(parents=True)
     row = {"op": "linear", "case": "c", "us": 2.0, "gbps": 5.0, "pct_of_limit": 50.0, "peers": {"torch": 4.0}}
-    header = {"device": "d", "threads": 2, "isa": "amx", "torch": "2"}
+    header = {"commit": "c0ffee1", "device": "d", "threads": 2, "isa": "amx", "torch": "2"}
     steps = [row | {"op": op, "case": f"SmolLM2, context {c}", "us": us, "peers": {}} for c in (256, 512) for op, us in
              (("baseline step", 1000.0), ("verify pass", 1100.0 + c), ("DFlash step", 1500.0 + c))]
     (folder / "ops.json").write_text(json.dumps({"header": header, "rows": [row, row | {"pct_of_limit": 80.0}]}))
@@ -288,7 +288,7 @@ def test_products_are_shown_by_set_and_number_of_rows(tmp_path):
     products = [product(), product(rows=8, pct_of_bound=91.0),
                 product(shape="draft head", op="lm_head_argmax", us=100.0),
                 product(shape="draft head, K 1", op="lm_head_topk", us=103.0)]
-    header = {"device": "A CPU", "threads": 2, "torch": "2"}
+    header = {"commit": "c0ffee1", "device": "A CPU", "threads": 2, "torch": "2"}
     (tmp_path / "m" / "rows.json").write_text(
         json.dumps({"header": header, "command": "python -m bench.rows", "products": products}), encoding="utf-8")
     lines = rows_table.rows_block(tmp_path).splitlines()
