@@ -18,7 +18,7 @@ CONTEXT, BATCH = 1024, 4
 TEMPLATE = ("{% if tools %}<u>{{ tools | tojson }} <tool_call>{name, arguments}</tool_call>{% endif %}{{ mood }}"
             "{% for m in messages %}<u>{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}"
             "{{ c.function.arguments.city }}{% endfor %}{{ m.name }}{{ m.tool_call_id }}{{ m.reasoning_content }}"
-            "{% endfor %}{{ reasoning_effort }}{% if add_generation_prompt %}<a>{% endif %}")
+            "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}")
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}}}}
 
