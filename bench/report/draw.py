@@ -166,7 +166,7 @@ def bandwidth(files: dict) -> Plot | None:
     for row in measured_rows(files):
         ops.setdefault(row["op"], []).append(round(row["pct_of_limit"], 1))
     caption = "Achieved bandwidth in percent of the limit measured in the same run; one mark per case. " \
-              "Cases that stay in the caches can exceed the limit."
+              "prepare_block's inputs stay in the caches."
     return Plot({"ops": ops}, draw_bandwidth, (7.5, 1.1 + 0.32 * len(ops)), caption) if ops else None
 
 
