@@ -17,8 +17,8 @@ def cases_page(folder: Path) -> str:
     """Every case of every op, in one table per machine."""
     lines = ["# All benchmark cases", "",
              "`make docs` generates this page from the results of `make bench` and `make gpu`. A row is one case. "
-             "Its inputs rotate over up to 256 copies, 192 MB if they are that large, and its limit was measured before "
-             "each of its calls; outputs that every copy writes stay in a CPU's caches and are not counted.",
+             "Its inputs rotate over up to 256 copies, 192 MB if they are that large, and its limit was measured "
+             "before each of its calls; outputs that every copy writes stay in a CPU's caches and are not counted.",
              ""]
     for machine in machines(folder):
         results = kernel_results(machine)
