@@ -156,10 +156,9 @@ def main() -> None:
     file: Path = options.json or results_folder() / "rows.json"
     info = dk.build_info()
     header = {"device": device_name(), "threads": info["threads"], "torch": info["torch"], "commit": commit()}
-    before = json.loads(file.read_text(encoding="utf-8"))["products"] if options.add and file.exists() else []
-    for row in before:  # which are of the run that the file was written by, if they do not say
-        row.setdefault("commit", json.loads(file.read_text(encoding="utf-8"))["header"]["commit"])
-    kept = [row for row in before if row["shape"] not in options.shapes or row["weights"] not in options.weights]
+    before = json.loads(file.read_text(encoding="utf-8")) if options.add and file.exists() else {"products": []}
+    kept = [{"commit": before["header"]["commit"]} | row for row in before["products"]
+            if row["shape"] not in options.shapes or row["weights"] not in options.weights]
     for name in options.shapes:
         for row in shape_rows(name, sizes, options.runs, isas, options.weights):
             kept.append(row | {"commit": header["commit"]})

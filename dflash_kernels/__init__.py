@@ -21,8 +21,9 @@ from .ops.router import route_experts
 from .ops.sample import sample_draft, verify_sample, workspace_size
 from .ops.selector import select_candidates
 from .ops.verify import verify_greedy
+from .paged_kv import PagedKV
 from .step_graph import StepGraph
-from .storage import PackedExperts, PackedWeight, PagedKV
+from .storage import PackedExperts, PackedWeight
 from .types import LogitAdjustments, PreparedBlock, Proposal, SamplingTensors, Verified
 
 __all__ = [

@@ -12,7 +12,7 @@ from .. import _library
 from ..limits import FLOATS as FLOATS
 from ..limits import listed
 from ..limits import named as named
-from ..storage import PagedKV
+from ..paged_kv import PagedKV
 
 
 def values_checked(t: torch.Tensor) -> bool:

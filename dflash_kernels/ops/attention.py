@@ -27,7 +27,7 @@ import torch
 from .. import reference
 from .._library import define
 from ..limits import FLOAT32_MAX, FP8
-from ..storage import PagedKV
+from ..paged_kv import PagedKV
 from ._checks import Checker, describe, values_checked
 
 _check = Checker("block_attention")

@@ -18,7 +18,7 @@ import torch
 from .. import reference
 from .._library import define
 from ..limits import check_layers
-from ..storage import PagedKV
+from ..paged_kv import PagedKV
 from ._checks import Checker, describe, values_checked
 from .rope import check_cache, check_positions, check_rotation, check_rounding
 

@@ -16,7 +16,7 @@ import torch
 from .. import reference
 from .._library import define
 from ..limits import FP8, check_head_dim
-from ..storage import PagedKV
+from ..paged_kv import PagedKV
 from ._checks import Checker, describe, values_checked
 
 _check = Checker("qk_norm_rope")

@@ -11,7 +11,7 @@ import torch
 
 from .arguments import choice, path_text, whole
 from .choices import DraftersWeights
-from .inputs import shown
+from .inputs import shown, within
 from .llm.grammars import MinTokens
 from .loop import Decoder
 from .model import Target
@@ -104,7 +104,7 @@ class DraftedGenerate:
             if (needed := max(map(len, prompts)) + room) > target.max_context:
                 raise ValueError(f"{_WHAT}: prompts and max_new_tokens must fit into the model's context of "
                                  f"{target.max_context} tokens; got {needed}")
-            stops = frozenset(stop for stop in ends if 0 <= stop < target.vocab_size)
+            stops = frozenset(within(ends, target.vocab_size))
             settings = _settings(logits_processor, bool(generation_config.do_sample), target.vocab_size,
                                  input_ids.shape[1], [input_ids.shape[1] - len(prompt) for prompt in prompts])
             decoder = Decoder(target, drafter, block_size=self.block_size, max_batch=min(len(prompts), self.max_batch),
@@ -253,7 +253,7 @@ def _settings(processors: Any, sampled: bool, vocab: int, length: int,
                 found["repetition_penalty"] = float(one.penalty)
             case "MinNewTokensLengthLogitsProcessor" | "MinLengthLogitsProcessor" as name:
                 needed = one.min_length - length if name == "MinLengthLogitsProcessor" else one.min_new_tokens
-                banned = [token for token in torch.as_tensor(one.eos_token_id).flatten().tolist() if 0 <= token < vocab]
+                banned = within(torch.as_tensor(one.eos_token_id).flatten().tolist(), vocab)
                 if needed > 0 and banned:
                     grammar = MinTokens(grammar, needed, banned)
             case "LogitNormalization":

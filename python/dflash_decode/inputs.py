@@ -35,6 +35,11 @@ def integer(value: object) -> int | None:
     return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
+def within(tokens: Collection[int], vocab: int) -> list[int]:
+    """Those that are in [0, vocab): configurations can name more."""
+    return [token for token in tokens if 0 <= token < vocab]
+
+
 def number(value: Any) -> float | None:
     """A number of Python or numpy, infinite where float overflows; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

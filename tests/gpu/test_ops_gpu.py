@@ -8,7 +8,8 @@ import torch
 import dflash_kernels as dk
 from dflash_kernels import _library, reference
 from dflash_kernels.limits import FP8
-from dflash_kernels.storage import PackedWeight, PagedKV
+from dflash_kernels.paged_kv import PagedKV
+from dflash_kernels.storage import PackedWeight
 from dflash_kernels.testing import assert_within_budget, rotary_table, same_bits
 from tests.support.op_samples import SAMPLES, RawCalls, int32, tensors_in
 

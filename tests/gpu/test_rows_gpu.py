@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dflash_kernels as dk
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import assert_within_budget, same_bits
 from tests.support import fp8_cases
 from tests.support.attention_cases import Case, check_rows_beside_what_is_not_finite, ints

@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dflash_kernels import block_attention
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import assert_within_budget, same_bits
 from tests.support.attention_cases import NAN, Case, check_rows_beside_what_is_not_finite, ints
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dflash_kernels import block_attention
 from dflash_kernels.limits import FP8
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import assert_within_budget, same_bits
 from tests.support.attention_cases import Case, ints
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dflash_kernels.limits import FP8
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from tests.support.op_samples import RECORDS, SAMPLES, OnReference, tensors_in
 
 EXAMPLES = int(os.environ.get("DFLASH_FUZZ", "0"))

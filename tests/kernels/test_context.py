@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dflash_kernels import StepGraph, pack_weight, qk_norm_rope, reference, write_context_kv
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import LAYOUTS, assert_within_budget, cache_views, doubles, same_bits
 from dflash_kernels.testing.cache import poisoned_storage, rotary_table
 

@@ -5,8 +5,8 @@ import torch
 
 from dflash_kernels import block_attention, qk_norm_rope, write_context_kv
 from dflash_kernels.limits import FP8
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.reference import _fp8
-from dflash_kernels.storage import PagedKV
 from dflash_kernels.testing import LAYOUTS, cache_views, same_bits
 from tests.kernels import test_context
 from tests.support import attention_cases

@@ -13,7 +13,8 @@ import torch
 import dflash_kernels as dk
 from dflash_kernels import _library, limits
 from dflash_kernels.limits import FP8
-from dflash_kernels.storage import PackedWeight, PagedKV
+from dflash_kernels.paged_kv import PagedKV
+from dflash_kernels.storage import PackedWeight
 from tests.support import ROOT, annotations
 from tests.support.op_samples import SAMPLES, int32
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dflash_kernels import qk_norm_rope, reference
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import assert_within_budget, doubles, rotary_table, same_bits
 
 MAX_POS = 64

@@ -3,7 +3,7 @@
 import torch
 
 from dflash_kernels import block_attention, reference
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import assert_within_budget, doubles, same_bits
 
 NAN = float("nan")

@@ -3,7 +3,7 @@
 import torch
 
 from dflash_kernels.limits import FP8
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import assert_within_budget, cache_views, same_bits
 
 SCALES = ["none", "tensor", "one", "head", "k alone"]

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dflash_kernels as dk
 from dflash_kernels import _library
 from dflash_kernels.limits import FP8
-from dflash_kernels.storage import PackedExperts, PackedWeight, PagedKV
+from dflash_kernels.paged_kv import PagedKV
+from dflash_kernels.storage import PackedExperts, PackedWeight
 from dflash_kernels.types import LogitAdjustments, PreparedBlock, Proposal, SamplingTensors, Verified
 
 CANARY = 77

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dflash_kernels._triton import attention as triton_attention
-from dflash_kernels.storage import PagedKV
+from dflash_kernels.paged_kv import PagedKV
 from dflash_kernels.testing import assert_within_budget, same_bits
 from tests.kernels.test_attention import check_window_edges
 from tests.kernels.test_attention_limits import BEYOND, check_a_context_beyond_the_table, check_scores_of_minus_524288

@@ -30,6 +30,8 @@ from tools.training.target import Target, load_target
 from tools.training.texts import ANSWER, ROOM
 from tools.training.write import answer_tokens, read_answers, read_parts, read_prompts, variables, write_texts
 
+WRITTEN = "written.json"  # what had been asked for when the target had written it
+
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -135,18 +137,18 @@ def from_file(parser: argparse.ArgumentParser, file: Path) -> dict[str, object]:
     return found
 
 
+def to_write(args: argparse.Namespace) -> str | None:
+    """What the target is still asked to write: None if nothing, or if that stage has ended, by tokens or by time."""
+    asked = json.dumps([args.write_tokens, args.write_minutes, args.answer_tokens, args.template])
+    done = args.work / "texts" / WRITTEN
+    return asked if args.write_tokens and not (done.is_file() and done.read_text() == asked) else None
+
+
 def collect_texts(args: argparse.Namespace) -> list[dict]:
     """The conversations of --answers, and those that the target writes, but for those with prompts of --without."""
     found = read_answers(args.answers)
     if args.write_tokens:
-        folder, asked = args.work / "texts", json.dumps(
-            [args.write_tokens, args.write_minutes, args.answer_tokens, args.template])
-        done = folder / "written.json"  # what had been asked for when the stage ended, by its tokens or by its time
-        if not done.is_file() or done.read_text() != asked:
-            write_texts(args.model, folder, args.write_tokens, args.prompts, args.without, device=args.device,
-                        seed=args.seed, minutes=args.write_minutes, budget=args.answer_tokens, template=args.template)
-            done.write_text(asked)
-        found += read_parts(folder)
+        found += read_parts(args.work / "texts")
     never = {prompt for file in args.without for prompt in read_prompts(file)}
     kept = [row for row in found if not never & {row["prompt"], *(prompt for prompt, _ in row.get("before", ()))}]
     if len(kept) < len(found):
@@ -208,11 +210,13 @@ def main() -> None:
     mask, layers = mask_of(tokenizer, target, args.mask_token), layers_of(target, args.target_layer_ids)
     shape = Shape.of(target, args.layers, tuple(layers), args.block_size, mask, args.intermediate)
     check_shape(shape, target, args.start)
-    if args.write_tokens:  # so that the target is not in memory twice while it writes
-        del target
-    written = collect_texts(args)
-    if args.write_tokens:
+    if asked := to_write(args):
+        del target  # so that it is not in memory twice while it writes
+        write_texts(args.model, args.work / "texts", args.write_tokens, args.prompts, args.without, device=args.device,
+                    seed=args.seed, minutes=args.write_minutes, budget=args.answer_tokens, template=args.template)
+        (args.work / "texts" / WRITTEN).write_text(asked)
         target = load_target(args.model, args.device)
+    written = collect_texts(args)
     print(f"{len(written)} texts", flush=True)
     features = features_of(args, target, tokenizer, written, layers)
     print(f"{len(features)} texts of {len(features.ids)} tokens", flush=True)

@@ -23,7 +23,7 @@ from .defaults import read_defaults
 from .engine import Engine, Workload
 from .grammars import COMPILED, Constraints
 from .params import GenerationParams, Plan, plan, read_params
-from .streams import AsyncStream, Stream
+from .streams import AsyncStream, Stream, Texts
 
 Params = GenerationParams | SamplingParams | Sequence[GenerationParams | SamplingParams] | None
 _MOST_AT_ONCE = 8
@@ -233,7 +233,7 @@ class LLM:
         """
         what = "LLM.stream"
         asked = self._one(what, prompt, params, fields, _reading(what, False, tools, chat_template_kwargs), single=True)
-        return _Texts(Stream(self, self._engine, self.tokenizer, *asked))
+        return Texts(Stream(self, self._engine, self.tokenizer, *asked))
 
     def submit(self, prompt: object, params: Params = None, *, tools: Iterable[dict] | None = None,
                chat_template_kwargs: Mapping[str, Any] | None = None, **fields: Any) -> Stream:
@@ -378,24 +378,3 @@ def _reading(what: str, chat: bool, tools: Iterable[dict] | None, variables: Map
     if isinstance(tools, Iterator):
         tools = list(tools)  # every prompt reads them
     return Reading(chat, tools, variables or {})
-
-
-class _Texts(Iterator[str]):
-    """The texts of a stream. A generator would not do: closing one that has not started runs nothing."""
-
-    def __init__(self, stream: Stream):
-        self._stream, self._pieces = stream, (chunk.text for chunk in stream if chunk.text)
-
-    def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except BaseException:  # of an interrupt, too, after which a traceback may keep this object
-            self._stream.cancel()
-            raise
-
-    def close(self) -> None:
-        """Ends the request."""
-        self._pieces.close()
-        self._stream.cancel()
-
-    __del__ = close

@@ -13,7 +13,7 @@ import torch
 from ..checkpoint.errors import brief
 from ..checkpoint.tokenizer import Tokenizer
 from ..extras import how_to_get
-from ..inputs import said, shown
+from ..inputs import said, shown, within
 from ..sampling import Grammar
 
 # Characters of a schema or an expression, and the stack of the thread that compiles it: llguidance follows references
@@ -92,7 +92,7 @@ class Constraints:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int):
         self._tokenizer, self._vocab = tokenizer, vocab
-        self._stops = [stop for stop in tokenizer.stop_ids if 0 <= stop < vocab]
+        self._stops = within(tokenizer.stop_ids, vocab)
         self._lock, self._library_s = threading.Lock(), None
         self._thread: ThreadPoolExecutor | None = None
 

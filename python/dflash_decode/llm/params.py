@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from ..arguments import of_type, whole
-from ..inputs import integer, is_token_list, items, shown
+from ..inputs import integer, is_token_list, items, shown, within
 from ..sampling import Grammar, SamplingParams, check_sampling
 from .defaults import Defaults
 from .grammars import Constraints, MinTokens
@@ -136,7 +136,7 @@ def plan(what: str, params: GenerationParams, defaults: Defaults, constraints: C
         raise ValueError(f"{what}: min_tokens must be at most max_tokens, {max_tokens}; got {min_tokens}")
     logprobs = None if params.logprobs is None else whole(what, "logprobs", params.logprobs, 0, vocab)
     of_type(what, "ignore_eos", params.ignore_eos, bool, "True or False")
-    own = frozenset(() if params.ignore_eos else (stop for stop in own_stops if 0 <= stop < vocab))
+    own = frozenset(() if params.ignore_eos else within(own_stops, vocab))
     stop_tokens = own.union(_stop_tokens(what, params.stop_token_ids, vocab))
     grammar = constraints.grammar(what, params.json_schema, params.regex, params.grammar)
     for name in _SAMPLING:

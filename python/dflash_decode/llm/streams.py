@@ -72,6 +72,27 @@ class Stream(_Answers):
         return self._result()
 
 
+class Texts(Iterator[str]):
+    """The texts of a stream. A generator would not do: closing one that has not started runs nothing."""
+
+    def __init__(self, stream: Stream):
+        self._stream, self._pieces = stream, (chunk.text for chunk in stream if chunk.text)
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except BaseException:  # of an interrupt, too, after which a traceback may keep this object
+            self._stream.cancel()
+            raise
+
+    def close(self) -> None:
+        """Ends the request."""
+        self._pieces.close()
+        self._stream.cancel()
+
+    __del__ = close
+
+
 class AsyncStream(_Answers):
     """Iterates over the chunks of the answers to one prompt, in the event loop that it was made in."""
 
