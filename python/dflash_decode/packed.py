@@ -90,8 +90,9 @@ class DraftStage:
         self.context_lens.set(contexts)
         self.block_lens.set(widths)
         self.work.done(self.run)
-        drafts, confidences = self.draft.ids[:, 1:].tolist(), self.draft.confidences().tolist()
-        return tuple([row[:width - 1] for row, width in zip(rows, widths, strict=False)]  # type: ignore[return-value]
+        n = len(widths)
+        drafts, confidences = self.draft.ids[:n, 1:].tolist(), self.draft.confidences()[:n].tolist()
+        return tuple([row[:width - 1] for row, width in zip(rows, widths, strict=True)]  # type: ignore[return-value]
                      for rows in (drafts, confidences))
 
     def run(self) -> None:
