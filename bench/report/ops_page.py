@@ -8,7 +8,7 @@ from types import ModuleType
 
 import dflash_kernels
 from bench.report import docstrings
-from dflash_kernels import info, limits, ops, step_graph, storage, testing, types
+from dflash_kernels import info, limits, ops, paged_kv, step_graph, storage, testing, types
 
 # Title, module, and the names that come first. A module's other public names follow; other modules come last.
 SECTIONS = (
@@ -29,7 +29,8 @@ SECTIONS = (
     ("Context K/V", ops.context, ()),
     ("Recorded steps", step_graph, ()),
     ("Limits", limits, ("supports", "Support")),
-    ("Caches and packed weights", storage, ("PagedKV",)),
+    ("Caches", paged_kv, ()),
+    ("Packed weights", storage, ()),
     ("Records of a step", types, ("PreparedBlock", "SamplingTensors", "LogitAdjustments", "Proposal", "Verified")),
     ("Installation", info, ()),
     ("Testing", testing, ("assert_within_budget", "same_bits", "doubles")),
