@@ -31,8 +31,8 @@ def target(folder):
 
 
 @pytest.fixture
-def drafter(target):
-    shape = Shape.of(target, 2, (0, 2), 4, MASK)
+def drafter(target, request):
+    shape = Shape.of(target, 2, (0, 2), 4, MASK, **getattr(request, "param", {}))
     made = TrainedDrafter(shape, target.norm, torch.rand(2 * target.hidden) + 0.5, seed=3)
     for weight in made.parameters():  # o and down start at zero, which would hide the layers
         weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.1

@@ -74,6 +74,7 @@ def test_head_loss_and_its_gradient_are_cross_entropy():
     assert torch.equal(best, F.linear(hidden, head, bias)[:, :30].argmax(-1))
 
 
+@pytest.mark.parametrize("drafter", [{}, {"taps": 2, "group": 16}, {"taps": 6, "group": 8}], indirect=True, ids=str)
 def test_trained_model_is_the_one_that_our_ops_run(folder, target, drafter, tmp_path):
     """From the same features, the exported checkpoint drafts in our loop's layers what the trained module says."""
     checkpoint.write(tmp_path, drafter, target, torch.arange(VOCAB))

@@ -32,16 +32,20 @@ class Shape:
     mask_id: int
     eps: float
     theta: float
+    taps: int = 0  # of DFlash2's convolutions; 0: the drafter has none
+    group: int = 0  # channels that share a coefficient of a row
 
     @classmethod
     def of(cls, target: Target, layers: int, target_layer_ids: tuple[int, ...], block: int, mask_id: int,
-           intermediate: int | None = None) -> "Shape":
+           intermediate: int | None = None, taps: int = 0, group: int = 0) -> "Shape":
         return cls(target.hidden, intermediate or target.intermediate, layers, target.heads, target.kv_heads,
-                   target.head_dim, tuple(target_layer_ids), block, mask_id, target.eps, float(target.theta))
+                   target.head_dim, tuple(target_layer_ids), block, mask_id, target.eps, float(target.theta), taps,
+                   group if taps else 0)
 
     def config(self, target: Target) -> dict:
         """config.json as the z-lab collection writes it."""
-        return {
+        convolutions = {"conv_kernel_size": self.taps, "conv_group_size": self.group} if self.taps else {}
+        return convolutions | {
             "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_act": "silu",
             "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
@@ -59,6 +63,8 @@ POSITIONS = 4096  # more than a training text and a block have
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
          "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm",
          "post_attention_layernorm")
+CONVOLUTIONS = "attention_conv", "mlp_conv"
+CONVOLUTION = "kernel_projection", "base_kernel"
 
 
 def rms_norm(x, weight, eps):
@@ -82,6 +88,36 @@ def finish(x, attended, o, post_norm, gate, up, down, eps):
     x = x + F.linear(attended, o)
     normed = rms_norm(x, post_norm, eps)
     return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+
+def convolve(x, own, base):
+    """x (B, A, S, H): each row of a block and the rows before it, by the coefficients base (t, H) and own (B, A, S, t,
+    G), rounded as `grouped_conv` does."""
+    groups, found = own.shape[-1], 0.0
+    rows = x.float().unflatten(-1, (groups, -1))
+    for tap in range(min(len(base), x.shape[2])):
+        before = F.pad(rows, (0, 0, 0, 0, tap, 0))[:, :, :x.shape[2]]
+        found = found + (base[tap].float().unflatten(-1, (groups, -1)) + own[..., tap, :, None].float()) * before
+    return found.flatten(-2).to(x.dtype)
+
+
+@torch.compile
+def convolve_in(x, norm, projection, base, width, eps):
+    """Rows (B, R, H) -> a sublayer's input, and the coefficients of the convolution after it."""
+    normed = rms_norm(x, norm, eps).unflatten(1, (-1, width))
+    own = F.linear(normed, projection).unflatten(-1, (2, base.shape[1], -1))
+    return convolve(normed, own[..., 0, :, :], base[0]).flatten(1, 2), own[..., 1, :, :]
+
+
+@torch.compile
+def convolve_out(x, added, own, base):
+    """x plus a sublayer's output after its second convolution."""
+    return x + convolve(added.unflatten(1, own.shape[1:3]), own, base[1]).flatten(1, 2)
+
+
+@torch.compile
+def gated(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -152,6 +188,11 @@ class HeadLoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * weight[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None, None
 
 
+def stored(name: str) -> str:
+    """A parameter's name in a checkpoint."""
+    return name if name.endswith(CONVOLUTION[1]) else name + ".weight"
+
+
 class TrainedDrafter(torch.nn.Module):
     """Parameters in float32 under z-lab's names, arithmetic in bfloat16. Features are divided by `feature_scale` (F *
     H,), which `tensors` multiplies into fc, so that fc learns from inputs of unit size."""
@@ -176,6 +217,11 @@ class TrainedDrafter(torch.nn.Module):
                     matrix(s.intermediate, s.hidden), matrix(s.hidden, s.intermediate, 0.0), ones(s.hidden),
                     ones(s.hidden))
             named |= {f"layers.{i}.{name}": value for name, value in zip(LAYER, made, strict=True)}
+            for conv in CONVOLUTIONS if s.taps else ():
+                base = torch.zeros(2, s.taps, s.hidden)
+                base[:, 0] = 1.0  # at first a row is itself
+                of = matrix(2 * s.taps * (s.hidden // s.group), s.hidden, 0.0), torch.nn.Parameter(base)
+                named |= {f"layers.{i}.{conv}.{name}": value for name, value in zip(CONVOLUTION, of, strict=True)}
         self.names = list(named)
         self.weights = torch.nn.ParameterList(named.values())
         for name, table in zip(("cos", "sin"), rope_table(s.head_dim, s.theta, POSITIONS, "cpu"), strict=True):
@@ -192,19 +238,19 @@ class TrainedDrafter(torch.nn.Module):
             value = value.detach().float()
             if name == "fc":
                 value = value / self.feature_scale
-            out[name + ".weight"] = value.to(torch.bfloat16).cpu().contiguous()
+            out[stored(name)] = value.to(torch.bfloat16).cpu().contiguous()
         return out
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Loads the weights of a checkpoint that `tensors` wrote, under any feature scale. ValueError: it is of another
         shape."""
-        mine = {name + ".weight": tuple(weight.shape) for name, weight in self.named().items()}
+        mine = {stored(name): tuple(weight.shape) for name, weight in self.named().items()}
         if mine != (given := {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
             name = next(name for name in sorted({*mine, *given}) if mine.get(name) != given.get(name))
             raise ValueError(f"{name} must be {mine.get(name, 'absent')}; got {given.get(name, 'none')}")
         for name, weight in self.named().items():
-            value = tensors[name + ".weight"].float()
+            value = tensors[stored(name)].float()
             weight.copy_(value * self.feature_scale.to(value.device) if name == "fc" else value)
 
     def forward(self, features: torch.Tensor, anchors: torch.Tensor, anchor_ids: torch.Tensor, width: int,
@@ -224,9 +270,18 @@ class TrainedDrafter(torch.nn.Module):
         for i in range(s.layers):
             q, k, v, o, q_norm, k_norm, gate, up, down, norm, post_norm = (
                 w[f"layers.{i}.{name}"] for name in LAYER)
-            near = project(x, norm, (q, k, v), q_norm, k_norm, row_cos, row_sin, s.eps)
             far = project(context, None, (k, v), None, k_norm, cos[:t, None], sin[:t, None], s.eps)
-            x = finish(x, attend(near[0], *far, *near[1:]), o, post_norm, gate, up, down, s.eps)
+            if not s.taps:
+                near = project(x, norm, (q, k, v), q_norm, k_norm, row_cos, row_sin, s.eps)
+                x = finish(x, attend(near[0], *far, *near[1:]), o, post_norm, gate, up, down, s.eps)
+                continue
+            (of_attention, attention_base), (of_mlp, mlp_base) = (
+                [w[f"layers.{i}.{conv}.{name}"] for name in CONVOLUTION] for conv in CONVOLUTIONS)
+            taken, own = convolve_in(x, norm, of_attention, attention_base, width, s.eps)
+            near = project(taken, None, (q, k, v), q_norm, k_norm, row_cos, row_sin, s.eps)
+            x = convolve_out(x, F.linear(attend(near[0], *far, *near[1:]), o), own, attention_base)
+            taken, own = convolve_in(x, post_norm, of_mlp, mlp_base, width, s.eps)
+            x = convolve_out(x, gated(taken, gate, up, down), own, mlp_base)
         masked = x.view(b, blocks, width, s.hidden)[:, :, 1:]
         return F.rms_norm(masked, (s.hidden,), w["norm"], s.eps)
 

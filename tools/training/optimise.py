@@ -136,7 +136,7 @@ class Training:
         self.head = target.head[self.vocabulary.ids.to(target.device)].contiguous()
         self.others = target.head[(self.vocabulary.place < 0).to(target.device)]
         matrices = [p for p in drafter.parameters() if p.ndim == 2]
-        vectors = [p for p in drafter.parameters() if p.ndim == 1]
+        vectors = [p for p in drafter.parameters() if p.ndim != 2]  # and the coefficients of convolutions
         self.optimisers = [
             torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(vectors, lr=recipe.vector_rate, betas=(0.9, 0.95), weight_decay=0.0)]

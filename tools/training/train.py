@@ -59,6 +59,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
                    "default four, from the second to the last but one")
     p.add_argument("--block-size", type=int, default=8)
     p.add_argument("--intermediate", type=int, help="size of the drafter's MLPs; by default the target's")
+    p.add_argument("--conv-taps", type=int, default=0, help="rows of a block that each of DFlash2's convolutions "
+                   "mixes; by default there are none, as in DFlash")
+    p.add_argument("--conv-group", type=int, default=16, help="channels that share a coefficient of a row")
     p.add_argument("--mask-token", default="<empty_output>", help="a token that the target never writes, or its id")
     p.add_argument("--start", type=Path, help="a checkpoint of the same shape to start from, whose draft "
                    "vocabulary is kept; held-out texts are chosen among those that it was not trained on")
@@ -208,7 +211,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer, target = load_tokenizer(args.model), load_target(args.model, args.device)
     mask, layers = mask_of(tokenizer, target, args.mask_token), layers_of(target, args.target_layer_ids)
-    shape = Shape.of(target, args.layers, tuple(layers), args.block_size, mask, args.intermediate)
+    shape = Shape.of(target, args.layers, tuple(layers), args.block_size, mask, args.intermediate,
+                     args.conv_taps, args.conv_group)
     check_shape(shape, target, args.start)
     if asked := to_write(args):
         del target  # so that it is not in memory twice while it writes
