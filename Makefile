@@ -6,13 +6,13 @@
 #   make test-fast runs the tests of ops and decoding with one instruction set and dtype, and of the pages
 #   make lint      runs ruff and mypy         make bench     runs the benchmarks, into bench/results
 #   make docs      tables, plots, ops page    make sanitize  runs the CPU kernels' tests under ASan and UBSan
-#   make evaluate  measures speed and acceptance length on PROMPTS=files, into bench/results
+#   make evaluate  measures speed and acceptance length on PROMPTS=files (bench/prompts), into bench/results
 #   make gpu       builds, tests and measures within nine minutes, with GPU_PYTHON on a machine with a GPU. PART=a to f:
 #                  one part (bench/gpu). OUT=folder for the results. ARGS="--no-peers". PART=dry: everything on tiny
 #                  shapes without a GPU, in .venv. PART="dry b": one part of that
 #   make peer-kernels  fetches SGLang's and vLLM's kernels (900 KB) for the tests and the table of make gpu; carry
 #                      build/peers/kernels to the machine with the GPU
-#   make peers     compares dflash, transformers, vLLM and llama.cpp with our loop: the same PROMPTS=files and drafter
+#   make peers     compares dflash, transformers, vLLM and llama.cpp with our loop: the same prompts and drafter
 #   make engine-vllm  serves SmolLM2 with vLLM's CPU build and our plugin, and compares it step by step with vLLM alone
 #   make engine-sglang  enters our ops into the kernel registry of SGLang's wheel and calls them through it
 #   make other-torch TORCH=2.10.0  runs the tests on the same library under another torch (3 GB with its CUDA)
@@ -28,6 +28,7 @@
 # .venv. CXX: the compiler. MAX_JOBS: how many files are compiled in parallel.
 
 PYTHON ?= python3
+PROMPTS ?= $(sort $(wildcard bench/prompts/*.jsonl))
 PROMPT ?= Write a Python function that returns the n-th Fibonacci number, and explain how it works.
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -77,7 +78,7 @@ evaluate: build $(STAMPS)/dev $(STAMPS)/model
 gpu: $(if $(filter dry,$(PART)),build $(STAMPS)/dev)
 	$(if $(filter dry,$(PART)),$(PY),$(GPU_PYTHON)) -m bench.gpu $(PART) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-# make peers PROMPTS="FILE..." ARGS="--limit N --rounds N"
+# make peers [PROMPTS="FILE..."] ARGS="--limit N --rounds N"
 peers: build $(STAMPS)/dev $(STAMPS)/model $(PEERS)/vllm/installed $(PEERS)/llama/installed
 	$(PY) -m bench.peers --prompts $(PROMPTS) $(ARGS)
 	$(PY) -m bench.report

@@ -93,6 +93,10 @@ def test_prose_agrees_with_the_tables():
     ("python -m bench.peers --prompts a.jsonl --limit 2", 'make peers PROMPTS="a.jsonl" ARGS="--limit 2"'),
     ("DFLASH_ISA=avx2 python -m bench.peers --prompts a.jsonl --limit 2",
      'DFLASH_ISA=avx2 make peers PROMPTS="a.jsonl" ARGS="--limit 2"'),
+    ("python -m bench.peers --prompts mt_bench.jsonl gsm8k.jsonl math500.jsonl humaneval.jsonl --limit 2",
+     'make peers ARGS="--limit 2"'),
+    ("python -m bench.peers --prompts gsm8k.jsonl a.jsonl --limit 2",
+     'make peers PROMPTS="bench/prompts/gsm8k.jsonl a.jsonl" ARGS="--limit 2"'),
     ("python x", "python x")])
 def test_a_recorded_command_is_shown_as_it_runs_today(recorded, today):
     assert commands.command_of(recorded) == today

