@@ -130,6 +130,9 @@ class PackedWeight:
             raise TypeError(f"PackedWeight: data must be a tensor of uint8, as there is a format; got {got}")
         if device == "cuda" and not self.exact:
             raise ValueError("PackedWeight: exact must be True where there is a format on CUDA; got False")
+        if device == "cuda" and self.data.data_ptr() % 16:
+            raise ValueError("PackedWeight: data must begin at a multiple of 16 bytes on CUDA, as a tensor of its own "
+                             "does; got a part of another")
         shape: tuple[int, ...]
         shape = gpu_shape(f, n, k) if device == "cuda" else ((n + 15) // 16, packed_bytes(f, k))
         if self.data.shape != shape or not self.data.is_contiguous():

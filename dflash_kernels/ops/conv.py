@@ -144,8 +144,10 @@ def grouped_conv_add_rms_norm(x: torch.Tensor, delta: torch.Tensor, base: torch.
     if residual_out is None:
         check.other("residual", residual, "x", x)
         check.apart("residual", residual)
+        check.other("out", out, "residual", residual)
     else:
         _output(check, "residual_out", residual_out, x)
+        check.other("out", out, "residual_out", residual_out)
     _grouped_conv_add_rms_norm(
         check.as_rows("x", x), _delta_rows(check, delta), base, max(x.shape[1], 1), number,
         check.as_rows("residual", residual), weight, check.number("eps", eps), check.as_rows("out", out),

@@ -117,8 +117,10 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     check.tensor("residual", residual, x.dtype, "(..., H)", tuple(x.shape), x.device)
     if residual_out is None:
         check.apart("residual", residual)
+        check.other("out", out, "residual", residual)
     else:
         check.output("residual_out", residual_out, x, x.shape)
+        check.other("out", out, "residual_out", residual_out)
     _add_rms_norm(rows, check.as_rows("residual", residual), weight, check.number("eps", eps), out_rows,
                   None if residual_out is None else check.as_rows("residual_out", residual_out))
     return out, residual if residual_out is None else residual_out

@@ -136,6 +136,8 @@ def check_cache(check: Checker, name: str, cache: PagedKV, rows: torch.Tensor, n
         raise TypeError(f"{check.op}: {name} must be a PagedKV; got {describe(cache)}")
     check.tensor(f"{name}.k", cache.k, (rows.dtype, FP8), "(num_pages, P, Hkv, D)",
                  (None, None, num_kv_heads, head_dim), rows.device)
+    if cache.k.shape[1] == 0 and cache.k.shape[0] > 0:
+        raise ValueError(f"{check.op}: {name}.k must have pages of at least 1 token; got {describe(cache.k)}")
     check.apart(f"{name}.k", cache.k)
     check.apart(f"{name}.v", cache.v)
     if values_checked(rows):

@@ -39,13 +39,17 @@ class Usable(NamedTuple):
 
 
 class Adjuster:
-    """Logit adjustments for `batch` blocks of `width` tokens. Row i adjusts the token after the first i drafts."""
+    """Logit adjustments for `batch` blocks of `width` tokens. Row i adjusts the token after the first i drafts.
 
-    def __init__(self, batch: int, width: int, vocab: int, device: torch.device):
-        words = -(-vocab // 32)
+    bias (batch, width, V) float32: its memory, which each fill overwrites.
+    """
+
+    def __init__(self, bias: torch.Tensor):
+        batch, width, vocab = bias.shape
+        words, device = -(-vocab // 32), bias.device
         self.seen = torch.zeros((batch, width, words), dtype=torch.int32, device=device)
         self.penalty = torch.ones(batch, device=device)
-        self.bias = torch.zeros((batch, width, vocab), device=device)
+        self.bias = bias
         self.bitmask = torch.full((batch, width, words), -1, dtype=torch.int32, device=device)
         self.adjustments = LogitAdjustments(self.seen, self.penalty, self.bias, self.bitmask)
         self.width, self.vocab = width, vocab

@@ -117,7 +117,7 @@ def _read(file: Path, key: object) -> Times | None:
             known = {part: {int(n): float(t) for n, t in found[part]} for part in ("verify", "draft")}
             StepCosts(**known)
             return known
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         pass
     return None
 

@@ -148,7 +148,8 @@ class Decoder:
                 live.ended = "cancelled"
 
     def step(self) -> list[Event]:
-        """Starts the requests that fit, decodes one block for each running request, and returns the new events.
+        """Starts the requests that fit, decodes one block for each running request, and returns the new events: none
+        while there are only prompts, of which a step runs one pass.
 
         A request whose grammar raises ends with an error event. After any other exception, including an interrupt, the
         next step continues where this one stopped, but events that were ready to be returned can be lost.
@@ -206,8 +207,8 @@ class Decoder:
         self.runner.unseat()
 
     def _start(self) -> None:
-        """Gives pages to the requests that fit, and runs their prompts: all while nothing is decoded, otherwise as many
-        tokens as take no longer than a step."""
+        """Gives pages to the requests that fit, and runs their prompts: one pass while nothing is decoded, so that who
+        comes or goes is heard of after it, otherwise as many tokens as take no longer than a step."""
         rows = None
         while live := self._next_to_start():
             if self._active:
@@ -227,6 +228,8 @@ class Decoder:
             ran = max(live.prefilled - done, 1)
             if not self.runner.recorded:
                 self._row_seconds = (time.perf_counter() - started) / ran
+            if not self._active:
+                break
             rows = None if rows is None else (rows - ran) // _PORTION * _PORTION
 
     def _next_to_start(self) -> Live | None:

@@ -19,7 +19,7 @@ from .policy import FixedWidths, Policy
 from .requests import Features, Live
 from .runner import Committed, Runner, Setting, bucket, buckets, taken
 from .step import Prefill
-from .verify import GreedyVerifier, verifier_for
+from .verify import GreedyVerifier, Memory, verifier_for
 from .widths import WidthPolicy, draft_widths
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
@@ -41,6 +41,7 @@ class PackedRunner(Runner):
         self.contexts: dict[int, ContextStage] = {}
         self.layers = setting.drafter.target_layer_ids if setting.drafter else ()
         self.longest = setting.width if isinstance(self.policy, FixedWidths) else max(setting.width, _LONGEST)
+        self.memory_of_logits = Memory(bucket(setting.max_batch) * self.longest, setting.target.device)
         self.recording = 0.0  # seconds, of the last verify pass that was recorded
         self.lost: dict[tuple[int, int, type[GreedyVerifier]], float] = {}  # seconds, by what was not recorded
 
@@ -65,7 +66,8 @@ class PackedRunner(Runner):
         key = batch, packed, width, kind
         if key not in self.verifies:
             self.verifies[key] = VerifyStage(s.target, self.layers, s.target_kv, batch, width, packed or None,
-                                             self.tables_of("verify", batch), kind(s.target, batch, width, s.rule))
+                                             self.tables_of("verify", batch),
+                                             kind(s.target, batch, width, s.rule, self.memory_of_logits))
         return self.verifies[key]
 
     def batch_of(self, requests: int) -> int:
@@ -126,9 +128,8 @@ class PackedRunner(Runner):
         verified = self.timed(stage.work, policy, "verify", stage.rows, stage)
         counts = verified.commit_lens.tolist()
         if self.setting.drafter:
-            features = stage.features.clone()
             for live, block, start, count in zip(active, blocks, starts, counts, strict=False):
-                self.remember(live, Features(block.context, features, start, count))
+                self.keep(live, block.context, stage.features[start:start + count])
         policy.verified(outlooks, drafts, [max(count - 1, 0) for count in counts[:n]])
         committed = taken(active, verified, widths, stage.hidden, starts)
         stage.verifier.seat(())
@@ -144,8 +145,8 @@ class PackedRunner(Runner):
             if chosen := [open_ended[i] for i in paying]:
                 requests = [active[i] for i in chosen]
                 kept = [(live, kept) for live in requests for kept in live.features]
-                rows = sum(k.tokens for _, k in kept)
-                decoded = sum(k.tokens for live, k in kept if k.position >= len(live.request.prompt))
+                rows = sum(len(k.rows) for _, k in kept)
+                decoded = sum(len(k.rows) for live, k in kept if k.position >= len(live.request.prompt))
                 seconds = self.write_context(requests)
                 if seconds is not None and decoded:  # a prompt's part comes once
                     policy.took("context", len(requests), seconds * decoded / rows)
@@ -174,14 +175,11 @@ class PackedRunner(Runner):
     # ---- the drafter's context ----
 
     def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
-        if self.setting.drafter and len(features):
-            self.remember(live, Features(position, features.clone(), 0, len(features)))
-
-    def remember(self, live: Live, kept: Features) -> None:
         """K/V of these features are written when the request drafts next, if it does."""
-        live.features.append(kept)
-        if kept.position + kept.tokens - live.features[0].position > _KEPT_ROWS:
-            self.write_context([live])
+        if self.setting.drafter and len(features):
+            live.features.append(Features(position, features.clone()))
+            if position + len(features) - live.features[0].position > _KEPT_ROWS:
+                self.write_context([live])
 
     def write_context(self, requests: Sequence[Live]) -> float | None:
         """Returns the seconds that it took; None if a pass was recorded."""
@@ -190,9 +188,9 @@ class PackedRunner(Runner):
         positions: list[int] = []
         slots: list[int] = []
         for live in requests:
-            for position, states, start, count in live.features:
-                block = Block(range(count), position, live.pages, self.setting.pool.page_size)
-                rows.append(states[start:start + count])
+            for position, states in live.features:
+                block = Block(range(len(states)), position, live.pages, self.setting.pool.page_size)
+                rows.append(states)
                 positions += block.positions()
                 slots += block.slots()
         passes = [rows] if rows else []

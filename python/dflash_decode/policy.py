@@ -35,10 +35,12 @@ class Policy(Protocol):
 @dataclass
 class Outlook:
     """What a policy remembers of one request. worth: of drafts of each length for it, in tokens a step; None: as of
-    all. idle: steps since it drafted. paid: whether its last drafts did."""
+    all. idle: steps since it drafted. wait: after which it is tried again beside others. paid: whether its last drafts
+    did."""
 
     worth: list[float] | None = None
     idle: int = 0
+    wait: int = 4
     paid: bool = True
 
 

@@ -61,12 +61,10 @@ class Event:
 
 
 class Features(NamedTuple):
-    """Hidden states of committed tokens from `position` on: rows [start, start + count) of a step's."""
+    """Hidden states (n, F * H) of committed tokens from `position` on."""
 
     position: int
     rows: torch.Tensor
-    start: int
-    tokens: int
 
 
 @dataclass(eq=False)

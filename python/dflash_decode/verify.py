@@ -4,6 +4,7 @@ There are three verifiers: argmax without logits in memory, sampling from logits
 batch uses the cheapest that serves all its requests. Each gives a request the output that a cheaper one would give.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,14 +45,29 @@ def first_token(verifier: "GreedyVerifier", live: Live, row: torch.Tensor) -> in
     return token
 
 
+class Memory:
+    """Memory of passes that run one after another. rows: the most that one has."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.rows, self.device = rows, device
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """(B, Q, ...) with at most `rows` blocks' tokens: the same memory for each of a name."""
+        if name not in self._kept:
+            self._kept[name] = torch.zeros((self.rows, *shape[2:]), dtype=dtype, device=self.device)
+        return self._kept[name][:math.prod(shape[:2])].view(shape)
+
+
 class GreedyVerifier:
-    """Accepts the drafts that greedy decoding would have written."""
+    """Accepts the drafts that greedy decoding would have written. memory: of others that never run meanwhile."""
 
     graph_safe = packs = True
     params: SamplingTensors | None = None
 
-    def __init__(self, target: Target, batch: int, width: int, rule: str = "token"):
+    def __init__(self, target: Target, batch: int, width: int, rule: str = "token", memory: Memory | None = None):
         self.target, self.rule, self.device = target, rule, target.device
+        self.memory = memory or Memory(batch * width, self.device)
         self.out = Verified.empty(batch, width, device=self.device)
         self._make(batch, width)
 
@@ -92,7 +108,7 @@ class SampledVerifier(GreedyVerifier):
 
     def _make(self, batch, width):
         self.params: SamplingTensors
-        self.logits = torch.zeros((batch, width, self.target.vocab_size), dtype=self.target.dtype, device=self.device)
+        self.logits = self.memory.take("logits", batch, width, self.target.vocab_size, dtype=self.target.dtype)
         self.params = SamplingTensors(
             temperature=self._per_request(batch, torch.float32), seeds=self._per_request(batch, torch.int64),
             top_k=self._per_request(batch, torch.int32), top_p=self._per_request(batch, torch.float32),
@@ -127,7 +143,8 @@ class AdjustedVerifier(SampledVerifier):
 
     def _make(self, batch, width):
         super()._make(batch, width)
-        self.adjuster = Adjuster(batch, width, self.target.vocab_size, self.device)
+        bias = self.memory.take("bias", batch, width, self.target.vocab_size, dtype=torch.float32)
+        self.adjuster = Adjuster(bias)
         self.adjustments = self.adjuster.adjustments
         self.requests: list[Live] = []
 

@@ -64,7 +64,8 @@ class WidthPolicy:
         self.since_plain, self.plain_wait, self.surprised = 0, _LONGEST_WAIT, False
         self.drafting = block  # tokens of the last draft's blocks
         self.narrow = 0  # drafts since one of a whole block
-        self._trial = self._astonished = False  # whether the last draft was one, and the last trial a surprise
+        self._tried: Outlook | None = None  # whom the step drafts for to see what that is worth
+        self._astonished = False  # whether the last such step was a surprise
         self.context = 0.0  # seconds in which a request's tokens of a step become the drafter's context
         self._sums = Forecast()
         self._expected = 0.0  # tokens of the step
@@ -90,14 +91,17 @@ class WidthPolicy:
 
     def to_draft(self, requests: Sequence[Outlook], found: Sequence[Draft]) -> tuple[list[int], int]:
         n = len(requests)
-        self._trial, self._plain = False, self.since_plain >= self.plain_wait
+        self._tried, self._plain = None, self.since_plain >= self.plain_wait
         if not n or self._plain:
             return [], self.block
         drafted = [] if self.resting else self._paying(requests, found)
         granted = _GRANTED * self.costs.verify(self.rows(n))
-        if not drafted and self.idle >= self.wait and self.on_trials <= _TRIALS * self.spent + granted:
-            drafted, self.drafting = [max(range(n), key=lambda i: requests[i].idle)], self.block
-            self._trial = True
+        others = [i for i in range(n) if i not in drafted]
+        if others and self.on_trials <= _TRIALS * self.spent + granted:
+            longest = max(others, key=lambda i: requests[i].idle)
+            if requests[longest].idle >= requests[longest].wait if drafted else self.idle >= self.wait:
+                self.drafting = self.drafting if drafted else self.block
+                drafted, self._tried = [*drafted, longest], requests[longest]
         if drafted:
             self.narrow = 0 if self.drafting == self.block else self.narrow + 1
         return sorted(drafted), self.drafting
@@ -159,17 +163,17 @@ class WidthPolicy:
     def choose(self, requests: Sequence[Outlook], drafted: Sequence[Draft], found: Sequence[Draft],
                limits: Sequence[int], together: bool = False) -> list[Draft]:
         self._drafted, n = sum(bool(draft.tokens) for draft in drafted), len(requests)
-        best = [ours if self._trial and ours.tokens else self._better(ours, other)
-                for ours, other in zip(drafted, found, strict=True)]
+        best = [ours if request is self._tried and ours.tokens else self._better(ours, other)
+                for request, ours, other in zip(requests, drafted, found, strict=True)]
         of_drafter = [self._chances(draft, limit - 1) for draft, limit in zip(drafted, limits, strict=True)]
         chances = [made if draft is ours else self._chances(draft, limit - 1) for draft, ours, made, limit in zip(
             best, drafted, of_drafter, limits, strict=True)]
         if self._plain:
             chances = [[] for _ in best]
         widths = self._widths(chances, together)
-        for i, made in enumerate(of_drafter if self._trial else ()):
-            if made:  # what nobody verifies teaches nothing
-                widths[i] = len(made) + 1 if self._astonished else max(widths[i], 2)
+        for i, made in enumerate(of_drafter):
+            if requests[i] is self._tried and made:  # what nobody verifies teaches nothing
+                widths[i] = len(made) + 1 if self._astonished and self._drafted == 1 else max(widths[i], 2)
         self._learn(requests, drafted, of_drafter, [width if draft is ours else None for width, draft, ours in zip(
             widths, best, drafted, strict=True)], sum(widths))
         self._expected = n + sum(sum(chance[:width - 1]) for chance, width in zip(chances, widths, strict=True))
@@ -222,7 +226,7 @@ class WidthPolicy:
             request.idle = 0
             request.paid = any(w > _MARGIN * rate * self.draft_seconds(1, q)
                                for w, q in zip(worth, self.draft_widths, strict=True))
-            if request.paid and self._trial:  # it was too long ago to be averaged
+            if request.paid and request is self._tried:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
 
     def _beyond(self, chances: Sequence[float], confidence: Sequence[float], width: int) -> list[float]:
@@ -247,6 +251,18 @@ class WidthPolicy:
             self.surprised = not 1 / _SURPRISE < off < _SURPRISE
         curve.observe(size, seconds)
 
+    def _tell_trial(self, tried: Outlook, rows: int, seconds: float) -> None:
+        """Says when to try again. rows, of the pass without the request's drafts; seconds, of the step."""
+        wait = _FIRST_WAIT if (paid := tried.paid and not tried.idle) or self.surprised else None
+        without = self.costs.verify(self.rows(rows))
+        if self._drafted > 1:
+            without += self.draft_seconds(self._drafted - 1, self.drafting)
+            tried.wait = wait or min(2 * tried.wait, _LONGEST_WAIT)
+        else:
+            self.wait = wait or min(2 * self.wait, _LONGEST_WAIT)
+            self.resting, self._astonished = 0 if paid else self.resting, self.surprised
+        self.on_trials += seconds - without
+
     def verified(self, requests: Sequence[Outlook], drafts: Sequence[Draft], accepted: Sequence[int]) -> None:
         n, drafted, rows = len(requests), self._drafted, len(requests) + sum(len(draft.tokens) for draft in drafts)
         self._sums.steps += 1
@@ -264,16 +280,13 @@ class WidthPolicy:
             self.plain_wait = _FIRST_WAIT if self.surprised else min(2 * self.plain_wait, _LONGEST_WAIT)
             self.since_plain = 0
         self.idle = 0 if drafted else self.idle + 1
-        if self._trial:
-            paid = any(r.paid for r in requests if not r.idle)
-            self.wait = _FIRST_WAIT if paid or self.surprised else min(2 * self.wait, _LONGEST_WAIT)
-            self.resting = 0 if paid else self.resting
         plain, seconds = self.costs.verify(self.rows(n)), self.costs.verify(self.rows(rows))
         if drafted:
             seconds += self.draft_seconds(drafted, self.drafting)
         self.spent += seconds
-        if self._trial:
-            self.on_trials, self._astonished = self.on_trials + seconds - plain, self.surprised
+        if self._tried is not None:
+            self._tell_trial(self._tried, rows - sum(len(draft.tokens) for request, draft in zip(
+                requests, drafts, strict=True) if request is self._tried), seconds)
         if self.resting:
             self.resting -= 1
         else:

@@ -32,6 +32,9 @@ def constraint(asked: Asked) -> dict[str, Any]:
 
 
 def _schema(form: ResponseFormat) -> dict[str, Any] | None:
+    if form.json_schema is not None and form.type != "json_schema":
+        raise ApiError(400, f"response_format.json_schema must be left out where type is {form.type!r}",
+                       "response_format.json_schema")
     if form.type == "text":
         return None
     if form.type == "json_object":
@@ -42,10 +45,6 @@ def _schema(form: ResponseFormat) -> dict[str, Any] | None:
 
 
 def _of_vllm(given: StructuredOutputs) -> dict[str, Any]:
-    for name, value in (given.model_extra or {}).items():
-        if value not in (None, False):
-            raise ApiError(400, f"structured_outputs.{name[:80]} must be left out: this server does not support it",
-                           f"structured_outputs.{name[:80]}", "unsupported_parameter")
     kinds = {"json": given.json_, "regex": given.regex, "choice": given.choice,
              "json_object": given.json_object or None}
     named = [name for name, value in kinds.items() if value is not None]
@@ -54,4 +53,6 @@ def _of_vllm(given: StructuredOutputs) -> dict[str, Any]:
                        f"{' and '.join(named) or 'none'}", "structured_outputs")
     if given.choice is not None:
         return {"regex": "|".join(map(re.escape, given.choice))}
-    return {"regex": given.regex} if given.regex is not None else {"json_schema": given.json_ or _ANY_OBJECT}
+    if given.regex is not None:
+        return {"regex": given.regex}
+    return {"json_schema": _ANY_OBJECT if given.json_ is None else given.json_}

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .fields import Asked
+
 # Fields that change no answer: their values are not looked at.
 HARMLESS = frozenset({
     "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
@@ -32,8 +34,25 @@ _INSTEAD = {
 }
 
 
-def unread(fields: dict[str, Any]) -> tuple[str, str] | None:
+# Fields inside of others that change no answer.
+_HARMLESS_INSIDE = {"stream_options": ("include_obfuscation",), "response_format.json_schema": ("description",)}
+_INSTEAD_INSIDE = {"response_format.schema": '; {"type": "json_schema", "json_schema": {"schema": ...}} does that here'}
+
+
+def unread(asked: Asked) -> tuple[str, str] | None:
     """The first field that must be left out, and why."""
+    form = asked.response_format
+    inside = {"stream_options": asked.stream_options, "response_format": form,
+              "response_format.json_schema": form and form.json_schema, "structured_outputs": asked.structured_outputs}
+    for outer, found in inside.items():
+        for name, value in ((found and found.model_extra) or {}).items():
+            if value not in (None, False) and name not in _HARMLESS_INSIDE.get(outer, ()):
+                path = f"{outer}.{name[:80]}"
+                return path, f"this server does not support it{_INSTEAD_INSIDE.get(path, '')}"
+    return _unread(asked.model_extra or {})
+
+
+def _unread(fields: dict[str, Any]) -> tuple[str, str] | None:
     for name, value in fields.items():
         if value is None or name in HARMLESS:
             continue

@@ -36,8 +36,9 @@ async def read(http: Request, kind: type[Kind], model: str, most: int) -> Kind:
     asked = _parse(kind, body) if len(body) <= _AT_ONCE else await asyncio.to_thread(_parse, kind, body)
     if asked.model not in (None, model):
         raise ApiError(404, f"model must be {model!r}; got {str(asked.model)[:80]!r}", "model", "model_not_found")
-    if found := unread(asked.model_extra or {}):
-        raise ApiError(400, f"{found[0][:80]} must be left out: {found[1]}", found[0][:80], "unsupported_parameter")
+    if found := unread(asked):
+        name = found[0][:120]
+        raise ApiError(400, f"{name} must be left out: {found[1]}", name, "unsupported_parameter")
     return asked
 
 

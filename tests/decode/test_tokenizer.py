@@ -119,6 +119,15 @@ def test_stream_of_a_cut_character_prints_it_only_at_the_end(ours):
 
 
 @needs_smollm2
+def test_a_text_that_is_never_whole_is_not_decoded_with_every_token(ours, monkeypatch):
+    half, stream, decoded = ours.encode("👩")[0], ours.stream(), []
+    whole = stream._decode
+    monkeypatch.setattr(stream, "_decode", lambda ids: decoded.append(len(ids)) or whole(ids))
+    assert "".join(stream.push([half]) for _ in range(3000)) == "" and sum(decoded) < 3000 * 150
+    assert stream.flush() == ours.decode([half] * 3000)
+
+
+@needs_smollm2
 @settings(max_examples=150, deadline=None)
 @given(ids=st.lists(st.integers(0, 49151), max_size=30), cuts=st.lists(st.integers(1, 5), min_size=30, max_size=30))
 def test_stream_pieces_join_to_the_whole(ids, cuts):

@@ -51,9 +51,15 @@ class Text:
         return next((i for i, p in enumerate(odds) if self.wrong or self.dice.random() >= p), len(odds))
 
 
-def play(policy, texts, steps, true, block=BLOCK):
-    """Tokens a second over that of baseline decoding, step by step: [(tokens, seconds)], and widths."""
+def play(policy, texts, steps, true):
+    """[(tokens, seconds, widths)] of each step."""
     outlooks, found = [Outlook() for _ in texts], []
+    list(played(policy, texts, outlooks, steps, true, found.append))
+    return found
+
+
+def played(policy, texts, outlooks, steps, true, tell=lambda step: None):
+    """Yields whom each step drafts for."""
     for _ in range(steps):
         n, there = len(texts), [text.found() if policy.looks_up else Draft() for text in texts]
         chosen, block = policy.to_draft(outlooks, there)
@@ -69,8 +75,8 @@ def play(policy, texts, steps, true, block=BLOCK):
         if chosen:
             policy.took("draft", block * len(chosen), true.draft(block * len(chosen)))
         policy.verified(outlooks, blocks, accepted)
-        found.append((n + sum(accepted), seconds, widths))
-    return found
+        tell((n + sum(accepted), seconds, widths))
+        yield chosen
 
 
 def ratio(found, true, n):
@@ -122,6 +128,23 @@ def test_requests_get_what_their_own_drafts_are_worth():
     found = play(WidthPolicy(BLOCK, affine(1.0, 0.1)), texts, 300, true)[100:]
     means = [sum(f[2][i] for f in found) / len(found) for i in range(4)]
     assert min(means[:2]) > 2.5 * max(means[2:]) and max(means[2:]) < 1.6
+
+
+@pytest.mark.parametrize("others", [0, 1, 3, 7])
+def test_a_request_that_becomes_easy_is_found_out_beside_others(others):
+    """Its drafts are wrong at first, and those of the others pay in every step."""
+    true, policy = affine(1.0, 0.02), WidthPolicy(BLOCK, affine(1.0, 0.02))
+    late = Text(0.02, 9)
+    texts = [late, *(Text(0.9, seed) for seed in range(others))]
+    outlooks = [Outlook() for _ in texts]
+
+    def drafted(steps):
+        return sum(0 in step for step in played(policy, texts, outlooks, steps, true)) / steps
+
+    assert drafted(200) < 0.3
+    late.sure = 0.95
+    drafted(600)
+    assert drafted(200) > 0.8
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -307,9 +330,9 @@ def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target,
     monkeypatch.setattr(packed_runner, "_CONTEXT_ROWS", rows)
     monkeypatch.setattr(packed_runner, "_KEPT_ROWS", kept)
     if fault:
-        remember = PackedRunner.remember
-        monkeypatch.setattr(PackedRunner, "remember", lambda self, live, kept: remember(
-            self, live, kept._replace(position=kept.position + (kept.position > 12))))
+        keep = PackedRunner.keep
+        monkeypatch.setattr(PackedRunner, "keep", lambda self, live, position, features: keep(
+            self, live, position + (position > 12), features))
 
     def drafts(policy, at):
         decoder = Decoder(target, Drafter.random(target, 2, 5), max_context=80, page_size=4)

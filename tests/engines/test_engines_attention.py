@@ -45,6 +45,8 @@ def test_the_drafter_gets_it_and_nobody_else(install):
     assert ask(None, attn_selector_config=DRAFTER, num_heads=None) == attention.CLASS
     assert ask(types.SimpleNamespace(name="DFLASH"), attn_selector_config=DRAFTER) == attention.CLASS
     assert ask(None, attn_selector_config=fake.SelectorConfig()) == ("CpuPlatform", None)  # the target
+    assert ask(types.SimpleNamespace(name="DFLASH"), attn_selector_config=fake.SelectorConfig()) == (
+        "CpuPlatform", "DFLASH")
     assert ask(chosen, attn_selector_config=DRAFTER) == ("CpuPlatform", "CPU_ATTN")  # somebody chose
     engine.config.speculative_config.method = "dspark"
     assert ask(None, attn_selector_config=DRAFTER) == ("CpuPlatform", None)
@@ -63,6 +65,22 @@ def test_what_it_does_not_cover_stays_with_the_engine(install, caplog, layer, wh
     with caplog.at_level(logging.INFO):
         found = engine.platform.get_attn_backend_cls(None, DRAFTER._replace(**layer))
     assert found == ("CpuPlatform", None) and f"attention: not active for this model, {why}" in caplog.text
+
+
+def test_a_target_cannot_have_it_by_name(install):
+    """Nobody would write the K/V of its tokens. A GPU's platform asks the backend itself."""
+    engine = install()
+    assert engine.why() == ""
+    backend = importlib.import_module("dflash_engines.vllm.attention_backend").DFlashAttentionBackend
+
+    def reasons(layer):
+        return backend.validate_configuration(device_capability=None, **layer._asdict())
+
+    assert reasons(DRAFTER) == [] and "DFlash drafter" in reasons(fake.SelectorConfig())[0]
+    engine.config.speculative_config.method = "dspark"
+    assert "DFlash drafter" in reasons(DRAFTER)[0]
+    engine.config.speculative_config = None
+    assert "DFlash drafter" in reasons(DRAFTER)[0]
 
 
 def test_vllms_batch_invariant_mode_takes_it(install):

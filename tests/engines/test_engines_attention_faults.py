@@ -86,10 +86,11 @@ def test_a_fault_in_writing_its_context(backend, monkeypatch, caplog, spoil):
     assert said(caplog) == ["attention's writes of context K/V. RuntimeError: write_context_kv is broken"]
 
 
-@pytest.mark.parametrize("name", ["paged", "views"])
-def test_a_fault_in_finding_its_pages(backend, monkeypatch, caplog, name):
+@pytest.mark.parametrize("where", ["its own", "context_kv's"])
+def test_a_fault_in_finding_its_pages(backend, monkeypatch, caplog, where):
     """For the writes of the context, then for the pass: each has its own way back, which asks nobody for the pages."""
-    calls = broken(monkeypatch, backend.DFlashAttention if name == "paged" else backend, name)
+    name = "paged"
+    calls = broken(monkeypatch, backend.DFlashAttention if where == "its own" else backend, name)
     passes(backend, attention.common(LENS), [3, 3], False)
     assert len(calls) == 2
     assert said(caplog) == [f"attention's writes of context K/V. RuntimeError: {name} is broken",

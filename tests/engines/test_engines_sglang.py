@@ -128,6 +128,29 @@ def sampled(engine, requests=3, width=4, vocab=12):
         "sampling_info": info, "threshold_single": 1.0, "threshold_acc": 1.0}
 
 
+def test_a_greedy_request_among_sampled_ones_takes_the_lowest_of_tied_tokens(engine):
+    """In such a batch the engine gives it temperature 1 and top_k 1."""
+    _, given = sampled(engine)
+    given["sampling_info"].top_ks[1] = 1
+    logits = given["next_token_logits"].view(3, 4, 12)
+    logits[1] = 0.0
+    logits[1, :, [3, 7, 8]] = 5.0
+    given["candidates"][1] = 3
+    for _ in range(20):
+        accepted, bonus = sampling.compute_dflash_sampling_correct_drafts_and_bonus(**given)
+        assert (int(accepted[1]), int(bonus[1])) == (3, 3)
+
+
+def test_the_engine_measures_its_own_sampling(engine):
+    _, given = sampled(engine)
+
+    def _measure_sampling_peak():
+        return sampling.compute_dflash_sampling_correct_drafts_and_bonus(**given)
+
+    assert _measure_sampling_peak() is LEFT
+    assert sampling.compute_dflash_sampling_correct_drafts_and_bonus(**given) is not LEFT
+
+
 def test_a_fault_in_sampling(engine, monkeypatch, caplog):
     """The original says that there is no kernel for it here; on two ranks, whose numbers would differ, ours is told."""
     def broken(*args, **kwargs):

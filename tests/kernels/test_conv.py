@@ -194,6 +194,10 @@ def test_bad_input_names_what_was_expected_and_got():
         grouped_conv_add_rms_norm(x, delta, base, x[:1], base[0])
     with pytest.raises(ValueError, match="grouped_conv_add_rms_norm: residual_out must not be x"):
         grouped_conv_add_rms_norm(x, delta, base, x.clone(), base[0], residual_out=x)
+    for given, name in (({}, "residual"), ({"residual_out": torch.empty_like(x)}, "residual_out")):
+        residual = x.clone()
+        with pytest.raises(ValueError, match=f"norm: out must not be {name}; got the same tensor"):
+            grouped_conv_add_rms_norm(x, delta, base, residual, base[0], out=given.get(name, residual), **given)
     with pytest.raises(ValueError, match="grouped_conv_add_rms_norm: residual must not be x; got the same tensor"):
         grouped_conv_add_rms_norm(x, delta, base, x, base[0])
     with pytest.raises(ValueError, match="grouped_conv_add_rms_norm: residual must not be x; got the same tensor"):

@@ -247,6 +247,9 @@ def test_bad_input_names_what_was_expected_and_got():
         dk.linear(x, dk.pack_weight(w.bfloat16()))
     with pytest.raises(ValueError, match=r"linear: x must have 32 = weight's K columns; got float32 \(2, 31\)"):
         dk.linear(x[:, :31], dk.pack_weight(w))
+    square = torch.randn(48, 48)
+    with pytest.raises(ValueError, match="linear: out must not be x; got the same tensor"):
+        dk.linear(square, square.clone(), out=square)
     with pytest.raises(ValueError, match=r"linear: bias must have shape \(N,\) = \(48\)"):
         dk.linear(x, w, b[:4])
     with pytest.raises(ValueError, match="num_valid must be between 1 and 48; got 49"):

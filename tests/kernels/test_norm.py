@@ -75,3 +75,7 @@ def test_bad_input_names_what_was_expected_and_got():
         rms_norm(torch.randn(8, 2).t(), w)
     with pytest.raises(ValueError, match="residual must have shape"):
         add_rms_norm(x, x[:1], w)
+    for given, name in (({}, "residual"), ({"residual_out": x.clone()}, "residual_out")):
+        residual = torch.randn(2, 8)
+        with pytest.raises(ValueError, match=f"add_rms_norm: out must not be {name}; got the same tensor"):
+            add_rms_norm(x, residual, w, out=given.get(name, residual), **given)

@@ -202,6 +202,8 @@ def test_bad_input_names_what_was_expected_and_got():
     half = PagedKV(cache.k.half(), cache.v.half())
     with pytest.raises(TypeError, match="cache.k must be float32"):
         qk_norm_rope(qkv, **args, cache=half, slots=torch.arange(2))
+    with pytest.raises(ValueError, match="cache.k must have pages of at least 1 token; got"):
+        qk_norm_rope(qkv, **args, cache=PagedKV(cache.k[:, :0], cache.v[:, :0]), slots=torch.arange(2))
     with pytest.raises(NotImplementedError, match="head_dim must be <= 1024; got 2048"):
         qk_norm_rope(torch.zeros(1, 3 * 2048), torch.zeros(1).long(), None, num_heads=1, num_kv_heads=1, head_dim=2048)
     assert same_bits(qkv, before) and not cache.k.any()

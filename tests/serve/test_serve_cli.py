@@ -75,7 +75,8 @@ def test_what_is_wrong_is_one_line(call, files):
     for options in (["--port", "65536"], ["--port", "x"], ["--host", "no.such.host.invalid"], ["--host", ""],
                     ["--max-batch", "0"], ["--max-queue", "-1"], ["--max-body", "0"], ["--stop-timeout", "-1"],
                     ["--stop-timeout", "nan"], ["--stop-timeout", "soon"], ["--api-key", " "], ["--name", ""],
-                    ["--max-context", "1"], ["--drafter", "none", "--block-size", "4"], ["--model", "no/such"]):
+                    ["--api-key", "a\nb"], ["--api-key", "ü"], ["--max-context", "1"],
+                    ["--drafter", "none", "--block-size", "4"], ["--model", "no/such"]):
         code, out, err = call("serve", "--model", files[0], "--port", "0", *options)
         assert (code, out) == (2, "") and one_line(err), (options, err)
 

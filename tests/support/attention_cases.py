@@ -57,9 +57,10 @@ class Case:
                                             None, q.shape[1], scale, causal, *window, sinks, softcap, out)
         return out
 
-    def check(self, **options):
+    def check(self, factor=2.0, **options):
         got = self.run(**options)
-        assert_within_budget(got, self.expect(**options), self.expect(wide=False, **options), name=str(options))
+        assert_within_budget(got, self.expect(**options), self.expect(wide=False, **options), factor=factor,
+                             name=str(options))
         return got
 
 

@@ -22,6 +22,7 @@ _ELSEWHERE = ("chat_template", "continue_final_message", "max_length", "padding"
               "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation")
 _LONG = 1 << 14  # characters, which take some milliseconds
 _UNFINISHED = "\ufffd"  # what the decoder puts where a character's bytes are not all there
+_OFTEN = 64  # tries with each doubling of such a text
 
 
 class Tokenizer:
@@ -125,6 +126,7 @@ class TextStream:
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens)
         self._ids: list[int] = []
         self._start = self._done = 0  # ids[start:done] are printed and give the next ones their context
+        self._wanted = 0  # ids with which the next try is made
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete with these tokens; "" while a character is unfinished."""
@@ -136,9 +138,13 @@ class TextStream:
         return self._emit(final=True)
 
     def _emit(self, final: bool) -> str:
+        if not final and len(self._ids) < self._wanted:
+            return ""
         before = self._decode(self._ids[self._start:self._done])
         text = self._decode(self._ids[self._start:])
         if not final and text.endswith(_UNFINISHED):
+            # Of an answer that is never a whole character, a try with each token would take quadratic time.
+            self._wanted = len(self._ids) + 1 + (len(self._ids) - self._start) // _OFTEN
             return ""
         if len(text) > len(before):
             self._start = self._done

@@ -28,22 +28,22 @@ _here = threading.local()  # deep: whether this is a thread that compiles
 class Constraint:
     """A grammar of llguidance. Its matcher is kept where the last answer that it saw ended, and moved from there.
 
-    start: a matcher at the start, which stays there. make: another one, which shares nothing with it. stops: tokens
-    that end an answer.
+    make: makes a matcher that shares nothing with others; copies of one share what it can run out of, so that the
+    drafts of one answer would fail another. stops: tokens that end an answer.
     """
 
-    def __init__(self, start: Any, make: Callable[[], Any], stops: Collection[int]):
-        self._start, self._make, self._stops = start, make, stops
-        self._matcher, self._tokens, self._failed = start.deep_copy(), list[int](), 0
+    def __init__(self, make: Callable[[], Any], stops: Collection[int], matcher: Any = None):
+        self._make, self._stops = make, stops
+        self._matcher, self._tokens, self._failed = matcher or make(), list[int](), 0
 
     def fresh(self) -> "Constraint":
         """One for another answer."""
-        return Constraint(self._start, self._make, self._stops)
+        return Constraint(self._make, self._stops)
 
     def fill_bitmask(self, tokens: Sequence[int], words: torch.Tensor) -> None:
         if self._failed == 1 and self._matcher.is_error():
-            # Drafts were too much for it, and not the answer, which goes on. Copies share what it ran out of. It is
-            # asked about no more drafts (AdjustedVerifier), so it can fail again with the answer alone.
+            # Drafts were too much for it, and not the answer, which goes on. It is asked about no more drafts
+            # (AdjustedVerifier), so it can fail again with the answer alone.
             self._matcher, self._tokens = self._make(), []
         # An answer that goes on behind its end stays ended, and only stop tokens may follow.
         end = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
@@ -71,7 +71,8 @@ class Constraint:
 
 
 class MinTokens:
-    """Keeps the stop tokens out of the first tokens of an answer that `grammar`, if any, restricts."""
+    """Keeps the stop tokens out of the first tokens of an answer that `grammar`, if any, restricts. What the grammar
+    has brought to its end, ends."""
 
     def __init__(self, grammar: Grammar | None, least: int, stop_tokens: Collection[int]):
         self._grammar, self._least, self._stops = grammar, least, stop_tokens
@@ -83,7 +84,8 @@ class MinTokens:
             kept = words.tolist()
             for stop in self._stops:  # which the vocabulary has
                 kept[stop // 32] &= ~(1 << stop % 32) if stop % 32 < 31 else 0x7FFFFFFF
-            words.copy_(torch.tensor(kept, dtype=words.dtype))
+            if any(kept):
+                words.copy_(torch.tensor(kept, dtype=words.dtype))
 
 
 class Constraints:
@@ -135,13 +137,33 @@ class Constraints:
             return self._made(llguidance, what, kind, text)
         return self.submit(self._made, llguidance, what, kind, text).result()
 
+    def _deep(self, work: Callable[[], _Found]) -> _Found:
+        """work() where the stack is large enough: in a thread of its own, as the one that compiles may be busy."""
+        if getattr(_here, "deep", False):
+            return work()
+        found: Future[_Found] = Future()
+
+        def run() -> None:
+            try:
+                found.set_result(work())
+            except BaseException as error:
+                found.set_exception(error)
+
+        with self._lock:
+            size = threading.stack_size(_STACK)
+            try:
+                threading.Thread(target=run, name="dflash-grammar", daemon=True).start()
+            finally:
+                threading.stack_size(size)
+        return found.result()
+
     def _made(self, llguidance: Any, what: str, kind: str, text: str) -> Constraint:
         grammar = getattr(llguidance.LLMatcher, f"grammar_from_{kind}")(text)
         make = partial(llguidance.LLMatcher, self._library(llguidance), grammar, log_level=0)
         if (matcher := make()).is_error():
             raise ValueError(f"{what}: {kind} must be one that llguidance {llguidance.__version__} can follow; "
                              f"got {shown(text)}: {brief(matcher.get_error())}")
-        return Constraint(matcher, make, self._stops)
+        return Constraint(partial(self._deep, make), self._stops, matcher)
 
     def _library(self, llguidance: Any) -> Any:
         """The library's view of the tokenizer, which takes about a second to make."""

@@ -143,14 +143,18 @@ def plan(what: str, params: GenerationParams, defaults: Defaults, constraints: C
         merged.setdefault(name, getattr(params, name))
     sampling = check_sampling(SamplingParams(**merged | {"grammar": grammar}), what, vocab)
     seeds = [None if sampling.seed is None else (sampling.seed + i) % 2**63 for i in range(n)]
-    samplings = tuple(replace(sampling, seed=seed, grammar=_of_one_answer(grammar, min_tokens, stop_tokens))
-                      for seed in seeds)
+    ours = grammar is not params.grammar  # made for these answers: the first can have it
+    samplings = tuple(replace(sampling, seed=seed, grammar=_of_one_answer(
+        grammar if ours and i == 0 else _fresh(grammar), min_tokens, stop_tokens)) for i, seed in enumerate(seeds))
     return Plan(samplings, max_tokens, stop_tokens, own, logprobs, _stops(what, params.stop), min_tokens)
 
 
-def _of_one_answer(grammar: Grammar | None, min_tokens: int, stop_tokens: Collection[int]) -> Grammar | None:
+def _fresh(grammar: Grammar | None) -> Grammar | None:
     fresh = getattr(grammar, "fresh", None)
-    grammar = fresh() if callable(fresh) else grammar
+    return fresh() if callable(fresh) else grammar
+
+
+def _of_one_answer(grammar: Grammar | None, min_tokens: int, stop_tokens: Collection[int]) -> Grammar | None:
     return MinTokens(grammar, min_tokens, stop_tokens) if min_tokens and stop_tokens else grammar
 
 

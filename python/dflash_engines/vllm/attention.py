@@ -36,11 +36,11 @@ def restored() -> Any:
 
 
 def is_drafter(config: Any, selected: Any, layer: Any) -> bool:
-    """Whether this layer belongs to a DFlash drafter and no backend was chosen for it. config: the VllmConfig of the
-    model. layer: vLLM's AttentionSelectorConfig, which asks for non-causal attention only in drafters."""
+    """Whether this layer belongs to a DFlash drafter and no other backend was chosen for it. config: the VllmConfig of
+    the model. layer: vLLM's AttentionSelectorConfig, which asks for non-causal attention only in drafters."""
     speculative = getattr(config, "speculative_config", None)
-    named = selected is not None and selected.name == NAME
-    return named or (selected is None and layer.use_non_causal and getattr(speculative, "method", None) == "dflash")
+    free = selected is None or selected.name == NAME
+    return free and layer.use_non_causal and getattr(speculative, "method", None) == "dflash"
 
 
 def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):

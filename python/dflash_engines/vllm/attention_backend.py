@@ -16,7 +16,7 @@ from dflash_kernels.reference import context as plain_context
 
 from ..hooks import LEFT, guarded
 from .backend_name import LOG, NAME
-from .context import views
+from .context import paged
 
 
 class DFlashAttentionBackend(AttentionBackend):
@@ -57,6 +57,18 @@ class DFlashAttentionBackend(AttentionBackend):
         from vllm.config import get_current_vllm_config
 
         return "the V2 runner not supported" if get_current_vllm_config().use_v2_model_runner else None
+
+    @classmethod
+    def validate_configuration(cls, *args, use_non_causal: bool = False, **kwargs) -> list[str]:
+        """The K/V of a target's tokens would never be written: its layers, whoever names this backend for them, are
+        told from a drafter's by their attention."""
+        from vllm.config import get_current_vllm_config
+
+        reasons = super().validate_configuration(*args, use_non_causal=use_non_causal, **kwargs)
+        method = getattr(get_current_vllm_config().speculative_config, "method", None)
+        if not use_non_causal or method != "dflash":
+            reasons.append("layers other than those of a DFlash drafter, which see their whole block, not supported")
+        return reasons
 
 
 @dataclass
@@ -146,18 +158,13 @@ class DFlashAttention(AttentionImpl[DFlashMetadata]):
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads or num_heads
         self.scale, self.softcap, self.sinks = float(scale), float(logits_soft_cap or 0), sinks
         self.kv_cache_dtype, self.attn_type = kv_cache_dtype, attn_type
-        self.cache: PagedKV | None = None
-        self.address = 0
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """The engine asks when it compiles the model, and then quantises outputs itself."""
         return False
 
     def paged(self, kv_cache: torch.Tensor) -> PagedKV:
-        # An engine that slept wakes with its caches elsewhere.
-        if self.cache is None or kv_cache.data_ptr() != self.address:
-            self.cache, self.address = views([kv_cache], self.head_size)[0], kv_cache.data_ptr()
-        return self.cache
+        return paged(kv_cache, self.head_size)
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
                 output_block_scale=None):

@@ -20,6 +20,7 @@ SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "DFLASH")  # keys, then values, si
 FP8 = torch.float8_e4m3fn
 
 
+VIEW = "_dflash_view"  # an attribute of the engine's tensor
 KEPT = 64  # tokens of a decoding step, for which rows and views are made once
 
 
@@ -42,14 +43,13 @@ class Rows:
 
 @dataclass
 class Plan:
-    """caches: views of the engine's caches, or None where the engine must write from rows. address: of the viewed
-    cache. v_scale: of all layers. v_scales (L, 1, 1) float32: of each, where they differ."""
+    """viewed: whether the engine's caches are viewed; otherwise the engine writes from rows. v_scale: of all layers.
+    v_scales (L, 1, 1) float32: of each, where they differ."""
 
     cos_sin: torch.Tensor
     v_scale: float
     v_scales: torch.Tensor | None
-    caches: list[PagedKV] | None
-    address: int
+    viewed: bool
     rows: Rows
 
 
@@ -75,14 +75,14 @@ def decide(model: Any) -> Plan | str:
         return "layers that share a cache"
     if not tiled and not backends <= set(SPLIT_BACKENDS):
         return f"the cache of {', '.join(sorted(backends))}"
-    caches = None if tiled else caches_of(layers, model._head_dim)
-    if caches and len({(c.k.shape, c.k.stride()) for c in caches}) > 1:
+    caches = [] if tiled else caches_of(layers, model._head_dim)
+    if len({(c.k.shape, c.k.stride()) for c in caches}) > 1:
         return "draft layers with caches of different shapes"
     given = [getattr(layer.self_attn, "v_scale", None) for layer in model.layers]
     scales = [1.0 if scale is None else float(scale) for scale in given]
     each = torch.tensor(scales, device=model._fused_kv_weight.device)[:, None, None] if len({*scales}) > 1 else None
-    return Plan(model._rope_cos_sin_cache.to(dtype).contiguous(), scales[0] if each is None else 1.0, each, caches,
-                layers[0].kv_cache.data_ptr(), rows_of(model, KEPT if tiled else 0))
+    return Plan(model._rope_cos_sin_cache.to(dtype).contiguous(), scales[0] if each is None else 1.0, each, not tiled,
+                rows_of(model, KEPT if tiled else 0))
 
 
 def stored_as(layer: Any) -> torch.dtype:
@@ -94,13 +94,21 @@ def stored_as(layer: Any) -> torch.dtype:
 def caches_of(layers: list[Any], head_dim: int) -> list[PagedKV]:
     """Of the engine's attention layers, with the scales of each."""
     if stored_as(layers[0]) == FP8:
-        return [PagedKV(*halves(layer.kv_cache.view(FP8), head_dim), k_scale=layer._k_scale, v_scale=layer._v_scale)
-                for layer in layers]
-    return views([layer.kv_cache for layer in layers], head_dim)
+        return [paged(layer.kv_cache, head_dim, (layer._k_scale, layer._v_scale)) for layer in layers]
+    return [paged(layer.kv_cache, head_dim) for layer in layers]
 
 
-def views(kv_caches: list[torch.Tensor], head_dim: int) -> list[PagedKV]:
-    return [PagedKV(*halves(kv_cache, head_dim)) for kv_cache in kv_caches]
+def paged(kv_cache: torch.Tensor, head_dim: int, scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> PagedKV:
+    """A view of a layer's cache, of fp8 if there are scales. It is kept with the engine's tensor and shares its memory
+    alone, not the tensor, so that nothing of ours keeps a cache that the engine drops: it measures with one first."""
+    kept = getattr(kv_cache, VIEW, None)
+    if kept is None or kept[0] != kv_cache.data_ptr():  # an engine that slept wakes with its caches elsewhere
+        memory = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device).set_(
+            kv_cache.untyped_storage(), kv_cache.storage_offset(), kv_cache.shape, kv_cache.stride())
+        k, v = halves(memory if scales is None else memory.view(FP8), head_dim)
+        kept = kv_cache.data_ptr(), PagedKV(k, v) if scales is None else PagedKV(k, v, *scales)
+        setattr(kv_cache, VIEW, kept)
+    return kept[1]
 
 
 def halves(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,12 +173,10 @@ def precompute_and_store_context_kv(self, context_states, context_positions, con
     if made is None or not fits(self, context_states, context_positions, slots):
         return LEFT
     kv = project(self, context_states)
-    if made.caches is None:
+    if not made.viewed:
         return write_through(self, made, kv, context_positions, slots if per_layer else [slots] * self._num_attn_layers)
-    first = self._attn_layers[0].kv_cache
-    if first.data_ptr() != made.address:  # the engine slept and woke with its caches elsewhere
-        made.caches, made.address = caches_of(self._attn_layers, self._head_dim), first.data_ptr()
-    write(self, made, kv, context_positions, torch.stack(slots) if per_layer else slots, made.caches)
+    write(self, made, kv, context_positions, torch.stack(slots) if per_layer else slots,
+          caches_of(self._attn_layers, self._head_dim))
 
 
 MODEL = "vllm.model_executor.models.qwen3_dflash:DFlashQwen3Model"
