@@ -103,9 +103,8 @@ void product(const Plan& plan, const ExpertWeights& w, Dtype dtype, const RowOf<
 
 template <bool CLAMPED>
 inline Vec activation(Vec gate, Vec up) {
-  const Vec zero = set1(0.0f), one = set1(1.0f);
-  if constexpr (!CLAMPED) return gate / (one + vexp(zero - gate)) * up;
-  const Vec limit = set1(kLimit);
+  if constexpr (!CLAMPED) return silu(gate) * up;
+  const Vec zero = set1(0.0f), one = set1(1.0f), limit = set1(kLimit);
   // A minimum or maximum with NaN is its second operand.
   gate = vmin(limit, gate), up = vmin(limit, vmax(zero - limit, up));
   return gate / (one + vexp(set1(-kAlpha) * gate)) * (up + one);

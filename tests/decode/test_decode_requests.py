@@ -203,6 +203,17 @@ def test_stop_tokens_come_as_users_have_them(target, texts, stops):
     assert got[:2] == (texts[4][:texts[4].index(stop) + 1], "stop")
 
 
+def test_a_long_prompt_keeps_nobody_waiting_who_leaves(target):
+    """While nothing else is decoded, a step runs one pass of it."""
+    decoder = Decoder(target, max_batch=2, max_context=80, page_size=4, prefill_rows=16)
+    decoder.submit(Request("long", list(range(60)), 4))
+    assert decoder.step() == [] and decoder._requests[0].prefilled == 16
+    decoder.submit(Request("short", [5], 1))
+    decoder.cancel("long")
+    events = decoder.step()
+    assert [(event.id, event.finish) for event in events] == [("long", "cancelled"), ("short", "length")]
+
+
 def test_a_prompt_is_read_when_it_is_submitted(target, texts):
     prompt = list(PROMPTS[4])
     decoder = Decoder(target, None, max_context=80)

@@ -63,6 +63,18 @@ def test_after_warming_up_nothing_is_made_or_captured(target, drafted, max_batch
     assert made_by(decoder) == made
 
 
+def test_logits_of_all_widths_are_in_the_same_memory(target):
+    """Each has a size of its own, and a vocabulary's many rows would add up."""
+    decoder = decoder_of(target, max_batch=3)
+    decoder.warm_up()
+    of = {kind: [stage.verifier for key, stage in decoder.runner.verifies.items() if key[-1] is kind]
+          for kind in (SampledVerifier, AdjustedVerifier)}
+    assert min(map(len, of.values())) > 3
+    every = [verifier for some in of.values() for verifier in some]
+    assert len({verifier.logits.untyped_storage().data_ptr() for verifier in every}) == 1
+    assert len({verifier.adjuster.bias.untyped_storage().data_ptr() for verifier in of[AdjustedVerifier]}) == 1
+
+
 def test_warming_up_for_some_prompts_and_settings_makes_what_they_need(target):
     decoder = decoder_of(target, max_batch=2)
     decoder.ready()

@@ -323,6 +323,19 @@ def test_events_tell_the_widths_that_were_verified(target):
     assert all(1 <= length <= width <= 16 for width, length in pairs) and len({width for width, _ in pairs}) > 2
 
 
+def test_what_is_kept_of_a_step_are_a_request_s_own_rows(target):
+    """The others' would stay with them, for as long as it does not draft."""
+    decoder = Decoder(target, Drafter.random(target, 2, 5), max_batch=4, max_context=80, page_size=4)
+    decoder.runner.policy = policy = FixedWidths(1)
+    policy.to_draft = lambda outlooks, found: ([], 1)
+    for i in range(4):
+        decoder.submit(Request(i, [1 + i, 2], 20))
+    for _ in range(8):
+        decoder.step()
+    kept = [each.rows for live in decoder._active for each in live.features]
+    assert len(kept) > 16 and all(rows.untyped_storage().nbytes() == rows.nbytes for rows in kept)
+
+
 @pytest.mark.parametrize("fault, rows, kept", [(False, 256, 1024), (True, 256, 1024), (False, 8, 1024), (False, 8, 8)])
 def test_drafts_after_steps_without_any_are_those_of_an_unbroken_context(target, fault, rows, kept, monkeypatch):
     """Where nothing was drafted for a while, the drafter's context is written late, in passes of so many rows, or when
