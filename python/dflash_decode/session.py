@@ -359,6 +359,9 @@ def drafter_for(target: Target, found: Checkpoint, drafter_weights: str,
                 token_id: Callable[[str], int | None]) -> Drafter:
     """The drafter of a checkpoint. drafter_weights: as for Session.load. token_id: of a token's text in the target's
     tokenizer. Raises CheckpointError."""
+    if "open_spec_config_version" in found.config:
+        raise CheckpointError(f"{found.source}: drafter must be in z-lab's format or in the speculators format with "
+                              "transformer_layer_config; got one with open_spec_config_version")
     if not {"dflash_config", "block_size"} & found.config.keys():
         raise CheckpointError(f"{found.source}: drafter must be a DFlash drafter, whose config.json has dflash_config "
                               f"or block_size; got a model with model_type {shown(found.config.get('model_type'))}")

@@ -226,7 +226,7 @@ class WidthPolicy:
             request.idle = 0
             request.paid = any(w > _MARGIN * rate * self.draft_seconds(1, q)
                                for w, q in zip(worth, self.draft_widths, strict=True))
-            if request.paid and request is self._tried:  # it was too long ago to be averaged
+            if request.paid and self._tried is request:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
 
     def _beyond(self, chances: Sequence[float], confidence: Sequence[float], width: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,10 +114,27 @@ def test_a_target_that_a_drafter_cannot_share_is_refused(tmp_path, folder):
     transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"target: the embedding's scale must be 1.0, as a drafter has none; got 8.0"):
         load_target(str(tmp_path))
-    scaled = load_checkpoint(folder)
-    scaled.config["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
-    with pytest.raises(ValueError, match="without biases and RoPE scaling .* got model_type llama, rope_scaling"):
-        LlamaTarget(scaled)
+    biased = load_checkpoint(folder)
+    biased.config["attention_bias"] = True
+    with pytest.raises(ValueError, match="must be of a Llama without biases .* got model_type llama"):
+        LlamaTarget(biased)
+
+
+def test_a_gguf_s_features_have_its_rope(tmp_path, folder):
+    """Whose scaling is in rope_parameters, as those of Llama 3.1 are."""
+    pytest.importorskip("transformers")
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    shutil.copytree(folder, tmp_path / "scaled")
+    file = tmp_path / "scaled" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in config.items() if name != "rope_theta"} | {
+        "rope_parameters": scaled}))
+    ours, plain = (LlamaTarget(load_checkpoint(where)) for where in (tmp_path / "scaled", folder))
+    theirs, ids = load_target(str(tmp_path / "scaled")), torch.arange(1, 41)[None]
+    want = theirs.forward(ids)[0].float()
+    assert (ours.forward(ids)[0].float() - want).abs().max() < 0.05 * want.abs().max()
+    assert (plain.forward(ids)[0].float() - want).abs().max() > 0.1 * want.abs().max()
 
 
 def test_options_come_from_a_file_and_the_command_line_goes_before_it(tmp_path):

@@ -178,6 +178,10 @@ def test_p35_d2t_is_an_offset_and_padded_ids_never_win():
     tensors["d2t"] = tensors["d2t"] + VOCAB
     with pytest.raises(ValueError, match=f"d2t must be offsets to ids below {VOCAB}; got ids from"):
         Drafter(config, tensors, target)
+    head = tensors.pop("lm_head.weight")
+    with pytest.raises(ValueError, match="lm_head.weight must be there, as d2t names the tokens of its rows; got"):
+        Drafter(config, tensors, target)
+    tensors["lm_head.weight"] = head
     del tensors["d2t"]
     with pytest.raises(ValueError, match="tensor d2t must be there with shape"):
         Drafter(config, tensors, target)

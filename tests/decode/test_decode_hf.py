@@ -47,6 +47,28 @@ def texts(decoder, prompts, n):
 PROMPTS = [[5, 9, 33], list(range(1, 40)), [7] * 17]
 
 
+def test_layers_between_the_model_and_its_logits_are_seen():
+    """Whose output embeddings are not all of them."""
+    config = transformers.ModernBertDecoderConfig(**{k: v for k, v in COMMON.items() if v is not None},
+                                                  **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0))
+    with pytest.raises(NotImplementedError, match="logits of ModernBertDecoderForCausalLM must be the output embedd"):
+        HFTarget(transformers.ModernBertDecoderForCausalLM(config).eval())
+    model = make("llama")
+    assert HFTarget(model).head.shape == HFTarget(model).head.shape  # again, with our attention in it
+
+
+def test_a_longrope_ends_where_its_factors_change():
+    """For a call that reaches further transformers takes others, and a prompt comes in several calls."""
+    lengths = {}
+    for short in (1.0, 4.0):
+        longrope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 8, "short_factor": [short] * 8,
+                    "original_max_position_embeddings": 32}
+        config = transformers.Phi3Config(**COMMON | {
+            "max_position_embeddings": 128, "original_max_position_embeddings": 32, "rope_parameters": longrope})
+        lengths[short] = HFTarget(transformers.Phi3ForCausalLM(config).eval()).max_context
+    assert lengths == {1.0: 32, 4.0: 128}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_speculative_equals_baseline_equals_transformers_in_float32(kind):
     model = make(kind)

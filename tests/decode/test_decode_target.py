@@ -7,6 +7,7 @@ from dflash_decode.checkpoint import Blocks
 from dflash_decode.kv import NO_PAGE, PagePool
 from dflash_decode.model import families
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.model.target_config import read_target_config
 from dflash_decode.step import Prefill
 from dflash_kernels import quantize_blocks
 from dflash_kernels.testing import assert_within_budget, same_bits
@@ -134,7 +135,27 @@ def test_a_config_that_does_not_say_is_as_the_family_s_class_has_it():
         if name in transformers.CONFIG_MAPPING:
             config = transformers.CONFIG_MAPPING[name]()
             assert family.tied == config.get_text_config().tie_word_embeddings, name
+            said = {key: value for key, value in config.to_dict().items() if value is not None and key not in (
+                "sliding_window", "layer_types", "rope_theta", "partial_rotary_factor", "no_rope_layers")}
+            ropes = {key: value for key, value in said.get("rope_parameters", {}).items()
+                     if key not in ("partial_rotary_factor", *(("rope_theta",) if name in ("smollm3", "cwm") else ()))}
+            said |= {"head_dim": 128} if name == "glm4_moe" else {}
+            read = read_target_config(said | {"model_type": name, "rope_parameters": ropes})
+            given = config.rope_parameters
+            assert {rope.theta for rope in read.ropes if rope.rotary_dim} == {given["rope_theta"]}, name
+            assert read.ropes[0].rotary_dim == read.geometry.head_dim * given.get("partial_rotary_factor", 1), name
+            windows = {mask.window[0] + 1 for mask in read.masks} - {0}
+            assert windows == ({config.sliding_window} if getattr(config, "sliding_window", None) else set()), name
     assert families.FAMILIES["smollm3"].tied
+
+
+@pytest.mark.parametrize("factor, most", [(4.0, 131072), (0.5, 32768)])
+def test_yarn_lengthens_the_context(factor, most):
+    """As model cards ask for it, with max_position_embeddings as it was."""
+    model, _ = make_target("llama")
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    config = {**model.config.to_dict(), "max_position_embeddings": 32768, "rope_parameters": yarn, "rope_theta": None}
+    assert read_target_config(config).max_context == most
 
 
 def test_missing_and_wrong_fields_and_tensors_are_named():

@@ -106,6 +106,12 @@ def test_p48_a_pattern_is_a_list_or_a_number_and_a_window_alone_is_every_layers(
         assert read_draft_config(load_checkpoint(path).config).masks == masks
     causal = write(tmp_path / "d.gguf", "dflash", tensors, attention__causal=True)
     assert read_draft_config(load_checkpoint(causal).config).masks == (LayerMask(True),) * 3
+    open_ = write(tmp_path / "d.gguf", "dflash", tensors, attention__causal=DROP, attention__sliding_window=6,
+                  attention__sliding_window_pattern=[True, False, True])  # as a config.json that does not say
+    windowed = read_draft_config(draft_config({"layer_types": ["sliding_attention", "full_attention",
+                                                               "sliding_attention"], "sliding_window": 6,
+                                               "use_sliding_window": True}))
+    assert read_draft_config(load_checkpoint(open_).config).masks == windowed.masks
 
 
 @pytest.mark.parametrize(("changes", "match"), [

@@ -87,6 +87,7 @@ def test_p15_a_zero_point_is_taken_off():
 
 @pytest.mark.parametrize(("given", "match"), [
     ({"quant_method": "awq"}, "quantization_config.quant_method must be one of compressed-tensors, .* got 'awq'"),
+    ({**grouped(bits=8), "format": "pack-quantized"}, "format = 'pack-quantized', several numbers in one, is not"),
     (grouped(bits=4), "config_groups.group_0.weights.num_bits must be 8; got 4"),
     ({**PACKED, "transform_config": {"a": 1}}, "transform_config, which rotates activations, is not supported"),
     ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size .* must be two numbers .* got \\[128\\]"),

@@ -6,6 +6,7 @@ import pytest
 
 from dflash_decode import LLM, CheckpointError, load_checkpoint
 from dflash_decode.checkpoint import CheckpointNotFound
+from dflash_decode.checkpoint import hub as hub_cache
 from dflash_decode.checkpoint.errors import read_json
 from tests.support import tiny
 
@@ -33,6 +34,21 @@ def test_models_are_found_by_their_ids_in_the_cache(hub, models):
     with LLM("some/target", "some/draft-b4") as llm, LLM(models["model"], models["draft"]) as same:
         assert llm.session.drafter is not None and llm.session.drafter_name == "some/draft-b4"
         assert llm.chat("abc", max_tokens=5).token_ids == same.chat("abc", max_tokens=5).token_ids
+
+
+def test_a_repository_of_gguf_files_may_have_a_config(hub, models):
+    """And its files in folders, beside one that reads images."""
+    folder = hub("some/gguf")
+    (folder / "config.json").write_text("{}")
+    (folder / "Q4_K_M").mkdir()
+    for name in ("Q4_K_M/m-00001-of-00002.gguf", "Q4_K_M/m-00002-of-00002.gguf", "mmproj-m.gguf"):
+        (folder / name).touch()
+    assert hub_cache.find_cached("some/gguf") == folder / "Q4_K_M" / "m-00001-of-00002.gguf"
+    (folder / "b.gguf").touch()
+    with pytest.raises(CheckpointError, match="got 2 .gguf files: name one of them by its path"):
+        hub_cache.find_cached("some/gguf")
+    (folder / "model.safetensors").touch()
+    assert hub_cache.find_cached("some/gguf") == folder
 
 
 def test_models_that_are_not_in_the_cache_say_how_to_get_them(hub, models):

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dflash_decode.model.rope import Rope
+
 from .target import Target, rope_table, rotate
 
 
@@ -224,7 +226,7 @@ class TrainedDrafter(torch.nn.Module):
                 named |= {f"layers.{i}.{conv}.{name}": value for name, value in zip(CONVOLUTION, of, strict=True)}
         self.names = list(named)
         self.weights = torch.nn.ParameterList(named.values())
-        for name, table in zip(("cos", "sin"), rope_table(s.head_dim, s.theta, POSITIONS, "cpu"), strict=True):
+        for name, table in zip(("cos", "sin"), rope_table(Rope(s.theta, s.head_dim), POSITIONS, "cpu"), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.register_buffer("feature_scale", feature_scale.float().cpu().clone())
 

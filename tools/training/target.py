@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from dflash_decode import Session
 from dflash_decode.checkpoint import Checkpoint, find_model, load_checkpoint
-from dflash_decode.model.rope import Rope
+from dflash_decode.model.rope import Rope, read_rope
 from dflash_decode.step import Prefill, prefill_sizes
 from dflash_kernels import lm_head_topk
 
@@ -34,9 +34,9 @@ def passes_over(prefill: Callable[[int], Prefill], ids: list[int], table: torch.
         done += len(part)
 
 
-def rope_table(head_dim: int, theta: float, positions: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(rope: Rope, positions: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos, sin (positions, head_dim), half-split layout, float32."""
-    cos, sin = Rope(theta, head_dim).table(positions, device).chunk(2, -1)
+    cos, sin = rope.table(positions, device).chunk(2, -1)
     return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
@@ -109,10 +109,9 @@ class Llama(Target):
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device):
         c, take = checkpoint.config, lambda name: checkpoint.tensor(name).to(device)
-        if c.get("model_type") != "llama" or c.get("attention_bias") or c.get("rope_scaling"):
-            raise ValueError("target: a GGUF file must be of a Llama without biases and RoPE scaling (a Hugging Face "
-                             f"directory can be of any family); got model_type {c.get('model_type')}, rope_scaling "
-                             f"{c.get('rope_scaling')}")
+        if c.get("model_type") != "llama" or c.get("attention_bias") or c.get("mlp_bias"):
+            raise ValueError("target: a GGUF file must be of a Llama without biases (a Hugging Face directory can be "
+                             f"of any family); got model_type {c.get('model_type')}")
         self.device = torch.device(device)
         self.hidden, self.eps, self.vocab = c["hidden_size"], c["rms_norm_eps"], c["vocab_size"]
         self.heads, self.kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
@@ -172,7 +171,11 @@ class LlamaTarget(Llama):
                 post_norm=take(at + "post_attention_layernorm.weight"),
                 gate_up=torch.cat([take(f"{at}mlp.{n}_proj.weight") for n in ("gate", "up")]),
                 down=take(at + "mlp.down_proj.weight")))
-        table = rope_table(self.head_dim, float(self.theta), positions, self.device)
+        rope = read_rope(checkpoint.config, self.head_dim, "target", bounded=True)
+        if rope.rotary_dim != self.head_dim or rope.interleaved:
+            raise ValueError("target: RoPE must rotate whole heads, in halves; got "
+                             f"{rope.rotary_dim} of {self.head_dim}{', interleaved' * rope.interleaved}")
+        table = rope_table(rope, positions, self.device)
         self.cos, self.sin = (t.to(self.dtype) for t in table)
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -35,9 +35,10 @@ def find_cached(name: str) -> Path | None:
         return None
     except OSError as error:
         raise CheckpointError(f"{name}: the cache of huggingface_hub must be readable; got {brief(error)}") from None
-    if (folder / "config.json").exists():
+    # A repository of GGUF files can have a config.json, parts in folders, and a file that reads images.
+    files = sorted({first_of(file) for file in folder.rglob("*.gguf") if not file.name.startswith("mmproj")})
+    if (folder / "config.json").exists() and (not files or any(folder.glob("*.safetensors*"))):
         return folder
-    files = sorted({first_of(file) for file in folder.glob("*.gguf")})
     if len(files) == 1:
         return files[0]
     got = f"{len(files)} .gguf files: name one of them by its path, as {files[0]}" if files else \

@@ -1,7 +1,7 @@
 """The model_types that our own layers run, and what their classes do where config.json does not say so."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from ..checkpoint.fields import Fields, shown
 from .experts import Layout
@@ -19,6 +19,7 @@ class Family:
     windows: what puts a window on layers: "set" (sliding_window is a number), "asked" (use_sliding_window is true
     beside it) or "". partial: a part of a head can be left unrotated. sinks: each head has a learned sink. growing:
     queries grow with their position. tied: whether the LM head is the embedding where the config does not say.
+    defaults: of fields that config.json may leave out; null is a value.
     """
 
     qkv_bias: str = ""
@@ -31,6 +32,13 @@ class Family:
     growing: bool = False
     tied: bool = False
     experts: Callable[[Fields, int], ExpertsConfig] | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+    def complete(self, config: Mapping) -> Mapping:
+        places = [config, *(place for name in ("rope_parameters", "rope_scaling")
+                            if isinstance(place := config.get(name), Mapping))]
+        return {**{name: value for name, value in self.defaults.items() if not any(name in place for place in places)},
+                **config}
 
 
 def _sizes(f: Fields, number: str, width: str) -> tuple[int, int, int]:
@@ -73,20 +81,25 @@ def _gpt_oss(f: Fields, layers: int) -> ExpertsConfig:
     return ExpertsConfig(*_sizes(f, "num_local_experts", "intermediate_size"), layout, bias=True, activation="clamped")
 
 
+_WINDOW = {"sliding_window": 4096}
 FAMILIES = {
-    "cwm": Family(mlp_bias=True, windows="set"),
-    "glm4_moe": Family(qkv_bias="field", qk_norm="field", partial=True, experts=_glm4),
-    "gpt_oss": Family(qkv_bias="field", o_bias=True, windows="set", sinks=True, experts=_gpt_oss),
+    "cwm": Family(mlp_bias=True, windows="set", defaults={"sliding_window": 8192, "rope_theta": 1e6}),
+    "glm4_moe": Family(qkv_bias="field", qk_norm="field", partial=True, experts=_glm4,
+                       defaults={"partial_rotary_factor": 0.5}),
+    "gpt_oss": Family(qkv_bias="field", o_bias=True, windows="set", sinks=True, experts=_gpt_oss,
+                      defaults={"sliding_window": 128}),
     "llama": Family(qkv_bias="field", o_bias=True, mlp_bias=True),
     "minimax_m2": Family(qk_norm="all", partial=True, experts=_minimax),
-    "ministral": Family(windows="set"),
+    "ministral": Family(windows="set", defaults=_WINDOW),
     "ministral3": Family(windows="set", growing=True),
-    "mistral": Family(windows="set"),
+    "mistral": Family(windows="set", defaults=_WINDOW),
     "mixtral": Family(windows="set", experts=_mixtral),
-    "qwen2": Family(qkv_bias="always", windows="asked"),
-    "qwen3": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked"),
-    "qwen3_moe": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked", experts=_qwen3),
-    "smollm3": Family(qkv_bias="field", o_bias=True, mlp_bias=True, windows="asked", tied=True),
+    "qwen2": Family(qkv_bias="always", windows="asked", defaults=_WINDOW),
+    "qwen3": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked", defaults=_WINDOW),
+    "qwen3_moe": Family(qkv_bias="field", o_bias=True, qk_norm="each", windows="asked", experts=_qwen3,
+                        defaults=_WINDOW),
+    "smollm3": Family(qkv_bias="field", o_bias=True, mlp_bias=True, windows="asked", tied=True,
+                      defaults={"rope_theta": 2e6}),
 }
 
 # Families that stay in transformers' layers, and why.

@@ -6,7 +6,7 @@ another kernel for another number of rows. In bfloat16, speculative and baseline
 tie; `dflash_decode.lossless` finds the place and the margin.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ IMPLEMENTATION = "paged_block_attention"  # a name with "flash" in it would be t
 _ATTENDS = ("full_attention", "sliding_attention", "chunked_attention")  # kinds of layers
 _SEVERAL_SHAPES = "has layers with keys of several shapes, and pages have one"
 _NOT_OURS = ("position_bias", "head_mask", "relative_position_bias")
+_UNLIMITED = 2**63 - 1
 _STATELESS = ("moe", "mlp")  # kinds of layers that neither attend nor have a state
 
 
@@ -37,11 +38,13 @@ class HFTarget:
 
     def __init__(self, model, *, max_context: int | None = None):
         refuse_model(model)
+        seen = _hidden_and_logits(model)
         config, head = model.config.get_text_config(), model.get_output_embeddings()
         longest = getattr(config, "max_position_embeddings", max_context)
         if longest is None:
             raise ValueError(f"HFTarget: max_context must be given, as the config of {type(model).__name__} has no "
                              "max_position_embeddings; got None")
+        longest = min(longest, _same_angles(config))
         _register()
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.base = model.eval(), model.base_model
@@ -62,6 +65,17 @@ class HFTarget:
         self.states = States(model) if any(mixers(model)) else None
         self.cache = CacheShape(len(self.cache_of), getattr(config, "num_key_value_heads", None) or heads, head_dim,
                                 self.dtype, self.device)
+        self._check_head(*seen)
+
+    def _check_head(self, hidden: torch.Tensor, want: torch.Tensor) -> None:
+        """The model's own last hidden states (n, H) and logits (n, V) of some tokens. Raises NotImplementedError for a
+        model whose logits are another function of the first."""
+        if hidden.shape[-1] == self.hidden_size:
+            self.logits(hidden.to(self.dtype), got := torch.empty_like(want, dtype=self.dtype))
+            if bool((got.float() - want.float()).abs().max() <= 0.05 * want.float().abs().max()):
+                return
+        raise NotImplementedError(f"HFTarget: the logits of {type(self.model).__name__} must be the output embeddings' "
+                                  "product with the base model's output; there is more between the two")
 
     def make_pass(
         self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),
@@ -79,6 +93,35 @@ class HFTarget:
             out.mul_(self._scale)
         if self._softcap:
             out.copy_(self._softcap * torch.tanh(out.float() / self._softcap))
+
+
+@torch.inference_mode()
+def _hidden_and_logits(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of four tokens, by the model itself."""
+    if model.config._attn_implementation == IMPLEMENTATION:  # it was a target before
+        model.set_attn_implementation("eager")
+    kept: list[torch.Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda base, given, output: kept.append(output[0]))
+    was = model.training
+    try:
+        ids = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        model.train(was)
+    return kept[-1].flatten(0, -2), logits.flatten(0, -2)
+
+
+def _same_angles(config) -> int:
+    """The positions up to which a token's angles do not depend on the length of the text. transformers takes other
+    factors of a longrope for a call that reaches beyond its original length, and a prompt comes in several."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    tables = [table for table in (given, *given.values()) if isinstance(table, Mapping)]
+    changing = [table for table in tables if table.get("rope_type", table.get("type")) == "longrope"
+                and list(table.get("short_factor") or ()) != list(table.get("long_factor") or ())]
+    lengths = [table.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None) or _UNLIMITED for table in changing]
+    return min(lengths, default=_UNLIMITED)
 
 
 class HFPass:

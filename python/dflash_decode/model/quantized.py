@@ -38,11 +38,15 @@ def read_quantization(config: Fields) -> Quantization | None:
                                   f"got {shown(f.get('quant_method'))}")
     if f.get("quant_algo", "FP8") != "FP8":
         raise NotImplementedError(f"{f.what}.quant_algo must be 'FP8'; got {shown(f.get('quant_algo'))}")
+    groups = f.table("config_groups", {})
+    for place in (found, *(group for group in groups.values() if isinstance(group, Mapping))):
+        if place.get("format") == "pack-quantized":
+            raise NotImplementedError(f"{f.what}.format = 'pack-quantized', several numbers in one, is not supported")
     if f.get("transform_config"):
         raise NotImplementedError(f"{f.what}.transform_config, which rotates activations, is not supported; "
                                   f"got {shown(f.get('transform_config'))}")
     block: Sequence[int] | None = f.items("weight_block_size", None, int, "two numbers")
-    for name, group in f.table("config_groups", {}).items():
+    for name, group in groups.items():
         weights = Fields(f"{f.what}.config_groups.{name}.weights", Fields(f.what, group).table("weights", {}))
         if weights.whole("num_bits", 8) != 8:
             raise NotImplementedError(f"{weights.what}.num_bits must be 8; got {weights.get('num_bits')}")

@@ -39,6 +39,12 @@ class Rope:
     interleaved: bool = False
     growth: tuple[float, float] | None = None
 
+    @property
+    def longest(self) -> int:
+        """The positions that yarn stretches the original ones to: model cards add it and leave
+        max_position_embeddings as it was. 0 for other kinds."""
+        return int(self.parameters["factor"] * self.parameters[_LENGTH]) if self.kind == "yarn" else 0
+
     def table(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """(length, rotary_dim) float32: the cosines of each position, then the sines, both times the yarn factor and
         the growth.

@@ -58,6 +58,8 @@ def read_target_config(config: Mapping) -> TargetConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise NotImplementedError(f"{_WHAT}: model_type must be one of {no_family(name)}")
     family = FAMILIES[name]
+    config = family.complete(config)
+    f = Fields(_WHAT, config)
     _refuse_others(f, family)
     layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
     g, rotated = _geometry(f, family, layers), _rotated(f, name, layers)
@@ -66,7 +68,7 @@ def read_target_config(config: Mapping) -> TargetConfig:
     else:  # families of experts have no usual theta; their classes differ
         rope = read_rope(config, g.head_dim, _WHAT, None if family.experts else 10000.0, bounded=True)
     return TargetConfig(
-        g, vocab_size=f.whole("vocab_size"), max_context=f.whole("max_position_embeddings"),
+        g, vocab_size=f.whole("vocab_size"), max_context=max(f.whole("max_position_embeddings"), rope.longest),
         masks=_masks(f, name, rotated), ropes=tuple(rope if turns else Rope(1.0, 0) for turns in rotated),
         query_ropes=(of_queries,) * layers if family.growing else None,
         tied=f.flag("tie_word_embeddings", family.tied), quantization=_quantization(f, name),

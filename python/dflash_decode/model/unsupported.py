@@ -56,6 +56,9 @@ def refuse_heads(f: Fields, top: Fields) -> None:
     for name in top.items("architectures", (), str, "names"):
         for head in _MISSING:
             if head.lower() in name.lower():
+                if head == "DSpark" and "markov_rank" in top.places[0] and is_off(top.get("markov_rank")):
+                    raise NotImplementedError(f"{f.what}: architectures = {shown(name)} is not supported, with "
+                                              f"markov_rank = 0 either: it is of {_ANCHOR}")
                 _refuse(f.what, "architectures", name, head)
     projector = f.get("projector_type", "dflash")
     heads = {head.lower(): head for head in _MISSING}

@@ -48,6 +48,9 @@ def take_vocabulary(tensors: Tensors, c: DraftConfig, target: Target) -> Vocabul
                          f"target's {target.hidden_size}; got nothing")
     tensors.drop("t2d")  # the same map as d2t, as a mask over the target's ids
     ids = None
+    if "d2t" in tensors and head is None:
+        raise ValueError(f"{_WHAT}: tensor lm_head.weight must be there, as d2t names the tokens of its rows; got "
+                         "nothing")
     if "d2t" in tensors:
         ids = torch.arange(rows, device=target.device) + tensors.take_ids("d2t", rows)
         if not bool(((ids >= 0) & (ids < target.vocab_size)).all()):

@@ -75,9 +75,10 @@ def read_drafter(f: Fields, arch: str, tensors: set[str]) -> dict:
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "num_hidden_layers": layers, "vocab_size": vocab,
         "rope_parameters": read_rope(f, arch, head_dim), "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors, "attention_sink_bias": "blk.0.attn_sinks.weight" in tensors,
-        "is_causal": f.flag(f"{arch}.attention.causal", False), **_window(f, arch, layers),
-        "dflash_config": _block(f, arch),
+        **_window(f, arch, layers), "dflash_config": _block(f, arch),
     }
+    if (causal := f.flag(f"{arch}.attention.causal", None)) is not None:  # otherwise the layers' types say it
+        config["is_causal"] = causal
     for name in f.places[0]:
         key = name.removeprefix(f"{arch}.")
         if key != name and name not in f.seen and not key.startswith(_UNUSED):
