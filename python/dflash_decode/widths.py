@@ -207,7 +207,8 @@ class WidthPolicy:
             widths[i] += 1
         return widths
 
-    def _learn(self, requests, drafted, chances, widths, rows):
+    def _learn(self, requests: Sequence[Outlook], drafted: Sequence[Draft], chances: Sequence[Sequence[float]],
+               widths: Sequence[int | None], rows: int) -> None:
         """Takes what this step's drafts are worth into what drafting is. widths: None where the drafts are not the
         drafter's. rows: of all blocks."""
         n, of_all = len(requests), self._worth(len(requests))
@@ -226,7 +227,7 @@ class WidthPolicy:
             request.idle = 0
             request.paid = any(w > _MARGIN * rate * self.draft_seconds(1, q)
                                for w, q in zip(worth, self.draft_widths, strict=True))
-            if request.paid and self._tried is request:  # it was too long ago to be averaged
+            if request.paid and request is self._tried:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
 
     def _beyond(self, chances: Sequence[float], confidence: Sequence[float], width: int) -> list[float]:
