@@ -1,7 +1,7 @@
 #include "cpu/activation.h"
 
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
+#include "cpu/silu.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {

@@ -10,6 +10,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "cpu/silu.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {

@@ -319,13 +319,6 @@ inline Vec vexp(Vec x) {
   return select_nan(x, x, y);
 }
 
-// x / (1 + exp(-x)). A NaN comes through by the division, and an exponential below the range is nothing beside 1.
-inline Vec silu(Vec x) {
-  const Vec hi = set1(88.72283f), y = set1(0.0f) - x;
-  const Vec e = exp_within(vmin(vmax(y, set1(kLowestExp)), hi));
-  return x / (set1(1.0f) + select_lt(hi, y, set1(INFINITY), e));
-}
-
 // exp(x) for x <= 0, in fewer steps: within 3 ulp where x > -1, within 3 |x| ulp below that; 2^-126 from -87.4 on and
 // for -inf. NaN stays NaN.
 inline Vec vexp_below(Vec x) {

@@ -2,14 +2,17 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import logging
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,3 +175,14 @@ def test_hooks_use_public_names_alone():
         ours = {name: value for name, value in vars(module).items()
                 if getattr(value, "__module__", "").startswith("dflash_kernels.")}
         assert ours and all(getattr(dflash_kernels, name) is value for name, value in ours.items())
+
+
+def test_a_cache_that_the_engine_drops_is_not_kept():
+    """It measures memory with one before it makes that which it serves with."""
+    memory = np.zeros((4, 2, 8, 2 * fake.HEAD_DIM), dtype=np.float32)
+    dropped, kv_cache = weakref.ref(memory), torch.from_numpy(memory)
+    view = context.paged(kv_cache, fake.HEAD_DIM)
+    assert context.paged(kv_cache, fake.HEAD_DIM) is view and view.k.data_ptr() == kv_cache.data_ptr()
+    del memory, view, kv_cache
+    gc.collect()
+    assert dropped() is None

@@ -116,7 +116,8 @@ class Llama(Target):
         self.hidden, self.eps, self.vocab = c["hidden_size"], c["rms_norm_eps"], c["vocab_size"]
         self.heads, self.kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
         self.head_dim = c.get("head_dim") or self.hidden // self.heads
-        self.intermediate, self.layers, self.theta = c["intermediate_size"], c["num_hidden_layers"], c["rope_theta"]
+        self.intermediate, self.layers = c["intermediate_size"], c["num_hidden_layers"]
+        self.theta = read_rope(c, self.head_dim, "target", bounded=True).theta
         self.max_positions = c["max_position_embeddings"]
         self.bos_id, self.eos_id = c.get("bos_token_id"), c.get("eos_token_id")
         self.embedding, self.norm = take("model.embed_tokens.weight"), take("model.norm.weight")
