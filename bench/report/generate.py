@@ -87,7 +87,12 @@ def old_plots(folder: Path = PLOTS, results: Path = ROOT / "bench" / "results") 
 
 
 def main() -> None:
-    for page, text in pages().items():
+    try:
+        made = pages()
+    except KeyError as missing:  # such as of a run over all prompts, which one over a few has overwritten
+        raise SystemExit(f"bench.report: the pages show {missing}, which no result in bench/results has now. Results "
+                         "are kept, pages are as they were.") from None
+    for page, text in made.items():
         page.write_text(text, encoding="utf-8")
     PLOTS.mkdir(exist_ok=True)
     wanted = draw.plots(ROOT / "bench" / "results")
