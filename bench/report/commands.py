@@ -2,16 +2,13 @@
 
 import re
 
-from bench import ROOT
+from bench import PROMPTS, ROOT
 
 # A result keeps the command that it was recorded with, under the module's name of that day.
 PYTHON = r"((?:\w+=\S+ )*)python "
 RECORDED = (
     (re.compile(PYTHON + r"(?:-m bench\.peers|bench/peers/run\.py) --prompts ((?:\S+\.jsonl )+)(.*)"), "peers"),
     (re.compile(PYTHON + r"(?:-m bench\.ops|bench/run\.py) ()(.*)"), "bench"))
-
-
-PROMPTS = ROOT / "bench" / "prompts"
 
 
 def command_of(recorded: str) -> str:

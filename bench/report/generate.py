@@ -89,7 +89,7 @@ def old_plots(folder: Path = PLOTS, results: Path = ROOT / "bench" / "results") 
 def main() -> None:
     try:
         made = pages()
-    except KeyError as missing:  # such as of a run over all prompts, which one over a few has overwritten
+    except values.NoValue as missing:  # such as of a run over all prompts, which one over a few has overwritten
         raise SystemExit(f"bench.report: the pages show {missing}, which no result in bench/results has now. Results "
                          "are kept, pages are as they were.") from None
     for page, text in made.items():

@@ -13,7 +13,16 @@ from bench.report import decode_tables, kernel_tables, peer_tables
 SPAN = re.compile(r"<!-- value ([\w.-]+) -->(.*?)<!-- end -->", re.DOTALL)
 
 
-def values(folder: Path) -> dict[str, str]:
+class NoValue(KeyError):
+    """A value that the pages show and no result has."""
+
+
+class Values(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        raise NoValue(name)
+
+
+def values(folder: Path) -> Values:
     """By name. Those of results are of the first machine that has them; acceptance beside ours is from all."""
     found = {**of_geometries(), **of_the_model(), **of_engines(folder)}
     longer: dict[str, list[float]] = defaultdict(list)
@@ -23,7 +32,7 @@ def values(folder: Path) -> dict[str, str]:
         for group in (of_steps, of_experts, of_texts, of_cells, of_peers):
             for name, value in group(machine).items():
                 found.setdefault(name, value)
-    return found | {name: spread(values) for name, values in longer.items()}
+    return Values(found | {name: spread(values) for name, values in longer.items()})
 
 
 def spread(values: list[float]) -> str:

@@ -78,6 +78,13 @@ class Checker:
             return torch.empty(tuple(shape), dtype=dtype, device=like.device)
         return self.apart(name, self.dense(name, t, dtype, tuple(shape), shape, like.device))
 
+    def output_beside(self, name: str, t: torch.Tensor | None, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The same, which is not x: rows of x are read after others have been written."""
+        written = self.output(name, t, x, shape)
+        if t is not None:
+            self.other(name, written, "x", x)
+        return written
+
     def contiguous_output(self, name: str, t: torch.Tensor | None, like: torch.Tensor, shape: Sequence[int],
                           dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.unbroken(name, self.output(name, t, like, shape, dtype))

@@ -78,7 +78,7 @@ def grouped_conv(x: torch.Tensor, delta: torch.Tensor, base: torch.Tensor, *, ro
     """
     check = _grouped_conv_check
     number = _check_conv(check, x, delta, base, rounding)
-    out = _output(check, "out", out, x)
+    out = check.output_beside("out", out, x, x.shape)
     _grouped_conv(check.as_rows("x", x), _delta_rows(check, delta), base, max(x.shape[1], 1), number,
                   check.as_rows("out", out))
     return out
@@ -140,13 +140,13 @@ def grouped_conv_add_rms_norm(x: torch.Tensor, delta: torch.Tensor, base: torch.
     number = _check_conv(check, x, delta, base, rounding)
     check.tensor("residual", residual, x.dtype, "(B, Q, H)", tuple(x.shape), x.device)
     check.contiguous("weight", weight, x.dtype, "(H,)", (x.shape[2],), x.device)
-    out = _output(check, "out", out, x)
+    out = check.output_beside("out", out, x, x.shape)
     if residual_out is None:
         check.other("residual", residual, "x", x)
         check.apart("residual", residual)
         check.other("out", out, "residual", residual)
     else:
-        _output(check, "residual_out", residual_out, x)
+        check.output_beside("residual_out", residual_out, x, x.shape)
         check.other("out", out, "residual_out", residual_out)
     _grouped_conv_add_rms_norm(
         check.as_rows("x", x), _delta_rows(check, delta), base, max(x.shape[1], 1), number,
@@ -170,14 +170,6 @@ def _check_conv(check, x, delta, base, rounding):
     if not isinstance(rounding, str) or rounding not in ROUNDINGS:
         raise ValueError(f"{check.op}: rounding must be one of {', '.join(map(repr, ROUNDINGS))}; got {rounding!r}")
     return ROUNDINGS.index(rounding)
-
-
-def _output(check, name, out, x):
-    """Not x: a row is read again for the rows after it, when its own result is written already."""
-    written = check.output(name, out, x, x.shape)
-    if out is not None:
-        check.other(name, written, "x", x)
-    return written
 
 
 def _delta_rows(check, delta):

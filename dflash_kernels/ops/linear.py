@@ -253,9 +253,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Ten
     """
     check = _linear_check
     data, scales, number, n = weight_of(check, x, weight, bias)
-    given, out = out, check.output("out", out, x, (*x.shape[:-1], n))
-    if given is not None:
-        check.other("out", out, "x", x)
+    out = check.output_beside("out", out, x, (*x.shape[:-1], n))
     _linear(check.as_rows("x", x), data, scales, number, bias, n, check.as_rows("out", out))
     return out
 

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from .lookup import Draft
 
+FIRST_WAIT = 4  # steps until the first trial of a request that does not draft
+
 
 class Policy(Protocol):
     """`WidthPolicy` (widths.py) follows measured costs; an engine, or a test, can have another."""
@@ -40,7 +42,7 @@ class Outlook:
 
     worth: list[float] | None = None
     idle: int = 0
-    wait: int = 4
+    wait: int = FIRST_WAIT
     paid: bool = True
 
 

@@ -29,11 +29,11 @@ from .chances import Calibration, Matches
 from .costs import StepCosts
 from .forecast import Forecast
 from .lookup import Draft
-from .policy import Outlook
+from .policy import FIRST_WAIT, Outlook
 
 _NEW, _SHARED = 0.25, 0.02  # how far a step moves what drafting is worth, of its request and of all
 _RATE = 0.05  # and the rate
-_TRIALS, _FIRST_WAIT, _LONGEST_WAIT = 0.01, 4, 64  # share of the time; steps
+_TRIALS, _LONGEST_WAIT = 0.01, 64  # share of the time; steps
 _MARGIN = 1.2  # times its cost that a draft must be worth: of several estimates the best one is too good
 # The share of a step that drafts must win on the average, how far a step moves the average, and the steps without any.
 _PAYS, _WON, _REST = 0.03, 0.02, 64
@@ -60,7 +60,7 @@ class WidthPolicy:
         self.draft_widths = draft_widths(block)
         self.worth: list[float] | None = None  # of a request's drafts of each length, as it was on the average
         self.spent = self.on_trials = 0.0
-        self.idle, self.wait = 0, _FIRST_WAIT  # steps since anybody drafted, and after which one is tried again
+        self.idle, self.wait = 0, FIRST_WAIT  # steps since anybody drafted, and after which one is tried again
         self.since_plain, self.plain_wait, self.surprised = 0, _LONGEST_WAIT, False
         self.drafting = block  # tokens of the last draft's blocks
         self.narrow = 0  # drafts since one of a whole block
@@ -254,7 +254,7 @@ class WidthPolicy:
 
     def _tell_trial(self, tried: Outlook, rows: int, seconds: float) -> None:
         """Says when to try again. rows, of the pass without the request's drafts; seconds, of the step."""
-        wait = _FIRST_WAIT if (paid := tried.paid and not tried.idle) or self.surprised else None
+        wait = FIRST_WAIT if (paid := tried.paid and not tried.idle) or self.surprised else None
         without = self.costs.verify(self.rows(rows))
         if self._drafted > 1:
             without += self.draft_seconds(self._drafted - 1, self.drafting)
@@ -278,7 +278,7 @@ class WidthPolicy:
         if rows > n:
             self.since_plain += 1
         else:
-            self.plain_wait = _FIRST_WAIT if self.surprised else min(2 * self.plain_wait, _LONGEST_WAIT)
+            self.plain_wait = FIRST_WAIT if self.surprised else min(2 * self.plain_wait, _LONGEST_WAIT)
             self.since_plain = 0
         self.idle = 0 if drafted else self.idle + 1
         plain, seconds = self.costs.verify(self.rows(n)), self.costs.verify(self.rows(rows))

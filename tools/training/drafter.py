@@ -85,11 +85,15 @@ def project(x, norm, weights, q_norm, k_norm, cos, sin, eps):
 
 
 @torch.compile
+def gated(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+@torch.compile
 def finish(x, attended, o, post_norm, gate, up, down, eps):
     """The rest of a layer after its attention."""
     x = x + F.linear(attended, o)
-    normed = rms_norm(x, post_norm, eps)
-    return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+    return x + gated(rms_norm(x, post_norm, eps), gate, up, down)
 
 
 def convolve(x, own, base):
@@ -115,11 +119,6 @@ def convolve_in(x, norm, projection, base, width, eps):
 def convolve_out(x, added, own, base):
     """x plus a sublayer's output after its second convolution."""
     return x + convolve(added.unflatten(1, own.shape[1:3]), own, base[1]).flatten(1, 2)
-
-
-@torch.compile
-def gated(x, gate, up, down):
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 class BlockAttention(torch.autograd.Function):

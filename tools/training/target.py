@@ -117,7 +117,8 @@ class Llama(Target):
         self.heads, self.kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
         self.head_dim = c.get("head_dim") or self.hidden // self.heads
         self.intermediate, self.layers = c["intermediate_size"], c["num_hidden_layers"]
-        self.theta = read_rope(c, self.head_dim, "target", bounded=True).theta
+        self.rope = read_rope(c, self.head_dim, "target", bounded=True)
+        self.theta = self.rope.theta
         self.max_positions = c["max_position_embeddings"]
         self.bos_id, self.eos_id = c.get("bos_token_id"), c.get("eos_token_id")
         self.embedding, self.norm = take("model.embed_tokens.weight"), take("model.norm.weight")
@@ -172,7 +173,7 @@ class LlamaTarget(Llama):
                 post_norm=take(at + "post_attention_layernorm.weight"),
                 gate_up=torch.cat([take(f"{at}mlp.{n}_proj.weight") for n in ("gate", "up")]),
                 down=take(at + "mlp.down_proj.weight")))
-        rope = read_rope(checkpoint.config, self.head_dim, "target", bounded=True)
+        rope = self.rope
         if rope.rotary_dim != self.head_dim or rope.interleaved:
             raise ValueError("target: RoPE must rotate whole heads, in halves; got "
                              f"{rope.rotary_dim} of {self.head_dim}{', interleaved' * rope.interleaved}")

@@ -3,8 +3,9 @@
 import json
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -100,13 +101,19 @@ class Constraints:
 
     def submit(self, work: Callable[..., _Found], *args: object) -> "Future[_Found]":
         """work(*args) in the thread that compiles, so that a caller need not block another one until it is free."""
-        with self._lock:
+        with self._large_stacks():
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "dflash-grammars", lambda: setattr(_here, "deep", True))
                 weakref.finalize(self, self._thread.shutdown, wait=False)
+            return self._thread.submit(work, *args)  # starts the thread, the first time
+
+    @contextmanager
+    def _large_stacks(self) -> Iterator[None]:
+        """Of threads that start inside."""
+        with self._lock:
             size = threading.stack_size(_STACK)
             try:
-                return self._thread.submit(work, *args)  # starts the thread, the first time
+                yield
             finally:
                 threading.stack_size(size)
 
@@ -149,12 +156,8 @@ class Constraints:
             except BaseException as error:
                 found.set_exception(error)
 
-        with self._lock:
-            size = threading.stack_size(_STACK)
-            try:
-                threading.Thread(target=run, name="dflash-grammar", daemon=True).start()
-            finally:
-                threading.stack_size(size)
+        with self._large_stacks():
+            threading.Thread(target=run, name="dflash-grammar", daemon=True).start()
         return found.result()
 
     def _made(self, llguidance: Any, what: str, kind: str, text: str) -> Constraint:

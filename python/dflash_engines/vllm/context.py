@@ -106,7 +106,7 @@ def paged(kv_cache: torch.Tensor, head_dim: int, scales: tuple[torch.Tensor, tor
         memory = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device).set_(
             kv_cache.untyped_storage(), kv_cache.storage_offset(), kv_cache.shape, kv_cache.stride())
         k, v = halves(memory if scales is None else memory.view(FP8), head_dim)
-        kept = kv_cache.data_ptr(), PagedKV(k, v) if scales is None else PagedKV(k, v, *scales)
+        kept = kv_cache.data_ptr(), PagedKV(k, v, *(scales or ()))
         setattr(kv_cache, VIEW, kept)
     return kept[1]
 
