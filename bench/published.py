@@ -2,7 +2,8 @@
 
 published.json has for each: name; known, "published" or "in part"; config; attention, a [number of layers, window or 0,
 causal] for each run of layers; own, the tensors that it has beside its layers; needs, what must be done to its files
-first; target_layers and embedding_scale of its target, where config and 1 are not that.
+first; from_anchor, where the anchor's row drafts too; target_layers and embedding_scale of its target, where config
+and 1 are not that.
 """
 
 import copy
@@ -21,7 +22,7 @@ FILE = ROOT / "bench" / "published.json"
 VOCAB, DRAFT_VOCAB, PREFIX, HIDDEN, MASK, WINDOW = 97, 40, 88, 64, 7, 6
 _SIZES = {"hidden_size": HIDDEN, "target_hidden_size": HIDDEN, "intermediate_size": 96, "head_dim": 16,
           "v_head_dim": 16, "vocab_size": VOCAB, "mask_token_id": MASK, "sliding_window": WINDOW,
-          "swa_window_size": WINDOW, "selector_rank": 8}
+          "swa_window_size": WINDOW, "selector_rank": 8, "markov_rank": 8}
 _MUSE = {"fc.": "encoder.fc.", "hidden_norm.": "encoder.output_norm_enc."}
 
 

@@ -1,7 +1,8 @@
-// select_candidates: a slot reads K rows of the successor codebook, one of the other and one of hidden, of R elements:
-// e * (K + 2) * R bytes, 8.7 KiB for 16 candidates and 256 bfloat16 numbers. That is 2 K R operations, and a small part
-// of what the head reads for the slot's candidates; the floor is the bytes over the bandwidth of memory, or one read
-// from memory a slot, as a slot's row of the predecessor codebook is known when the slot before it is decided.
+// select_candidates: a slot reads K rows of the successor codebook, one of the other and one of hidden if there is one,
+// of R elements: e * (K + 2) * R bytes, 8.7 KiB for 16 candidates and 256 bfloat16 numbers. That is 2 K R operations,
+// and a small part of what the head reads for the slot's candidates; the floor is the bytes over the bandwidth of
+// memory, or one read from memory a slot, as a slot's row of the predecessor codebook is known when the slot before it
+// is decided.
 //
 // Candidates are known from the start, so their rows are asked for a slot ahead. Requests share out the threads. A sum
 // goes over r in vectors, each candidate by itself, so that a request's bits are its own.
@@ -59,10 +60,12 @@ class Walk {
   // What the slot's rows of the successor codebook are multiplied with.
   void take_step(int64_t before, int64_t slot) {
     const T* x = row(p_.predecessor, before);
-    const T* hidden = static_cast<const T*>(p_.hidden) + at(slot) * p_.rank;
+    const T* hidden = p_.hidden ? static_cast<const T*>(p_.hidden) + at(slot) * p_.rank : nullptr;
     for (int64_t i = 0; i < p_.rank; i += Vec::W) {
       const int n = int(p_.rank - i);
-      store(step_ + i, x ? rounded<T>(load_n(x + i, n) * load_n(hidden + i, n)) : set1(0.0f));
+      Vec step = x ? load_n(x + i, n) : set1(0.0f);
+      if (x && hidden) step = rounded<T>(step * load_n(hidden + i, n));
+      store(step_ + i, step);
     }
   }
 

@@ -9,7 +9,7 @@ namespace dflash {
 struct SelectCandidatesParams {
   const float* values;
   const int64_t* ids;  // (requests, slots, candidates), as values
-  const void* hidden;  // (requests, slots, rank)
+  const void* hidden;  // (requests, slots, rank); null: ones
   const int64_t* anchors;
   int64_t anchor_stride;
   const void *predecessor, *successor;  // (vocab, rank)

@@ -21,7 +21,7 @@ def select_candidates_kernel(values, ids, hidden, anchors, predecessor, successo
                              top_k, top_p, min_p, out_ids, out_logprobs, out_probs, slots, k, rank, vocab, a_b, o_b,
                              K: tl.constexpr, CHUNK: tl.constexpr):
     b, n = tl.program_id(0).to(tl.int64), tl.arange(0, K)
-    dtype: tl.constexpr = hidden.dtype.element_ty
+    dtype: tl.constexpr = predecessor.dtype.element_ty
     before = tl.load(anchors + b * a_b)
     for i in range(slots):
         at = (b * slots + i) * k
@@ -31,9 +31,10 @@ def select_candidates_kernel(values, ids, hidden, anchors, predecessor, successo
         products = tl.zeros((K, CHUNK), tl.float32)
         for start in range(0, rank, CHUNK):
             r = start + tl.arange(0, CHUNK)
-            a = tl.load(predecessor + before * rank + r, tl.where(known, r < rank, False), 0.0).to(tl.float32)
-            h = tl.load(hidden + (b * slots + i) * rank + r, r < rank, 0.0).to(tl.float32)
-            step = (a * h).to(dtype).to(tl.float32)
+            step = tl.load(predecessor + before * rank + r, tl.where(known, r < rank, False), 0.0).to(tl.float32)
+            if hidden is not None:
+                h = tl.load(hidden + (b * slots + i) * rank + r, r < rank, 0.0).to(tl.float32)
+                step = (step * h).to(dtype).to(tl.float32)
             rows = tl.load(successor + own[:, None] * rank + r[None, :], inside[:, None] & (r < rank)[None, :], 0.0)
             products += step[None, :] * rows.to(tl.float32)
         fit = tl.sum(tree_sum(products), 1).to(dtype).to(tl.float32)
@@ -61,5 +62,5 @@ def select_candidates(values, ids, hidden, anchor_ids, predecessor, successor, c
     chunk, warps = next(config for most, config in CONFIGS.items() if k <= most)
     select_candidates_kernel[requests,](
         values, ids, hidden, anchor_ids, predecessor, successor, context_lens, temperature, seeds, top_k, top_p, min_p,
-        out_ids, out_logprobs, out_probs, slots, k, hidden.shape[2], len(predecessor), anchor_ids.stride(0),
+        out_ids, out_logprobs, out_probs, slots, k, predecessor.shape[1], len(predecessor), anchor_ids.stride(0),
         out_ids.stride(0), K=triton.next_power_of_2(k), CHUNK=chunk, num_warps=warps, **NO_SPILLS)

@@ -1,11 +1,13 @@
-"""DFlash2's selector: drafts chosen from the most likely tokens of each position, each in view of the one before it.
+"""Drafts chosen from the most likely tokens of each position, each in view of the one before it: DFlash2's selector,
+and DSpark's Markov head.
 
     score[l, c] = value[l, c] + round(sum over r of round(A[before_l, r] * hidden[l, r]) * B[id[l, c], r])
 
 A and B are the checkpoint's predecessor and successor codebooks, hidden is its projection of the drafter's hidden
-states, and before_l is the token that was chosen at position l - 1; at the first position it is the anchor. Products
-and their sum are rounded to the codebooks' dtype, as in SGLang and vLLM. Scores are float32; the dflash package rounds
-them to the drafter's dtype.
+states, and before_l is the token that was chosen at position l - 1; at the first position it is the anchor. A Markov
+head has no hidden: its factor is 1, and its codebooks are markov_w1 and markov_w2. Products and their sum are rounded
+to the codebooks' dtype, as in SGLang and vLLM. Scores are float32; the dflash package rounds them to the drafter's
+dtype.
 
 Only the scores behind the chosen token are computed: K * R products a position, of the K * K * R of all its edges.
 """
@@ -22,11 +24,11 @@ from .sample import check_params
 _check = Checker("select_candidates")
 
 
-def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Tensor, anchor_ids: torch.Tensor,
-                      predecessor: torch.Tensor, successor: torch.Tensor, context_lens: torch.Tensor,
-                      params: SamplingTensors | None = None, *, out_ids: torch.Tensor | None = None,
-                      out_logprobs: torch.Tensor | None = None, out_probs: torch.Tensor | None = None,
-                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Tensor | None,
+                      anchor_ids: torch.Tensor, predecessor: torch.Tensor, successor: torch.Tensor,
+                      context_lens: torch.Tensor, params: SamplingTensors | None = None, *,
+                      out_ids: torch.Tensor | None = None, out_logprobs: torch.Tensor | None = None,
+                      out_probs: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Chooses one of K candidates for each drafted position, first to last.
 
     Parameters
@@ -35,12 +37,12 @@ def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Ten
         Logits as `lm_head_topk` or `combine_topk` return them; K at most 64. Contiguous.
     ids : (B, Q - 1, K) int64
         Their tokens. Contiguous.
-    hidden : (B, Q - 1, R) float32, bfloat16 or float16
-        Projected hidden states of the drafted positions. Contiguous.
+    hidden : (B, Q - 1, R) dtype of predecessor, or None
+        Projected hidden states of the drafted positions. None: ones. Contiguous.
     anchor_ids : (B,) int64
         The token before the first drafted position. At any stride.
-    predecessor, successor : (V, R) dtype of hidden
-        Codebooks. Contiguous. A token outside [0, V) has a row of zeros.
+    predecessor, successor : (V, R) float32, bfloat16 or float16
+        Codebooks of one dtype. Contiguous. A token outside [0, V) has a row of zeros.
     context_lens : (B,) int32
         Tokens before the anchor; draft i is at position context_len + 1 + i. Contiguous.
     params : SamplingTensors, optional
@@ -78,8 +80,8 @@ def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Ten
 
     Cost: `B * ((Q - 1) * (e * (K + 2) * R + 12 * K + 12) + 12)` bytes. Launches on a GPU: 1.
 
-    Replaces `DFlash2Speculator._score_candidates` of vLLM, `CandidateSelector.build_lattice` of SGLang, and the walks
-    behind both.
+    Replaces `DFlash2Speculator._score_candidates` of vLLM, `CandidateSelector.build_lattice` of SGLang, the walks
+    behind both, and the loop over positions of vLLM's `DSparkSpeculator` with a top-k.
 
     Examples
     --------
@@ -100,12 +102,13 @@ def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Ten
     (b, n, k), device = values.shape, values.device
     check_k(check.op, k)
     check.contiguous("ids", ids, torch.int64, "(B, Q - 1, K)", values.shape, device)
-    check.contiguous("hidden", hidden, FLOATS, "(B, Q - 1, R)", (b, n, None), device)
-    if hidden.shape[2] < 1:
-        raise ValueError(f"{check.op}: hidden must have R >= 1; got {describe(hidden)}")
+    check.contiguous("predecessor", predecessor, FLOATS, "(V, R)", (None, None), device)
+    if predecessor.shape[1] < 1:
+        raise ValueError(f"{check.op}: predecessor must have R >= 1; got {describe(predecessor)}")
+    check.contiguous("successor", successor, predecessor.dtype, "(V, R)", predecessor.shape, device)
+    if hidden is not None:
+        check.contiguous("hidden", hidden, predecessor.dtype, "(B, Q - 1, R)", (b, n, predecessor.shape[1]), device)
     check.tensor("anchor_ids", anchor_ids, torch.int64, "(B,)", (b,), device)
-    check.contiguous("predecessor", predecessor, hidden.dtype, "(V, R)", (None, hidden.shape[2]), device)
-    check.contiguous("successor", successor, hidden.dtype, "(V, R)", predecessor.shape, device)
     check.contiguous("context_lens", context_lens, torch.int32, "(B,)", (b,), device)
     settings: tuple[torch.Tensor | None, ...] = (None,) * 5
     if params is not None:
@@ -122,7 +125,7 @@ def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Ten
 
 
 _select_candidates = define(
-    "select_candidates(Tensor values, Tensor ids, Tensor hidden, Tensor anchor_ids, Tensor predecessor,"
+    "select_candidates(Tensor values, Tensor ids, Tensor? hidden, Tensor anchor_ids, Tensor predecessor,"
     " Tensor successor, Tensor context_lens, Tensor? temperature, Tensor? seeds, Tensor? top_k, Tensor? top_p,"
     " Tensor? min_p, Tensor(a!) out_ids, Tensor(b!) out_logprobs, Tensor(c!)? out_probs) -> ()",
     reference.selector.select_candidates,

@@ -1,4 +1,4 @@
-"""The selector, over all K * K edges between the candidates of neighbouring positions."""
+"""The selector and the Markov head, over all K * K edges between the candidates of neighbouring positions."""
 
 import torch
 
@@ -17,10 +17,11 @@ def edges(values, ids, hidden, anchor_ids, predecessor, successor):
     """The score of candidate c behind candidate p of the position before, (B, n, K, K) by p and c. Behind the anchor,
     all p are the same."""
     def rounded(x):
-        return wide(x.to(hidden.dtype))
+        return wide(x.to(predecessor.dtype))
 
     before = torch.cat((anchor_ids[:, None, None].expand_as(ids[:, :1]), ids[:, :-1]), 1)
-    step = rounded(_rows(predecessor, before) * wide(hidden)[:, :, None])
+    step = _rows(predecessor, before)
+    step = step if hidden is None else rounded(step * wide(hidden)[:, :, None])
     return wide(values)[:, :, None] + rounded(step @ _rows(successor, ids).transpose(-1, -2))
 
 

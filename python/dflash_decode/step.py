@@ -69,9 +69,14 @@ class Step:
                                         self.verifier.params if draw else None) if drafter and width > 1 else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
         self.forward = target.make_pass(batch, width, target_kv, drafter.target_layer_ids if drafter else ())
+        # The drafter's pass has every token of the block, or all but the last one.
         self.block = self.draft.block if self.draft else PreparedBlock.empty(batch, width, device=device)
+        self.draft_rows = self.block.positions.shape[1]
+        if self.draft_rows < width:
+            self.block = PreparedBlock.empty(batch, width, device=device)
         self.anchors = self.draft.anchors if self.draft else ids(batch)
         self.context_lens, self.block_lens = ids(batch, dtype=torch.int32), ids(batch, dtype=torch.int32)
+        self.draft_lens = self.block_lens if self.draft_rows == width else ids(batch, dtype=torch.int32)
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
         self.hidden: torch.Tensor = torch.empty(0)
 
@@ -90,6 +95,8 @@ class Step:
         columns = zip(*padded, strict=True)
         for into, values in zip((self.anchors, self.context_lens, self.block_lens), columns, strict=True):
             into.copy_(torch.tensor(values, dtype=into.dtype))
+        if self.draft_lens is not self.block_lens:
+            self.draft_lens.copy_(self.block_lens.clamp(max=self.draft_rows))
 
     def __call__(self) -> Verified:
         self.work.done(self.run)
@@ -97,11 +104,11 @@ class Step:
 
     def run(self) -> Verified:
         block, where = self.block, (self.page_table, self.context_lens, self.block_lens)
-        if self.draft:
-            ids = self.draft.run(self.context_lens, self.page_table, self.block_lens)
-        else:
+        if self.draft is None or block is not self.draft.block:
             ids = prepare_block(self.anchors, self.context_lens, self.width, 0, page_table=self.page_table,
                                 page_size=self.page_size, block_lens=self.block_lens, out=block).ids
+        if self.draft:
+            ids = self.draft.run(self.context_lens, self.page_table, self.draft_lens)
         slots = cast(torch.Tensor, block.slots)  # there is a page table
         rows, features = self.forward.run(ids, block.positions, slots, *where)
         self.hidden = rows

@@ -133,7 +133,7 @@ def test_missing_and_wrong_fields_are_named(name):
     ({"selector_top_k": 16}, ValueError, "selector_rank must be an integer of at least 1 beside .* got 0"),
     ({"projector_type": "domino"}, NotImplementedError, "projector_type = 'domino' is not supported: Domino"),
     ({"lilicorr_enabled": True}, NotImplementedError, "lilicorr_enabled = True is not supported: LiLiCorr"),
-    ({"sample_from_anchor": True}, NotImplementedError, "sample_from_anchor"),
+    ({"markov_head_type": "rnn"}, NotImplementedError, "markov_head_type must be 'vanilla'"),
     ({"mystery": 0}, NotImplementedError, "dflash_config.mystery is not supported; got 0"),
     ({"attention_value_scale": "x"}, ValueError, "attention_value_scale must be a number above 0; got 'x'"),
 ])

@@ -23,6 +23,8 @@ LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_att
          "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 TOP = {"dflash": {"fc": "fc", "hidden_norm": "enc.output_norm", "norm": "output_norm"},
        "dflash-draft": {"fc": "dflash_fc", "hidden_norm": "dflash_hidden_norm", "norm": "output_norm"}}
+OWN = {"markov_head.markov_w1.weight": "markov_w1.weight", "markov_head.markov_w2.weight": "markov_w2.weight",
+       "lm_head.weight": "output.weight", "d2t": "d2t"}
 SLIDES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6,
           "is_causal": False}
 DROP = object()
@@ -34,6 +36,8 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def file_name(arch, name):
+    if name in OWN:
+        return OWN[name]
     stem, kind = name.rsplit(".", 1)
     if stem in TOP[arch]:
         return f"{TOP[arch][stem]}.{kind}"
@@ -59,7 +63,7 @@ def write(path, arch, tensors, extra=(), **changes):
             {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
              list: writer.add_array}[type(value)](f"{arch}.{key}", value)
     for name, t in tensors.items():
-        writer.add_tensor(file_name(arch, name), t.float().numpy())
+        writer.add_tensor(file_name(arch, name), (t if t.dtype == torch.int64 else t.float()).numpy())
     for name in extra:
         writer.add_tensor(name, torch.ones(4).numpy())
     writer.write_header_to_file()
@@ -133,9 +137,19 @@ def test_p48_tensors_that_nothing_claims_are_named(tmp_path):
                          (["dflash_fc.weight"], "fc.weight must be there once; got it again as")):
         with pytest.raises(CheckpointError, match=match):
             load_checkpoint(write(tmp_path / "d.gguf", "dflash", tensors, extra))
-    markov = write(tmp_path / "d.gguf", "dflash", tensors, markov_rank=256)
-    with pytest.raises(NotImplementedError, match="markov_rank = 256 is not supported: DSpark drafters need"):
-        read_draft_config(load_checkpoint(markov).config)
+
+
+@pytest.mark.parametrize("from_anchor", [True, False, DROP])
+def test_p48_a_markov_head_and_a_draft_vocabulary_are_read(tmp_path, from_anchor):
+    """llama.cpp has the head's rank in its tensors alone, and the tokens themselves in d2t."""
+    config = draft_config({"markov_rank": 8, "draft_vocab_size": 40} | (
+        {} if from_anchor is DROP else {"sample_from_anchor": from_anchor}))
+    tensors = random_tensors(config, torch.bfloat16) | {"lm_head.weight": torch.randn(40, 64).bfloat16()}
+    kept = torch.randperm(VOCAB)[:40].sort().values
+    found = load_checkpoint(write(tmp_path / "d.gguf", "dflash", tensors | {"d2t": kept}, ["conf_proj.bias"],
+                                  sample_from_anchor=from_anchor, has_confidence_head=True))
+    assert read_draft_config(found.config).from_anchor is (from_anchor is not False)
+    assert same_drafts(found, config, tensors | {"d2t": kept - torch.arange(40)})
 
 
 def test_p48_a_session_takes_one_as_draft_and_not_as_model(tmp_path):

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from bench.published import HIDDEN, MASK, VOCAB, WINDOW, entries, refusal, tiny  # noqa: E402
 from dflash_decode.model.config import read_draft_config  # noqa: E402
 from dflash_kernels.testing import assert_within_budget  # noqa: E402
-from tests.support.drafters import Served, dense, dflash_model, selected  # noqa: E402
+from tests.support.drafters import Served, dense, dflash_model, markov, selected  # noqa: E402
 from tests.support.plain_config import plain_config  # noqa: E402
 
 ENTRIES = entries()
@@ -42,13 +42,16 @@ def plain_rows(c, t, made, dtype):
     return rows
 
 
-def plain_ids(c, t, made, hidden):
+def plain_ids(c, t, made, hidden, from_anchor=False):
     """The drafted tokens, and whether each is beyond doubt."""
+    hidden = hidden if from_anchor else hidden[1:]
     head = t.get("lm_head.weight", made.target.head.rows(torch.arange(VOCAB)))
-    logits = (hidden[1:] @ head.to(hidden.dtype).T)[:, :min(c.vocab, VOCAB)] * c.factor
+    logits = (hidden @ head.to(hidden.dtype).T)[:, :min(c.vocab, VOCAB)] * c.factor
     logits = torch.tanh(logits / c.cap) * c.cap if c.cap else logits
     if c.candidates:
-        return selected(t, hidden[1:], logits, ANCHOR, c.candidates), torch.ones(len(logits), dtype=torch.bool)
+        return selected(t, hidden, logits, ANCHOR, c.candidates), torch.ones(len(logits), dtype=torch.bool)
+    if c.markov:
+        return markov(t, logits, ANCHOR, 32), torch.ones(len(logits), dtype=torch.bool)
     top = logits.topk(2, -1)
     ids = top.indices[:, 0]
     return ids + t["d2t"][ids] if "d2t" in t else ids, top.values[:, 0] - top.values[:, 1] > 1e-3
@@ -60,20 +63,22 @@ def test_drafts_equal_a_plain_forward(entry):
     made = tiny(entry)
     drafter = made.load()
     c = plain_config(made.config, small(entry))
-    assert list(drafter.target_layer_ids) == c.target_layer_ids and drafter.block_size == c.block and c.mask == MASK
+    from_anchor = entry.get("from_anchor", False)
+    width = c.block + from_anchor
+    assert list(drafter.target_layer_ids) == c.target_layer_ids and drafter.block_size == width and c.mask == MASK
     served = Served(drafter, [CONTEXT]).commit_all()
-    got, ids = served.draft([ANCHOR], width=c.block)
+    got, ids = served.draft([ANCHOR], width=width)
     t = {next((new + k.removeprefix(old) for old, new in _NAMES.items() if k.startswith(old)), k): v
          for k, v in made.tensors.items()}
     features = served.features[0]
     doubles = {k: v.double() if v.is_floating_point() else v for k, v in t.items()}
     want = dense(c, doubles, features.double(), plain_rows(c, doubles, made, torch.float64))
     assert_within_budget(got[0], want, dense(c, t, features, plain_rows(c, t, made, torch.float32)), name=named(entry))
-    tokens, sure = plain_ids(c, doubles, made, want)
+    tokens, sure = plain_ids(c, doubles, made, want, from_anchor)
     assert torch.equal(ids[0, 1:][sure], tokens[sure]) and sure.sum() > len(sure) // 2
 
 
-BY_AUTHORS = [entry for entry in LOADED if entry["config"].get("num_target_layers") and not
+BY_AUTHORS = [entry for entry in LOADED if {"num_target_layers", "dflash_config"} <= entry["config"].keys() and not
               {"use_swa", "attention_value_scale", "selector_rank"} & entry["config"]["dflash_config"].keys()]
 
 
@@ -121,7 +126,7 @@ def test_a_drafter_loads_or_one_sentence_names_the_field(entry):
         counts = [count for count, _, _ in entry["attention"]]
         assert sum(counts) == read_draft_config(entry["config"]).num_layers
         return
-    kinds = ("DSpark", "Domino", "LiLiCorr", "XPress", "Laguna", "MLA", "NVFP4")
+    kinds = ("DSpark", "Domino", "LiLiCorr", "XPress", "Laguna", "MLA", "NVFP4", "use_sliding_window must not be false")
     assert any(kind in why for kind in kinds), why  # the rest loads
     field = re.fullmatch(r"draft config: ([\w.]+)(?: |,|=).*", why)
     assert field and "\n" not in why and len(why) < 300, why

@@ -70,6 +70,18 @@ def test_agrees_with_all_edges_of_the_reference(vector_isa, dtype, k, rank):
     assert same_bits(probs[0].sum(-1), torch.ones(4)) and bool(((probs == 0) | (probs == 1))[0].all())
 
 
+def test_without_hidden_it_is_as_with_ones(vector_isa, dtype):
+    """A Markov head; random codebooks, so that a rounding too many would show."""
+    arguments = problem(rank=100, dtype=dtype)
+    for name in ("predecessor", "successor"):
+        arguments[name] = torch.randn(V, 100).to(dtype)
+    for params in (None, settings(**OPTIONAL)):
+        got = select_candidates(**arguments | {"hidden": None}, params=params)
+        ones = select_candidates(**arguments | {"hidden": torch.ones_like(arguments["hidden"])}, params=params)
+        assert all(same_bits(a, b) for a, b in zip(got, ones, strict=True) if a is not None)
+    agree(problem(rank=100, dtype=dtype) | {"hidden": None})
+
+
 def test_a_greedy_request_drafts_the_same_among_sampled_ones(vector_isa, dtype):
     arguments = problem(dtype=dtype)
     mixed = select_candidates(**arguments, params=settings())
@@ -285,10 +297,11 @@ def test_bad_input_names_what_was_expected_and_got():
             (ValueError, "k must be between 1 and 64; got 65", {"values": torch.zeros(2, 3, 65)}),
             (ValueError, r"ids must have shape .* = \(2, 3, 4\)", {"ids": good["ids"][..., :3]}),
             (TypeError, "ids must be int64", {"ids": good["ids"].int()}),
-            (ValueError, r"hidden must have shape \(B, Q - 1, R\) = \(2, 3, \*\)", {"hidden": torch.zeros(2, 2, 6)}),
-            (ValueError, "hidden must have R >= 1", {"hidden": torch.zeros(2, 3, 0)}),
-            (ValueError, r"predecessor must have shape \(V, R\) = \(\*, 6\)", {"predecessor": torch.zeros(V, 5)}),
-            (TypeError, "predecessor must be float32", {"predecessor": good["predecessor"].half()}),
+            (ValueError, r"hidden must have shape \(B, Q - 1, R\) = \(2, 3, 6\)", {"hidden": torch.zeros(2, 2, 6)}),
+            (TypeError, "hidden must be float32", {"hidden": good["hidden"].half()}),
+            (ValueError, "predecessor must have R >= 1", {"predecessor": torch.zeros(V, 0)}),
+            (ValueError, r"successor must have shape \(V, R\) = \(211, 5\)", {"predecessor": torch.zeros(V, 5)}),
+            (TypeError, "predecessor must be float32, .*; got int64", {"predecessor": good["predecessor"].long()}),
             (ValueError, rf"successor must have shape \(V, R\) = \({V}, 6\)", {"successor": torch.zeros(9, 6)}),
             (ValueError, r"anchor_ids must have shape \(B,\) = \(2\)", {"anchor_ids": torch.tensor([1])}),
             (ValueError, "out_probs must be given with params alone", {"out_probs": torch.zeros(2, 3, 4)}),

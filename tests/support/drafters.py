@@ -119,6 +119,17 @@ def selected(t, hidden, logits, anchor, candidates):
     return torch.tensor(ids)
 
 
+def markov(t, logits, anchor, candidates):
+    """DSpark's greedy walk over rows of logits: each token's bias comes from the one before it."""
+    before, after = (t[f"markov_head.markov_w{i}.weight"] for i in (1, 2))
+    ids = []
+    for scores in logits:
+        top = scores.topk(candidates)
+        anchor = int(top.indices[(top.values + after[top.indices] @ before[anchor]).argmax()])
+        ids.append(anchor)
+    return torch.tensor(ids)
+
+
 class Served:
     """A drafter with B requests in poisoned pages: contexts grow in ragged commits, then blocks are drafted."""
 
@@ -153,9 +164,9 @@ class Served:
     def draft(self, anchors, block_lens=None, width=6):
         self.work = work = self.drafter.make_draft(self.batch, width, self.kv, PAGE)
         work.anchors.copy_(torch.tensor(anchors))
-        lens = torch.tensor(block_lens or [width] * self.batch, dtype=torch.int32)
+        lens = torch.tensor(block_lens or [work.rows] * self.batch, dtype=torch.int32)
         ids = work.run(self.lens, self.tables, lens)
-        return work.layers.normed.view(self.batch, width, -1), ids
+        return work.layers.normed.view(self.batch, work.rows, -1), ids
 
 
 def embedded(drafter, anchor, width=6):

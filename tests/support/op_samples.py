@@ -262,6 +262,9 @@ SAMPLES = {
         **candidates(), "params": sampling(2), "out_ids": boxed(2, 2, dtype=torch.int64),
         "out_logprobs": torch.zeros(2, 2), "out_probs": torch.zeros(2, 2, 3)},
         ("out_ids", "out_logprobs", "out_probs")),
+    "select_candidates_markov": Sample(dk.select_candidates, lambda: {
+        **candidates(), "hidden": None, "out_ids": boxed(2, 2, dtype=torch.int64),
+        "out_logprobs": torch.zeros(2, 2)}, ("out_ids", "out_logprobs")),
     "select_candidates_greedy": Sample(dk.select_candidates, lambda: {
         **candidates(), "out_ids": boxed(2, 2, dtype=torch.int64), "out_logprobs": torch.zeros(2, 2)},
         ("out_ids", "out_logprobs")),

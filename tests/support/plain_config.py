@@ -12,9 +12,8 @@ import torch
 class PlainRope:
     """One layer's table of cosines and sines, of the formula or of transformers."""
 
-    interleaved = False
-
-    def __init__(self, theta, rotary_dim, scaling, head_dim, most):
+    def __init__(self, theta, rotary_dim, scaling, head_dim, most, interleaved):
+        self.interleaved = interleaved
         self.theta, self.rotary_dim, self.scaling = float(theta), rotary_dim, scaling
         self.head_dim, self.most = head_dim, most
 
@@ -48,7 +47,7 @@ def plain_config(config, attention):
     kind = scaling.get("rope_type", "default")
     head_dim = geometry["head_dim"]
     rope = PlainRope(theta, int(head_dim * get("partial_rotary_factor", 1.0)), {} if kind == "default" else scaling,
-                     head_dim, get("max_position_embeddings"))
+                     head_dim, get("max_position_embeddings"), get("rope_is_neox_style") is False)
     masks = [SimpleNamespace(causal=causal, sinks=bool(get("attention_sink_bias")),
                              window=(window - 1, -1 if causal else window - 1) if window else (-1, -1))
              for count, window, causal in attention for _ in range(count)]
@@ -59,4 +58,4 @@ def plain_config(config, attention):
         value_scale=get("attention_value_scale", 1.0), target_layer_ids=ids, block=get("block_size"),
         mask=get("mask_token_id"), vocab=get("draft_vocab_size") or get("vocab_size", 1 << 31),
         input_scale=get("input_embedding_scale"), factor=get("output_multiplier", 1.0),
-        cap=get("final_logit_softcapping", 0.0), candidates=get("selector_top_k"))
+        cap=get("final_logit_softcapping", 0.0), candidates=get("selector_top_k"), markov=get("markov_rank", 0))

@@ -41,6 +41,15 @@ def test_agrees_with_all_edges_of_the_reference(k, rank, dtype):
     agree(arguments, settings(**OPTIONAL))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_markov_head_has_no_hidden(dtype):
+    arguments = problem(n=3, rank=96, dtype=dtype) | {"hidden": None}
+    drafts = agree(arguments)
+    agree(arguments, settings(**OPTIONAL))
+    arguments["predecessor"].zero_()
+    assert not torch.equal(agree(arguments), drafts)
+
+
 def test_first_of_equal_scores_first_nan_and_tokens_outside():
     arguments = problem(b=5, n=1, k=3)
     for name in ("predecessor", "successor"):

@@ -60,16 +60,17 @@ def sample() -> Iterator[Case]:
 
 
 def selector() -> Iterator[Case]:
-    """Greedy, and with every filter; K is one less than the power of two in the name."""
+    """Greedy, with every filter, and a Markov head; K is one less than the power of two in the name."""
     from dflash_kernels._triton.selector import CONFIGS, select_candidates
 
     for most in CONFIGS:
         values, ids = floats(2, BLOCK - 1, most - 1), empty(2, BLOCK - 1, most - 1)
         for dtype in FLOATS:
             codebook = empty(VOCAB, 256, dtype=dtype)
-            given = values, ids, empty(2, BLOCK - 1, 256, dtype=dtype), empty(2), codebook, codebook, ints(2)
+            hidden, known = empty(2, BLOCK - 1, 256, dtype=dtype), (empty(2), codebook, codebook, ints(2))
             out = empty(2, BLOCK - 1), floats(2, BLOCK - 1)
-            for name, settings, probs in (("greedy", (None,) * 5, None), (
-                    "drawn", (floats(2), empty(2), ints(2), floats(2), floats(2)), values)):
-                (launch,) = launches(select_candidates, *given, *settings, *out, probs)
+            greedy, drawn = (None,) * 5, (floats(2), empty(2), ints(2), floats(2), floats(2))
+            for name, weighs, settings, probs in (("greedy", hidden, greedy, None), ("drawn", hidden, drawn, values),
+                                                  ("Markov", None, greedy, None)):
+                (launch,) = launches(select_candidates, values, ids, weighs, *known, *settings, *out, probs)
                 yield case(f"select_candidates {most} {name} {DTYPES[dtype]}", launch)

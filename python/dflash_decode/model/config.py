@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.fields import MOST_LAYERS, Fields, head_dim_of, shown
 from .layouts import flat
+from .markov import read_markov
 from .masks import LayerMask, read_masks
 from .quantized import Quantization, read_quantization
 from .rope import Rope, read_ropes
@@ -13,8 +14,9 @@ from .unsupported import refuse_heads, refuse_unread
 _WHAT = "draft config"
 _MOST_BLOCK = 1024  # tokens; the longest of any checkpoint is 16, and a step's memory grows with it
 _MOST_CANDIDATES = 64
+_MARKOV_CANDIDATES = 32  # a Markov head was trained to choose from the whole vocabulary
 _ROPE = frozenset(["rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor", "rotary_dim",
-                   "rope_interleaved", "is_neox_style"])
+                   "rope_interleaved", "is_neox_style", "rope_is_neox_style"])
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,21 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Selector:
-    """DFlash2's candidate selector: of each slot's `candidates` most likely tokens it takes the one that fits its
-    predecessor best, by a product of the two tokens' vectors of `rank` numbers."""
+    """Of each slot's `candidates` most likely tokens the one that fits its predecessor best is taken, by a product of
+    the two tokens' vectors of `rank` numbers: DFlash2's selector, which the slot's hidden state weighs, or DSpark's
+    Markov head, which it does not."""
 
     rank: int
     candidates: int
+    markov: bool = False
 
 
 @dataclass(frozen=True)
 class DraftConfig:
     """A drafter's geometry and rules. Lengths are in tokens; the features are the outputs of target_layer_ids. masks
-    and ropes: one for each layer. input_embedding_scale: None is the target's own. tied: the drafter's own embedding,
-    if it has one, is its LM head too."""
+    and ropes: one for each layer. block_size: the anchor and its drafts. from_anchor: row i of a pass drafts token
+    i + 1, so that a pass has a row less than the block. input_embedding_scale: None is the target's own. tied: the
+    drafter's own embedding, if it has one, is its LM head too."""
 
     hidden_size: int
     num_heads: int
@@ -69,6 +74,7 @@ class DraftConfig:
     quantization: Quantization | None = None
     conv: Convolution | None = None
     selector: Selector | None = None
+    from_anchor: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +124,7 @@ def read_draft_config(config: Mapping) -> DraftConfig:
     if f.whole("v_head_dim", head_dim) != head_dim:
         raise NotImplementedError(f"{_WHAT}: v_head_dim must be head_dim = {head_dim}; got {f.get('v_head_dim')}")
     types, masks = read_masks(f, f.top, layers)
+    markov, from_anchor = read_markov(f, f.top)
     f.seen |= _ROPE
     rope = {name: f.get(name) for name in _ROPE} | {"max_position_embeddings": f.get("max_position_embeddings")}
     own_heads = [flag for flag in (f.flag("has_own_lm_head", None), f.flag("has_lm_head", None)) if flag is not None]
@@ -125,7 +132,7 @@ def read_draft_config(config: Mapping) -> DraftConfig:
         hidden_size=hidden, num_heads=heads, num_kv_heads=f.whole("num_key_value_heads", heads), head_dim=head_dim,
         intermediate_size=f.whole("intermediate_size"),
         vocab_size=vocab, draft_vocab_size=f.whole("draft_vocab_size", vocab),
-        block_size=f.whole("block_size", most=_MOST_BLOCK), mask_token_id=_mask_token(f),
+        block_size=f.whole("block_size", most=_MOST_BLOCK) + from_anchor, mask_token_id=_mask_token(f),
         target_layer_ids=_target_layer_ids(f, layers), masks=masks, ropes=read_ropes(rope, head_dim, _WHAT, types),
         rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
         attention_bias=f.flag("attention_bias", False), mlp_bias=f.flag("mlp_bias", False),
@@ -137,10 +144,10 @@ def read_draft_config(config: Mapping) -> DraftConfig:
         final_logit_softcapping=max(f.number("final_logit_softcapping", 0.0), 0.0),
         own_embedding=f.flag("has_embed_tokens", None), own_head=any(own_heads) if own_heads else None,
         tied=f.flag("tie_word_embeddings", False), quantization=read_quantization(f),
-        conv=_convolution(f, hidden), selector=_selector(f, vocab),
+        conv=_convolution(f, hidden), selector=_selector(f, vocab, markov), from_anchor=from_anchor,
     )
     names = f.top.items("architectures", (), str, "names")
-    if any("DFlash2" in name for name in names) and not (read.conv and read.selector):
+    if any("DFlash2" in name for name in names) and not (read.conv and read.selector and not markov):
         raise ValueError(f"{_WHAT}: conv_kernel_size, conv_group_size, selector_rank and selector_top_k must be given, "
                          f"as architectures is {shown(names)}; got {shown(read.conv)} and {shown(read.selector)}")
     if heads % read.num_kv_heads:
@@ -161,10 +168,12 @@ def _convolution(f, hidden):
     return Convolution(taps, group)
 
 
-def _selector(f, vocab):
+def _selector(f, vocab, markov):
     rank, candidates = (f.whole(name, 0, least=0) for name in ("selector_rank", "selector_top_k"))
     if not rank and not candidates:
-        return None
+        return Selector(markov, min(vocab, _MARKOV_CANDIDATES), markov=True) if markov else None
+    if markov:
+        f.refuse("selector_rank (and selector_top_k)", f"0 beside markov_rank = {markov}", rank)
     if not rank:
         f.refuse("selector_rank", f"an integer of at least 1 beside selector_top_k = {candidates}", rank)
     most = min(vocab, _MOST_CANDIDATES)

@@ -17,6 +17,7 @@ from dflash_kernels import PackedWeight, grouped_conv, grouped_conv_add_rms_norm
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.safetensors import read_safetensors
 from .config import Convolution, DraftConfig
+from .markov import take_markov
 from .tensors import Packer, Tensors
 
 # Names of a selector's tensors.
@@ -34,11 +35,11 @@ class Conv:
 
 @dataclass(frozen=True)
 class CandidateSelector:
-    """Codebooks (V, rank) by the target's ids."""
+    """Codebooks (V, rank) by the target's ids. projection: of the drafter's hidden states; None in a Markov head."""
 
     predecessor: torch.Tensor
     successor: torch.Tensor
-    projection: PackedWeight
+    projection: PackedWeight | None
 
 
 def take_conv(tensors: Tensors, name: str, hidden: int, conv: Convolution, pack: Packer) -> Conv:
@@ -47,9 +48,14 @@ def take_conv(tensors: Tensors, name: str, hidden: int, conv: Convolution, pack:
     return Conv(base, pack(tensors.take(f"{name}.kernel_projection.weight", rows, hidden)))
 
 
-def take_selector(tensors: Tensors, c: DraftConfig, pack: Packer) -> CandidateSelector | None:
+def take_selector(tensors: Tensors, c: DraftConfig, pack: Packer, ids_of_draft: torch.Tensor | None,
+                  ) -> CandidateSelector | None:
+    """ids_of_draft (rows,): the target's ids of the draft head's rows; None: their numbers."""
     if c.selector is None:
         return None
+    if c.selector.markov:
+        return CandidateSelector(*take_markov(tensors, c.vocab_size, c.draft_vocab_size, c.selector.rank, ids_of_draft),
+                                 None)
     predecessor, successor = (
         tensors.take(PREFIX + name, c.vocab_size, c.selector.rank).contiguous() for name in _BOOKS)
     hidden = tensors.take(PREFIX + _HIDDEN, c.selector.rank, c.hidden_size)

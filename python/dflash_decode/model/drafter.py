@@ -91,9 +91,9 @@ class Drafter:
         self.context_kv = self.pack(torch.cat([t for k, v, _, _ in context for t in (k, v)]))
         self.context_bias = torch.cat([t for *_, k, v in context for t in (k, v)]) if c.attention_bias else None
         self.k_norms = torch.stack([cast(torch.Tensor, layer.k_norm) for layer in self.layers])
-        self.selector = take_selector(taker, c, self.pack)
         own = take_vocabulary(taker, c, target)
         self.embedding, self.ids_of_draft, self.num_valid = own.embedding, own.ids_of_draft, own.num_valid
+        self.selector = take_selector(taker, c, self.pack, own.ids_of_draft)
         self.head, self.head_bias = (target.head, target.head_bias) if own.head is None else (self.pack(own.head), None)
         if vocabulary is not None:
             self._restrict(vocabulary, target)
@@ -176,25 +176,29 @@ class DraftPass:
     """Drafts blocks of Q tokens for B requests, in memory of its own that never moves.
 
     params: the settings to sample drafts with; None drafts the most likely tokens. anchors (B,) int64: an input, each
-    request's last token. After run(): ids (B, Q) with the anchors in column 0, block.positions and block.slots (B, Q),
+    request's last token. After run(): ids (B, Q) with the anchors in column 0, block.positions and block.slots (B, R),
     and proposal, the distribution that the drafts were sampled from, or None.
+
+    The pass has R rows of each block: Q, of which the anchor's does not draft, or Q - 1, which all do
+    (DraftConfig.from_anchor).
     """
 
     def __init__(self, drafter: Drafter, batch: int, width: int, caches: Sequence[PagedKV], page_size: int,
                  params: SamplingTensors | None = None):
         self.drafter, self.page_size, self.width, c = drafter, page_size, width, drafter.config
-        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm,
-                                 drafter.tables.reaching(caches, width), c.ropes[0].interleaved, batch, width, caches)
-        rows, guesses, device = batch * width, batch * (width - 1), drafter.device
+        self.rows = r = width - c.from_anchor
+        self.layers = LayersPass(drafter.geometry, drafter.layers, drafter.norm, drafter.tables.reaching(caches, r),
+                                 c.ropes[0].interleaved, batch, r, caches)
+        tokens, guesses, device = batch * width, batch * (width - 1), drafter.device
 
         def ids(*shape):
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        self.block = replace(PreparedBlock.empty(batch, width, device=device),
-                             rows=self.layers.x.view(batch, width, -1))
-        # Row 0 of a block is its anchor and drafts nothing: the head sees the others, gathered.
-        self.masked_rows = torch.arange(rows, device=device).view(batch, width)[:, 1:].flatten().contiguous()
-        self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
+        self.block = replace(PreparedBlock.empty(batch, r, device=device), rows=self.layers.x.view(batch, r, -1))
+        self.masked_rows, self.masked = None, self.layers.normed
+        if not c.from_anchor:  # the anchor's row drafts nothing: the head sees the others, gathered
+            self.masked_rows = torch.arange(tokens, device=device).view(batch, width)[:, 1:].flatten().contiguous()
+            self.masked = torch.zeros((guesses, c.hidden_size), dtype=drafter.dtype, device=device)
         self.params = params
         self.proposal: Proposal | None = None
         self.candidates: torch.Tensor | None = None
@@ -205,13 +209,16 @@ class DraftPass:
             self.candidates = ids(*shape)
         self.values, self.lse, self.logprobs = (torch.zeros(n, dtype=torch.float32, device=device)
                                                 for n in (shape, guesses, shape[:2]))
-        self.pairs = torch.zeros((*shape[:2], c.selector.rank if c.selector else 0), dtype=drafter.dtype, device=device)
+        self.projection = drafter.selector.projection if drafter.selector else None
+        self.pairs: torch.Tensor | None = None
+        if self.projection is not None:
+            self.pairs = torch.zeros((*shape[:2], self.projection.out_features), dtype=drafter.dtype, device=device)
         # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
-        self.known, self.draft_ids, self.ids = ids(rows), ids(*shape), ids(batch, width)
+        self.known, self.draft_ids, self.ids = ids(tokens), ids(*shape), ids(batch, width)
         self.anchors, self.guesses = self.known[:batch], self.known[batch:].view(batch, width - 1)
         if params is not None:
             self.proposal = Proposal(probs=torch.zeros_like(self.values), ids=self.candidates)
-        place = torch.arange(rows, device=device)
+        place = torch.arange(tokens, device=device)
         self.block_order = torch.cat((place[:batch, None], place[batch:].view(batch, width - 1)), dim=1)
 
     def confidences(self) -> torch.Tensor:
@@ -222,11 +229,13 @@ class DraftPass:
         return (self.values - self.lse.view(self.values.shape)).exp_()
 
     def run(self, context_lens: torch.Tensor, page_table: torch.Tensor, block_lens: torch.Tensor) -> torch.Tensor:
+        """block_lens (B,) int32: valid rows of each block's pass, at most R."""
         d, c = self.drafter, self.drafter.config
-        prepare_block(self.anchors, context_lens, self.width, c.mask_token_id, page_table=page_table,
+        prepare_block(self.anchors, context_lens, self.rows, c.mask_token_id, page_table=page_table,
                       page_size=self.page_size, block_lens=block_lens, embedding=d.embedding, out=self.block)
         hidden = self.layers.run(self.block.positions.view(-1), None, page_table, context_lens, block_lens)
-        embed_tokens(self.masked_rows, hidden, out=self.masked)
+        if self.masked_rows is not None:
+            embed_tokens(self.masked_rows, hidden, out=self.masked)
         self._guess(context_lens)
         _gather(self.known, self.block_order, self.ids)
         return self.ids
@@ -247,7 +256,8 @@ class DraftPass:
             _gather(d.ids_of_draft, self.draft_ids.view(-1), ids.view(-1))
         probs = self.proposal.probs if self.proposal else None
         if d.selector:
-            linear(self.masked, d.selector.projection, out=self.pairs.view(len(self.masked), -1))
+            if self.pairs is not None and self.projection is not None:
+                linear(self.masked, self.projection, out=self.pairs.view(len(self.masked), -1))
             select_candidates(self.values, ids, self.pairs, self.anchors, d.selector.predecessor, d.selector.successor,
                               context_lens, self.params, out_ids=self.guesses, out_logprobs=self.logprobs,
                               out_probs=probs)
@@ -282,7 +292,10 @@ def tensor_shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
             for name in ("attention_conv", "mlp_conv"):
                 shapes[f"layers.{n}.{name}.base_kernel"] = (2, c.conv.taps, h)
                 shapes[f"layers.{n}.{name}.kernel_projection.weight"] = (2 * c.conv.taps * (h // c.conv.group), h)
-    if c.selector:
+    if c.selector and c.selector.markov:
+        shapes["markov_head.markov_w1.weight"] = (c.vocab_size, c.selector.rank)
+        shapes["markov_head.markov_w2.weight"] = (c.draft_vocab_size, c.selector.rank)
+    elif c.selector:
         for name in ("predecessor_codebook", "successor_codebook"):
             shapes[f"candidate_selector.{name}"] = (c.vocab_size, c.selector.rank)
         shapes["candidate_selector.hidden_projection.weight"] = (c.selector.rank, h)

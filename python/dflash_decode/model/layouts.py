@@ -59,7 +59,8 @@ def _of_speculators(config: Mapping, what: str) -> Mapping:
     outer = Fields(what, config)
     kind = outer.text("speculators_model_type", "dflash")
     if kind not in ("dflash", "dflash2", "dspark"):
-        raise NotImplementedError(f"{what}: speculators_model_type must be 'dflash' or 'dflash2'; got {shown(kind)}")
+        raise NotImplementedError(f"{what}: speculators_model_type must be 'dflash', 'dflash2' or 'dspark'; "
+                                  f"got {shown(kind)}")
     inner = outer.table("transformer_layer_config")
     family = Fields(what, inner).text("model_type", "qwen3")
     if family != "qwen3":

@@ -202,7 +202,7 @@ def read_rope(config: Mapping, head_dim: int, what: str, theta: float | None = 1
     if unknown:
         raise NotImplementedError(f"{what}: rope field {shown(sorted(unknown, key=str)[0])} of type {kind!r} is not "
                                   "supported")
-    interleaved = f.flag("rope_interleaved", False) or not f.flag("is_neox_style", True)
+    interleaved = f.flag("rope_interleaved", False) or not f.flag("is_neox_style", f.flag("rope_is_neox_style", True))
     rotary_dim = _rotary_dim(f, Fields(what, new, old, config), head_dim)
     if not rotary_dim:
         return Rope(1.0, 0)

@@ -5,6 +5,7 @@ forks keep target_layer_ids.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 
 from ..fields import MOST_HEAD_DIM, MOST_LAYERS, Fields
 from .rope import read_rope
@@ -28,6 +29,8 @@ _TOP = {
     "selector_hidden.weight": "candidate_selector.hidden_projection.weight",
     "selector_predecessor.weight": "candidate_selector.predecessor_codebook",
     "selector_successor.weight": "candidate_selector.successor_codebook",
+    "markov_w1.weight": "markov_head.markov_w1.weight", "markov_w2.weight": "markov_head.markov_w2.weight",
+    "conf_proj.weight": "confidence_head.proj.weight", "conf_proj.bias": "confidence_head.proj.bias", "d2t": "d2t",
 }
 _BARE = ("attention_sink_bias", "base_kernel")  # have no ".weight" in a Hugging Face checkpoint
 # Field of the config -> its key behind the architecture's name, and how Fields reads it.
@@ -39,13 +42,14 @@ _COPIED = {
     "rms_norm_eps": ("attention.layer_norm_rms_epsilon", "number"),
     "conv_kernel_size": ("conv_kernel_size", "whole"), "conv_group_size": ("conv_group_size", "whole"),
     "selector_rank": ("selector_rank", "whole"), "selector_top_k": ("selector_top_k", "whole"),
-    "markov_rank": ("markov_rank", "whole"), "sample_from_anchor": ("sample_from_anchor", "flag"),
+    "sample_from_anchor": ("sample_from_anchor", "flag"),
     "final_logit_softcapping": ("final_logit_softcapping", "number"), "hidden_act": ("hidden_activation", "text"),
     "attention_value_scale": ("attention.value_scale", "number"), "output_multiplier": ("logit_scale", "number"),
     "input_embedding_scale": ("embedding_scale", "number"),
 }
 _FACTORS = ("attention_value_scale", "output_multiplier", "input_embedding_scale")  # 0 is none in llama.cpp
-_UNUSED = ("version", "n_target_layers", "dflash.n_target_layers", "dflash.n_target_features", "expert_count", "rope.")
+_UNUSED = ("version", "n_target_layers", "dflash.n_target_layers", "dflash.n_target_features", "expert_count", "rope.",
+           "has_confidence_head")
 
 
 def drafter_name(name: str) -> str | None:
@@ -59,9 +63,9 @@ def drafter_name(name: str) -> str | None:
     return new if new.endswith(_BARE) else f"{new}.{match[3]}" if match[3] else None
 
 
-def read_drafter(f: Fields, arch: str, tensors: set[str]) -> dict:
-    """config.json of the drafter that the metadata describe. Raises CheckpointError, also for a key of the architecture
-    that is not known."""
+def read_drafter(f: Fields, arch: str, tensors: Mapping[str, Sequence[int]]) -> dict:
+    """config.json of the drafter that the metadata describe, and its tensors' shapes, which the file has innermost
+    first. Raises CheckpointError, also for a key of the architecture that is not known."""
     layers = f.whole(f"{arch}.block_count", most=MOST_LAYERS)
     head_dim = f.whole(f"{arch}.attention.key_length", most=MOST_HEAD_DIM)
     if (width := f.whole(f"{arch}.attention.value_length", head_dim)) != head_dim:
@@ -77,6 +81,9 @@ def read_drafter(f: Fields, arch: str, tensors: set[str]) -> dict:
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors, "attention_sink_bias": "blk.0.attn_sinks.weight" in tensors,
         **_window(f, arch, layers), "dflash_config": _block(f, arch),
     }
+    for name, tensor in (("markov_rank", "markov_w1.weight"), ("draft_vocab_size", "d2t")):
+        if tensor in tensors:
+            config[name] = int(tensors[tensor][0])
     if (causal := f.flag(f"{arch}.attention.causal", None)) is not None:  # otherwise the layers' types say it
         config["is_causal"] = causal
     for name in f.places[0]:

@@ -78,7 +78,7 @@ def read_config(path: Path, reader) -> dict:
     f = metadata(path, reader)
     arch = f.text("general.architecture")
     if arch in ARCHITECTURES:
-        return read_drafter(f, arch, {t.name for t in reader.tensors})
+        return read_drafter(f, arch, {t.name: t.shape.tolist() for t in reader.tensors})
     if arch not in TARGETS:
         raise CheckpointError(f"{path}: general.architecture must be {', '.join((*TARGETS, *ARCHITECTURES))}; got "
                               f"{arch!r}, for which there is the model's directory with config.json and safetensors")
@@ -151,6 +151,9 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype,
                                   f"none of them 0; got {stored.shape.tolist()}")
         if name in tensors:
             raise CheckpointError(f"{path}: {name} must be there once; got it again as {stored.name}")
+        if name == "d2t":
+            tensors[name] = _offsets(path, stored)
+            continue
         kept = _format_of(stored) if blocks else None
         if blocks and not kept and stored.tensor_type.name not in ("F32", "F16", "BF16"):
             expanded.add(stored.tensor_type.name + " (experts)" * stored.name.endswith("_exps.weight"))
@@ -162,6 +165,13 @@ def read_tensors(path: Path, reader, config: dict, dtype: torch.dtype,
         warn(f"{path}: weights in {', '.join(sorted(expanded))} are expanded to {str(dtype).removeprefix('torch.')}; "
              f"{', '.join(FORMATS)} stay as they are")
     return tensors if family is None else _converted(path, family, tensors)
+
+
+def _offsets(path: Path, stored) -> torch.Tensor:
+    """d2t as other checkpoints have it: the distance from a row of the draft head to its token, which is here."""
+    if stored.tensor_type.name not in ("I64", "I32"):
+        raise CheckpointError(f"{path}: d2t must be of I64 or I32; got {stored.tensor_type.name}")
+    return torch.from_numpy(stored.data.astype(np.int64) - np.arange(stored.data.size))
 
 
 def _values(path: Path, stored, config: dict, family: Family | None, kept: str | None) -> np.ndarray:

@@ -1,0 +1,148 @@
+"""DSpark drafters: a Markov head over a row's most likely tokens, and blocks whose anchor's row drafts too."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from dflash_decode import Request, SamplingParams
+from dflash_decode.loop import Decoder
+from dflash_decode.model.config import Selector, read_draft_config
+from dflash_decode.model.drafter import Drafter
+from dflash_decode.model.native import NativeTarget
+from dflash_kernels.testing import assert_within_budget
+from tests.support.decode_models import VOCAB, baseline_text, make_target
+from tests.support.decode_runs import collect
+from tests.support.drafters import Served, dense, draft_config, embedded, make, markov, random_tensors
+
+ANCHOR_DRAFTS = {"markov_rank": 8, "architectures": ["Qwen3DSparkModel"], "markov_head_type": "vanilla",
+                 "enable_confidence_head": True, "confidence_head_with_markov": True}
+BONUS = ANCHOR_DRAFTS | {"sample_from_anchor": False}
+LENGTHS, ANCHORS = [23, 0, 8], [3, 96, 50]
+
+
+def test_the_block_is_the_anchor_and_what_the_rows_draft():
+    ours, bonus = (read_draft_config(draft_config(changes)) for changes in (ANCHOR_DRAFTS, BONUS))
+    assert (ours.block_size, ours.from_anchor) == (7, True) and (bonus.block_size, bonus.from_anchor) == (6, False)
+    assert ours.selector == bonus.selector == Selector(8, 32, markov=True)
+
+
+@pytest.mark.parametrize(("changes", "from_anchor"), [
+    ({"architectures": ["Qwen3DSparkModel"]}, True), ({"architectures": ["Lfm2DSparkDraftModel"]}, True),
+    ({"markov_rank": 8}, True), ({"projector_type": "dspark"}, True), ({"dspark_bonus_anchor": False}, True),
+    ({"markov_rank": 8, "dspark_bonus_anchor": True}, False), ({"markov_rank": 8, "sample_from_anchor": False}, False),
+    ({"markov_rank": 8, "aux_hidden_state_layer_ids": [3, 1, 4]}, False), ({"sample_from_anchor": True}, True),
+    ({}, False),
+])
+def test_which_rows_draft_is_said_or_the_formats_rule(changes, from_anchor):
+    assert read_draft_config(draft_config({}) | changes).from_anchor is from_anchor
+
+
+@pytest.mark.parametrize(("changes", "error", "match"), [
+    ({"sample_from_anchor": True, "dspark_bonus_anchor": True}, ValueError,
+     "dspark_bonus_anchor must be not sample_from_anchor = true; got True"),
+    ({"markov_rank": 8, "markov_head_type": "gated"}, NotImplementedError, "must be 'vanilla'.* got 'gated'"),
+    ({"markov_rank": -1}, ValueError, "markov_rank must be an integer of at least 0; got -1"),
+    ({"markov_rank": 8, "selector_rank": 4, "selector_top_k": 4}, ValueError,
+     r"selector_rank \(and selector_top_k\) must be 0 beside markov_rank = 8; got 4"),
+    ({"architectures": ["Gemma4DSparkModel"]}, NotImplementedError, "'Gemma4DSparkModel' is not supported"),
+    ({"dspark_block_size": 5}, NotImplementedError, "dspark_block_size = 5 is not supported"),
+])
+def test_what_is_not_read_is_refused_by_name(changes, error, match):
+    with pytest.raises(error, match=match):
+        read_draft_config(draft_config({}) | changes)
+
+
+@pytest.mark.parametrize("width", [2, 4, 6, 7])
+@pytest.mark.parametrize("changes", [ANCHOR_DRAFTS, BONUS])
+@torch.no_grad()
+def test_drafts_are_those_of_a_plain_walk_at_any_width(changes, width):
+    _, tensors, _, drafter = make(changes, torch.float32)
+    width = min(width, drafter.block_size)
+    hidden, ids = Served(drafter, LENGTHS).commit_all().draft(ANCHORS, width=width)
+    served = Served(drafter, LENGTHS)
+    doubles, head = {name: t.double() for name, t in tensors.items()}, drafter.head.rows(torch.arange(VOCAB)).double()
+    rows, skipped = (width - 1, 0) if drafter.config.from_anchor else (width, 1)
+    assert hidden.shape[1] == rows
+    wants, peers = [], []
+    for b, features in enumerate(served.features):
+        block = embedded(drafter, ANCHORS[b], rows)
+        wants.append(dense(drafter.config, doubles, features.double(), block.double()))
+        peers.append(dense(drafter.config, tensors, features, block))
+        assert ids[b, 1:].tolist() == markov(doubles, wants[-1][skipped:] @ head.T, ANCHORS[b], 32).tolist()
+    assert_within_budget(hidden, torch.stack(wants), torch.stack(peers), ulps=4.0)
+
+
+@torch.no_grad()
+def test_a_short_block_has_its_rows_and_drafts_as_a_narrow_pass():
+    _, _, _, drafter = make(ANCHOR_DRAFTS, torch.float32)
+    served = Served(drafter, LENGTHS).commit_all()
+    _, narrow = served.draft(ANCHORS, width=4)
+    _, ids = served.draft(ANCHORS, width=7, block_lens=[3, 3, 3])
+    assert torch.equal(ids[:, :4], narrow)
+
+
+@torch.no_grad()
+def test_a_draft_vocabulary_of_its_own_keeps_the_head_by_its_rows():
+    """d2t: w1 has a row for every token, w2 for those that the head has."""
+    config = draft_config(ANCHOR_DRAFTS | {"draft_vocab_size": 40})
+    _, target = make_target("llama")
+    tensors = random_tensors(config, torch.float32)
+    kept = torch.randperm(VOCAB)[:40].sort().values
+    own = {"lm_head.weight": torch.randn(40, 64), "d2t": kept - torch.arange(40),
+           "confidence_head.proj.weight": torch.randn(1, 72), "confidence_head.proj.bias": torch.zeros(1)}
+    drafter = Drafter(config, tensors | own, target)
+    served = Served(drafter, LENGTHS).commit_all()
+    _, ids = served.draft(ANCHORS, width=7)
+    doubles = {name: t.double() for name, t in tensors.items()}
+    wide = torch.zeros(VOCAB, 8).double().index_copy_(0, kept, doubles["markov_head.markov_w2.weight"])
+    for b, features in enumerate(served.features):
+        rows = dense(drafter.config, doubles, features.double(), embedded(drafter, ANCHORS[b], 6).double())
+        logits = torch.full((6, VOCAB), -torch.inf).double()
+        logits[:, kept] = rows @ own["lm_head.weight"].double().T
+        want = markov(doubles | {"markov_head.markov_w2.weight": wide}, logits, ANCHORS[b], 32)
+        assert ids[b, 1:].tolist() == want.tolist()
+    with pytest.raises(ValueError, match=r"tensor markov_head.markov_w2.weight must have shape \(40, 8\)"):
+        Drafter(config, tensors | own | {"markov_head.markov_w2.weight": torch.zeros(VOCAB, 8)}, target)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("block_size", [1, 2, 7, None])
+def test_texts_are_those_of_baseline_decoding(block_size, int8):
+    """Greedy and sampled requests together, drafts greedy and drawn, in recorded steps."""
+    _, target = make_target("llama")
+    config = draft_config(ANCHOR_DRAFTS)
+    drafter = Drafter(config, random_tensors(config, torch.float32), target, int8=int8)
+    requests = [Request(0, [5, 9, 33], 9, ()), Request(1, [1], 7, (), SamplingParams(0.8, seed=3)),
+                Request(2, [8] * 17, 8, ())]
+    want = collect(Decoder(target, None, max_context=64).stream(requests))
+    got = collect(Decoder(target, drafter, max_context=64, block_size=block_size).stream(requests))
+    assert {key: text for key, (text, *_) in got.items()} == {key: text for key, (text, *_) in want.items()}
+    drawn = collect(Decoder(target, drafter, max_context=64, block_size=block_size, sample_from="request").stream(
+        requests))
+    assert [drawn[key][0] for key in (0, 2)] == [want[key][0] for key in (0, 2)] and len(drawn[1][0]) == 7
+
+
+@pytest.mark.parametrize("changes", [ANCHOR_DRAFTS, BONUS])
+@pytest.mark.parametrize("sample_from", ["greedy", "request"])
+@torch.no_grad()
+def test_a_head_that_knows_the_text_has_every_draft_accepted(changes, sample_from):
+    """Drafts stand where verification expects them, in both loops. Without attention a token alone decides the next."""
+    model, _ = make_target("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+    target = NativeTarget(model.config.to_dict(), model.state_dict())
+    prompt, n = [5, 9, 33], 29
+    text = baseline_text(model, prompt, n)
+    config = draft_config(changes | {"markov_rank": VOCAB})
+    after = torch.zeros(VOCAB, VOCAB)
+    for token, following in zip([prompt[-1], *text], text, strict=False):
+        after[following, token] = 1e3
+    tensors = random_tensors(config, torch.float32) | {
+        "markov_head.markov_w1.weight": torch.eye(VOCAB), "markov_head.markov_w2.weight": after}
+    drafter = Drafter(config, tensors, target, torch.tensor(sorted({*text})))
+    decoder = Decoder(target, drafter, max_context=64, block_size=drafter.block_size, sample_from=sample_from)
+    (got, _, lengths), = collect(decoder.stream([Request(0, prompt, n, ())])).values()
+    steps, rest = divmod(n - 1, drafter.block_size)  # the first token is of the prompt's pass
+    assert len({*text}) > 3 and got == text
+    assert list(lengths) == [drafter.block_size] * steps + [rest] * (rest > 0)
