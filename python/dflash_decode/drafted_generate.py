@@ -150,7 +150,7 @@ class DraftedGenerate:
         except CheckpointNotFound as error:
             raise CheckpointNotFound(f"{_WHAT}: drafter: {error}") from None
         drafter = drafter_for(target, found, self.drafter_weights,
-                              lambda text: _token_id(self.tokenizer, text))
+                              lambda text: _token_id(self.tokenizer, text), self.block_size)
         self._known = model, now, target, drafter
         return target, drafter
 

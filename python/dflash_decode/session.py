@@ -35,7 +35,7 @@ from .model.calibration import read_calibration
 from .model.dflash2 import read_selector
 from .model.drafter import Drafter
 from .model.families import FAMILIES, no_family
-from .model.layouts import with_mask_token
+from .model.layouts import with_block_size, with_mask_token
 from .model.multimodal import kind_of_text, text_part
 from .model.native import NativeTarget
 from .model.vocabulary import read_mask_embedding, read_vocabulary
@@ -177,7 +177,8 @@ class Session:
                 made = Drafter.random(target, **({} if block_size is None else {"block_size": block_size}))
         elif named != NONE:
             with status(f"loading {named}"):
-                made = drafter_for(target, load_checkpoint(named, dtype), drafter_weights, tokenizer.token_id)
+                made = drafter_for(target, load_checkpoint(named, dtype), drafter_weights, tokenizer.token_id,
+                                   block_size)
         elif asked == AUTO:
             warn(f"decoding without speculation, which is slower: {no_drafter(model)}")
         width = 1 if made is None else made.block_size if block_size is None else block_size
@@ -356,9 +357,9 @@ def _int8(drafter_weights: str, target: Target) -> bool:
 
 
 def drafter_for(target: Target, found: Checkpoint, drafter_weights: str,
-                token_id: Callable[[str], int | None]) -> Drafter:
+                token_id: Callable[[str], int | None], block_size: int | None = None) -> Drafter:
     """The drafter of a checkpoint. drafter_weights: as for Session.load. token_id: of a token's text in the target's
-    tokenizer. Raises CheckpointError."""
+    tokenizer. block_size: of a config that has none. Raises CheckpointError."""
     if "open_spec_config_version" in found.config:
         raise CheckpointError(f"{found.source}: drafter must be in z-lab's format or in the speculators format with "
                               "transformer_layer_config; got one with open_spec_config_version")
@@ -369,7 +370,7 @@ def drafter_for(target: Target, found: Checkpoint, drafter_weights: str,
         vocabulary = read_vocabulary(found.source)
         selector, fields = read_selector(found.source, vocabulary, target.vocab_size)
         tensors = {**cast(Mapping[str, torch.Tensor], found.tensors), **read_mask_embedding(found.source), **selector}
-        config = {**with_mask_token(found.config, token_id), **fields}
+        config = {**with_mask_token(with_block_size(found.config, block_size), token_id), **fields}
         drafter = Drafter(config, tensors, target, vocabulary, int8=_int8(drafter_weights, target))
         drafter.calibration = read_calibration(found.source, drafter.block_size - 1)
         return drafter

@@ -104,6 +104,37 @@ def test_p43_a_muse_assistant_has_its_classs_defaults_and_names():
         torch.testing.assert_close(got[b], want[0], rtol=1e-4, atol=1e-4)
 
 
+def test_p40_modelopts_names_of_the_same():
+    """target_layer_ids once more, counted from 1; causality of the block; a Markov head's rank."""
+    own = draft_config({"dflash_query_causal": True, "eagle_aux_hidden_state_layer_ids": [3, 1, 4], "num_aux_layers": 3,
+                        "dspark_markov_rank": 8, "dspark_fixup_head_type": "markov", "dspark_bonus_anchor": True,
+                        "pard_token": 7, "train_embed_tokens": False})
+    assert read_draft_config(own) == read_draft_config(draft_config({"is_causal": True, "markov_rank": 8,
+                                                                     "sample_from_anchor": False}))
+    for change, match in (({"eagle_aux_hidden_state_layer_ids": [2, 0, 3]}, "eagle_aux_.* must be target_layer_ids . 1"),
+                          ({"markov_rank": 4}, "dspark_markov_rank must be markov_rank = 4; got 8")):
+        with pytest.raises(ValueError, match=match):
+            read_draft_config(own | change)
+    swa = {"layer_types": SLIDING, "sliding_window": 6, "model_type": "qwen3"}
+    with pytest.raises(ValueError, match="use_sliding_window must be true where"):
+        read_draft_config(draft_config(swa))
+    assert read_draft_config(draft_config(swa | {"use_swa": True})).masks[0] == LayerMask(True, (5, -1))
+
+
+def test_a_config_without_a_block_size_takes_the_callers(tmp_path):
+    from dflash_decode import Session
+    from dflash_decode.checkpoint import CheckpointError
+
+    folder, target = tiny.write_drafter(tmp_path / "d"), tiny.write_target(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for place in (config, config["dflash_config"]):
+        place.pop("block_size", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Session.load(target, folder, block_size=5).drafter.block_size == 5
+    with pytest.raises(CheckpointError, match="block_size must be an integer of at least 1; got nothing"):
+        Session.load(target, folder)
+
+
 def test_p45_a_draft_vocabulary_without_d2t_is_the_first_rows_of_the_targets_head():
     config, tensors, _, _ = make({"draft_vocab_size": 37}, torch.float32)
     _, target = make_target("llama")

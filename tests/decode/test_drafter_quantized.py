@@ -127,6 +127,59 @@ def test_p15_an_fp8_drafter_on_disk_loads(tmp_path):
     assert (runs[0].tokens, runs[0].steps) == (runs[1].tokens, runs[1].steps)
 
 
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "kv_cache_quant_algo": None,
+         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float",
+                                                                          "group_size": 16}}}}
+PACKED_NVFP4 = {**grouped(4, type="float", group_size=16), "format": "nvfp4-pack-quantized"}
+
+
+def in_nvfp4(tensors, modelopt, bits):
+    """Random codes for every MLP weight, and what they stand for: (-1)^sign 2^(exponent - 1) (1 + mantissa / 2), below
+    which the exponent 0 has 0 and 1/2."""
+    generator, kept, exact = torch.Generator().manual_seed(0), dict(tensors), dict(tensors)
+    for name in [name for name in tensors if ".mlp." in name]:
+        n, k = tensors[name].shape
+        bytes_ = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+        scale = (torch.rand(n, k // 16, generator=generator) + 0.5).to(FP8)
+        codes = torch.tensor([[half for byte in row for half in (byte % 16, byte // 16)] for row in bytes_.tolist()])
+        exponent, mantissa = codes // 2 % 4, codes % 2
+        value = torch.where(exponent == 0, mantissa / 2, 2.0 ** (exponent - 1) * (1 + mantissa / 2))
+        factor = 2.0 ** -5
+        exact[name] = torch.where(codes >= 8, -value, value) * scale.float().repeat_interleave(16, 1) * factor
+        del kept[name]
+        kept[name if modelopt else f"{name}_packed"] = bytes_
+        kept[f"{name}_scale"] = scale.view(torch.uint8) if bits else scale
+        kept |= {f"{name}_scale_2": torch.tensor(factor), name.replace("weight", "input_scale"): torch.ones(1)} \
+            if modelopt else {f"{name}_global_scale": torch.tensor([1 / factor])}
+    return kept, exact
+
+
+@pytest.mark.parametrize(("modelopt", "bits"), [(True, False), (True, True), (False, False)])
+def test_p15_weights_in_nvfp4_are_what_their_bits_say(modelopt, bits):
+    """ModelOpt's second scale is a factor, compressed-tensors' a divisor; scales can be stored as bytes."""
+    config = draft_config({})
+    kept, exact = in_nvfp4(random_tensors(config, torch.float32), modelopt, bits)
+    got = drafts({**config, "quantization_config": NVFP4 if modelopt else PACKED_NVFP4}, kept, torch.float32)
+    want = drafts(config, exact, torch.float32)
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_nvfp4_that_does_not_fit_is_named():
+    config, target = {**draft_config({}), "quantization_config": NVFP4}, make_target("llama")[1]
+    kept, _ = in_nvfp4(random_tensors(draft_config({}), torch.float32), True, False)
+    name = "layers.0.mlp.up_proj.weight"
+    for wrong, match in (({f"{name}_scale": kept[f"{name}_scale"][:, :3]}, r"up_proj.weight in NVFP4 must be .* got "
+                          r"uint8 \(96, 32\), float8_e4m3fn \(96, 3\), float32 \(\)"),
+                         ({f"{name}_scale_2": torch.ones(2)}, r"in NVFP4 must be .* float32 \(2,\)")):
+        with pytest.raises(ValueError, match=match):
+            Drafter(config, {**kept, **wrong}, target)
+    with pytest.raises(ValueError, match="group_size must be 16 in NVFP4; got 32"):
+        read_draft_config({**config, "quantization_config": {**NVFP4, "config_groups": {
+            "group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}})
+    with pytest.raises(NotImplementedError, match="quant_algo must be one of FP8, NVFP4, W4A16_NVFP4; got 'INT4_AWQ'"):
+        read_draft_config({**config, "quantization_config": {**NVFP4, "quant_algo": "INT4_AWQ"}})
+
+
 def test_scales_in_uint8_are_exponents():
     """MXFP8: a power of two for 32 columns."""
     w, exponents = torch.randn(4, 64).to(FP8), torch.randint(100, 140, (4, 2), dtype=torch.uint8)

@@ -116,6 +116,9 @@ def read_draft_config(config: Mapping) -> DraftConfig:
     """
     f = _Fields(flat(config, _WHAT))
     refuse_heads(f, f.top)
+    if f.get("block_size") is None:
+        raise ValueError(f"{_WHAT}: block_size must be an integer of at least 1; got nothing (Session.load and the "
+                         "commands take one, of the anchor and its drafts)")
     if f.get("hidden_act", "silu") != "silu":
         raise NotImplementedError(f"{_WHAT}: hidden_act must be 'silu'; got {shown(f.get('hidden_act'))}")
     hidden, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
@@ -191,16 +194,15 @@ def _mask_token(f):
 
 
 def _target_layer_ids(f, layers):
-    """target_layer_ids; or those of the speculators format, which count from 1; or the authors' rule."""
+    """target_layer_ids; or those of the speculators and ModelOpt formats, which count from 1; or the authors' rule."""
     total = f.whole("num_target_layers", None)
-    ids, after = (f.items(name, None, int, "layer numbers")
-                  for name in ("target_layer_ids", "aux_hidden_state_layer_ids"))
-    if after is not None:
-        shifted = [i - 1 for i in after]
-        if ids is not None and list(ids) != shifted:
-            raise ValueError(f"{_WHAT}: aux_hidden_state_layer_ids must be target_layer_ids + 1; "
-                             f"got {shown(after)} and {shown(ids)}")
-        ids = shifted
+    ids = f.items("target_layer_ids", None, int, "layer numbers")
+    for name in ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"):
+        if (after := f.items(name, None, int, "layer numbers")) is not None:
+            shifted = [i - 1 for i in after]
+            if ids is not None and list(ids) != shifted:
+                raise ValueError(f"{_WHAT}: {name} must be target_layer_ids + 1; got {shown(after)} and {shown(ids)}")
+            ids = shifted
     if ids is None:
         if total is None:
             raise ValueError(f"{_WHAT}: target_layer_ids must be given (or num_target_layers, from which the authors' "

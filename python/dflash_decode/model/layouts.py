@@ -37,6 +37,15 @@ def with_mask_token(config: Mapping, id_of: Callable[[str], int | None]) -> Mapp
     return {**config, "mask_token_id": token}
 
 
+def with_block_size(config: Mapping, block_size: int | None) -> Mapping:
+    """The config with this block_size where it has none."""
+    nested = config.get("dflash_config")
+    places = [config, nested] if isinstance(nested, Mapping) else [config]
+    if block_size is None or any(place.get("block_size") is not None for place in places):
+        return config
+    return {**config, "block_size": block_size}
+
+
 def flat(config: Mapping, what: str) -> Mapping:
     """The config in z-lab's layout, with the defaults of its model class. Raises ValueError."""
     Fields(what, config)  # which is an object

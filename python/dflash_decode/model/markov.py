@@ -22,7 +22,11 @@ def read_markov(f: Fields, top: Fields) -> tuple[int, bool]:
     top: the config's top level. The row drafts if sample_from_anchor says so, or dspark_bonus_anchor, its contrary.
     Where neither is there it drafts in DSpark's own format and not in that of speculators, as in vLLM and llama.cpp.
     """
-    rank = f.whole("markov_rank", 0, least=0)
+    rank = f.whole("markov_rank", f.whole("dspark_markov_rank", 0, least=0), least=0)
+    if (other := f.whole("dspark_markov_rank", rank, least=0)) != rank:
+        f.refuse("dspark_markov_rank", f"markov_rank = {rank}", other)
+    if (head := f.text("dspark_fixup_head_type", "markov")) != "markov":
+        raise NotImplementedError(f"{f.what}: dspark_fixup_head_type must be 'markov'; got {shown(head)}")
     if (kind := f.text("markov_head_type", "vanilla")) != "vanilla":
         raise NotImplementedError(f"{f.what}: markov_head_type must be 'vanilla', a bias by the token before it; "
                                   f"got {shown(kind)}")

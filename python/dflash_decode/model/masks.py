@@ -22,16 +22,16 @@ def read_masks(f: Fields, top: Fields, layers: int) -> tuple[list[str], tuple[La
     """The declared type of each layer, and its LayerMask.
 
     f: looks fields up in dflash_config first. top: at the top level alone. Causality: top-level is_causal, then
-    is_causal or causal of dflash_config, then sliding_window_non_causal for sliding layers, then the layer's type
-    (sliding: causal). The window counts the current token, so `left` is one less; without causality it reaches as far
-    to the right. use_swa puts a window on every layer where no type asks for one, and leaves each layer's type, and so
-    its causality, as declared.
+    is_causal or causal of dflash_config, then dflash_query_causal, then sliding_window_non_causal for sliding layers,
+    then the layer's type (sliding: causal). The window counts the current token, so `left` is one less; without
+    causality it reaches as far to the right. use_swa puts a window on every layer where no type asks for one, and
+    leaves each layer's type, and so its causality, as declared.
     """
     types = _types(f, layers)
     swa, declared = f.flag("use_swa", False), SLIDING in types
     window = _window(f, swa, swa or declared)
-    stated = [flag for flag in (top.flag("is_causal", None), f.flag("is_causal", None), f.flag("causal", None))
-              if flag is not None]
+    stated = [flag for flag in (top.flag("is_causal", None), f.flag("is_causal", None), f.flag("causal", None),
+                                f.flag("dflash_query_causal", None)) if flag is not None]
     both_ways = f.flag("sliding_window_non_causal", False)
     every, sliding_only = f.flag("attention_sink_bias", False), f.flag("add_swa_attention_sink_bias", False)
     masks = []
@@ -55,7 +55,8 @@ def _types(f: Fields, layers: int) -> list[str]:
         raise NotImplementedError(f"{f.what}: layer_types must be {SLIDING} or {FULL}; got {unknown[0]!r}")
     if SLIDING in types and asked is False:
         raise ValueError(f"{f.what}: use_sliding_window must not be false where layer_types has {SLIDING}; got false")
-    if SLIDING in types and asked is None and f.get("model_type") == "qwen3":  # whose class then has no window
+    unset = asked is None and not f.flag("use_swa", False)
+    if SLIDING in types and unset and f.get("model_type") == "qwen3":  # whose class then has no window
         f.refuse("use_sliding_window", f"true where layer_types has {SLIDING}, as model_type qwen3 has it false", asked)
     return list(types)
 

@@ -1,6 +1,9 @@
-"""Checkpoints stored in 8 bits: the weights in the model's dtype, value = scale * (stored - zero point).
+"""Checkpoints stored in 8 bits, or in NVFP4: the weights in the model's dtype, value = scale * (stored - zero point).
 
-A format that also rounds activations (W8A8) is run without that, so that an engine's output can differ.
+NVFP4 has two numbers of 4 bits (1 of sign, 2 of exponent, 1 of mantissa) in a byte, the first in its lower half, a
+scale in fp8 e4m3 for 16 of them, and one more for the tensor: ModelOpt's is a factor, compressed-tensors' a divisor.
+
+A format that also rounds activations (W8A8, W4A4) is run without that, so that an engine's output can differ.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,19 +19,25 @@ _STORED = (torch.float8_e4m3fn, torch.int8)
 _SCALES = ("_scale", "_scale_inv")
 # Beside a weight, or of it: for activations, for an engine's cache in 8 bits, or with the scales already.
 _UNUSED = (".activation_scale", ".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale",
-           ".q_scale", ".kv_cache_scale")
+           ".q_scale", ".kv_cache_scale", ".input_global_scale")
 _FOUR_BITS = (".weight_packed", ".qweight", ".weight_scale_2")
+_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+_NVFP4_GROUP = 16
+_NVFP4_SCALES = ("_scale_2", "_global_scale")  # ModelOpt's, compressed-tensors'
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """block: the rows and columns of a weight that share a scale, where the config has them."""
+    """block: the rows and columns of a weight that share a scale, where the config has them. nvfp4: weights in uint8
+    are of that format."""
 
     block: tuple[int, int] | None = None
+    nvfp4: bool = False
 
 
 def read_quantization(config: Fields) -> Quantization | None:
-    """The quantization_config of a model in 8 bits, or None. Raises NotImplementedError for any other."""
+    """The quantization_config of a model in 8 bits or NVFP4, or None. Raises NotImplementedError for any other."""
     found = config.table("quantization_config", None)
     if not found:
         return None
@@ -36,34 +45,40 @@ def read_quantization(config: Fields) -> Quantization | None:
     if f.get("quant_method") not in _METHODS:
         raise NotImplementedError(f"{f.what}.quant_method must be one of {', '.join(_METHODS)}; "
                                   f"got {shown(f.get('quant_method'))}")
-    if f.get("quant_algo", "FP8") != "FP8":
-        raise NotImplementedError(f"{f.what}.quant_algo must be 'FP8'; got {shown(f.get('quant_algo'))}")
+    if f.get("quant_algo", "FP8") not in ("FP8", *_NVFP4):
+        raise NotImplementedError(f"{f.what}.quant_algo must be one of FP8, {', '.join(_NVFP4)}; "
+                                  f"got {shown(f.get('quant_algo'))}")
     groups = f.table("config_groups", {})
-    for place in (found, *(group for group in groups.values() if isinstance(group, Mapping))):
+    places = [found, *(group for group in groups.values() if isinstance(group, Mapping))]
+    for place in places:
         if place.get("format") == "pack-quantized":
             raise NotImplementedError(f"{f.what}.format = 'pack-quantized', several numbers in one, is not supported")
+    nvfp4 = f.get("quant_algo") in _NVFP4 or any(place.get("format") == "nvfp4-pack-quantized" for place in places)
     if f.get("transform_config"):
         raise NotImplementedError(f"{f.what}.transform_config, which rotates activations, is not supported; "
                                   f"got {shown(f.get('transform_config'))}")
     block: Sequence[int] | None = f.items("weight_block_size", None, int, "two numbers")
     for name, group in groups.items():
         weights = Fields(f"{f.what}.config_groups.{name}.weights", Fields(f.what, group).table("weights", {}))
-        if weights.whole("num_bits", 8) != 8:
+        if weights.whole("num_bits", 8) != 8 and not (nvfp4 and weights.get("num_bits") == 4):
             raise NotImplementedError(f"{weights.what}.num_bits must be 8; got {weights.get('num_bits')}")
+        if nvfp4 and weights.whole("group_size", _NVFP4_GROUP, least=-1) != _NVFP4_GROUP:
+            weights.refuse("group_size", f"{_NVFP4_GROUP} in NVFP4", weights.get("group_size"))
         size = weights.whole("group_size", 0, least=-1)
         block = block or weights.items("block_structure", None, int, "two numbers") or ([1, size] if size > 0 else None)
     if block is not None and (len(block) != 2 or min(block) < 1):
         f.refuse("weight_block_size (or block_structure)", "two numbers of at least 1", block)
-    return Quantization(None if block is None else (block[0], block[1]))
+    return Quantization(None if block is None else (block[0], block[1]), nvfp4)
 
 
 def dequantized(config: Quantization | None, tensors: Mapping[str, Any], dtype: torch.dtype,
                 what: str) -> Mapping[str, Any]:
-    """The tensors with every weight of 8 bits in `dtype`, each made when it is read; no config changes nothing. what:
-    names the checkpoint in errors. Raises NotImplementedError for weights in 4 bits."""
+    """The tensors with every weight of 8 bits or NVFP4 in `dtype`, each made when it is read; no config changes
+    nothing. what: names the checkpoint in errors. Raises NotImplementedError for other weights in 4 bits."""
     if config is None:
         return tensors
-    if packed := sorted(name for name in tensors if name.endswith(_FOUR_BITS)):
+    four_bits = (".qweight",) if config.nvfp4 else _FOUR_BITS
+    if packed := sorted(name for name in tensors if name.endswith(four_bits)):
         raise NotImplementedError(f"{what}: tensor {packed[0]}, a weight in 4 bits, is not supported")
     return _Widened(config, tensors, dtype, what)
 
@@ -73,8 +88,13 @@ class _Widened(Mapping):
 
     def __init__(self, config: Quantization, tensors: Mapping[str, Any], dtype: torch.dtype, what: str):
         self._block, self._tensors, self._dtype, self._what = config.block, tensors, dtype, what
-        self._names = {name: None for name in tensors if not name.endswith(_UNUSED) and not any(
-            name.endswith(end) and name.removesuffix(end) in tensors for end in (*_SCALES, "_zero_point"))}
+        packed = {name.removesuffix("_packed"): t for name, t in tensors.items() if name.endswith(".weight_packed")}
+        self._four_bits = packed | {
+            name: tensors[name] for name in tensors if config.nvfp4 and f"{name}_scale_2" in tensors}
+        held = {*tensors, *packed}
+        scales = (*_SCALES, "_zero_point", *_NVFP4_SCALES, "_packed")
+        self._names = {name: None for name in (*tensors, *packed) if not name.endswith(_UNUSED) and not any(
+            name.endswith(end) and name.removesuffix(end) in held for end in scales)}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -83,6 +103,8 @@ class _Widened(Mapping):
         return len(self._names)
 
     def __getitem__(self, name: str) -> Any:
+        if name in self._four_bits:
+            return self._of_nvfp4(name, self._four_bits[name]).to(self._dtype)
         t = self._tensors[name]
         if not isinstance(t, torch.Tensor) or t.dtype not in _STORED:
             return t
@@ -93,6 +115,24 @@ class _Widened(Mapping):
         zero = self._tensors.get(f"{name}_zero_point")
         exact = t.float() if zero is None else t.float() - self._spread(name, zero.float(), t.shape)
         return (exact * self._spread(name, self._factors(name, scale), t.shape)).to(self._dtype)
+
+    def _of_nvfp4(self, name, t):
+        """float32"""
+        scale = self._tensors.get(f"{name}_scale")
+        whole = next((self._tensors[name + end] for end in _NVFP4_SCALES if name + end in self._tensors), None)
+        groups = (t.shape[0], 2 * t.shape[-1] // _NVFP4_GROUP)
+        if scale is None or whole is None or whole.numel() != 1 or t.dim() != 2 or tuple(scale.shape) != groups or \
+                t.dtype != torch.uint8 or 2 * t.shape[1] % _NVFP4_GROUP:
+            got = [x if x is None else f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.") for x in (t, scale, whole)]
+            raise ValueError(f"{self._what}: tensor {name} in NVFP4 must be uint8 (rows, columns / 2) with a scale for "
+                             f"{_NVFP4_GROUP} columns and one for all; got {', '.join(map(str, got))}")
+        codes = torch.stack((t & 15, t >> 4), -1).view(t.shape[0], -1).long()
+        numbers = torch.tensor([*_E2M1, *(-x for x in _E2M1)], device=t.device)[codes]
+        # A scale in uint8 is the bits of one in e4m3.
+        scale = (scale.view(torch.float8_e4m3fn) if scale.dtype == torch.uint8 else scale).float()
+        whole = whole.float().reshape(())
+        scale = scale * whole if f"{name}_scale_2" in self._tensors else scale / whole
+        return numbers * scale.repeat_interleave(_NVFP4_GROUP, 1)
 
     def _factors(self, name, scale):
         """float32: a scale in uint8 is a power of two by its exponent (MX)."""

@@ -11,11 +11,11 @@ HARMLESS = frozenset([
     "attention_dropout", "auto_map", "backbone_rotary_base", "bos_token_id", "chunk_size_feed_forward",
     "confidence_head_alpha", "cross_attention_hidden_size", "decoder_start_token_id", "dtype", "eos_token_id", "export",
     "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
-    "loss_decay_gamma", "max_anchors", "max_window_layers", "model_type", "num_anchors", "output_attentions",
-    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "producer", "pruned_heads", "return_dict",
-    "sep_token_id", "speculators_config", "speculators_version", "t2d", "task_specific_params", "tf_legacy_loss",
-    "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
-    "use_cache", "verifier_name_or_path",
+    "loss_decay_gamma", "max_anchors", "max_window_layers", "model_type", "num_anchors", "num_aux_layers",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pard_token", "pretraining_tp", "problem_type",
+    "producer", "pruned_heads", "return_dict", "sep_token_id", "speculators_config", "speculators_version", "t2d",
+    "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript",
+    "train_embed_tokens", "transformers_version", "use_bfloat16", "use_cache", "verifier_name_or_path",
 ])
 _OFF: tuple = (0, "", (), [], {})
 # Fields of features that a drafter may have, and which it does not have if they are off: false, 0 or empty.
