@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 
 import torch
@@ -147,9 +147,10 @@ class Case:
 
 
 def packed_bytes(*records) -> int:
-    """The bytes of every packed weight in some layers or a drafter."""
-    return sum(w.data.nbytes for r in records for value in vars(r).values()
-               for w in getattr(value, "parts", [value]) if isinstance(w, PackedWeight))
+    """The bytes of every packed weight in some layers or a drafter, and in the records that they hold."""
+    held = [part for r in records for value in vars(r).values() for part in getattr(value, "parts", [value])]
+    return sum(part.data.nbytes if isinstance(part, PackedWeight) else packed_bytes(part) if is_dataclass(part) else 0
+               for part in held)
 
 
 def header(sizes: Sizes) -> dict:

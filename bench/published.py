@@ -2,8 +2,8 @@
 
 published.json has for each: name; known, "published" or "in part"; config; attention, a [number of layers, window or 0,
 causal] for each run of layers; own, the tensors that it has beside its layers; needs, what must be done to its files
-first; from_anchor, where the anchor's row drafts too; target_layers and embedding_scale of its target, where config
-and 1 are not that.
+first; from_anchor, where the anchor's row drafts too; block_size, the caller's, of a config that has none;
+target_layers and embedding_scale of its target, where config and 1 are not that.
 """
 
 import copy
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 
 from bench import ROOT
-from dflash_decode.model.config import read_draft_config
+from dflash_decode.model.config import read_draft_config, with_block_size
 from dflash_decode.model.drafter import Drafter, tensor_shapes
 from dflash_kernels import pack_weight
 
@@ -40,7 +40,8 @@ class Tiny:
 
 
 def entries() -> list[dict]:
-    return json.loads(FILE.read_text(encoding="utf-8"))
+    found = json.loads(FILE.read_text(encoding="utf-8"))
+    return [entry | {"config": with_block_size(entry["config"], entry.get("block_size"))} for entry in found]
 
 
 def tiny(entry: dict, dtype: torch.dtype = torch.float32) -> Tiny:

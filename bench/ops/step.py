@@ -10,6 +10,7 @@ import dflash_kernels as dk
 from bench.case import Case, Sizes, packed_bytes
 from dflash_decode.checkpoint import drafter_of, load_checkpoint, read_directory
 from dflash_decode.kv import PagePool
+from dflash_decode.model.dflash2 import read_selector
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.model.vocabulary import read_vocabulary
@@ -34,7 +35,9 @@ def cases(sizes: Sizes):
     checkpoint = load_checkpoint("smollm2")
     target = NativeTarget(checkpoint.config, checkpoint.tensors, device=sizes.device, max_context=2048)
     found = read_directory(Path(drafter_of("smollm2")))
-    drafter = Drafter(found.config, found.tensors, target, read_vocabulary(found.source), int8=sizes.device == "cpu")
+    vocabulary = read_vocabulary(found.source)
+    selector, fields = read_selector(found.source, vocabulary, target.vocab_size)
+    drafter = Drafter(found.config | fields, found.tensors | selector, target, vocabulary, int8=sizes.device == "cpu")
     layers, head = packed_bytes(*target._layers), target.head.data.nbytes
     draft = packed_bytes(drafter, *drafter.layers)
     caches = [m.cache.allocate(64, PAGE) for m in (target, drafter)]

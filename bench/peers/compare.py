@@ -32,6 +32,7 @@ from dflash_bench.results import commit, output, write_json  # noqa: E402
 from dflash_decode.checkpoint import drafter_of, find_model  # noqa: E402
 from dflash_decode.checkpoint.errors import read_json  # noqa: E402
 from dflash_decode.checkpoint.tokenizer import load_tokenizer  # noqa: E402
+from dflash_decode.model.config import read_draft_config  # noqa: E402
 from dflash_kernels import build_info
 
 WARM_UP_TOKENS = 16
@@ -86,9 +87,9 @@ def forms(model: str, draft: str | None, needed: set[str]) -> tuple[dict[str, st
 
 
 def block_size(options: argparse.Namespace) -> int:
-    config = read_json(Path(options.drafter) / "config.json") if options.drafter else {}
-    nested = config.get("dflash_config") or {}
-    return options.block_size or nested.get("block_size") or config.get("block_size", 1)
+    if options.block_size or not options.drafter:
+        return options.block_size or 1
+    return read_draft_config(read_json(Path(options.drafter) / "config.json")).block_size
 
 
 def command(options: argparse.Namespace) -> str:

@@ -32,6 +32,9 @@ def write(draft: str, target: str, file: Path) -> Path:
     """Writes the drafter's directory as one file, with the vocabulary of the target's GGUF file, atomically."""
     found = load_checkpoint(draft, torch.bfloat16)
     c, raw = read_draft_config(found.config), found.config
+    if c.conv or c.selector or c.from_anchor:
+        raise NotImplementedError(f"{draft}: drafter must be one of DFlash alone for llama.cpp; got one of DFlash2 or "
+                                  "DSpark, which is not written")
     with writing(file, "dflash") as writer:
         writer.add_block_count(c.num_layers)
         writer.add_context_length(raw["max_position_embeddings"])

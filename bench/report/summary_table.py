@@ -64,8 +64,8 @@ def gains(known: dict[str, str]) -> str:
              *(known[f"cells-c{n}"] for n in (1, 8, 32))),
             (f"4 bits, {known['file-machine']}: {known['file-isas']}", f"{known['file-prompts']} of each task",
              known["file-c1"], known["file-c8"], ""),
-            (f"bfloat16, {known['machine-c1']}", f"{known['prompts-c1']} of each task", known["ratio-c1"],
-             known["ratio-c8"], "")]
+            (f"bfloat16, {known['amx-machine-c1']}", f"{known['amx-prompts-c1']} of each task", known["amx-c1"],
+             known["amx-c8"], "")]
     return "\n".join(["| weights and machine | prompts | 1 request | 8 | 32 |", "|---|---|---|---|---|",
                       *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -83,20 +83,18 @@ def text_row(machine: Path, concurrency: int) -> tuple[str, str] | None:
     return None
 
 
-def timed_peers(machine: Path) -> tuple[dict, dict] | None:
-    """The header, and the rows of all tasks together by (peer, mode, concurrency), of the first timed run."""
-    for header, rows, *_ in peer_tables.results(machine):
-        if peer_tables.is_timed(header):
-            return header, {(r["peer"], r["mode"], r["concurrency"]): r for r in peer_tables.whole(rows)}
-    return None
+def timed_peers(machine: Path) -> list[tuple[dict, dict]]:
+    """The header, and the rows of all tasks together by (peer, mode, concurrency), of each timed run."""
+    return [(header, {(r["peer"], r["mode"], r["concurrency"]): r for r in peer_tables.whole(rows)})
+            for header, rows, *_ in peer_tables.results(machine) if peer_tables.is_timed(header)]
 
 
 def many_row(machine: Path) -> tuple[str, str] | None:
     """As many requests as were measured, in blocks that stay long: there speculation may lose."""
-    if (found := timed_peers(machine)) is None:
+    runs = [(max(concurrency for *_, concurrency in rows), header, rows) for header, rows in timed_peers(machine)]
+    if not runs:
         return None
-    header, rows = found
-    most = max(concurrency for *_, concurrency in rows)
+    most, header, rows = max(runs, key=lambda run: run[0])
     ours, baseline = (rows.get((peer_tables.OURS, mode, most)) for mode in (peer_tables.DFLASH, "baseline"))
     if most == 1 or ours is None or baseline is None:
         return None
@@ -107,16 +105,14 @@ def many_row(machine: Path) -> tuple[str, str] | None:
 
 
 def engine_row(machine: Path) -> tuple[str, str] | None:
-    if (found := timed_peers(machine)) is None:
-        return None
-    header, rows = found
-    ours, theirs = (rows.get((peer, peer_tables.DFLASH, 1)) for peer in (peer_tables.OURS, "vllm"))
-    if ours is None or theirs is None:
-        return None
-    return (f"{header['model']}, 1 request, {ours['prompts']} prompts, our loop | "
-            f"{ours['tokens_per_s']:.0f} tokens/s | {peer_tables.NAMES['vllm']} with the same drafter, "
-            f"{theirs['tokens_per_s']:.0f} tokens/s | "
-            f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f} |"), command_of(header["command"])
+    for header, rows in timed_peers(machine):
+        ours, theirs = (rows.get((peer, peer_tables.DFLASH, 1)) for peer in (peer_tables.OURS, "vllm"))
+        if ours and theirs:
+            return (f"{header['model']}, 1 request, {ours['prompts']} prompts, our loop | "
+                    f"{ours['tokens_per_s']:.0f} tokens/s | {peer_tables.NAMES['vllm']} with the same drafter, "
+                    f"{theirs['tokens_per_s']:.0f} tokens/s | "
+                    f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f} |"), command_of(header["command"])
+    return None
 
 
 def op_row(machine: Path) -> tuple[str, str] | None:

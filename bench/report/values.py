@@ -118,9 +118,9 @@ def of_texts(machine: Path) -> dict[str, str]:
         if not r.get("temperature") and r["drafter"] != "random":
             on = f"{r['cpu']}, {r['isa']}"
             at = ("int8-" if r.get("weights") == "int8" else "") + f"c{r['concurrency']}"
-            found |= {f"rate-{at}": f"{r['tokens_per_s']:.0f} tokens/s", f"ratio-{at}": f"{r['speedup']:.2f}",
-                      f"length-{at}": f"{r['acceptance_length']:.2f}", f"prompts-{at}": str(r["limit"]),
-                      f"machine-{at}": on}
+            if r["isa"] == "amx":
+                found |= {f"amx-{at}": f"{r['speedup']:.2f}", f"amx-length-{at}": f"{r['acceptance_length']:.2f}",
+                          f"amx-prompts-{at}": str(r["limit"]), f"amx-machine-{at}": on}
             if not r["limit"]:
                 found["all-tasks"] = ", ".join(f"{task} {t['requests']}" for task, t in r["tasks"].items())
                 found |= {f"all-{at}": f"{r['speedup']:.2f}", f"all-length-{at}": f"{r['acceptance_length']:.2f}",

@@ -78,7 +78,8 @@ def select_candidates(values: torch.Tensor, ids: torch.Tensor, hidden: torch.Ten
     Graph-safe. Source: DFlash2DraftModel of the dflash package; reference/selector.py. Random numbers are those of
     `sample_draft`.
 
-    Cost: `B * ((Q - 1) * (e * (K + 2) * R + 12 * K + 12) + 12)` bytes. Launches on a GPU: 1.
+    Cost: `B * ((Q - 1) * (e * (K + 2) * R + 12 * K + 12) + 12)` bytes; without hidden, a row of R less for
+    each position. Launches on a GPU: 1.
 
     Replaces `DFlash2Speculator._score_candidates` of vLLM, `CandidateSelector.build_lattice` of SGLang, the walks
     behind both, and the loop over positions of vLLM's `DSparkSpeculator` with a top-k.

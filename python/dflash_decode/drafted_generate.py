@@ -45,7 +45,7 @@ class DraftedGenerate:
         A DFlash drafter for the model: a directory, a .gguf file, or the id of one on the Hugging Face Hub that is in
         the local cache.
     block_size : int, optional
-        The tokens of every block; by default as many as pay.
+        The tokens of every block; by default as many as pay. Needed where the drafter's config has none.
     drafter_weights : str
         As for Session.load.
     max_batch : int

@@ -32,10 +32,11 @@ from .inputs import shown
 from .loop import Decoder
 from .model import Target
 from .model.calibration import read_calibration
+from .model.config import is_drafter, with_block_size
 from .model.dflash2 import read_selector
 from .model.drafter import Drafter
 from .model.families import FAMILIES, no_family
-from .model.layouts import with_block_size, with_mask_token
+from .model.layouts import with_mask_token
 from .model.multimodal import kind_of_text, text_part
 from .model.native import NativeTarget
 from .model.vocabulary import read_mask_embedding, read_vocabulary
@@ -129,7 +130,8 @@ class Session:
             model in huggingface_hub's cache.
         drafter: a drafter's directory, .gguf file or id, "auto" (the installed drafter for the target, or none, with a
             warning), "random", or "none" or None.
-        block_size: tokens per block, at most the drafter's block size, which is the default.
+        block_size: tokens per block, at most the drafter's block size, which is the default. Needed where the drafter's
+            config has none.
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
             config.json.
         device: "cpu" or a CUDA device.
@@ -363,7 +365,7 @@ def drafter_for(target: Target, found: Checkpoint, drafter_weights: str,
     if "open_spec_config_version" in found.config:
         raise CheckpointError(f"{found.source}: drafter must be in z-lab's format or in the speculators format with "
                               "transformer_layer_config; got one with open_spec_config_version")
-    if not {"dflash_config", "block_size"} & found.config.keys():
+    if not is_drafter(found.config):
         raise CheckpointError(f"{found.source}: drafter must be a DFlash drafter, whose config.json has dflash_config "
                               f"or block_size; got a model with model_type {shown(found.config.get('model_type'))}")
     try:

@@ -95,3 +95,14 @@ def test_a_file_is_added_to_and_a_case_that_is_measured_again_replaces_its_row(t
     options.add = False
     Kept(file, {"device": "d"}, ["y"], options).keep({"op": "op", "case": "c", "us": 4})
     assert rows_of(file) == [("op", "c", 4)]
+
+
+def test_bytes_of_layers_are_those_of_all_their_weights():
+    transformers = pytest.importorskip("transformers")
+    assert transformers
+    from tests.support.decode_models import make_target
+
+    _, target = make_target("llama")
+    parts = [w for layer in target._layers for of in (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)
+             for w in of.parts]
+    assert cases.packed_bytes(*target._layers) == sum(w.data.nbytes for w in parts) and len(parts) >= 16

@@ -40,15 +40,17 @@ def test_rows_have_the_results_figures(results):
                 row["tokens_per_s"] = 400.0
             if (row["peer"], row["mode"], row["concurrency"]) == ("ours", "baseline", 32):
                 row["tokens_per_s"] = 800.0
-    change(results, "peers", slower)
+    change(results, "peers-engines", slower)
     rows = summary_table.headline(results).splitlines()
     assert "| 321 tokens/s | baseline decoding, 5 outputs differ," in rows[2] and rows[2].endswith("| 2.79 |")
     assert "32 requests" in rows[4] and "| 400 tokens/s | baseline decoding, 800 tokens/s | 0.50 |" in rows[4]
 
 
-@pytest.mark.parametrize("missing", ["decode-c1", "decode-c8", "peers", "linear"])
+@pytest.mark.parametrize("missing", ["decode*-c1", "decode-c8", "peers*", "linear"])
 def test_there_are_five_rows_or_none(results, missing):
-    file_of(results, missing).unlink()
+    shutil.rmtree(kernel_tables.machines(results)[1])
+    for file in kernel_tables.machines(results)[0].glob(f"{missing}.json"):
+        file.unlink()
     assert summary_table.headline(results) == kernel_tables.EMPTY
 
 
@@ -69,9 +71,9 @@ def test_numbers_in_prose_follow_the_results(results):
     change(results, "step", twice)
     change(results, "decode-c8", lambda r: r.update(speedup=1.25))
     after = values.values(results)
-    assert after["ratio-c8"] == "1.25" and float(after["verify-steps"]) == pytest.approx(
+    assert after["all-c8"] == "1.25" and float(after["verify-steps"]) == pytest.approx(
         2 * float(before["verify-steps"]), abs=0.02)
-    assert {name for name in after if after[name] != before[name]} == {"ratio-c8", "verify-steps", "dflash-steps",
+    assert {name for name in after if after[name] != before[name]} == {"all-c8", "verify-steps", "dflash-steps",
                                                                         "draft-steps"}
 
 
@@ -79,8 +81,8 @@ def test_prose_agrees_with_the_tables():
     """The share that a table shows for an op is the one that the prose names."""
     shown, table = values.values(RESULTS), kernel_tables.limits_block(RESULTS)
     for op, name in (("baseline step", "share-baseline-step"), ("block_attention", "share-block_attention")):
-        row, = (line for line in table.splitlines() if line.startswith(f"| `{op}` |"))
-        assert f" {shown[name]} |" in row
+        rows = [line for line in table.splitlines() if line.startswith(f"| `{op}` |")]
+        assert any(f" {shown[name]} |" in row for row in rows)
     assert f"| {shown['verify-steps']} baseline steps |" in table
     assert f"| {shown['dflash-steps']} baseline steps |" in table
 

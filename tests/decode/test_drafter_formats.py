@@ -131,6 +131,9 @@ def test_a_config_without_a_block_size_takes_the_callers(tmp_path):
         place.pop("block_size", None)
     (folder / "config.json").write_text(json.dumps(config))
     assert Session.load(target, folder, block_size=5).drafter.block_size == 5
+    flat = {"architectures": ["DFlashDraftModel"], **config, **config.pop("dflash_config")}
+    (folder / "config.json").write_text(json.dumps(flat))
+    assert Session.load(target, folder, block_size=5).drafter.block_size == 5  # a class alone says that it is a drafter
     with pytest.raises(CheckpointError, match="block_size must be an integer of at least 1; got nothing"):
         Session.load(target, folder)
 

@@ -164,6 +164,19 @@ def test_p15_weights_in_nvfp4_are_what_their_bits_say(modelopt, bits):
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("first", ["nvfp4", "fp8"])
+def test_groups_in_nvfp4_and_fp8_each_have_their_scales(first):
+    w, scale = torch.randn(256, 256).to(FP8), torch.rand(2, 2)
+    groups = {"nvfp4": {"format": "nvfp4-pack-quantized", "weights": {"num_bits": 4, "group_size": 16}},
+              "fp8": {"format": "float-quantized", "weights": {"num_bits": 8, "block_structure": [128, 128]}}}
+    order = sorted(groups, key=lambda name: name != first)
+    config = read_quantization(Fields("x", {"quantization_config": {
+        "quant_method": "compressed-tensors", "format": "mixed-precision",
+        "config_groups": {name: groups[name] for name in order}}}))
+    found = dequantized(config, {"w": w, "w_scale": scale}, torch.float32, "x")["w"]
+    assert torch.equal(found, w.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1))
+
+
 def test_nvfp4_that_does_not_fit_is_named():
     config, target = {**draft_config({}), "quantization_config": NVFP4}, make_target("llama")[1]
     kept, _ = in_nvfp4(random_tensors(draft_config({}), torch.float32), True, False)

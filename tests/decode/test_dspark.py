@@ -6,14 +6,16 @@ import torch
 pytest.importorskip("transformers")
 
 from dflash_decode import Request, SamplingParams
+from dflash_decode.kv import NO_PAGE
 from dflash_decode.loop import Decoder
-from dflash_decode.model.config import Selector, read_draft_config
+from dflash_decode.model.config import LayerMask, Selector, read_draft_config, with_block_size
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
+from dflash_decode.packed import DraftStage, Tables
 from dflash_kernels.testing import assert_within_budget
 from tests.support.decode_models import VOCAB, baseline_text, make_target
 from tests.support.decode_runs import collect
-from tests.support.drafters import Served, dense, draft_config, embedded, make, markov, random_tensors
+from tests.support.drafters import PAGE, Served, dense, draft_config, embedded, make, markov, random_tensors
 
 ANCHOR_DRAFTS = {"markov_rank": 8, "architectures": ["Qwen3DSparkModel"], "markov_head_type": "vanilla",
                  "enable_confidence_head": True, "confidence_head_with_markov": True}
@@ -25,6 +27,61 @@ def test_the_block_is_the_anchor_and_what_the_rows_draft():
     ours, bonus = (read_draft_config(draft_config(changes)) for changes in (ANCHOR_DRAFTS, BONUS))
     assert (ours.block_size, ours.from_anchor) == (7, True) and (bonus.block_size, bonus.from_anchor) == (6, False)
     assert ours.selector == bonus.selector == Selector(8, 32, markov=True)
+    assert read_draft_config(draft_config(BONUS | {"dspark_draft_topk": 5})).selector == Selector(8, 5, markov=True)
+
+
+def speculators(**outer):
+    flat = draft_config({})
+    inner = {name: flat[name] for name in flat if name not in ("dflash_config", "num_target_layers")}
+    return {"speculators_model_type": "dspark", "architectures": ["DSparkDraftModel"], "block_size": 6,
+            "mask_token_id": 7, "aux_hidden_state_layer_ids": [3, 1, 4], "draft_vocab_size": VOCAB,
+            "markov_rank": 8, "markov_head_type": "vanilla",
+            "transformer_layer_config": inner | {"model_type": "qwen3"}, **outer}
+
+
+@torch.no_grad()
+def test_the_speculators_format_is_the_same_drafter():
+    """Its anchor drafts where it says so alone, however the layers are named; its sliding layers are causal."""
+    flat, tensors, _, plain = make(BONUS, torch.float32)
+    _, target = make_target("llama")
+    drafters = plain, Drafter(speculators(), tensors, target)
+    drafts = [Served(drafter, LENGTHS).commit_all().draft(ANCHORS)[1] for drafter in drafters]
+    assert torch.equal(*drafts)
+    named = speculators(target_layer_ids=[2, 0, 3])
+    del named["aux_hidden_state_layer_ids"]
+    for config, from_anchor in ((speculators(), False), (named, False), (speculators(sample_from_anchor=True), True),
+                                (speculators(dspark_bonus_anchor=False), True)):
+        assert read_draft_config(config).from_anchor is from_anchor
+    slides = speculators()
+    slides["transformer_layer_config"] |= {"layer_types": ["sliding_attention"] * 3, "sliding_window": 6,
+                                           "use_sliding_window": True}
+    assert read_draft_config(slides).masks[0] == LayerMask(True, (5, -1))
+    assert read_draft_config(slides | {"sliding_window_non_causal": True}).masks[0] == LayerMask(False, (5, 5))
+
+
+@pytest.mark.parametrize(("changes", "size"), [(ANCHOR_DRAFTS, 8), (BONUS, 8), ({}, 5)])
+def test_a_config_without_a_block_size_takes_the_callers(changes, size):
+    """Of the anchor and its drafts, whether or not the anchor's row drafts."""
+    config = draft_config(changes)
+    del config["dflash_config"]["block_size"]
+    with pytest.raises(ValueError, match="block_size must be an integer of at least 1; got nothing .Session.load"):
+        read_draft_config(with_block_size(config, None))
+    assert read_draft_config(with_block_size(config, size)).block_size == size
+    assert with_block_size(draft_config(changes), 3) == draft_config(changes)
+
+
+@torch.no_grad()
+def test_a_markov_heads_bias_is_of_the_logits_as_they_are():
+    """Engines scale and cap neither."""
+    scaled = {"output_multiplier": 0.1, "final_logit_softcapping": 0.5}
+    drafters = [make(changes, torch.float32)[3] for changes in (ANCHOR_DRAFTS, ANCHOR_DRAFTS | scaled)]
+    assert torch.equal(*(Served(d, LENGTHS).commit_all().draft(ANCHORS)[1] for d in drafters))
+
+
+def test_a_confidence_head_alone_is_not_used():
+    config = draft_config({"architectures": ["Qwen3DSparkModel"], "enable_confidence_head": True})
+    own = {"confidence_head.proj.weight": torch.randn(1, 64), "confidence_head.proj.bias": torch.zeros(1)}
+    assert Drafter(config, random_tensors(config, torch.float32) | own, make_target("llama")[1]).selector is None
 
 
 @pytest.mark.parametrize(("changes", "from_anchor"), [
@@ -44,7 +101,9 @@ def test_which_rows_draft_is_said_or_the_formats_rule(changes, from_anchor):
     ({"markov_rank": 8, "markov_head_type": "gated"}, NotImplementedError, "must be 'vanilla'.* got 'gated'"),
     ({"markov_rank": -1}, ValueError, "markov_rank must be an integer of at least 0; got -1"),
     ({"markov_rank": 8, "selector_rank": 4, "selector_top_k": 4}, ValueError,
-     r"selector_rank \(and selector_top_k\) must be 0 beside markov_rank = 8; got 4"),
+     r"selector_rank \(of the config, or of candidate_selector/\) must be 0 beside markov_rank = 8; got 4"),
+    ({"markov_rank": 8, "dspark_draft_topk": 65}, ValueError, "dspark_draft_topk must be between 1 and 64; got 65"),
+    ({"enable_confidence_head": "yes"}, ValueError, "enable_confidence_head must be true or false; got 'yes'"),
     ({"architectures": ["Gemma4DSparkModel"]}, NotImplementedError, "'Gemma4DSparkModel' is not supported"),
     ({"dspark_block_size": 5}, NotImplementedError, "dspark_block_size = 5 is not supported"),
 ])
@@ -74,12 +133,17 @@ def test_drafts_are_those_of_a_plain_walk_at_any_width(changes, width):
 
 
 @torch.no_grad()
-def test_a_short_block_has_its_rows_and_drafts_as_a_narrow_pass():
+def test_a_block_at_the_end_of_the_context_keeps_the_rows_that_have_room():
+    """A mask stands at the last position that there is: one draft more than what is kept comes of it."""
     _, _, _, drafter = make(ANCHOR_DRAFTS, torch.float32)
     served = Served(drafter, LENGTHS).commit_all()
-    _, narrow = served.draft(ANCHORS, width=4)
-    _, ids = served.draft(ANCHORS, width=7, block_lens=[3, 3, 3])
-    assert torch.equal(ids[:, :4], narrow)
+    stage = DraftStage(drafter, served.kv, 4, 7, Tables(4, served.tables.shape[1]), PAGE, room=27)
+    stage.tables.set([[int(page) for page in row if page != NO_PAGE] for row in served.tables])
+    got, sure = stage(ANCHORS, LENGTHS)
+    _, wide = served.draft(ANCHORS, width=7)
+    _, narrow = served.draft(ANCHORS, width=5)  # its pass has four rows, as a block of four tokens in a wider one
+    assert [len(row) for row in got] == [len(row) for row in sure] == [3, 6, 6]
+    assert got[0] == narrow[0, 1:4].tolist() and [got[1], got[2]] == wide[1:, 1:].tolist()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from dflash_decode.loop import Decoder  # noqa: E402
+from dflash_decode.model.drafter import Drafter  # noqa: E402
 from dflash_decode.model.hf import HFTarget, refuse_model  # noqa: E402
 from dflash_decode.model.hf_states import UNBOUNDED, _fresh, _Mixer, mixers  # noqa: E402
 from dflash_decode.requests import Request  # noqa: E402
@@ -17,6 +18,7 @@ from dflash_kernels.testing import same_bits  # noqa: E402
 from tests.support import tiny  # noqa: E402
 from tests.support.decode_models import COMMON, VOCAB, randomise  # noqa: E402
 from tests.support.decode_runs import Oracle, run  # noqa: E402
+from tests.support.drafters import draft_config, random_tensors  # noqa: E402
 
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
          "linear_value_head_dim": 16}
@@ -109,6 +111,19 @@ def test_text_is_that_of_generate_with_and_without_drafts(kind):
     got = run(target, oracle, asked(16), max_batch=2, max_context=64)
     assert {i: text for i, (text, *_) in got.items()} == want
     assert {1, 5} < {length for *_, lengths in got.values() for length in lengths}
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "nemotron_h"])
+def test_a_dspark_drafter_as_published_for_it(kind):
+    """Rotary pairs side by side, a Markov head, and an anchor that drafts."""
+    model = make(kind)
+    want = {i: model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
+            for i, prompt in enumerate(PROMPTS)}
+    config = draft_config({"architectures": ["Lfm2DSparkDraftModel"], "markov_rank": 8, "rope_is_neox_style": False})
+    target = HFTarget(model)
+    drafter = Drafter(config, random_tensors(config, torch.float32), target)
+    got = run(target, drafter, asked(16), max_batch=2, max_context=64)
+    assert {i: text for i, (text, *_) in got.items()} == want
 
 
 def test_a_directory_loads(tmp_path):

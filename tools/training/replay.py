@@ -103,7 +103,7 @@ class Replay:
         for i, one in enumerate(live):
             text, place = one or (None, 0)
             self.draft.anchors[i], self.lens[i] = text.ids[place] if text else 0, place
-            self.block[i] = self.width if text else 0
+            self.block[i] = self.draft.rows if text else 0
         d, draft = self.drafter, self.draft
         drafts = draft.run(self.lens, self.tables, self.block)[which, 1:]
         shape = (len(live), self.width - 1, -1)

@@ -189,6 +189,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     session = Session.load(args.model, args.drafter)
     drafter, target = session.drafter, session.target
+    if drafter.selector and drafter.selector.projection is None:
+        p.error(f"--drafter must have no Markov head, beside which there is no selector; got {args.drafter}")
     rows = read_answers(args.answers)
     Random(args.seed).shuffle(rows)
     longest = ROOM + args.answer_tokens

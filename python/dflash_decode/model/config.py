@@ -160,6 +160,22 @@ def read_draft_config(config: Mapping) -> DraftConfig:
     return read
 
 
+def with_block_size(config: Mapping, block_size: int | None) -> Mapping:
+    """The config with blocks of so many tokens, the anchor included, where it has no block_size."""
+    f = _Fields(flat(config, _WHAT))
+    if block_size is None or f.get("block_size") is not None:
+        return config
+    return {**config, "block_size": block_size - read_markov(f, f.top)[1]}
+
+
+def is_drafter(config: Mapping) -> bool:
+    """Whether a config.json is one of a drafter, in any of the formats that are read."""
+    if {"dflash_config", "block_size", "speculators_model_type"} & config.keys():
+        return True
+    names = config.get("architectures")
+    return isinstance(names, list) and any(kind in str(name) for name in names for kind in ("DFlash", "DSpark"))
+
+
 def _convolution(f, hidden):
     taps, group = (f.whole(name, 0, least=0) for name in ("conv_kernel_size", "conv_group_size"))
     if not taps and not group:
@@ -174,9 +190,12 @@ def _convolution(f, hidden):
 def _selector(f, vocab, markov):
     rank, candidates = (f.whole(name, 0, least=0) for name in ("selector_rank", "selector_top_k"))
     if not rank and not candidates:
-        return Selector(markov, min(vocab, _MARKOV_CANDIDATES), markov=True) if markov else None
+        most = min(vocab, _MOST_CANDIDATES)
+        if not 1 <= (kept := f.whole("dspark_draft_topk", min(vocab, _MARKOV_CANDIDATES))) <= most:
+            f.refuse("dspark_draft_topk", f"between 1 and {most}", kept)
+        return Selector(markov, kept, markov=True) if markov else None
     if markov:
-        f.refuse("selector_rank (and selector_top_k)", f"0 beside markov_rank = {markov}", rank)
+        f.refuse("selector_rank (of the config, or of candidate_selector/)", f"0 beside markov_rank = {markov}", rank)
     if not rank:
         f.refuse("selector_rank", f"an integer of at least 1 beside selector_top_k = {candidates}", rank)
     most = min(vocab, _MOST_CANDIDATES)

@@ -245,9 +245,10 @@ class DraftPass:
         d, c = self.drafter, self.drafter.config
         ids = self.guesses if self.candidates is None else self.candidates
         named = ids if d.ids_of_draft is None else self.draft_ids
-        options: dict[str, Any] = {"bias": d.head_bias, "num_valid": d.num_valid, "scale": c.output_multiplier,
-                   "softcap": c.final_logit_softcapping, "out_values": self.values.flatten(0, 1),
-                   "out_ids": named.flatten(0, 1)}
+        options: dict[str, Any] = {"bias": d.head_bias, "num_valid": d.num_valid,
+                                   "out_values": self.values.flatten(0, 1), "out_ids": named.flatten(0, 1)}
+        if not (c.selector and c.selector.markov):  # whose bias is one of the logits as they are, as in vLLM
+            options |= {"scale": c.output_multiplier, "softcap": c.final_logit_softcapping}
         if self.candidates is None:
             lm_head_argmax(self.masked, d.head, out_lse=self.lse, **options)
         else:

@@ -37,15 +37,6 @@ def with_mask_token(config: Mapping, id_of: Callable[[str], int | None]) -> Mapp
     return {**config, "mask_token_id": token}
 
 
-def with_block_size(config: Mapping, block_size: int | None) -> Mapping:
-    """The config with this block_size where it has none."""
-    nested = config.get("dflash_config")
-    places = [config, nested] if isinstance(nested, Mapping) else [config]
-    if block_size is None or any(place.get("block_size") is not None for place in places):
-        return config
-    return {**config, "block_size": block_size}
-
-
 def flat(config: Mapping, what: str) -> Mapping:
     """The config in z-lab's layout, with the defaults of its model class. Raises ValueError."""
     Fields(what, config)  # which is an object
@@ -64,7 +55,7 @@ def flat(config: Mapping, what: str) -> Mapping:
 
 def _of_speculators(config: Mapping, what: str) -> Mapping:
     """The geometry is in transformer_layer_config and the rest beside it, which wins. Sliding layers are not causal
-    unless sliding_window_non_causal is false; full ones never are."""
+    unless sliding_window_non_causal is false, as it is for DSpark where nothing says so; full ones never are."""
     outer = Fields(what, config)
     kind = outer.text("speculators_model_type", "dflash")
     if kind not in ("dflash", "dflash2", "dspark"):
@@ -75,6 +66,9 @@ def _of_speculators(config: Mapping, what: str) -> Mapping:
     if family != "qwen3":
         raise NotImplementedError(f"{what}: transformer_layer_config.model_type must be 'qwen3'; got {shown(family)}")
     projector = kind if kind == "dspark" else outer.text("projector_type", "dflash")
+    defaults = {"sliding_window_non_causal": kind != "dspark"}  # of which vLLM reads nothing for DSpark
+    if kind == "dspark" and outer.get("dspark_bonus_anchor") is None:
+        defaults["sample_from_anchor"] = False
     unread = _SPECULATORS_TRAINING if projector == "dflash" else _SPECULATORS_TRAINING - {"emb_dim", "gru_hidden_dim"}
     beside = {name: value for name, value in config.items() if value is not None and name not in unread}
-    return {**inner, "sliding_window_non_causal": True, **beside, "projector_type": projector}
+    return {**inner, **defaults, **beside, "projector_type": projector}

@@ -11,8 +11,7 @@ import torch
 from ..checkpoint.fields import Fields, shown
 from .tensors import Tensors
 
-_HEAD, _CONFIDENCE = "markov_head.", "confidence_head."
-FIELDS = ("enable_confidence_head", "confidence_head_with_markov")  # of the head that is not used
+_HEAD = "markov_head."
 
 
 def read_markov(f: Fields, top: Fields) -> tuple[int, bool]:
@@ -30,7 +29,8 @@ def read_markov(f: Fields, top: Fields) -> tuple[int, bool]:
     if (kind := f.text("markov_head_type", "vanilla")) != "vanilla":
         raise NotImplementedError(f"{f.what}: markov_head_type must be 'vanilla', a bias by the token before it; "
                                   f"got {shown(kind)}")
-    f.seen.update(FIELDS)
+    for name in ("enable_confidence_head", "confidence_head_with_markov"):
+        f.flag(name, False)
     from_anchor, bonus = f.flag("sample_from_anchor", None), f.flag("dspark_bonus_anchor", None)
     if from_anchor is not None and from_anchor is bonus:
         f.refuse("dspark_bonus_anchor", f"not sample_from_anchor = {str(from_anchor).lower()}", bonus)
@@ -47,7 +47,6 @@ def take_markov(tensors: Tensors, vocab: int, draft_vocab: int, rank: int, ids_o
                 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W1 and W2 (vocab, rank), both by the target's ids. W2 is stored by the draft head's rows: a token that has none
     gets zeros, and is never drafted."""
-    tensors.drop_under(_CONFIDENCE)
     before = tensors.take(f"{_HEAD}markov_w1.weight", vocab, rank).contiguous()
     after = tensors.take(f"{_HEAD}markov_w2.weight", draft_vocab, rank).contiguous()
     if ids_of_draft is None and draft_vocab == vocab:

@@ -6,8 +6,9 @@ import torch
 
 _PREFIXES = {"model.": "", "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm.", "midlayer.": "layers.0."}
 _CODEBOOKS = ("predecessor_codebook.weight", "successor_codebook.weight")
-# The rotary table's frequencies, and copies of the target's tensors that training needs.
-_UNUSED = ("rotary_emb.inv_freq", "verifier_lm_head.weight", "verifier_norm.weight")
+# The rotary table's frequencies, copies of the target's tensors that training needs, and DSpark's confidence head.
+_UNUSED = ("rotary_emb.inv_freq", "verifier_lm_head.weight", "verifier_norm.weight", "confidence_head.proj.weight",
+           "confidence_head.proj.bias")
 
 
 def renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ _UNUSED = (".activation_scale", ".input_scale", ".input_zero_point", ".output_sc
 _FOUR_BITS = (".weight_packed", ".qweight", ".weight_scale_2")
 _NVFP4 = ("NVFP4", "W4A16_NVFP4")
 _NVFP4_GROUP = 16
+_NVFP4_AT_ONCE = 1 << 22  # numbers that are widened together
 _NVFP4_SCALES = ("_scale_2", "_global_scale")  # ModelOpt's, compressed-tensors'
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -60,10 +61,13 @@ def read_quantization(config: Fields) -> Quantization | None:
     block: Sequence[int] | None = f.items("weight_block_size", None, int, "two numbers")
     for name, group in groups.items():
         weights = Fields(f"{f.what}.config_groups.{name}.weights", Fields(f.what, group).table("weights", {}))
-        if weights.whole("num_bits", 8) != 8 and not (nvfp4 and weights.get("num_bits") == 4):
-            raise NotImplementedError(f"{weights.what}.num_bits must be 8; got {weights.get('num_bits')}")
-        if nvfp4 and weights.whole("group_size", _NVFP4_GROUP, least=-1) != _NVFP4_GROUP:
-            weights.refuse("group_size", f"{_NVFP4_GROUP} in NVFP4", weights.get("group_size"))
+        bits = weights.whole("num_bits", 8)
+        if nvfp4 and bits == 4:
+            if weights.whole("group_size", _NVFP4_GROUP, least=-1) != _NVFP4_GROUP:
+                weights.refuse("group_size", f"{_NVFP4_GROUP} in NVFP4", weights.get("group_size"))
+            continue
+        if bits != 8:
+            raise NotImplementedError(f"{weights.what}.num_bits must be 8; got {bits}")
         size = weights.whole("group_size", 0, least=-1)
         block = block or weights.items("block_structure", None, int, "two numbers") or ([1, size] if size > 0 else None)
     if block is not None and (len(block) != 2 or min(block) < 1):
@@ -104,7 +108,7 @@ class _Widened(Mapping):
 
     def __getitem__(self, name: str) -> Any:
         if name in self._four_bits:
-            return self._of_nvfp4(name, self._four_bits[name]).to(self._dtype)
+            return self._of_nvfp4(name, self._four_bits[name])
         t = self._tensors[name]
         if not isinstance(t, torch.Tensor) or t.dtype not in _STORED:
             return t
@@ -117,7 +121,6 @@ class _Widened(Mapping):
         return (exact * self._spread(name, self._factors(name, scale), t.shape)).to(self._dtype)
 
     def _of_nvfp4(self, name, t):
-        """float32"""
         scale = self._tensors.get(f"{name}_scale")
         whole = next((self._tensors[name + end] for end in _NVFP4_SCALES if name + end in self._tensors), None)
         groups = (t.shape[0], 2 * t.shape[-1] // _NVFP4_GROUP)
@@ -126,13 +129,18 @@ class _Widened(Mapping):
             got = [x if x is None else f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.") for x in (t, scale, whole)]
             raise ValueError(f"{self._what}: tensor {name} in NVFP4 must be uint8 (rows, columns / 2) with a scale for "
                              f"{_NVFP4_GROUP} columns and one for all; got {', '.join(map(str, got))}")
-        codes = torch.stack((t & 15, t >> 4), -1).view(t.shape[0], -1).long()
-        numbers = torch.tensor([*_E2M1, *(-x for x in _E2M1)], device=t.device)[codes]
         # A scale in uint8 is the bits of one in e4m3.
         scale = (scale.view(torch.float8_e4m3fn) if scale.dtype == torch.uint8 else scale).float()
         whole = whole.float().reshape(())
         scale = scale * whole if f"{name}_scale_2" in self._tensors else scale / whole
-        return numbers * scale.repeat_interleave(_NVFP4_GROUP, 1)
+        numbers = torch.tensor([*_E2M1, *(-x for x in _E2M1)], device=t.device)
+        pairs = torch.stack((numbers.repeat(16), numbers.repeat_interleave(16)), 1)  # of a byte, its lower half first
+        wide = torch.empty(t.shape[0], 2 * t.shape[1], dtype=self._dtype, device=t.device)
+        at_once = max(_NVFP4_AT_ONCE // wide.shape[1], 1)
+        for rows, codes, factors in zip(wide.split(at_once), t.split(at_once), scale.split(at_once), strict=True):
+            exact = pairs[codes.int()].view(len(codes), -1, _NVFP4_GROUP)
+            rows.copy_((exact * factors[..., None]).view_as(rows))
+        return wide
 
     def _factors(self, name, scale):
         """float32: a scale in uint8 is a power of two by its exponent (MX)."""

@@ -56,9 +56,9 @@ def take_vocabulary(tensors: Tensors, c: DraftConfig, target: Target) -> Vocabul
         if not bool(((ids >= 0) & (ids < target.vocab_size)).all()):
             raise ValueError(f"{_WHAT}: d2t must be offsets to ids below {target.vocab_size}; "
                              f"got ids from {int(ids.min())} to {int(ids.max())}")
-    elif head is not None and c.draft_vocab_size != c.vocab_size:
+    elif head is not None and c.draft_vocab_size < c.vocab_size:
         raise ValueError(f"{_WHAT}: tensor d2t must be there with shape ({c.draft_vocab_size},), as draft_vocab_size "
-                         f"is not vocab_size = {c.vocab_size}; got nothing")
+                         f"is below vocab_size = {c.vocab_size}; got nothing")
     # A head padded beyond the target's vocabulary must not draft an id that the target does not have, and without d2t a
     # smaller draft vocabulary is the first rows of the target's head.
     return Vocabulary(embedding, head, ids, rows if ids is not None else min(rows, target.vocab_size))
