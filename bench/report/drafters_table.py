@@ -8,8 +8,9 @@ HEAD = ["drafter", "config", "layers", "heads", "block", "aux hidden states", "a
 
 def drafters_block() -> str:
     rows = [_row(entry, refusal(entry)) for entry in entries()]
-    loaded = sum(row[-1].startswith("loads") for row in rows)
-    lines = [f"{loaded} of {len(rows)} load, by their structure: no published weights were loaded.", "", _line(HEAD),
+    loaded, needs = (sum(row[-1].startswith(word) for row in rows) for word in ("loads", "loads, once"))
+    lines = [f"{loaded} of {len(rows)} load, by their structure, {needs} of them with a change or an option; no "
+             "weights but this repository's were loaded.", "", _line(HEAD),
              _line(["---"] * len(HEAD)), *map(_line, rows)]
     return "\n".join(lines)
 

@@ -40,13 +40,13 @@ def headline(folder: Path) -> str:
                 rows.append(found[0])
                 commands.append(found[1])
         if len(rows) == 5:
-            about = kernel_tables.kernel_results(machine)[0]["header"]
+            about = op_header(machine)
             return "\n".join([
                 "| | measurement | result | compared with | speedup |", "|---|---|---|---|---|",
                 *(f"| {i + 1} | {row}" for i, row in enumerate(rows)), "",
-                f"{about['device']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, bfloat16, "
-                f"commit {about['commit']}. Rates count new tokens over the whole time, the prompts' passes included. "
-                "Commands:", "",
+                f"{about['device']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, bfloat16; row "
+                f"5 of commit {about['commit']}. Rates count new tokens over the whole time, the prompts' passes "
+                "included. Commands:", "",
                 *(f"- {rows_of(commands, command)}: `{command}`" for command in dict.fromkeys(commands))])
     return kernel_tables.EMPTY
 
@@ -63,7 +63,7 @@ def gains(known: dict[str, str]) -> str:
             (f"bfloat16, {known['cells-machine']}: {known['cells-isas']}", f"{known['cells-prompts-c1']} of each task",
              *(known[f"cells-c{n}"] for n in (1, 8, 32))),
             (f"4 bits, {known['file-machine']}: {known['file-isas']}", f"{known['file-prompts']} of each task",
-             known["file-c1"], known["file-c8"], ""),
+             known["file-c1"], known["file-c8"], known["file-c32"]),
             (f"bfloat16, {known['amx-machine-c1']}", f"{known['amx-prompts-c1']} of each task", known["amx-c1"],
              known["amx-c8"], "")]
     return "\n".join(["| weights and machine | prompts | 1 request | 8 | 32 |", "|---|---|---|---|---|",
@@ -115,14 +115,22 @@ def engine_row(machine: Path) -> tuple[str, str] | None:
     return None
 
 
+def op_rows(machine: Path) -> list[tuple[dict, dict]]:
+    """The results and rows of the op that README shows."""
+    return [(result, row) for result in kernel_tables.kernel_results(machine) for row in result["rows"]
+            if row["op"] == "lm_head_argmax" and row.get("headline") and "torch.compile" in row["peers"]]
+
+
+def op_header(machine: Path) -> dict:
+    return op_rows(machine)[0][0]["header"]
+
+
 def op_row(machine: Path) -> tuple[str, str] | None:
-    for result in kernel_tables.kernel_results(machine):
-        for row in result["rows"]:
-            if row["op"] == "lm_head_argmax" and row.get("headline") and "torch.compile" in row["peers"]:
-                other = row["peers"]["torch.compile"]
-                return (f"`lm_head_argmax`, {row['case']} | {row['us']:.0f} µs, {row['pct_of_limit']:.0f} % of the "
-                        f"read bandwidth | torch.compile, {other:.0f} µs | {other / row['us']:.2f} |"), \
-                    command_of(result["command"])
+    for result, row in op_rows(machine):
+        other = row["peers"]["torch.compile"]
+        return (f"`lm_head_argmax`, {row['case']} | {row['us']:.0f} µs, {row['pct_of_limit']:.0f} % of the "
+                f"read bandwidth | torch.compile, {other:.0f} µs | {other / row['us']:.2f} |"), \
+            command_of(result["command"])
     return None
 
 

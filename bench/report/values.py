@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 from bench.model.step import GEOMETRIES, KERNELS_A_LAYER, MACHINES
@@ -33,6 +34,11 @@ def values(folder: Path) -> Values:
             for name, value in group(machine).items():
                 found.setdefault(name, value)
     return Values(found | {name: spread(values) for name, values in longer.items()})
+
+
+def spans(ratios: Collection[float]) -> str:
+    least, most = min(ratios), max(ratios)
+    return f"{least:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} to {most:.2f}"
 
 
 def spread(values: list[float]) -> str:
@@ -165,8 +171,8 @@ def of_peers(machine: Path) -> dict[str, str]:
                 found |= {"file-prompts": str(header["limit"]),
                           "file-machine": f"{header['cpu']}, {header['threads']} threads"}
     for c, of in gains.items():
-        found |= {f"file-c{c}": f"{min(of.values()):.2f} to {max(of.values()):.2f}", "file-isas": ", ".join(of)}
-    return found
+        found[f"file-c{c}"] = spans(of.values())
+    return found | ({"file-isas": ", ".join(gains[1])} if 1 in gains else {})
 
 
 def of_acceptance(machine: Path) -> dict[str, float]:

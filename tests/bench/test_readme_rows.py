@@ -40,7 +40,7 @@ def test_rows_have_the_results_figures(results):
                 row["tokens_per_s"] = 400.0
             if (row["peer"], row["mode"], row["concurrency"]) == ("ours", "baseline", 32):
                 row["tokens_per_s"] = 800.0
-    change(results, "peers-engines", slower)
+    change(results, "peers", slower)
     rows = summary_table.headline(results).splitlines()
     assert "| 321 tokens/s | baseline decoding, 5 outputs differ," in rows[2] and rows[2].endswith("| 2.79 |")
     assert "32 requests" in rows[4] and "| 400 tokens/s | baseline decoding, 800 tokens/s | 0.50 |" in rows[4]
