@@ -6,9 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_decode import Request, SamplingParams
 from dflash_decode.checkpoint import CheckpointError, load_checkpoint
-from dflash_decode.loop import Decoder
 from dflash_decode.model.dflash2 import write_selector
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
@@ -19,7 +17,7 @@ from dflash_kernels.testing import assert_within_budget, same_bits
 pytest.importorskip("transformers")
 from tests.support import tiny  # noqa: E402
 from tests.support.decode_models import VOCAB, make_target  # noqa: E402
-from tests.support.decode_runs import collect  # noqa: E402
+from tests.support.decode_runs import check_texts  # noqa: E402
 from tests.support.drafters import PAGE, Served, draft_config, embedded, make, random_tensors  # noqa: E402
 
 DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 5}
@@ -141,14 +139,7 @@ def test_texts_are_those_of_baseline_decoding(block_size, int8):
     """Greedy and sampled requests together, drafts greedy and drawn, in recorded steps."""
     _, target = make_target("llama")
     drafter = Drafter(draft_config(DFLASH2), random_tensors(draft_config(DFLASH2), torch.float32), target, int8=int8)
-    requests = [Request(0, [5, 9, 33], 9, ()), Request(1, [1], 7, (), SamplingParams(0.8, seed=3)),
-                Request(2, [8] * 17, 8, ())]
-    want = collect(Decoder(target, None, max_context=64).stream(requests))
-    got = collect(Decoder(target, drafter, max_context=64, block_size=block_size).stream(requests))
-    assert {key: text for key, (text, *_) in got.items()} == {key: text for key, (text, *_) in want.items()}
-    drawn = collect(Decoder(target, drafter, max_context=64, block_size=block_size, sample_from="request").stream(
-        requests))
-    assert [drawn[key][0] for key in (0, 2)] == [want[key][0] for key in (0, 2)] and len(drawn[1][0]) == 7
+    check_texts(target, drafter, block_size)
 
 
 def test_confidence_is_the_selectors_share_of_its_candidates():

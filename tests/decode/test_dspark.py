@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from dflash_decode import Request, SamplingParams
+from dflash_decode import Request
 from dflash_decode.kv import NO_PAGE
 from dflash_decode.loop import Decoder
 from dflash_decode.model.config import LayerMask, Selector, read_draft_config, with_block_size
@@ -14,7 +14,7 @@ from dflash_decode.model.native import NativeTarget
 from dflash_decode.packed import DraftStage, Tables
 from dflash_kernels.testing import assert_within_budget
 from tests.support.decode_models import VOCAB, baseline_text, make_target
-from tests.support.decode_runs import collect
+from tests.support.decode_runs import check_texts, collect
 from tests.support.drafters import PAGE, Served, dense, draft_config, embedded, make, markov, random_tensors
 
 ANCHOR_DRAFTS = {"markov_rank": 8, "architectures": ["Qwen3DSparkModel"], "markov_head_type": "vanilla",
@@ -177,14 +177,7 @@ def test_texts_are_those_of_baseline_decoding(block_size, int8):
     _, target = make_target("llama")
     config = draft_config(ANCHOR_DRAFTS)
     drafter = Drafter(config, random_tensors(config, torch.float32), target, int8=int8)
-    requests = [Request(0, [5, 9, 33], 9, ()), Request(1, [1], 7, (), SamplingParams(0.8, seed=3)),
-                Request(2, [8] * 17, 8, ())]
-    want = collect(Decoder(target, None, max_context=64).stream(requests))
-    got = collect(Decoder(target, drafter, max_context=64, block_size=block_size).stream(requests))
-    assert {key: text for key, (text, *_) in got.items()} == {key: text for key, (text, *_) in want.items()}
-    drawn = collect(Decoder(target, drafter, max_context=64, block_size=block_size, sample_from="request").stream(
-        requests))
-    assert [drawn[key][0] for key in (0, 2)] == [want[key][0] for key in (0, 2)] and len(drawn[1][0]) == 7
+    check_texts(target, drafter, block_size)
 
 
 @pytest.mark.parametrize("changes", [ANCHOR_DRAFTS, BONUS])

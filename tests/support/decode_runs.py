@@ -9,6 +9,7 @@ from dflash_decode.loop import Decoder
 from dflash_decode.model.drafter import Drafter, DraftPass
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.requests import Request
+from dflash_decode.sampling import SamplingParams
 
 VOCAB = 97
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], list(range(15)), list(range(16)), list(range(40, 57)), [9] * 33, [96, 0], [8, 8]]
@@ -53,6 +54,21 @@ def collect(events):
             assert event.id not in ends
             ends[event.id] = event
     return {key: (tokens, ends[key].finish, ends[key].acceptance_lengths) for key, tokens in texts.items()}
+
+
+def check_texts(target, drafter, block_size):
+    """Greedy and sampled requests together have the baseline's texts; with drawn drafts the greedy ones have."""
+    requests = [Request(0, [5, 9, 33], 9, ()), Request(1, [1], 7, (), SamplingParams(0.8, seed=3)),
+                Request(2, [8] * 17, 8, ())]
+
+    def texts(of, **options):
+        return {key: text for key, (text, *_) in collect(Decoder(target, of, max_context=64, **options).stream(
+            requests)).items()}
+
+    want = texts(None)
+    assert texts(drafter, block_size=block_size) == want
+    drawn = texts(drafter, block_size=block_size, sample_from="request")
+    assert [drawn[key] for key in (0, 2)] == [want[key] for key in (0, 2)] and len(drawn[1]) == 7
 
 
 def run(target, drafter, requests, **options):
