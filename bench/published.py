@@ -22,8 +22,7 @@ FILE = ROOT / "bench" / "published.json"
 VOCAB, DRAFT_VOCAB, PREFIX, HIDDEN, MASK, WINDOW = 97, 40, 88, 64, 7, 6
 _SIZES = {"hidden_size": HIDDEN, "target_hidden_size": HIDDEN, "intermediate_size": 96, "head_dim": 16,
           "v_head_dim": 16, "vocab_size": VOCAB, "mask_token_id": MASK, "sliding_window": WINDOW,
-          "swa_window_size": WINDOW, "selector_rank": 8, "markov_rank": 8,
-          "dspark_markov_rank": 8}
+          "swa_window_size": WINDOW, "selector_rank": 8, "markov_rank": 8, "dspark_markov_rank": 8}
 _MUSE = {"fc.": "encoder.fc.", "hidden_norm.": "encoder.output_norm_enc."}
 
 

@@ -90,7 +90,7 @@ def timed_peers(machine: Path) -> list[tuple[dict, dict]]:
 
 
 def many_row(machine: Path) -> tuple[str, str] | None:
-    """As many requests as were measured, in blocks that stay long: there speculation may lose."""
+    """As many requests as were measured: there speculation may lose."""
     runs = [(max(concurrency for *_, concurrency in rows), header, rows) for header, rows in timed_peers(machine)]
     if not runs:
         return None
@@ -126,12 +126,12 @@ def op_header(machine: Path) -> dict:
 
 
 def op_row(machine: Path) -> tuple[str, str] | None:
-    for result, row in op_rows(machine):
-        other = row["peers"]["torch.compile"]
-        return (f"`lm_head_argmax`, {row['case']} | {row['us']:.0f} µs, {row['pct_of_limit']:.0f} % of the "
-                f"read bandwidth | torch.compile, {other:.0f} µs | {other / row['us']:.2f} |"), \
-            command_of(result["command"])
-    return None
+    if not (found := op_rows(machine)):
+        return None
+    result, row = found[0]
+    other = row["peers"]["torch.compile"]
+    return (f"`lm_head_argmax`, {row['case']} | {row['us']:.0f} µs, {row['pct_of_limit']:.0f} % of the read bandwidth "
+            f"| torch.compile, {other:.0f} µs | {other / row['us']:.2f} |"), command_of(result["command"])
 
 
 def kernels(machine: Path) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Collection
 from pathlib import Path
 
 from bench.model.step import GEOMETRIES, KERNELS_A_LAYER, MACHINES
@@ -34,11 +33,6 @@ def values(folder: Path) -> Values:
             for name, value in group(machine).items():
                 found.setdefault(name, value)
     return Values(found | {name: spread(values) for name, values in longer.items()})
-
-
-def spans(ratios: Collection[float]) -> str:
-    least, most = min(ratios), max(ratios)
-    return f"{least:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} to {most:.2f}"
 
 
 def spread(values: list[float]) -> str:
@@ -144,7 +138,7 @@ def of_cells(machine: Path) -> dict[str, str]:
     for n in dict.fromkeys(c["concurrency"] for c in cells):
         of = [c for c in cells if c["concurrency"] == n]
         ratios = [c["speedup"] for c in of]
-        found |= {f"cells-c{n}": f"{min(ratios):.2f} to {max(ratios):.2f}", f"cells-prompts-c{n}": str(of[0]["limit"])}
+        found |= {f"cells-c{n}": kernel_tables.span(ratios, 2), f"cells-prompts-c{n}": str(of[0]["limit"])}
     found["cells-isas"] = ", ".join(dict.fromkeys(c["isa"] for c in cells))
     ratio, task, isa, n = min((t["speedup"], task, c["isa"], c["concurrency"]) for c in cells
                               for task, t in c["tasks"].items())
@@ -171,7 +165,7 @@ def of_peers(machine: Path) -> dict[str, str]:
                 found |= {"file-prompts": str(header["limit"]),
                           "file-machine": f"{header['cpu']}, {header['threads']} threads"}
     for c, of in gains.items():
-        found[f"file-c{c}"] = spans(of.values())
+        found[f"file-c{c}"] = kernel_tables.span(list(of.values()), 2)
     return found | ({"file-isas": ", ".join(gains[1])} if 1 in gains else {})
 
 

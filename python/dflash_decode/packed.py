@@ -80,7 +80,6 @@ class DraftStage:
         self.tables, self.width, self.room = tables, width, room
         self.work = Recorded(drafter.device, drafter)
         self.draft = drafter.make_draft(batch, width, kv, page_size)
-        self.rows = self.draft.block.positions.shape[1]  # of a block in the drafter's pass
         self.anchors = Input(self.draft.anchors)
         self.context_lens, self.block_lens = (Input.of(batch, dtype=torch.int32) for _ in range(2))
 
@@ -89,7 +88,7 @@ class DraftStage:
         widths = [min(self.width, self.room - context) for context in contexts]
         self.anchors.set(anchors)
         self.context_lens.set(contexts)
-        self.block_lens.set([min(width, self.rows) for width in widths])
+        self.block_lens.set([min(width, self.draft.rows) for width in widths])
         self.work.done(self.run)
         n = len(widths)
         drafts, confidences = self.draft.ids[:n, 1:].tolist(), self.draft.confidences()[:n].tolist()

@@ -69,14 +69,12 @@ class Step:
                                         self.verifier.params if draw else None) if drafter and width > 1 else None
         self.context = drafter.make_context(batch, width, draft_kv) if drafter else None
         self.forward = target.make_pass(batch, width, target_kv, drafter.target_layer_ids if drafter else ())
-        # The drafter's pass has every token of the block, or all but the last one.
-        self.block = self.draft.block if self.draft else PreparedBlock.empty(batch, width, device=device)
-        self.draft_rows = self.block.positions.shape[1]
-        if self.draft_rows < width:
-            self.block = PreparedBlock.empty(batch, width, device=device)
+        # The drafter's pass has a row for every token of the block, or for all but the last one.
+        shared = self.draft is not None and self.draft.rows == width
+        self.block = self.draft.block if self.draft and shared else PreparedBlock.empty(batch, width, device=device)
         self.anchors = self.draft.anchors if self.draft else ids(batch)
         self.context_lens, self.block_lens = ids(batch, dtype=torch.int32), ids(batch, dtype=torch.int32)
-        self.draft_lens = self.block_lens if self.draft_rows == width else ids(batch, dtype=torch.int32)
+        self.draft_lens = self.block_lens if shared else ids(batch, dtype=torch.int32)
         self.page_table = torch.full((batch, max_pages), NO_PAGE, dtype=torch.int32, device=device)
         self.hidden: torch.Tensor = torch.empty(0)
 
@@ -95,8 +93,8 @@ class Step:
         columns = zip(*padded, strict=True)
         for into, values in zip((self.anchors, self.context_lens, self.block_lens), columns, strict=True):
             into.copy_(torch.tensor(values, dtype=into.dtype))
-        if self.draft_lens is not self.block_lens:
-            self.draft_lens.copy_(self.block_lens.clamp(max=self.draft_rows))
+        if self.draft and self.draft_lens is not self.block_lens:
+            self.draft_lens.copy_(self.block_lens.clamp(max=self.draft.rows))
 
     def __call__(self) -> Verified:
         self.work.done(self.run)

@@ -62,7 +62,8 @@ def test_p44_sliding_layers_alone_are_causal_where_sliding_window_non_causal_is_
 
 
 @pytest.mark.parametrize(("change", "match"), [
-    ({"speculators_model_type": "eagle3"}, "speculators_model_type must be .* or 'dspark'; got 'eagle3'"),
+    ({"speculators_model_type": "eagle3"},
+     "speculators_model_type must be 'dflash', 'dflash2' or 'dspark'; got 'eagle3'"),
     ({"projector_type": "domino"}, "projector_type = 'domino' is not supported: Domino drafters need"),
     ({"transformer_layer_config": {"model_type": "llama"}}, "transformer_layer_config.model_type must be 'qwen3'"),
     ({"shift_label": True}, "shift_label is not supported; got True"),

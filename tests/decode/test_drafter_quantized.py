@@ -164,6 +164,25 @@ def test_p15_weights_in_nvfp4_are_what_their_bits_say(modelopt, bits):
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
+class Unread(dict):
+    def __getitem__(self, name):
+        raise AssertionError(f"{name} was read")
+
+    def items(self):
+        raise AssertionError("all were read")
+
+
+@pytest.mark.parametrize("config", [NVFP4, PACKED_NVFP4, FORMS["fp8 by row"][3]])
+def test_a_weight_is_read_when_it_is_asked_for(config):
+    """A target's weights can be larger than memory, and come from the files one at a time."""
+    names = ("a.weight", "b.weight_packed") if config is PACKED_NVFP4 else ("a.weight", "b.weight")
+    ends = ("_global_scale", "_scale") if config is PACKED_NVFP4 else ("_scale_2", "_scale") if config is NVFP4 else (
+        "_scale",)
+    stored = Unread.fromkeys([*names, *(f"{name}.weight{end}" for name in "ab" for end in ends)])
+    found = dequantized(read_quantization(Fields("x", {"quantization_config": config})), stored, torch.float32, "x")
+    assert {*found} == {"a.weight", "b.weight"} and len(found) == 2
+
+
 @pytest.mark.parametrize("first", ["nvfp4", "fp8"])
 def test_groups_in_nvfp4_and_fp8_each_have_their_scales(first):
     w, scale = torch.randn(256, 256).to(FP8), torch.rand(2, 2)

@@ -100,11 +100,15 @@ def asked(n):
     return [Request(i, prompt, n) for i, prompt in enumerate(PROMPTS)]
 
 
+def generated(model):
+    return {i: model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
+            for i, prompt in enumerate(PROMPTS)}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_that_of_generate_with_and_without_drafts(kind):
     model = make(kind)
-    want = {i: model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
-            for i, prompt in enumerate(PROMPTS)}
+    want = generated(model)
     target = HFTarget(model)
     assert {i: got[0] for i, got in run(target, None, asked(16), max_batch=3, max_context=64).items()} == want
     oracle = Oracle.knowing(target, want, 0.3, block_size=5)
@@ -117,8 +121,7 @@ def test_text_is_that_of_generate_with_and_without_drafts(kind):
 def test_a_dspark_drafter_as_published_for_it(kind):
     """Rotary pairs side by side, a Markov head, and an anchor that drafts."""
     model = make(kind)
-    want = {i: model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
-            for i, prompt in enumerate(PROMPTS)}
+    want = generated(model)
     config = draft_config({"architectures": ["Lfm2DSparkDraftModel"], "markov_rank": 8, "rope_is_neox_style": False})
     target = HFTarget(model)
     drafter = Drafter(config, random_tensors(config, torch.float32), target)

@@ -162,8 +162,10 @@ def read_draft_config(config: Mapping) -> DraftConfig:
 
 def with_block_size(config: Mapping, block_size: int | None) -> Mapping:
     """The config with blocks of so many tokens, the anchor included, where it has no block_size."""
+    if block_size is None:
+        return config
     f = _Fields(flat(config, _WHAT))
-    if block_size is None or f.get("block_size") is not None:
+    if f.get("block_size") is not None:
         return config
     return {**config, "block_size": block_size - read_markov(f, f.top)[1]}
 
@@ -189,8 +191,8 @@ def _convolution(f, hidden):
 
 def _selector(f, vocab, markov):
     rank, candidates = (f.whole(name, 0, least=0) for name in ("selector_rank", "selector_top_k"))
+    most = min(vocab, _MOST_CANDIDATES)
     if not rank and not candidates:
-        most = min(vocab, _MOST_CANDIDATES)
         if not 1 <= (kept := f.whole("dspark_draft_topk", min(vocab, _MARKOV_CANDIDATES))) <= most:
             f.refuse("dspark_draft_topk", f"between 1 and {most}", kept)
         return Selector(markov, kept, markov=True) if markov else None
@@ -198,7 +200,6 @@ def _selector(f, vocab, markov):
         f.refuse("selector_rank (of the config, or of candidate_selector/)", f"0 beside markov_rank = {markov}", rank)
     if not rank:
         f.refuse("selector_rank", f"an integer of at least 1 beside selector_top_k = {candidates}", rank)
-    most = min(vocab, _MOST_CANDIDATES)
     if not 1 <= candidates <= most:
         f.refuse("selector_top_k", f"between 1 and {most} beside selector_rank = {rank}", candidates)
     return Selector(rank, candidates)

@@ -209,10 +209,9 @@ class DraftPass:
             self.candidates = ids(*shape)
         self.values, self.lse, self.logprobs = (torch.zeros(n, dtype=torch.float32, device=device)
                                                 for n in (shape, guesses, shape[:2]))
-        self.projection = drafter.selector.projection if drafter.selector else None
         self.pairs: torch.Tensor | None = None
-        if self.projection is not None:
-            self.pairs = torch.zeros((*shape[:2], self.projection.out_features), dtype=drafter.dtype, device=device)
+        if c.selector and not c.selector.markov:
+            self.pairs = torch.zeros((*shape[:2], c.selector.rank), dtype=drafter.dtype, device=device)
         # known = [every anchor, then every guess]; block_order makes (B, Q) blocks of it.
         self.known, self.draft_ids, self.ids = ids(tokens), ids(*shape), ids(batch, width)
         self.anchors, self.guesses = self.known[:batch], self.known[batch:].view(batch, width - 1)
@@ -257,8 +256,8 @@ class DraftPass:
             _gather(d.ids_of_draft, self.draft_ids.view(-1), ids.view(-1))
         probs = self.proposal.probs if self.proposal else None
         if d.selector:
-            if self.pairs is not None and self.projection is not None:
-                linear(self.masked, self.projection, out=self.pairs.view(len(self.masked), -1))
+            if self.pairs is not None and d.selector.projection is not None:
+                linear(self.masked, d.selector.projection, out=self.pairs.view(len(self.masked), -1))
             select_candidates(self.values, ids, self.pairs, self.anchors, d.selector.predecessor, d.selector.successor,
                               context_lens, self.params, out_ids=self.guesses, out_logprobs=self.logprobs,
                               out_probs=probs)

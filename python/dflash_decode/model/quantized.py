@@ -92,13 +92,13 @@ class _Widened(Mapping):
 
     def __init__(self, config: Quantization, tensors: Mapping[str, Any], dtype: torch.dtype, what: str):
         self._block, self._tensors, self._dtype, self._what = config.block, tensors, dtype, what
-        packed = {name.removesuffix("_packed"): t for name, t in tensors.items() if name.endswith(".weight_packed")}
-        self._four_bits = packed | {
-            name: tensors[name] for name in tensors if config.nvfp4 and f"{name}_scale_2" in tensors}
-        held = {*tensors, *packed}
-        scales = (*_SCALES, "_zero_point", *_NVFP4_SCALES, "_packed")
-        self._names = {name: None for name in (*tensors, *packed) if not name.endswith(_UNUSED) and not any(
-            name.endswith(end) and name.removesuffix(end) in held for end in scales)}
+        # The name of a weight in NVFP4 -> the one that it is stored by.
+        self._nvfp4 = {name.removesuffix("_packed"): name for name in tensors if config.nvfp4 and (
+            name.endswith(".weight_packed") or f"{name}_scale_2" in tensors)}
+        held = dict.fromkeys((*tensors, *self._nvfp4))
+        beside = (*_SCALES, "_zero_point", *_NVFP4_SCALES, "_packed")
+        self._names = {name: None for name in held if not name.endswith(_UNUSED) and not any(
+            name.endswith(end) and name.removesuffix(end) in held for end in beside)}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -107,8 +107,8 @@ class _Widened(Mapping):
         return len(self._names)
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._four_bits:
-            return self._of_nvfp4(name, self._four_bits[name])
+        if name in self._nvfp4:
+            return self._of_nvfp4(name, self._tensors[self._nvfp4[name]])
         t = self._tensors[name]
         if not isinstance(t, torch.Tensor) or t.dtype not in _STORED:
             return t
