@@ -44,18 +44,21 @@ struct Operand {
   using X = RowOf<T>;
   static int64_t depth(int64_t K) { return std::is_same_v<T, bf16> ? padded_k(K) : K; }
   template <int R, int S>
-  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, Ahead ahead, float* c,
-                    int64_t ldc) {
+  static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, Ahead ahead, Place sums) {
 #if !DFLASH_BF16_DOT
-    if constexpr (std::is_same_v<Weight, bf16>) micro_pairs<R, S>(x, ld, w, K, ahead, c, ldc);
+    if constexpr (std::is_same_v<Weight, bf16>) micro_pairs<R, S>(x, ld, w, K, ahead, sums);
     else
 #elif !defined(__AMX_BF16__)
-    if constexpr (std::is_same_v<X, bf16>) micro_dot<R, S>(x, ld, w, K, ahead, c, ldc);
+    if constexpr (std::is_same_v<X, bf16>) micro_dot<R, S>(x, ld, w, K, ahead, sums);
     else
 #endif
-      micro<Weight, R, S>(x, ld, w, K, ahead, c, ldc);
+      micro<Weight, R, S>(x, ld, w, K, ahead, sums);
   }
 };
+
+// Whether a panel of so many rows meets the blocks one after the other.
+template <class T, class Weight>
+inline bool in_order(int64_t rows) { return !kTiles<T> && in_one_stream<RowOf<T>, Weight>(rows); }
 
 // ---- the walk over blocks -------------------------------------------------------------------------------------------
 
@@ -120,20 +123,22 @@ inline void group_of_blocks(const GemmParams& p, const RowOf<T>* x, int64_t ld, 
   tiles_of_blocks<T, Weight, S>(p, x, ld, r0, rows, blocks, w, epilogue);
 }
 
-// Calls visit(blocks, count) for the groups of blocks in [begin, end), each count a constant.
+// Calls visit(blocks, count) for the groups of blocks in [begin, end), each count a constant: one block of each stream,
+// then the rest; or one after the other.
 template <class Visit>
-inline void walk_blocks(int64_t begin, int64_t end, int64_t unit, const Visit& visit) {
-  const int64_t quarter = stream_length(begin, end, unit);
-  for (int64_t i = 0; i < quarter; ++i) {
-    const int64_t blocks[kStreams] = {begin + i, begin + quarter + i, begin + 2 * quarter + i, begin + 3 * quarter + i};
+inline void walk_blocks(int64_t begin, int64_t end, int64_t unit, bool in_order, const Visit& visit) {
+  const int64_t length = in_order ? 0 : stream_length(begin, end, unit);
+  for (int64_t i = 0; i < length; ++i) {
+    int64_t blocks[kStreams];
+    times<kStreams>([&](auto s) { blocks[s] = begin + s * length + i; });
     visit(blocks, std::integral_constant<int, kStreams>{});
   }
-  int64_t b = begin + quarter * kStreams;
-  for (; b + 2 <= end; b += 2) {
+  int64_t b = begin + length * kStreams;
+  for (; !in_order && b + 2 <= end; b += 2) {
     const int64_t blocks[2] = {b, b + 1};
     visit(blocks, std::integral_constant<int, 2>{});
   }
-  if (b < end) visit(&b, std::integral_constant<int, 1>{});
+  for (; b < end; ++b) visit(&b, std::integral_constant<int, 1>{});
 }
 
 // What a thread does after its last tile.
@@ -152,7 +157,7 @@ void blocks_of(const GemmParams& p, int64_t begin, int64_t end, int64_t unit, Ep
     int64_t ld;
     const auto* x = prepare_rows<T>(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride, rows, p.K, &ld,
                                     rows_scratch);
-    walk_blocks(begin, end, unit, [&](const int64_t* blocks, auto count) {
+    walk_blocks(begin, end, unit, in_order<T, Weight>(rows), [&](const int64_t* blocks, auto count) {
       group_of_blocks<T, Weight, count>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
     });
   }
@@ -164,7 +169,8 @@ template <class T, class Weight>
 void prepared_of(const GemmParams& p, const RowOf<T>* x, int64_t ld, int64_t r0, int64_t begin, int64_t end,
                  Epilogue epilogue) {
   static thread_local ThreadMemory packing;
-  walk_blocks(begin, end, 1, [&](const int64_t* blocks, auto count) {
+  walk_blocks(begin, end, 1, in_order<T, Weight>(p.rows < kPanelRows ? p.rows : kPanelRows),
+              [&](const int64_t* blocks, auto count) {
     for (int64_t r = 0; r < p.rows; r += kPanelRows)
       group_of_blocks<T, Weight, count>(p, x + r * ld, ld, r0 + r, p.rows - r < kPanelRows ? p.rows - r : kPanelRows,
                                         blocks, packing, epilogue);
@@ -172,18 +178,28 @@ void prepared_of(const GemmParams& p, const RowOf<T>* x, int64_t ld, int64_t r0,
   release_tiles<T>();
 }
 
+// Asks for the first lines of every stream.
+inline void ask_first(const void* weight, int64_t block_bytes, int64_t begin, int64_t length) {
+  constexpr int64_t lines = 64;
+  const int64_t bytes = length * block_bytes < lines * kLine ? length * block_bytes : lines * kLine;
+  const char* first = static_cast<const char*>(weight) + begin * block_bytes;
+  for (int64_t at = 0; at < bytes; at += kLine)
+    for (int64_t s = 0; s < kStreams; ++s) ask(first + s * length * block_bytes + at);
+}
+
 // The walk of blocks_of with rows of x in int8: every thread rounds them itself, which takes less time than it would
-// take to wait for another.
+// take to wait for another, and which the first reads are under way meanwhile.
 void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, int64_t unit, Epilogue epilogue) {
   static thread_local ThreadMemory scratch;
   const int64_t pieces = p.K / kPiece, bytes = format_bytes(p.format, pieces), itemsize = p.dtype == Dtype::f32 ? 4 : 2;
   alignas(64) float c[kPanelRows * kStreams * kBlock];
   for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
     const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
+    if (r0 == 0) ask_first(p.weight, bytes, begin, stream_length(begin, end, unit));
     auto* x = static_cast<RowPiece*>(scratch.get(size_t(rows * pieces) * sizeof(RowPiece)));
     const char* from = static_cast<const char*>(p.x.data) + r0 * p.x.stride * itemsize;
     best_of(quant_rows_kernels, p.isa)({p.dtype, {from, p.x.stride}, rows, pieces, p.format, x});
-    walk_blocks(begin, end, unit, [&](const int64_t* blocks, int count) {
+    walk_blocks(begin, end, unit, false, [&](const int64_t* blocks, int count) {
       const uint8_t* w[kStreams];
       for (int s = 0; s < count; ++s) w[s] = static_cast<const uint8_t*>(p.weight) + blocks[s] * bytes;
       best_of(quant_sums_kernels, p.isa)({p.format, x, rows, pieces, w, count, c});

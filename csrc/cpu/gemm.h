@@ -2,8 +2,8 @@
 //
 // Floor: the weight's bytes over the read bandwidth. W is packed so that 16 outputs form a block whose bytes lie in
 // the order they are used ([N/16][K/2][16][2] for bf16, so that one 64-byte line holds a pair of k for 16 outputs and
-// 16 lines are one AMX tile; [N/16][K][16] for f32, f16 and, K filled up to whole tiles, int8). Each thread walks four
-// blocks at once, a quarter of its range apart: four long streams use more of the memory than one does.
+// 16 lines are one AMX tile; [N/16][K][16] for f32, f16 and, K filled up to whole tiles, int8). Each thread walks a few
+// blocks at once, an equal part of its range apart: a few long streams use more of the memory than one does.
 //
 // Every output is one accumulator that runs over k in order, so its bits depend on its row of x and its row of W
 // alone: not on how many rows there are, how they are grouped into registers or tiles, or on the number of threads.
@@ -58,7 +58,11 @@ namespace {
 
 constexpr int kBlock = 16;  // outputs per packed block
 constexpr int64_t kLine = 64;
+#if defined(__AMX_BF16__)
 constexpr int kStreams = 4;  // blocks walked at once
+#else
+constexpr int kStreams = 2;
+#endif
 constexpr int kPanelRows = 64;
 
 // Whether products of T are of tiles.

@@ -24,31 +24,45 @@ inline DFLASH_INLINE void times(F&& f, std::integer_sequence<int, I...>) { (f(st
 template <int N, class F>
 inline DFLASH_INLINE void times(F&& f) { times(f, std::make_integer_sequence<int, N>{}); }
 
+// Asks for a line, into the second-level cache: the first has few buffers for what is on its way, and the loads that
+// follow hit the second, which takes no longer than the arithmetic that is under way. In place, or the compiler drops a
+// function that only asks.
+inline DFLASH_INLINE void ask([[maybe_unused]] const void* line) {
+#if DFLASH_VEC
+  _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1);
+#endif
+}
+
 // What a loop asks memory for on its way: from w[s] + at on, in bytes, `step` further with each line that it uses.
 struct Ahead {
   int64_t at, step;
 
-  // Into the second-level cache: the first has few buffers for what is on its way, and the loads that follow hit the
-  // second, which takes no longer than the arithmetic that is under way.
   template <int S, class Weight>
-  DFLASH_INLINE void ask([[maybe_unused]] const Weight* const* w) {
-#if DFLASH_VEC
-    for (int s = 0; s < S; ++s) _mm_prefetch((const char*)w[s] + at, _MM_HINT_T1);
-#endif
+  DFLASH_INLINE void ask_each(const Weight* const* w) {
+    for (int s = 0; s < S; ++s) ask(reinterpret_cast<const char*>(w[s]) + at);
     at += step;
   }
 };
 
-// R rows of C vectors of sums, which are added to those in memory.
+// Where sums lie in memory between chunks of K, c[r * ldc + s * 16 + j]. fresh: they begin at zero.
+struct Place {
+  float* c;
+  int64_t ldc;
+  bool fresh;
+};
+
+// R rows of C vectors of sums.
 template <int R, int C>
 struct Sums {
   Vec v[R * C];
 
-  DFLASH_INLINE Sums(const float* c, int64_t ldc) {
-    times<R>([&](auto r) { times<C>([&](auto i) { v[r * C + i] = load(c + r * ldc + i * Vec::W); }); });
+  DFLASH_INLINE Sums(Place from) {
+    times<R>([&](auto r) {
+      times<C>([&](auto i) { v[r * C + i] = from.fresh ? set1(0.0f) : load(from.c + r * from.ldc + i * Vec::W); });
+    });
   }
-  DFLASH_INLINE void store_to(float* c, int64_t ldc) const {
-    times<R>([&](auto r) { times<C>([&](auto i) { store(c + r * ldc + i * Vec::W, v[r * C + i]); }); });
+  DFLASH_INLINE void store_to(Place to) const {
+    times<R>([&](auto r) { times<C>([&](auto i) { store(to.c + r * to.ldc + i * Vec::W, v[r * C + i]); }); });
   }
   // Adds x(row) times b(column), and holds the fewer of the two.
   template <class X, class B>
@@ -71,17 +85,17 @@ struct Sums {
   }
 };
 
-// The loops: x one row every `ldx`, w[s] packed; they add to the sums at c[r * ldc + s * 16 + j].
+// The loops: x one row every `ldx`, w[s] packed.
 
 // x in float32
 template <class T, int R, int S>
-DFLASH_NOINLINE void micro(const float* x, int64_t ldx, const T* const* w, int64_t K, Ahead ahead, float* c,
-                           int64_t ldc) {
+DFLASH_NOINLINE void micro(const float* x, int64_t ldx, const T* const* w, int64_t K, Ahead ahead,
+                           Place place) {
   constexpr int V = kBlockVectors;
-  Sums<R, S * V> sums(c, ldc);
+  Sums<R, S * V> sums(place);
   int64_t k = 0;
   for (; k + kLineDepth<T> <= K; k += kLineDepth<T>) {
-    ahead.ask<S>(w);
+    ahead.ask_each<S>(w);
     times<kLineDepth<T>>([&](auto d) {
       sums.add([&](int r) { return x[r * ldx + k + d]; },
                [&](int i) { return load(w[i / V] + (k + d) * kBlock + i % V * Vec::W); });
@@ -90,7 +104,7 @@ DFLASH_NOINLINE void micro(const float* x, int64_t ldx, const T* const* w, int64
   for (; k < K; ++k)
     sums.add([&](int r) { return x[r * ldx + k]; },
              [&](int i) { return load(w[i / V] + k * kBlock + i % V * Vec::W); });
-  sums.store_to(c, ldc);
+  sums.store_to(place);
 }
 
 #if DFLASH_BF16_DOT
@@ -122,18 +136,18 @@ inline Vec load_half(const bf16* p) {
 }
 
 template <int R, int S>
-DFLASH_NOINLINE void micro_pairs(const float* x, int64_t ldx, const bf16* const* w, int64_t K, Ahead ahead, float* c,
-                                 int64_t ldc) {
+DFLASH_NOINLINE void micro_pairs(const float* x, int64_t ldx, const bf16* const* w, int64_t K, Ahead ahead,
+                                 Place place) {
   constexpr int V = kBlockVectors;
-  Sums<R, S * V> sums(c, ldc);
+  Sums<R, S * V> sums(place);
   for (int64_t k = 0; k < K; k += 2) {
-    ahead.ask<S>(w);
+    ahead.ask_each<S>(w);
     times<2>([&](auto h) {
       sums.add([&](int r) { return x[r * ldx + k + h]; },
                [&](int i) { return load_half<h>(w[i / V] + k * kBlock + i % V * 2 * Vec::W); });
     });
   }
-  sums.store_to(c, ldc);
+  sums.store_to(place);
 }
 #elif !defined(__AMX_BF16__)
 inline __m512i load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
@@ -155,11 +169,11 @@ inline DFLASH_INLINE __m512bh every_lane(const bf16* x) {
 
 // One vdpbf16ps per row, block and pair of k; x stays bf16.
 template <int R, int S, class Weight>
-DFLASH_NOINLINE void micro_dot(const bf16* x, int64_t ldx, const Weight* const* w, int64_t K, Ahead ahead, float* c,
-                               int64_t ldc) {
-  Sums<R, S> sums(c, ldc);
+DFLASH_NOINLINE void micro_dot(const bf16* x, int64_t ldx, const Weight* const* w, int64_t K, Ahead ahead,
+                               Place place) {
+  Sums<R, S> sums(place);
   for (int64_t k = 0; k < K; k += 2) {
-    if (kLineDepth<Weight> == 2 || k % kLineDepth<Weight> == 0) ahead.ask<S>(w);
+    if (kLineDepth<Weight> == 2 || k % kLineDepth<Weight> == 0) ahead.ask_each<S>(w);
     __m512bh b[S];
     times<S>([&](auto s) { b[s] = (__m512bh)load_pairs(w[s] + k * kBlock); });
     times<R>([&](auto r) {
@@ -167,7 +181,7 @@ DFLASH_NOINLINE void micro_dot(const bf16* x, int64_t ldx, const Weight* const* 
       times<S>([&](auto s) { sums.v[r * S + s].v = _mm512_dpbf16_ps(sums.v[r * S + s].v, a, b[s]); });
     });
   }
-  sums.store_to(c, ldc);
+  sums.store_to(place);
 }
 #endif
 

@@ -1,8 +1,8 @@
 // How rows of x and blocks of the weight are cut into what registers hold, where there are no tiles.
 //
 // Few rows wait for memory. With more of them arithmetic takes as long or longer, and memory must not wait for it. A
-// group has up to 6 rows by four blocks or 12 by two with 512 bits, half of that with 256, and its loop asks for a line
-// whenever it has used one. More rows make several groups. They take turns over a chunk of K that stays in the
+// group has up to 12 rows by two blocks with 512 bits, half of that with 256, and its loop asks for a line whenever it
+// has used one. More rows make several groups. They take turns over a chunk of K that stays in the
 // first-level cache, their sums wait in memory meanwhile, and each asks for its part of the next chunk: requests are
 // spread over all of the arithmetic.
 #pragma once
@@ -21,23 +21,30 @@ constexpr int rows_beside(int blocks) {  // that a group can have
 }
 constexpr int64_t kChunk = 256;  // two blocks of bf16 and what is asked for meanwhile: 32 KB
 
-// How many lines ahead of its loads a thread asks for with one group. Little arithmetic leaves the lead to the
-// hardware's own prefetchers; more of it makes requests come in bursts, and takes a longer lead.
-inline int64_t ahead_lines(int rows) { return rows * kBlockVectors > 2 ? 128 : 64; }
+constexpr int64_t kAheadLines = 128;  // that a thread asks for ahead of its loads with one group
+
+// Whether so many rows meet one block after the other, in one sequential stream. Of pairs of bf16 a line takes from 5
+// rows on as long as reading it, and the stream that the hardware's prefetchers follow best is the faster; below and
+// above, two blocks that share what is loaded of x are.
+template <class X, class Weight>
+inline bool in_one_stream(int64_t rows) {
+  const int64_t groups = ceil_div(rows, kGroupRows);
+  return ceil_div(rows, groups) > rows_beside(2) ||
+         (DFLASH_BF16_DOT && std::is_same_v<X, bf16> && std::is_same_v<Weight, bf16> && rows > 4 && rows <= 10);
+}
 
 // `rows` <= MAX rows in one register group.
 template <class Op, class Weight, int S, int MAX>
 inline void one_group(const typename Op::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K, Ahead ahead,
-                      float* c, int64_t ldc) {
-  if (rows == MAX) return Op::template group<MAX, S>(x, ld, w, K, ahead, c, ldc);
-  if constexpr (MAX > 1) one_group<Op, Weight, S, MAX - 1>(x, ld, rows, w, K, ahead, c, ldc);
+                      Place sums) {
+  if (rows == MAX) return Op::template group<MAX, S>(x, ld, w, K, ahead, sums);
+  if constexpr (MAX > 1) one_group<Op, Weight, S, MAX - 1>(x, ld, rows, w, K, ahead, sums);
 }
 
 // Sums of all rows of a panel against S blocks, c[r * ldc + s * 16 + j], in groups of about equal size.
 template <class Op, class Weight, int S>
 inline void row_groups(const typename Op::X* x, int64_t ld, int rows, int groups, const Weight* const* w, int64_t depth,
                        float* c, int64_t ldc) {
-  for (int r = 0; r < rows; ++r) std::memset(c + r * ldc, 0, S * kBlock * sizeof(float));
   const int64_t pieces = groups > 1 ? ceil_div(depth, kChunk) : 1, chunk = ceil_div(depth, 32 * pieces) * 32;
   for (int64_t k = 0, n; k < depth; k += n) {
     n = depth - k < chunk ? depth - k : chunk;
@@ -45,12 +52,13 @@ inline void row_groups(const typename Op::X* x, int64_t ld, int rows, int groups
       m = int(ceil_div(rows - r, groups - g));
       const Weight* at[S];
       for (int s = 0; s < S; ++s) at[s] = w[s] + k * kBlock;
-      Ahead ahead{ahead_lines(rows) * kLine / S, kLine};
+      Ahead ahead{kAheadLines * kLine / S, kLine};
       if (groups > 1) {
         const int64_t bytes = n * kBlock * sizeof(Weight);
         ahead = {bytes + bytes * g / groups, ceil_div(kLine, groups)};
       }
-      one_group<Op, Weight, S, rows_beside(S)>(x + r * ld + k, ld, m, at, n, ahead, c + r * ldc, ldc);
+      one_group<Op, Weight, S, rows_beside(S)>(x + r * ld + k, ld, m, at, n, ahead,
+                                                {c + r * ldc, ldc, k == 0});
     }
   }
 }

@@ -46,7 +46,7 @@ class TopkEpilogue {
     if (panel != panel_) start(panel);
     const int64_t num_valid = p_.logits.num_valid, block = n0 / kBlock, place = block % kUnit;
     const bool last = place == kUnit - 1 || n0 + kBlock >= num_valid;
-    // Four units are under way at a time, one in each stream; the rest of the range is walked one at a time.
+    // A unit is under way in each stream; the rest of the range is walked one at a time.
     const int64_t slot = block < begin_ + kStreams * stream_ ? (block - begin_) / stream_ : 0;
     T* to = logits_ + (slot * panel_rows_ + r0 - panel) * kUnitLogits;
     for (int r = 0; r < rows; ++r, to += kUnitLogits) {

@@ -31,14 +31,6 @@ namespace {
 // A function in place, whatever the compiler thinks of its size: its arrays are to be registers.
 #define DFLASH_HERE __attribute__((always_inline))
 
-// Into the second-level cache, as Ahead::ask; one line after a few dot products, as many requests at once would wait
-// for one another and hold up the loads. In place, or the compiler drops a function that only asks.
-inline DFLASH_INLINE void ask([[maybe_unused]] const uint8_t* line) {
-#if DFLASH_VEC
-  _mm_prefetch((const char*)line, _MM_HINT_T1);
-#endif
-}
-
 // Blocks of S, and vectors of a block, that share what is loaded of x.
 template <Format F, int S>
 constexpr int kSharedBlocks = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 && S > 1 ? 2 : 1;
@@ -79,6 +71,7 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
             times<R>([&](auto r) DFLASH_HERE {
               times<U>([&](auto u) DFLASH_HERE { ints[u][half].start(r, x[r].init[half]); });
             });
+          // One line after a few dot products: many requests at once would wait for one another and hold up the loads.
           times<(at + 1) * lines / of - at * lines / of>([&](auto) DFLASH_HERE {
             times<P>([&](auto p) DFLASH_HERE {
               ask(next[p]);
