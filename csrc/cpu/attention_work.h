@@ -143,7 +143,7 @@ Plan make_plan(const AttentionParams& p, int64_t stride) {
   plan.tasks = p.batch * p.kv_heads * plan.chunks;
   plan.first_split = first < last ? first : 0;
   plan.splits = first < last ? last - first : 0;
-  constexpr int64_t kWorthAThread = 100000;  // multiply-adds: about the cost of waking one
+  constexpr int64_t kWorthAThread = 30000;  // multiply-adds: a microsecond or two, in which one thread waits for reads
   plan.threads = int(clamp(work / kWorthAThread, 1, num_threads()));
   plan.by_split = plan.threads > 1 && plan.splits > 1 && plan.tasks < 4 * plan.threads &&
                plan.tasks * plan.splits * State::floats(stride) <= kMaxPartials;
