@@ -60,7 +60,7 @@ class Sizes:
 
     def copies_of(self, nbytes: int) -> int:
         """The number of copies to rotate over, for inputs of nbytes."""
-        return 2 if self.tiny else max(3, min(FOOTPRINT // nbytes, 256))
+        return 2 if self.tiny else max(3, min(FOOTPRINT // nbytes, 1024))
 
     def peers_of(self, op: str, problem) -> dict[str, Callable[[int], object] | str]:
         """The problem's own expression in torch, eager and compiled, and on a GPU the op's peers of bench/peers.

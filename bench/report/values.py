@@ -29,7 +29,7 @@ def values(folder: Path) -> Values:
     for machine in kernel_tables.machines(folder):
         for name, value in of_acceptance(machine).items():
             longer[name].append(value)
-        for group in (of_steps, of_experts, of_texts, of_cells, of_peers):
+        for group in (of_steps, of_experts, of_products, of_texts, of_cells, of_peers):
             for name, value in group(machine).items():
                 found.setdefault(name, value)
     return Values(found | {name: spread(values) for name, values in longer.items()})
@@ -110,6 +110,17 @@ def of_experts(machine: Path) -> dict[str, str]:
     few = [row["pct_of_limit"] for row in rows if re.search(r"random, (1|8|16) rows$", row["case"])]
     return {"experts-few": f"{kernel_tables.span(few, 0)} %",
             "experts-rate": f"{max(row['tflops'] for row in rows):.2f} TFLOP/s"} if few else {}
+
+
+def of_products(machine: Path) -> dict[str, str]:
+    """Products of 8 rows: the share of their bound, over all shapes of weights of a kind under a set."""
+    file = machine / "rows.json"
+    products = json.loads(file.read_text(encoding="utf-8"))["products"] if file.exists() else []
+    of = {}
+    for p in products:
+        if p["rows"] == 8:
+            of.setdefault(f"rows-8-{p['weights']}-{p['isa']}", []).append(p["pct_of_bound"])
+    return {name: f"{kernel_tables.span(shares, 0)} %" for name, shares in of.items()}
 
 
 def of_texts(machine: Path) -> dict[str, str]:

@@ -30,7 +30,7 @@ template <class X, class Weight>
 inline bool in_one_stream(int64_t rows) {
   const int64_t groups = ceil_div(rows, kGroupRows);
   return ceil_div(rows, groups) > rows_beside(2) ||
-         (DFLASH_BF16_DOT && std::is_same_v<X, bf16> && std::is_same_v<Weight, bf16> && rows > 4 && rows <= 10);
+         (DFLASH_BF16_DOT && std::is_same_v<X, bf16> && std::is_same_v<Weight, bf16> && rows > 4 && rows <= 8);
 }
 
 // `rows` <= MAX rows in one register group.

@@ -4,9 +4,9 @@
 #include "cpu/quant_sums.h"
 #include "cpu/quant_widen.h"
 
-// The inner loop. A thread has four blocks of 16 outputs and a panel of rows. A group of rows meets some of the blocks
-// at once and walks all pieces of K with them, or a chunk of the pieces. In registers are the integer sums of one piece
-// for one or two vectors of outputs, and the float sums of the pieces before it:
+// The inner loop. A thread has a block of 16 outputs from each of its streams, two or four, and a panel of rows. A
+// group of rows meets some of the blocks at once and walks all pieces of K with them, or a chunk of the pieces. In
+// registers are the integer sums of one piece for one or two vectors of outputs, and the float sums of those before:
 //
 //     bits        rows x blocks        float sums       integer sums             registers
 //     512, VNNI   4 x 4, 6 x 2         16, 12           8, 12: two blocks        32

@@ -138,8 +138,8 @@ inline __m256i place_rounded(const bf16* const* x, const float* inverse, RowPiec
     sums[i] = _mm512_sad_epu8(_mm512_xor_si512(q, _mm512_set1_epi8(char(0x80))), zero);
   }
   const auto every_other = [&](int at) {
-    const __m512i from = _mm512_setr_epi32(at, at + 8, at + 16, at + 24, at + 4, at + 12, at + 20, at + 28, 0, 0, 0, 0, 0,
-                                           0, 0, 0);
+    const __m512i from = _mm512_setr_epi32(at, at + 8, at + 16, at + 24, at + 4, at + 12, at + 20, at + 28,  //
+                                           0, 0, 0, 0, 0, 0, 0, 0);
     return _mm512_castsi512_si256(_mm512_permutex2var_epi32(sums[0], from, sums[1]));
   };
   return _mm256_sub_epi32(_mm256_add_epi32(every_other(0), every_other(2)), _mm256_set1_epi32(128 * int(kPiece) / 2));
