@@ -32,7 +32,7 @@ from .inputs import shown
 from .loop import Decoder
 from .model import Target
 from .model.calibration import read_calibration
-from .model.config import is_drafter, with_block_size
+from .model.config import is_drafter, names_drafter, with_block_size
 from .model.dflash2 import read_selector
 from .model.drafter import Drafter
 from .model.families import FAMILIES, no_family
@@ -165,7 +165,7 @@ class Session:
                                      f"got {shown(named)}, which does not exist{hub.hint(named)}")
         where = find_model(model)
         config = read_json(where / "config.json") if where.is_dir() else {}
-        if "dflash_config" in config:
+        if names_drafter(config):
             raise CheckpointError(f"{where}: model must be a target model; got a drafter, which belongs in drafter")
         dtype = stored_dtype(where, config) if wanted is None else wanted
         weights = _weights(where, device, weights)
@@ -306,7 +306,7 @@ def _target(model: str, model_type: object, dtype: torch.dtype, device: torch.de
     if model_type not in (None, *FAMILIES):
         return _hf_target(where, None, _not_ours(where, model_type, weights, native), dtype, device)
     found = text_part(load_checkpoint(model, dtype, blocks=weights in (Weights.file, Weights.exact)))
-    if "dflash_config" in found.config:
+    if names_drafter(found.config):
         raise CheckpointError(f"{found.source}: model must be a target model; got a drafter, which belongs in drafter")
     if where.is_file() and (kind := found.config["model_type"]) not in FAMILIES:
         return _hf_target(where, found, _not_ours(where, kind, weights, native), dtype, device)

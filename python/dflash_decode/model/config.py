@@ -170,12 +170,17 @@ def with_block_size(config: Mapping, block_size: int | None) -> Mapping:
     return {**config, "block_size": block_size - read_markov(f, f.top)[1]}
 
 
-def is_drafter(config: Mapping) -> bool:
-    """Whether a config.json is one of a drafter, in any of the formats that are read."""
-    if {"dflash_config", "block_size", "speculators_model_type"} & config.keys():
+def names_drafter(config: Mapping) -> bool:
+    """Whether a config.json has what only a drafter's has."""
+    if {"dflash_config", "speculators_model_type"} & config.keys():
         return True
     names = config.get("architectures")
     return isinstance(names, list) and any(kind in str(name) for name in names for kind in ("DFlash", "DSpark"))
+
+
+def is_drafter(config: Mapping) -> bool:
+    """Whether a config.json may be one of a drafter, in any of the formats that are read."""
+    return "block_size" in config or names_drafter(config)
 
 
 def _convolution(f, hidden):
