@@ -187,8 +187,8 @@ inline void ask_first(const void* weight, int64_t block_bytes, int64_t begin, in
     for (int64_t s = 0; s < kStreams; ++s) ask(first + s * length * block_bytes + at);
 }
 
-// The walk of blocks_of with rows of x in int8: every thread rounds them itself, which takes less time than it would
-// take to wait for another, and which the first reads are under way meanwhile.
+// The walk of blocks_of with rows of x in int8: every thread rounds them itself, which takes less time than waiting for
+// another would. Meanwhile the first reads are under way.
 void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, int64_t unit, Epilogue epilogue) {
   static thread_local ThreadMemory scratch;
   const int64_t pieces = p.K / kPiece, bytes = format_bytes(p.format, pieces), itemsize = p.dtype == Dtype::f32 ? 4 : 2;

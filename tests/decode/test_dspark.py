@@ -1,17 +1,22 @@
 """DSpark drafters: a Markov head over a row's most likely tokens, and blocks whose anchor's row drafts too."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from dflash_decode import Request
+from dflash_decode.checkpoint.errors import CheckpointError
 from dflash_decode.kv import NO_PAGE
 from dflash_decode.loop import Decoder
 from dflash_decode.model.config import LayerMask, Selector, read_draft_config, with_block_size
 from dflash_decode.model.drafter import Drafter
 from dflash_decode.model.native import NativeTarget
 from dflash_decode.packed import DraftStage, Tables
+from dflash_decode.session import Session
 from dflash_kernels.testing import assert_within_budget
 from tests.support.decode_models import VOCAB, baseline_text, make_target
 from tests.support.decode_runs import check_texts, collect
@@ -203,3 +208,18 @@ def test_a_head_that_knows_the_text_has_every_draft_accepted(changes, sample_fro
     steps, rest = divmod(n - 1, drafter.block_size)  # the first token is of the prompt's pass
     assert len({*text}) > 3 and got == text
     assert list(lengths) == [drafter.block_size] * steps + [rest] * (rest > 0)
+
+
+@pytest.mark.parametrize("changes, is_one", [
+    ({"speculators_model_type": "dspark"}, True), ({"architectures": ["Qwen3DSparkModel"]}, True),
+    ({"block_size": 8}, False)])
+def test_a_drafter_in_another_format_is_no_model(models, tmp_path, changes, is_one):
+    """A target may have a block_size of its own."""
+    folder = shutil.copytree(models["model"], tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    if is_one:
+        with pytest.raises(CheckpointError, match="model must be a target model; got a drafter"):
+            Session.load(folder)
+    else:
+        assert Session.load(folder, None).drafter is None
