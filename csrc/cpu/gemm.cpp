@@ -56,7 +56,7 @@ struct Operand {
   }
 };
 
-// Whether a panel of so many rows meets the blocks one after the other.
+// Whether so many rows meet the blocks one after the other.
 template <class T, class Weight>
 inline bool in_order(int64_t rows) { return !kTiles<T> && in_one_stream<RowOf<T>, Weight>(rows); }
 
@@ -169,8 +169,7 @@ template <class T, class Weight>
 void prepared_of(const GemmParams& p, const RowOf<T>* x, int64_t ld, int64_t r0, int64_t begin, int64_t end,
                  Epilogue epilogue) {
   static thread_local ThreadMemory packing;
-  walk_blocks(begin, end, 1, in_order<T, Weight>(p.rows < kPanelRows ? p.rows : kPanelRows),
-              [&](const int64_t* blocks, auto count) {
+  walk_blocks(begin, end, 1, in_order<T, Weight>(p.rows), [&](const int64_t* blocks, auto count) {
     for (int64_t r = 0; r < p.rows; r += kPanelRows)
       group_of_blocks<T, Weight, count>(p, x + r * ld, ld, r0 + r, p.rows - r < kPanelRows ? p.rows - r : kPanelRows,
                                         blocks, packing, epilogue);
@@ -193,9 +192,9 @@ void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, int64_t unit,
   static thread_local ThreadMemory scratch;
   const int64_t pieces = p.K / kPiece, bytes = format_bytes(p.format, pieces), itemsize = p.dtype == Dtype::f32 ? 4 : 2;
   alignas(64) float c[kPanelRows * kStreams * kBlock];
+  ask_first(p.weight, bytes, begin, stream_length(begin, end, unit));
   for (int64_t r0 = 0; r0 < p.rows; r0 += kPanelRows) {
     const int64_t rows = p.rows - r0 < kPanelRows ? p.rows - r0 : kPanelRows;
-    if (r0 == 0) ask_first(p.weight, bytes, begin, stream_length(begin, end, unit));
     auto* x = static_cast<RowPiece*>(scratch.get(size_t(rows * pieces) * sizeof(RowPiece)));
     const char* from = static_cast<const char*>(p.x.data) + r0 * p.x.stride * itemsize;
     best_of(quant_rows_kernels, p.isa)({p.dtype, {from, p.x.stride}, rows, pieces, p.format, x});

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from dflash_kernels import build_info
 
-from .costs import Times
+from .costs import Times, pass_sizes
 from .packed import DraftStage, VerifyStage
 from .runner import Setting, bucket, buckets
 from .verify import GreedyVerifier
@@ -69,17 +69,17 @@ def measure(runner: Stages, few: bool) -> Times:
     return found
 
 
-def _measured_rows(most: int) -> list[int]:
-    """Every number up to 8, as kernels take so many rows at once and another number of them in two groups, then two an
-    octave, and the most."""
-    larger = (part << i for i in range(2, most.bit_length()) for part in (2, 3))
-    return sorted({most, *range(1, min(8, most) + 1), *(rows for rows in larger if 8 < rows < most)})
+def _measured_rows(most: int) -> set[int]:
+    """Every number up to 8, as kernels take so many rows at once and another number of them in two groups, then every
+    second size of a pass, two an octave, and the most."""
+    sizes = pass_sizes(most)
+    return {*sizes[:8], *sizes[9::2], most}
 
 
 def _passes(runner: Stages, few: bool) -> dict[tuple[str, int], Callable[[], object]]:
     s, most = runner.setting, runner.most_rows(bucket(runner.setting.max_batch))
     works: dict[tuple[str, int], Callable[[], object]] = {}
-    for rows in _measured_rows(most):
+    for rows in sorted(_measured_rows(most)):
         if not few or rows <= max(s.width, 2 * s.max_batch):
             stage = runner.verify_stage(min(-(-rows // s.width), s.max_batch), rows, runner.longest, GreedyVerifier)
             stage.fill([])
