@@ -79,5 +79,6 @@ def test_an_engine_that_runs_long_keeps_nothing(engine):
 
 def test_what_the_collector_does_not_count_is_seen():
     there = []
-    for keep in (dict, lambda: bytearray(4096)):
-        assert max(growth(lambda keep=keep: there.append(keep()), rounds=1)) > 0
+    for keep, size in ((dict, 48), (lambda: bytearray(4096), 4096)):  # a thousand, beside what others free
+        _, traced, _ = growth(lambda keep=keep: there.extend(keep() for _ in range(1_000)))
+        assert traced > 1_000 * size
