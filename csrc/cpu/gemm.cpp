@@ -56,9 +56,12 @@ struct Operand {
   }
 };
 
-// Whether so many rows meet the blocks one after the other.
+// The neighbouring blocks that so many rows meet at once, in order; 0: those of several streams.
 template <class T, class Weight>
-inline bool in_order(int64_t rows) { return !kTiles<T> && in_one_stream<RowOf<T>, Weight>(rows); }
+inline int neighbours(int64_t rows) {
+  if (kTiles<T> || !in_one_stream<RowOf<T>, Weight>(rows)) return 0;
+  return in_pairs(rows) ? kPairBlocks : 1;
+}
 
 // ---- the walk over blocks -------------------------------------------------------------------------------------------
 
@@ -124,21 +127,30 @@ inline void group_of_blocks(const GemmParams& p, const RowOf<T>* x, int64_t ld, 
 }
 
 // Calls visit(blocks, count) for the groups of blocks in [begin, end), each count a constant: one block of each stream,
-// then the rest; or one after the other.
+// then the rest; or `neighbours` in order.
 template <class Visit>
-inline void walk_blocks(int64_t begin, int64_t end, int64_t unit, bool in_order, const Visit& visit) {
-  const int64_t length = in_order ? 0 : stream_length(begin, end, unit);
-  for (int64_t i = 0; i < length; ++i) {
-    int64_t blocks[kStreams];
-    times<kStreams>([&](auto s) { blocks[s] = begin + s * length + i; });
-    visit(blocks, std::integral_constant<int, kStreams>{});
+inline void walk_blocks(int64_t begin, int64_t end, int64_t unit, int neighbours, const Visit& visit) {
+  int64_t b = begin;
+  const auto next = [&](auto count) {
+    int64_t blocks[count];
+    times<count>([&](auto s) { blocks[s] = b + s; });
+    visit(blocks, count);
+    b += count;
+  };
+  if (neighbours == 0) {
+    const int64_t length = stream_length(begin, end, unit);
+    for (; b < begin + length; ++b) {
+      int64_t blocks[kStreams];
+      times<kStreams>([&](auto s) { blocks[s] = b + s * length; });
+      visit(blocks, std::integral_constant<int, kStreams>{});
+    }
+    b = begin + length * kStreams;
+    while (b + 2 <= end) next(std::integral_constant<int, 2>{});
   }
-  int64_t b = begin + length * kStreams;
-  for (; !in_order && b + 2 <= end; b += 2) {
-    const int64_t blocks[2] = {b, b + 1};
-    visit(blocks, std::integral_constant<int, 2>{});
-  }
-  for (; b < end; ++b) visit(&b, std::integral_constant<int, 1>{});
+#if DFLASH_VEC == 256
+  while (neighbours == kPairBlocks && b + kPairBlocks <= end) next(std::integral_constant<int, kPairBlocks>{});
+#endif
+  while (b < end) next(std::integral_constant<int, 1>{});
 }
 
 // What a thread does after its last tile.
@@ -157,7 +169,7 @@ void blocks_of(const GemmParams& p, int64_t begin, int64_t end, int64_t unit, Ep
     int64_t ld;
     const auto* x = prepare_rows<T>(static_cast<const T*>(p.x.data) + r0 * p.x.stride, p.x.stride, rows, p.K, &ld,
                                     rows_scratch);
-    walk_blocks(begin, end, unit, in_order<T, Weight>(rows), [&](const int64_t* blocks, auto count) {
+    walk_blocks(begin, end, unit, neighbours<T, Weight>(rows), [&](const int64_t* blocks, auto count) {
       group_of_blocks<T, Weight, count>(p, x, ld, r0, rows, blocks, pack_scratch, epilogue);
     });
   }
@@ -169,7 +181,7 @@ template <class T, class Weight>
 void prepared_of(const GemmParams& p, const RowOf<T>* x, int64_t ld, int64_t r0, int64_t begin, int64_t end,
                  Epilogue epilogue) {
   static thread_local ThreadMemory packing;
-  walk_blocks(begin, end, 1, in_order<T, Weight>(p.rows), [&](const int64_t* blocks, auto count) {
+  walk_blocks(begin, end, 1, neighbours<T, Weight>(p.rows), [&](const int64_t* blocks, auto count) {
     for (int64_t r = 0; r < p.rows; r += kPanelRows)
       group_of_blocks<T, Weight, count>(p, x + r * ld, ld, r0 + r, p.rows - r < kPanelRows ? p.rows - r : kPanelRows,
                                         blocks, packing, epilogue);
@@ -198,7 +210,7 @@ void quant_blocks(const GemmParams& p, int64_t begin, int64_t end, int64_t unit,
     auto* x = static_cast<RowPiece*>(scratch.get(size_t(rows * pieces) * sizeof(RowPiece)));
     const char* from = static_cast<const char*>(p.x.data) + r0 * p.x.stride * itemsize;
     best_of(quant_rows_kernels, p.isa)({p.dtype, {from, p.x.stride}, rows, pieces, p.format, x});
-    walk_blocks(begin, end, unit, false, [&](const int64_t* blocks, int count) {
+    walk_blocks(begin, end, unit, 0, [&](const int64_t* blocks, int count) {
       const uint8_t* w[kStreams];
       for (int s = 0; s < count; ++s) w[s] = static_cast<const uint8_t*>(p.weight) + blocks[s] * bytes;
       best_of(quant_sums_kernels, p.isa)({p.format, x, rows, pieces, w, count, c});

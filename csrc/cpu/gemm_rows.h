@@ -5,6 +5,10 @@
 // has used one. More rows make several groups. They take turns over a chunk of K that stays in the
 // first-level cache, their sums wait in memory meanwhile, and each asks for its part of the next chunk: requests are
 // spread over all of the arithmetic.
+//
+// A sum waits four cycles for the multiply-add before it, and a core begins two a cycle: fewer than 8 sums leave it
+// idle, and 12 keep it from waiting. 7 or 8 rows would be two groups of at most 8 sums with 256 bits, so they are pairs
+// by three neighbouring blocks.
 #pragma once
 
 #include "cpu/gemm_micro.h"
@@ -33,6 +37,10 @@ inline bool in_one_stream(int64_t rows) {
          (DFLASH_BF16_DOT && std::is_same_v<X, bf16> && std::is_same_v<Weight, bf16> && rows > 4 && rows <= 8);
 }
 
+// Neighbouring blocks that pairs of rows meet at once.
+constexpr int kPairBlocks = 3;
+inline bool in_pairs(int64_t rows) { return DFLASH_VEC == 256 && (rows == 7 || rows == 8); }
+
 // `rows` <= MAX rows in one register group.
 template <class Op, class Weight, int S, int MAX>
 inline void one_group(const typename Op::X* x, int64_t ld, int rows, const Weight* const* w, int64_t K, Ahead ahead,
@@ -54,8 +62,9 @@ inline void row_groups(const typename Op::X* x, int64_t ld, int rows, int groups
       for (int s = 0; s < S; ++s) at[s] = w[s] + k * kBlock;
       Ahead ahead{kAheadLines * kLine / S, kLine};
       if (groups > 1) {
-        const int64_t bytes = n * kBlock * sizeof(Weight);
+        const int64_t bytes = n * kBlock * sizeof(Weight), others = (S - 1) * depth * kBlock * sizeof(Weight);
         ahead = {bytes + bytes * g / groups, ceil_div(kLine, groups)};
+        if (S == kPairBlocks && k + n == depth) ahead.at += others;  // the neighbours are being read already
       }
       one_group<Op, Weight, S, rows_beside(S)>(x + r * ld + k, ld, m, at, n, ahead,
                                                 {c + r * ldc, ldc, k == 0});
@@ -67,8 +76,8 @@ inline void row_groups(const typename Op::X* x, int64_t ld, int rows, int groups
 template <class Op, class Weight, int S>
 inline void rows_by_blocks(const typename Op::X* x, int64_t ld, int rows, const Weight* const* w, int64_t depth,
                            float* c, int64_t ldc) {
-  const int groups = int(ceil_div(rows, kGroupRows));
-  if constexpr (S > 1)
+  const int groups = int(ceil_div(rows, S == kPairBlocks ? 2 : kGroupRows));
+  if constexpr (S > 1 && S != kPairBlocks)
     if (ceil_div(rows, groups) > rows_beside(S)) {
       rows_by_blocks<Op, Weight, S / 2>(x, ld, rows, w, depth, c, ldc);
       return rows_by_blocks<Op, Weight, S / 2>(x, ld, rows, w + S / 2, depth, c + S / 2 * kBlock, ldc);
