@@ -61,7 +61,7 @@ class Attention {
   void locate(Piece<T>& piece, const Scratch& w) const {
     const Task& t = piece.task;
     const int64_t base = piece.number * kSplit;
-    piece.begin = kSplit, piece.end = piece.narrow = 0, piece.asked = false;
+    piece.begin = kSplit, piece.end = piece.narrow = 0;
     for (int r = 0; r < t.count; ++r) {
       const int64_t i = (t.row0 + r) / group;
       const int lo = piece.lo[r] = int(clamp(t.request.first(p, i) - base, 0, kSplit));
@@ -82,8 +82,11 @@ class Attention {
     if (begin >= end || tiles) return;
     const float* value_scale = scale_cached(piece, w);
     widen(piece, piece.keys, w, w.cached_k);
-    if (!piece.asked) piece.ask(piece.keys, begin, (begin & -kTile) + kTile, D);
-    for (int tile = begin & -kTile; tile < end; tile += kTile) score_tile<E>(p, piece, tile, w);
+    for (int tile = begin & -kTile; tile < end; tile += kTile) {
+      const bool more = tile + kTile < end;
+      score_tile<E>(p, piece, tile, more ? piece.tile_of(piece.keys, tile + kTile, D)
+                                         : piece.tile_of(piece.values, begin & -kTile, D), w);
+    }
     for (int r = 0; r < piece.task.count; ++r) {
       if (lo[r] >= hi[r]) continue;
       softmax(w.s + r * kSplit, lo[r], hi[r], value_scale, weights_of(w) + r * kSplit, out.max + r, out.sum + r);
@@ -106,13 +109,12 @@ class Attention {
 #endif
     widen(piece, piece.values, w, w.cached_v);
     if (next && next->begin >= next->end) next = nullptr;
-    weigh_rows(piece, reinterpret_cast<const E*>(weights_of(w)), next, D, w, out.acc);
-    if (!next) return;
-    if (piece.task.count <= 4) {  // beside the keys of this piece; the others are left
-      next->ask(next->keys, 0, begin, D);
-      next->ask(next->keys, end, kSplit, D);
+    for (int64_t i = 0; i < piece.task.count * stride; ++i) out.acc[i] = 0.0f;
+    for (int tile = begin & -kTile; tile < end; tile += kTile) {
+      Rows ahead = piece.tile_of(piece.values, tile + kTile, D);
+      if (tile + kTile >= end && next) ahead = next->tile_of(next->keys, next->begin & -kTile, D);
+      weigh_tile(piece, tile, reinterpret_cast<const E*>(weights_of(w)), ahead, D, w, out.acc);
     }
-    next->asked = true;
   }
 
   void start(const Task& t, const State& total) const {
@@ -144,8 +146,8 @@ class Attention {
     const int begin = piece.begin, end = piece.end;
     const T **keys = piece.keys, **values = piece.values;
     const T *zeros = static_cast<const T*>(w.zeros), *nans = static_cast<const T*>(w.nans);
-    for (int j = 0; j < begin; ++j) keys[j] = values[j] = zeros;
-    for (int j = end; j < kSplit; ++j) keys[j] = values[j] = zeros;
+    for (int j = begin & -kTile; j < begin; ++j) keys[j] = values[j] = zeros;
+    for (int j = end; j < ((end + kTile - 1) & -kTile); ++j) keys[j] = values[j] = zeros;
     int j = begin;
     while (j < end && base + j < request.context) {
       const int64_t index = (base + j) / p.page_size, row = base + j - index * p.page_size;
@@ -223,17 +225,17 @@ void run(const AttentionParams& p) {
   int32_t* done = reinterpret_cast<int32_t*>(partials + plan.items * partial);
   if (plan.by_split) std::memset(done, 0, size_t(plan.tasks) * 4);
   int64_t next_item = 0, next_scratch = 0;
-  // The last chunks go first: under a causal mask they are the longest.
+  // The longest go first: the last chunks, under a causal mask, and of splits all but the last.
   const auto take = [&](Piece<T>& piece) {
     for (;;) {
-      const int64_t item = plan.items - 1 - __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
-      if (item < 0) return false;
-      piece.index = plan.by_split ? item / plan.splits : item;
+      const int64_t item = __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
+      if (item >= plan.items) return false;
+      piece.index = plan.by_split ? item % plan.tasks : plan.tasks - 1 - item;
       const int64_t pair = piece.index % (p.batch * p.kv_heads);
       const int64_t row0 = piece.index / (p.batch * p.kv_heads) * plan.chunk;
       Task& t = piece.task = {Request(p, pair / p.kv_heads), pair % p.kv_heads, row0, 0};
       t.count = int(clamp(t.request.rows * group - row0, 0, plan.chunk));
-      piece.number = plan.by_split ? plan.first_split + item % plan.splits : attention.begin_of(t);
+      piece.number = plan.by_split ? plan.first_split + item / plan.tasks : attention.begin_of(t);
       piece.first = true;
       if (t.count > 0) return true;
     }

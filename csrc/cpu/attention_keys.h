@@ -47,10 +47,35 @@ inline Vec every_lane(const Pair* x) {
 // for few lines at a time (on Zen 4, 1 core: 7 GB/s into the first level, 15 to 28 into the second).
 // Inlined, because GCC drops calls of a function that does nothing but prefetch.
 __attribute__((always_inline)) inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
-template <class T>
-__attribute__((always_inline)) inline void prefetch_row(const T* row, int D) {
-  for (int d = 0; d < D; d += int(64 / sizeof(T))) prefetch(row + d);
-}
+// Rows of keys or values to ask for.
+struct Rows {
+  const void* const* first = nullptr;
+  int count = 0, bytes = 0;  // of a row
+
+  // Parts i to j of `of` equal ones.
+  Rows part(int i, int j, int of) const { return {first + count * i / of, count * j / of - count * i / of, bytes}; }
+};
+
+// Asks for rows, a line at a time, spread evenly over the steps of a loop: of many requests at once a core drops those
+// that it has no buffer for.
+class Asker {
+ public:
+  Asker(const Rows& rows, int steps)
+      : row_(rows.first), bytes_(rows.bytes), lines_(rows.count * ((rows.bytes + kLine - 1) / kLine)), steps_(steps) {}
+
+  __attribute__((always_inline)) void step() {
+    for (due_ += lines_; due_ >= steps_; due_ -= steps_) {
+      prefetch(static_cast<const char*>(*row_) + at_);
+      at_ += kLine;
+      if (at_ >= bytes_) at_ = 0, ++row_;
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+  const void* const* row_;
+  int bytes_, lines_, steps_, at_ = 0, due_ = 0;
+};
 
 #if DFLASH_VEC == 512
 inline void transpose(Vec (&r)[16]) {
@@ -125,12 +150,12 @@ inline void transpose_keys(const T* const* rows, int d, int D, float* kt) {
 #endif
 }
 
-// W rows. Those of `ahead`, unless that is null, are asked for a line at a time: a burst of requests would make the
-// loads behind it wait.
+// W rows. `ahead` is asked for meanwhile.
 template <class E, class T>
-inline void load_keys(const T* const* rows, const T* const* ahead, int D, float* kt) {
+inline void load_keys(const T* const* rows, const Rows& ahead, int D, float* kt) {
+  Asker asker(ahead, W * ((D + W - 1) / W));
   for (int d = 0; d < D; d += W) {
-    for (int i = 0; ahead && i < W; ++i) prefetch(ahead[i] + d);
+    for (int i = 0; i < W; ++i) asker.step();
     transpose_keys(rows, d, D, kt);
   }
 }
@@ -138,13 +163,14 @@ inline void load_keys(const T* const* rows, const T* const* ahead, int D, float*
 #if DFLASH_VEC
 // Pairs of bf16 travel through the transposition as one 32-bit word: half the shuffles.
 template <>
-inline void load_keys<float, bf16>(const bf16* const* rows, const bf16* const* ahead, int D, float* kt) {
+inline void load_keys<float, bf16>(const bf16* const* rows, const Rows& ahead, int D, float* kt) {
+  Asker asker(ahead, W * ((D + 2 * W - 1) / (2 * W)));
   int d = 0;
   for (; d + 2 * W <= D; d += 2 * W) {
     Vec r[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
-      if (ahead) prefetch(ahead[i] + d);
+      asker.step();
       r[i] = load(reinterpret_cast<const float*>(rows[i] + d));
     }
     transpose(r);
@@ -159,13 +185,14 @@ inline void load_keys<float, bf16>(const bf16* const* rows, const bf16* const* a
 
 #if DFLASH_ATTENTION_PAIRS
 template <>
-__attribute__((noinline)) inline void load_keys<Pair, bf16>(const bf16* const* rows, const bf16* const* ahead, int D,
-                                                            float* kt) {
+__attribute__((noinline)) inline void load_keys<Pair, bf16>(const bf16* const* rows, const Rows& ahead, int D,
+                                                             float* kt) {
+  Asker asker(ahead, W * (D / (2 * W)));
   for (int d = 0; d < D; d += 2 * W) {
     Vec r[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
-      if (ahead) prefetch(ahead[i] + d);
+      asker.step();
       r[i] = load(reinterpret_cast<const float*>(rows[i] + d));
     }
     transpose(r);

@@ -4,13 +4,31 @@
 // one chain over visible keys in order of position. Blocking changes which chains run side by side, never a chain.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/attention_keys.h"
 
 namespace dflash::DFLASH_ISA {
 namespace {
 
 constexpr int kSplit = 256;  // positions per softmax; splits start at multiples of kSplit
+constexpr int kBlockRows = DFLASH_VEC ? 6 : 4;  // rows whose sums are in registers: 12 or 24 vectors
 constexpr int kChain = 64;  // dimensions per chain of multiply-adds: longer ones round visibly worse in float32
+
+// f(r, n) for blocks of about equal size, rows r ... r + n of `count`.
+template <class F>
+inline void row_blocks(int count, F f) {
+  for (int r = 0, n, left = (count + kBlockRows - 1) / kBlockRows; r < count; r += n, --left)
+    f(r, n = (count - r + left - 1) / left);
+}
+
+// f(n) with n, from 1 to kBlockRows, as a constant.
+template <int N = kBlockRows, class F>
+inline void with_rows(int n, F f) {
+  if constexpr (N > 1)
+    if (n < N) return with_rows<N - 1>(n, f);
+  f(std::integral_constant<int, N>{});
+}
 
 // ---- scores: s[r][key] = cap(scale[key] * q[r] . k[key]) -----------------------------------------------------------
 
@@ -18,7 +36,8 @@ constexpr int kChain = 64;  // dimensions per chain of multiply-adds: longer one
 // Loops over R and N are unrolled before GCC decides what is a register: it kept the sums in memory.
 template <int R, int N, class E>
 __attribute__((noinline)) void scores(const E* q, int64_t q_stride, const float* kt, int length, const float* scale,
-                                      float softcap, float* s) {
+                                      float softcap, const Rows& ahead, float* s) {
+  Asker asker(ahead, length);
   constexpr int kLongest = kChain / kAtOnce<E>;
   for (int begin = 0; begin < length; begin += kLongest) {
     const int end = begin + kLongest < length ? begin + kLongest : length;
@@ -28,6 +47,7 @@ __attribute__((noinline)) void scores(const E* q, int64_t q_stride, const float*
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) acc[r][n] = set1(0.0f);
     for (int d = begin; d < end; ++d) {
+      asker.step();
       Vec key[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) key[n] = load(kt + d * kTile + n * W);
@@ -53,15 +73,17 @@ __attribute__((noinline)) void scores(const E* q, int64_t q_stride, const float*
 
 template <int R, class E>
 inline void scores(const E* q, int64_t q_stride, const float* kt, int vectors, int length, const float* scale,
-                   float softcap, float* s) {
+                   float softcap, const Rows& ahead, float* s) {
   constexpr int N = DFLASH_VEC == 512 ? 4 : 2;
   int n = 0;
-  for (; n + N <= vectors; n += N) scores<R, N>(q, q_stride, kt + n * W, length, scale + n * W, softcap, s + n * W);
-  if (N == 4 && n + 2 <= vectors) {
-    scores<R, 2>(q, q_stride, kt + n * W, length, scale + n * W, softcap, s + n * W);
-    n += 2;
-  }
-  if (n < vectors) scores<R, 1>(q, q_stride, kt + n * W, length, scale + n * W, softcap, s + n * W);
+  const auto next = [&](auto count) {
+    scores<R, count>(q, q_stride, kt + n * W, length, scale + n * W, softcap, ahead.part(n, n + count, vectors),
+                     s + n * W);
+    n += count;
+  };
+  while (n + N <= vectors) next(std::integral_constant<int, N>{});
+  if (N == 4 && n + 2 <= vectors) next(std::integral_constant<int, 2>{});
+  if (n < vectors) next(std::integral_constant<int, 1>{});
 }
 
 // ---- softmax of one row over the visible keys [lo, hi) of a split ---------------------------------------------------
@@ -133,18 +155,17 @@ inline void load_values(Vec (&value)[N], const bf16* const* rows, int d, int, co
 #endif
 
 template <int R, int N, class E, class T>
-__attribute__((noinline)) void weigh(const E* weights, const T* const* rows, const T* const* ahead, int d, int D,
+__attribute__((noinline)) void weigh(const E* weights, const T* const* rows, const Rows& ahead, int d, int D,
                                      int64_t stride, int begin, int end, float* acc) {
+  Asker asker(ahead, end - begin);
   Vec a[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) a[r][n] = load(acc + r * stride + d + n * W);
   for (int j = begin; j < end; ++j) {
+    asker.step();
     Vec value[N];
-    if (ahead)
-      for (int i = 0; i < kAtOnce<E>; ++i)
-        for (int n = 0; n < N * W; n += int(64 / sizeof(T))) prefetch(ahead[j * kAtOnce<E> + i] + d + n);
     load_values(value, rows + j * kAtOnce<E>, d, D, weights);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -161,16 +182,21 @@ __attribute__((noinline)) void weigh(const E* weights, const T* const* rows, con
 
 // stride: of acc's rows, which have room for whole vectors.
 template <int R, class E, class T>
-inline void weigh(const E* weights, const T* const* rows, const T* const* ahead, int D, int64_t stride, int begin,
-                  int end, float* acc) {
+inline void weigh(const E* weights, const T* const* rows, const Rows& ahead, int D, int64_t stride, int begin, int end,
+                  float* acc) {
   if (begin >= end) return;
   constexpr int N = DFLASH_VEC == 512 ? 4 : 2;
   int d = 0;
-  for (; d + N * W <= D; d += N * W) weigh<R, N>(weights, rows, ahead, d, D, stride, begin, end, acc);
+  const auto next = [&](auto count) {
+    const int to = d + count * W < D ? d + count * W : D;
+    weigh<R, count>(weights, rows, ahead.part(d, to, D), d, D, stride, begin, end, acc);
+    d += count * W;
+  };
+  while (d + N * W <= D) next(std::integral_constant<int, N>{});
   if constexpr (N == 4)
-    for (; d + 2 * W <= D; d += 2 * W) weigh<R, 2>(weights, rows, ahead, d, D, stride, begin, end, acc);
+    while (d + 2 * W <= D) next(std::integral_constant<int, 2>{});
   if constexpr (kAtOnce<E> == 1)
-    for (; d < D; d += W) weigh<R, 1>(weights, rows, ahead, d, D, stride, begin, end, acc);
+    while (d < D) next(std::integral_constant<int, 1>{});
 }
 
 }  // namespace
