@@ -1,8 +1,9 @@
-"""Memory that weights are streamed from.
+"""Memory that weights and the K/V cache are streamed from.
 
 With 4 KB pages a core that streams looks a page up every 64 lines; with 2 MB pages, hardly ever. On Linux huge pages
 have to be asked for, and most weights are smaller than one, so weights are placed side by side in large advised blocks.
-Measured on a step of SmolLM2-135M, which reads 269 MB of weights: 10.7 ms with ordinary pages, 9.8 ms with huge ones.
+Measured on a step of SmolLM2-135M, which reads 269 MB of weights: 10.7 ms with ordinary pages, 9.8 ms with huge ones;
+and on one with the weights of a file in 4 bits, after 1,500 tokens: 3.1 ms and, with the cache in huge pages, 2.8 ms.
 """
 
 import ctypes
@@ -41,6 +42,13 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
             where = _block[_used:_used + nbytes]
             _used += math.ceil(nbytes / 4096) * 4096
     return where[:nbytes].view(dtype).view(*shape)
+
+
+def huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor in memory of its own, in huge pages where the system grants them, with unspecified values. What is
+    never touched is never resident, to within a huge page."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return _advised(nbytes)[:nbytes].view(dtype).view(*shape)
 
 
 def _advised(nbytes: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from itertools import chain, islice
 import torch
 
 from dflash_kernels import PagedKV
+from dflash_kernels._memory import huge_pages
 
 NO_PAGE = -1  # fills unused page-table entries: prepare_block gives no slot there, and a stray read is loud
 
@@ -33,19 +34,22 @@ class CacheShape:
 
     def allocate(self, num_pages: int, page_size: int) -> list[PagedKV]:
         """Allocates the caches. Raises ValueError if the device cannot hold them."""
-        # (page, head, row, dim) in memory: a head's keys of one page are one stretch for the attention to stream.
-        shape = (num_pages, self.kv_heads, page_size, self.head_dim)
+        # A head's keys of one page are one stretch for the attention to stream. On a CPU all layers of a page lie side
+        # by side, so that of huge pages few bytes are never used.
+        layers, page = (self.layers, 2), (self.kv_heads, page_size, self.head_dim)
         needed = num_pages * self.page_bytes(page_size)
         try:
-            if needed >= 2**63:  # torch has no words for so many
+            if needed >= 2**62:  # torch has no words for so many
                 raise MemoryError
-            k, v = (torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device).transpose(2, 3)
-                    for _ in range(2))
+            if torch.device(self.device).type == "cpu":
+                caches = huge_pages((num_pages, *layers, *page), self.dtype).movedim(0, 2)
+            else:
+                caches = torch.empty((*layers, num_pages, *page), dtype=self.dtype, device=self.device)
         except (RuntimeError, MemoryError):
             raise ValueError(f"cache: num_pages x page_size (num_pages is room for max_batch requests of max_context "
                              f"tokens if not given) must fit into the memory of {self.device}; got {num_pages} x "
                              f"{page_size} tokens, which take {needed:,} bytes") from None
-        return [PagedKV(k[i], v[i]) for i in range(self.layers)]
+        return [PagedKV(k, v) for k, v in caches.transpose(3, 4)]
 
 
 def default_pages(most: int, page_size: int, caches: Sequence[CacheShape]) -> int:

@@ -46,11 +46,15 @@ def test_table_rows_hold_no_page_beyond_their_own():
     assert PagePool.table_row([], 2).tolist() == [NO_PAGE] * 2
 
 
-def test_caches_have_one_shape_and_stride_and_heads_are_stretches():
+def test_heads_are_stretches_and_layers_of_a_page_lie_side_by_side():
     caches = CacheShape(3, 2, 16, torch.bfloat16).allocate(5, 4)
-    assert len(caches) == 3 and {(c.k.shape, c.v.stride()) for c in caches} == {((5, 4, 2, 16), (128, 16, 64, 1))}
+    head, page = 4 * 16, 3 * 2 * 2 * 4 * 16
+    assert len(caches) == 3
+    assert {(t.shape, t.stride()) for c in caches for t in (c.k, c.v)} == {((5, 4, 2, 16), (page, 16, head, 1))}
+    assert caches[0].k.data_ptr() % (2 << 20) == 0
     caches[1].k.fill_(1)
-    caches[0].k.fill_(0)
+    for t in (caches[0].k, caches[0].v, caches[1].v, caches[2].k):
+        t.fill_(0)
     assert bool((caches[1].k == 1).all())
 
 
