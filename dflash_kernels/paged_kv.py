@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._memory import huge_pages
 from .limits import FP8, check_paged_dtype
 
 
@@ -87,6 +88,67 @@ class PagedKV:
                              f"({self.num_kv_heads},); got {tuple(t.shape)} with strides {t.stride()}")
         if t.device != self.k.device:
             raise ValueError(f"PagedKV: {name} must be on {self.k.device}; got {t.device}")
+
+    @staticmethod
+    def allocate(layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+                 device: torch.device | str = "cpu") -> list["PagedKV"]:
+        """Caches of all layers of a model, with unspecified contents, as `block_attention` reads them fastest.
+
+        A head's rows of a page are one stretch. On a CPU they lie in huge pages where the system grants them, and all
+        layers of a page side by side, so that few bytes of a huge page are never used.
+
+        Parameters
+        ----------
+        layers, num_pages, page_size, num_kv_heads, head_dim : int
+            At least 1; num_pages at least 0.
+        dtype : torch.dtype
+            float32, bfloat16, float16 or float8_e4m3fn.
+        device : torch.device or str
+            Where they lie.
+
+        Returns
+        -------
+        caches : list of PagedKV
+            One for each layer, all of one shape and stride.
+
+        Raises
+        ------
+        TypeError
+            A size that is no integer, or another dtype.
+        ValueError
+            A size below its least.
+        NotImplementedError
+            Another fp8 format.
+        MemoryError, RuntimeError
+            The device has no room for them.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dflash_kernels import PagedKV
+        >>> caches = PagedKV.allocate(2, 8, 16, 3, 64, torch.bfloat16)
+        >>> len(caches), caches[0].k.shape
+        (2, torch.Size([8, 16, 3, 64]))
+        """
+        sizes = {"layers": layers, "num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads,
+                 "head_dim": head_dim}
+        for name, size in sizes.items():
+            least = 0 if name == "num_pages" else 1
+            if type(size) is not int:
+                raise TypeError(f"PagedKV.allocate: {name} must be an int; got {type(size).__name__}")
+            if size < least:
+                raise ValueError(f"PagedKV.allocate: {name} must be at least {least}; got {size}")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"PagedKV.allocate: dtype must be a torch.dtype; got {type(dtype).__name__}")
+        check_paged_dtype("dtype", dtype)
+        page = num_kv_heads, page_size, head_dim
+        if 2 * layers * num_pages * num_kv_heads * page_size * head_dim * dtype.itemsize >= 2**62:
+            raise MemoryError("PagedKV.allocate: torch has no words for so many bytes")
+        if torch.device(device).type == "cpu":
+            caches = huge_pages((num_pages, layers, 2, *page), dtype).movedim(0, 2)
+        else:
+            caches = torch.empty((layers, 2, num_pages, *page), dtype=dtype, device=device)
+        return [PagedKV(k, v) for k, v in caches.transpose(3, 4)]
 
     @property
     def is_fp8(self) -> bool:

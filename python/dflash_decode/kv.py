@@ -7,7 +7,6 @@ from itertools import chain, islice
 import torch
 
 from dflash_kernels import PagedKV
-from dflash_kernels._memory import huge_pages
 
 NO_PAGE = -1  # fills unused page-table entries: prepare_block gives no slot there, and a stray read is loud
 
@@ -34,22 +33,14 @@ class CacheShape:
 
     def allocate(self, num_pages: int, page_size: int) -> list[PagedKV]:
         """Allocates the caches. Raises ValueError if the device cannot hold them."""
-        # A head's keys of one page are one stretch for the attention to stream. On a CPU all layers of a page lie side
-        # by side, so that of huge pages few bytes are never used.
-        layers, page = (self.layers, 2), (self.kv_heads, page_size, self.head_dim)
-        needed = num_pages * self.page_bytes(page_size)
         try:
-            if needed >= 2**62:  # torch has no words for so many
-                raise MemoryError
-            if torch.device(self.device).type == "cpu":
-                caches = huge_pages((num_pages, *layers, *page), self.dtype).movedim(0, 2)
-            else:
-                caches = torch.empty((*layers, num_pages, *page), dtype=self.dtype, device=self.device)
+            return PagedKV.allocate(self.layers, num_pages, page_size, self.kv_heads, self.head_dim, self.dtype,
+                                    self.device)
         except (RuntimeError, MemoryError):
+            needed = num_pages * self.page_bytes(page_size)
             raise ValueError(f"cache: num_pages x page_size (num_pages is room for max_batch requests of max_context "
                              f"tokens if not given) must fit into the memory of {self.device}; got {num_pages} x "
                              f"{page_size} tokens, which take {needed:,} bytes") from None
-        return [PagedKV(k, v) for k, v in caches.transpose(3, 4)]
 
 
 def default_pages(most: int, page_size: int, caches: Sequence[CacheShape]) -> int:
