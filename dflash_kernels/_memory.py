@@ -34,21 +34,20 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     global _block, _used
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > _BLOCK // 2:
-        where = _advised(nbytes)
-    else:
-        with _lock:
-            if _block is None or _used + nbytes > _BLOCK:
-                _block, _used = _advised(_BLOCK), 0
-            where = _block[_used:_used + nbytes]
-            _used += math.ceil(nbytes / 4096) * 4096
-    return where[:nbytes].view(dtype).view(*shape)
+        return huge_pages(shape, dtype)
+    with _lock:
+        if _block is None or _used + nbytes > _BLOCK:
+            _block, _used = _advised(_BLOCK), 0
+        where = _block[_used:_used + nbytes]
+        _used += math.ceil(nbytes / 4096) * 4096
+    return where.view(dtype).view(*shape)
 
 
 def huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A CPU tensor in memory of its own, in huge pages where the system grants them, with unspecified values. What is
     never touched is never resident, to within a huge page."""
     nbytes = math.prod(shape) * dtype.itemsize
-    return _advised(nbytes)[:nbytes].view(dtype).view(*shape)
+    return _advised(nbytes).view(dtype).view(*shape)
 
 
 def _advised(nbytes: int) -> torch.Tensor:

@@ -47,6 +47,7 @@ inline Vec every_lane(const Pair* x) {
 // for few lines at a time (on Zen 4, 1 core: 7 GB/s into the first level, 15 to 28 into the second).
 // Inlined, because GCC drops calls of a function that does nothing but prefetch.
 __attribute__((always_inline)) inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // Rows of keys or values to ask for.
 struct Rows {
   const void* const* first = nullptr;
@@ -186,7 +187,7 @@ inline void load_keys<float, bf16>(const bf16* const* rows, const Rows& ahead, i
 #if DFLASH_ATTENTION_PAIRS
 template <>
 __attribute__((noinline)) inline void load_keys<Pair, bf16>(const bf16* const* rows, const Rows& ahead, int D,
-                                                             float* kt) {
+                                                            float* kt) {
   Asker asker(ahead, W * (D / (2 * W)));
   for (int d = 0; d < D; d += 2 * W) {
     Vec r[W];
