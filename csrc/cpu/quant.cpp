@@ -5,14 +5,13 @@
 #include "cpu/quant_widen.h"
 
 // The inner loop. A thread has a block of 16 outputs from each of its streams, two or four, and a panel of rows. A
-// group of rows meets some of the blocks at once and walks all pieces of K with them, or a chunk of the pieces. In
-// registers are the integer sums of one piece for one or two vectors of outputs, and the float sums of those before:
+// group of rows meets some of the blocks at once and walks all pieces of K with them, or a chunk of the pieces. It sums
+// integers over one piece, for one or two vectors of outputs, and floats over the pieces before:
 //
-//     bits        rows x blocks        float sums       integer sums             registers
-//     512, VNNI   4 x 4, 6 x 2         16, 12           8, 12: two blocks        32
-//     512         4 x 4, 6 x 2         16, 12           8, 12: 32 and 16 bits    32
-//     256, VNNI   1 x 4, 2 x 2, 3 x 1  8, 8, 6          2, 4, 6: two vectors     16
-//     256         1 x 4, 8 x 4         8, 64 in memory  2, 16: 32 and 16 bits    16
+//     bits        rows x blocks   float sums   integer sums                    registers
+//     512, VNNI   4 x 4, 6 x 2    16, 12       8, 12: of two blocks            32
+//     512         4 x 4, 8 x 2    16, 16       8, 16: of 32 and 16 bits        32
+//     256         1 x 4, 6 x 2    8, 24        2, 12: of both vectors          16
 //
 // For a row and a vector of outputs a piece takes eight dot products, a subtraction and one multiply-add, or two with a
 // minimum. Unpacking the codes, 12 operations, is shared by the rows of a group. A core that multiplies and adds where
@@ -20,10 +19,8 @@
 // wait for x, which each of them loads, if two vectors did not share a load. q6_k has two scales in a piece and so two
 // integer sums where others have one, which leaves no room for a second vector.
 //
-// Float sums in the first-level cache would cost a load and a store beside more than ten operations. By count that is
-// little, but the stores hold up the reads of weights: five rows with sums in memory take half as long again as four
-// with sums in registers. 256 bits without VNNI have no room for more than a row's; arithmetic takes longer than the
-// reads there.
+// With 256 bits the float sums of several rows do not fit beside the integers, and the compiler keeps some on the
+// stack: a load and a store beside more than ten operations. Smaller groups have room for all and unpack more often.
 
 namespace dflash::DFLASH_ISA {
 namespace {
@@ -34,33 +31,27 @@ namespace {
 // Blocks of S, and vectors of a block, that share what is loaded of x.
 template <Format F, int S>
 constexpr int kSharedBlocks = DFLASH_VNNI && DFLASH_VEC == 512 && kHalves<F> == 1 && S > 1 ? 2 : 1;
-template <Format F> constexpr int kSharedVectors = DFLASH_VNNI && DFLASH_VEC == 256 && kHalves<F> == 1 ? 2 : 1;
+template <Format F, int R>
+constexpr int kSharedVectors = DFLASH_VEC == 256 && kHalves<F> == 1 && (DFLASH_VNNI || R > 1) ? 2 : 1;
 
-// x: the first of the group's rows, of ldx in a piece. c: its sums of the first block, ldc before those of the next; on
-// entry they are of pieces [0, begin), and not read if there are none. S: blocks whose sums are in registers; 0:
-// `blocks` of them, in memory.
+// x: the first of the group's rows, of ldx in a piece. c: its sums of the first of S blocks, ldc before those of the
+// next; on entry they are of pieces [0, begin), and not read if there are none.
 template <Format F, int R, int S>
-DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* const* w, int blocks, int64_t begin,
-                                 int64_t end, Ahead ahead, float* c, int64_t ldc) {
+DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* const* w, int64_t begin, int64_t end,
+                                 Ahead ahead, float* c, int64_t ldc) {
   constexpr int V = kBlockVectors, H = kHalves<F>, N = kPieceRegisters / H, lines = ceil_lines(layout_of(F).piece);
-  constexpr int P = kSharedBlocks<F, S>, Q = kSharedVectors<F>, U = P * Q;
+  constexpr int P = kSharedBlocks<F, S>, Q = kSharedVectors<F, R>, U = P * Q;
   static_assert(S % P == 0 && V % Q == 0);
-  const auto at_sum = [&](int s, int r, int v) { return c + s * ldc + r * kBlock + v * Vec::W; };
-  Vec held[S ? S * V * R : 1];
-  if (begin != 0) {
-    times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = load(at_sum(i / (V * R), i / V % R, i % V)); });
-  } else if constexpr (S > 0) {
-    times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = set1(0.0f); });
-  } else {
-    for (int s = 0; s < blocks; ++s) std::memset(c + s * ldc, 0, R * kBlock * sizeof(float));
-  }
+  Vec held[S * V * R];
+  const auto at_sum = [&](int i) { return c + i / (V * R) * ldc + i / V % R * kBlock + i % V * Vec::W; };
+  times<S * V * R>([&](auto i) DFLASH_HERE { held[i] = begin != 0 ? load(at_sum(i)) : set1(0.0f); });
   x += begin * ldx;
-  for (int64_t b = begin; b < end; ++b, x += ldx) {
-    // Of P blocks from s on. update(block, r, v, f): f of that sum is its next value.
-    const auto piece = [&](int s, auto update) DFLASH_HERE {
+  for (int64_t b = begin; b < end; ++b, x += ldx, ahead.at += lines * ahead.step)
+    times<S / P>([&](auto pair) DFLASH_HERE {
       const uint8_t *record[P], *head[P], *next[P];
       times<P>([&](auto p) DFLASH_HERE {
-        record[p] = record_of<F>(w[s + p], b), head[p] = head_of<F>(w[s + p], b), next[p] = w[s + p] + ahead.at;
+        const uint8_t* block = w[pair * P + p];
+        record[p] = record_of<F>(block, b), head[p] = head_of<F>(block, b), next[p] = block + ahead.at;
       });
       times<V / Q>([&](auto q) DFLASH_HERE {
         asm volatile("" : "+r"(x));  // x is loaded again for the next vectors: kept, it would fill the registers
@@ -97,48 +88,22 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
           times<H>([&](auto half) DFLASH_HERE { d[half] = scale_of<F>(record[p], head[p], half, v); });
           if constexpr (kHasMinimum<F>) m = minimum_of<F>(record[p], head[p], v);
           times<R>([&](auto r) DFLASH_HERE {
-            update(p, r, v, [&](Vec sum) DFLASH_HERE {
-              times<H>([&](auto half) DFLASH_HERE {
-                sum = fma(d[half], ints[u][half].finish(r) - set1(x[r].base), sum);
-              });
-              if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
-              return sum;
+            Vec& sum = held[((pair * P + p) * R + r) * V + v];
+            times<H>([&](auto half) DFLASH_HERE {
+              sum = fma(d[half], ints[u][half].finish(r) - set1(x[r].base), sum);
             });
+            if constexpr (kHasMinimum<F>) sum = fma(m, set1(x[r].sum), sum);
           });
         });
       });
-    };
-    if constexpr (S > 0) {
-      times<S / P>([&](auto i) DFLASH_HERE {
-        piece(i * P, [&](auto p, auto r, auto v, auto f) DFLASH_HERE {
-          Vec& sum = held[((i * P + p) * R + r) * V + v];
-          sum = f(sum);
-        });
-      });
-    } else {
-      for (int s = 0; s < blocks; ++s)
-        piece(s, [&](auto, auto r, auto v, auto f) DFLASH_HERE {
-          store(at_sum(s, r, v), f(load(at_sum(s, r, v))));
-        });
-    }
-    ahead.at += lines * ahead.step;
-  }
-  times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i / (V * R), i / V % R, i % V), held[i]); });
+    });
+  times<S * V * R>([&](auto i) DFLASH_HERE { store(at_sum(i), held[i]); });
 }
 
-// The most rows of a group. q6_k has twice the integer sums.
-constexpr int group_rows(Format format) {
-  if (DFLASH_VEC == 512) return 6;
-  if (DFLASH_VNNI) return 3;
-  return DFLASH_VEC ? format == Format::q6_k ? 4 : 8 : 1;
-}
+constexpr int kGroupRows = DFLASH_VEC == 512 ? (DFLASH_VNNI ? 6 : 8) : DFLASH_VEC ? 6 : 1;  // the most
 
-// The blocks that so many rows meet at once, their float sums in registers; 0: all blocks, in memory.
-constexpr int held_blocks(int rows) {
-  if (DFLASH_VEC == 512) return rows <= 4 ? 4 : 2;
-  if (DFLASH_VNNI) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
-  return DFLASH_VEC && rows == 1 ? 4 : 0;
-}
+// The blocks that so many rows meet at once.
+constexpr int held_blocks(int rows) { return rows <= (DFLASH_VEC == 512 ? 4 : 1) ? 4 : 2; }
 
 // Several groups take turns over as many pieces, which the second-level cache keeps meanwhile.
 constexpr int64_t kChunk = 64;
@@ -155,18 +120,11 @@ inline int64_t ahead_lines(int64_t rows) {
 // loads, in all the streams that it walks at once.
 template <Format F, int R, int S>
 inline void group_by(const QuantSums& p, int64_t row, int from, int64_t begin, int64_t end, Ahead ahead, int64_t lead) {
-  const auto next = [&](int blocks) {
-    micro_quant<F, R, S>(p.x + row, p.rows, p.weights + from, blocks, begin, end,
-                         {ahead.at + lead / blocks, ahead.step}, p.c + (from * p.rows + row) * kBlock, p.rows * kBlock);
-    from += blocks;
-  };
-  if constexpr (S == 0) {
-    next(p.blocks);
-  } else {
-    while (from + S <= p.blocks) next(S);
-    if constexpr (S > 1)
-      if (from < p.blocks) group_by<F, R, S / 2>(p, row, from, begin, end, ahead, lead);
-  }
+  for (; from + S <= p.blocks; from += S)
+    micro_quant<F, R, S>(p.x + row, p.rows, p.weights + from, begin, end, {ahead.at + lead / S, ahead.step},
+                         p.c + (from * p.rows + row) * kBlock, p.rows * kBlock);
+  if constexpr (S > 1)
+    if (from < p.blocks) group_by<F, R, S / 2>(p, row, from, begin, end, ahead, lead);
 }
 
 template <Format F, int R>
@@ -177,17 +135,16 @@ inline void group(const QuantSums& p, int64_t row, int rows, int64_t begin, int6
 
 template <Format F>
 inline void sums_of(const QuantSums& p) {
-  constexpr int most = group_rows(F);
-  const int64_t groups = ceil_div(p.rows, most), chunk = groups > 1 && p.pieces > kChunk ? kChunk : p.pieces;
+  const int64_t groups = ceil_div(p.rows, kGroupRows), chunk = groups > 1 && p.pieces > kChunk ? kChunk : p.pieces;
   for (int64_t b = 0; b < p.pieces; b += chunk) {
     const int64_t end = p.pieces - b < chunk ? p.pieces : b + chunk, at = format_bytes(F, b);
     for (int64_t g = 0, r = 0, m; g < groups; ++g, r += m) {
       m = ceil_div(p.rows - r, groups - g);
       if (groups == 1) {
-        group<F, most>(p, r, int(m), b, end, {at, kLine}, ahead_lines<F>(p.rows) * kLine);
+        group<F, kGroupRows>(p, r, int(m), b, end, {at, kLine}, ahead_lines<F>(p.rows) * kLine);
       } else {
         const Ahead ahead{at + format_bytes(F, chunk) * (groups + g) / groups, ceil_div(kLine, groups)};
-        group<F, most>(p, r, int(m), b, end, ahead, 0);
+        group<F, kGroupRows>(p, r, int(m), b, end, ahead, 0);
       }
     }
   }

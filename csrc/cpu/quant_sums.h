@@ -87,8 +87,10 @@ template <Format F, int R>
 struct IntSums {
   Codes sum[R], pairs[R];
   template <int AT> DFLASH_INLINE void add(int r, Codes codes, const int8_t* x) {
-    const Codes found = F == Format::q8_0 ? signed_products(codes, of_four(four(x))) :
-                                            pair_products(codes, of_four(four(x)));
+    add<AT>(r, codes, of_four(four(x)));
+  }
+  template <int AT> DFLASH_INLINE void add(int r, Codes codes, Codes x) {
+    const Codes found = F == Format::q8_0 ? signed_products(codes, x) : pair_products(codes, x);
     pairs[r] = AT % kFold<F> ? add16(pairs[r], found) : found;
     asm("" : "+v"(pairs[r]));  // one addition after another: as a tree they would fill the registers
     if constexpr (AT % kFold<F> == kFold<F> - 1) {
