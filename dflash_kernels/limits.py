@@ -102,6 +102,14 @@ def listed(dtypes: Iterable[torch.dtype]) -> str:
 # ---- the limits ----------------------------------------------------------------------------------------------------
 
 
+def check_size(op: str, name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int; got {value!r}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}; got {value}")
+    return value
+
+
 def check_head_dim(op: str, head_dim: int) -> None:
     if head_dim > MAX_HEAD_DIM:
         raise NotImplementedError(f"{op}: head_dim must be <= {MAX_HEAD_DIM}; got {head_dim}")

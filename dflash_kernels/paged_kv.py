@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ._memory import huge_pages
-from .limits import FP8, check_paged_dtype
+from .limits import FP8, check_paged_dtype, check_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +133,7 @@ class PagedKV:
         sizes = {"layers": layers, "num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads,
                  "head_dim": head_dim}
         for name, size in sizes.items():
-            least = 0 if name == "num_pages" else 1
-            if type(size) is not int:
-                raise TypeError(f"PagedKV.allocate: {name} must be an int; got {type(size).__name__}")
-            if size < least:
-                raise ValueError(f"PagedKV.allocate: {name} must be at least {least}; got {size}")
+            check_size("PagedKV.allocate", name, size, 0 if name == "num_pages" else 1)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"PagedKV.allocate: dtype must be a torch.dtype; got {type(dtype).__name__}")
         check_paged_dtype("dtype", dtype)

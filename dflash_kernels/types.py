@@ -4,13 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-def _size(op: str, name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an int; got {value!r}")
-    if value < least:
-        raise ValueError(f"{op}: {name} must be at least {least}; got {value}")
-    return value
+from .limits import check_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +71,8 @@ class PreparedBlock:
         torch.Size([2, 8])
         """
         op = "PreparedBlock.empty"
-        shape = (_size(op, "requests", requests, 0), _size(op, "block", block, 1))
-        hidden = _size(op, "hidden", hidden, 0)
+        shape = (check_size(op, "requests", requests, 0), check_size(op, "block", block, 1))
+        hidden = check_size(op, "hidden", hidden, 0)
         ids, positions = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
         return cls(ids, positions, torch.empty(shape, dtype=torch.int64, device=device) if slots else None,
                    torch.empty((*shape, hidden), dtype=dtype, device=device) if hidden else None)
@@ -145,7 +139,7 @@ class Verified:
         torch.Size([2, 8])
         """
         op = "Verified.empty"
-        b, q = _size(op, "requests", requests, 0), _size(op, "block", block, 1)
+        b, q = check_size(op, "requests", requests, 0), check_size(op, "block", block, 1)
         accept_lens, commit_lens, new_lens = (torch.empty(b, dtype=torch.int32, device=device) for _ in range(3))
         tokens = torch.empty((b, q), dtype=torch.int64, device=device)
         return cls(accept_lens, commit_lens, tokens, torch.empty(b, dtype=torch.int64, device=device), new_lens)

@@ -18,7 +18,8 @@ were worth in the request's last steps, tokens less their time at that rate; dra
 for them, with the drafter's context of all tokens since their last draft. A request that does not pay is tried again
 now and then, for about 1 % of the time, and where all drafting pays a step drafts nothing now and then, or a whole
 block: what is never done has a cost, and a worth, that nobody knows. Where it was not as expected, the next trial comes
-soon. Where all drafts together win hardly anything, choosing them costs more: the loop decodes plainly for a while.
+soon. Where rows cost so much that even likely drafts would not pay, it comes late, as only wrong costs could make one
+pay. Where all drafts together win hardly anything, choosing them costs more: the loop decodes plainly for a while.
 """
 
 import math
@@ -41,6 +42,7 @@ _LEAST, _FEW = 0.02, 0.25  # the share of a step that drafts must win, and of a 
 _MIDDLING = 0.6  # confidence, before there is any
 _WHOLE_AGAIN = 32  # drafts of fewer tokens, after which a whole block is drafted
 _SURPRISE = 1.2  # times that a step took more or less than was expected
+_LIKELY, _SELDOM = 0.9, 16  # a draft's chance after the one before; times that a trial of what cannot pay waits longer
 _GRANTED = 40  # baseline steps that trials may take beyond their share of the time
 
 
@@ -99,9 +101,11 @@ class WidthPolicy:
         others = [i for i in range(n) if i not in drafted]
         if others and self.on_trials <= _TRIALS * self.spent + granted:
             longest = max(others, key=lambda i: requests[i].idle)
-            if requests[longest].idle >= requests[longest].wait if drafted else self.idle >= self.wait:
+            request = requests[longest]
+            idle, wait = (request.idle, request.wait) if drafted else (self.idle, self.wait)
+            if idle >= wait and (idle >= _SELDOM * wait or self._astonished or self._could_pay(n)):
                 self.drafting = self.drafting if drafted else self.block
-                drafted, self._tried = [*drafted, longest], requests[longest]
+                drafted, self._tried = [*drafted, longest], request
         if drafted:
             self.narrow = 0 if self.drafting == self.block else self.narrow + 1
         return sorted(drafted), self.drafting
@@ -142,6 +146,16 @@ class WidthPolicy:
         """What drafts of each length are worth. others: chances of later drafts, of which those count that pay."""
         gains = [chance - row for chance in verified] + [max(chance - row, 0.0) for chance in others]
         return [sum(gains[:w - 1]) for w in self.draft_widths]
+
+    def _could_pay(self, requests: int) -> bool:
+        """Whether likely drafts of one request would."""
+        likely = [_LIKELY**j for j in range(1, self.block)]
+        return self._pays(self._by_width([], likely, self._row(requests)), self.rate(requests))
+
+    def _pays(self, worth: Sequence[float], rate: float) -> bool:
+        """Whether a request's drafts of any length are worth their time."""
+        return any(w > _MARGIN * rate * self.draft_seconds(1, q)
+                   for w, q in zip(worth, self.draft_widths, strict=True))
 
     def _better(self, ours: Draft, other: Draft) -> Draft:
         """The one that is more likely where they first differ."""
@@ -225,8 +239,7 @@ class WidthPolicy:
             request.worth = _moved(before, worth, _NEW)
             self.worth = of_all = _moved(of_all, worth, _SHARED)
             request.idle = 0
-            request.paid = any(w > _MARGIN * rate * self.draft_seconds(1, q)
-                               for w, q in zip(worth, self.draft_widths, strict=True))
+            request.paid = self._pays(worth, rate)
             if request.paid and request is self._tried:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
 

@@ -159,6 +159,17 @@ def test_a_drafter_that_becomes_good_is_found_out():
 
 
 @pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("sure", [0.3, 0.6])
+def test_what_cannot_pay_is_seldom_tried(batch, sure):
+    """A row takes as long as the baseline's rows do, as where arithmetic is all that a step waits for."""
+    true, found = affine(0.0, 1.0 / batch, draft=0.3), []
+    texts, outlooks = [Text(sure, seed) for seed in range(batch)], [Outlook() for _ in range(batch)]
+    tried = list(played(WidthPolicy(BLOCK, true), texts, outlooks, 500, true, found.append))
+    assert 1 <= sum(map(bool, tried)) <= 4
+    assert ratio(found, true, batch) >= 0.99
+
+
+@pytest.mark.parametrize("batch", [1, 4])
 def test_a_planted_wrong_cost_is_mended_within_20_steps(batch):
     """Wide passes ten times too cheap."""
     true = affine(1.0, 0.3)

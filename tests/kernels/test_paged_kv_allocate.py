@@ -29,8 +29,8 @@ def test_no_pages():
 @pytest.mark.parametrize("name,value,error,words", [
     ("layers", 0, ValueError, "layers must be at least 1; got 0"),
     ("num_pages", -1, ValueError, "num_pages must be at least 0; got -1"),
-    ("page_size", 2.0, TypeError, "page_size must be an int; got float"),
-    ("num_kv_heads", True, TypeError, "num_kv_heads must be an int; got bool"),
+    ("page_size", 2.0, TypeError, "page_size must be an int; got 2.0"),
+    ("num_kv_heads", True, TypeError, "num_kv_heads must be an int; got True"),
     ("head_dim", 0, ValueError, "head_dim must be at least 1; got 0"),
     ("dtype", "bfloat16", TypeError, "dtype must be a torch.dtype; got str"),
     ("dtype", torch.int8, TypeError, "dtype must be .*; got torch.int8"),
