@@ -289,10 +289,8 @@ def _check_facts(op: str, dtypes: dict[str, torch.dtype | None], sizes: dict[str
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"supports: {name} must be a torch.dtype; got {dtype!r}")
     for name, size in sizes.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
-            raise TypeError(f"supports: {name} must be an int; got {size!r}")
-        if size is not None and size < 1:
-            raise ValueError(f"supports: {name} must be at least 1; got {size}")
+        if size is not None:
+            check_size("supports", name, size, 1)
 
 
 def _device_type(device: str | torch.device | None) -> str | None:
