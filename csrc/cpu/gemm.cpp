@@ -1,6 +1,7 @@
 #include "cpu/gemm.h"
 
 #include "cpu/gemm_rows.h"
+#include "cpu/gemm_three.h"
 #include "cpu/gemm_tiles.h"
 #include "cpu/quant.h"
 
@@ -45,6 +46,10 @@ struct Operand {
   static int64_t depth(int64_t K) { return std::is_same_v<T, bf16> ? padded_k(K) : K; }
   template <int R, int S>
   static void group(const X* x, int64_t ld, const Weight* const* w, int64_t K, Ahead ahead, Place sums) {
+#if DFLASH_VEC == 256
+    if constexpr (std::is_same_v<Weight, bf16> && R == 3 && S == 2) micro_three(x, ld, w, K, ahead, sums);
+    else
+#endif
 #if !DFLASH_BF16_DOT
     if constexpr (std::is_same_v<Weight, bf16>) micro_pairs<R, S>(x, ld, w, K, ahead, sums);
     else
