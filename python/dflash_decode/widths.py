@@ -32,7 +32,7 @@ from .forecast import Forecast
 from .lookup import Draft
 from .policy import FIRST_WAIT, Outlook
 
-_NEW, _SHARED = 0.25, 0.02  # how far a step moves what drafting is worth, of its request and of all
+_NEW, _SHARED = 0.1, 0.02  # how far a step moves what drafting is worth, of its request and of all
 _RATE = 0.05  # and the rate
 _TRIALS, _LONGEST_WAIT = 0.01, 64  # share of the time; steps
 _MARGIN = 1.2  # times its cost that a draft must be worth: of several estimates the best one is too good
