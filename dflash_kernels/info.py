@@ -29,8 +29,8 @@ def build_info() -> dict[str, object]:
     facts : dict
         Keys: version, python, torch, platform, cpu (the processor's name), ops (their names), cpu_kernels (True if the
         C++ library is built), isa (the instruction set in use), isas (those that the CPU has, lowest first), compiler,
-        nvcc ("found" or "not found" when the library was built), cuda_kernels (targets of the CUDA C++ library, or why
-        it is missing), cuda (True if torch sees a GPU), threads.
+        sources (a digest of what the C++ library was built from), nvcc ("found" or "not found" then), cuda_kernels
+        (targets of the CUDA C++ library, or why it is missing), cuda (True if torch sees a GPU), threads.
 
     Examples
     --------
@@ -52,6 +52,7 @@ def build_info() -> dict[str, object]:
         "isa": native.isa() if native else "reference",
         "isas": native.isas() if native else [],
         "compiler": built.get("compiler", ""),
+        "sources": "".join(built.get("sources", "").split()[2:3])[:12],
         "nvcc": built.get("nvcc", ""),
         "cuda_kernels": _gpu.describe(_library.cuda, _library.cuda_error),
         "cuda": torch.cuda.is_available(),

@@ -25,6 +25,9 @@
 #define DFLASH_NVCC "not found"
 #endif
 
+// "dflash sources DIGEST MACHINE", where the build has it (setup.py, sources_mark).
+extern "C" __attribute__((weak)) const char dflash_sources_mark[];
+
 namespace dflash {
 
 void parallel_for_raw(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -154,7 +157,9 @@ PyObject* py_set_isa(PyObject*, PyObject* args) {
 }
 
 PyObject* py_build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s}", "compiler", __VERSION__, "torch_abi", "2.10", "nvcc", DFLASH_NVCC);
+  const char* sources = dflash_sources_mark ? dflash_sources_mark : "";
+  return Py_BuildValue("{s:s,s:s,s:s,s:s}", "compiler", __VERSION__, "sources", sources, "torch_abi", "2.10", "nvcc",
+                       DFLASH_NVCC);
 }
 
 PyObject* py_stream_read(PyObject*, PyObject* args) {

@@ -24,6 +24,7 @@ from bench.gpu import plan as gpu_plan
 from bench.gpu import profile as gpu_profile
 from bench.gpu import summary as gpu_summary
 from bench.ops import whole as bench_whole
+from dflash_kernels import build_info
 from tests.support import ROOT
 
 PARTS = list(gpu_plan.SHARES)
@@ -233,6 +234,7 @@ def test_the_built_library_carries_its_sources_mark():
     if not library.exists() or os.environ.get("DFLASH_SANITIZE"):
         pytest.skip("the library is not built, or not as it ships")
     assert setup.sources_mark().encode() in library.read_bytes()
+    assert setup.sources_mark().split()[2][:12] == build_info()["sources"]
 
 
 def test_a_replay_s_kernels_and_gaps_are_its_time():
