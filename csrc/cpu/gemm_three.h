@@ -20,7 +20,7 @@ alignas(32) constexpr uint32_t kUpperHalves[8] = {0xffff0000, 0xffff0000, 0xffff
 #define DFLASH_THREE_FMAS(i, j, k)                                                                                     \
   "vfmadd231ps %%ymm12, %%ymm15, %" #i "\n\tvfmadd231ps %%ymm13, %%ymm15, %" #j                                        \
   "\n\tvfmadd231ps %%ymm14, %%ymm15, %" #k "\n\t"
-// One k. What it reads is not declared to the compiler: this function writes none of it.
+// One k. "memory" stands for what it reads, for which there are not operands enough.
 #define DFLASH_THREE_ROWS(HALF, k)                                                                                     \
   asm volatile("vbroadcastss " k "(%[x]), %%ymm12\n\tvbroadcastss " k "(%[x],%[ld]), %%ymm13\n\t"                      \
                "vbroadcastss " k "(%[x],%[ld],2), %%ymm14\n\t"                                                         \
@@ -29,7 +29,7 @@ alignas(32) constexpr uint32_t kUpperHalves[8] = {0xffff0000, 0xffff0000, 0xffff
                : "+x"(s0), "+x"(s1), "+x"(s2), "+x"(s3), "+x"(s4), "+x"(s5), "+x"(s6), "+x"(s7), "+x"(s8), "+x"(s9),   \
                  "+x"(s10), "+x"(s11)                                                                                  \
                : [x] "r"(x), [ld] "r"(stride), [a] "r"(a), [b] "r"(b), [upper] "m"(kUpperHalves)                       \
-               : "xmm12", "xmm13", "xmm14", "xmm15")
+               : "xmm12", "xmm13", "xmm14", "xmm15", "memory")
 
 DFLASH_NOINLINE void micro_three(const float* x, int64_t ldx, const bf16* const* w, int64_t K, Ahead ahead,
                                  Place place) {
