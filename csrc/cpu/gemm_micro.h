@@ -115,6 +115,11 @@ inline __m512i load_pairs(const int8_t* p) {
 }
 #endif
 
+#if DFLASH_VEC == 256
+alignas(32) constexpr uint32_t kUpperHalves[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                  0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+#endif
+
 #if !DFLASH_BF16_DOT
 // The first (H = 0) or the second k of W pairs of bf16.
 template <int H>
@@ -125,10 +130,8 @@ inline Vec load_half(const bf16* p) {
 #elif DFLASH_VEC == 256
   if constexpr (H == 0) return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
   // Loaded again, and the mask with it: the sums leave no register to keep either in.
-  alignas(32) static constexpr uint32_t mask[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
-                                                  0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
   Vec upper;
-  asm("vmovdqu %1, %0\n\tvpand %2, %0, %0" : "=&x"(upper.v) : "m"(*(const __m256i_u*)p), "m"(mask));
+  asm("vmovdqu %1, %0\n\tvpand %2, %0, %0" : "=&x"(upper.v) : "m"(*(const __m256i_u*)p), "m"(kUpperHalves));
   return upper;
 #else
   return each([&](int i) { return to_float(p[2 * i + H]); });

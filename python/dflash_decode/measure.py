@@ -33,8 +33,7 @@ class Stages(Protocol):
 def identity(runner: Stages) -> dict:
     """All that the costs depend on."""
     s, facts = runner.setting, build_info()
-    machine = {name: facts[name] for name in ("version", "sources", "torch", "cpu", "isa", "threads",
-                                                 "compiler")}
+    machine = {name: facts[name] for name in ("version", "sources", "torch", "cpu", "isa", "threads", "compiler")}
     return {**machine, "target": _shape(s.target), "drafter": _shape(s.drafter), "block": s.width,
             "longest": runner.longest, "batch": s.max_batch}
 
