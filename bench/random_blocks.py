@@ -4,7 +4,7 @@ import torch
 
 from dflash_kernels.formats import EVERY
 
-SCALES = {"q6_k": slice(208, 210), "q4_1": slice(0, 4), "q4_k": slice(0, 4), "q5_k": slice(0, 4)}
+SCALES = {"q6_k": slice(208, 210), "q4_1": slice(0, 4), "q5_1": slice(0, 4), "q4_k": slice(0, 4), "q5_k": slice(0, 4)}
 
 
 def blocks(name: str, n: int, k: int) -> torch.Tensor:

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 
 class Format(NamedTuple):
-    """number: as enum Format in csrc/cpu/types.h. block, bytes: elements and bytes of one block of a file. packed:
-    bytes of 256 k of 16 outputs, packed (csrc/cpu/quant.h), 0 without a CPU kernel; offset: what a code is above its
-    value. record: bytes of 256 k of an output on a GPU (_triton/_quant.py)."""
+    """number: as enum Format in csrc/cpu/types.h. bits: of a code. block, bytes: elements and bytes of one block of a
+    file. packed: bytes of 256 k of 16 outputs, packed (csrc/cpu/quant.h), 0 without a CPU kernel; offset: what a code
+    is above its value. record: bytes of 256 k of an output on a GPU (_triton/_quant.py)."""
 
     number: int
+    bits: int
     block: int
     bytes: int
     packed: int
@@ -17,16 +18,18 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "q4_0": Format(1, 32, 18, 8 * 288, 8, 144),
-    "q4_1": Format(2, 32, 20, 8 * 320, 0, 160),
-    "q8_0": Format(3, 32, 34, 8 * 544, 128, 272),
-    "q4_k": Format(4, 256, 144, 64 + 8 * 288, 0, 148),
-    "q5_k": Format(5, 256, 176, 64 + 8 * 352, 0, 180),
-    "q6_k": Format(6, 256, 210, 32 + 8 * 416, 32, 212),
+    "q4_0": Format(1, 4, 32, 18, 8 * 288, 8, 144),
+    "q4_1": Format(2, 4, 32, 20, 8 * 320, 0, 160),
+    "q8_0": Format(3, 8, 32, 34, 8 * 544, 128, 272),
+    "q4_k": Format(4, 4, 256, 144, 64 + 8 * 288, 0, 148),
+    "q5_k": Format(5, 5, 256, 176, 64 + 8 * 352, 0, 180),
+    "q6_k": Format(6, 6, 256, 210, 32 + 8 * 416, 32, 212),
+    "q5_0": Format(7, 5, 32, 22, 8 * 352, 16, 176),
+    "q5_1": Format(8, 5, 32, 24, 8 * 384, 0, 192),
 }
 # 4-bit checkpoints' groups of 128 k, which awq_blocks and gptq_blocks make: a float16 scale, the zero point if it is
 # not 8, and 64 bytes with codes k and k + 64.
-GROUPED = {"int4_g128": Format(7, 128, 66, 0, 8, 132), "uint4_g128": Format(8, 128, 67, 0, 0, 136)}
+GROUPED = {"int4_g128": Format(9, 4, 128, 66, 0, 8, 132), "uint4_g128": Format(10, 4, 128, 67, 0, 0, 136)}
 EVERY = FORMATS | GROUPED
 NAMES = {f.number: name for name, f in EVERY.items()}
 EXACT = 16  # added to a format's number: blocks become elements before they are multiplied; kExact in C++

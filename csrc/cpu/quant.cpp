@@ -161,6 +161,8 @@ inline void with_format(Format format, F f) {
     case Format::q4_k: return f(std::integral_constant<Format, Format::q4_k>{});
     case Format::q5_k: return f(std::integral_constant<Format, Format::q5_k>{});
     case Format::q6_k: return f(std::integral_constant<Format, Format::q6_k>{});
+    case Format::q5_0: return f(std::integral_constant<Format, Format::q5_0>{});
+    case Format::q5_1: return f(std::integral_constant<Format, Format::q5_1>{});
   }
 }
 

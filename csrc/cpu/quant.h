@@ -38,6 +38,8 @@ static constexpr FormatLayout layout_of(Format format) {
     case Format::q4_k: return {288, 64, 0, 256, 0};
     case Format::q5_k: return {352, 64, 256, 320, 0};
     case Format::q6_k: return {416, 32, 256, 384, 32};
+    case Format::q5_0: return {352, 0, 256, 320, 16};
+    case Format::q5_1: return {384, 0, 256, 320, 0};
     default: return {0, 0, 0, 0, 0};
   }
 }

@@ -98,6 +98,11 @@ inline const uint8_t* head_of(const uint8_t* w, int64_t b) {
   return w + b / inside * (layout_of(F).piece * inside + layout_of(F).head);
 }
 
+template <Format F> constexpr bool kFiveBits = F == Format::q5_0 || F == Format::q5_1 || F == Format::q5_k;
+template <Format F> constexpr bool kHalfMinimum = F == Format::q4_1 || F == Format::q5_1;  // a float16 of its own
+template <Format F> constexpr bool kHasMinimum = kHalfMinimum<F> || F == Format::q4_k || F == Format::q5_k;
+template <Format F> constexpr int kHalves = F == Format::q6_k ? 2 : 1;  // scales in a piece
+
 // The codes of k = 4 * R ... 4 * R + 3 of the outputs of vector v.
 template <Format F, int R>
 inline DFLASH_INLINE Codes codes_of(const uint8_t* record, int v) {
@@ -111,14 +116,11 @@ inline DFLASH_INLINE Codes codes_of(const uint8_t* record, int v) {
     return codes;
   }
   const Codes low = bits_of<R % 2 * 4, 0x0f>(load_codes(at + R / 2 * kLine));
-  if constexpr (F == Format::q5_k) return both(low, bits_of<R - 4, 0x10>(load_codes(at + l.high)));
+  if constexpr (kFiveBits<F>) return both(low, bits_of<R - 4, 0x10>(load_codes(at + l.high)));
   if constexpr (F == Format::q6_k)
     return both(low, bits_of<R % 4 * 2 - 4, 0x30>(load_codes(at + l.high + R / 4 * kLine)));
   return low;
 }
-
-template <Format F> constexpr bool kHasMinimum = F == Format::q4_1 || F == Format::q4_k || F == Format::q5_k;
-template <Format F> constexpr int kHalves = F == Format::q6_k ? 2 : 1;  // scales in a piece
 
 // d of half `half` of a piece, for the outputs of vector v.
 template <Format F>
@@ -133,7 +135,7 @@ inline DFLASH_INLINE Vec scale_of(const uint8_t* record, const uint8_t* head, in
 template <Format F>
 inline DFLASH_INLINE Vec minimum_of(const uint8_t* record, const uint8_t* head, int v) {
   const uint8_t* at = record + layout_of(F).scales;
-  if constexpr (F == Format::q4_1) return load((const f16*)at + kBlock + v * Vec::W);
+  if constexpr (kHalfMinimum<F>) return load((const f16*)at + kBlock + v * Vec::W);
   return load(at + kBlock + v * Vec::W) * load((const f16*)head + kBlock + v * Vec::W);
 }
 

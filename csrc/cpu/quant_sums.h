@@ -57,7 +57,7 @@ struct IntSums {
 #elif DFLASH_VEC
 // Without VNNI: products of bytes are added in pairs to 16 bits, FOLD registers of them before they no longer fit. With
 // codes of 8 bits one pair does not fit, unless the code's sign goes to x.
-template <Format F> constexpr int kFold = F == Format::q8_0 ? 1 : F == Format::q6_k ? 2 : F == Format::q5_k ? 4 : 8;
+template <Format F> constexpr int kFold = F == Format::q8_0 ? 1 : F == Format::q6_k ? 2 : kFiveBits<F> ? 4 : 8;
 #if DFLASH_VEC == 512
 inline __m512i zero_bits() { return _mm512_setzero_si512(); }
 inline __m512i pair_products(__m512i codes, __m512i x) { return _mm512_maddubs_epi16(codes, x); }

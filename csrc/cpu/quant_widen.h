@@ -23,7 +23,7 @@ inline float element_of(const uint8_t* record, const uint8_t* head, int j, int k
   constexpr FormatLayout l = layout_of(F);
   const int at = j * 4 + k % 4, r = k / 4;
   int q = F == Format::q8_0 ? record[r * kLine + at] : record[r / 2 * kLine + at] >> r % 2 * 4 & 15;
-  if (F == Format::q5_k) q |= (record[l.high + at] >> r & 1) << 4;
+  if (kFiveBits<F>) q |= (record[l.high + at] >> r & 1) << 4;
   if (F == Format::q6_k) q |= (record[l.high + r / 4 * kLine + at] >> r % 4 * 2 & 3) << 4;
   const uint8_t* scales = record + l.scales;
   const auto half_at = [](const uint8_t* p, int i) { return to_float(reinterpret_cast<const f16*>(p)[i]); };
@@ -31,7 +31,7 @@ inline float element_of(const uint8_t* record, const uint8_t* head, int j, int k
   if (F == Format::q6_k) d = float(reinterpret_cast<const int8_t*>(scales)[k / 16 * kBlock + j]) * half_at(head, j);
   else if (l.head) d = float(scales[j]) * half_at(head, j);
   else d = half_at(scales, j);
-  if (F == Format::q4_1) m = half_at(scales, kBlock + j);
+  if (kHalfMinimum<F>) m = half_at(scales, kBlock + j);
   else if (kHasMinimum<F>) m = float(scales[kBlock + j]) * half_at(head, kBlock + j);
   return d * float(q - l.offset) + m;
 }

@@ -9,8 +9,8 @@ is one run of memory in each section:
 
     codes    32 words an output: word j has, in its nibble i, 4 bits of the code of k = 32 i + j. q8_0: 64 words, and
              word j of half h has in its byte b the code of k = 32 (4 h + b) + j
-    upper    q5_k: 32 bytes, a bit of each code; q6_k: 32 halfwords, two bits of each. The even pieces' and the odd
-             pieces' (Q5_AT, Q6_AT in reference/quant_gpu.py), so that a shift and a mask bring four codes together
+    upper    of 5 bits: 32 bytes, a bit of each code; of 6: 32 halfwords, two bits of each. The even pieces' and the
+             odd pieces' (Q5_AT, Q6_AT in reference/quant_gpu.py), so that a shift and a mask bring four codes together
     scales   words, each of all outputs side by side, which asynchronous copies can take: 4 bytes are their smallest
 
 A thread thus has a whole piece's codes by one mask for each: a tile of (32, BLOCK_N) words is 8 tiles of the weight,
@@ -18,6 +18,8 @@ and no element changes threads. Bytes for 256 weights, and beside the file's:
 
     q4_0     128 codes                 16: two d                               144    144
     q4_1     128                       32: d, m                                160    160
+    q5_0     128 + 32                  16: two d                               176    176
+    q5_1     128 + 32                  32: d, m                                192    192
     q8_0     256                       16: two d                               272    272
     q4_k     128                       4: d and m of 256; 16: two (d, m)       148    144
     q5_k     128 + 32                  the same                                180    176
@@ -39,8 +41,9 @@ import triton.language as tl
 
 from ..formats import EVERY
 
-Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4, UINT4 = (tl.constexpr(f.number) for f in EVERY.values())
-BYTES = tl.constexpr((0, *(f.record for f in EVERY.values())))  # of a record of one output, by a format's number
+Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, Q5_0, Q5_1, INT4, UINT4 = (tl.constexpr(f.number) for f in EVERY.values())
+# By a format's number: bytes of a record of one output, and bits of a code.
+BYTES, BITS = (tl.constexpr((0, *(getattr(f, of) for f in EVERY.values()))) for of in ("record", "bits"))
 RECORD = tl.constexpr(256)
 PIECE = tl.constexpr(32)
 
@@ -80,12 +83,12 @@ def _codes(record, P: tl.constexpr, out, outputs, FORMAT: tl.constexpr):
         word = _tile(record, 128 * (P // 4), out, outputs, tl.uint32)
     else:
         word = _tile(record, 0, out, outputs, tl.uint32)
-    if FORMAT == Q5_K:
+    if BITS[FORMAT] == 5:
         upper = _tile(record, 128, out, outputs, tl.uint8).to(tl.uint32)
         # Bits 0 to 3 become bit 4 of each byte.
         upper = (((upper >> (4 * (P % 2))) & 15) * 0x2040810) & 0x10101010
         word = ((word >> (4 * (P % 2))) & 0x0F0F0F0F) | upper
-    if FORMAT == Q6_K:
+    if BITS[FORMAT] == 6:
         upper = _tile(record, 128, out, outputs, tl.uint16).to(tl.uint32)
         upper = ((upper >> (2 * (P % 2))) & 0x3030) | ((upper << (18 + 2 * (P % 2))) & 0x30300000)
         word = ((word >> (4 * (P % 2))) & 0x0F0F0F0F) | upper
@@ -98,13 +101,16 @@ def _scales(record, P: tl.constexpr, out, outputs, FORMAT: tl.constexpr):
     if FORMAT == Q4_0:
         d = _half(_word(record, 128 + 4 * (P // 2), out, outputs), P % 2)
         m = d * -8.0
-    if FORMAT == Q4_1:
-        both = _word(record, 128 + 4 * P, out, outputs)
+    if FORMAT == Q5_0:
+        d = _half(_word(record, 160 + 4 * (P // 2), out, outputs), P % 2)
+        m = d * -16.0
+    if FORMAT == Q4_1 or FORMAT == Q5_1:  # noqa: SIM109 (a kernel has no `in`)
+        both = _word(record, (128 if FORMAT == Q4_1 else 160) + 4 * P, out, outputs)
         d, m = _half(both, 0), _half(both, 1)
     if FORMAT == Q8_0:
         d = _half(_word(record, 256 + 4 * (P // 2), out, outputs), P % 2)
         m = d * -128.0
-    if FORMAT == Q4_K or FORMAT == Q5_K:  # noqa: SIM109 (a kernel has no `in`)
+    if FORMAT == Q4_K or FORMAT == Q5_K:  # noqa: SIM109
         AT: tl.constexpr = 128 if FORMAT == Q4_K else 160
         top = _word(record, AT, out, outputs)
         both = _word(record, AT + 4 + 4 * (P // 2), out, outputs) >> (16 * (P % 2))
@@ -133,7 +139,7 @@ def widened(record, P: tl.constexpr, out, outputs, FORMAT: tl.constexpr, kind: t
     d, m = _scales(record, P, out, outputs, FORMAT)
     if FORMAT == Q8_0:
         codes = (word >> (8 * (P % 4))) & 255  # one instruction converts a byte
-    elif FORMAT == Q5_K or FORMAT == Q6_K:  # noqa: SIM109
+    elif BITS[FORMAT] > 4:
         codes = word & (63 << (8 * (P // 2)))
         d *= 1.0 / (1 << (8 * (P // 2)))
     else:

@@ -40,7 +40,7 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None, *, for
         Any strides.
     scales : (N,) float32, optional
         Factor of each row of an int8 weight, as `quantize_weight` returns it.
-    format : {"q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "int4_g128", "uint4_g128"}, optional
+    format : {"q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "q5_0", "q5_1", "int4_g128", "uint4_g128"}, optional
         Of a weight whose rows are blocks as GGUF files have them, or as `awq_blocks` and `gptq_blocks` make them: the
         last two, on a GPU only.
     exact : bool

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..formats import FORMATS, GROUPED
+from ..formats import GROUPED
 
 PIECE = 32  # elements with a scale of their own, or half of one
 
@@ -12,9 +12,10 @@ def split(b, name):
     own scales (N, B, groups, 2), or None. A minimum is added here, so where a file subtracts it, its scale's sign
     changes."""
     n = b.shape[0]
-    if name in ("q4_0", "q4_1"):
-        at = FORMATS[name].bytes - 16
-        codes = torch.cat([b[..., at:] & 15, b[..., at:] >> 4], -1)
+    if name in ("q4_0", "q4_1", "q5_0", "q5_1"):
+        codes, at = torch.cat([b[..., -16:] & 15, b[..., -16:] >> 4], -1), 4 if name.endswith("1") else 2
+        if name.startswith("q5"):
+            codes = codes | torch.stack([b[..., at:-16] >> i & 1 for i in range(8)], -1).flatten(-2) << 4
         return codes.view(n, -1), b[..., :at].unflatten(-1, (-1, 2)), None
     if name == "q8_0":
         return (b[..., 2:] ^ 0x80).reshape(n, -1), b[..., :2].unflatten(-1, (-1, 2)), None

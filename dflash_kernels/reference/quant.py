@@ -27,7 +27,7 @@ def pack(rows, name):
     parts = [codes.reshape(blocks, pieces, -1)]
     if name != "q8_0":
         parts = [((codes[:, :, 0::2] & 15) | (codes[:, :, 1::2] << 4)).reshape(blocks, pieces, -1)]
-    if name == "q5_k":
+    if f.bits == 5:
         parts.append(_planes(codes >> 4, 8, 1).flatten(2))
     if name == "q6_k":
         parts.append(torch.cat([_planes(codes[:, :, h:h + 4] >> 4, 4, 2).flatten(2) for h in (0, 4)], 2))
@@ -80,7 +80,7 @@ def unpack(data, name, n, k):
     nibbles = data[..., :256].view(blocks, pieces, 4, 1, 64)
     codes = torch.cat([nibbles & 15, nibbles >> 4], 3) if name != "q8_0" else data[..., :512]
     codes, at = codes.reshape(blocks, pieces, 8, 64), 256 if name != "q8_0" else 512
-    if name == "q5_k":
+    if f.bits == 5:
         codes = codes | torch.stack([data[..., 256:320] >> r & 1 for r in range(8)], 2) << 4
         at = 320
     if name == "q6_k":
@@ -95,7 +95,7 @@ def unpack(data, name, n, k):
         scales = scales.view(torch.int8 if name == "q6_k" else torch.uint8).view(blocks, -1, 8, 2, OUTPUTS).float()
         scales = (scales * head).view(blocks, pieces, 2, OUTPUTS)
     scales = scales.permute(0, 3, 1, 2).reshape(-1, pieces, scales.shape[2])[:n]
-    one_of_two = name in ("q4_1", "q4_k", "q5_k")
+    one_of_two = name in ("q4_1", "q5_1", "q4_k", "q5_k")
     return (codes.short() - f.offset)[:n], scales[..., :1] if one_of_two else scales, \
         scales[..., 1] if one_of_two else None
 

@@ -10,7 +10,7 @@ from ..formats import ALIGNED, EVERY, RECORD, gpu_shape
 from ._blocks import PIECE, split
 
 PIECES = 8
-# In the halfword of q6_k's upper bits: where the two of piece i are; and in q5_k's byte, where the one is.
+# In the halfword of upper bits of 6: where the two of piece i are; and in the byte of those of 5, where the one is.
 Q6_AT, Q5_AT = (4, 6, 12, 14, 2, 0, 10, 8), (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -51,10 +51,10 @@ def unpack(data, name, n, k):
         codes = (codes >> _shifts(4, 8, data.device) & 255).permute(2, 0, 1, 4, 3)
     else:
         codes = (section(128).view(records, outputs, 32, 1) >> _shifts(8, 4, data.device) & 15).permute(1, 0, 3, 2)
-    if name in ("q5_k", "q6_k"):
-        size, kind, places = (32, torch.uint8, Q5_AT) if name == "q5_k" else (64, torch.int16, Q6_AT)
+    if f.bits in (5, 6):
+        size, kind, places = (32, torch.uint8, Q5_AT) if f.bits == 5 else (64, torch.int16, Q6_AT)
         high = section(size, kind).view(records, outputs, 32, 1).int() >> torch.tensor(places, device=data.device)
-        codes = codes | (high & (1 if name == "q5_k" else 3)).permute(1, 0, 3, 2) << 4
+        codes = codes | (high & (1 if f.bits == 5 else 3)).permute(1, 0, 3, 2) << 4
     codes = (codes.reshape(outputs, -1) - f.offset)[:n, :k].short()
     words = section(f.record - at).view(records, -1, outputs).permute(2, 0, 1)[:n]
     words = words.clone(memory_format=torch.contiguous_format)  # which contiguous() leaves alone where it is one column
@@ -69,7 +69,7 @@ def _shifts(count, bits, device):
 
 def _scale_bytes(name):
     """Of a record, without those of a K-format's own scales."""
-    return {"q4_1": 32, "int4_g128": 4, "uint4_g128": 8}.get(name, 16)
+    return {"q4_1": 32, "q5_1": 32, "int4_g128": 4, "uint4_g128": 8}.get(name, 16)
 
 
 def _codes(codes, name):
@@ -84,8 +84,8 @@ def _codes(codes, name):
     if name == "q8_0":
         return [torch.stack([joined([(pieces[4 * p + b], 8 * b) for b in range(4)], torch.int32) for p in range(2)], 1)]
     sections = [joined([(c & 15, 4 * i) for i, c in enumerate(pieces)], torch.int32)]
-    if name in ("q5_k", "q6_k"):
-        kind, places = (torch.uint8, Q5_AT) if name == "q5_k" else (torch.int16, Q6_AT)
+    if EVERY[name].bits in (5, 6):
+        kind, places = (torch.uint8, Q5_AT) if EVERY[name].bits == 5 else (torch.int16, Q6_AT)
         sections.append(joined([(c >> 4, at) for c, at in zip(pieces, places, strict=True)], kind))
     return sections
 
@@ -94,9 +94,9 @@ def _scales(words, name):
     """d (N, records, 8, groups) and m (N, records, 8) or None, of words (N, records, W) int32."""
     n, records, _ = words.shape
     halves = words.view(torch.float16).float()
-    if name in ("q4_0", "q8_0"):
+    if name in ("q4_0", "q5_0", "q8_0"):
         return halves[..., None], None
-    if name == "q4_1":
+    if name in ("q4_1", "q5_1"):
         return halves[..., 0::2, None], halves[..., 1::2]
     if name == "int4_g128":
         return halves.repeat_interleave(4, -1)[..., None], None

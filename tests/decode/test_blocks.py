@@ -21,9 +21,9 @@ from dflash_kernels.testing import same_bits
 from tests.support.gguf_files import HIDDEN, VOCAB, quantised, write_gguf
 
 TYPE = gguf.GGMLQuantizationType
-# Values have another format than queries and keys, as in the files that llama.cpp calls Q4_K_M.
-MIXED = {"attn_q": TYPE.Q4_0, "attn_k": TYPE.Q4_0, "attn_v": TYPE.Q8_0, "ffn_gate": TYPE.Q4_1, "ffn_up": TYPE.Q4_1,
-         "ffn_down": TYPE.Q4_1, "attn_output": TYPE.Q4_0, "token_embd": TYPE.Q8_0}
+# Several in one file, as in those that llama.cpp calls Q4_K_M: values have another format than queries and keys.
+MIXED = {"attn_q": TYPE.Q4_0, "attn_k": TYPE.Q4_0, "attn_v": TYPE.Q8_0, "ffn_gate": TYPE.Q5_1, "ffn_up": TYPE.Q5_1,
+         "ffn_down": TYPE.Q5_0, "attn_output": TYPE.Q4_0, "token_embd": TYPE.Q8_0}
 PROMPT = [3, 7, 1, 20]
 
 
@@ -42,7 +42,7 @@ def test_blocks_stay_as_they_are_and_are_cached(tmp_path, monkeypatch):
     elements, first = load_checkpoint(file), load_checkpoint(file, blocks=True)
     kept = {name: t for name, t in first.tensors.items() if isinstance(t, Blocks)}
     assert len(kept) == 1 + 7 * 2 and kept["model.embed_tokens.weight"].shape == (VOCAB, HIDDEN)
-    assert {t.format for t in kept.values()} == {"q4_0", "q4_1", "q8_0"}
+    assert {t.format for t in kept.values()} == {"q4_0", "q5_0", "q5_1", "q8_0"}
     for name, t in first.tensors.items():
         if name in kept:
             n, k = t.shape
@@ -56,6 +56,13 @@ def test_blocks_stay_as_they_are_and_are_cached(tmp_path, monkeypatch):
             if name in kept else torch.equal(t, first.tensors[name])
         assert same, name
     assert gguf_cache.cached(file) and gguf_cache.cached(file, blocks=True), "one form must not remove the other"
+
+
+def test_formats_that_stay_in_blocks_are_part_of_what_is_cached(tmp_path, monkeypatch):
+    file = model(tmp_path)
+    load_checkpoint(file, blocks=True)
+    monkeypatch.setattr(gguf_cache, "FORMATS", {name: f for name, f in FORMATS.items() if name != "q5_1"})
+    assert not gguf_cache.cached(file, blocks=True), "kept by a version with other formats"
 
 
 def test_exact_blocks_give_the_output_of_the_expanded_model(tmp_path):
@@ -82,8 +89,8 @@ def test_auto_keeps_blocks_where_there_are_some(tmp_path):
 
 
 def test_other_formats_are_expanded_and_named_once(tmp_path):
-    file = model(tmp_path, MIXED | {"ffn_down": TYPE.Q5_0, "ffn_up": TYPE.Q5_1})
-    with pytest.warns(UserWarning, match="weights in Q5_0, Q5_1 are expanded to bfloat16; q4_0, .* stay") as told:
+    file = model(tmp_path, MIXED | {"ffn_down": TYPE.MXFP4, "attn_v": TYPE.MXFP4})
+    with pytest.warns(UserWarning, match="weights in MXFP4 are expanded to bfloat16; q4_0, .* stay") as told:
         tensors = load_checkpoint(file, blocks=True).tensors
     assert len(told) == 1 and torch.is_tensor(tensors["model.layers.0.mlp.down_proj.weight"])
     with warnings.catch_warnings():

@@ -1,9 +1,9 @@
 """Caches converted GGUF files as Hugging Face directories in the user's cache directory.
 
 The cache directory is $DFLASH_CACHE, else $XDG_CACHE_HOME/dflash_kernels, else ~/.cache/dflash_kernels. The key of an
-entry is the file's path, size and modification time, and whether weights are in the file's blocks. An entry has a
-manifest of its files, and is rebuilt if it does not match it. It is moved into place whole, so that a reader never sees
-a half-written one.
+entry is the file's path, size and modification time, and which formats of weights stay in the file's blocks. An entry
+has a manifest of its files, and is rebuilt if it does not match it. It is moved into place whole, so that a reader
+never sees a half-written one.
 
 Entries are written under a lock, which the system releases when its holder dies. The holder therefore knows that every
 unfinished entry belongs to a dead process. A process that finds the lock taken writes no entry.
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...cache import cache_dir
+from ..blocks import FORMATS
 from ..errors import CheckpointError, brief, read_json, regular, warn
 from .shards import files_of
 
@@ -39,7 +40,7 @@ def entry_of(path: Path, blocks: bool = False) -> Path | None:
     if folder is None:
         return None
     source = _source(path)
-    text = "|".join([str(_FORMAT), "blocks" if blocks else "elements", str(source),
+    text = "|".join([str(_FORMAT), "+".join(FORMATS) if blocks else "elements", str(source),
                      *(f"{stat.st_size}|{stat.st_mtime_ns}" for stat in stats)])
     return folder / f"{source.stem[:50]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
 
