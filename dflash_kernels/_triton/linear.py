@@ -29,7 +29,7 @@ import triton.language as tl
 from ..formats import EXACT
 from ._chip import multiprocessors
 from ._math import NO_SPILLS, PLAIN
-from ._quant import PIECE, RECORD, bytes_per_weight, outputs_of, widened
+from ._quant import PIECE, Q5_0, Q5_1, RECORD, bytes_per_weight, outputs_of, widened
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
 
@@ -77,7 +77,10 @@ def config(rows: int, itemsize: int, format: int = 0) -> Config:
 
 
 def options(c: Config, scales, format: int) -> dict:
-    """Two tiles, and a weight in 8 bits, are where ptxas spills if it may; with blocks, if it may not."""
+    """Two tiles, and a weight in 8 bits, are where ptxas spills if it may; with most blocks, if it may not; with the
+    blocks of 5 bits and 32 k, for a fourth block of threads on a multiprocessor."""
+    if format in (Q5_0.value, Q5_1.value):
+        return PLAIN | {"maxnreg": 168}
     return PLAIN if format or scales is None and c.TILES != 2 else NO_SPILLS
 
 
