@@ -231,10 +231,9 @@ void run(const AttentionParams& p) {
       const int64_t item = __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
       if (item >= plan.items) return false;
       piece.index = plan.by_split ? item % plan.tasks : plan.tasks - 1 - item;
-      const int64_t pair = piece.index % (p.batch * p.kv_heads);
-      const int64_t row0 = piece.index / (p.batch * p.kv_heads) * plan.chunk;
-      Task& t = piece.task = {Request(p, pair / p.kv_heads), pair % p.kv_heads, row0, 0};
-      t.count = int(clamp(t.request.rows * group - row0, 0, plan.chunk));
+      const Plan::Range range = plan[piece.index];
+      Task& t = piece.task = {Request(p, range.pair / p.kv_heads), range.pair % p.kv_heads, range.row, 0};
+      t.count = int(clamp(t.request.rows * group - range.row, 0, range.count));
       piece.number = plan.by_split ? plan.first_split + item / plan.tasks : attention.begin_of(t);
       piece.first = true;
       if (t.count > 0) return true;

@@ -116,21 +116,37 @@ inline void combine(int count, int64_t stride, const State& total, const State& 
 
 thread_local ThreadMemory t_workspace;
 
-// How the call is cut into items, and what they share.
+// How the call is cut into items, and what they share. The last tasks can have fewer rows than the others: `whole` come
+// before them.
 struct Plan {
-  int64_t chunk, chunks, tasks, first_split, splits, items;
+  int64_t pairs, chunk, whole, parts, part, tasks, first_split, splits, items;
   int threads;
   bool by_split;
+
+  // Of a request's key head `pair`, rows [row, row + count).
+  struct Range {
+    int64_t pair, row, count;
+  };
+  Range operator[](int64_t task) const {
+    if (task < whole) return {task % pairs, task / pairs * chunk, chunk};
+    return {whole + (task - whole) / parts, (task - whole) % parts * part, part};
+  }
 };
 
+// Rows that take longer than loading their keys once more.
+#if defined(__AVX512BF16__)
+constexpr int64_t kLeastRows = 16;
+#else
+constexpr int64_t kLeastRows = W / 2;
+#endif
 constexpr int64_t kMaxPartials = int64_t{32} << 20;  // floats: 128 MiB; beyond it tasks alone are spread over threads
 
 Plan make_plan(const AttentionParams& p, int64_t stride) {
-  const int64_t rows = p.width * (p.heads / p.kv_heads);
-  int64_t first = INT64_MAX, last = 0, work = 0;
+  int64_t first = INT64_MAX, last = 0, work = 0, rows = 1;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Request request(p, b);
     if (request.rows == 0) continue;
+    if (request.rows * (p.heads / p.kv_heads) > rows) rows = request.rows * (p.heads / p.kv_heads);
     const int64_t lo = request.first(p, 0), hi = request.last(p, request.rows - 1);
     if (lo >= hi) continue;
     first = lo / kSplit < first ? lo / kSplit : first;
@@ -138,13 +154,21 @@ Plan make_plan(const AttentionParams& p, int64_t stride) {
     work += (request.rows * p.heads + 4 * p.kv_heads) * (hi - lo) * stride;
   }
   Plan plan{};
-  plan.chunks = ceil_div(rows, kRows);
-  plan.chunk = (ceil_div(rows, plan.chunks) + 3) & -4;
-  plan.tasks = p.batch * p.kv_heads * plan.chunks;
+  const int64_t chunks = ceil_div(rows, kRows);
+  plan.pairs = p.batch * p.kv_heads;
+  plan.chunk = (ceil_div(rows, chunks) + 3) & -4;
+  plan.tasks = plan.whole = plan.pairs * chunks;
   plan.first_split = first < last ? first : 0;
   plan.splits = first < last ? last - first : 0;
   constexpr int64_t kWorthAThread = 30000;  // multiply-adds: a microsecond or two, in which one thread waits for reads
   plan.threads = int(clamp(work / kWorthAThread, 1, num_threads()));
+  // Of few key heads those that are left when every thread has as many are cut by rows: three heads of two threads take
+  // three halves of their time, not two wholes. Both halves convert the keys.
+  const int64_t left = plan.tasks % plan.threads;
+  const bool cut = left && chunks == 1 && plan.tasks < 4 * plan.threads && rows >= 2 * kLeastRows;
+  plan.parts = cut ? clamp(plan.threads / left, 1, rows / kLeastRows) : 1;
+  plan.part = ceil_div(rows, plan.parts);
+  if (plan.parts > 1) plan.whole -= left, plan.tasks += left * (plan.parts - 1);
   plan.by_split = plan.threads > 1 && plan.splits > 1 && plan.tasks < 4 * plan.threads &&
                plan.tasks * plan.splits * State::floats(stride) <= kMaxPartials;
   plan.items = plan.by_split ? plan.tasks * plan.splits : plan.tasks;
