@@ -106,14 +106,22 @@ inline void store_weights(bf16* to, Vec x) {
 #endif
 }
 
+alignas(64) constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static_assert(W <= 16);
+
 // weights <- exp(s - max), times value_scale unless that is null; s and weights may be the same. Lane l of the sum
 // holds the positions that are l modulo W, whatever lo and hi are.
 template <class To>
 inline void softmax(float* s, int lo, int hi, const float* value_scale, To* weights, float* max_out, float* sum_out) {
   const int begin = lo & -W, end = (hi + W - 1) & -W;
-  for (int i = begin; i < lo; ++i) s[i] = -INFINITY;
-  for (int i = hi; i < end; ++i) s[i] = -INFINITY;
-  Vec top = set1(-INFINITY);
+  const Vec none = set1(-INFINITY), lanes = load(kLanes);
+  const auto hide = [&](int i) {  // in whole vectors, which the loads below wait for no longer than for any store
+    const Vec at = lanes + set1(float(i));
+    store(s + i, select_lt(at, set1(float(lo)), none, select_lt(at, set1(float(hi)), load(s + i), none)));
+  };
+  if (begin < lo) hide(begin);
+  if (hi < end) hide(end - W);
+  Vec top = none;
   for (int i = begin; i < end; i += W) top = vmax(top, load(s + i));
   const float m = reduce_max(top);
   const Vec shift = set1(m == -INFINITY ? 0.0f : m);
