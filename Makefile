@@ -195,7 +195,7 @@ $(PEERS)/llama/installed: bench/peers/requirements-llama.txt | $(STAMPS)/deps
 	  && cmake -S $(@D)/source/thirdparty/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
 	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
 	    -DCMAKE_CXX_FLAGS="-fno-dse -fno-tree-dse" \
-	  && cmake --build $(@D)/build --target llama-server --parallel && touch $@; } >$(@D).log 2>&1 \
+	  && cmake --build $(@D)/build --target llama-server llama-quantize --parallel && touch $@; } >$(@D).log 2>&1 \
 	  || echo "llama: not installed: $$(tail -n 1 $(@D).log)"
 
 # Our wheel goes into its own folder, which is added to an engine's path or not, so the engine's environment stays.

@@ -26,11 +26,15 @@ FORMATS = {
     "q6_k": Format(6, 6, 256, 210, 32 + 8 * 416, 32, 212),
     "q5_0": Format(7, 5, 32, 22, 8 * 352, 16, 176),
     "q5_1": Format(8, 5, 32, 24, 8 * 384, 0, 192),
+    "iq4_nl": Format(9, 4, 32, 18, 8 * 288, 128, 144),
+    "iq4_xs": Format(10, 4, 256, 136, 32 + 8 * 272, 128, 140),
 }
 # 4-bit checkpoints' groups of 128 k, which awq_blocks and gptq_blocks make: a float16 scale, the zero point if it is
 # not 8, and 64 bytes with codes k and k + 64.
-GROUPED = {"int4_g128": Format(9, 4, 128, 66, 0, 8, 132), "uint4_g128": Format(10, 4, 128, 67, 0, 0, 136)}
+GROUPED = {"int4_g128": Format(11, 4, 128, 66, 0, 8, 132), "uint4_g128": Format(12, 4, 128, 67, 0, 0, 136)}
 EVERY = FORMATS | GROUPED
+LOOKED_UP = ("iq4_nl", "iq4_xs")  # a code is a place in LOOKUP
+LOOKUP = (1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241)
 NAMES = {f.number: name for name, f in EVERY.items()}
 EXACT = 16  # added to a format's number: blocks become elements before they are multiplied; kExact in C++
 RECORD, ALIGNED = 256, 16  # on a GPU: k of a record, and what the number of outputs is rounded up to

@@ -102,8 +102,8 @@ DFLASH_NOINLINE void micro_quant(const RowPiece* x, int64_t ldx, const uint8_t* 
 
 constexpr int kGroupRows = DFLASH_VEC == 512 ? (DFLASH_VNNI ? 6 : 8) : DFLASH_VEC ? 6 : 1;  // the most
 
-// The blocks that so many rows meet at once.
-constexpr int held_blocks(int rows) { return rows <= (DFLASH_VEC == 512 ? 4 : 1) ? 4 : 2; }
+// The blocks that so many rows meet at once. Four in plain C++ are only longer code.
+constexpr int held_blocks(int rows) { return !DFLASH_VEC ? 2 : rows <= (DFLASH_VEC == 512 ? 4 : 1) ? 4 : 2; }
 
 // Several groups take turns over as many pieces, which the second-level cache keeps meanwhile.
 constexpr int64_t kChunk = 64;
@@ -163,6 +163,8 @@ inline void with_format(Format format, F f) {
     case Format::q6_k: return f(std::integral_constant<Format, Format::q6_k>{});
     case Format::q5_0: return f(std::integral_constant<Format, Format::q5_0>{});
     case Format::q5_1: return f(std::integral_constant<Format, Format::q5_1>{});
+    case Format::iq4_nl: return f(std::integral_constant<Format, Format::iq4_nl>{});
+    case Format::iq4_xs: return f(std::integral_constant<Format, Format::iq4_xs>{});
   }
 }
 

@@ -40,9 +40,15 @@ static constexpr FormatLayout layout_of(Format format) {
     case Format::q6_k: return {416, 32, 256, 384, 32};
     case Format::q5_0: return {352, 0, 256, 320, 16};
     case Format::q5_1: return {384, 0, 256, 320, 0};
+    case Format::iq4_nl: return {288, 0, 0, 256, 128};
+    case Format::iq4_xs: return {272, 32, 0, 256, 128};
     default: return {0, 0, 0, 0, 0};
   }
 }
+
+// What the codes of iq4_nl and iq4_xs stand for, and the offset.
+alignas(16) static constexpr uint8_t kLookup[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                                    129, 141, 153, 166, 181, 197, 217, 241};
 
 static constexpr int64_t ceil_lines(int64_t bytes) { return (bytes + 63) / 64; }
 

@@ -24,6 +24,9 @@ inline Codes bits_of(Codes c) {
 inline Vec load(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+inline Codes looked_up(Codes c) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kLookup)), c);
+}
 template <int I>
 inline Vec byte_of(Codes c) {  // of every output's four
   return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(c, 8 * I), _mm512_set1_epi32(0xff)))};
@@ -40,6 +43,9 @@ inline Codes bits_of(Codes c) {
 }
 inline Vec load(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+}
+inline Codes looked_up(Codes c) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kLookup)), c);
 }
 template <int I>
 inline Vec byte_of(Codes c) {
@@ -64,6 +70,10 @@ inline Codes bits_of(Codes c) {
   return c;
 }
 inline Vec load(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
+inline Codes looked_up(Codes c) {
+  for (uint8_t& v : c.v) v = kLookup[v];
+  return c;
+}
 template <int I>
 inline Vec byte_of(const Codes& c) { return each([&](int j) { return float(c.v[4 * j + I]); }); }
 #endif
@@ -99,6 +109,8 @@ inline const uint8_t* head_of(const uint8_t* w, int64_t b) {
 }
 
 template <Format F> constexpr bool kFiveBits = F == Format::q5_0 || F == Format::q5_1 || F == Format::q5_k;
+template <Format F> constexpr bool kLookedUp = F == Format::iq4_nl || F == Format::iq4_xs;
+template <Format F> constexpr bool kEightBits = F == Format::q8_0 || kLookedUp<F>;  // what is multiplied
 template <Format F> constexpr bool kHalfMinimum = F == Format::q4_1 || F == Format::q5_1;  // a float16 of its own
 template <Format F> constexpr bool kHasMinimum = kHalfMinimum<F> || F == Format::q4_k || F == Format::q5_k;
 template <Format F> constexpr int kHalves = F == Format::q6_k ? 2 : 1;  // scales in a piece
@@ -119,6 +131,7 @@ inline DFLASH_INLINE Codes codes_of(const uint8_t* record, int v) {
   if constexpr (kFiveBits<F>) return both(low, bits_of<R - 4, 0x10>(load_codes(at + l.high)));
   if constexpr (F == Format::q6_k)
     return both(low, bits_of<R % 4 * 2 - 4, 0x30>(load_codes(at + l.high + R / 4 * kLine)));
+  if constexpr (kLookedUp<F>) return looked_up(low);
   return low;
 }
 
@@ -128,7 +141,7 @@ inline DFLASH_INLINE Vec scale_of(const uint8_t* record, const uint8_t* head, in
   const uint8_t* at = record + layout_of(F).scales;
   if constexpr (F == Format::q4_k || F == Format::q5_k)
     return load(at + v * Vec::W) * load((const f16*)head + v * Vec::W);
-  if constexpr (F == Format::q6_k)
+  if constexpr (F == Format::q6_k || F == Format::iq4_xs)
     return load((const int8_t*)at + half * kBlock + v * Vec::W) * load((const f16*)head + v * Vec::W);
   return load((const f16*)at + v * Vec::W);
 }

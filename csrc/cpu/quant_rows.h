@@ -228,7 +228,7 @@ inline void round_pieces(const T* x, int64_t n, int offset, int halves, RowPiece
 
 template <class T>
 void round_rows(const QuantRows& p) {
-  const int offset = kSignedCodes && p.format == Format::q8_0 ? 0 : layout_of(p.format).offset;
+  const int above = layout_of(p.format).offset, offset = kSignedCodes && above == 128 ? 0 : above;
   const int halves = p.format == Format::q6_k ? 2 : 1;
   for (int64_t r = 0; r < p.rows; ++r)
     for (int64_t b = 0; b < p.pieces; b += kAtOnceRounded)

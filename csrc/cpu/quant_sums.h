@@ -57,7 +57,7 @@ struct IntSums {
 #elif DFLASH_VEC
 // Without VNNI: products of bytes are added in pairs to 16 bits, FOLD registers of them before they no longer fit. With
 // codes of 8 bits one pair does not fit, unless the code's sign goes to x.
-template <Format F> constexpr int kFold = F == Format::q8_0 ? 1 : F == Format::q6_k ? 2 : kFiveBits<F> ? 4 : 8;
+template <Format F> constexpr int kFold = kEightBits<F> ? 1 : F == Format::q6_k ? 2 : kFiveBits<F> ? 4 : 8;
 #if DFLASH_VEC == 512
 inline __m512i zero_bits() { return _mm512_setzero_si512(); }
 inline __m512i pair_products(__m512i codes, __m512i x) { return _mm512_maddubs_epi16(codes, x); }
@@ -90,7 +90,7 @@ struct IntSums {
     add<AT>(r, codes, of_four(four(x)));
   }
   template <int AT> DFLASH_INLINE void add(int r, Codes codes, Codes x) {
-    const Codes found = F == Format::q8_0 ? signed_products(codes, x) : pair_products(codes, x);
+    const Codes found = kEightBits<F> ? signed_products(codes, x) : pair_products(codes, x);
     pairs[r] = AT % kFold<F> ? add16(pairs[r], found) : found;
     asm("" : "+v"(pairs[r]));  // one addition after another: as a tree they would fill the registers
     if constexpr (AT % kFold<F> == kFold<F> - 1) {

@@ -25,10 +25,12 @@ inline float element_of(const uint8_t* record, const uint8_t* head, int j, int k
   int q = F == Format::q8_0 ? record[r * kLine + at] : record[r / 2 * kLine + at] >> r % 2 * 4 & 15;
   if (kFiveBits<F>) q |= (record[l.high + at] >> r & 1) << 4;
   if (F == Format::q6_k) q |= (record[l.high + r / 4 * kLine + at] >> r % 4 * 2 & 3) << 4;
+  if (kLookedUp<F>) q = kLookup[q];
   const uint8_t* scales = record + l.scales;
   const auto half_at = [](const uint8_t* p, int i) { return to_float(reinterpret_cast<const f16*>(p)[i]); };
   float d = 0, m = 0;
-  if (F == Format::q6_k) d = float(reinterpret_cast<const int8_t*>(scales)[k / 16 * kBlock + j]) * half_at(head, j);
+  const auto* small = reinterpret_cast<const int8_t*>(scales) + k / (kPiece / kHalves<F>) * kBlock;
+  if (F == Format::q6_k || F == Format::iq4_xs) d = float(small[j]) * half_at(head, j);
   else if (l.head) d = float(scales[j]) * half_at(head, j);
   else d = half_at(scales, j);
   if (kHalfMinimum<F>) m = half_at(scales, kBlock + j);

@@ -8,7 +8,7 @@ namespace dflash {
 enum class Dtype : int32_t { f32, bf16, f16 };
 
 // How a weight's blocks are stored: as GGUF files do (quant.h). Numbers as in dflash_kernels/formats.py.
-enum class Format : int32_t { none, q4_0, q4_1, q8_0, q4_k, q5_k, q6_k, q5_0, q5_1 };
+enum class Format : int32_t { none, q4_0, q4_1, q8_0, q4_k, q5_k, q6_k, q5_0, q5_1, iq4_nl, iq4_xs };
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };

@@ -20,6 +20,8 @@ and no element changes threads. Bytes for 256 weights, and beside the file's:
     q4_1     128                       32: d, m                                160    160
     q5_0     128 + 32                  16: two d                               176    176
     q5_1     128 + 32                  32: d, m                                192    192
+    iq4_nl   128                       16: two d                               144    144
+    iq4_xs   128                       4: d of 256 as float32; 8: eight d      140    136
     q8_0     256                       16: two d                               272    272
     q4_k     128                       4: d and m of 256; 16: two (d, m)       148    144
     q5_k     128 + 32                  the same                                180    176
@@ -41,7 +43,8 @@ import triton.language as tl
 
 from ..formats import EVERY
 
-Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, Q5_0, Q5_1, INT4, UINT4 = (tl.constexpr(f.number) for f in EVERY.values())
+Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, Q5_0, Q5_1, IQ4_NL, IQ4_XS, INT4, UINT4 = (
+    tl.constexpr(f.number) for f in EVERY.values())
 # By a format's number: bytes of a record of one output, and bits of a code.
 BYTES, BITS = (tl.constexpr((0, *(getattr(f, of) for f in EVERY.values()))) for of in ("record", "bits"))
 RECORD = tl.constexpr(256)
@@ -96,6 +99,15 @@ def _codes(record, P: tl.constexpr, out, outputs, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _looked_up(code):
+    """formats.LOOKUP[code], float32: a polynomial that is 0.07 to 0.93 above each of them, rounded down. Of selected
+    bytes ptxas spills some."""
+    x = code.to(tl.float32)
+    y = tl.fma(tl.fma(x, 0.00158604, 0.0310864), x, -1.37193)
+    return tl.floor(tl.fma(tl.fma(y, x, 24.1738), x, 1.933))
+
+
+@triton.jit
 def _scales(record, P: tl.constexpr, out, outputs, FORMAT: tl.constexpr):
     """d and m of piece P, (N,); of q6_k (2, N), for 16 k each."""
     if FORMAT == Q4_0:
@@ -104,6 +116,13 @@ def _scales(record, P: tl.constexpr, out, outputs, FORMAT: tl.constexpr):
     if FORMAT == Q5_0:
         d = _half(_word(record, 160 + 4 * (P // 2), out, outputs), P % 2)
         m = d * -16.0
+    if FORMAT == IQ4_NL:
+        d = _half(_word(record, 128 + 4 * (P // 2), out, outputs), P % 2)
+        m = d * -128.0
+    if FORMAT == IQ4_XS:
+        signed = _word(record, 132 + 4 * (P // 4), out, outputs).to(tl.int32, bitcast=True) << (24 - 8 * (P % 4)) >> 24
+        d = _word(record, 128, out, outputs).to(tl.float32, bitcast=True) * signed.to(tl.float32)
+        m = d * -128.0
     if FORMAT == Q4_1 or FORMAT == Q5_1:  # noqa: SIM109 (a kernel has no `in`)
         both = _word(record, (128 if FORMAT == Q4_1 else 160) + 4 * P, out, outputs)
         d, m = _half(both, 0), _half(both, 1)
@@ -139,6 +158,8 @@ def widened(record, P: tl.constexpr, out, outputs, FORMAT: tl.constexpr, kind: t
     d, m = _scales(record, P, out, outputs, FORMAT)
     if FORMAT == Q8_0:
         codes = (word >> (8 * (P % 4))) & 255  # one instruction converts a byte
+    elif FORMAT == IQ4_NL or FORMAT == IQ4_XS:  # noqa: SIM109
+        codes = _looked_up((word >> (4 * P)) & 15)
     elif BITS[FORMAT] > 4:
         codes = word & (63 << (8 * (P // 2)))
         d *= 1.0 / (1 << (8 * (P // 2)))

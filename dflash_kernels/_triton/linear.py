@@ -29,7 +29,7 @@ import triton.language as tl
 from ..formats import EXACT
 from ._chip import multiprocessors
 from ._math import NO_SPILLS, PLAIN
-from ._quant import PIECE, Q5_0, Q5_1, RECORD, bytes_per_weight, outputs_of, widened
+from ._quant import IQ4_NL, IQ4_XS, PIECE, Q5_0, Q5_1, RECORD, bytes_per_weight, outputs_of, widened
 
 CHUNK = 1024  # of K, per chain of additions; a multiple of every BLOCK_K
 
@@ -77,9 +77,12 @@ def config(rows: int, itemsize: int, format: int = 0) -> Config:
 
 
 def options(c: Config, scales, format: int) -> dict:
-    """Two tiles, and a weight in 8 bits, are where ptxas spills if it may; with most blocks, if it may not; with the
-    blocks of 5 bits and 32 k, for a fourth block of threads on a multiprocessor."""
-    if format in (Q5_0.value, Q5_1.value):
+    """Two tiles, and a weight in 8 bits, are where ptxas spills if it may; with most blocks, if it may not; with some
+    for one more block of threads on a multiprocessor than the three that 168 registers leave room for."""
+    looked_up = format in (IQ4_NL.value, IQ4_XS.value)
+    if looked_up and c.ROWS > 16:
+        return NO_SPILLS
+    if looked_up or format in (Q5_0.value, Q5_1.value):
         return PLAIN | {"maxnreg": 168}
     return PLAIN if format or scales is None and c.TILES != 2 else NO_SPILLS
 

@@ -40,9 +40,10 @@ def pack_weight(weight: torch.Tensor, scales: torch.Tensor | None = None, *, for
         Any strides.
     scales : (N,) float32, optional
         Factor of each row of an int8 weight, as `quantize_weight` returns it.
-    format : {"q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "q5_0", "q5_1", "int4_g128", "uint4_g128"}, optional
-        Of a weight whose rows are blocks as GGUF files have them, or as `awq_blocks` and `gptq_blocks` make them: the
-        last two, on a GPU only.
+    format : str, optional
+        Of a weight whose rows are blocks. As GGUF files have them: "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k",
+        "q5_k", "q6_k", "iq4_nl" or "iq4_xs". As `awq_blocks` and `gptq_blocks` make them, on a GPU only: "int4_g128" or
+        "uint4_g128".
     exact : bool
         Of blocks on a CPU: whether a product has the bits of one with the elements that they stand for, rounded to x's
         dtype. False: rows of x are rounded to int8, which is faster. On a GPU blocks always become elements, and

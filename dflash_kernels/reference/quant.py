@@ -9,7 +9,7 @@ import torch
 
 from ..formats import EXACT, FORMATS, NAMES, packed_bytes
 from . import quant_gpu
-from ._blocks import PIECE, split
+from ._blocks import PIECE, split, values
 
 OUTPUTS = 16
 LOWEST, HIGHEST = -100, 100  # exponents e
@@ -72,7 +72,7 @@ def unpack(data, name, n, k):
     blocks, pieces, head = data.shape[0], k // PIECE, None
     if f.block == 256:
         records = data.view(blocks, k // 256, -1)
-        size = f.packed % (8 * 32) or 64
+        size = 64 if name in ("q4_k", "q5_k") else 32
         head = records[..., :size].reshape(blocks, k // 256, 1, -1, OUTPUTS, 2).view(torch.float16)[..., 0].float()
         data = records[..., size:].reshape(blocks, pieces, -1)
     else:
@@ -92,11 +92,11 @@ def unpack(data, name, n, k):
     if head is None:
         scales = scales.view(blocks, pieces, -1, OUTPUTS, 2).view(torch.float16)[..., 0].float()
     else:
-        scales = scales.view(torch.int8 if name == "q6_k" else torch.uint8).view(blocks, -1, 8, 2, OUTPUTS).float()
-        scales = (scales * head).view(blocks, pieces, 2, OUTPUTS)
+        scales = scales.view(torch.int8 if size == 32 else torch.uint8).view(blocks, k // 256, 8, -1, OUTPUTS).float()
+        scales = (scales * head).view(blocks, pieces, -1, OUTPUTS)
     scales = scales.permute(0, 3, 1, 2).reshape(-1, pieces, scales.shape[2])[:n]
     one_of_two = name in ("q4_1", "q5_1", "q4_k", "q5_k")
-    return (codes.short() - f.offset)[:n], scales[..., :1] if one_of_two else scales, \
+    return values(codes, name, f)[:n], scales[..., :1] if one_of_two else scales, \
         scales[..., 1] if one_of_two else None
 
 

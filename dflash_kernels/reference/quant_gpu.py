@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import ALIGNED, EVERY, RECORD, gpu_shape
-from ._blocks import PIECE, split
+from ._blocks import PIECE, split, values
 
 PIECES = 8
 # In the halfword of upper bits of 6: where the two of piece i are; and in the byte of those of 5, where the one is.
@@ -26,6 +26,7 @@ def pack(rows, name):
     scales = F.pad(scales, (0, -scales.shape[1] % _scale_bytes(name))).view(n, records, -1)
     if name == "q6_k":
         scales = scales.view(n, records, 2, 4, 2).permute(0, 1, 4, 2, 3).reshape(n, records, -1)
+    if name in ("q6_k", "iq4_xs"):
         head = head.reshape(n, records, 2).view(torch.float16).float().view(torch.uint8)
     if head is not None:
         scales = torch.cat([head.reshape(n, records, -1), scales], -1)
@@ -55,7 +56,7 @@ def unpack(data, name, n, k):
         size, kind, places = (32, torch.uint8, Q5_AT) if f.bits == 5 else (64, torch.int16, Q6_AT)
         high = section(size, kind).view(records, outputs, 32, 1).int() >> torch.tensor(places, device=data.device)
         codes = codes | (high & (1 if f.bits == 5 else 3)).permute(1, 0, 3, 2) << 4
-    codes = (codes.reshape(outputs, -1) - f.offset)[:n, :k].short()
+    codes = values(codes.reshape(outputs, -1), name, f)[:n, :k]
     words = section(f.record - at).view(records, -1, outputs).permute(2, 0, 1)[:n]
     words = words.clone(memory_format=torch.contiguous_format)  # which contiguous() leaves alone where it is one column
     d, m = _scales(words, name)
@@ -69,7 +70,7 @@ def _shifts(count, bits, device):
 
 def _scale_bytes(name):
     """Of a record, without those of a K-format's own scales."""
-    return {"q4_1": 32, "q5_1": 32, "int4_g128": 4, "uint4_g128": 8}.get(name, 16)
+    return {"q4_1": 32, "q5_1": 32, "iq4_xs": 8, "int4_g128": 4, "uint4_g128": 8}.get(name, 16)
 
 
 def _codes(codes, name):
@@ -94,7 +95,7 @@ def _scales(words, name):
     """d (N, records, 8, groups) and m (N, records, 8) or None, of words (N, records, W) int32."""
     n, records, _ = words.shape
     halves = words.view(torch.float16).float()
-    if name in ("q4_0", "q5_0", "q8_0"):
+    if name in ("q4_0", "q5_0", "q8_0", "iq4_nl"):
         return halves[..., None], None
     if name in ("q4_1", "q5_1"):
         return halves[..., 0::2, None], halves[..., 1::2]
@@ -105,6 +106,9 @@ def _scales(words, name):
         m = -d * (words >> 16 & 0xFFFF).float()
         return d.repeat_interleave(4, -1)[..., None], m.repeat_interleave(4, -1)
     small = words[..., 1:].contiguous().view(torch.uint8)
+    if name == "iq4_xs":
+        d = words[..., :1].contiguous().view(torch.float32)[..., None]
+        return d * small.view(torch.int8)[..., None].float(), None
     if name == "q6_k":
         signed = small.view(torch.int8).view(n, records, 2, 8).transpose(2, 3).float()
         return words[..., :1].contiguous().view(torch.float32)[..., None] * signed, None

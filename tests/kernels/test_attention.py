@@ -239,19 +239,6 @@ def test_page_size_and_threads_change_no_bit(isa, dtype):
     assert all(same_bits(r, results[0]) for r in results)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 3, 5])
-def test_key_heads_that_threads_cannot_share_evenly(isa, dtype, by_threads, kv_heads):
-    """The last heads' rows are cut; of one request's 32 or, where it has fewer, of some."""
-    for contexts in ([250], [400]):
-        case = Case(contexts, width=8, heads=4 * kv_heads, kv_heads=kv_heads, dtype=dtype)
-        case.check(causal=True)
-        one, *others = by_threads(lambda case=case: case.run(causal=True))
-        assert all(same_bits(other, one) for other in others)
-        short = {"causal": True, "block_lens": ints(6)}
-        one, *others = by_threads(lambda case=case, short=short: case.run(**short)[:, :6].contiguous())
-        assert all(same_bits(other, one) for other in others)
-
-
 def test_a_long_prefill_equals_its_last_rows_and_many_chunks(isa):
     case = Case([3], width=150, heads=3, kv_heads=1, dim=32)
     whole = case.check(causal=True)

@@ -62,11 +62,13 @@ def test_integers_are_exact(byte_isa, name):
         w[..., 192:208] = 1
     else:
         w[..., :2] = one
-    if f.block == 256 and name != "q6_k":
+    if name == "iq4_xs":
+        w[..., 2:4], w[..., 4:8] = 0xaa, 0x11  # 32 above the scale
+    elif f.block == 256 and name != "q6_k":
         w[..., 4:16] = 0
         w[..., 4:8] = w[..., 12:16] = 1
-    if f.block == 256 or name in ("q4_1", "q5_1"):
-        w[..., 2:4] = one if name != "q6_k" else w[..., 2:4]
+    if name in ("q4_k", "q5_k", "q4_1", "q5_1"):
+        w[..., 2:4] = one
     packed = dk.pack_weight(w.view(n, -1), format=name)
     x = torch.randint(-127, 128, (9, k)).float()
     x[:, ::32] = 127  # of every piece, so that its scale is 1

@@ -119,3 +119,16 @@ def test_experts_of_several_portions_and_tiles(isa, dtype, by_threads):
     assert all(same_bits(first, other) for other in others)
     want = dk.expert_mlp(x, gate_up, down, ids, weights, **biases)
     assert same_bits(first, want)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 5])
+def test_key_heads_that_threads_cannot_share_evenly(isa, dtype, by_threads, kv_heads):
+    """The last heads' rows are cut; of one request's 32 or, where it has fewer, of some."""
+    for contexts in ([250], [400]):
+        case = Case(contexts, width=8, heads=4 * kv_heads, kv_heads=kv_heads, dtype=dtype)
+        case.check(causal=True)
+        one, *others = by_threads(lambda case=case: case.run(causal=True))
+        assert all(same_bits(other, one) for other in others)
+        short = {"causal": True, "block_lens": ints(6)}
+        one, *others = by_threads(lambda case=case, short=short: case.run(**short)[:, :6].contiguous())
+        assert all(same_bits(other, one) for other in others)
