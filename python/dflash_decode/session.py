@@ -18,6 +18,7 @@ from .checkpoint import (
     CheckpointError,
     CheckpointNotFound,
     drafter_of,
+    drafters,
     find_model,
     hub,
     load_checkpoint,
@@ -128,8 +129,8 @@ class Session:
 
         model: the target: a directory with config.json and safetensors, a .gguf file, a known name, or the id of a
             model in huggingface_hub's cache.
-        drafter: a drafter's directory, .gguf file or id, "auto" (the installed drafter for the target, or none, with a
-            warning), "random", or "none" or None.
+        drafter: a drafter's directory, .gguf file or id, the name of an installed drafter's target, "auto" (the
+            installed drafter for the target, or none, with a warning), "random", or "none" or None.
         block_size: tokens per block, at most the drafter's block size, which is the default. Needed where the drafter's
             config has none.
         dtype: torch.bfloat16, float16 or float32, the name of one ("bf16", "half", "fp32"), or "auto" for that of
@@ -161,7 +162,7 @@ class Session:
         of_type(what, "status", status, Callable, "a function of a text that gives a context manager")
         block_size = None if block_size is None else whole(what, "block_size", block_size, 1)
         if named not in (RANDOM, NONE) and not exists(named) and hub.find_cached(named) is None:
-            raise CheckpointNotFound(f"drafter must be a drafter's directory, {AUTO!r}, {RANDOM!r} or {NONE!r}; "
+            raise CheckpointNotFound(f"drafter must be {drafters()}, or {AUTO!r}, {RANDOM!r} or {NONE!r}; "
                                      f"got {shown(named)}, which does not exist{hub.hint(named)}")
         where = find_model(model)
         config = read_json(where / "config.json") if where.is_dir() else {}

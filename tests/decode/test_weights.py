@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,7 +271,18 @@ def test_paths_that_are_not_models(tmp_path, monkeypatch):
 
 
 def test_how_to_get_a_drafter(monkeypatch):
-    monkeypatch.setattr(find, "entry_points", lambda group, name: ())
+    monkeypatch.setattr(find, "entry_points", lambda group: ())
     assert drafter_of("smollm2") == "none" and drafter_of("smollm2", "here") == "here"
     assert find.no_drafter("smollm2").endswith("get one: in a clone, pip install ./drafters/smollm2-135m-instruct")
-    assert find.no_drafter("mine").endswith("drafter must name a drafter's directory")
+    assert find.no_drafter("mine").endswith("drafter must be a drafter's directory")
+
+
+def test_an_installed_drafter_goes_by_its_target_s_name(monkeypatch, tmp_path):
+    installed = SimpleNamespace(name="small", load=lambda: lambda: tmp_path)
+    monkeypatch.setattr(find, "entry_points", lambda group: (installed,))
+    assert drafter_of("small") == drafter_of("small-q4_k_m.gguf", "small") == str(tmp_path)
+    assert drafter_of("small", "none") == drafter_of("small-q4_k_m.gguf") == "none"
+    assert find.no_drafter("mine").endswith("a drafter's directory or the name of an installed one ('small')")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    assert drafter_of("mine", "small") == "small", "a folder of that name comes first"

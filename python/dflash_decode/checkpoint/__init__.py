@@ -10,11 +10,11 @@ import torch
 
 from .blocks import Blocks
 from .errors import CheckpointError, CheckpointNotFound
-from .find import KNOWN, drafter_of, find_model, no_drafter
+from .find import KNOWN, drafter_of, drafters, find_model, no_drafter
 from .safetensors import Checkpoint, read_directory
 
-__all__ = ["KNOWN", "Blocks", "Checkpoint", "CheckpointError", "CheckpointNotFound", "drafter_of", "find_model",
-           "load_checkpoint", "no_drafter", "read_directory"]
+__all__ = ["KNOWN", "Blocks", "Checkpoint", "CheckpointError", "CheckpointNotFound", "drafter_of", "drafters",
+           "find_model", "load_checkpoint", "no_drafter", "read_directory"]
 
 
 def load_checkpoint(path: str | os.PathLike, dtype: torch.dtype | None = None, *, blocks: bool = False) -> Checkpoint:

@@ -7,11 +7,11 @@ returns the drafter's directory.
 
 import importlib.util
 import os
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import NamedTuple
 
-from ..choices import AUTO, NONE
+from ..choices import AUTO, NONE, RANDOM
 from . import hub
 from .errors import CheckpointError, CheckpointNotFound, brief, kind_of, regular
 from .gguf.shards import first_of
@@ -73,16 +73,28 @@ def _refuse_odd_files(folder: Path) -> None:
 
 
 def drafter_of(model: str, drafter: str = AUTO) -> str:
-    """The drafter for `model`: `drafter` itself, or for "auto" the directory of an installed drafter, or "none"."""
-    if drafter != AUTO:
+    """The drafter for `model`: `drafter` itself, of an installed one's name its directory, or for "auto" that of the
+    model's name, or "none"."""
+    installed = _installed().get(model if drafter == AUTO else drafter)
+    if drafter != AUTO and (drafter in (RANDOM, NONE) or installed is None or Path(drafter).exists()):
         return drafter
-    found = [str(entry.load()()) for entry in entry_points(group="dflash.drafters", name=model)]
-    return found[0] if found else NONE
+    return str(installed.load()()) if installed else NONE
+
+
+def _installed() -> dict[str, EntryPoint]:
+    """Installed drafters by their targets' names."""
+    return {entry.name: entry for entry in entry_points(group="dflash.drafters")}
+
+
+def drafters() -> str:
+    """How a drafter can be named, for messages."""
+    names = ", ".join(map(repr, _installed()))
+    return f"a drafter's directory{f' or the name of an installed one ({names})' if names else ''}"
 
 
 def no_drafter(model: str) -> str:
     """What to say where "auto" finds none."""
-    how = f"to get one: {KNOWN[model].get_drafter}" if model in KNOWN else "drafter must name a drafter's directory"
+    how = f"to get one: {KNOWN[model].get_drafter}" if model in KNOWN else f"drafter must be {drafters()}"
     return f"no drafter is installed for {model}; {how}"
 
 
