@@ -76,12 +76,12 @@ def config(rows: int, itemsize: int, format: int = 0) -> Config:
     return found[next((size for size in found if rows <= size), max(found))]
 
 
-def options(c: Config, scales, format: int) -> dict:
+def options(c: Config, scales, format: int, head: bool = False) -> dict:
     """Two tiles, and a weight in 8 bits, are where ptxas spills if it may; with most blocks, if it may not; with some
     for one more block of threads on a multiprocessor than the three that 168 registers leave room for."""
     looked_up = format in (IQ4_NL.value, IQ4_XS.value)
     if looked_up and c.ROWS > 16:
-        return NO_SPILLS
+        return NO_SPILLS if head else PLAIN
     if looked_up or format in (Q5_0.value, Q5_1.value):
         return PLAIN | {"maxnreg": 168}
     return PLAIN if format or scales is None and c.TILES != 2 else NO_SPILLS

@@ -123,7 +123,7 @@ def lm_head_argmax(x, weight, scales, format, bias, out_features, num_valid, sca
     lm_head_argmax_kernel[triton.cdiv(rows, c.ROWS * c.TILES), blocks](
         x, weight, scales, bias, best, rows, num_valid, k, x.stride(0), weight.stride(0), blocks, scale, softcap,
         c.ROWS, c.TILES, c.BLOCK_N, c.BLOCK_K, CHUNK, format, softcap > 0, num_warps=c.warps, num_stages=c.stages,
-        **options(c, scales, format))
+        **options(c, scales, format, head=True))
     best_of_blocks_kernel[rows,](best, out_ids, out_values, blocks, id_offset, BLOCK=BEST_BLOCK, num_warps=BEST_WARPS)
 
 
