@@ -9,6 +9,7 @@ a time. Writes bench/results/<device>/quantised.json.
 
 import argparse
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -42,11 +43,7 @@ def quantised(source: Path, kind: str) -> Path:
 
 def formats(file: Path) -> dict[str, int]:
     """How many matrices there are of each format."""
-    found: dict[str, int] = {}
-    for tensor in gguf.GGUFReader(file).tensors:
-        if len(tensor.shape) == 2:
-            found[tensor.tensor_type.name] = found.get(tensor.tensor_type.name, 0) + 1
-    return found
+    return Counter(t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) == 2)
 
 
 def compared(options: argparse.Namespace, kind: str) -> dict:
@@ -78,7 +75,7 @@ def main() -> None:
     if not QUANTIZE.is_file():
         parser.error(f"{QUANTIZE.relative_to(HOME.parents[2])} must be there, which `make peers` builds")
     file = options.json or results_folder() / "quantised.json"
-    words = [*(f"--{name} {getattr(options, name.replace('-', '_'))}" for name in ("limit", "max-tokens", "rounds"))]
+    words = [f"--{name} {getattr(options, name.replace('-', '_'))}" for name in ("limit", "max-tokens", "rounds")]
     names = " ".join(f.name for f in options.prompts)
     header = {"kind": "quantised", "model": MODEL, "cpu": build_info()["cpu"], "isa": build_info()["isa"],
               "threads": options.threads, "commit": commit(), "limit": options.limit, "max_tokens": options.max_tokens,

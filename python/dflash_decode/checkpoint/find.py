@@ -75,10 +75,12 @@ def _refuse_odd_files(folder: Path) -> None:
 def drafter_of(model: str, drafter: str = AUTO) -> str:
     """The drafter for `model`: `drafter` itself, of an installed one's name its directory, or for "auto" that of the
     model's name, or "none"."""
-    installed = _installed().get(model if drafter == AUTO else drafter)
-    if drafter != AUTO and (drafter in (RANDOM, NONE) or installed is None or Path(drafter).exists()):
+    if drafter in (RANDOM, NONE) or drafter != AUTO and os.path.exists(drafter):  # False where no path can be so
         return drafter
-    return str(installed.load()()) if installed else NONE
+    installed = _installed().get(model if drafter == AUTO else drafter)
+    if installed is None:
+        return NONE if drafter == AUTO else drafter
+    return str(installed.load()())
 
 
 def _installed() -> dict[str, EntryPoint]:
