@@ -5,19 +5,23 @@
     python -m bench.server_times PROMPTS.jsonl... --base-url URL    # one that runs; nothing is written
 
 Servers are started in turn, for SmolLM2's GGUF file: llama-server if it is named, ours with the drafter, and ours
-without. Greedy chats, streamed; one round of all prompts goes before the one that is measured. llama-server is told not
-to reuse that round's prompts.
+without. Greedy chats, streamed; one round of all prompts goes before the one that is measured, and nothing of it is
+reused. Then all prompts are the turns of one conversation: once every turn is read as if it were new, and once a server
+may start from what it has read and written before.
 """
 
 import argparse
 import asyncio
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from openai import AsyncOpenAI
+from openai.types import CompletionUsage
 
 from bench.case import device_name, results_folder
 from bench.servers import free_port, serving
@@ -26,35 +30,63 @@ from dflash_bench.results import commit, output, write_json
 from dflash_decode.checkpoint import find_model
 from dflash_kernels import build_info
 
-MODEL, CONTEXT = "smollm2", 1024
+MODEL, CONTEXT = "smollm2", 2048
 
 
-async def timed(client: AsyncOpenAI, model: str, prompt: Prompt, max_tokens: int) -> tuple[float, int]:
-    """(seconds to the first text, tokens)"""
-    began, first, tokens = time.perf_counter(), 0.0, 0
+def reusing(nothing: bool) -> dict:
+    """Fields of a request that reuses nothing, for llama-server and for ours; or what may be reused."""
+    return {"cache_prompt": False, "cache_salt": secrets.token_hex(8)} if nothing else {"cache_prompt": True}
+
+
+class Timed(NamedTuple):
+    first: float  # seconds to the first text
+    text: str
+    usage: CompletionUsage
+
+
+async def timed(client: AsyncOpenAI, model: str, messages: list[dict], max_tokens: int, fresh: bool = True) -> Timed:
+    """fresh: nothing is reused."""
+    began, first, pieces, usage = time.perf_counter(), 0.0, [], None
     stream = await client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": prompt.turns[0]}], max_tokens=max_tokens, temperature=0.0,
-        stream=True, stream_options={"include_usage": True}, extra_body={"cache_prompt": False})
+        model=model, messages=messages, max_tokens=max_tokens, temperature=0.0, stream=True,
+        stream_options={"include_usage": True}, extra_body=reusing(fresh))
     async for chunk in stream:
-        if not first and chunk.choices and chunk.choices[0].delta.content:
-            first = time.perf_counter() - began
-        tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-    return first, tokens
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.perf_counter() - began
+            pieces.append(chunk.choices[0].delta.content)
+        usage = chunk.usage or usage
+    return Timed(first, "".join(pieces), usage)
+
+
+def said(text: str, role: str = "user") -> dict:
+    return {"role": role, "content": text}
+
+
+async def conversation(url: str, prompts: list[Prompt], max_tokens: int, fresh: bool) -> list[dict]:
+    """Of each turn, the tokens of its prompt and the seconds to its first token."""
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=2, timeout=600) as client:
+        model, messages, turns = (await client.models.list()).data[0].id, [], []
+        for prompt in prompts:
+            messages.append(said(prompt.turns[0]))
+            found = await timed(client, model, messages, max_tokens, fresh)
+            messages.append(said(found.text, "assistant"))
+            turns.append({"prompt_tokens": found.usage.prompt_tokens, "first_token_s": round(found.first, 4)})
+    return turns
 
 
 async def measured(url: str, prompts: list[Prompt], concurrency: int, max_tokens: int) -> dict:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=2, timeout=600) as client:
         model, room = (await client.models.list()).data[0].id, asyncio.Semaphore(concurrency)
 
-        async def one(prompt: Prompt) -> tuple[float, int]:
+        async def one(prompt: Prompt) -> Timed:
             async with room:
-                return await timed(client, model, prompt, max_tokens)
+                return await timed(client, model, [said(prompt.turns[0])], max_tokens)
 
         await asyncio.gather(*map(one, prompts))
         began = time.perf_counter()
         found = await asyncio.gather(*map(one, prompts))
         seconds = time.perf_counter() - began
-    firsts, tokens = [first for first, _ in found], sum(count for _, count in found)
+    firsts, tokens = [each.first for each in found], sum(each.usage.completion_tokens for each in found)
     return {"concurrency": concurrency, "prompts": len(prompts), "tokens": tokens,
             "tokens_per_s": round(tokens / seconds, 1), "first_token_median_s": round(median(firsts), 4),
             "first_token_most_s": round(max(firsts), 4)}
@@ -86,8 +118,13 @@ def main() -> int:
         found = [{"server": name} | asyncio.run(measured(url, prompts, n, given.max_tokens)) for n in given.concurrency]
         for row in found:
             print(json.dumps(row), flush=True)
+        for fresh in (True, False):
+            turns.append({"server": name, "fresh": fresh, "turns": asyncio.run(
+                conversation(url, prompts, given.max_tokens, fresh))})
+            print(json.dumps(turns[-1]), flush=True)
         return found
 
+    turns: list[dict] = []
     if given.base_url:
         rows(given.base_url, given.base_url)
         return 0
@@ -100,7 +137,7 @@ def main() -> int:
         "command": f"python -m bench.server_times {' '.join(file.name for file in given.prompts)} --llama LLAMA-SERVER "
                    f"--limit {given.limit} --concurrency {' '.join(map(str, given.concurrency))} --max-tokens "
                    f"{given.max_tokens}",
-        "model": MODEL, "servers": found})
+        "model": MODEL, "servers": found, "conversations": turns})
     return 0
 
 

@@ -8,6 +8,8 @@ import torch
 
 from dflash_kernels import PagedKV
 
+from .prefixes import Prefixes
+
 NO_PAGE = -1  # fills unused page-table entries: prepare_block gives no slot there, and a stray read is loud
 
 
@@ -60,41 +62,55 @@ def default_pages(most: int, page_size: int, caches: Sequence[CacheShape]) -> in
 
 class PagePool:
     """num_pages pages of page_size tokens. A page holds the same tokens in every layer's cache of every model that
-    shares the pool, so the target and its drafter share one page table and one slot per token."""
+    shares the pool, so the target and its drafter share one page table and one slot per token.
 
-    def __init__(self, num_pages: int, page_size: int = 16):
-        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"PagePool: {name} must be an integer of at least 1; got {value!r}")
-        self.num_pages, self.page_size = num_pages, page_size
-        self._out: set[int] = set()  # all that changes: an interrupt finds it as it was before or as it is after
+    most_kept: pages that no request uses, but whose tokens a later one may begin with.
+    """
+
+    def __init__(self, num_pages: int, page_size: int = 16, most_kept: int = 0):
+        given = (("num_pages", num_pages, 1), ("page_size", page_size, 1), ("most_kept", most_kept, 0))
+        for name, value, least in given:
+            if type(value) is not int or value < least:
+                raise ValueError(f"PagePool: {name} must be an integer of at least {least}; got {value!r}")
+        self.num_pages, self.page_size, self.most_kept = num_pages, page_size, most_kept
+        self.prefixes = Prefixes(page_size)
+        self._out: set[int] = set()  # in use: an interrupt finds it as it was before or as it is after
 
     @property
     def free_pages(self) -> int:
+        """Pages that no request uses."""
         return self.num_pages - len(self._out)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def allocate(self, tokens: int) -> list[int]:
-        """Pages for `tokens` tokens, all or none. Raises OutOfPages."""
-        need = self.pages_for(tokens)
-        if need > self.free_pages:
+    def allocate(self, tokens: int, begun: Sequence[int] = ()) -> list[int]:
+        """Pages for `tokens` tokens, all or none. begun: the first of them, which have their tokens already. Raises
+        OutOfPages."""
+        used = self._out.union(begun)
+        need, free = self.pages_for(tokens) - len(begun), self.num_pages - len(used)
+        if need > free:
             raise OutOfPages(f"PagePool: {tokens} tokens need {need} pages of {self.page_size}; "
-                             f"{self.free_pages} of {self.num_pages} are free")
+                             f"{free} of {self.num_pages} are free")
+        self.prefixes.trim(min(self.most_kept, free - need), used)
+        kept = self.prefixes.pages()
         # Lowest ids first, so that a short run touches little memory.
-        pages = list(islice((page for page in range(self.num_pages) if page not in self._out), need))
-        self._out.update(pages)
-        return pages
+        fresh = list(islice((p for p in range(self.num_pages) if p not in used and p not in kept), need))
+        self._out = used.union(fresh)
+        return [*begun, *fresh]
 
     def keep(self, owned: Iterable[Sequence[int]]) -> None:
-        """Frees every page that is in none of the lists. Raises ValueError for lists that share a page or name one
-        outside the pool."""
-        pages = list(chain.from_iterable(owned))
-        out = set(pages)
-        if len(out) < len(pages) or out and not 0 <= min(out) <= max(out) < self.num_pages:
-            raise ValueError(f"PagePool: pages must be distinct, of {self.num_pages}, to be kept; got {pages}")
+        """Frees every page that is in none of the lists. Raises ValueError for one outside the pool."""
+        out = set(chain.from_iterable(owned))
+        if out and not 0 <= min(out) <= max(out) < self.num_pages:
+            raise ValueError(f"PagePool: pages must be of {self.num_pages}, to be kept; got {sorted(out)}")
         self._out = out
+        self.prefixes.trim(self.most_kept, out)
+
+    def forget(self) -> None:
+        """Frees every page."""
+        self._out = set()
+        self.prefixes = Prefixes(self.page_size)
 
     @staticmethod
     def table_row(pages: list[int], max_pages: int) -> torch.Tensor:

@@ -48,11 +48,15 @@ class Decoder:
         output is that of baseline sampling, token by token. "request": sampled with the request's settings, which keeps
         the target's distribution but not the output of a seed.
     rule: how sampled drafts are accepted, "token" or "block", as for verify_sample.
+    reuse: a request that begins with the tokens of an earlier one starts from its K/V, in whole pages, where the
+        target's K/V depend on the tokens alone (target.reuses). The output does not change. Pages of requests that have
+        ended are kept until others need them; on a CPU, where they take memory, at most as many as one context has.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None = None, *, block_size: int | None = None,
                  max_batch: int = 8, max_context: int | None = None, num_pages: int | None = None, page_size: int = 64,
-                 prefill_rows: int = 256, sample_from: str = "greedy", rule: str = "token"):
+                 prefill_rows: int = 256, sample_from: str = "greedy", rule: str = "token",
+                 reuse: bool = True):
         check_target("Decoder", target)
         of_type("Decoder", "drafter", drafter, (Drafter, type(None)), "a Drafter or None")
         block_size = None if block_size is None else whole("Decoder", "block_size", block_size, 1)
@@ -66,13 +70,17 @@ class Decoder:
         num_pages = None if num_pages is None else whole("Decoder", "num_pages", num_pages, 1)
         choice("Decoder", "sample_from", sample_from, SampleFrom)
         choice("Decoder", "rule", rule, Rule)
+        of_type("Decoder", "reuse", reuse, bool, "True or False")
         self.target, self.drafter, self.max_batch = target, drafter if self.width > 1 else None, max_batch
         draw = sample_from == SampleFrom.request
         self.max_context = min(target.max_context, max_context)
         pages = -(-self.max_context // page_size)
         models = [model for model in (target, self.drafter) if model]
-        self.pool = PagePool(default_pages(max_batch * pages, page_size, [model.cache for model in models])
-                             if num_pages is None else num_pages, page_size)
+        if num_pages is None:
+            num_pages = default_pages(max_batch * pages, page_size, [model.cache for model in models])
+        self.reuse = reuse and getattr(target, "reuses", False)
+        most_kept = 0 if not self.reuse else pages if target.device.type == "cpu" else num_pages
+        self.pool = PagePool(num_pages, page_size, most_kept)
         self.prefill_rows = prefill_rows
         self.kv: tuple[Sequence[PagedKV], Sequence[PagedKV]] = (
             target.cache.allocate(self.pool.num_pages, page_size),
@@ -203,7 +211,7 @@ class Decoder:
     def close(self) -> None:
         """Drops every request and frees every page."""
         self._requests.clear()
-        self.pool.keep(())
+        self.pool.forget()
         self.runner.unseat()
 
     def _start(self) -> None:
@@ -238,8 +246,11 @@ class Decoder:
         for live in unfinished[:self.max_batch]:
             if not live.pages:
                 pool.keep(other.pages for other in unfinished)
+                # The last token is run in any case: what follows it is drawn from its hidden state.
+                begun = pool.prefixes.find(live.request.prompt[:-1], live.request.cache_salt)
+                live.prefilled = live.cached = len(begun) * pool.page_size  # set anew until there are pages
                 try:
-                    live.pages = pool.allocate(len(live.request.prompt) + live.limit)
+                    live.pages = pool.allocate(len(live.request.prompt) + live.limit, begun)
                 except OutOfPages:
                     return None
             if not live.emitted:
@@ -257,6 +268,13 @@ class Decoder:
         token = first_token(self._firsts[kind], live, row)
         if not live.finish:
             live.take([token], 1, self._logprobs(live, [token], row))
+            self._remember(live)
+
+    def _remember(self, live: Live) -> None:
+        """Lets later requests begin with the pages of this one."""
+        if self.reuse and live.emitted:
+            self.runner.settle(live)
+            self.pool.prefixes.add(live.cache, live.pages, live.request.cache_salt)
 
     def _logprobs(self, live: Live, tokens: list[int], rows: torch.Tensor | None) -> list[TokenLogprobs]:
         most = live.request.logprobs
@@ -266,6 +284,9 @@ class Decoder:
         """Returns the new events, and removes the requests that have ended."""
         news = [live for live in self._requests if live.has_news]
         events = [live.event() for live in news]
+        for live in news:
+            if live.finish and not live.error:
+                self._remember(live)
         if any(event.finish for event in events):  # first: an interrupt must not leave a removed request with pages
             self.runner.unseat()
             self.pool.keep(live.pages for live in self._requests if not live.finish)

@@ -181,6 +181,9 @@ class PackedRunner(Runner):
             if position + len(features) - live.features[0].position > _KEPT_ROWS:
                 self.write_context([live])
 
+    def settle(self, live: Live) -> None:
+        self.write_context([live])
+
     def write_context(self, requests: Sequence[Live]) -> float | None:
         """Returns the seconds that it took; None if a pass was recorded."""
         started, records = time.perf_counter(), False

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import whole
+from .arguments import of_type, whole
 from .inputs import integer, is_token_list, items, shown
 from .kv import PagePool
 from .logprobs import TokenLogprobs
@@ -27,6 +27,8 @@ class Request:
     stop_tokens: the answer ends after any of these.
     sampling: the sampling parameters; greedy by default.
     logprobs: how many of the most likely tokens the events name with each token, from 0 on; None: none are computed.
+    cache_salt: K/V are reused among requests of the same one alone, so that nobody else can tell by the time of an
+        answer what was asked before. The output does not change.
     """
 
     id: Hashable
@@ -35,6 +37,7 @@ class Request:
     stop_tokens: Collection[int] = ()
     sampling: SamplingParams = GREEDY
     logprobs: int | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Event:
     error: the message, where finish is "error".
     seed: the seed that reproduces the output; None for greedy requests.
     logprobs: one for each token, of a request that asks for them.
+    cached_tokens: tokens of the prompt whose K/V an earlier request had written.
     """
 
     id: Hashable
@@ -58,6 +62,7 @@ class Event:
     error: str | None = None
     seed: int | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int = 0
 
 
 class Features(NamedTuple):
@@ -72,7 +77,8 @@ class Live:
     """A waiting or running request.
 
     request: the request in Python values. sampling: its parameters, with a seed. limit: the most tokens it can emit.
-    told: the number of tokens that its events have reported. prefilled: the tokens of the prompt in the target's cache.
+    told: the number of tokens that its events have reported. prefilled: the tokens of the prompt in the target's cache,
+    of which it found `cached` there.
     features: of tokens from a position on, which the drafter's context lacks. outlook: what is known of its drafts.
     lookup: prompt and answer, as far as drafts were looked up in them. wary: its grammar has raised at a draft, and is
     asked about no more of them.
@@ -86,6 +92,7 @@ class Live:
     pages: list[int] = field(default_factory=list)
     told: int = 0
     prefilled: int = 0
+    cached: int = 0
     features: list[Features] = field(default_factory=list)
     outlook: Outlook = field(default_factory=Outlook)
     lookup: Lookup = field(default_factory=Lookup)
@@ -133,6 +140,11 @@ class Live:
         """The number of tokens in the target's cache after the prefill."""
         return len(self.request.prompt) + self.emitted - 1
 
+    @property
+    def cache(self) -> list[int]:
+        """The tokens in the target's cache after the prefill."""
+        return [*self.request.prompt, *self._tokens[:self.emitted - 1]]
+
     def looked_up(self, most: int) -> Draft:
         """Up to so many drafts from the text itself."""
         prompt, known = self.request.prompt, len(self.lookup.tokens)
@@ -157,7 +169,7 @@ class Live:
         return Event(self.request.id, tokens, finish, tuple(b - a for a, b in pairwise(self._ends[:done])),
                      tuple(self._widths[1:done]), self.error,
                      self.sampling.seed if self.sampling.temperature > 0 else None,
-                     tuple(self._logprobs[self.told:self.emitted]))
+                     tuple(self._logprobs[self.told:self.emitted]), self.cached)
 
 
 def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Live:
@@ -175,6 +187,7 @@ def admit(request: Request, vocab: int, max_context: int, pool: PagePool) -> Liv
     prompt, stops = _prompt(request, vocab, max_context, what), _stops(request, vocab, what)
     limit = whole(what, "max_tokens", request.max_tokens, 1)
     logprobs = None if request.logprobs is None else whole(what, "logprobs", request.logprobs, 0, vocab)
+    of_type(what, "cache_salt", request.cache_salt, str, "a text")
     limit, n = min(limit, max_context - len(prompt)), len(prompt)
     if pool.pages_for(n + limit) > pool.num_pages:
         raise ValueError(f"{what}: prompt and answer must fit in {pool.num_pages} pages of {pool.page_size} tokens; "

@@ -109,6 +109,9 @@ class Runner:
     def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
         """Features of tokens from this position on, whose K/V the drafter has already."""
 
+    def settle(self, live: Live) -> None:
+        """Writes what the drafter's pages still lack of the committed tokens."""
+
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
         """Makes and records what prompts of these lengths and requests of these kinds need."""
         s, device = self.setting, self.setting.target.device

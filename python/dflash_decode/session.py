@@ -268,7 +268,7 @@ class Session:
         if decoder is None or decoder.max_context < context:
             room = min(self.target.max_context, -(-context // _CONTEXT_STEP) * _CONTEXT_STEP)
             decoder = Decoder(self.target, drafter, block_size=block, max_batch=batch, max_context=room,
-                              sample_from=sample_from, rule=rule)
+                              sample_from=sample_from, rule=rule, reuse=False)
         return made_for, decoder
 
     def _requests(self, prompts, max_tokens, sampling) -> Iterator[Request]:

@@ -9,7 +9,7 @@ from dflash_decode.llm.streams import AsyncStream
 from .errors import ApiError
 from .metrics import Metrics
 from .reading import told
-from .replies import Usage
+from .replies import PromptDetails, Usage
 
 
 class Desk:
@@ -53,7 +53,7 @@ class Answers:
         self._streams: list[AsyncStream] = []
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
         self._over = False
-        self._usage = [0, 0]
+        self._usage = [0, 0, 0]  # tokens of prompts, of answers, and of the former those that were cached
 
     async def start(self, prompts: Sequence[list[int]], params: Sequence[GenerationParams],
                     restricts: str) -> None:
@@ -110,7 +110,10 @@ class Answers:
             if isinstance(found, ApiError):
                 raise found
             self._usage[1] += len(found[1].token_ids)
-            left -= found[1].completion is not None
+            if (completion := found[1].completion) is not None:
+                left -= 1
+                if found[1].choice == 0:  # of a prompt's answers the others find what the first has left
+                    self._usage[2] += completion.cached_tokens
             yield found
 
     async def all(self) -> list[Completion]:
@@ -121,5 +124,6 @@ class Answers:
     @property
     def usage(self) -> Usage:
         """The tokens so far."""
-        prompt, answers = self._usage
-        return Usage(prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers)
+        prompt, answers, cached = self._usage
+        return Usage(prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers,
+                     prompt_tokens_details=PromptDetails(cached_tokens=cached))

@@ -106,6 +106,7 @@ class Asked(_Fields):
     logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: str | None = None
 
     @property
     def choices(self) -> int:

@@ -35,6 +35,8 @@ class Metrics:
             Gauge(f"vllm:{gauge}", text, [*self._labels], registry=self.registry).labels(
                 **self._labels).set_function(value)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._asked = self._counter("prefix_cache_queries", "Tokens of prompts, each of which could be cached.")
+        self._cached = self._counter("prefix_cache_hits", "Tokens of prompts that were cached.")
         self._generated = self._counter("generation_tokens", "Tokens of answers.")
         self._drafts = self._counter("spec_decode_num_drafts", "Verified blocks with drafts.")
         self._drafted = self._counter("spec_decode_num_draft_tokens", "Verified drafts.")
@@ -72,6 +74,8 @@ class Metrics:
         if not tokens:  # it left before its prompt was read
             return
         self._prompt.inc(len(found.prompt_token_ids))
+        self._asked.inc(len(found.prompt_token_ids))
+        self._cached.inc(found.cached_tokens)
         self._prompts.observe(len(found.prompt_token_ids))
         self._answers.observe(tokens)
         self._first.observe(found.time_to_first_token)

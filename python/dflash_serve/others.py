@@ -8,7 +8,7 @@ from .fields import Asked
 HARMLESS = frozenset({
     "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user",  # OpenAI's
-    "cache_salt", "priority", "request_id", "session_id", "stream_interval",  # vLLM's
+    "priority", "request_id", "session_id", "stream_interval",  # vLLM's
     "cache_prompt", "id_slot", "n_cache_reuse", "sse_ping_interval",  # llama.cpp's
 })
 _OFF = (None, False)

@@ -22,7 +22,8 @@ Kind = TypeVar("Kind", bound=Asked)
 _AT_ONCE = 1 << 16  # bytes that are parsed in less than a millisecond
 _DRAINED = 8  # times the limit that is read and dropped, so that the client sees the answer
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
-             "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+             "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+             "cache_salt")
 _NOT_VARIABLES = ("messages", "tools")
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions
 

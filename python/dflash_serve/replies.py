@@ -7,10 +7,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class TopLogprob(BaseModel):

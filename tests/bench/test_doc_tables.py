@@ -249,10 +249,16 @@ def test_servers_are_shown_with_their_first_tokens(tmp_path):
     (tmp_path / "m" / "server-times.json").write_text(json.dumps({
         "header": {"device": "A CPU", "threads": 2, "isa": "avx2"}, "command": "python -m bench.server_times q",
         "model": "smollm2", "servers": [{"server": "ours", "concurrency": 8, "tokens_per_s": 469.5,
-                                      "first_token_median_s": 0.0506, "first_token_most_s": 0.731}]}))
+                                      "first_token_median_s": 0.0506, "first_token_most_s": 0.731}],
+        "conversations": [{"server": "ours", "fresh": fresh, "turns": [
+            {"prompt_tokens": 40 * n, "first_token_s": 0.01 * (n if fresh else 1)} for n in (1, 2, 3)]}
+            for fresh in (True, False)]}))
     lines = servers_table.servers_block(tmp_path).splitlines()
     assert lines[0] == "A CPU, 2 threads, avx2, smollm2: `python -m bench.server_times q`."
     assert "| ours | 8 | 470 | 51 ms | 731 ms |" in lines
+    assert lines[-4:-1] == ["|---|---|---|---|---|",
+                            "| ours | read again | 10 ms of 40 tokens | 20 ms of 80 tokens | 30 ms of 120 tokens |",
+                            "| ours | reused | 10 ms of 40 tokens | 10 ms of 80 tokens | 10 ms of 120 tokens |"]
 
 
 def test_perplexity_is_shown_against_the_first_row(tmp_path):

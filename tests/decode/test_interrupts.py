@@ -29,7 +29,7 @@ from tests.support.decode_runs import random_target
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")]
 LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
-NAMES = ("loop", "step", "kv", "requests", "logprobs", "sampling", "inputs", "adjust", "verify", "runner",
+NAMES = ("loop", "step", "kv", "prefixes", "requests", "logprobs", "sampling", "inputs", "adjust", "verify", "runner",
          "packed_runner", "packed", "widths", "costs",
          "model/drafter", "model/transformer", "model/native")
 FILES = {str(KERNELS / "step_graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
@@ -220,7 +220,7 @@ def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
         stem = Path(file).stem
         if way is interrupt_steps and stem in ("transformer", "drafter", "native", "packed", "widths", "costs"):
             continue  # they know nothing of who calls
-        for nth in {1, times if stem in ("loop", "requests", "kv") else 1}:
+        for nth in {1, times if stem in ("loop", "requests", "kv", "prefixes") else 1}:
             tracer = Tracer((file, line), nth)
             interrupted(way, models, texts, replayed, tracer)
             assert tracer.fired, (file, line)
@@ -230,8 +230,8 @@ def test_an_interrupt_between_any_two_bytecodes_loses_no_page(models):
     """Whoever calls for pages, and whoever gives them back."""
     texts, replayed = streamed(decoder_of(models)), some_graph()
     named = {interrupt_steps: {"Decoder._start", "Decoder._next_to_start", "Decoder._tell", "PagePool.allocate",
-                               "PagePool.keep"},
-             interrupt_stream: {"Decoder.close"}}
+                               "Decoder._remember", "PagePool.keep", "Prefixes.trim", "Prefixes._use"},
+             interrupt_stream: {"Decoder.close", "PagePool.forget"}}
     for way, names in named.items():
         found = [place for place in places(models, WAYS[way], opcodes=True) if place[1] in names]
         assert {name for _, name, _ in found} == names

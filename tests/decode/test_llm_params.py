@@ -30,7 +30,7 @@ def llm(models):
 
 HI = {"role": "user", "content": "hi"}
 WRONG = [
-    ({"max_token": 5}, "parameters must be among max_tokens, temperature, .*, grammar; got max_token$"),
+    ({"max_token": 5}, "parameters must be among max_tokens, temperature, .*, cache_salt; got max_token$"),
     ({"max_tokens": 0}, "max_tokens must be an integer of at least 1; got 0"),
     ({"max_tokens": 2.5}, "max_tokens must be an integer of at least 1; got 2.5"),
     ({"n": 0}, "n must be an integer from 1 to 1024; got 0"), ({"n": True}, "n must be an integer from"),
@@ -41,6 +41,7 @@ WRONG = [
     ({"stop_token_ids": ["a"]}, r"stop_token_ids must be token ids in \[0, 264\); got 'a'"),
     ({"stop_token_ids": [264]}, r"stop_token_ids must be token ids in \[0, 264\); got 264"),
     ({"ignore_eos": "no"}, "ignore_eos must be True or False; got 'no'"),
+    ({"cache_salt": 5}, "cache_salt must be a text; got 5"),
     ({"min_tokens": -1}, "min_tokens must be an integer of at least 0; got -1"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens must be at most max_tokens, 8; got 9"),
     ({"logprobs": -1}, "logprobs must be an integer from 0 to 264; got -1"),

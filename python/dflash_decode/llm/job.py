@@ -22,7 +22,7 @@ class Job:
     def __init__(self, prompt: Sequence[int], plan: Plan, choice: int, tokenizer: Tokenizer,
                  deliver: Callable[[Chunk | GenerationError], None], whole: bool = False):
         self.request = Request(id(self), prompt, plan.max_tokens, plan.stop_tokens, plan.samplings[choice],
-                               plan.logprobs)
+                               plan.logprobs, plan.cache_salt)
         self.choice, self.deliver, self.ended = choice, deliver, False
         self._tokenizer, self._own_stops = tokenizer, plan.own_stops
         self._whole, self._at_once = whole, whole and not plan.stops
@@ -78,4 +78,4 @@ class Job:
             reason = None
         return Completion("".join(self._pieces), self._tokens, finish, reason, self._logprobs, event.seed,
                           list(self.request.prompt), event.acceptance_lengths, event.widths, self._first,
-                          time.perf_counter() - self._started)
+                          time.perf_counter() - self._started, event.cached_tokens)

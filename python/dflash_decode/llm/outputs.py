@@ -33,6 +33,8 @@ class Completion:
         The tokens that each step of the loop committed, without the first one, and the tokens that it verified.
     time_to_first_token, seconds : float
         Seconds from the call to the first token and to the end, time in the queue included.
+    cached_tokens : int
+        Tokens of the prompt whose K/V were there, of an earlier prompt and answer that began with them.
     others : list of Completion
         The further answers to this prompt, of n > 1.
     """
@@ -48,6 +50,7 @@ class Completion:
     widths: tuple[int, ...] = field(default=(), repr=False)
     time_to_first_token: float = 0.0
     seconds: float = 0.0
+    cached_tokens: int = 0
     others: list["Completion"] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:

@@ -60,6 +60,9 @@ class GenerationParams:
         The answer as a whole matches this regular expression. Needs the extra `grammar`.
     grammar : Grammar, optional
         An object of your own that says what may come next.
+    cache_salt : str
+        A prompt starts from the K/V of earlier ones of the same salt alone. Where several users share a model, a salt
+        for each keeps them from telling by the time of an answer what others have asked. The answer does not change.
     """
 
     max_tokens: int | None = None
@@ -81,6 +84,7 @@ class GenerationParams:
     json_schema: Mapping[str, Any] | str | type | None = None
     regex: str | None = None
     grammar: Grammar | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if integer(self.top_k) == -1:
@@ -101,6 +105,7 @@ class Plan(NamedTuple):
     logprobs: int | None
     stops: tuple[str, ...]
     min_tokens: int
+    cache_salt: str
 
 
 def read_params(what: str, params: object, given: Mapping[str, Any], count: int) -> list[GenerationParams]:
@@ -135,6 +140,7 @@ def plan(what: str, params: GenerationParams, defaults: Defaults, constraints: C
     if min_tokens > max_tokens:
         raise ValueError(f"{what}: min_tokens must be at most max_tokens, {max_tokens}; got {min_tokens}")
     logprobs = None if params.logprobs is None else whole(what, "logprobs", params.logprobs, 0, vocab)
+    of_type(what, "cache_salt", params.cache_salt, str, "a text")
     of_type(what, "ignore_eos", params.ignore_eos, bool, "True or False")
     own = frozenset(() if params.ignore_eos else within(own_stops, vocab))
     stop_tokens = own.union(_stop_tokens(what, params.stop_token_ids, vocab))
@@ -146,7 +152,8 @@ def plan(what: str, params: GenerationParams, defaults: Defaults, constraints: C
     ours = grammar is not params.grammar  # made for these answers: the first can have it
     samplings = tuple(replace(sampling, seed=seed, grammar=_of_one_answer(
         grammar if ours and i == 0 else _fresh(grammar), min_tokens, stop_tokens)) for i, seed in enumerate(seeds))
-    return Plan(samplings, max_tokens, stop_tokens, own, logprobs, _stops(what, params.stop), min_tokens)
+    return Plan(samplings, max_tokens, stop_tokens, own, logprobs, _stops(what, params.stop), min_tokens,
+                params.cache_salt)
 
 
 def _fresh(grammar: Grammar | None) -> Grammar | None:

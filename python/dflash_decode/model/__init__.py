@@ -41,6 +41,7 @@ class Target(Protocol):
     head_bias: torch.Tensor | None  # (V,)
     graph_safe: bool  # a pass runs dflash ops alone, so a graph can capture it
     packs: bool  # make_pass takes rows: blocks of several lengths, one after another
+    reuses: bool  # K/V of a token depend on it and those before it alone, to the bit, so other requests can use them
 
     def make_pass(
         self, batch: int, width: int, caches: Sequence[PagedKV], target_layer_ids: Sequence[int] = (),

@@ -34,7 +34,7 @@ class HFTarget:
     other than K and V outside transformers' cache, or whose masks have windows that its attention is not given.
     """
 
-    graph_safe = packs = False
+    graph_safe = packs = reuses = False
 
     def __init__(self, model, *, max_context: int | None = None):
         refuse_model(model)

@@ -33,7 +33,7 @@ class NativeTarget:
     arithmetic into something not implemented.
     """
 
-    graph_safe = packs = True
+    graph_safe = packs = reuses = True
     head_bias: torch.Tensor | None = None
     embedding_scale = 1.0
 
