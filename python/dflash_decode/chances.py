@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from itertools import accumulate, chain, repeat
+from itertools import accumulate
 
 from .lookup import LONGEST
 
@@ -49,21 +49,22 @@ class Matches:
 
     def __init__(self) -> None:
         self.known = Calibration(LONGEST, (1.0, [math.log(n**1.25 / 2) for n in range(1, LONGEST + 1)]))
-        self._by_length: list[float] = []  # empty where it must be computed again
+        self._together: dict[int, tuple[float, ...]] = {}  # by the first draft's match: what is known now
 
     def __call__(self, matched: int) -> float:
         return self.known(min(matched, LONGEST) - 1, 0.5)
 
-    def together(self, matched: int, count: int) -> list[float]:
+    def together(self, matched: int, count: int) -> Sequence[float]:
         """The probability that draft 1 ... j are all accepted, for each j up to `count`, after a match of so many."""
-        if not self._by_length:
-            self._by_length[:] = [self(n) for n in range(1, LONGEST + 1)]
-        odds = self._by_length[matched - 1:matched - 1 + count]
-        return list(accumulate(chain(odds, repeat(self._by_length[-1], count - len(odds))), operator.mul))
+        known = self._together.get(matched, ())
+        if len(known) < count:
+            each = map(self, range(matched, matched + max(count, LONGEST)))
+            known = self._together[matched] = tuple(accumulate(each, operator.mul))
+        return known[:count]
 
     def observe(self, matched: int, accepted: bool) -> None:
         self.known.observe(min(matched, LONGEST) - 1, 0.5, accepted)
-        self._by_length.clear()
+        self._together.clear()
 
 
 def _sigmoid(z: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 
 from .costs import pass_size, pass_sizes, remembered
@@ -14,8 +15,8 @@ from .forecast import Forecast
 from .lookup import Draft
 from .measure import identity, measure
 from .model.drafter import Drafter
-from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage
-from .policy import FixedWidths, Policy
+from .packed import Block, ContextStage, DraftStage, Tables, VerifyStage, bits_of
+from .policy import FixedWidths, Outlook, Policy
 from .requests import Features, Live
 from .runner import Committed, Runner, Setting, bucket, buckets, taken
 from .step import Prefill
@@ -43,6 +44,7 @@ class PackedRunner(Runner):
         self.longest = setting.width if isinstance(self.policy, FixedWidths) else max(setting.width, _LONGEST)
         self.memory_of_logits = Memory(bucket(setting.max_batch) * self.longest, setting.target.device)
         self.recording = 0.0  # seconds, of the last verify pass that was recorded
+        self.passes = 0.0  # seconds of all passes so far
         self.lost: dict[tuple[int, int, type[GreedyVerifier]], float] = {}  # seconds, by what was not recorded
 
     # ---- passes, made when they are first needed ----
@@ -112,12 +114,7 @@ class PackedRunner(Runner):
         policy = self.chosen_policy()
         outlooks = [live.outlook for live in active]
         n = len(active)
-        most = self.longest if kind.packs and n * self.longest <= self.most_rows(self.batch_of(n)) else \
-            self.setting.width
-        limits = [min(live.room, most) for live in active]
-        found = [live.looked_up(limit - 1) if policy.looks_up else Draft() for live, limit in zip(
-            active, limits, strict=True)]
-        drafts = policy.choose(outlooks, self.draft(active, policy, found), found, limits, not kind.packs)
+        drafts = [Draft()] * n if policy.rests(n) else self.chosen_drafts(active, outlooks, policy, kind)
         blocks = [self.block(live, [live.anchor, *draft.tokens]) for live, draft in zip(active, drafts, strict=True)]
         widths = [len(block.tokens) for block in blocks]
         stage = self.verify_stage(n, self.rows_to_run(n, sum(widths), kind), self.longest, kind) if kind.packs \
@@ -135,9 +132,22 @@ class PackedRunner(Runner):
         stage.verifier.seat(())
         return committed
 
+    def chosen_drafts(self, active: Sequence[Live], outlooks: Sequence[Outlook], policy: Policy,
+                      kind: type[GreedyVerifier]) -> list[Draft]:
+        """The drafts of each request that are worth verifying."""
+        started, passes, n = time.perf_counter(), self.passes, len(active)
+        most = self.longest if kind.packs and n * self.longest <= self.most_rows(self.batch_of(n)) else \
+            self.setting.width
+        limits = [min(live.room, most) for live in active]
+        found = [live.looked_up(limit - 1) for live, limit in zip(
+            active, limits, strict=True)] if policy.looks_up(n) else [Draft()] * n
+        drafts = policy.choose(outlooks, self.draft(active, policy, found), found, limits, not kind.packs)
+        policy.took("choice", n, time.perf_counter() - started - (self.passes - passes))
+        return drafts
+
     def draft(self, active: Sequence[Live], policy: Policy, found: Sequence[Draft]) -> list[Draft]:
         """The drafter's drafts for each request; none where none are made."""
-        drafts = [Draft() for _ in active]
+        drafts = [Draft()] * len(active)
         if self.setting.drafter and self.setting.width > 1:
             whole = isinstance(policy, FixedWidths)
             open_ended = [i for i, live in enumerate(active) if live.room > 1 or whole and not live.wary]
@@ -166,6 +176,7 @@ class PackedRunner(Runner):
         records, started = work.records, time.perf_counter()
         found = call()
         seconds = time.perf_counter() - started
+        self.passes += seconds
         if not records:
             policy.took(part, size, seconds)
         elif part == "verify":
@@ -174,10 +185,13 @@ class PackedRunner(Runner):
 
     # ---- the drafter's context ----
 
-    def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
+    def read(self, live: Live, position: int, features: torch.Tensor) -> None:
+        self.keep(live, position, bits_of(features))
+
+    def keep(self, live: Live, position: int, features: np.ndarray) -> None:
         """K/V of these features are written when the request drafts next, if it does."""
         if self.setting.drafter and len(features):
-            live.features.append(Features(position, features.clone()))
+            live.features.append(Features(position, features.copy()))
             if position + len(features) - live.features[0].position > _KEPT_ROWS:
                 self.write_context([live])
 
@@ -187,7 +201,7 @@ class PackedRunner(Runner):
     def write_context(self, requests: Sequence[Live]) -> float | None:
         """Returns the seconds that it took; None if a pass was recorded."""
         started, records = time.perf_counter(), False
-        rows: list[torch.Tensor] = []
+        rows: list[np.ndarray] = []
         positions: list[int] = []
         slots: list[int] = []
         for live in requests:
@@ -198,7 +212,8 @@ class PackedRunner(Runner):
                 slots += block.slots()
         passes = [rows] if rows else []
         if len(positions) > _CONTEXT_ROWS:
-            passes = [[part] for part in torch.cat(rows).split(_CONTEXT_ROWS)]
+            whole = np.concatenate(rows)
+            passes = [[whole[at:at + _CONTEXT_ROWS]] for at in range(0, len(whole), _CONTEXT_ROWS)]
         for i, features in enumerate(passes):
             part = slice(i * _CONTEXT_ROWS, (i + 1) * _CONTEXT_ROWS)
             stage = self.context_stage(len(positions[part]))
@@ -206,7 +221,9 @@ class PackedRunner(Runner):
             stage(features, positions[part], slots[part])
         for live in requests:
             live.features = []
-        return None if records else time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.passes += seconds
+        return None if records else seconds
 
     # ---- what a step costs ----
 
@@ -240,7 +257,7 @@ class PackedRunner(Runner):
         return self.policy
 
     def warm_up(self, kinds: Iterable[type[GreedyVerifier]], prompt_lens: Iterable[int]) -> None:
-        """Records every size of every pass."""
+        """Runs every size of every pass once, which records it."""
         super().warm_up(kinds, prompt_lens)
         self.chosen_policy()
         s, stages = self.setting, []
@@ -251,8 +268,9 @@ class PackedRunner(Runner):
                                for rows in pass_sizes(self.most_rows(batch))]
                 if not kind.packs:
                     stages += [self.verify_stage(batch, 0, width, kind) for width in range(1, s.width + 1)]
-        for stage in stages:
-            _record(stage)
+        for stage in stages:  # what cannot be recorded allocates at its first run
+            stage.fill([])
+            stage()
         for batch in buckets(s.max_batch) if s.drafter else ():
             self.record_drafts(batch)
         for rows in buckets(_CONTEXT_ROWS) if s.drafter else ():

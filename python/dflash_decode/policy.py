@@ -12,9 +12,11 @@ FIRST_WAIT = 4  # steps until the first trial of a request that does not draft
 class Policy(Protocol):
     """`WidthPolicy` (widths.py) follows measured costs; an engine, or a test, can have another."""
 
-    @property
-    def looks_up(self) -> bool:
+    def looks_up(self, requests: int) -> bool:
         """Whether the next step is to look drafts up in the texts themselves."""
+
+    def rests(self, requests: int) -> bool:
+        """Whether the next step has no drafts. Nothing is chosen for it then."""
 
     def to_draft(self, requests: Sequence["Outlook"], found: Sequence[Draft]) -> tuple[list[int], int]:
         """Indices of the requests that the drafter drafts for in this step, and the tokens of their blocks, each anchor
@@ -27,8 +29,9 @@ class Policy(Protocol):
         """
 
     def took(self, part: str, size: int, seconds: float) -> None:
-        """Tells what a verify pass (part "verify") or a draft (part "draft") of so many rows took, or for how many
-        requests the drafter's context was brought up to date before that in which time (part "context")."""
+        """Tells what a verify pass (part "verify") or a draft (part "draft") of so many rows took, for how many
+        requests the drafter's context was brought up to date before that in which time (part "context"), and for how
+        many the drafts of a step were looked up and chosen (part "choice")."""
 
     def verified(self, requests: Sequence["Outlook"], drafts: Sequence[Draft], accepted: Sequence[int]) -> None:
         """Tells how many of the drafts that were verified of each request were accepted."""
@@ -37,8 +40,8 @@ class Policy(Protocol):
 @dataclass
 class Outlook:
     """What a policy remembers of one request. worth: of drafts of each length for it, in tokens a step; None: as of
-    all. idle: steps since it drafted. wait: after which it is tried again beside others. paid: whether its last drafts
-    did."""
+    all. idle: steps since it drafted, but for those that rested. wait: after which it is tried again beside others.
+    paid: whether its last drafts did."""
 
     worth: list[float] | None = None
     idle: int = 0
@@ -52,10 +55,14 @@ class FixedWidths:
     block: the tokens of a block.
     """
 
-    looks_up = False
-
     def __init__(self, block: int):
         self.block = block
+
+    def looks_up(self, requests: int) -> bool:
+        return False
+
+    def rests(self, requests: int) -> bool:
+        return self.block == 1
 
     def to_draft(self, requests: Sequence[Outlook], found: Sequence[Draft]) -> tuple[list[int], int]:
         return list(range(len(requests))), self.block

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from .arguments import of_type, whole
 from .inputs import integer, is_token_list, items, shown
@@ -66,10 +66,10 @@ class Event:
 
 
 class Features(NamedTuple):
-    """Hidden states (n, F * H) of committed tokens from `position` on."""
+    """Hidden states (n, F * H) of committed tokens from `position` on, as `packed.bits_of` has them."""
 
     position: int
-    rows: torch.Tensor
+    rows: np.ndarray
 
 
 @dataclass(eq=False)
@@ -148,7 +148,8 @@ class Live:
     def looked_up(self, most: int) -> Draft:
         """Up to so many drafts from the text itself."""
         prompt, known = self.request.prompt, len(self.lookup.tokens)
-        self.lookup.read(prompt[known:])
+        if known < len(prompt):
+            self.lookup.read(prompt[known:])
         self.lookup.read(self._tokens[max(known - len(prompt), 0):self.emitted])
         return self.lookup.draft(most)
 
@@ -156,7 +157,9 @@ class Live:
     def finish(self) -> str | None:
         if self.ended or not self._ends:
             return self.ended
-        return "stop" if self.anchor in self.request.stop_tokens else "length" if self.emitted >= self.limit else None
+        emitted = self._ends[-1]  # looked at many times in a step
+        stops = self._tokens[emitted - 1] in self.request.stop_tokens
+        return "stop" if stops else "length" if emitted >= self.limit else None
 
     @property
     def has_news(self) -> bool:

@@ -68,8 +68,9 @@ def taken(active: Sequence[Live], verified: Verified, widths: Sequence[int], row
 
 
 def _committed(live: Live, tokens: list[int], width: int, rows: torch.Tensor, start: int) -> Committed:
-    ends = (i + 1 for i, token in enumerate(tokens) if token in live.request.stop_tokens)
-    count = next(ends, len(tokens))
+    count, stops = len(tokens), frozenset(live.request.stop_tokens)  # which it is, once submitted
+    if not stops.isdisjoint(tokens):
+        count = next(i for i, token in enumerate(tokens, 1) if token in stops)
     asks = live.request.logprobs is not None
     return Committed(live, tokens[:count], width, rows[start:start + count] if asks else None)
 
@@ -98,7 +99,7 @@ class Runner:
         work, chunk = self.prefills[rows], prompt[done:done + rows]
         self.recorded = work.work.records
         last = work(chunk, done, s.pool.table_row(live.pages, s.max_pages))
-        self.keep(live, done, work.features[:len(chunk)])
+        self.read(live, done, work.features[:len(chunk)])
         live.prefilled = done + len(chunk)
         return last if live.prefilled == len(prompt) else None
 
@@ -106,8 +107,8 @@ class Runner:
         s = self.setting
         return Prefill(s.target, s.drafter, s.target_kv, s.draft_kv, rows, s.pool.page_size, s.max_pages, self.memory)
 
-    def keep(self, live: Live, position: int, features: torch.Tensor) -> None:
-        """Features of tokens from this position on, whose K/V the drafter has already."""
+    def read(self, live: Live, position: int, features: torch.Tensor) -> None:
+        """Features of the prompt's tokens from this position on, whose K/V the drafter has already."""
 
     def settle(self, live: Live) -> None:
         """Writes what the drafter's pages still lack of the committed tokens."""

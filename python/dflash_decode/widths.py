@@ -19,12 +19,14 @@ for them, with the drafter's context of all tokens since their last draft. A req
 now and then, for about 1 % of the time, and where all drafting pays a step drafts nothing now and then, or a whole
 block: what is never done has a cost, and a worth, that nobody knows. Where it was not as expected, the next trial comes
 soon. Where rows cost so much that even likely drafts would not pay, it comes late, as only wrong costs could make one
-pay. Where all drafts together win hardly anything, choosing them costs more: the loop decodes plainly for a while.
+pay. Where all drafts together win less than choosing them takes, which is measured too, the loop decodes plainly for a
+while. What drafts win is known for each number of requests, up to a power of two.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from .chances import Calibration, Matches
 from .costs import StepCosts
@@ -36,14 +38,28 @@ _NEW, _SHARED = 0.1, 0.02  # how far a step moves what drafting is worth, of its
 _RATE = 0.05  # and the rate
 _TRIALS, _LONGEST_WAIT = 0.01, 64  # share of the time; steps
 _MARGIN = 1.2  # times its cost that a draft must be worth: of several estimates the best one is too good
-# The share of a step that drafts must win on the average, how far a step moves the average, and the steps without any.
-_PAYS, _WON, _REST = 0.03, 0.02, 64
+# The share of a step that drafts win on the average, less the time to choose them: how far a step moves it, the steps
+# without any where it is below nothing, and what it is after them.
+_WON, _REST, _AGAIN = 0.02, 64, 0.06
+_MANY, _UNTHOUGHT = 4, 8  # requests; steps that the drafter is not thought of for them after it would not have paid
+_AT_FIRST = 0.5  # that share for one request, before there is an average; less for more
 _LEAST, _FEW = 0.02, 0.25  # the share of a step that drafts must win, and of a mean row's price that each must
 _MIDDLING = 0.6  # confidence, before there is any
 _WHOLE_AGAIN = 32  # drafts of fewer tokens, after which a whole block is drafted
 _SURPRISE = 1.2  # times that a step took more or less than was expected
 _LIKELY, _SELDOM = 0.9, 16  # a draft's chance after the one before; times that a trial of what cannot pay waits longer
 _GRANTED = 40  # baseline steps that trials may take beyond their share of the time
+
+
+@dataclass
+class Load:
+    """What steps of about so many requests brought lately: tokens and seconds, over those of a baseline step; the share
+    of one that drafts won; and the steps to come that have none."""
+
+    tokens: float = 1.0
+    seconds: float = 1.0
+    won: float = 0.0
+    resting: int = 0
 
 
 class WidthPolicy:
@@ -58,20 +74,22 @@ class WidthPolicy:
         self.block, self.costs, self.rows = block, costs, rows
         self.calibration = Calibration(block - 1, start)
         self.matches = Matches()
-        self.tokens = self.seconds = 1.0  # a step's, lately, over those of a baseline step
+        self.loads: dict[int, Load] = {}
         self.draft_widths = draft_widths(block)
         self.worth: list[float] | None = None  # of a request's drafts of each length, as it was on the average
         self.spent = self.on_trials = 0.0
         self.idle, self.wait = 0, FIRST_WAIT  # steps since anybody drafted, and after which one is tried again
+        self.refused = -_UNTHOUGHT  # of them, when a trial was last thought of and not made
         self.since_plain, self.plain_wait, self.surprised = 0, _LONGEST_WAIT, False
         self.drafting = block  # tokens of the last draft's blocks
         self.narrow = 0  # drafts since one of a whole block
         self._tried: Outlook | None = None  # whom the step drafts for to see what that is worth
         self._astonished = False  # whether the last such step was a surprise
+        self.choice = 0.0  # seconds in which the step's drafts were looked up and chosen
+        self.nobody = 0  # steps to come in which the drafter is not thought of, as it would pay for nobody
         self.context = 0.0  # seconds in which a request's tokens of a step become the drafter's context
         self._sums = Forecast()
         self._expected = 0.0  # tokens of the step
-        self.won, self.resting = 0.5, 0  # the share of a step that drafts win; steps without any to come
         self._drafted, self._plain = 0, False  # requests that the step drafts for; whether it is to be a baseline one
 
     @property
@@ -79,13 +97,26 @@ class WidthPolicy:
         """Of all steps so far."""
         return replace(self._sums)
 
-    @property
-    def looks_up(self) -> bool:
-        return not self.resting
+    def load(self, requests: int) -> Load:
+        """Up to a power of two they are the same: what pays for one request does not for eight."""
+        size = (requests - 1).bit_length()
+        if size not in self.loads:
+            self.loads[size] = Load(won=max(_AT_FIRST / (1 << size), _AGAIN))
+        return self.loads[size]
+
+    def looks_up(self, requests: int) -> bool:
+        return not self.load(requests).resting
+
+    def rests(self, requests: int) -> bool:
+        if not self.load(requests).resting or self.idle >= max(self.wait, self.refused + _UNTHOUGHT):
+            return False
+        self._tried, self._plain, self._drafted, self._expected = None, False, 0, requests
+        return True
 
     def rate(self, requests: int) -> float:
         """Tokens a second that a step of so many requests should bring."""
-        return max(self.tokens / self.seconds, 1.0) * requests / self.costs.verify(self.rows(requests))
+        load = self.load(requests)
+        return max(load.tokens / load.seconds, 1.0) * requests / self.costs.verify(self.rows(requests))
 
     def draft_seconds(self, requests: int, width: int) -> float:
         """What a draft of so many blocks takes, its context included."""
@@ -96,7 +127,16 @@ class WidthPolicy:
         self._tried, self._plain = None, self.since_plain >= self.plain_wait
         if not n or self._plain:
             return [], self.block
-        drafted = [] if self.resting else self._paying(requests, found)
+        drafted: list[int] = []
+        if self.nobody:
+            self.nobody -= 1
+        elif not self.load(n).resting:
+            drafted = self._paying(requests, [_gain(self._chances(draft), self._row(n)) for draft in found])
+            # Whatever their own texts have: to find that out takes a share of a step of many requests.
+            if not drafted and n >= _MANY and not self._paying(requests, [0.0] * n):
+                self.nobody = _UNTHOUGHT
+        if not drafted and self.idle < max(self.wait, self.refused + _UNTHOUGHT):
+            return [], self.drafting
         granted = _GRANTED * self.costs.verify(self.rows(n))
         others = [i for i in range(n) if i not in drafted]
         if others and self.on_trials <= _TRIALS * self.spent + granted:
@@ -106,15 +146,16 @@ class WidthPolicy:
             if idle >= wait and (idle >= _SELDOM * wait or self._astonished or self._could_pay(n)):
                 self.drafting = self.drafting if drafted else self.block
                 drafted, self._tried = [*drafted, longest], request
+        self.refused = -_UNTHOUGHT if drafted or n < _MANY else self.idle
         if drafted:
             self.narrow = 0 if self.drafting == self.block else self.narrow + 1
         return sorted(drafted), self.drafting
 
-    def _paying(self, requests: Sequence[Outlook], found: Sequence[Draft]) -> list[int]:
-        """The requests that drafts of `drafting` tokens should pay for, which is set."""
+    def _paying(self, requests: Sequence[Outlook], there: Sequence[float]) -> list[int]:
+        """The requests that drafts of `drafting` tokens should pay for, which is set. there: what the drafts from their
+        own texts are worth."""
         n = len(requests)
-        rate, worth_of_all, row = self.rate(n), self._worth(n), self._row(n)
-        there = [_gain(self._chances(draft), row) for draft in found]
+        rate, worth_of_all = self.rate(n), self._worth(n)
         best, drafted, self.drafting = 0.0, [], self.block
         narrowest = 0 if self.narrow < _WHOLE_AGAIN else len(self.draft_widths) - 1
         for at in reversed(range(narrowest, len(self.draft_widths))):
@@ -168,7 +209,7 @@ class WidthPolicy:
         """That draft j is accepted if those before it are."""
         return self.matches(draft.matched + j) if draft.matched else self.calibration(j, draft.confidences[j])
 
-    def _chances(self, draft: Draft, most: int | None = None) -> list[float]:
+    def _chances(self, draft: Draft, most: int | None = None) -> Sequence[float]:
         """The probability that draft 1 ... j are all accepted, for each j up to `most`."""
         if draft.matched:
             return self.matches.together(draft.matched, len(draft.tokens[:most]))
@@ -177,6 +218,8 @@ class WidthPolicy:
     def choose(self, requests: Sequence[Outlook], drafted: Sequence[Draft], found: Sequence[Draft],
                limits: Sequence[int], together: bool = False) -> list[Draft]:
         self._drafted, n = sum(bool(draft.tokens) for draft in drafted), len(requests)
+        if not self._drafted:  # most steps of many requests
+            return self._choose_of_texts(requests, found, limits, together)
         best = [ours if request is self._tried and ours.tokens else self._better(ours, other)
                 for request, ours, other in zip(requests, drafted, found, strict=True)]
         of_drafter = [self._chances(draft, limit - 1) for draft, limit in zip(drafted, limits, strict=True)]
@@ -193,6 +236,18 @@ class WidthPolicy:
         self._expected = n + sum(sum(chance[:width - 1]) for chance, width in zip(chances, widths, strict=True))
         return [draft.cut(width - 1) for draft, width in zip(best, widths, strict=True)]
 
+    def _choose_of_texts(self, requests: Sequence[Outlook], found: Sequence[Draft], limits: Sequence[int],
+                         together: bool) -> list[Draft]:
+        for request in requests:
+            request.idle += 1
+        n = self._expected = len(requests)
+        if self._plain or not any(draft.tokens for draft in found):
+            return [Draft()] * n
+        chances = [self._chances(draft, limit - 1) for draft, limit in zip(found, limits, strict=True)]
+        widths = self._widths(chances, together)
+        self._expected += sum(sum(chance[:width - 1]) for chance, width in zip(chances, widths, strict=True))
+        return [draft.cut(width - 1) for draft, width in zip(found, widths, strict=True)]
+
     def _widths(self, chances: Sequence[Sequence[float]], together: bool) -> list[int]:
         """The rows of each request that are worth their time, by the chances of its drafts."""
         n = len(chances)
@@ -207,7 +262,8 @@ class WidthPolicy:
         # A request's chances fall, so the best rows are the largest chances of all. Where rows are padded anyway the
         # next ones are free. Of several estimates the best one is too good: one that is hardly better is not.
         few = _FEW * self._row(n)
-        ranked = sorted(((p, -j, i) for i, c in enumerate(chances) for j, p in enumerate(c) if p > few), reverse=True)
+        ranked = sorted(((p, -j, i) for i, c in enumerate(chances) for j, p in enumerate(takewhile(few.__lt__, c))),
+                        reverse=True)
         plain = rate * verify(self.rows(n))
         best, chosen, total, size, cost = _LEAST * plain - plain, 0, 0.0, 0, 0.0
         for extra, (p, _, _) in enumerate(ranked, 1):
@@ -238,7 +294,7 @@ class WidthPolicy:
             before = of_all if request.worth is None else request.worth
             request.worth = _moved(before, worth, _NEW)
             self.worth = of_all = _moved(of_all, worth, _SHARED)
-            request.idle = 0
+            request.idle = self.nobody = 0
             request.paid = self._pays(worth, rate)
             if request.paid and request is self._tried:  # it was too long ago to be averaged
                 request.worth = list(map(max, request.worth, worth))
@@ -253,6 +309,9 @@ class WidthPolicy:
         return found
 
     def took(self, part: str, size: int, seconds: float) -> None:
+        if part == "choice":
+            self.choice = seconds
+            return
         if part == "context":
             self.context += _RATE * (seconds / size - self.context) if self.context else seconds / size
             return
@@ -265,7 +324,7 @@ class WidthPolicy:
             self.surprised = not 1 / _SURPRISE < off < _SURPRISE
         curve.observe(size, seconds)
 
-    def _tell_trial(self, tried: Outlook, rows: int, seconds: float) -> None:
+    def _tell_trial(self, tried: Outlook, load: Load, rows: int, seconds: float) -> None:
         """Says when to try again. rows, of the pass without the request's drafts; seconds, of the step."""
         wait = FIRST_WAIT if (paid := tried.paid and not tried.idle) or self.surprised else None
         without = self.costs.verify(self.rows(rows))
@@ -274,11 +333,12 @@ class WidthPolicy:
             tried.wait = wait or min(2 * tried.wait, _LONGEST_WAIT)
         else:
             self.wait = wait or min(2 * self.wait, _LONGEST_WAIT)
-            self.resting, self._astonished = 0 if paid else self.resting, self.surprised
+            load.resting, self._astonished = 0 if paid else load.resting, self.surprised
         self.on_trials += seconds - without
 
     def verified(self, requests: Sequence[Outlook], drafts: Sequence[Draft], accepted: Sequence[int]) -> None:
         n, drafted, rows = len(requests), self._drafted, len(requests) + sum(len(draft.tokens) for draft in drafts)
+        load = self.load(n)
         self._sums.steps += 1
         self._sums.expected_tokens += self._expected
         self._sums.tokens += n + sum(accepted)
@@ -299,16 +359,16 @@ class WidthPolicy:
             seconds += self.draft_seconds(drafted, self.drafting)
         self.spent += seconds
         if self._tried is not None:
-            self._tell_trial(self._tried, rows - sum(len(draft.tokens) for request, draft in zip(
+            self._tell_trial(self._tried, load, rows - sum(len(draft.tokens) for request, draft in zip(
                 requests, drafts, strict=True) if request is self._tried), seconds)
-        if self.resting:
-            self.resting -= 1
+        if load.resting:
+            load.resting -= 1
         else:
-            self.won += _WON * (sum(accepted) / n - (seconds / plain - 1.0) - self.won)
-            if self.won < _PAYS:
-                self.won, self.resting = 2 * _PAYS, _REST
-        self.tokens += _RATE * ((n + sum(accepted)) / n - self.tokens)
-        self.seconds += _RATE * (seconds / plain - self.seconds)
+            load.won += _WON * (sum(accepted) / n - ((seconds + self.choice) / plain - 1.0) - load.won)
+            if load.won < 0.0:
+                load.won, load.resting = _AGAIN, _REST
+        load.tokens += _RATE * ((n + sum(accepted)) / n - load.tokens)
+        load.seconds += _RATE * (seconds / plain - load.seconds)
 
 
 def draft_widths(block: int) -> list[int]:

@@ -74,9 +74,6 @@ def alive(decoder):
     objects = gc.get_objects()
     tensors = [o for o in objects if issubclass(type(o), torch.Tensor) and not issubclass(type(o), FakeTensor)]
     graphs = [work.work.graph for work in passes_of(decoder) if work.work.graph]
-    # Until its next draft a request keeps what the drafter's context is made of.
-    kept = {kept.rows.untyped_storage().data_ptr() for live in decoder._requests for kept in live.features}
-    tensors = [t for t in tensors if t.untyped_storage().data_ptr() not in kept]
     bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     known = len(decoder.pool.prefixes.pages())  # by digests, each a block; at most as many as there are pages
     return {"blocks": sys.getallocatedblocks() - known, "objects": len(objects), "tensors": len(tensors),

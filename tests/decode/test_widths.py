@@ -43,20 +43,21 @@ class Text:
         return next((i for i, p in enumerate(odds) if self.wrong or self.dice.random() >= p), len(odds))
 
 
-def play(policy, texts, steps, true):
-    """[(tokens, seconds, widths)] of each step."""
+def play(policy, texts, steps, true, choice=0.0):
+    """[(tokens, seconds, widths)] of each step. choice: seconds that choosing takes."""
     outlooks, found = [Outlook() for _ in texts], []
-    list(played(policy, texts, outlooks, steps, true, found.append))
+    list(played(policy, texts, outlooks, steps, true, found.append, choice))
     return found
 
 
-def played(policy, texts, outlooks, steps, true, tell=lambda step: None):
+def played(policy, texts, outlooks, steps, true, tell=lambda step: None, choice=0.0):
     """Yields whom each step drafts for."""
     for _ in range(steps):
-        n, there = len(texts), [text.found() if policy.looks_up else Draft() for text in texts]
+        n, there = len(texts), [text.found() if policy.looks_up(len(texts)) else Draft() for text in texts]
         chosen, block = policy.to_draft(outlooks, there)
         drafted = [drafts(text.confidences()[:block - 1] if i in chosen else []) for i, text in enumerate(texts)]
         blocks = policy.choose(outlooks, drafted, there, [10**6] * n)
+        policy.took("choice", n, choice)
         assert all(any(draft == whole.cut(len(draft.tokens)) for whole in pair)
                    for draft, *pair in zip(blocks, drafted, there, strict=True))
         accepted = [text.accepted(draft) for text, draft in zip(texts, blocks, strict=True)]
@@ -242,12 +243,34 @@ def test_drafts_from_the_text_are_free(batch):
 def test_where_drafts_win_nothing_the_loop_rests_from_choosing_them():
     true, policy, rested = affine(1.0, 0.1, draft=0.15), WidthPolicy(BLOCK, affine(1.0, 0.1, draft=0.15)), []
     text, verified = Text(0.9, wrong=True, repeats=0.3), policy.verified
-    policy.verified = lambda *args: rested.append(not policy.looks_up) or verified(*args)
-    play(policy, [text], 500, true)
+    policy.verified = lambda *args: rested.append(not policy.looks_up(len(args[0]))) or verified(*args)
+    play(policy, [text], 500, true, choice=0.04)
     assert sum(rested[200:]) > 150
     text.wrong = False
-    play(policy, [text], 500, true)
+    play(policy, [text], 500, true, choice=0.04)
     assert sum(rested[-150:]) == 0
+
+
+def test_the_time_that_choosing_takes_counts():
+    """Drafts that win 40 % of a step are chosen where that takes 10 % of it, and seldom where it takes 50."""
+    def rested(choice):
+        true, policy, steps = affine(1.0, 0.1, draft=2.0), WidthPolicy(BLOCK, affine(1.0, 0.1, draft=2.0)), []
+        verified = policy.verified
+        policy.verified = lambda *args: steps.append(not policy.looks_up(len(args[0]))) or verified(*args)
+        play(policy, [Text(0.5, repeats=0.2, found_sure=0.8)], 1500, true, choice=choice)
+        return sum(steps[500:]) / 1000
+
+    assert rested(0.1) < 0.1 and rested(0.5) > 0.5
+
+
+def test_what_many_requests_cannot_pay_for_one_can():
+    """A row costs nothing for one request, and as much as a token for eight."""
+    costs = lambda: StepCosts({1: 1.0, 8: 1.0, 9: 1.2, 64: 9.0}, {3: 0.05, 64: 0.8})  # noqa: E731
+    policy = WidthPolicy(BLOCK, costs())
+    for _ in range(6):
+        play(policy, [Text(0.9, seed) for seed in range(8)], 200, costs(), choice=0.05)
+        alone = play(policy, [Text(0.9)], 20, costs(), choice=0.05)
+    assert sum(tokens for tokens, *_ in alone) > 2 * len(alone) and policy.load(1).won > 0.5 > 0.1 > policy.load(8).won
 
 
 # ---- in the loop -----------------------------------------------------------------------------------------------------
