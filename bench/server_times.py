@@ -6,8 +6,8 @@
 
 Servers are started in turn, for SmolLM2's GGUF file: llama-server if it is named, ours with the drafter, and ours
 without. Greedy chats, streamed; one round of all prompts goes before the one that is measured, and nothing of it is
-reused. Then all prompts are the turns of one conversation: once every turn is read as if it were new, and once a server
-may start from what it has read and written before.
+reused. Then the first eight prompts are the turns of one conversation: once every turn is read as if it were new, and
+once a server may start from what it has read and written before, after such a conversation under another salt.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from dflash_bench.results import commit, output, write_json
 from dflash_decode.checkpoint import find_model
 from dflash_kernels import build_info
 
-MODEL, CONTEXT = "smollm2", 2048
+MODEL, CONTEXT, TURNS = "smollm2", 2048, 8
 
 
-def reusing(nothing: bool) -> dict:
-    """Fields of a request that reuses nothing, for llama-server and for ours; or what may be reused."""
-    return {"cache_prompt": False, "cache_salt": secrets.token_hex(8)} if nothing else {"cache_prompt": True}
+def reusing(salt: str | None) -> dict:
+    """Fields of a request that reuses nothing, for llama-server and ours; or, with a salt, what was asked with it."""
+    return {"cache_prompt": salt is not None, "cache_salt": salt or secrets.token_hex(8)}
 
 
 class Timed(NamedTuple):
@@ -44,12 +44,13 @@ class Timed(NamedTuple):
     usage: CompletionUsage
 
 
-async def timed(client: AsyncOpenAI, model: str, messages: list[dict], max_tokens: int, fresh: bool = True) -> Timed:
-    """fresh: nothing is reused."""
+async def timed(client: AsyncOpenAI, model: str, messages: list[dict], max_tokens: int,
+                salt: str | None = None) -> Timed:
+    """salt: as for `reusing`."""
     began, first, pieces, usage = time.perf_counter(), 0.0, [], None
     stream = await client.chat.completions.create(
         model=model, messages=messages, max_tokens=max_tokens, temperature=0.0, stream=True,
-        stream_options={"include_usage": True}, extra_body=reusing(fresh))
+        stream_options={"include_usage": True}, extra_body=reusing(salt))
     async for chunk in stream:
         if chunk.choices and chunk.choices[0].delta.content:
             first = first or time.perf_counter() - began
@@ -62,13 +63,13 @@ def said(text: str, role: str = "user") -> dict:
     return {"role": role, "content": text}
 
 
-async def conversation(url: str, prompts: list[Prompt], max_tokens: int, fresh: bool) -> list[dict]:
+async def conversation(url: str, prompts: list[Prompt], max_tokens: int, salt: str | None = None) -> list[dict]:
     """Of each turn, the tokens of its prompt and the seconds to its first token."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=2, timeout=600) as client:
         model, messages, turns = (await client.models.list()).data[0].id, [], []
         for prompt in prompts:
             messages.append(said(prompt.turns[0]))
-            found = await timed(client, model, messages, max_tokens, fresh)
+            found = await timed(client, model, messages, max_tokens, salt)
             messages.append(said(found.text, "assistant"))
             turns.append({"prompt_tokens": found.usage.prompt_tokens, "first_token_s": round(found.first, 4)})
     return turns
@@ -118,9 +119,10 @@ def main() -> int:
         found = [{"server": name} | asyncio.run(measured(url, prompts, n, given.max_tokens)) for n in given.concurrency]
         for row in found:
             print(json.dumps(row), flush=True)
-        for fresh in (True, False):
-            turns.append({"server": name, "fresh": fresh, "turns": asyncio.run(
-                conversation(url, prompts, given.max_tokens, fresh))})
+        asyncio.run(conversation(url, prompts[:TURNS], given.max_tokens, "of the round before"))
+        for salt in (None, "of the round that counts"):
+            turns.append({"server": name, "fresh": salt is None, "turns": asyncio.run(
+                conversation(url, prompts[:TURNS], given.max_tokens, salt))})
             print(json.dumps(turns[-1]), flush=True)
         return found
 
