@@ -8,9 +8,8 @@ Between two stages the host reads what the first found. So these stages are for 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from dflash_kernels import PagedKV, Verified
@@ -20,6 +19,9 @@ from .model import Target
 from .model.drafter import Drafter
 from .step import Recorded
 from .verify import GreedyVerifier
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Block(NamedTuple):
@@ -56,7 +58,7 @@ class Tables:
         self._now = list(pages)
 
 
-def bits_of(tensor: torch.Tensor) -> np.ndarray:
+def bits_of(tensor: torch.Tensor) -> "np.ndarray":
     """The tensor's memory for NumPy, which has no bfloat16. It copies a few rows in a quarter of the time that torch
     takes for it between two passes, when neither is in the caches."""
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize]).numpy()
@@ -189,7 +191,7 @@ class ContextStage:
         self.positions, self.slots = Input.of(1, rows), Input.of(1, rows, rest=-1)
         self.count = Input.of(1, dtype=torch.int32)
 
-    def __call__(self, features: Sequence[np.ndarray], positions: Sequence[int], slots: Sequence[int]) -> None:
+    def __call__(self, features: Sequence["np.ndarray"], positions: Sequence[int], slots: Sequence[int]) -> None:
         """features: parts (n, F * H), as `bits_of` has them, whose rows are those of the positions."""
         at = 0
         for part in features:

@@ -5,9 +5,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
 from .costs import pass_size, pass_sizes, remembered
@@ -22,6 +21,9 @@ from .runner import Committed, Runner, Setting, bucket, buckets, taken
 from .step import Prefill
 from .verify import GreedyVerifier, Memory, verifier_for
 from .widths import WidthPolicy, draft_widths
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CONTEXT_ROWS = 256  # of the longest pass that writes the drafter's context
 _LONGEST = 16  # tokens of a block whose drafts are looked up: a drafter's have as many as it was trained for
@@ -188,7 +190,7 @@ class PackedRunner(Runner):
     def read(self, live: Live, position: int, features: torch.Tensor) -> None:
         self.keep(live, position, bits_of(features))
 
-    def keep(self, live: Live, position: int, features: np.ndarray) -> None:
+    def keep(self, live: Live, position: int, features: "np.ndarray") -> None:
         """K/V of these features are written when the request drafts next, if it does."""
         if self.setting.drafter and len(features):
             live.features.append(Features(position, features.copy()))
@@ -201,19 +203,22 @@ class PackedRunner(Runner):
     def write_context(self, requests: Sequence[Live]) -> float | None:
         """Returns the seconds that it took; None if a pass was recorded."""
         started, records = time.perf_counter(), False
-        rows: list[np.ndarray] = []
+        passes: list[list[np.ndarray]] = []  # parts of at most so many rows together
         positions: list[int] = []
         slots: list[int] = []
+        rows = 0
         for live in requests:
             for position, states in live.features:
                 block = Block(range(len(states)), position, live.pages, self.setting.pool.page_size)
-                rows.append(states)
                 positions += block.positions()
                 slots += block.slots()
-        passes = [rows] if rows else []
-        if len(positions) > _CONTEXT_ROWS:
-            whole = np.concatenate(rows)
-            passes = [[whole[at:at + _CONTEXT_ROWS]] for at in range(0, len(whole), _CONTEXT_ROWS)]
+                at = 0
+                while at < len(states):
+                    if rows % _CONTEXT_ROWS == 0:
+                        passes.append([])
+                    count = min(len(states) - at, _CONTEXT_ROWS - rows % _CONTEXT_ROWS)
+                    passes[-1].append(states[at:at + count])
+                    at, rows = at + count, rows + count
         for i, features in enumerate(passes):
             part = slice(i * _CONTEXT_ROWS, (i + 1) * _CONTEXT_ROWS)
             stage = self.context_stage(len(positions[part]))

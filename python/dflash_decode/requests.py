@@ -4,9 +4,7 @@ import secrets
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from .arguments import of_type, whole
 from .inputs import integer, is_token_list, items, shown
@@ -15,6 +13,9 @@ from .logprobs import TokenLogprobs
 from .lookup import Draft, Lookup
 from .policy import Outlook
 from .sampling import GREEDY, SamplingParams, check_sampling
+
+if TYPE_CHECKING:  # a machine with a GPU may have no NumPy
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Features(NamedTuple):
     """Hidden states (n, F * H) of committed tokens from `position` on, as `packed.bits_of` has them."""
 
     position: int
-    rows: np.ndarray
+    rows: "np.ndarray"
 
 
 @dataclass(eq=False)

@@ -25,41 +25,26 @@ while. What drafts win is known for each number of requests, up to a power of tw
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 
 from .chances import Calibration, Matches
 from .costs import StepCosts
 from .forecast import Forecast
+from .load import RATE, Load, Loads
 from .lookup import Draft
 from .policy import FIRST_WAIT, Outlook
 
 _NEW, _SHARED = 0.1, 0.02  # how far a step moves what drafting is worth, of its request and of all
-_RATE = 0.05  # and the rate
 _TRIALS, _LONGEST_WAIT = 0.01, 64  # share of the time; steps
 _MARGIN = 1.2  # times its cost that a draft must be worth: of several estimates the best one is too good
-# The share of a step that drafts win on the average, less the time to choose them: how far a step moves it, the steps
-# without any where it is below nothing, and what it is after them.
-_WON, _REST, _AGAIN = 0.02, 64, 0.06
 _MANY, _UNTHOUGHT = 4, 8  # requests; steps that the drafter is not thought of for them after it would not have paid
-_AT_FIRST = 0.5  # that share for one request, before there is an average; less for more
 _LEAST, _FEW = 0.02, 0.25  # the share of a step that drafts must win, and of a mean row's price that each must
 _MIDDLING = 0.6  # confidence, before there is any
 _WHOLE_AGAIN = 32  # drafts of fewer tokens, after which a whole block is drafted
 _SURPRISE = 1.2  # times that a step took more or less than was expected
 _LIKELY, _SELDOM = 0.9, 16  # a draft's chance after the one before; times that a trial of what cannot pay waits longer
 _GRANTED = 40  # baseline steps that trials may take beyond their share of the time
-
-
-@dataclass
-class Load:
-    """What steps of about so many requests brought lately: tokens and seconds, over those of a baseline step; the share
-    of one that drafts won; and the steps to come that have none."""
-
-    tokens: float = 1.0
-    seconds: float = 1.0
-    won: float = 0.0
-    resting: int = 0
 
 
 class WidthPolicy:
@@ -74,7 +59,7 @@ class WidthPolicy:
         self.block, self.costs, self.rows = block, costs, rows
         self.calibration = Calibration(block - 1, start)
         self.matches = Matches()
-        self.loads: dict[int, Load] = {}
+        self.load = Loads()
         self.draft_widths = draft_widths(block)
         self.worth: list[float] | None = None  # of a request's drafts of each length, as it was on the average
         self.spent = self.on_trials = 0.0
@@ -96,13 +81,6 @@ class WidthPolicy:
     def forecast(self) -> Forecast:
         """Of all steps so far."""
         return replace(self._sums)
-
-    def load(self, requests: int) -> Load:
-        """Up to a power of two they are the same: what pays for one request does not for eight."""
-        size = (requests - 1).bit_length()
-        if size not in self.loads:
-            self.loads[size] = Load(won=max(_AT_FIRST / (1 << size), _AGAIN))
-        return self.loads[size]
 
     def looks_up(self, requests: int) -> bool:
         return not self.load(requests).resting
@@ -128,7 +106,7 @@ class WidthPolicy:
         if not n or self._plain:
             return [], self.block
         drafted: list[int] = []
-        if self.nobody:
+        if self.nobody and n >= _MANY:
             self.nobody -= 1
         elif not self.load(n).resting:
             drafted = self._paying(requests, [_gain(self._chances(draft), self._row(n)) for draft in found])
@@ -313,7 +291,7 @@ class WidthPolicy:
             self.choice = seconds
             return
         if part == "context":
-            self.context += _RATE * (seconds / size - self.context) if self.context else seconds / size
+            self.context += RATE * (seconds / size - self.context) if self.context else seconds / size
             return
         curve = self.costs.verify if part == "verify" else self.costs.draft
         expected = curve(size)
@@ -361,14 +339,7 @@ class WidthPolicy:
         if self._tried is not None:
             self._tell_trial(self._tried, load, rows - sum(len(draft.tokens) for request, draft in zip(
                 requests, drafts, strict=True) if request is self._tried), seconds)
-        if load.resting:
-            load.resting -= 1
-        else:
-            load.won += _WON * (sum(accepted) / n - ((seconds + self.choice) / plain - 1.0) - load.won)
-            if load.won < 0.0:
-                load.won, load.resting = _AGAIN, _REST
-        load.tokens += _RATE * ((n + sum(accepted)) / n - load.tokens)
-        load.seconds += _RATE * (seconds / plain - load.seconds)
+        load.observe(sum(accepted) / n, seconds / plain, self.choice / plain)
 
 
 def draft_widths(block: int) -> list[int]:

@@ -30,7 +30,7 @@ from tests.support.decode_runs import random_target
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dk.StepGraph.available(), reason="the C++ library is not built")]
 LOOP, KERNELS = Path(dflash_decode.loop.__file__).parent, Path(dk.__file__).parent
 NAMES = ("loop", "step", "kv", "prefixes", "requests", "logprobs", "sampling", "inputs", "adjust", "verify", "runner",
-         "packed_runner", "packed", "widths", "costs",
+         "packed_runner", "packed", "widths", "load", "costs",
          "model/drafter", "model/transformer", "model/native")
 FILES = {str(KERNELS / "step_graph.py"), *(str(LOOP / f"{name}.py") for name in NAMES)}
 
@@ -218,7 +218,7 @@ def test_an_interrupt_at_any_line_leaves_everything_right(models, way):
     assert len(lines) > 300 and {file for file, _ in lines} == FILES
     for (file, line), times in lines.items():
         stem = Path(file).stem
-        if way is interrupt_steps and stem in ("transformer", "drafter", "native", "packed", "widths", "costs"):
+        if way is interrupt_steps and stem in ("transformer", "drafter", "native", "packed", "widths", "load", "costs"):
             continue  # they know nothing of who calls
         for nth in {1, times if stem in ("loop", "requests", "kv", "prefixes") else 1}:
             tracer = Tracer((file, line), nth)
