@@ -86,10 +86,14 @@ class WidthPolicy:
         return not self.load(requests).resting
 
     def rests(self, requests: int) -> bool:
-        if not self.load(requests).resting or self.idle >= max(self.wait, self.refused + _UNTHOUGHT):
+        if not self.load(requests).resting or self._trial_is_due:
             return False
         self._tried, self._plain, self._drafted, self._expected = None, False, 0, requests
         return True
+
+    @property
+    def _trial_is_due(self) -> bool:
+        return self.idle >= max(self.wait, self.refused + _UNTHOUGHT)
 
     def rate(self, requests: int) -> float:
         """Tokens a second that a step of so many requests should bring."""
@@ -109,11 +113,12 @@ class WidthPolicy:
         if self.nobody and n >= _MANY:
             self.nobody -= 1
         elif not self.load(n).resting:
-            drafted = self._paying(requests, [_gain(self._chances(draft), self._row(n)) for draft in found])
+            row = self._row(n)
+            drafted = self._paying(requests, [_gain(self._chances(draft), row) for draft in found])
             # Whatever their own texts have: to find that out takes a share of a step of many requests.
             if not drafted and n >= _MANY and not self._paying(requests, [0.0] * n):
                 self.nobody = _UNTHOUGHT
-        if not drafted and self.idle < max(self.wait, self.refused + _UNTHOUGHT):
+        if not drafted and not self._trial_is_due:
             return [], self.drafting
         granted = _GRANTED * self.costs.verify(self.rows(n))
         others = [i for i in range(n) if i not in drafted]
@@ -196,35 +201,28 @@ class WidthPolicy:
     def choose(self, requests: Sequence[Outlook], drafted: Sequence[Draft], found: Sequence[Draft],
                limits: Sequence[int], together: bool = False) -> list[Draft]:
         self._drafted, n = sum(bool(draft.tokens) for draft in drafted), len(requests)
-        if not self._drafted:  # most steps of many requests
-            return self._choose_of_texts(requests, found, limits, together)
-        best = [ours if request is self._tried and ours.tokens else self._better(ours, other)
-                for request, ours, other in zip(requests, drafted, found, strict=True)]
-        of_drafter = [self._chances(draft, limit - 1) for draft, limit in zip(drafted, limits, strict=True)]
+        best: Sequence[Draft] = found
+        of_drafter: list[Sequence[float]] = [()] * n
+        if self._drafted:
+            best = [ours if request is self._tried and ours.tokens else self._better(ours, other)
+                    for request, ours, other in zip(requests, drafted, found, strict=True)]
+            of_drafter = [self._chances(draft, limit - 1) for draft, limit in zip(drafted, limits, strict=True)]
         chances = [made if draft is ours else self._chances(draft, limit - 1) for draft, ours, made, limit in zip(
             best, drafted, of_drafter, limits, strict=True)]
         if self._plain:
-            chances = [[] for _ in best]
+            chances = [()] * n
         widths = self._widths(chances, together)
         for i, made in enumerate(of_drafter):
             if requests[i] is self._tried and made:  # what nobody verifies teaches nothing
                 widths[i] = len(made) + 1 if self._astonished and self._drafted == 1 else max(widths[i], 2)
-        self._learn(requests, drafted, of_drafter, [width if draft is ours else None for width, draft, ours in zip(
-            widths, best, drafted, strict=True)], sum(widths))
+        if self._drafted:
+            self._learn(requests, drafted, of_drafter, [width if draft is ours else None for width, draft, ours in zip(
+                widths, best, drafted, strict=True)], sum(widths))
+        else:  # most steps of many requests
+            for request in requests:
+                request.idle += 1
         self._expected = n + sum(sum(chance[:width - 1]) for chance, width in zip(chances, widths, strict=True))
         return [draft.cut(width - 1) for draft, width in zip(best, widths, strict=True)]
-
-    def _choose_of_texts(self, requests: Sequence[Outlook], found: Sequence[Draft], limits: Sequence[int],
-                         together: bool) -> list[Draft]:
-        for request in requests:
-            request.idle += 1
-        n = self._expected = len(requests)
-        if self._plain or not any(draft.tokens for draft in found):
-            return [Draft()] * n
-        chances = [self._chances(draft, limit - 1) for draft, limit in zip(found, limits, strict=True)]
-        widths = self._widths(chances, together)
-        self._expected += sum(sum(chance[:width - 1]) for chance, width in zip(chances, widths, strict=True))
-        return [draft.cut(width - 1) for draft, width in zip(found, widths, strict=True)]
 
     def _widths(self, chances: Sequence[Sequence[float]], together: bool) -> list[int]:
         """The rows of each request that are worth their time, by the chances of its drafts."""
